@@ -1,0 +1,236 @@
+"""What may move in one weight: whole rows, whole columns or single elements.
+
+A *support* is a sorted vector of unit indices; together with the *values* on it it is a sparse
+delta of a weight ``[o, i]``. Everything that depends on the kind of unit is a method here, so a new
+granularity is one class and one line in the registry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .per_sample import PerSampleGradients
+from .registry import Registry
+from .sampled import add_sparse_product_, sampled_product
+
+Shape = tuple[int, int]  # (o, i)
+
+
+class Granularity(ABC):
+    """One kind of unit that may be chosen, and the arithmetic of deltas made of such units."""
+
+    name: ClassVar[str]
+    unit_dim: ClassVar[int]  # the dimension of the values that counts units
+
+    @abstractmethod
+    def units(self, shape: Shape) -> int:
+        """How many units a weight of this shape has."""
+
+    @abstractmethod
+    def parameters_per_unit(self, shape: Shape) -> int:
+        """How many weight entries one unit holds."""
+
+    @abstractmethod
+    def values_shape(self, shape: Shape, k: int) -> tuple[int, ...]:
+        """Shape of the values of ``k`` chosen units, in the weight's own orientation."""
+
+    @abstractmethod
+    def reduce(self, matrix: Tensor) -> Tensor:
+        """Sum a score of every entry, ``[o, i]``, to a score of every unit, ``[units]``."""
+
+    @abstractmethod
+    def accumulate_(self, scores: Tensor, gradients: PerSampleGradients, half: Tensor) -> None:
+        """Add the squared per-sample gradients of one batch to the running scores.
+
+        Args:
+            scores: ``[2, units]`` float32, changed in place: one running sum for each half.
+            gradients: the batch's gradients with respect to one weight.
+            half: ``[b]``, 0 or 1: the running sum that each sample goes to.
+        """
+
+    @abstractmethod
+    def gather(self, weight: Tensor, indices: Tensor) -> Tensor:
+        """The chosen entries of ``weight`` ``[o, i]``, shaped like the values."""
+
+    @abstractmethod
+    def put_(self, weight: Tensor, indices: Tensor, entries: Tensor) -> None:
+        """Write ``entries`` over the chosen entries of ``weight`` ``[o, i]``."""
+
+    @abstractmethod
+    def value_gradient(self, x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
+        """The chosen entries of ``g.mT @ x``, from ``x`` ``[n, i]`` and ``g`` ``[n, o]``."""
+
+    @abstractmethod
+    def add_product_(self, y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> None:
+        """``y += x @ delta.mT`` for ``y`` ``[n, o]`` and ``x`` ``[n, i]``."""
+
+    @abstractmethod
+    def add_input_gradient_(self, gx: Tensor, g: Tensor, indices: Tensor, values: Tensor) -> None:
+        """``gx += g @ delta`` for ``gx`` ``[n, i]`` and ``g`` ``[n, o]``."""
+
+    @abstractmethod
+    def delta_rows(self, rows: Tensor, indices: Tensor, values: Tensor, shape: Shape) -> Tensor:
+        """The given rows of the delta, dense ``[n, i]``; differentiable in ``values``."""
+
+    def added(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> Tensor:
+        """The chosen entries after the delta is added: in float32 at least, rounded once."""
+        wide = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
+        entries = self.gather(weight, indices).to(wide)
+        return entries.add_(values.to(wide), alpha=scale).to(weight.dtype)
+
+    def add_(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
+        """``weight += scale * delta`` in place, rounding each touched entry once."""
+        self.put_(weight, indices, self.added(weight, indices, values, scale))
+
+
+class Rows(Granularity):
+    """Output features: row ``o`` of the weight (FGGM's choice). Values are ``[k, i]``."""
+
+    name = "row"
+    unit_dim = 0
+
+    def units(self, shape):
+        return shape[0]
+
+    def parameters_per_unit(self, shape):
+        return shape[1]
+
+    def values_shape(self, shape, k):
+        return (k, shape[1])
+
+    def reduce(self, matrix):
+        return matrix.sum(1)
+
+    def accumulate_(self, scores, gradients, half):
+        scores.index_add_(0, half, gradients.row_scores())
+
+    def gather(self, weight, indices):
+        return weight.index_select(0, indices)
+
+    def put_(self, weight, indices, entries):
+        weight.index_copy_(0, indices.long(), entries)
+
+    def value_gradient(self, x, g, indices):
+        return g.index_select(1, indices).mT @ x
+
+    def add_product_(self, y, x, indices, values):
+        y.index_add_(1, indices, x @ values.mT)
+
+    def add_input_gradient_(self, gx, g, indices, values):
+        gx.addmm_(g.index_select(1, indices), values)
+
+    def delta_rows(self, rows, indices, values, shape):
+        if indices.numel() == 0:
+            return values.new_zeros(len(rows), shape[1])
+        position = torch.searchsorted(indices, rows.to(indices.dtype)).clamp_(max=len(indices) - 1)
+        chosen = indices[position] == rows
+        return values[position] * chosen[:, None].to(values.dtype)
+
+
+class Columns(Granularity):
+    """Input features: column ``i`` of the weight. Values are ``[o, k]``."""
+
+    name = "column"
+    unit_dim = 1
+
+    def units(self, shape):
+        return shape[1]
+
+    def parameters_per_unit(self, shape):
+        return shape[0]
+
+    def values_shape(self, shape, k):
+        return (shape[0], k)
+
+    def reduce(self, matrix):
+        return matrix.sum(0)
+
+    def accumulate_(self, scores, gradients, half):
+        scores.index_add_(0, half, gradients.column_scores())
+
+    def gather(self, weight, indices):
+        return weight.index_select(1, indices)
+
+    def put_(self, weight, indices, entries):
+        weight.index_copy_(1, indices.long(), entries)
+
+    def value_gradient(self, x, g, indices):
+        return g.mT @ x.index_select(1, indices)
+
+    def add_product_(self, y, x, indices, values):
+        y.addmm_(x.index_select(1, indices), values.mT)
+
+    def add_input_gradient_(self, gx, g, indices, values):
+        gx.index_add_(1, indices, g @ values)
+
+    def delta_rows(self, rows, indices, values, shape):
+        zeros = values.new_zeros(len(rows), shape[1])
+        return zeros.index_copy(1, indices.long(), values[rows])
+
+
+class Elements(Granularity):
+    """Single entries, as flat indices ``o * in + i``. Values are ``[k]``."""
+
+    name = "element"
+    unit_dim = 0
+
+    def units(self, shape):
+        return shape[0] * shape[1]
+
+    def parameters_per_unit(self, shape):
+        return 1
+
+    def values_shape(self, shape, k):
+        return (k,)
+
+    def reduce(self, matrix):
+        return matrix.reshape(-1)
+
+    def accumulate_(self, scores, gradients, half):
+        gradients.add_element_scores_(scores, half)
+
+    # A transposed base weight (Conv1D) cannot be viewed flat, hence (row, column) pairs below.
+    def gather(self, weight, indices):
+        if weight.is_contiguous():
+            return weight.view(-1).index_select(0, indices)
+        return weight[indices // weight.shape[1], indices % weight.shape[1]]
+
+    def put_(self, weight, indices, entries):
+        if weight.is_contiguous():
+            weight.view(-1).index_copy_(0, indices.long(), entries)
+        else:
+            width = weight.shape[1]
+            weight.index_put_((indices // width, indices % width), entries)
+
+    def value_gradient(self, x, g, indices):
+        return sampled_product(x, g, indices)
+
+    def add_product_(self, y, x, indices, values):
+        rows, columns = indices // x.shape[1], indices % x.shape[1]
+        add_sparse_product_(y, x, rows, columns, values)
+
+    def add_input_gradient_(self, gx, g, indices, values):
+        rows, columns = indices // gx.shape[1], indices % gx.shape[1]
+        columns, order = columns.sort(stable=True)
+        add_sparse_product_(gx, g, columns, rows[order], values[order])
+
+    def delta_rows(self, rows, indices, values, shape):
+        unique, inverse = rows.unique(return_inverse=True)
+        first = torch.searchsorted(indices, (unique * shape[1]).to(indices.dtype))
+        last = torch.searchsorted(indices, ((unique + 1) * shape[1]).to(indices.dtype))
+        count = last - first
+        line = torch.repeat_interleave(torch.arange(len(unique), device=rows.device), count)
+        start = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
+        entry = start + torch.arange(len(start), device=rows.device)
+        flat = line * shape[1] + indices[entry].long() % shape[1]
+        dense = values.new_zeros(len(unique) * shape[1]).index_copy(0, flat, values[entry])
+        return dense.view(len(unique), shape[1])[inverse]
+
+
+GRANULARITIES: Registry[Granularity] = Registry("granularity")
+for _granularity in (Rows(), Columns(), Elements()):
+    GRANULARITIES.register(_granularity.name, _granularity)

@@ -1,0 +1,159 @@
+"""``x @ (weight + deltas).mT`` for sparse deltas, forward and backward, in two forms of one meaning.
+
+*Effective weight*: the chosen entries are written into a copy of the weight and one product is
+taken; the copy is made again in backward and never kept. It trains exactly what the merge will
+give, rounding included. *Additive*: the delta's own product is added to the base layer's output;
+the weight is never needed. Measured in benchmarks/training_step.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .granularity import Granularity
+
+
+@dataclass(frozen=True)
+class SparseDelta:
+    """One task's change of one weight: a support and the trained values on it.
+
+    Args:
+        granularity: kind of unit.
+        indices: ``[k]`` integers, sorted, unique.
+        values: ``granularity.values_shape(shape, k)``.
+        scale: the delta counts ``scale`` times.
+    """
+
+    granularity: Granularity
+    indices: Tensor
+    values: Tensor
+    scale: float = 1.0
+
+
+WeightSource = Callable[[], Tensor]
+"""Gives a weight ``[o, i]`` that the caller may overwrite: a copy, or a dequantized temporary."""
+
+
+def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, deltas: Sequence[SparseDelta]) -> Tensor:
+    """``x @ (weight + sum of deltas).mT + bias`` in the form of one product.
+
+    Args:
+        x: ``[..., i]``.
+        weight: called once here and once more in backward; nothing of size ``[o, i]`` is kept.
+        bias: ``[o]`` or None.
+        deltas: their values get gradients in their own dtype.
+    """
+    return _EffectiveLinear.apply(x, bias, weight, tuple(deltas), *(d.values for d in deltas))
+
+
+def effective_weight(weight: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+    """Add the deltas to ``weight`` ``[o, i]`` in place, one after another, and return it."""
+    for delta in deltas:
+        delta.granularity.add_(weight, delta.indices, delta.values, delta.scale)
+    return weight
+
+
+def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+    """``base_output + x @ (sum of deltas).mT`` without any weight.
+
+    Args:
+        base_output: ``[..., o]``, what the base layer made of ``x``.
+        x: ``[..., i]``.
+        deltas: their values get gradients in their own dtype.
+    """
+    return _AdditiveLinear.apply(base_output, x, tuple(deltas), *(d.values for d in deltas))
+
+
+def _value_gradients(ctx, first: int, x: Tensor, g: Tensor, values: Sequence[Tensor]):
+    """Gradients of the values of every delta that wants one, and None for the others."""
+    for position, (delta, value) in enumerate(zip(ctx.deltas, values, strict=True)):
+        if not ctx.needs_input_grad[first + position]:
+            yield None
+            continue
+        gradient = delta.granularity.value_gradient(x, g, delta.indices).to(value.dtype)
+        yield gradient if delta.scale == 1 else gradient.mul_(delta.scale)
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, weight, deltas, *values):
+        dense = effective_weight(weight(), deltas).to(x.dtype)
+        ctx.weight, ctx.deltas = weight, deltas
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, *values)
+        return F.linear(x, dense, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, *values = ctx.saved_tensors
+        flat = g.reshape(-1, g.shape[-1])
+        gx = gb = None
+        if ctx.needs_input_grad[0]:
+            dense = effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
+            gx = (flat @ dense).view(*g.shape[:-1], dense.shape[1])
+        if ctx.needs_input_grad[1]:
+            gb = flat.sum(0)
+        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
+        return (gx, gb, None, None, *_value_gradients(ctx, 4, flat_x, flat, values))
+
+
+class _AdditiveLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base_output, x, deltas, *values):
+        ctx.deltas, ctx.input_shape = deltas, x.shape
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *values)
+        y = base_output.clone(memory_format=torch.contiguous_format)
+        flat_y, flat_x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        for delta in deltas:
+            scaled = (delta.values * delta.scale).to(x.dtype)
+            delta.granularity.add_product_(flat_y, flat_x, delta.indices, scaled)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, *values = ctx.saved_tensors
+        flat = g.reshape(-1, g.shape[-1])
+        gx = None
+        if ctx.needs_input_grad[1]:
+            gx = flat.new_zeros(len(flat), ctx.input_shape[-1])
+            for delta, value in zip(ctx.deltas, values, strict=True):
+                scaled = (value * delta.scale).to(g.dtype)
+                delta.granularity.add_input_gradient_(gx, flat, delta.indices, scaled)
+            gx = gx.view(ctx.input_shape)
+        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
+        return (g, gx, None, *_value_gradients(ctx, 3, flat_x, flat, values))
+
+
+def effective_matrix(weight: WeightSource, deltas: Sequence[SparseDelta]) -> Tensor:
+    """``weight + sum of deltas`` itself, ``[o, i]``, for layers whose product is not a plain one.
+
+    The gradient at the result may be dense; the values get their entries of it.
+    """
+    return _EffectiveMatrix.apply(weight, tuple(deltas), *(d.values for d in deltas))
+
+
+class _EffectiveMatrix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, deltas, *values):
+        ctx.deltas = deltas
+        ctx.value_dtypes = [value.dtype for value in values]
+        return effective_weight(weight(), deltas)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        gradients: list[Tensor | None] = []
+        for position, (delta, dtype) in enumerate(zip(ctx.deltas, ctx.value_dtypes, strict=True)):
+            if ctx.needs_input_grad[2 + position]:
+                entries = delta.granularity.gather(g, delta.indices).to(dtype)
+                gradients.append(entries * delta.scale)
+            else:
+                gradients.append(None)
+        return (None, None, *gradients)

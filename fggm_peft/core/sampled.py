@@ -1,0 +1,96 @@
+"""Sparse products in stock operators: no ``[o, i]`` matrix exists while they run.
+
+``embedding_bag`` with per-sample weights is a CSR product, and its per-sample-weight gradient is the
+sampled product of two dense matrices; torch's own sparse CSR is 4 to 11 times slower under autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Above these densities the dense product in row chunks is the faster one (benchmarks/training_step.py).
+_SAMPLED_MAX_DENSITY = {torch.float32: 0.05, torch.float64: 0.05}
+_SAMPLED_MAX_DENSITY_16_BIT = 0.03
+_CHUNK_ENTRIES = 1 << 18  # 1 MiB of float32: stays in the cache
+_GATHER_ENTRIES = 1 << 22
+
+
+def _row_starts(rows: Tensor, count: int) -> Tensor:
+    return torch.searchsorted(rows, torch.arange(count, device=rows.device, dtype=rows.dtype))
+
+
+def add_sparse_product_(y: Tensor, x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    """``y[:, rows[k]] += x[:, columns[k]] * values[k]`` for every ``k``.
+
+    Args:
+        y: ``[n, o]``, changed in place.
+        x: ``[n, i]``.
+        rows: ``[k]`` integers, sorted.
+        columns: ``[k]`` integers.
+        values: ``[k]`` in the dtype of ``x``.
+    """
+    if rows.numel() == 0:
+        return
+    starts = _row_starts(rows, y.shape[1])
+    bags = F.embedding_bag(columns.long(), x.mT.contiguous(), starts.long(), per_sample_weights=values, mode="sum")
+    y.add_(bags.mT)
+
+
+def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
+    """The entries ``indices`` (flat, ``o * in + i``, sorted) of ``g.mT @ x``.
+
+    Args:
+        x: ``[n, i]``.
+        g: ``[n, o]``.
+        indices: ``[k]`` integers.
+
+    Returns:
+        ``[k]`` in the dtype of ``x``. Which algorithm computed it depends on the density alone.
+    """
+    density = indices.numel() / (g.shape[1] * x.shape[1])
+    if density > _SAMPLED_MAX_DENSITY.get(x.dtype, _SAMPLED_MAX_DENSITY_16_BIT):
+        return dense_chunks(x, g, indices)
+    rows, columns = indices // x.shape[1], indices % x.shape[1]
+    if hasattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward"):
+        return bag_sampled_product(x, g, rows, columns)
+    return gathered_dots(x, g, rows, columns)
+
+
+def bag_sampled_product(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``sum_n g[n, rows[k]] * x[n, columns[k]]`` by the gradient of ``embedding_bag``."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        g.mT.contiguous(),
+        x.mT.contiguous(),
+        columns.long(),
+        _row_starts(rows, g.shape[1]).long(),
+        rows.long(),
+        0,  # mode "sum"
+    )
+
+
+def gathered_dots(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same in public operators, for a torch whose private operator has gone."""
+    left, right = g.mT.contiguous(), x.mT.contiguous()
+    step = max(1, _GATHER_ENTRIES // x.shape[0])
+    parts = [
+        (left[r].float() * right[c].float()).sum(1) for r, c in zip(rows.split(step), columns.split(step), strict=True)
+    ]
+    return torch.cat(parts).to(x.dtype) if parts else x.new_empty(0)
+
+
+def dense_chunks(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
+    """The same by the dense product of a few rows at a time, of which the entries are taken."""
+    width = x.shape[1]
+    step = max(1, _CHUNK_ENTRIES // width)
+    result = x.new_empty(indices.numel())
+    bounds = torch.arange(0, g.shape[1] + step, step, device=indices.device) * width
+    bounds = torch.searchsorted(indices, bounds.to(indices.dtype)).tolist()
+    for chunk, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if first == last:
+            continue
+        start = chunk * step
+        product = g[:, start : start + step].mT @ x
+        result[first:last] = product.view(-1).index_select(0, indices[first:last] - start * width)
+    return result

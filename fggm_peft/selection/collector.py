@@ -1,0 +1,181 @@
+"""Collects scores from the backward pass of a frozen model, without any weight gradient.
+
+A forward hook on every adapted layer puts an identity function behind the layer's output. Its
+backward sees the gradient ``g`` there and has saved the input ``x`` through ``save_for_backward``, so
+that gradient checkpointing of either kind neither keeps x nor counts a sample twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import NonFiniteScoreError
+from ..core.per_sample import gram_matrix
+from ..tuner.layer import FGGMLayer
+from ..tuner.layer_types import FGGMLinear
+
+
+class ScoreCollector:
+    """Running Fisher scores of the layers it hooks, in two halves of the samples.
+
+    Use as a context manager; on leaving, no hook is left. For each batch call ``begin``, run the forward,
+    then ``backward`` and ``end``.
+
+    Args:
+        layers: module path -> layer.
+        adapter_name: whose granularity decides the kind of scores.
+        input_embeddings: given if blocks are checkpointed: the reentrant kind of checkpoint has no
+            backward unless its input requires grad.
+    """
+
+    def __init__(self, layers: Mapping[str, FGGMLayer], adapter_name: str, input_embeddings: nn.Module | None = None):
+        self.layers, self.adapter_name, self.input_embeddings = layers, adapter_name, input_embeddings
+        self.scores: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # the hooked outputs hang on it, so that there is a graph although every parameter is frozen
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def __enter__(self) -> ScoreCollector:
+        for name, layer in self.layers.items():
+            granularity = layer.granularity[self.adapter_name]
+            device = layer.fggm_indices[self.adapter_name].device
+            self.scores[name] = torch.zeros(2, granularity.units(layer.weight_shape), device=device)
+            self._handles.append(layer.register_forward_hook(self._make_hook(name), with_kwargs=True))
+        if self.input_embeddings is not None:
+            self._handles.append(self.input_embeddings.register_forward_hook(self._require_grad))
+        return self
+
+    def _require_grad(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + self._anchor.to(output)
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget_batch()
+
+    def begin(self, half: Tensor, padding: Tensor | None) -> None:
+        """Start a batch.
+
+        Args:
+            half: ``[b]`` 0 or 1, the running sum that each sample goes to.
+            padding: ``[b, t]`` True where a position is padding, or None.
+        """
+        self._forget_batch()
+        self._half = half
+        self._padding = padding if padding is not None and bool(padding.any()) else None
+
+    def backward(self, log_likelihood: Tensor) -> None:
+        """Differentiate the summed log-likelihood, ``[b]``, collecting scores on the way."""
+        self._in_backward = True
+        log_likelihood.sum().backward()
+
+    def end(self, batch_index: int) -> None:
+        """Finish a batch.
+
+        Raises:
+            NonFiniteScoreError: a score is NaN or infinite; names the module and the batch.
+        """
+        for name, seen in self._seen.items():
+            if seen:  # a call whose output did not reach the loss left these waiting
+                self._add(name)
+        sums = torch.stack([scores.sum().cpu() for scores in self.scores.values()])
+        if not torch.isfinite(sums).all():
+            name = list(self.scores)[int((~torch.isfinite(sums)).nonzero()[0])]
+            raise NonFiniteScoreError(
+                f"the Fisher scores of module {name} became NaN or infinite in batch {batch_index}. Look at that "
+                "batch; a float16 model may need bfloat16 or float32 for the selection pass."
+            )
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        self._in_backward = False
+        self._half: Tensor | None = None
+        self._padding: Tensor | None = None
+        self._calls = dict.fromkeys(self.layers, 0)
+        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
+        self._last_input: tuple[Tensor, Tensor] | None = None
+        self._last_gram: tuple[Tensor, Tensor] | None = None
+
+    def _make_hook(self, name: str):
+        def hook(module, args, kwargs, output):
+            if self._half is None:
+                return output
+            if not self._in_backward:  # checkpointing repeats calls in backward; they have been counted
+                self._calls[name] += 1
+            x = args[0] if args else next(iter(kwargs.values()))
+            return _Tap.apply(output, x.detach(), self._anchor, self, name)
+
+        return hook
+
+    def record(self, name: str, x: Tensor, g: Tensor) -> None:
+        """Take what one call of a layer got as input and as gradient at its output."""
+        self._seen[name].append((self._cleaned(x, cache=True), self._cleaned(g)))
+        # a layer called twice (shared weights) sums its gradients before they are squared
+        if len(self._seen[name]) == self._calls[name]:
+            self._add(name)
+
+    def _add(self, name: str) -> None:
+        layer, calls = self.layers[name], self._seen[name]
+        assert self._half is not None
+        calls = [(self._by_sample(name, x), self._by_sample(name, g)) for x, g in calls]
+        gradients = layer.per_sample(calls, self._gram)
+        layer.granularity[self.adapter_name].accumulate_(
+            self.scores[name], gradients, self._half.to(self.scores[name].device)
+        )
+        self._seen[name] = []
+
+    def _by_sample(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor with one entry for each sample in its first dimension."""
+        assert self._half is not None
+        samples = len(self._half)
+        if len(tensor) == samples:
+            return tensor
+        if samples == 1 and isinstance(self.layers[name], FGGMLinear):
+            return tensor.reshape(1, -1, tensor.shape[-1])
+        raise ValueError(
+            f"module {name} was called with a first dimension of {len(tensor)} in a batch of {samples} samples, so "
+            "its gradient cannot be split into samples. Use a dataloader with batch size 1, or exclude_modules."
+        )
+
+    def _cleaned(self, tensor: Tensor, cache: bool = False) -> Tensor:
+        """``tensor`` without the NaN that left-padded eager attention can leave at padded positions."""
+        padding = self._padding
+        if padding is None or tensor.shape[:2] != padding.shape or not tensor.is_floating_point():
+            return tensor
+        if cache and self._last_input is not None and _same(self._last_input[0], tensor):
+            return self._last_input[1]
+        where = padding.to(tensor.device).view(*padding.shape, *[1] * (tensor.dim() - 2))
+        cleaned = torch.where(where, tensor.nan_to_num(0.0, 0.0, 0.0), tensor)
+        if cache:
+            self._last_input = tensor, cleaned
+        return cleaned
+
+    def _gram(self, x: Tensor) -> Tensor:
+        """``gram_matrix(x)``, computed once for layers with one input (q, k and v; gate and up)."""
+        if self._last_gram is None or not _same(self._last_gram[0], x):
+            self._last_gram = x, gram_matrix(x)
+        return self._last_gram[1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are the same memory in the same shape."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward reports the gradient."""
+
+    @staticmethod
+    def forward(ctx, output, x, anchor, collector, name):
+        ctx.collector, ctx.name = collector, name
+        ctx.save_for_backward(x)
+        return output.clone()  # a view could not be modified in place, as ReLU(inplace=True) does
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.collector.record(ctx.name, ctx.saved_tensors[0], g)
+        return g, None, None, None, None

@@ -1,0 +1,132 @@
+"""``log p(y | x)`` of each sample, summed over its answer's tokens: what the Fisher pass differentiates.
+
+One short function for each kind of head. ``labels="model"`` draws y from the model's own
+distribution instead of taking the data's (the true Fisher instead of the empirical one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import TaskType
+from torch import Tensor, nn
+
+IGNORED = -100
+
+LogLikelihood = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+"""(model, batch) -> ``[b]``, the summed log-likelihood of each sample, differentiable."""
+
+
+def default_log_likelihood(
+    model: nn.Module, task_type: str | None, generator: torch.Generator | None = None
+) -> LogLikelihood:
+    """The log-likelihood that fits the model's head.
+
+    Args:
+        model: decides by its class name where ``task_type`` is None.
+        task_type: PEFT's ``TaskType``.
+        generator: if given, labels are drawn from the model with it; it is on the CPU.
+
+    Raises:
+        ValueError: the head is not known; the message says what to pass instead.
+    """
+    head = _HEADS.get(task_type or _task_type_of(model))
+    if head is None:
+        raise ValueError(
+            f"cannot tell the likelihood of a {type(model).__name__} (task_type={task_type!r}). Set task_type on the "
+            "FGGMConfig (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS), or pass log_likelihood=: a function of "
+            "(model, batch) that returns the summed log-likelihood of each sample."
+        )
+
+    def log_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            raise ValueError("a batch has no labels; the Fisher pass needs them, as the model's loss does")
+        return head(model, batch, labels, generator)
+
+    return log_likelihood
+
+
+def _task_type_of(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    for part, task_type in (
+        ("ForCausalLM", TaskType.CAUSAL_LM),
+        ("LMHeadModel", TaskType.CAUSAL_LM),
+        ("ForConditionalGeneration", TaskType.SEQ_2_SEQ_LM),
+        ("ForSequenceClassification", TaskType.SEQ_CLS),
+        ("ForImageClassification", TaskType.SEQ_CLS),
+        ("ForTokenClassification", TaskType.TOKEN_CLS),
+        ("ForMaskedLM", TaskType.TOKEN_CLS),
+    ):
+        if part in name:
+            return task_type
+    return None
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Any], **extra: Any) -> Tensor:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs, **extra).logits
+
+
+def _causal(model, batch, labels, generator):
+    return _token_sum(_logits(model, batch)[:, :-1], labels[:, 1:], generator)
+
+
+def _sequence_to_sequence(model, batch, labels, generator):
+    extra = {}
+    if batch.get("decoder_input_ids") is None:
+        extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    return _token_sum(_logits(model, batch, **extra), labels, generator)
+
+
+def _token_classification(model, batch, labels, generator):
+    return _token_sum(_logits(model, batch), labels, generator)
+
+
+def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Sum over the answer's tokens of ``[b, t, v]`` logits; only their rows are widened to float32."""
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels are {list(labels.shape)}, the logits' tokens are {list(logits.shape[:2])}")
+    answer = labels != IGNORED
+    if not answer.any():
+        raise ValueError("all labels of a batch are -100: there is no answer to take a likelihood of")
+    rows, targets = logits[answer].float(), labels[answer]
+    if generator is not None:
+        targets = _sample(rows, generator)
+    tokens = -F.cross_entropy(rows, targets, reduction="none")
+    sample = answer.nonzero()[:, 0]
+    return tokens.new_zeros(len(labels)).index_add(0, sample, tokens)
+
+
+def _sequence_classification(model, batch, labels, generator):
+    logits = _logits(model, batch).float()
+    if logits.shape[-1] == 1:  # regression: a normal density of unit variance
+        prediction = logits.squeeze(-1)
+        if generator is not None:
+            labels = prediction.detach() + torch.randn(len(labels), generator=generator).to(logits)
+        return -0.5 * (prediction - labels.float()).square()
+    if labels.dim() == 2:  # several labels at once
+        if generator is not None:
+            uniform = torch.rand(logits.shape, generator=generator).to(logits)
+            labels = (uniform < logits.detach().sigmoid()).float()
+        return -F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").sum(1)
+    if generator is not None:
+        labels = _sample(logits, generator)
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One class for each row of ``[n, c]``, drawn on the CPU so that every device draws the same."""
+    probabilities = logits.detach().float().softmax(-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+
+
+_HEADS = {
+    TaskType.CAUSAL_LM: _causal,
+    TaskType.SEQ_2_SEQ_LM: _sequence_to_sequence,
+    TaskType.SEQ_CLS: _sequence_classification,
+    TaskType.TOKEN_CLS: _token_classification,
+}

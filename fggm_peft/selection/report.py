@@ -1,0 +1,127 @@
+"""What a selection found, as an object, a table, a dict and a data frame."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class ModuleSelection:
+    """What was chosen in one module.
+
+    Args:
+        name: module path.
+        shape: ``(o, i)`` of the weight.
+        units: how many rows, columns or elements there were.
+        chosen: how many of them may move.
+        parameters: trainable values, bias entries included.
+        score_share: share of the module's total score that the chosen units hold.
+        agreement: split-half agreement of this module, None if it was not measured.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    units: int
+    chosen: int
+    parameters: int
+    score_share: float
+    agreement: float | None = None
+
+    @property
+    def density(self) -> float:
+        return self.chosen / self.units
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """What ``select_parameters`` chose, from how much data, and how sure one may be of it.
+
+    Args:
+        granularity: "row", "column" or "element".
+        criterion: name of the criterion.
+        threshold: the policy as a dict.
+        samples: samples used; 0 for a criterion that needs no data.
+        agreement: do two halves of the samples choose the same? 1 is perfect, 0 is what chance gives.
+            None where no data was used.
+        seconds: wall-clock time of the whole selection.
+        modules: one entry for each adapted module.
+    """
+
+    granularity: str
+    criterion: str
+    threshold: dict[str, Any]
+    samples: int
+    agreement: float | None
+    seconds: float
+    modules: list[ModuleSelection]
+
+    @property
+    def parameters(self) -> int:
+        """Trainable values in all."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def density(self) -> float:
+        """Share of the targeted weights' entries that may move."""
+        total = sum(m.shape[0] * m.shape[1] for m in self.modules)
+        return sum(m.density * m.shape[0] * m.shape[1] for m in self.modules) / total
+
+    @property
+    def empty_modules(self) -> list[str]:
+        """Modules in which nothing may move: every score there was 0, or too low."""
+        return [module.name for module in self.modules if not module.chosen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, ready for JSON."""
+        result = asdict(self)
+        result["parameters"], result["density"] = self.parameters, self.density
+        for entry, module in zip(result["modules"], self.modules, strict=True):
+            entry["shape"], entry["density"] = list(module.shape), module.density
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """What the adapter's config keeps."""
+        return {
+            "samples": self.samples,
+            "agreement": self.agreement,
+            "density": self.density,
+            "parameters": self.parameters,
+        }
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row for each module. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.to_dict()["modules"]).set_index("name")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        agreement = "not measured" if self.agreement is None else f"{self.agreement:.3f}"
+        table = Table(
+            title=f"{self.parameters:,} trainable values, {self.density:.2%} of the targeted weights",
+            caption=f"criterion {self.criterion}, {self.samples} samples, split-half agreement {agreement}, "
+            f"{self.seconds:.1f} s",
+        )
+        table.add_column("module")
+        for heading in ("shape", f"{self.granularity}s", "chosen", "density", "score kept", "agreement"):
+            table.add_column(heading, justify="right")
+        for m in self.modules:
+            table.add_row(
+                m.name,
+                f"{m.shape[0]} x {m.shape[1]}",
+                f"{m.units:,}",
+                f"{m.chosen:,}",
+                f"{m.density:.2%}",
+                f"{m.score_share:.1%}",
+                "" if m.agreement is None else f"{m.agreement:.3f}",
+            )
+        text = io.StringIO()
+        Console(file=text, width=120).print(table)
+        return text.getvalue()

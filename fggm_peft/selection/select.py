@@ -1,0 +1,220 @@
+"""``select_parameters``: Fisher pass -> scores -> threshold policy -> support.
+
+Nothing in the model changes before everything has been chosen; an error leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from accelerate.utils.modeling import convert_file_size_to_int
+from torch import Tensor, nn
+
+from ..core.criteria import CRITERIA
+from ..core.errors import AlreadyTrainedError
+from ..tuner.config import FGGMConfig
+from ..tuner.layer import FGGMLayer
+from ..tuner.support import Choice, choose_supports, criterion_scores, fggm_layers, write_supports
+from .agreement import split_half_agreement
+from .fisher_pass import FisherPass
+from .log_likelihood import LogLikelihood
+from .report import ModuleSelection, SelectionReport
+
+MIN_SAMPLES = 32
+MAX_SAMPLES = 1024
+SUFFICIENT_AGREEMENT = 0.95
+
+
+def select_parameters(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None = None,
+    num_samples: int | Literal["auto"] | None = "auto",
+    *,
+    adapter_name: str | None = None,
+    log_likelihood: LogLikelihood | None = None,
+    score_memory: int | str | None = None,
+    reset: bool = False,
+    progress: bool = True,
+) -> SelectionReport:
+    """Choose which weights of an FGGM adapter may move (FGGM, arXiv 2601.18261, section 3).
+
+    The base stays frozen, and quantized if it is; the model is left as it was but for the adapter's
+    supports. What to choose is on the adapter's ``FGGMConfig``.
+
+    Args:
+        model: what ``get_peft_model`` returned, or a model with injected FGGM layers.
+        dataloader: an iterable of batches of the task: dicts as the model takes them, with ``labels``
+            (-100 where no loss is taken). May be None for a criterion that needs no data.
+        num_samples: how many samples to use: a number, None for all, or "auto": from 32 to 1024, doubling,
+            until two halves of the samples would choose the same (agreement 0.95).
+        adapter_name: by default the active adapter.
+        log_likelihood: a function of (model, batch) that returns the log-likelihood of each sample ``[b]``,
+            summed over its answer; by default what fits a causal or sequence-to-sequence language
+            model, a sequence or a token classifier.
+        score_memory: bound on the bytes that running scores take (an int or "8GiB"). Element scores
+            take 8 bytes an entry (two halves); beyond the bound the data is passed over several times.
+        reset: choose anew although the adapter holds trained values, which are lost.
+        progress: show a progress bar, if standard error is a terminal.
+
+    Returns:
+        What was chosen; it prints as a table.
+
+    Raises:
+        AlreadyTrainedError: the adapter holds trained values and ``reset`` is False.
+        NonFiniteScoreError: a loss or a score is NaN or infinite.
+        ValueError: no FGGM adapter, a merged one, no data, no labels, or another bad argument.
+    """
+    start = time.perf_counter()
+    adapter_name, config = _adapter(model, adapter_name)
+    layers = fggm_layers(model, adapter_name)
+    _check_selectable(layers, adapter_name, num_samples, reset)
+    criterion = CRITERIA[config.criterion]
+    agreement: tuple[float | None, dict[str, float | None]] = (None, {})
+    if criterion.needs_data:
+        if dataloader is None:
+            raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
+        fisher_pass = FisherPass(model, config, adapter_name, dataloader, log_likelihood, progress)
+        choices, agreement, samples = _choose_from_data(
+            fisher_pass, layers, config, adapter_name, num_samples, score_memory
+        )
+    else:
+        choices, samples = _choose(layers, config, adapter_name, None), 0
+    write_supports(layers, config, adapter_name, choices)
+    report = _report(layers, config, adapter_name, choices, samples, agreement, time.perf_counter() - start)
+    config.selection = report.summary()
+    if report.empty_modules:
+        names = ", ".join(report.empty_modules[:3]) + (", ..." if len(report.empty_modules) > 3 else "")
+        warnings.warn(
+            f"nothing was chosen in {len(report.empty_modules)} of {len(layers)} modules ({names}): their scores "
+            "are 0 or below the threshold",
+            stacklevel=2,
+        )
+    return report
+
+
+def _adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:
+    configs = getattr(model, "peft_config", None) or {}
+    if name is None:
+        active = getattr(model, "active_adapter", None)
+        active = active() if callable(active) else active
+        active = [active] if isinstance(active, str) else list(active or configs)
+        name = next((a for a in active if isinstance(configs.get(a), FGGMConfig)), None)
+    if not isinstance(configs.get(name), FGGMConfig):
+        raise ValueError(
+            f"the model has no {'active FGGM adapter' if name is None else f'FGGM adapter named {name!r}'}; "
+            "wrap it with get_peft_model(model, FGGMConfig(...)) first"
+        )
+    return name, configs[name]
+
+
+def _check_selectable(layers: Mapping[str, FGGMLayer], adapter_name: str, num_samples: Any, reset: bool) -> None:
+    if not layers:
+        raise ValueError(f"no module of the model has the adapter {adapter_name!r}")
+    number = isinstance(num_samples, int) and not isinstance(num_samples, bool) and num_samples > 1
+    if not (number or num_samples is None or num_samples == "auto"):
+        raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {num_samples!r}")
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged ({name}); call unmerge_adapter() first")
+        if not reset and layer.fggm_values[adapter_name].count_nonzero():
+            raise AlreadyTrainedError(
+                f"adapter {adapter_name!r} holds trained values ({name}), which selecting again would throw away. "
+                "Pass reset=True if that is meant, or add a new adapter."
+            )
+
+
+def _choose(layers, config, adapter_name, fisher: Callable[[str], Tensor] | None) -> dict[str, Choice]:
+    def scores(name: str) -> Tensor:
+        values = None if fisher is None else fisher(name)
+        return criterion_scores(layers[name], name, config, adapter_name, values)
+
+    return choose_supports(layers, config, adapter_name, scores)
+
+
+def _choose_from_data(
+    fisher_pass: FisherPass, layers, config: FGGMConfig, adapter_name: str, num_samples, score_memory
+) -> tuple[dict[str, Choice], tuple[float | None, dict[str, float | None]], int]:
+    groups = _groups(layers, config, adapter_name, score_memory)
+    if len(groups) > 1:
+        fisher_pass.require_repeatable(len(groups))
+    choices: dict[str, Choice] = {}
+    halves: tuple[dict[str, Choice], dict[str, Choice]] = ({}, {})
+    costs = {
+        name: layer.granularity[adapter_name].parameters_per_unit(layer.weight_shape) for name, layer in layers.items()
+    }
+
+    def choose_halves(group, scores, counts):
+        return tuple(
+            _choose(group, config, adapter_name, lambda name, half=half: scores[name][half] / counts[half])
+            for half in (0, 1)
+        )
+
+    wanted = num_samples
+    for number, group in enumerate(groups):
+
+        def enough(scores, counts, group=group) -> bool:
+            return (split_half_agreement(*choose_halves(group, scores, counts), costs)[0] or 0) >= SUFFICIENT_AGREEMENT
+
+        scores, counts = fisher_pass.run(
+            group,
+            limit=MAX_SAMPLES if wanted == "auto" else wanted,
+            enough=enough if wanted == "auto" else None,
+            first_check=MIN_SAMPLES,
+            description=f"Fisher pass {number + 1}/{len(groups)}" if len(groups) > 1 else "Fisher pass",
+        )
+        samples = sum(counts)
+        if isinstance(wanted, int) and samples < wanted:
+            warnings.warn(f"num_samples={wanted}, but the data has only {samples}; all were used", stacklevel=3)
+        wanted = samples  # every group of modules sees the same samples
+        choices |= _choose(group, config, adapter_name, lambda name: scores[name].sum(0) / samples)
+        if min(counts):
+            for half, chosen in zip(halves, choose_halves(group, scores, counts), strict=True):
+                half.update(chosen)
+    agreement = split_half_agreement(*halves, costs) if halves[0] else (None, {})
+    return choices, agreement, samples
+
+
+def _groups(layers, config: FGGMConfig, adapter_name: str, score_memory) -> list[dict[str, FGGMLayer]]:
+    """The modules whose running scores fit into ``score_memory`` together, group by group."""
+    if score_memory is None:
+        return [dict(layers)]
+    bound = convert_file_size_to_int(score_memory)
+    groups: list[dict[str, FGGMLayer]] = []
+    filled = bound + 1
+    for name, layer in layers.items():
+        size = 2 * 4 * layer.granularity[adapter_name].units(layer.weight_shape)
+        if size > bound:
+            raise ValueError(
+                f"score_memory={score_memory!r} is too small: the scores of {name} alone take {size} bytes"
+            )
+        if filled + size > bound:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = layer
+        filled += size
+    if len(groups) > 1 and any(config.policy(name).scope == "global" for name in layers):
+        raise ValueError(
+            f"a threshold of global scope needs the scores of all modules at once, which score_memory={score_memory!r} "
+            "does not hold. Raise it, or use scope='layer'."
+        )
+    return groups
+
+
+def _report(layers, config, adapter_name, choices, samples, agreement, seconds) -> SelectionReport:
+    modules = [
+        ModuleSelection(
+            name=name,
+            shape=tuple(layer.weight_shape),
+            units=choices[name].units,
+            chosen=len(choices[name].indices),
+            parameters=sum(p[adapter_name].numel() for p in (layer.fggm_values, layer.fggm_bias) if adapter_name in p),
+            score_share=choices[name].score_share,
+            agreement=agreement[1].get(name),
+        )
+        for name, layer in layers.items()
+    ]
+    policy = config.policy().to_dict()
+    return SelectionReport(config.granularity, config.criterion, policy, samples, agreement[0], seconds, modules)

@@ -1,0 +1,11 @@
+"""FGGM as a PEFT method: config, model, layers and merging."""
+
+from .config import FGGMConfig
+from .layer import FGGMLayer
+from .merging import MergeReport, ModuleMerge
+from .model import FGGMModel
+from .registration import register
+
+register(FGGMConfig, FGGMModel)
+
+__all__ = ["FGGMConfig", "FGGMLayer", "FGGMModel", "MergeReport", "ModuleMerge"]

@@ -1,0 +1,205 @@
+"""``FGGMConfig``: everything that decides what may move, in the form that PEFT saves as JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from ..core.criteria import CRITERIA
+from ..core.granularity import GRANULARITIES
+from ..core.threshold import ThresholdPolicy, TopDensity, policy_from_dict
+from .registration import add_peft_type
+
+QUANTIZED_MERGES = ("auto", "requantize", "dequantize", "keep")
+DEFAULT_DENSITY = 0.3
+
+
+@dataclass
+class FGGMConfig(PeftConfig):
+    """
+    Configuration of Fisher-Guided Gradient Masking (FGGM, arXiv 2601.18261) as a PEFT method.
+
+    Example:
+
+    ```py
+    >>> from fggm_peft import FGGMConfig, select_parameters
+    >>> config = FGGMConfig(target_modules="all-linear", density=0.3, granularity="row")
+    >>> model = get_peft_model(base_model, config)
+    >>> report = select_parameters(model, dataloader)
+    ```
+
+    Raises:
+        ValueError: a value is out of its range; the message says the value and the range.
+    """
+
+    density: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Share of each targeted weight that may move, in (0, 1]; 0.3 when neither it nor `threshold` is "
+            "given. Shorthand for `threshold=TopDensity(density)`."
+        },
+    )
+    threshold: Optional[Union[ThresholdPolicy, dict[str, Any]]] = field(
+        default=None,
+        metadata={
+            "help": "Threshold policy: TopDensity, ScoreMass, MeanPlusStd, AbsoluteScore or ParameterBudget (or the "
+            "dict that its `to_dict` gives). Use it or `density`, not both."
+        },
+    )
+    granularity: str = field(
+        default="row",
+        metadata={
+            "help": "What is chosen and moves as one: 'row' (an output feature, the paper's choice), 'column' (an "
+            "input feature) or 'element' (a single weight)."
+        },
+    )
+    criterion: str = field(
+        default="fisher",
+        metadata={
+            "help": "What ranks the units: 'fisher' (diagonal Fisher information on the task's data, needs "
+            "`select_parameters`), 'random' or 'weight_magnitude' (no data: chosen when the adapter is made)."
+        },
+    )
+    fisher_labels: Literal["data", "model"] = field(
+        default="data",
+        metadata={
+            "help": "Where the labels of the Fisher pass come from: 'data' (empirical Fisher, the paper) or 'model' "
+            "(true Fisher: drawn from the model's own distribution)."
+        },
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of whatever is drawn: random scores, model labels. The global RNG is left alone."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Start the deltas at zero, so that the adapted model is the base model. False draws them from a "
+            "normal distribution instead and is used only for testing."
+        },
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "List of module names, or a regex, of the modules to adapt; 'all-linear' for every linear layer "
+            "but the output head. Default: 'all-linear'. Linear, Conv1D, Conv1d/2d/3d, Embedding and quantized "
+            "linear layers are supported."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "List of module names, or a regex, of the modules not to adapt."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules apart from FGGM layers that are trained whole and saved, such as a new head."},
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None,
+        metadata={"help": "Layer indices to adapt. An integer adapts that layer only."},
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Name of the nn.ModuleList that `layers_to_transform` counts in, where it is not a common one."
+        },
+    )
+    density_pattern: Optional[dict[str, float]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Module names or regexes with a density of their own, e.g. {'q_proj': 0.1}. These modules are "
+            "chosen by TopDensity, layer by layer; all others by `density` or `threshold`."
+        },
+    )
+    bias: Literal["none", "fggm_only"] = field(
+        default="none",
+        metadata={"help": "'fggm_only' trains the bias entries of the chosen rows too; needs granularity='row'."},
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={
+            "help": "True if the targeted layers store their weight as (fan_in, fan_out), like GPT-2's Conv1D. It is "
+            "recognised from the layer; a wrong value is corrected with a warning."
+        },
+    )
+    quantized_merge: Literal["auto", "requantize", "dequantize", "keep"] = field(
+        default="auto",
+        metadata={
+            "help": "How a delta is merged into a quantized layer. 'auto': requantize if at least 95 % of the delta "
+            "survives, else an error; 'requantize': always; 'dequantize': the layer becomes dense; 'keep': the "
+            "layer stays as it is, with the delta beside it, frozen and exact."
+        },
+    )
+    selection: Optional[dict[str, Any]] = field(
+        default=None,
+        metadata={"help": "What `select_parameters` found: samples, agreement, density. Written by the library."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._resolve_threshold()
+        GRANULARITIES[self.granularity]
+        CRITERIA[self.criterion]
+        _require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
+        _require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
+        _require_one_of("bias", self.bias, ("none", "fggm_only"))
+        if self.bias != "none" and self.granularity != "row":
+            raise ValueError(
+                f"bias={self.bias!r} trains the bias entries of chosen rows and needs granularity='row', "
+                f"got granularity={self.granularity!r}"
+            )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
+        self.density_pattern = dict(self.density_pattern or {})
+        for pattern, density in self.density_pattern.items():
+            _require_density(f"density_pattern[{pattern!r}]", density)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+
+    def _resolve_threshold(self) -> None:
+        if isinstance(self.threshold, dict):
+            self.threshold = policy_from_dict(self.threshold)
+        if self.threshold is None:
+            self.density = DEFAULT_DENSITY if self.density is None else self.density
+            _require_density("density", self.density)
+        elif not isinstance(self.threshold, ThresholdPolicy):
+            raise ValueError(f"threshold must be a ThresholdPolicy or its dict, got {self.threshold!r}")
+        elif self.density is not None:
+            raise ValueError(f"give density ({self.density!r}) or threshold ({self.threshold!r}), not both")
+
+    def policy(self, module_name: str | None = None) -> ThresholdPolicy:
+        """The threshold policy of a module; of all without a density of their own if no name is given."""
+        patterns = self.density_pattern or {}
+        if module_name is not None and patterns:
+            key = get_pattern_key(patterns.keys(), module_name)
+            if key in patterns:
+                return TopDensity(density=patterns[key])
+        if self.threshold is None:
+            assert self.density is not None
+            return TopDensity(density=self.density)
+        assert isinstance(self.threshold, ThresholdPolicy)
+        return self.threshold
+
+
+def _require_one_of(name: str, value: Any, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
+
+
+def _require_density(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}")

@@ -1,0 +1,336 @@
+"""``FGGMLayer``: one targeted layer with its sparse deltas, whatever its base is quantized with.
+
+What depends on the layer's type (how it stores and uses its weight) is in ``layer_types``; what
+depends on the quantization comes from PEFT's quantization backends; what depends on the kind of
+support is a ``Granularity``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..core.errors import AdapterNotSelectedError
+from ..core.granularity import GRANULARITIES, Granularity, Shape
+from ..core.linear import SparseDelta, effective_weight
+from ..core.per_sample import PerSampleGradients
+from .config import FGGMConfig
+from .merging import KEPT, KeptDeltaHook, ModuleMerge, merge_dense_, merge_quantized
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+Calls = list[tuple[Tensor, Tensor]]
+
+
+class FGGMLayer(nn.Module, BaseTunerLayer):
+    """A base layer and, for each adapter, a support and the values on it.
+
+    State, all of it where torch can see it:
+
+    - ``fggm_values[adapter]``: trainable, ``[k, in]`` for rows, ``[out, k]`` for columns, ``[k]`` for elements;
+    - ``fggm_indices[adapter]``: ``[k]`` int32 (int64 where ``out * in`` reaches 2**31), sorted, unique;
+      elements are flat indices ``o * in + i``;
+    - ``fggm_bias[adapter]``: ``[k]``, the bias entries of chosen rows, if the config asks for them;
+    - ``fggm_originals[adapter]``: while merged into a dense base, the entries as they were.
+    """
+
+    adapter_layer_names = ("fggm_values", "fggm_bias")
+    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge")
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any):
+        super().__init__()
+        self.base_layer = base_layer
+        self.fggm_values = nn.ParameterDict()
+        self.fggm_bias = nn.ParameterDict()
+        self.fggm_indices = BufferDict(persistent=True)
+        self.fggm_originals = BufferDict(persistent=False)
+        self.scaling: dict[str, float] = {}
+        self.granularity: dict[str, Granularity] = {}
+        self.quantized_merge: dict[str, str] = {}
+        self.selected: dict[str, bool] = {}  # False until the support is known
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
+        self._replaced_bases: list[nn.Module] = []
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    # What a layer type has to say ---------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def weight_shape(self) -> Shape:
+        """``(o, i)`` of the weight as a matrix."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight as ``[o, i]``: a view where the memory layout allows one."""
+
+    @abstractmethod
+    def unmatrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of ``matrix``: ``[o, i]`` in the orientation the base layer stores."""
+
+    @abstractmethod
+    def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
+        """What the base layer would compute if the deltas were part of its weight."""
+
+    @abstractmethod
+    def per_sample(self, calls: Calls, gram: Callable[[Tensor], Tensor]) -> PerSampleGradients:
+        """Per-sample gradients of the weight.
+
+        Args:
+            calls: for each call of the layer in this batch its input and the gradient at its output, the
+                first dimension being the sample.
+            gram: computes ``gram_matrix``, and remembers it for layers with one input.
+        """
+
+    def positions(self, x: Tensor) -> int:
+        """How many rows of ``[n, i]`` the input stands for."""
+        return x.numel() // max(1, x.shape[-1])
+
+    # Adapters -----------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: FGGMConfig, inference_mode: bool = False) -> None:
+        """Add an adapter with an empty support: it changes nothing, trains nothing and costs nothing."""
+        granularity = GRANULARITIES[config.granularity]
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        floating = dtype is not None and dtype.is_floating_point
+        options: dict[str, Any] = {"device": device, "dtype": dtype if floating else torch.float32}
+        o, i = self.weight_shape
+        index_dtype = torch.int64 if o * i >= 2**31 else torch.int32
+        empty = torch.empty(granularity.values_shape(self.weight_shape, 0), **options)
+        self.fggm_values[adapter_name] = nn.Parameter(empty)
+        self.fggm_indices[adapter_name] = torch.empty(0, dtype=index_dtype, device=device)
+        if config.bias != "none" and getattr(self.get_base_layer(), "bias", None) is not None:
+            self.fggm_bias[adapter_name] = nn.Parameter(torch.empty(0, **options))
+        self.granularity[adapter_name] = granularity
+        self.quantized_merge[adapter_name] = config.quantized_merge
+        self.scaling[adapter_name] = 1.0
+        self.selected[adapter_name] = False
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def resize_(self, adapter_name: str, k: int) -> None:
+        """Make room for ``k`` units; what stood there is gone unless the size is the same."""
+        shape = self.granularity[adapter_name].values_shape(self.weight_shape, k)
+        for parameters, size in ((self.fggm_values, shape), (self.fggm_bias, (k,))):
+            if adapter_name in parameters and parameters[adapter_name].shape != size:
+                old = parameters[adapter_name]
+                parameters[adapter_name] = nn.Parameter(old.new_zeros(size), requires_grad=old.requires_grad)
+        if self.fggm_indices[adapter_name].shape != (k,):
+            self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
+
+    def set_support(self, adapter_name: str, indices: Tensor, generator: torch.Generator | None = None) -> None:
+        """Let the given units move, starting from zero.
+
+        Args:
+            indices: ``[k]`` integers, sorted, unique, in range.
+            generator: draws normal starting values instead of zeros; only for tests.
+        """
+        self.resize_(adapter_name, len(indices))
+        buffer = self.fggm_indices[adapter_name]
+        buffer.copy_(indices)
+        for parameters in (self.fggm_values, self.fggm_bias):
+            if adapter_name in parameters:
+                data = parameters[adapter_name].data
+                data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
+        self.selected[adapter_name] = True
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let the delta of ``adapter`` count ``scale`` times; an adapter not in this layer is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale)
+
+    def delta(self, adapter_name: str) -> SparseDelta:
+        """The sparse delta of one adapter."""
+        return SparseDelta(
+            self.granularity[adapter_name],
+            self.fggm_indices[adapter_name],
+            self.fggm_values[adapter_name],
+            self.scaling[adapter_name],
+        )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The delta as a dense tensor, in the shape and orientation of the base layer's weight."""
+        delta = self.delta(adapter)
+        dense = torch.zeros(self.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
+        delta.granularity.add_(dense, delta.indices, delta.values.detach(), delta.scale)
+        return self.unmatrix(dense)
+
+    def bias_with_deltas(self, bias: Tensor | None) -> Tensor | None:
+        """The base layer's bias with the active adapters' bias entries added; differentiable in them."""
+        for name in self.active_adapters:
+            if name in self.fggm_bias and self.fggm_bias[name].numel():
+                added = (self.fggm_bias[name] * self.scaling[name]).to(bias.dtype)
+                bias = bias.index_add(0, self.fggm_indices[name], added)
+        return bias
+
+    def added_bias(self) -> Tensor | None:
+        """The active adapters' bias entries alone, ``[o]``, or None if there are none."""
+        base_bias = getattr(self.get_base_layer(), "bias", None)
+        if base_bias is None or not any(name in self.fggm_bias for name in self.active_adapters):
+            return None
+        return self.bias_with_deltas(torch.zeros_like(base_bias, requires_grad=False))
+
+    # Forward ------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        deltas = self._active_deltas()
+        if not deltas:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted_forward(deltas, x, *args, **kwargs)
+
+    def _active_deltas(self) -> list[SparseDelta]:
+        names = [name for name in self.active_adapters if name in self.fggm_values]
+        for name in names:
+            if not self.selected[name] and self.training and torch.is_grad_enabled():
+                raise AdapterNotSelectedError(
+                    f"adapter {name!r} has no support yet, so there is nothing to train. "
+                    "Call fggm_peft.select_parameters(model, dataloader) before training."
+                )
+        return [self.delta(name) for name in names if self.fggm_values[name].numel()]
+
+    def gives_weight(self) -> bool:
+        """Whether the product may be taken with our own copy of the weight, past the base layer.
+
+        Not if the base layer is wrapped by another tuner, hooked, offloaded, trained itself, does
+        something of its own in ``forward``, or cannot be dequantized: then only its output is used.
+        """
+        base = self.base_layer
+        if base is not self.get_base_layer():
+            return False
+        hooks = [hook for name in _HOOKS for hook in getattr(base, name).values()]
+        if not all(isinstance(hook, KeptDeltaHook) for hook in hooks):
+            return False
+        if getattr(getattr(base, "_hf_hook", None), "offload", False):
+            return False
+        if self.quantization_backend is not None:
+            return self.quantization_backend.supports_merge
+        return self.has_plain_forward() and not base.weight.requires_grad
+
+    def has_plain_forward(self) -> bool:
+        """Whether the base layer computes what its type stands for, and nothing else."""
+        return True
+
+    def weight_copy(self) -> Tensor:
+        """The base weight ``[o, i]`` in memory of its own: a copy, or the dequantized weight."""
+        weight = self.get_base_weight().detach()
+        if self.quantization_backend is None:
+            return self.matrix(weight.clone())
+        kept = getattr(self.get_base_layer(), KEPT, None)
+        return weight if kept is None else effective_weight(weight, kept.deltas)
+
+    # Merging ------------------------------------------------------------------------------------
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        keep_originals: bool = True,
+        quantized_merge: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ModuleMerge | None:
+        """Merge adapters into the base layer.
+
+        Args:
+            safe_merge: raise before anything is changed if the merged weights are not finite.
+            adapter_names: which; the active ones by default.
+            keep_originals: keep what ``unmerge`` needs to restore the base bit for bit.
+            quantized_merge: overrides the adapter's mode.
+            dtype: of a layer that ``quantized_merge="dequantize"`` makes dense; default: its compute dtype.
+
+        Returns:
+            What became of the delta, or None if there was nothing to merge.
+
+        Raises:
+            ValueError: not finite, with ``safe_merge``.
+            LossyMergeError: a quantized base would lose part of the delta (``quantized_merge="auto"``).
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.fggm_values]
+        if not names:
+            return None
+        if self.quantization_backend is None:
+            report = merge_dense_(self, names, safe_merge, keep_originals)
+        else:
+            replacement, report = merge_quantized(self, names, safe_merge, quantized_merge, dtype)
+            if keep_originals:
+                self._replaced_bases.append(self.base_layer)
+            self._set_base(replacement)
+        self.merged_adapters.extend(names)
+        return report
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out again: the base layer is what it was, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        base = self.get_base_layer()
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.fggm_originals:
+                self._restore_(base.weight.data, name, self.fggm_originals.pop(name))
+            if f"{name}_bias" in self.fggm_originals:
+                entries = self.fggm_originals.pop(f"{name}_bias")
+                base.bias.data.index_copy_(0, self.fggm_indices[name].long(), entries.to(base.bias.dtype))
+        if self._replaced_bases:
+            self._set_base(self._replaced_bases[0])
+            self._replaced_bases.clear()
+
+    def _restore_(self, weight: Tensor, name: str, entries: Tensor) -> None:
+        matrix = self.matrix(weight)
+        self.granularity[name].put_(matrix, self.fggm_indices[name], entries.to(weight.dtype))
+        self.write_back_(weight, matrix)
+
+    def write_back_(self, weight: Tensor, matrix: Tensor) -> None:
+        """Make sure that what was written to ``matrix`` is in ``weight``, where it was no view of it."""
+        if matrix.data_ptr() != weight.data_ptr():
+            weight.copy_(self.unmatrix(matrix))
+
+    def _set_base(self, base_layer: nn.Module) -> None:
+        kwargs = {}
+        if (tensor_subclass := getattr(self.quantization_backend, "get_apply_tensor_subclass", None)) is not None:
+            kwargs["get_apply_tensor_subclass"] = tensor_subclass
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(base_layer, **kwargs)
+
+    # Torch and PEFT -----------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse: bool = True):
+        for base in self._replaced_bases:
+            base._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move one adapter; unlike PEFT's this keeps its dtype: float32 values must not pass through bfloat16."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for container in (self.fggm_values, self.fggm_bias, self.fggm_indices):
+            if device is None or adapter_name not in container:
+                continue
+            tensor = container[adapter_name]
+            if tensor.device.type != "meta":
+                container[adapter_name] = tensor.to(device)
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(
+            f"{name}={len(self.fggm_indices[name])} {granularity.name}s"
+            for name, granularity in self.granularity.items()
+        )
+        return ", ".join(part for part in (adapters, quantization_extra_repr(self)) if part)
+
+    def __repr__(self) -> str:
+        return "fggm." + super().__repr__()

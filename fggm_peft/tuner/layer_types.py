@@ -1,0 +1,195 @@
+"""The types of layers that FGGM adapts: how each stores its weight, uses it, and is differentiated.
+
+A new type is one class here and one line in ``LAYER_TYPES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from ..core.linear import SparseDelta, additive_linear, effective_linear, effective_matrix
+from ..core.per_sample import (
+    EmbeddingGradients,
+    GroupedGradients,
+    LinearGradients,
+    unfold_convolution,
+)
+from .layer import FGGMLayer
+
+# Without gradients, copying the weight pays from about this many positions on; a decoding step
+# takes the additive form (measured: benchmarks/training_step.py).
+_MIN_POSITIONS_TO_COPY = 32
+
+
+class FGGMLinear(FGGMLayer):
+    """``nn.Linear``, transformers' ``Conv1D`` and the linear layers of PEFT's quantization backends."""
+
+    @property
+    def weight_shape(self):
+        inputs, outputs = _get_in_out_features(self.get_base_layer())
+        return outputs, inputs
+
+    @property
+    def is_transposed(self) -> bool:
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def matrix(self, weight):
+        return weight.mT if self.is_transposed else weight
+
+    def unmatrix(self, matrix):
+        return matrix.mT if self.is_transposed else matrix
+
+    def has_plain_forward(self):
+        return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
+
+    def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
+        dtype = self._compute_dtype(x)
+        decoding = not torch.is_grad_enabled() and self.positions(x) < _MIN_POSITIONS_TO_COPY
+        if dtype is None or decoding or args or kwargs or not self.gives_weight():
+            output = self.base_layer(x, *args, **kwargs)
+            output = additive_linear(output, x.to(output.dtype), deltas)
+            bias = self.added_bias()
+            return output if bias is None else output + bias.to(output.dtype)
+        bias = self.bias_with_deltas(self.base_layer.bias)
+        bias = None if bias is None else bias.to(dtype)
+        output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
+        return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype the base layer would compute in; None if it would refuse ``x``."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        if self.quantization_backend is not None:
+            return getattr(self.base_layer, "compute_dtype", None) or x.dtype
+        return x.dtype if x.dtype == self.base_layer.weight.dtype else None
+
+    def per_sample(self, calls, gram):
+        return LinearGradients(*_concatenated((_tokens(x), _tokens(g)) for x, g in calls), gram)
+
+
+class FGGMConv(FGGMLayer):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``; the weight is ``[o, i * kernel]``."""
+
+    @property
+    def weight_shape(self):
+        weight = self.get_base_layer().weight
+        return weight.shape[0], weight[0].numel()
+
+    def matrix(self, weight):
+        return weight.flatten(1)
+
+    def unmatrix(self, matrix):
+        return matrix.view(self.get_base_layer().weight.shape)
+
+    def adapted_forward(self, deltas, x, *args, **kwargs):
+        layer = self.get_base_layer()
+        if self.gives_weight():
+            weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
+            return layer._conv_forward(x, weight, self.bias_with_deltas(layer.bias))
+        output = self.base_layer(x, *args, **kwargs)
+        zeros = torch.zeros_like(layer.weight, requires_grad=False)
+        delta = self.unmatrix(effective_matrix(lambda: self.matrix(zeros), deltas))
+        return output + layer._conv_forward(x, delta.to(x.dtype), self.added_bias())
+
+    def per_sample(self, calls, gram):
+        layer = self.get_base_layer()
+        patches, g = _concatenated((unfold_convolution(layer, x), g.flatten(2).mT) for x, g in calls)
+        if layer.groups == 1:
+            return LinearGradients(patches.squeeze(2), g)
+        return GroupedGradients(patches, g.unflatten(2, (layer.groups, -1)))
+
+
+class FGGMEmbedding(FGGMLayer):
+    """``nn.Embedding``: rows are tokens. Only the rows that are looked up are ever touched."""
+
+    @property
+    def weight_shape(self):
+        layer = self.get_base_layer()
+        return layer.num_embeddings, layer.embedding_dim
+
+    def matrix(self, weight):
+        return weight
+
+    def unmatrix(self, matrix):
+        return matrix
+
+    def adapted_forward(self, deltas, x, *args, **kwargs):
+        output = self.base_layer(x, *args, **kwargs)
+        embed_scale = self._get_embed_scale()
+        wide = torch.promote_types(output.dtype, torch.float32)
+        result = output.to(wide)
+        for delta in deltas:
+            rows = delta.granularity.delta_rows(
+                x.reshape(-1), delta.indices, delta.values * delta.scale, self.weight_shape
+            )
+            rows = rows.view(*x.shape, -1).to(wide)
+            result = result + (rows if embed_scale is None else rows * embed_scale)
+        return result.to(output.dtype)
+
+    def per_sample(self, calls, gram):
+        tokens, g = _concatenated((x.reshape(len(x), -1), _tokens(g)) for x, g in calls)
+        embed_scale = self._get_embed_scale()
+        return EmbeddingGradients(tokens, g if embed_scale is None else g * embed_scale, self.weight_shape[0])
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    """``[b, ..., f]`` as ``[b, t, f]``."""
+    return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(1, -2)
+
+
+def _concatenated(calls: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The calls of a layer as one call with all their positions."""
+    inputs, gradients = zip(*calls, strict=True)
+    if len(inputs) == 1:
+        return inputs[0], gradients[0]
+    return torch.cat(inputs, 1), torch.cat(gradients, 1)
+
+
+LAYER_TYPES: list[tuple[str, Callable[[nn.Module], bool], type[FGGMLayer]]] = [
+    ("torch.nn.Linear", lambda layer: isinstance(layer, nn.Linear), FGGMLinear),
+    ("transformers' Conv1D", lambda layer: isinstance(layer, Conv1D), FGGMLinear),
+    (
+        "torch.nn.Conv1d, Conv2d, Conv3d",
+        lambda layer: isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+        FGGMConv,
+    ),
+    ("torch.nn.Embedding", lambda layer: isinstance(layer, nn.Embedding), FGGMEmbedding),
+]
+
+
+def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGMLayer:
+    """Wrap a targeted layer.
+
+    Args:
+        base_layer: the layer, or another tuner's layer around it.
+        name: its module path, for the error.
+
+    Raises:
+        TypeError: the layer is of no supported type; the message lists the supported ones.
+    """
+    target = base_layer
+    while hasattr(target, "base_layer"):
+        target = target.base_layer
+    backend = resolve_quantization_backend(target, **quantization_kwargs)
+    if backend is not None and backend.layer_type == "linear":
+        return FGGMLinear(base_layer, **quantization_kwargs)
+    weight = getattr(target, "weight", None)  # an integer one is quantized, and PEFT has no backend for it
+    floating = isinstance(weight, Tensor) and weight.is_floating_point()
+    # the attention that owns this kind of linear layer reads its weight and never calls it
+    if floating and not isinstance(target, NonDynamicallyQuantizableLinear):
+        for _, matches, layer_class in LAYER_TYPES:
+            if matches(target):
+                return layer_class(base_layer, **quantization_kwargs)
+    supported = ", ".join(description for description, _, _ in LAYER_TYPES)
+    raise TypeError(
+        f"{name or 'the targeted module'} is a {type(target).__module__}.{type(target).__qualname__}, which FGGM "
+        f"does not support. Supported are {supported}, and linear layers quantized by bitsandbytes, HQQ, torchao, "
+        "GPTQ, AWQ, AQLM or EETQ. Leave it out with `exclude_modules`."
+    )

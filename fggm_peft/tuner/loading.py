@@ -1,0 +1,86 @@
+"""Checks a file's tensors against the model, then makes room for them.
+
+Adapters come from strangers: every key, shape, dtype and index is checked before anything in the
+model changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import AdapterFileError
+from .layer import FGGMLayer
+
+
+def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Resize the adapter's values and indices to those of a file that is about to be loaded.
+
+    Args:
+        model: has the adapter's layers.
+        state_dict: keys as the model has them, adapter name included.
+
+    Raises:
+        AdapterFileError: a tensor is missing, or does not fit; names its key. Nothing has changed then.
+    """
+    sizes: dict[FGGMLayer, int] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FGGMLayer) or adapter_name not in layer.fggm_values:
+            continue
+        name = name.removeprefix("_fsdp_wrapped_module.")
+        keys = _Keys(state_dict, name, adapter_name)
+        if keys.absent():
+            continue  # PEFT reports keys that are missing altogether
+        sizes[layer] = _checked_size(layer, adapter_name, keys)
+    for layer, k in sizes.items():
+        layer.resize_(adapter_name, k)
+        layer.selected[adapter_name] = any(sizes.values())
+
+
+class _Keys:
+    """The tensors of one layer in a state dict."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor], module: str, adapter_name: str):
+        self.names = {part: f"{module}.fggm_{part}.{adapter_name}" for part in ("indices", "values", "bias")}
+        self.tensors = {part: state_dict.get(name) for part, name in self.names.items()}
+
+    def absent(self) -> bool:
+        return all(tensor is None for tensor in self.tensors.values())
+
+    def require(self, part: str, legal: bool, problem: str) -> None:
+        if not legal:
+            raise AdapterFileError(
+                f"{self.names[part]}: {problem}. The file was made for another base model or is damaged."
+            )
+
+
+def _checked_size(layer: FGGMLayer, adapter_name: str, keys: _Keys) -> int:
+    indices, values, bias = (keys.tensors[part] for part in ("indices", "values", "bias"))
+    for part, tensor in (("indices", indices), ("values", values)):
+        keys.require(part, tensor is not None, "this tensor is missing")
+    assert indices is not None and values is not None
+    integer = indices.dtype in (torch.int32, torch.int64) and indices.dim() == 1
+    keys.require("indices", integer, f"expected a vector of int32 or int64, got {_describe(indices)}")
+    granularity, shape = layer.granularity[adapter_name], layer.weight_shape
+    k, units = len(indices), granularity.units(shape)
+    if k and not indices.is_meta:
+        low, high = int(indices.min()), int(indices.max())
+        inside = low >= 0 and high < units
+        keys.require("indices", inside, f"indices {low}..{high} do not fit the {units} {granularity.name}s here")
+        rising = bool((indices[1:] > indices[:-1]).all())
+        keys.require("indices", rising, "indices are not sorted and unique")
+    expected = granularity.values_shape(shape, k)
+    fits = values.is_floating_point() and tuple(values.shape) == expected
+    keys.require("values", fits, f"expected floating-point values {list(expected)}, got {_describe(values)}")
+    if bias is not None:
+        fits = bias.is_floating_point() and tuple(bias.shape) == (k,)
+        keys.require("bias", fits, f"expected floating-point values [{k}], got {_describe(bias)}")
+    wanted = adapter_name in layer.fggm_bias
+    keys.require("bias", wanted == (bias is not None), "bias entries are " + ("missing" if wanted else "unexpected"))
+    return k
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

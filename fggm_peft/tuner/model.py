@@ -1,0 +1,171 @@
+"""``FGGMModel``: the tuner that PEFT makes when a config says ``peft_type="FGGM"``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from ..core.criteria import CRITERIA
+from .bitsandbytes_guard import guard_four_bit_layers
+from .config import FGGMConfig
+from .layer import FGGMLayer
+from .layer_types import make_layer
+from .loading import fit_layers_to_state_dict
+from .merging import MergeReport, commit_mode, pending, preview_merge
+from .support import choose_supports, criterion_scores, fggm_layers, write_supports
+
+logger = logging.getLogger(__name__)
+
+
+class FGGMModel(BaseTuner):
+    """
+    Adapts a model by sparse trainable deltas (FGGM, arXiv 2601.18261).
+
+    An adapter whose criterion needs data is born empty, and ``fggm_peft.select_parameters`` fills it; one that needs
+    none is filled here.
+
+    Args:
+        model: the model to adapt.
+        config: an ``FGGMConfig``.
+        adapter_name: the adapter's name.
+
+    Raises:
+        TypeError: a targeted module is of no supported type.
+    """
+
+    prefix: str = "fggm_"
+    tuner_layer_cls = FGGMLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _prepare_model(self, peft_config, model):
+        guard_four_bit_layers(model)
+
+    def _check_new_adapter_config(self, config):
+        """Several adapters with ``bias`` are fine: each has its own bias entries."""
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ):
+        if isinstance(target, FGGMLayer):
+            layer = target
+        else:
+            layer = make_layer(target, current_key, **get_quantization_kwargs(self.model))
+            layer.set_adapter(self.active_adapters)
+            layer.train(target.training)
+        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        layers = fggm_layers(model, adapter_name)
+        on_meta = any(layer.fggm_values[adapter_name].is_meta for layer in layers.values())
+        if CRITERIA[config.criterion].needs_data or on_meta or not layers:
+            return
+        choices = choose_supports(
+            layers,
+            config,
+            adapter_name,
+            lambda name: criterion_scores(layers[name], name, config, adapter_name),
+        )
+        write_supports(layers, config, adapter_name, choices)
+
+    # Our bias entries are parameters of their own; the base's bias never trains -----------------
+
+    def _mark_only_adapters_as_trainable(self, model):
+        super()._mark_only_adapters_as_trainable(model)
+        for module in model.modules():
+            bias = getattr(module.get_base_layer(), "bias", None) if isinstance(module, FGGMLayer) else None
+            if isinstance(bias, nn.Parameter):
+                bias.requires_grad_(False)  # PEFT takes "fggm_only" for the whole bias
+
+    def disable_adapter_layers(self):
+        self._enable_adapter_layers(enabled=False)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model, state_dict, config):
+        return {}
+
+    # Merging -------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> MergeReport:
+        """Merge adapters into the base; ``unmerge_adapter`` restores it bit for bit.
+
+        Everything is checked before anything is changed.
+
+        Args:
+            adapter_names: which; the active ones by default.
+            safe_merge: raise if a merged weight would be NaN or infinite.
+
+        Returns:
+            What became of each module's delta. It is logged too.
+
+        Raises:
+            ValueError: not finite, with ``safe_merge``.
+            LossyMergeError: a quantized base would lose part of the delta (``quantized_merge="auto"``).
+        """
+        return self._merge_all(adapter_names, safe_merge, keep_originals=True)
+
+    def _merge_all(self, names: list[str] | None, safe_merge: bool, keep_originals: bool) -> MergeReport:
+        self._check_merge_allowed()
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
+        tuner_layers = {name: m for name, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        ours = {name: m for name, m in tuner_layers.items() if isinstance(m, FGGMLayer)}
+        preview_merge(ours, names, safe_merge)
+        dtype = self._compute_dtype()
+        records = []
+        for name, layer in tuner_layers.items():
+            with onload_layer(layer):
+                if not isinstance(layer, FGGMLayer):  # another method's layer in a mixed model
+                    layer.merge(safe_merge=safe_merge, adapter_names=names)
+                    continue
+                todo = pending(layer, names)
+                mode = commit_mode(layer, todo) if todo else None
+                record = layer.merge(safe_merge, names, keep_originals, quantized_merge=mode, dtype=dtype)
+            if record is not None:
+                records.append(replace(record, name=name))
+        report = MergeReport(records)
+        logger.info("%s", report)
+        return report
+
+    def _compute_dtype(self) -> torch.dtype:
+        """The dtype that the model's own floating-point weights have, for layers that become dense."""
+        own = (
+            parameter.dtype
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_floating_point() and f".{self.prefix}" not in name
+        )
+        return next(own, torch.float32)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ):
+        if merge:
+            self._merge_all(adapter_names, safe_merge, keep_originals=False)
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    # Files ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        fit_layers_to_state_dict(model, adapter_name, state_dict)
+        return state_dict

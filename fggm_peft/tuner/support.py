@@ -1,0 +1,114 @@
+"""From scores to supports: finds the adapted layers, asks the threshold policies, writes the result."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.criteria import CRITERIA, Quantities
+from ..core.errors import NonFiniteScoreError
+from ..core.threshold import ThresholdPolicy
+from .config import FGGMConfig
+from .layer import FGGMLayer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a policy chose in one module.
+
+    Args:
+        indices: ``[k]`` int64 on the CPU, sorted.
+        units: how many units there were to choose from.
+        score_share: share of the module's total score that the chosen units hold, in [0, 1].
+    """
+
+    indices: Tensor
+    units: int
+    score_share: float
+
+
+def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, FGGMLayer]:
+    """The layers that have the adapter, by module path within the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, FGGMLayer) and adapter_name in module.fggm_values
+    }
+
+
+def module_generator(config: FGGMConfig, name: str) -> torch.Generator:
+    """A generator seeded for one module by the config's seed and the module's path alone."""
+    return torch.Generator().manual_seed((config.seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
+
+
+def criterion_scores(
+    layer: FGGMLayer, name: str, config: FGGMConfig, adapter_name: str, fisher: Tensor | None = None
+) -> Tensor:
+    """What the config's criterion makes of one module, ``[units]``."""
+    quantities = Quantities(
+        granularity=layer.granularity[adapter_name],
+        shape=layer.weight_shape,
+        weight=layer.weight_copy,
+        generator=module_generator(config, name),
+        fisher=fisher,
+    )
+    return CRITERIA[config.criterion].score(quantities)
+
+
+def choose_supports(
+    layers: dict[str, FGGMLayer], config: FGGMConfig, adapter_name: str, scores: Callable[[str], Tensor]
+) -> dict[str, Choice]:
+    """Ask the policies which units may move; nothing in the layers is changed.
+
+    With layer scope one module's scores exist at a time, with global scope all of them.
+
+    Args:
+        layers: module path -> layer.
+        scores: module path -> ``[units]``, finite and not negative; called once for each module.
+
+    Raises:
+        NonFiniteScoreError: a score is NaN or infinite; names the module.
+    """
+    together: dict[ThresholdPolicy, list[str]] = {}
+    choices: dict[str, Choice] = {}
+    for name in layers:
+        policy = config.policy(name)
+        if policy.scope == "global":
+            together.setdefault(policy, []).append(name)
+        else:
+            choices.update(_choose(policy, [name], layers, adapter_name, scores))
+    for policy, names in together.items():
+        choices.update(_choose(policy, names, layers, adapter_name, scores))
+    return {name: choices[name] for name in layers}
+
+
+def _choose(policy, names: Iterable[str], layers, adapter_name, scores) -> dict[str, Choice]:
+    names = list(names)
+    vectors = [scores(name) for name in names]
+    for name, vector in zip(names, vectors, strict=True):
+        if not torch.isfinite(vector).all():
+            raise NonFiniteScoreError(f"a score of module {name} is NaN or infinite")
+    costs = [layers[name].granularity[adapter_name].parameters_per_unit(layers[name].weight_shape) for name in names]
+    chosen = policy.choose(vectors, costs)
+    return {
+        name: Choice(indices, len(vector), _share(vector, indices))
+        for name, vector, indices in zip(names, vectors, chosen, strict=True)
+    }
+
+
+def _share(scores: Tensor, indices: Tensor) -> float:
+    total = float(scores.double().sum())
+    return float(scores[indices.to(scores.device)].double().sum()) / total if total else 0.0
+
+
+def write_supports(
+    layers: dict[str, FGGMLayer], config: FGGMConfig, adapter_name: str, choices: dict[str, Choice]
+) -> None:
+    """Give every layer its support, with values of zero (normal values if ``init_weights`` is False)."""
+    for name, layer in layers.items():
+        generator = None if config.init_weights else module_generator(config, name)
+        layer.set_support(adapter_name, choices[name].indices, generator)
