@@ -106,7 +106,7 @@ class Rows(Granularity):
         return matrix.sum(1)
 
     def accumulate_(self, scores, gradients, half):
-        scores.index_add_(0, half, gradients.row_scores())
+        scores.index_add_(0, half, gradients.row_scores().to(scores.dtype))
 
     def gather(self, weight, indices):
         return weight.index_select(0, indices)
@@ -150,7 +150,7 @@ class Columns(Granularity):
         return matrix.sum(0)
 
     def accumulate_(self, scores, gradients, half):
-        scores.index_add_(0, half, gradients.column_scores())
+        scores.index_add_(0, half, gradients.column_scores().to(scores.dtype))
 
     def gather(self, weight, indices):
         return weight.index_select(1, indices)

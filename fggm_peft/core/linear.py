@@ -70,12 +70,13 @@ def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta
     return _AdditiveLinear.apply(base_output, x, tuple(deltas), *(d.values for d in deltas))
 
 
-def _value_gradients(ctx, first: int, x: Tensor, g: Tensor, values: Sequence[Tensor]):
+def _value_gradients(ctx, first: int, x: Tensor | None, g: Tensor, values: Sequence[Tensor]):
     """Gradients of the values of every delta that wants one, and None for the others."""
     for position, (delta, value) in enumerate(zip(ctx.deltas, values, strict=True)):
         if not ctx.needs_input_grad[first + position]:
             yield None
             continue
+        assert x is not None
         gradient = delta.granularity.value_gradient(x, g, delta.indices).to(value.dtype)
         yield gradient if delta.scale == 1 else gradient.mul_(delta.scale)
 

@@ -107,7 +107,7 @@ class GroupedGradients(PerSampleGradients):
         return self.squares.sum(1)
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
-        scores.index_add_(0, half, self.squares.flatten(1))
+        scores.index_add_(0, half, self.squares.flatten(1).to(scores.dtype))
 
 
 class EmbeddingGradients(PerSampleGradients):

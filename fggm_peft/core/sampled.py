@@ -6,6 +6,8 @@ sampled product of two dense matrices; torch's own sparse CSR is 4 to 11 times s
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,7 +75,7 @@ def bag_sampled_product(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> 
 def gathered_dots(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The same in public operators, for a torch whose private operator has gone."""
     left, right = g.mT.contiguous(), x.mT.contiguous()
-    step = max(1, _GATHER_ENTRIES // x.shape[0])
+    step = max(1, _GATHER_ENTRIES // max(1, x.shape[0]))
     parts = [
         (left[r].float() * right[c].float()).sum(1) for r, c in zip(rows.split(step), columns.split(step), strict=True)
     ]
@@ -85,9 +87,10 @@ def dense_chunks(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
     width = x.shape[1]
     step = max(1, _CHUNK_ENTRIES // width)
     result = x.new_empty(indices.numel())
-    bounds = torch.arange(0, g.shape[1] + step, step, device=indices.device) * width
-    bounds = torch.searchsorted(indices, bounds.to(indices.dtype)).tolist()
-    for chunk, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    # the last edge stays below 2**31 wherever the indices are int32
+    edges = torch.arange(0, g.shape[1] + step, step, device=indices.device).clamp_(max=g.shape[1]) * width
+    bounds = torch.searchsorted(indices, edges.to(indices.dtype)).tolist()
+    for chunk, (first, last) in enumerate(itertools.pairwise(bounds)):
         if first == last:
             continue
         start = chunk * step

@@ -108,12 +108,13 @@ class ScoreMass(ThresholdPolicy):
 
     def choose(self, scores, costs):
         if self.scope == "layer":
-            return [self._holding([s], [cost])[0] for s, cost in zip(scores, costs, strict=True)]
+            return [self._holding([s], [1])[0] for s in scores]
         return self._holding(scores, costs)
 
     def _holding(self, scores: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
         ranks = _per_parameter(scores, costs)
-        total = sum(float(s.double().sum()) for s in scores)
+        # of the ranks, not of the scores: dividing by the cost has rounded them
+        total = sum(float(rank.double().sum()) * cost for rank, cost in zip(ranks, costs, strict=True))
         mass = [lambda rank, cost=cost: rank.double() * cost for cost in costs]
         # the last entry may overshoot: the set must hold the fraction, not stay below it
         return _take(ranks, mass, self.fraction * total * (1 - 1e-12), overshoot=True)

@@ -37,6 +37,8 @@ class ScoreCollector:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # the hooked outputs hang on it, so that there is a graph although every parameter is frozen
         self._anchor = torch.zeros((), requires_grad=True)
+        self._half: Tensor | None = None
+        self._padding: Tensor | None = None
 
     def __enter__(self) -> ScoreCollector:
         for name, layer in self.layers.items():
@@ -93,8 +95,8 @@ class ScoreCollector:
 
     def _forget_batch(self) -> None:
         self._in_backward = False
-        self._half: Tensor | None = None
-        self._padding: Tensor | None = None
+        self._half = None
+        self._padding = None
         self._calls = dict.fromkeys(self.layers, 0)
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
         self._last_input: tuple[Tensor, Tensor] | None = None

@@ -105,7 +105,7 @@ class FisherPass:
     def _likelihood(self) -> tuple[LogLikelihood, nn.Module]:
         if self.log_likelihood is not None:
             return self.log_likelihood, self.model
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = unwrapped(self.model)
         generator = None
         if self.config.fisher_labels == "model":
             generator = torch.Generator().manual_seed(self.config.seed)
@@ -158,7 +158,14 @@ class FisherPass:
     def _checkpointed_embeddings(self) -> nn.Module | None:
         if not any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             return None
+        get = getattr(unwrapped(self.model), "get_input_embeddings", None)
         try:
-            return self.model.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
+            return get() if callable(get) else None
+        except NotImplementedError:  # transformers' own answer for a model without one
             return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of a ``PeftModel``; its FGGM layers stay in it."""
+    get = getattr(model, "get_base_model", None)
+    return get() if callable(get) else model

@@ -33,7 +33,7 @@ def default_log_likelihood(
     Raises:
         ValueError: the head is not known; the message says what to pass instead.
     """
-    head = _HEADS.get(task_type or _task_type_of(model))
+    head = _HEADS.get(task_type or _task_type_of(model) or "")
     if head is None:
         raise ValueError(
             f"cannot tell the likelihood of a {type(model).__name__} (task_type={task_type!r}). Set task_type on the "
@@ -124,7 +124,7 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 
 
-_HEADS = {
+_HEADS: dict[str, Callable[..., Tensor]] = {
     TaskType.CAUSAL_LM: _causal,
     TaskType.SEQ_2_SEQ_LM: _sequence_to_sequence,
     TaskType.SEQ_CLS: _sequence_classification,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from accelerate.utils.modeling import convert_file_size_to_int
@@ -19,7 +20,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import Choice, choose_supports, criterion_scores, fggm_layers, write_supports
 from .agreement import split_half_agreement
-from .fisher_pass import FisherPass
+from .fisher_pass import Counts, FisherPass, Scores
 from .log_likelihood import LogLikelihood
 from .report import ModuleSelection, SelectionReport
 
@@ -72,18 +73,15 @@ def select_parameters(
     layers = fggm_layers(model, adapter_name)
     _check_selectable(layers, adapter_name, num_samples, reset)
     criterion = CRITERIA[config.criterion]
-    agreement: tuple[float | None, dict[str, float | None]] = (None, {})
     if criterion.needs_data:
         if dataloader is None:
             raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
         fisher_pass = FisherPass(model, config, adapter_name, dataloader, log_likelihood, progress)
-        choices, agreement, samples = _choose_from_data(
-            fisher_pass, layers, config, adapter_name, num_samples, score_memory
-        )
+        outcome = _choose_from_data(fisher_pass, layers, config, adapter_name, num_samples, score_memory)
     else:
-        choices, samples = _choose(layers, config, adapter_name, None), 0
-    write_supports(layers, config, adapter_name, choices)
-    report = _report(layers, config, adapter_name, choices, samples, agreement, time.perf_counter() - start)
+        outcome = _Outcome(_choose(layers, config, adapter_name, None), ({}, {}), 0)
+    write_supports(layers, config, adapter_name, outcome.choices)
+    report = _report(layers, config, adapter_name, outcome, time.perf_counter() - start)
     config.selection = report.summary()
     if report.empty_modules:
         names = ", ".join(report.empty_modules[:3]) + (", ..." if len(report.empty_modules) > 3 else "")
@@ -102,12 +100,13 @@ def _adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:
         active = active() if callable(active) else active
         active = [active] if isinstance(active, str) else list(active or configs)
         name = next((a for a in active if isinstance(configs.get(a), FGGMConfig)), None)
-    if not isinstance(configs.get(name), FGGMConfig):
+    config = configs.get(name)
+    if name is None or not isinstance(config, FGGMConfig):
         raise ValueError(
             f"the model has no {'active FGGM adapter' if name is None else f'FGGM adapter named {name!r}'}; "
             "wrap it with get_peft_model(model, FGGMConfig(...)) first"
         )
-    return name, configs[name]
+    return name, config
 
 
 def _check_selectable(layers: Mapping[str, FGGMLayer], adapter_name: str, num_samples: Any, reset: bool) -> None:
@@ -134,47 +133,66 @@ def _choose(layers, config, adapter_name, fisher: Callable[[str], Tensor] | None
     return choose_supports(layers, config, adapter_name, scores)
 
 
-def _choose_from_data(
-    fisher_pass: FisherPass, layers, config: FGGMConfig, adapter_name: str, num_samples, score_memory
-) -> tuple[dict[str, Choice], tuple[float | None, dict[str, float | None]], int]:
+@dataclass(frozen=True)
+class _Outcome:
+    """What the data chose: from all samples, and from each half of them."""
+
+    choices: dict[str, Choice]
+    halves: tuple[dict[str, Choice], dict[str, Choice]]
+    samples: int
+
+
+def _choose_from_data(fisher_pass, layers, config, adapter_name, num_samples, score_memory) -> _Outcome:
     groups = _groups(layers, config, adapter_name, score_memory)
     if len(groups) > 1:
         fisher_pass.require_repeatable(len(groups))
-    choices: dict[str, Choice] = {}
-    halves: tuple[dict[str, Choice], dict[str, Choice]] = ({}, {})
-    costs = {
+    total = _Outcome({}, ({}, {}), 0)
+    for number, group in enumerate(groups):
+        suffix = f" {number + 1}/{len(groups)}" if len(groups) > 1 else ""
+        part = _choose_group(fisher_pass, group, config, adapter_name, num_samples, "Fisher pass" + suffix)
+        if isinstance(num_samples, int) and part.samples < num_samples:
+            warnings.warn(f"num_samples={num_samples}, but the data has {part.samples}; all were used", stacklevel=3)
+        num_samples = part.samples  # every group of modules sees the same samples
+        for seen, new in zip((total.choices, *total.halves), (part.choices, *part.halves), strict=True):
+            seen.update(new)
+        total = replace(total, samples=part.samples)
+    return total
+
+
+def _choose_group(fisher_pass, group, config, adapter_name, num_samples, description) -> _Outcome:
+    costs = _costs(group, adapter_name)
+
+    def halves(scores: Scores, counts: Counts) -> tuple[dict[str, Choice], dict[str, Choice]]:
+        first = _choose(group, config, adapter_name, lambda name: scores[name][0] / counts[0])
+        second = _choose(group, config, adapter_name, lambda name: scores[name][1] / counts[1])
+        return first, second
+
+    def enough(scores: Scores, counts: Counts) -> bool:
+        agreement, _ = split_half_agreement(*halves(scores, counts), costs)
+        return agreement is None or agreement >= SUFFICIENT_AGREEMENT
+
+    automatic = num_samples == "auto"
+    scores, counts = fisher_pass.run(
+        group,
+        limit=MAX_SAMPLES if automatic else num_samples,
+        enough=enough if automatic else None,
+        first_check=MIN_SAMPLES,
+        description=description,
+    )
+    samples = sum(counts)
+
+    def mean(name: str) -> Tensor:
+        return scores[name].sum(0) / samples
+
+    choices = _choose(group, config, adapter_name, mean)
+    return _Outcome(choices, halves(scores, counts) if min(counts) else ({}, {}), samples)
+
+
+def _costs(layers: Mapping[str, FGGMLayer], adapter_name: str) -> dict[str, int]:
+    """Module path -> how many weight entries one of its units holds."""
+    return {
         name: layer.granularity[adapter_name].parameters_per_unit(layer.weight_shape) for name, layer in layers.items()
     }
-
-    def choose_halves(group, scores, counts):
-        return tuple(
-            _choose(group, config, adapter_name, lambda name, half=half: scores[name][half] / counts[half])
-            for half in (0, 1)
-        )
-
-    wanted = num_samples
-    for number, group in enumerate(groups):
-
-        def enough(scores, counts, group=group) -> bool:
-            return (split_half_agreement(*choose_halves(group, scores, counts), costs)[0] or 0) >= SUFFICIENT_AGREEMENT
-
-        scores, counts = fisher_pass.run(
-            group,
-            limit=MAX_SAMPLES if wanted == "auto" else wanted,
-            enough=enough if wanted == "auto" else None,
-            first_check=MIN_SAMPLES,
-            description=f"Fisher pass {number + 1}/{len(groups)}" if len(groups) > 1 else "Fisher pass",
-        )
-        samples = sum(counts)
-        if isinstance(wanted, int) and samples < wanted:
-            warnings.warn(f"num_samples={wanted}, but the data has only {samples}; all were used", stacklevel=3)
-        wanted = samples  # every group of modules sees the same samples
-        choices |= _choose(group, config, adapter_name, lambda name: scores[name].sum(0) / samples)
-        if min(counts):
-            for half, chosen in zip(halves, choose_halves(group, scores, counts), strict=True):
-                half.update(chosen)
-    agreement = split_half_agreement(*halves, costs) if halves[0] else (None, {})
-    return choices, agreement, samples
 
 
 def _groups(layers, config: FGGMConfig, adapter_name: str, score_memory) -> list[dict[str, FGGMLayer]]:
@@ -203,18 +221,29 @@ def _groups(layers, config: FGGMConfig, adapter_name: str, score_memory) -> list
     return groups
 
 
-def _report(layers, config, adapter_name, choices, samples, agreement, seconds) -> SelectionReport:
+def _report(layers, config, adapter_name, outcome: _Outcome, seconds: float) -> SelectionReport:
+    agreement: float | None = None
+    module_agreement: dict[str, float | None] = {}
+    if outcome.halves[0]:
+        agreement, module_agreement = split_half_agreement(*outcome.halves, _costs(layers, adapter_name))
     modules = [
         ModuleSelection(
             name=name,
             shape=tuple(layer.weight_shape),
-            units=choices[name].units,
-            chosen=len(choices[name].indices),
+            units=outcome.choices[name].units,
+            chosen=len(outcome.choices[name].indices),
             parameters=sum(p[adapter_name].numel() for p in (layer.fggm_values, layer.fggm_bias) if adapter_name in p),
-            score_share=choices[name].score_share,
-            agreement=agreement[1].get(name),
+            score_share=outcome.choices[name].score_share,
+            agreement=module_agreement.get(name),
         )
         for name, layer in layers.items()
     ]
-    policy = config.policy().to_dict()
-    return SelectionReport(config.granularity, config.criterion, policy, samples, agreement[0], seconds, modules)
+    return SelectionReport(
+        granularity=config.granularity,
+        criterion=config.criterion,
+        threshold=config.policy().to_dict(),
+        samples=outcome.samples,
+        agreement=agreement,
+        seconds=seconds,
+        modules=modules,
+    )

@@ -69,13 +69,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                     if "drop" in name and isinstance(value, float):
                         rates.append((module, name, value))
                         setattr(module, name, 0.0)
-        if use_cache is not None:
+        if config is not None and use_cache is not None:
             config.use_cache = False
         yield
     finally:
         for module, name, value in rates:
             setattr(module, name, value)
-        if use_cache is not None:
+        if config is not None and use_cache is not None:
             config.use_cache = use_cache
         for module, training in modes:
             module.training = training

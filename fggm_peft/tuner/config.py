@@ -115,9 +115,12 @@ class FGGMConfig(PeftConfig):
             "chosen by TopDensity, layer by layer; all others by `density` or `threshold`."
         },
     )
-    bias: Literal["none", "fggm_only"] = field(
+    bias: Literal["none", "all", "fggm_only"] = field(
         default="none",
-        metadata={"help": "'fggm_only' trains the bias entries of the chosen rows too; needs granularity='row'."},
+        metadata={
+            "help": "'fggm_only' trains the bias entries of the chosen rows (needs granularity='row'); 'all' trains "
+            "every bias of the model whole, as it does in LoRA."
+        },
     )
     fan_in_fan_out: bool = field(
         default=False,
@@ -151,8 +154,8 @@ class FGGMConfig(PeftConfig):
         CRITERIA[self.criterion]
         _require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
         _require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
-        _require_one_of("bias", self.bias, ("none", "fggm_only"))
-        if self.bias != "none" and self.granularity != "row":
+        _require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
+        if self.bias == "fggm_only" and self.granularity != "row":
             raise ValueError(
                 f"bias={self.bias!r} trains the bias entries of chosen rows and needs granularity='row', "
                 f"got granularity={self.granularity!r}"

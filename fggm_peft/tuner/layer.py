@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -60,6 +60,9 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
         self._replaced_bases: list[nn.Module] = []
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -109,7 +112,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         empty = torch.empty(granularity.values_shape(self.weight_shape, 0), **options)
         self.fggm_values[adapter_name] = nn.Parameter(empty)
         self.fggm_indices[adapter_name] = torch.empty(0, dtype=index_dtype, device=device)
-        if config.bias != "none" and getattr(self.get_base_layer(), "bias", None) is not None:
+        if config.bias == "fggm_only" and getattr(self.get_base_layer(), "bias", None) is not None:
             self.fggm_bias[adapter_name] = nn.Parameter(torch.empty(0, **options))
         self.granularity[adapter_name] = granularity
         self.quantized_merge[adapter_name] = config.quantized_merge
@@ -276,7 +279,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take all merged adapters out again: the base layer is what it was, bit for bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
         while self.merged_adapters:

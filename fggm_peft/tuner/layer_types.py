@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -33,8 +32,7 @@ class FGGMLinear(FGGMLayer):
 
     @property
     def weight_shape(self):
-        inputs, outputs = _get_in_out_features(self.get_base_layer())
-        return outputs, inputs
+        return self.out_features, self.in_features
 
     @property
     def is_transposed(self) -> bool:

@@ -50,9 +50,6 @@ class FGGMModel(BaseTuner):
     def _prepare_model(self, peft_config, model):
         guard_four_bit_layers(model)
 
-    def _check_new_adapter_config(self, config):
-        """Several adapters with ``bias`` are fine: each has its own bias entries."""
-
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
@@ -81,21 +78,34 @@ class FGGMModel(BaseTuner):
         )
         write_supports(layers, config, adapter_name, choices)
 
-    # Our bias entries are parameters of their own; the base's bias never trains -----------------
+    # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
+    # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
+
+    def _whole_bias_trains(self) -> bool:
+        return any(self.peft_config[name].bias == "all" for name in self.active_adapters if name in self.peft_config)
+
+    def _check_new_adapter_config(self, config):
+        if config.bias == "all":
+            super()._check_new_adapter_config(config)
 
     def _mark_only_adapters_as_trainable(self, model):
         super()._mark_only_adapters_as_trainable(model)
         for module in model.modules():
             bias = getattr(module.get_base_layer(), "bias", None) if isinstance(module, FGGMLayer) else None
-            if isinstance(bias, nn.Parameter):
-                bias.requires_grad_(False)  # PEFT takes "fggm_only" for the whole bias
+            if isinstance(bias, nn.Parameter) and not self._whole_bias_trains():
+                bias.requires_grad_(False)
 
     def disable_adapter_layers(self):
-        self._enable_adapter_layers(enabled=False)
+        if self._whole_bias_trains():
+            super().disable_adapter_layers()  # warns that the trained bias stays
+        else:
+            self._enable_adapter_layers(enabled=False)
 
     @classmethod
     def _get_learnable_bias_state_dict(cls, model, state_dict, config):
-        return {}
+        if config.bias != "all":
+            return {}
+        return super()._get_learnable_bias_state_dict(model, state_dict, config)
 
     # Merging -------------------------------------------------------------------------------------
 
