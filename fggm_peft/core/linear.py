@@ -49,7 +49,9 @@ def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta
         bias: ``[o]`` or None.
         deltas: their values get gradients in their own dtype.
     """
-    return _EffectiveLinear.apply(x, bias, weight, tuple(deltas), *(d.values for d in deltas))
+    # flat inside the function: a view that it returned could not be modified in place by the model
+    flat = _EffectiveLinear.apply(_flat(x), bias, weight, tuple(deltas), *(d.values for d in deltas))
+    return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
 def effective_weight(weight: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
@@ -67,7 +69,12 @@ def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta
         x: ``[..., i]``.
         deltas: their values get gradients in their own dtype.
     """
-    return _AdditiveLinear.apply(base_output, x, tuple(deltas), *(d.values for d in deltas))
+    flat = _AdditiveLinear.apply(_flat(base_output), _flat(x), tuple(deltas), *(d.values for d in deltas))
+    return flat.view(base_output.shape)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _value_gradients(ctx, first: int, x: Tensor | None, g: Tensor, values: Sequence[Tensor]):
@@ -93,43 +100,36 @@ class _EffectiveLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, *values = ctx.saved_tensors
-        flat = g.reshape(-1, g.shape[-1])
         gx = gb = None
         if ctx.needs_input_grad[0]:
-            dense = effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
-            gx = (flat @ dense).view(*g.shape[:-1], dense.shape[1])
+            gx = g @ effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
         if ctx.needs_input_grad[1]:
-            gb = flat.sum(0)
-        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
-        return (gx, gb, None, None, *_value_gradients(ctx, 4, flat_x, flat, values))
+            gb = g.sum(0)
+        return (gx, gb, None, None, *_value_gradients(ctx, 4, x, g, values))
 
 
 class _AdditiveLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, base_output, x, deltas, *values):
-        ctx.deltas, ctx.input_shape = deltas, x.shape
+        ctx.deltas, ctx.input_size = deltas, x.shape[1]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *values)
-        y = base_output.clone(memory_format=torch.contiguous_format)
-        flat_y, flat_x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        y = base_output.clone()  # the base layer's own backward may need it as it is
         for delta in deltas:
             scaled = (delta.values * delta.scale).to(x.dtype)
-            delta.granularity.add_product_(flat_y, flat_x, delta.indices, scaled)
+            delta.granularity.add_product_(y, x, delta.indices, scaled)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, *values = ctx.saved_tensors
-        flat = g.reshape(-1, g.shape[-1])
         gx = None
         if ctx.needs_input_grad[1]:
-            gx = flat.new_zeros(len(flat), ctx.input_shape[-1])
+            gx = g.new_zeros(len(g), ctx.input_size)
             for delta, value in zip(ctx.deltas, values, strict=True):
                 scaled = (value * delta.scale).to(g.dtype)
-                delta.granularity.add_input_gradient_(gx, flat, delta.indices, scaled)
-            gx = gx.view(ctx.input_shape)
-        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
-        return (g, gx, None, *_value_gradients(ctx, 3, flat_x, flat, values))
+                delta.granularity.add_input_gradient_(gx, g, delta.indices, scaled)
+        return (g, gx, None, *_value_gradients(ctx, 3, x, g, values))
 
 
 def effective_matrix(weight: WeightSource, deltas: Sequence[SparseDelta]) -> Tensor:

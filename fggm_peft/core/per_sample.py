@@ -9,7 +9,7 @@ and columns never form an ``[o, i]`` one when the Gram form is the cheaper.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +32,43 @@ class PerSampleGradients(ABC):
         """Add each sample's squared gradient to ``scores[half[b]]``, ``[2, o * i]`` float32."""
 
 
-def gram_is_cheaper(positions: int, outputs: int, inputs: int) -> bool:
-    """Whether ``t * (o + i) < o * i``: the Gram form then needs fewer operations than ``g.mT @ x``."""
-    return positions * (outputs + inputs) < outputs * inputs
+def gram_is_cheaper(positions: int, outputs: int, inputs: int, shared_by: int = 1) -> bool:
+    """Whether the Gram form of row scores takes fewer operations than ``g.mT @ x`` does.
+
+    That is ``t * (i / shared_by + o) < i * o`` if ``shared_by`` layers have the same input. For column
+    scores exchange inputs and outputs.
+    """
+    return positions * (inputs / shared_by + outputs) < outputs * inputs
 
 
-def gram_matrix(x: Tensor) -> Tensor:
-    """``x @ x.mT`` of each sample, ``[b, t, t]``; accumulated and returned in float32 at least."""
-    x = _widened(x)
-    return x @ x.mT
+class GramMatrix:
+    """``x @ x.mT`` of each sample, ``[b, t, t]``, remembered for layers with one input (q, k, v; gate, up).
+
+    Accumulated and returned in float32 at least.
+
+    Args:
+        shared_by: how many layers will ask for it; it is forgotten when they have.
+    """
+
+    def __init__(self, shared_by: int = 1):
+        self.shared_by = shared_by
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._asked = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is None or not same_memory(self._last[0], x):
+            wide = _widened(x)
+            self._last = x, wide @ wide.mT
+        gram = self._last[1]
+        self._asked += 1
+        if self._asked >= self.shared_by:
+            self._last = None
+        return gram
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are the same memory in the same shape."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -53,23 +81,22 @@ class LinearGradients(PerSampleGradients):
     Args:
         x: layer input, ``[b, t, i]``.
         g: gradient of the summed log-likelihood at the layer's output, ``[b, t, o]``.
-        gram: computes ``gram_matrix(x)``; a caller may remember it for layers with one input.
+        gram: the Gram matrix of ``x``, if other layers have this input too.
     """
 
-    def __init__(self, x: Tensor, g: Tensor, gram: Callable[[Tensor], Tensor] = gram_matrix):
-        self.x, self.g, self.gram = x, g, gram
-        self.use_gram = gram_is_cheaper(x.shape[1], g.shape[2], x.shape[2])
+    def __init__(self, x: Tensor, g: Tensor, gram: GramMatrix | None = None):
+        self.x, self.g, self.gram = x, g, gram or GramMatrix()
 
     def row_scores(self) -> Tensor:
         """FGGM equation 3. Exact: equals ``((g.mT @ x) ** 2).sum(-1)``."""
-        if self.use_gram:
+        if gram_is_cheaper(self.x.shape[1], self.g.shape[2], self.x.shape[2], self.gram.shared_by):
             return _quadratic_form(self.g, self.gram(self.x))
         return torch.stack([matrix.square().sum(1) for matrix in self._matrices()])
 
     def column_scores(self) -> Tensor:
         """Exact: equals ``((g.mT @ x) ** 2).sum(-2)``."""
-        if self.use_gram:
-            return _quadratic_form(self.x, gram_matrix(self.g))
+        if gram_is_cheaper(self.x.shape[1], self.x.shape[2], self.g.shape[2]):
+            return _quadratic_form(self.x, GramMatrix()(self.g))
         return torch.stack([matrix.square().sum(0) for matrix in self._matrices()])
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:

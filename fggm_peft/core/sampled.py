@@ -75,9 +75,11 @@ def bag_sampled_product(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> 
 def gathered_dots(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The same in public operators, for a torch whose private operator has gone."""
     left, right = g.mT.contiguous(), x.mT.contiguous()
+    wide = torch.promote_types(x.dtype, torch.float32)
     step = max(1, _GATHER_ENTRIES // max(1, x.shape[0]))
     parts = [
-        (left[r].float() * right[c].float()).sum(1) for r, c in zip(rows.split(step), columns.split(step), strict=True)
+        (left[r].to(wide) * right[c].to(wide)).sum(1)
+        for r, c in zip(rows.split(step), columns.split(step), strict=True)
     ]
     return torch.cat(parts).to(x.dtype) if parts else x.new_empty(0)
 

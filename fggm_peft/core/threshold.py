@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -199,7 +199,7 @@ def policy_from_dict(data: Mapping[str, Any]) -> ThresholdPolicy:
     """
     arguments = dict(data)
     policy = POLICIES[arguments.pop("policy", None)]
-    known = set(policy.__dataclass_fields__) - {"policy"}
+    known = {f.name for f in fields(policy)} - {"policy"}
     if unknown := sorted(set(arguments) - known):
         raise ValueError(f"{policy.__name__} has no argument {unknown[0]!r}; it takes {', '.join(sorted(known))}")
     return policy(**arguments)

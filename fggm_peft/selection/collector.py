@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import NonFiniteScoreError
-from ..core.per_sample import gram_matrix
+from ..core.per_sample import GramMatrix, same_memory
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMLinear
 
@@ -99,8 +99,8 @@ class ScoreCollector:
         self._padding = None
         self._calls = dict.fromkeys(self.layers, 0)
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
-        self._last_input: tuple[Tensor, Tensor] | None = None
-        self._last_gram: tuple[Tensor, Tensor] | None = None
+        self._last_input: tuple[Tensor, GramMatrix] | None = None
+        self._last_cleaned: tuple[Tensor, Tensor] | None = None
 
     def _make_hook(self, name: str):
         def hook(module, args, kwargs, output):
@@ -108,26 +108,31 @@ class ScoreCollector:
                 return output
             if not self._in_backward:  # checkpointing repeats calls in backward; they have been counted
                 self._calls[name] += 1
-            x = args[0] if args else next(iter(kwargs.values()))
-            return _Tap.apply(output, x.detach(), self._anchor, self, name)
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            return _Tap.apply(output, x, self._anchor, self, name, self._gram_of(x))
 
         return hook
 
-    def record(self, name: str, x: Tensor, g: Tensor) -> None:
+    def _gram_of(self, x: Tensor) -> GramMatrix:
+        """The Gram matrix of an input, one for consecutive layers with one input; computed when asked for."""
+        if self._last_input is None or not same_memory(self._last_input[0], x):
+            self._last_input = x, GramMatrix(shared_by=0)
+        self._last_input[1].shared_by += 1
+        return self._last_input[1]
+
+    def record(self, name: str, x: Tensor, g: Tensor, gram: GramMatrix) -> None:
         """Take what one call of a layer got as input and as gradient at its output."""
         self._seen[name].append((self._cleaned(x, cache=True), self._cleaned(g)))
         # a layer called twice (shared weights) sums its gradients before they are squared
         if len(self._seen[name]) == self._calls[name]:
-            self._add(name)
+            self._add(name, gram if self._calls[name] == 1 else None)
 
-    def _add(self, name: str) -> None:
-        layer, calls = self.layers[name], self._seen[name]
+    def _add(self, name: str, gram: GramMatrix | None = None) -> None:
+        layer, scores = self.layers[name], self.scores[name]
         assert self._half is not None
-        calls = [(self._by_sample(name, x), self._by_sample(name, g)) for x, g in calls]
-        gradients = layer.per_sample(calls, self._gram)
-        layer.granularity[self.adapter_name].accumulate_(
-            self.scores[name], gradients, self._half.to(self.scores[name].device)
-        )
+        calls = [(self._by_sample(name, x), self._by_sample(name, g)) for x, g in self._seen[name]]
+        gradients = layer.per_sample(calls, gram or GramMatrix())
+        layer.granularity[self.adapter_name].accumulate_(scores, gradients, self._half.to(scores.device))
         self._seen[name] = []
 
     def _by_sample(self, name: str, tensor: Tensor) -> Tensor:
@@ -148,36 +153,25 @@ class ScoreCollector:
         padding = self._padding
         if padding is None or tensor.shape[:2] != padding.shape or not tensor.is_floating_point():
             return tensor
-        if cache and self._last_input is not None and _same(self._last_input[0], tensor):
-            return self._last_input[1]
+        if cache and self._last_cleaned is not None and same_memory(self._last_cleaned[0], tensor):
+            return self._last_cleaned[1]
         where = padding.to(tensor.device).view(*padding.shape, *[1] * (tensor.dim() - 2))
         cleaned = torch.where(where, tensor.nan_to_num(0.0, 0.0, 0.0), tensor)
         if cache:
-            self._last_input = tensor, cleaned
+            self._last_cleaned = tensor, cleaned
         return cleaned
-
-    def _gram(self, x: Tensor) -> Tensor:
-        """``gram_matrix(x)``, computed once for layers with one input (q, k and v; gate and up)."""
-        if self._last_gram is None or not _same(self._last_gram[0], x):
-            self._last_gram = x, gram_matrix(x)
-        return self._last_gram[1]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are the same memory in the same shape."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 class _Tap(torch.autograd.Function):
     """The identity; its backward reports the gradient."""
 
     @staticmethod
-    def forward(ctx, output, x, anchor, collector, name):
-        ctx.collector, ctx.name = collector, name
+    def forward(ctx, output, x, anchor, collector, name, gram):
+        ctx.report = lambda x, g: collector.record(name, x, g, gram)
         ctx.save_for_backward(x)
         return output.clone()  # a view could not be modified in place, as ReLU(inplace=True) does
 
     @staticmethod
     def backward(ctx, g):
-        ctx.collector.record(ctx.name, ctx.saved_tensors[0], g)
-        return g, None, None, None, None
+        ctx.report(ctx.saved_tensors[0], g)
+        return g, None, None, None, None, None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..core.errors import AdapterNotSelectedError
 from ..core.granularity import GRANULARITIES, Granularity, Shape
 from ..core.linear import SparseDelta, effective_weight
-from ..core.per_sample import PerSampleGradients
+from ..core.per_sample import GramMatrix, PerSampleGradients
 from .config import FGGMConfig
 from .merging import KEPT, KeptDeltaHook, ModuleMerge, merge_dense_, merge_quantized
 
@@ -86,13 +85,13 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """What the base layer would compute if the deltas were part of its weight."""
 
     @abstractmethod
-    def per_sample(self, calls: Calls, gram: Callable[[Tensor], Tensor]) -> PerSampleGradients:
+    def per_sample(self, calls: Calls, gram: GramMatrix) -> PerSampleGradients:
         """Per-sample gradients of the weight.
 
         Args:
             calls: for each call of the layer in this batch its input and the gradient at its output, the
                 first dimension being the sample.
-            gram: computes ``gram_matrix``, and remembers it for layers with one input.
+            gram: Gram matrix of the input, which other layers may share.
         """
 
     def positions(self, x: Tensor) -> int:

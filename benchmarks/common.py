@@ -1,0 +1,119 @@
+"""What the benchmarks share: interleaved timing, the machine's description, result files and tables."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: int = 8192) -> LlamaForCausalLM:
+    """A randomly initialised Llama-like model of the usual proportions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 192),
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def batches(count: int, size: int, length: int, vocab: int = 8192) -> list[dict[str, torch.Tensor]]:
+    """Random token batches without padding, with labels everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for _ in range(count):
+        ids = torch.randint(0, vocab, (size, length), generator=generator)
+        result.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()})
+    return result
+
+
+def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call of each variant, taken in turns so that all see the same disturbances."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_number in tqdm(range(repeats + 1), desc="rounds", disable=None):
+        for name, call in variants.items():
+            gc.collect()
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if round_number:  # the first round warms up
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], floor: str) -> dict[str, dict[str, float]]:
+    """Minimum and median of each variant over those of ``floor``; noise is the floor's median over its minimum."""
+    base_min, base_median = min(seconds[floor]), statistics.median(seconds[floor])
+    return {
+        name: {
+            "seconds": min(times),
+            "ratio_min": min(times) / base_min,
+            "ratio_median": statistics.median(times) / base_median,
+        }
+        for name, times in seconds.items()
+    } | {"noise": {"floor_median_over_min": base_median / base_min}}
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were taken."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    packages = ("torch", "peft", "transformers", "bitsandbytes", "fggm-peft")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def write(name: str, results: Any) -> Path:
+    """Write a result file with the machine's description beside the figures."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    return path
+
+
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print variants as rows and their figures as columns."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    table = Table(title=title)
+    table.add_column("variant")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[c]:.3f}" if c in row else "" for c in columns))
+    Console(width=140).print(table)

@@ -1,0 +1,110 @@
+"""Builders that several test modules share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import get_peft_model
+from reference import seeded, units
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fggm_peft import FGGMConfig
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.linear import SparseDelta
+
+
+def pytest_configure():
+    # threads that spin for a core which another worker has make small models a hundred times slower
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=list(GRANULARITIES))
+def granularity(request) -> str:
+    """The name of every granularity in the registry."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_delta() -> Callable[..., SparseDelta]:
+    """A random delta of ``k`` units, its values a leaf that requires grad."""
+
+    def make(name, shape, k, dtype=torch.float32, scale=1.0, seed=0, index_dtype=torch.int32):
+        generator = seeded(seed)
+        indices = torch.randperm(units(name, shape), generator=generator)[:k].sort().values.to(index_dtype)
+        values = torch.randn(GRANULARITIES[name].values_shape(shape, k), generator=generator, dtype=torch.float64)
+        return SparseDelta(GRANULARITIES[name], indices, values.to(dtype).requires_grad_(), scale)
+
+    return make
+
+
+@dataclass(frozen=True)
+class LayerExample:
+    """A base layer that can be adapted, and an input for it."""
+
+    build: Callable[[], nn.Module]
+    input: Callable[[], Tensor]
+
+    def layer(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        layer = self.build().to(dtype)
+        for parameter in layer.parameters():  # Conv1D starts with a bias of zero
+            nn.init.normal_(parameter, std=0.5)
+        return layer
+
+    def x(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = self.input()
+        return x.to(dtype) if x.is_floating_point() else x
+
+
+LAYER_EXAMPLES = {
+    "linear": LayerExample(lambda: nn.Linear(7, 5), lambda: torch.randn(4, 9, 7)),
+    "linear without bias": LayerExample(lambda: nn.Linear(6, 8, bias=False), lambda: torch.randn(3, 6)),
+    "Conv1D": LayerExample(lambda: Conv1D(5, 7), lambda: torch.randn(2, 6, 7)),
+    "conv1d": LayerExample(lambda: nn.Conv1d(3, 5, 3, padding="same"), lambda: torch.randn(2, 3, 8)),
+    "conv2d": LayerExample(lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1), lambda: torch.randn(2, 4, 7, 5)),
+    "conv2d grouped": LayerExample(
+        lambda: nn.Conv2d(4, 6, 3, groups=2, padding_mode="circular", padding=1, bias=False),
+        lambda: torch.randn(2, 4, 6, 5),
+    ),
+    "conv2d channels last": LayerExample(
+        lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
+        lambda: torch.randn(2, 4, 6, 5).to(memory_format=torch.channels_last),
+    ),
+    "conv3d": LayerExample(lambda: nn.Conv3d(2, 4, 2, dilation=2), lambda: torch.randn(2, 2, 5, 4, 4)),
+    "embedding": LayerExample(lambda: nn.Embedding(11, 6), lambda: torch.randint(0, 11, (3, 5))),
+}
+
+
+@pytest.fixture(scope="session")
+def layer_examples() -> dict[str, LayerExample]:
+    return LAYER_EXAMPLES
+
+
+@pytest.fixture(params=list(LAYER_EXAMPLES))
+def example(request) -> LayerExample:
+    """Every kind of layer that can be adapted."""
+    return LAYER_EXAMPLES[request.param]
+
+
+@pytest.fixture(scope="session")
+def adapt() -> Callable:
+    """Wraps one layer as a model with an FGGM adapter on it, with random support and values by default."""
+
+    def wrap(layer: nn.Module, zero: bool = False, **config):
+        options = {"target_modules": ["layer"], "criterion": "random", "density": 0.4} | config
+        model = get_peft_model(nn.Sequential(OrderedDict(layer=layer)), FGGMConfig(**options))
+        for name, parameter in model.named_parameters():
+            if "fggm_" in name and not zero:
+                nn.init.normal_(parameter)  # init_weights=False would draw them in the base's dtype
+        return model
+
+    return wrap

@@ -1,0 +1,122 @@
+"""Small models, batches and quantized copies that the tests of whole models share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 50
+
+
+def llama(dtype: torch.dtype = torch.float32, layers: int = 2, **config) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **{**settings, **config})).to(
+        dtype
+    )
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=32))
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
+
+
+def bert(head: type, **config) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return head(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **sizes, **config))
+
+
+BERT_HEADS = {
+    "sequence": BertForSequenceClassification,
+    "token": BertForTokenClassification,
+    "masked": BertForMaskedLM,
+}
+
+
+def token_batches(sizes=(3, 2, 3), length: int = 9, padding: str = "left", seed: int = 0) -> list[dict]:
+    """Batches of unequal size and width; every sample has padding of its own; prompts carry no loss."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for number, size in enumerate(sizes):
+        width = length - number
+        ids = torch.randint(1, VOCABULARY, (size, width), generator=generator)
+        mask = torch.ones_like(ids)
+        for row in range(size):
+            pad = (row + number) % 3
+            where = slice(0, pad) if padding == "left" else slice(width - pad, width)
+            mask[row, where] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, : width // 3] = -100
+        batches.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def train(model: nn.Module, batches: list[dict], steps: int = 4, lr: float = 1e-2) -> list[float]:
+    """A few steps of AdamW on whatever is trainable; returns the losses."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(steps):
+        loss = model(**batches[step % len(batches)]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    model.eval()
+    return model(**batch).logits
+
+
+QUANTIZATIONS = ("nf4", "nf4 double", "fp4", "int8")
+
+
+def quantized_layer(layer: nn.Linear, kind: str) -> nn.Module:
+    """The layer as a bitsandbytes layer, quantized on the CPU."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bias = layer.bias is not None
+    if kind == "int8":
+        result = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, bias, has_fp16_weights=False)
+    else:
+        result = bitsandbytes.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias,
+            compute_dtype=torch.float32,
+            quant_type=kind.split()[0],
+            compress_statistics=kind.endswith("double"),
+        )
+    result.load_state_dict(layer.state_dict())
+    return result.to("cpu").requires_grad_(False)
+
+
+def quantized(model: nn.Module, kind: str) -> nn.Module:
+    """Replace every linear layer but the head by its quantized form, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized_layer(module, kind))
+    return model

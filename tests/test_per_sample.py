@@ -1,0 +1,197 @@
+"""Squared per-sample gradients against one sample, and one position, at a time in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import per_sample_gradients, per_sample_weight_gradients, relative_error, unit_scores
+from torch import nn
+
+from fggm_peft.core import per_sample
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.per_sample import (
+    EmbeddingGradients,
+    GramMatrix,
+    GroupedGradients,
+    LinearGradients,
+    gram_is_cheaper,
+    unfold_convolution,
+)
+
+FLOAT32 = 2e-6  # scores are float32 sums
+HALF = torch.tensor([0, 1, 1, 0, 1])
+
+
+def halves(gradients, granularity, units, half=HALF):
+    scores = torch.zeros(2, units)
+    GRANULARITIES[granularity].accumulate_(scores, gradients, half)
+    return scores
+
+
+def naive_halves(weight_gradients, granularity, half=HALF):
+    """From ``[b, o, i]`` float64."""
+    scores = unit_scores(granularity, weight_gradients.square())
+    return torch.stack([scores[half == which].sum(0) for which in (0, 1)])
+
+
+def units(granularity, o, i):
+    return GRANULARITIES[granularity].units((o, i))
+
+
+# Linear ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("t", [1, 2, 3, 40])
+def test_linear_scores_agree_with_the_naive_loop_in_both_halves(granularity, t, dtype):
+    o, i = 6, 5  # t = 2 is the last with the Gram form: 2 * 11 < 30
+    x, g = torch.randn(5, t, i).to(dtype), torch.randn(5, t, o).to(dtype)
+    assert gram_is_cheaper(t, o, i) == (t <= 2)
+    actual = halves(LinearGradients(x, g), granularity, units(granularity, o, i))
+    expected = naive_halves(per_sample_gradients(x, g), granularity)
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("t", [1, 4, 25])
+def test_the_gram_and_the_direct_form_give_the_same(t, monkeypatch):
+    x, g = torch.randn(3, t, 7, dtype=torch.float64), torch.randn(3, t, 9, dtype=torch.float64)
+    expected = per_sample_gradients(x, g).square()
+    for use_gram in (True, False):
+        monkeypatch.setattr(per_sample, "gram_is_cheaper", lambda *args, use_gram=use_gram: use_gram)
+        gradients = LinearGradients(x, g)
+        assert relative_error(gradients.row_scores(), expected.sum(2)) < 1e-12
+        assert relative_error(gradients.column_scores(), expected.sum(1)) < 1e-12
+
+
+@given(t=st.integers(1, 5000), o=st.integers(1, 5000), i=st.integers(1, 5000), layers=st.sampled_from([1, 2, 4]))
+def test_the_gram_form_is_taken_when_it_multiplies_less(t, o, i, layers):
+    # per sample and layer: x @ x.mT, computed once for all of them, and its product with g, against g.mT @ x
+    assert gram_is_cheaper(t, o, i, layers) == (t * t * i + layers * t * t * o < layers * t * o * i)
+
+
+@settings(max_examples=40, deadline=None)
+@given(b=st.integers(1, 4), t=st.integers(1, 9), o=st.integers(1, 9), i=st.integers(1, 9))
+def test_any_shape_agrees_with_the_naive_loop(b, t, o, i):
+    x, g = torch.randn(b, t, i, dtype=torch.float64), torch.randn(b, t, o, dtype=torch.float64)
+    half = torch.arange(b) % 2
+    for name in GRANULARITIES:
+        expected = naive_halves(per_sample_gradients(x, g), name, half)
+        assert relative_error(halves(LinearGradients(x, g), name, units(name, o, i), half), expected) < FLOAT32
+
+
+def test_squares_of_small_bf16_gradients_do_not_underflow():
+    x, g = torch.randn(2, 3, 8).bfloat16(), (1e-12 * torch.randn(2, 3, 8)).bfloat16()
+    expected = per_sample_gradients(x, g).square()
+    gradients = LinearGradients(x, g)
+    assert relative_error(gradients.row_scores(), expected.sum(2)) < FLOAT32
+    assert relative_error(gradients.column_scores(), expected.sum(1)) < FLOAT32
+
+
+def test_scores_are_added_to_what_is_there(granularity):
+    x, g = torch.randn(5, 3, 4), torch.randn(5, 3, 6)
+    once = halves(LinearGradients(x, g), granularity, units(granularity, 6, 4))
+    twice = once.clone()
+    GRANULARITIES[granularity].accumulate_(twice, LinearGradients(x, g), HALF)
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_layers_with_one_input_share_its_gram_matrix_which_is_then_forgotten():
+    x, other, gram = torch.randn(2, 3, 8), torch.randn(2, 3, 8), GramMatrix(shared_by=3)
+    torch.testing.assert_close(gram(x), x @ x.mT)
+    assert gram(x) is gram(x)
+    torch.testing.assert_close(gram(other), other @ other.mT)
+    assert gram._last is None
+
+
+def test_a_shared_gram_matrix_gives_each_layer_its_own_scores():
+    x, gram = torch.randn(2, 2, 8), GramMatrix(shared_by=2)
+    for o in (9, 12):
+        g = torch.randn(2, 2, o)
+        scores = LinearGradients(x, g, gram).row_scores()
+        assert relative_error(scores, per_sample_gradients(x, g).square().sum(2)) < FLOAT32
+
+
+# Convolutions ------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3), (4, 9)),
+    "1d stride, padding, dilation": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2), (4, 11)),
+    "1d same": (lambda: nn.Conv1d(4, 6, 4, padding="same"), (4, 7)),
+    "1d valid": (lambda: nn.Conv1d(4, 6, 2, padding="valid"), (4, 7)),
+    "2d": (lambda: nn.Conv2d(2, 6, 3), (2, 6, 5)),
+    "2d tuples": (lambda: nn.Conv2d(2, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 7, 6)),
+    "2d same, even kernel": (lambda: nn.Conv2d(2, 6, (2, 4), padding="same", dilation=(1, 2)), (2, 5, 6)),
+    "2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 4)),
+    "2d depthwise": (lambda: nn.Conv2d(3, 6, 3, groups=3, stride=2), (3, 7, 6)),
+    "3d": (lambda: nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 3, 5, 2)),
+    "3d groups": (lambda: nn.Conv3d(4, 4, 2, groups=4, dilation=(1, 2, 1)), (4, 3, 4, 3)),
+} | {
+    mode: (lambda mode=mode: nn.Conv2d(2, 4, 3, padding=(2, 1), padding_mode=mode), (2, 5, 4))
+    for mode in ("reflect", "replicate", "circular")
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+each_convolution = pytest.mark.parametrize(("build", "size"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+
+
+@each_convolution
+def test_unfolded_patches_times_the_weight_are_the_convolution(build, size):
+    layer, x = build().double(), torch.randn(2, *size, dtype=torch.float64)
+    patches = unfold_convolution(layer, x)
+    weight = layer.weight.flatten(1).unflatten(0, (layer.groups, -1))  # [groups, o, i]
+    y = torch.einsum("btqi,qoi->bqot", patches, weight).flatten(1, 2) + layer.bias[:, None]
+    torch.testing.assert_close(y, layer(x).flatten(2))
+
+
+@each_convolution
+def test_convolution_scores_agree_with_autograd_per_sample(build, size, granularity):
+    layer, x = build(), torch.randn(5, *size)
+    g = torch.randn_like(layer(x))
+    flat = g.flatten(2).mT
+    patches = unfold_convolution(layer, x)
+    expected = naive_halves(per_sample_weight_gradients(layer, x, g).flatten(2), granularity)
+    o, i = layer.weight.flatten(1).shape
+    grouped = GroupedGradients(patches, flat.unflatten(2, (layer.groups, -1)))
+    assert relative_error(halves(grouped, granularity, units(granularity, o, i)), expected) < FLOAT32
+    if layer.groups == 1:
+        plain = LinearGradients(patches.squeeze(2), flat)
+        assert relative_error(halves(plain, granularity, units(granularity, o, i)), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_grouped_gradients_take_wide_and_narrow_inputs(granularity, dtype):
+    x, g = torch.randn(5, 4, 3, 2).to(dtype), torch.randn(5, 4, 3, 5).to(dtype)
+    expected = torch.cat([per_sample_gradients(x[:, :, q], g[:, :, q]) for q in range(3)], 1)
+    actual = halves(GroupedGradients(x, g), granularity, units(granularity, 15, 2))
+    assert relative_error(actual, naive_halves(expected, granularity)) < FLOAT32
+
+
+# Embeddings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_embedding_scores_sum_a_repeated_tokens_gradients_before_squaring(granularity, index_dtype, dtype):
+    tokens = torch.tensor([[0, 3, 3, 3], [3, 0, 1, 0], [6, 6, 6, 6], [2, 1, 0, 3], [5, 5, 2, 2]], dtype=index_dtype)
+    g = torch.randn(5, 4, 3).to(dtype)
+    expected = per_sample_gradients(F.one_hot(tokens.long(), 7), g).mT  # a table is [tokens, features]
+    actual = halves(EmbeddingGradients(tokens, g, 7), granularity, units(granularity, 7, 3))
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, naive_halves(expected, granularity)) < FLOAT32
+
+
+def test_embedding_scores_agree_with_autograd_of_the_layer(granularity):
+    layer, tokens = nn.Embedding(9, 4), torch.randint(0, 9, (5, 12))
+    g = torch.randn(5, 12, 4)
+    expected = naive_halves(per_sample_weight_gradients(layer, tokens, g), granularity)
+    actual = halves(EmbeddingGradients(tokens, g, 9), granularity, units(granularity, 9, 4))
+    assert relative_error(actual, expected) < FLOAT32
+
+
+def test_opposite_gradients_of_one_token_in_one_sample_cancel():
+    gradients = EmbeddingGradients(torch.tensor([[2, 2]]), torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]]), 4)
+    assert not gradients.row_scores().any()
+    assert not gradients.column_scores().any()

@@ -1,0 +1,155 @@
+"""What is on disk after ``save_pretrained``, and what happens to a file from a stranger."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from models import llama, logits, token_batches, train
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from fggm_peft import AdapterFileError, AdapterNotSelectedError, FGGMConfig, ScoreMass, select_parameters
+from fggm_peft.tuner.support import fggm_layers
+
+BATCHES = token_batches()
+
+
+def trained(granularity: str = "row", dtype=torch.float32, **config):
+    model = get_peft_model(llama(dtype), FGGMConfig(granularity=granularity, **config))
+    select_parameters(model, BATCHES, progress=False)
+    train(model, BATCHES, steps=2)
+    return model
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_adapter_loads_to_the_same_bits(granularity, dtype, low_cpu_mem_usage, tmp_path):
+    model = trained(granularity, dtype)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    loaded = PeftModel.from_pretrained(llama(dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    for (name, a), (_, b) in zip(
+        fggm_layers(model, "default").items(), fggm_layers(loaded, "default").items(), strict=True
+    ):
+        assert torch.equal(a.fggm_values["default"], b.fggm_values["default"]), name
+        assert torch.equal(a.fggm_indices["default"], b.fggm_indices["default"]), name
+        assert b.fggm_values["default"].dtype == torch.float32
+    assert torch.equal(logits(model, BATCHES[0]), logits(loaded, BATCHES[0]))
+
+
+def test_only_values_and_indices_are_in_the_file(granularity, tmp_path):
+    model = trained(granularity)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.rsplit(".", 1)[1] for key in tensors} == {"fggm_values", "fggm_indices"}
+    values = sum(t.numel() for key, t in tensors.items() if key.endswith("fggm_values"))
+    assert values == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_config_comes_back_with_its_policy_and_what_selection_found(tmp_path):
+    model = trained(threshold=ScoreMass(0.5))
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, FGGMConfig) and config.threshold == ScoreMass(0.5)
+    assert config.selection["samples"] == 8
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "FGGM"
+
+
+def test_a_loaded_adapter_trains_on_without_selecting(tmp_path):
+    trained().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    losses = train(model, BATCHES[:1], steps=4)
+    assert losses[-1] < losses[0]
+
+
+def test_an_adapter_saved_before_selection_still_asks_for_it(tmp_path):
+    get_peft_model(llama(), FGGMConfig()).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    model.train()
+    with pytest.raises(AdapterNotSelectedError):
+        model(**BATCHES[0])
+
+
+def test_adapters_of_several_tasks_stand_side_by_side(tmp_path):
+    for number, granularity in enumerate(("row", "element")):
+        trained(granularity, density=0.2 + 0.1 * number).save_pretrained(tmp_path / granularity)
+    model = PeftModel.from_pretrained(llama(), tmp_path / "row", adapter_name="row")
+    model.load_adapter(tmp_path / "element", adapter_name="element")
+    for name in ("row", "element"):
+        model.set_adapter(name)
+        expected = logits(PeftModel.from_pretrained(llama(), tmp_path / name), BATCHES[0])
+        torch.testing.assert_close(logits(model, BATCHES[0]), expected)
+    model.delete_adapter("row")
+    assert not fggm_layers(model, "row")
+
+
+def test_modules_to_save_travel_with_the_delta(tmp_path):
+    model = trained(modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(logits(model, BATCHES[0]), logits(loaded, BATCHES[0]))
+
+
+def test_loading_into_the_same_sizes_keeps_the_parameters_that_an_optimizer_holds():
+    model = trained()
+    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    train(model, BATCHES, steps=1)
+    set_peft_model_state_dict(model, state)
+    assert all(a is b for a, b in zip(parameters, (p for p in model.parameters() if p.requires_grad), strict=True))
+    assert torch.equal(get_peft_model_state_dict(model)[next(iter(state))], state[next(iter(state))])
+
+
+def spoil(tensors: dict, part: str, change) -> dict:
+    key = next(key for key in reversed(list(tensors)) if key.endswith(f"fggm_{part}"))
+    return {**tensors, key: change(tensors[key])}
+
+
+SPOILED = {
+    "index out of range": ("indices", lambda t: t + 10_000),
+    "negative index": ("indices", lambda t: t - 10_000),
+    "unsorted indices": ("indices", lambda t: t.flip(0)),
+    "repeated indices": ("indices", lambda t: torch.full_like(t, 3)),
+    "floating-point indices": ("indices", lambda t: t.float()),
+    "a matrix of indices": ("indices", lambda t: t[None]),
+    "more indices than values": ("indices", lambda t: torch.arange(len(t) + 1, dtype=torch.int32)),
+    "values of another width": ("values", lambda t: torch.cat([t, t], -1)),
+    "integer values": ("values", lambda t: t.int()),
+    "flat values": ("values", lambda t: t.reshape(-1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_damaged_file_is_one_error_that_names_the_tensor_and_changes_nothing(name, granularity, tmp_path):
+    model = trained(granularity)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(spoil(load_file(path), *SPOILED[name]), path)
+    victim = copy.deepcopy(model)
+    before = {key: value.clone() for key, value in victim.state_dict().items()}
+    with pytest.raises(AdapterFileError, match=r"fggm_(indices|values)\.default"):
+        set_peft_model_state_dict(victim, load_file(path))
+    assert all(torch.equal(value, before[key]) for key, value in victim.state_dict().items())
+    with pytest.raises(AdapterFileError):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    model = trained()
+    state = get_peft_model_state_dict(model)
+    state.pop(next(key for key in state if key.endswith("fggm_indices")))
+    with pytest.raises(AdapterFileError, match=r"fggm_indices\.default: this tensor is missing"):
+        set_peft_model_state_dict(model, state)
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path):
+    trained().save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="another base model"):
+        PeftModel.from_pretrained(llama(hidden_size=32), tmp_path)

@@ -1,0 +1,310 @@
+"""Every threshold policy against sorting."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import reference
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fggm_peft.core.errors import NonFiniteScoreError
+from fggm_peft.core.threshold import (
+    POLICIES,
+    AbsoluteScore,
+    MeanPlusStd,
+    ParameterBudget,
+    ScoreMass,
+    TopDensity,
+    policy_from_dict,
+    top_indices,
+)
+
+quick = settings(max_examples=40, deadline=None)
+densities = st.sampled_from([0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 1.0])
+# a strategy for each policy's field; a policy that is not here is tried with its defaults
+FIELDS = {
+    "top_density": {"density": densities},
+    "score_mass": {"fraction": densities},
+    "mean_plus_std": {"k": st.sampled_from([-10.0, -1.0, 0.0, 0.5, 1.0, 2.0])},
+    "absolute_score": {"value": st.sampled_from([0.0, 0.25, 1.0, 100.0])},
+    "parameter_budget": {"count": st.integers(4, 40)},
+}
+# few different values make many ties; 0.25 and its like are exact in every dtype, also divided by a cost of 2 or 4
+numbers = st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0, 1.0, 3.0]) | st.integers(0, 200).map(float)
+
+
+@st.composite
+def scored_weights(draw, most=4, costs=(1, 2, 4)):
+    """Scores of some weights and what a unit of each costs."""
+    scores = draw(st.lists(st.lists(numbers, min_size=1, max_size=12), min_size=1, max_size=most))
+    return scores, [draw(st.sampled_from(costs)) for _ in scores]
+
+
+def choose(policy, scores, costs, dtype=torch.float32):
+    chosen = policy.choose([torch.tensor(s, dtype=dtype) for s in scores], costs)
+    assert all(c.dtype == torch.int64 and c.device.type == "cpu" for c in chosen)
+    return [c.tolist() for c in chosen]
+
+
+@st.composite
+def policies(draw, name):
+    fields = {field: draw(values) for field, values in FIELDS.get(name, {}).items()}
+    return POLICIES[name](**fields, scope=draw(st.sampled_from(POLICIES[name].scopes)))
+
+
+def fits(policy, scores, costs):
+    """Whether the policy accepts these weights: a budget must hold a unit and not all of them."""
+    total = sum(len(s) * c for s, c in zip(scores, costs, strict=True))
+    return policy.name != "parameter_budget" or min(costs) <= policy.count <= total
+
+
+each_policy = pytest.mark.parametrize("name", list(POLICIES))
+
+
+# What every policy promises ----------------------------------------------------------------------
+
+
+@quick
+@given(data=st.data(), weights=scored_weights())
+@each_policy
+def test_chosen_units_are_sorted_unique_positive_and_no_worse_than_the_rest(name, data, weights):
+    scores, costs = weights
+    policy = data.draw(policies(name))
+    if not fits(policy, scores, costs):
+        return
+    for vector, chosen in zip(scores, choose(policy, scores, costs), strict=True):
+        assert chosen == sorted(set(chosen))
+        assert all(vector[i] > 0 for i in chosen)
+        assert chosen == reference.top_k(vector, len(chosen))
+
+
+@quick
+@given(data=st.data(), weights=scored_weights())
+@each_policy
+def test_the_dtype_of_the_scores_changes_nothing(name, data, weights):
+    scores, costs = weights
+    policy = data.draw(policies(name))
+    if fits(policy, scores, costs):
+        narrow, usual, wide = (
+            choose(policy, scores, costs, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)
+        )
+        assert narrow == usual == wide
+
+
+@quick
+@given(data=st.data())
+@each_policy
+def test_the_order_of_the_weights_does_not_matter_where_no_scores_tie(name, data):
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=4))
+    values = data.draw(st.permutations(range(1, sum(sizes) + 1)))
+    costs = [4] * len(sizes)
+    scores = [[float(v) for v in values[sum(sizes[:w]) : sum(sizes[: w + 1])]] for w in range(len(sizes))]
+    order = data.draw(st.permutations(range(len(sizes))))
+    policy = data.draw(policies(name))
+    if fits(policy, scores, costs):
+        straight = choose(policy, scores, costs)
+        assert choose(policy, [scores[w] for w in order], costs) == [straight[w] for w in order]
+
+
+@quick
+@given(data=st.data(), weights=scored_weights())
+@pytest.mark.parametrize("name", [name for name in POLICIES if "layer" in POLICIES[name].scopes])
+def test_layer_scope_looks_at_one_weight_at_a_time_and_not_at_its_cost(name, data, weights):
+    scores, costs = weights
+    fields = {field: data.draw(values) for field, values in FIELDS.get(name, {}).items()}
+    policy = POLICIES[name](**fields, scope="layer")
+    alone = [choose(policy, [vector], [1])[0] for vector in scores]
+    assert choose(policy, scores, costs) == alone
+
+
+@quick
+@given(data=st.data())
+@each_policy
+def test_a_policy_survives_json(name, data):
+    policy = data.draw(policies(name))
+    text = json.dumps(policy.to_dict())
+    assert json.loads(text)["policy"] == name
+    assert policy_from_dict(json.loads(text)) == policy
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+@each_policy
+def test_scores_must_be_finite_and_not_negative(name, bad):
+    policy = POLICIES[name]() if name != "parameter_budget" else ParameterBudget(count=1)
+    with pytest.raises(NonFiniteScoreError, match="finite and not negative"):
+        policy.choose([torch.tensor([1.0, bad])], [1])
+
+
+@each_policy
+def test_nothing_is_chosen_of_weights_whose_scores_are_all_zero(name):
+    policy = POLICIES[name]() if name != "parameter_budget" else ParameterBudget(count=2)
+    for zero in (0.0, -0.0):
+        assert choose(policy, [[zero, zero, zero], [zero]], [1, 1]) == [[], []]
+
+
+# What each promises ------------------------------------------------------------------------------
+
+
+@quick
+@given(scores=st.lists(numbers, min_size=1, max_size=30), k=st.integers(0, 35))
+def test_top_indices_are_those_of_sorting_with_ties_to_the_lower_index(scores, k):
+    assert top_indices(torch.tensor(scores), k).tolist() == reference.top_k(scores, k)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_top_indices_order_arbitrary_floats_by_every_bit(data):
+    floats = st.floats(0, 2.0**127, width=32)
+    scores = data.draw(st.lists(floats, min_size=1, max_size=40))
+    scores += [float(torch.nextafter(torch.tensor(s), torch.tensor(4e38))) for s in scores if s < 1e38]
+    k = data.draw(st.integers(1, len(scores)))
+    assert top_indices(torch.tensor(scores), k).tolist() == reference.top_k(scores, k)
+
+
+@pytest.mark.parametrize("count", [1, 1 << 20, (1 << 20) + 1, 1_500_000])
+def test_top_indices_of_a_large_weight_are_exact(count):
+    scores = torch.rand(1_500_000, generator=reference.seeded())
+    chosen = top_indices(scores, count)
+    expected = scores.sort(descending=True, stable=True).indices[:count].sort().values
+    assert torch.equal(chosen, expected[scores[expected] > 0])
+
+
+@quick
+@given(weights=scored_weights(), density=densities)
+def test_top_density_keeps_that_share_of_each_weight(weights, density):
+    scores, costs = weights
+    expected = [reference.top_k(s, max(1, round(density * len(s)))) for s in scores]
+    assert choose(TopDensity(density), scores, costs) == expected
+
+
+@quick
+@given(weights=scored_weights(), density=densities)
+def test_global_top_density_keeps_that_share_of_all_parameters(weights, density):
+    scores, costs = weights
+    total = sum(len(s) * c for s, c in zip(scores, costs, strict=True))
+    expected = reference.within_budget(scores, costs, round(density * total))
+    assert choose(TopDensity(density, scope="global"), scores, costs) == expected
+
+
+@quick
+@given(weights=scored_weights(), fraction=densities)
+def test_score_mass_keeps_the_smallest_set_that_holds_the_fraction(weights, fraction):
+    scores, costs = weights
+    expected = [reference.holding([s], [1], fraction)[0] for s in scores]
+    assert choose(ScoreMass(fraction), scores, costs) == expected
+    assert choose(ScoreMass(fraction, scope="global"), scores, costs) == reference.holding(scores, costs, fraction)
+
+
+@quick
+@given(weights=scored_weights(costs=(3, 41, 4097)), fraction=densities)
+def test_score_mass_does_the_same_where_dividing_by_the_cost_rounds(weights, fraction):
+    scores, costs = weights
+    expected = [reference.holding([s], [1], fraction)[0] for s in scores]
+    assert choose(ScoreMass(fraction), scores, costs) == expected
+    for s, cost in zip(scores, costs, strict=True):
+        assert choose(ScoreMass(fraction, scope="global"), [s], [cost]) == reference.holding([s], [cost], fraction)
+
+
+@pytest.mark.parametrize("cost", [1, 3, 41, 4097])
+def test_score_mass_takes_no_unit_more_where_the_fraction_is_met_exactly(cost):
+    for a in range(1, 10):
+        for b in range(1, 10):
+            assert choose(ScoreMass(0.5), [[a + b, a, b]], [cost]) == [[0]]
+    assert choose(ScoreMass(0.5), [[1.0] * 10], [cost]) == [[0, 1, 2, 3, 4]]
+    assert choose(ScoreMass(0.5, scope="global"), [[1.0] * 10], [cost]) == [[0, 1, 2, 3, 4]]
+
+
+@quick
+@given(weights=scored_weights(), k=FIELDS["mean_plus_std"]["k"])
+def test_mean_plus_std_keeps_what_lies_above(weights, k):
+    scores, costs = weights
+    for scope, groups in (("layer", [([s], [1]) for s in scores]), ("global", [(scores, costs)])):
+        low, expected, high = (
+            [chosen for group in groups for chosen in reference.above_mean(*group, k + shift)]
+            for shift in (-1e-9, 0, 1e-9)
+        )
+        assume(low == high)  # a score on the threshold itself falls on either side by rounding
+        assert choose(MeanPlusStd(k, scope=scope), scores, costs) == expected
+
+
+def test_mean_plus_std_keeps_nothing_of_equal_scores_unless_the_threshold_lies_below_them():
+    for value in (0.1, 1.0, 3.7):
+        assert choose(MeanPlusStd(0.0), [[value] * 7], [1]) == [[]]
+    assert choose(MeanPlusStd(-0.5), [[1.0, 2.0, 3.0]], [1]) == [[1, 2]]
+
+
+@quick
+@given(weights=scored_weights(), value=FIELDS["absolute_score"]["value"])
+def test_absolute_score_keeps_what_lies_above(weights, value):
+    scores, costs = weights
+    assert choose(AbsoluteScore(value), scores, costs) == [[i for i, s in enumerate(v) if s > value] for v in scores]
+
+
+@quick
+@given(weights=scored_weights(costs=(1, 2, 3, 7)), share=st.floats(0, 1))
+def test_a_parameter_budget_is_never_exceeded_and_leaves_no_unit_out_that_fits_at_the_cut(weights, share):
+    scores, costs = weights
+    total = sum(len(s) * c for s, c in zip(scores, costs, strict=True))
+    count = min(costs) + int(share * (total - min(costs)))
+    chosen = choose(ParameterBudget(count), scores, costs)
+    assert chosen == reference.within_budget(scores, costs, count)
+    spent = sum(len(c) * cost for c, cost in zip(chosen, costs, strict=True))
+    assert spent <= count
+    taken = {(w, i) for w, indices in enumerate(chosen) for i in indices}
+    left_out = [(rank, w) for rank, w, i in reference.ranked(scores, costs) if (w, i) not in taken]
+    if left_out:
+        best = left_out[0][0]
+        assert all(costs[w] > count - spent for rank, w in left_out if rank == best)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_equal_scores_are_taken_from_the_front(scope):
+    scores = [[1.0, 1.0, 0.0, 1.0], [1.0, 1.0]]
+    chosen = choose(TopDensity(0.5, scope=scope), scores, [1, 1])
+    assert chosen == ([[0, 1], [0]] if scope == "layer" else [[0, 1, 3], []])
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+BAD = [
+    (TopDensity, "density", [0, -0.1, 1.01, float("nan"), float("inf"), True, "0.3", None], r"in \(0, 1\]"),
+    (ScoreMass, "fraction", [0, -0.1, 1.01, float("nan"), True, "0.9", None], r"in \(0, 1\]"),
+    (MeanPlusStd, "k", [float("nan"), float("inf"), -float("inf"), True, "1", None], "a finite number"),
+    (AbsoluteScore, "value", [-0.1, float("nan"), float("inf"), True, "1", None], "a finite number >= 0"),
+    (ParameterBudget, "count", [0, -1, 2.5, float("nan"), True, "10", None], "an integer > 0"),
+]
+
+
+@pytest.mark.parametrize(("policy", "field", "value", "legal"), [(p, f, v, r) for p, f, vs, r in BAD for v in vs])
+def test_a_bad_value_is_refused_with_the_value_and_the_legal_range(policy, field, value, legal):
+    with pytest.raises(ValueError, match=rf"{policy.__name__}\.{field} must be {legal}, got {value!r}"):
+        policy(**{field: value})
+    with pytest.raises(ValueError, match=rf"must be {legal}, got {value!r}"):
+        policy_from_dict({"policy": policy.name, field: value})
+
+
+@each_policy
+def test_a_scope_that_a_policy_does_not_have_is_refused(name):
+    other = next(s for s in ("model", "layer", "global") if s not in POLICIES[name].scopes)
+    legal = " or ".join(map(repr, POLICIES[name].scopes))
+    with pytest.raises(ValueError, match=f"scope must be {legal}, got {other!r}"):
+        POLICIES[name](scope=other)
+
+
+def test_a_budget_beyond_the_targeted_weights_or_below_one_unit_is_refused():
+    scores, costs = [torch.ones(3), torch.ones(2)], [4, 6]
+    for count in (3, 25):
+        with pytest.raises(ValueError, match=rf"one unit \(4 parameters\).*\(24 parameters\), got {count}"):
+            ParameterBudget(count).choose(scores, costs)
+
+
+def test_an_unknown_policy_suggests_the_nearest_and_an_unknown_argument_lists_the_known():
+    with pytest.raises(ValueError, match=r"unknown threshold policy 'top_densty'.*Did you mean 'top_density'"):
+        policy_from_dict({"policy": "top_densty", "density": 0.3})
+    with pytest.raises(ValueError, match=r"unknown threshold policy None; known are 'top_density'"):
+        policy_from_dict({"density": 0.3})
+    with pytest.raises(ValueError, match="TopDensity has no argument 'fraction'; it takes density, scope"):
+        policy_from_dict({"policy": "top_density", "fraction": 0.3})
