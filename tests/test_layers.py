@@ -97,6 +97,9 @@ def test_a_disabled_adapter_leaves_the_base_layer_bit_for_bit(example, granulari
     with model.disable_adapter():
         assert torch.equal(model(x), base(x))
     assert not torch.equal(model(x), base(x))
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
 
 
 @each_dtype

@@ -65,7 +65,10 @@ def test_each_touched_entry_is_rounded_once(granularity):
     """A bfloat16 base gets round(weight + delta), the sum taken in float32; nothing else changes."""
     model = trained(granularity, torch.bfloat16)
     layers = fggm_layers(model, "default")
-    expected = {n: (l.get_base_weight().float() + l.get_delta_weight("default")).bfloat16() for n, l in layers.items()}
+    expected = {
+        name: (layer.get_base_weight().float() + layer.get_delta_weight("default")).bfloat16()
+        for name, layer in layers.items()
+    }
     model.merge_adapter()
     for name, layer in layers.items():
         assert torch.equal(layer.get_base_weight(), expected[name])

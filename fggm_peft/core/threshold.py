@@ -96,7 +96,10 @@ class TopDensity(ThresholdPolicy):
 
 @dataclass(frozen=True)
 class ScoreMass(ThresholdPolicy):
-    """Keep the smallest set that holds ``fraction`` of the total score."""
+    """Keep the smallest set that holds ``fraction`` of the total score.
+
+    With global scope the smallest in parameters; exact but for the float32 rounding of score / cost.
+    """
 
     name: ClassVar[str] = "score_mass"
     fraction: float = 0.9
@@ -214,7 +217,7 @@ def _checked(scores: Tensor) -> Tensor:
     scores = scores.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
         raise NonFiniteScoreError("scores must be finite and not negative")
-    return scores + 0.0  # makes -0.0 a 0.0: its bits would rank it first
+    return scores
 
 
 def _per_parameter(scores: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:

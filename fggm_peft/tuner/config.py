@@ -162,6 +162,8 @@ class FGGMConfig(PeftConfig):
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
+        if not isinstance(self.density_pattern or {}, dict):
+            raise ValueError(f"density_pattern must be a dict of module name -> density, got {self.density_pattern!r}")
         self.density_pattern = dict(self.density_pattern or {})
         for pattern, density in self.density_pattern.items():
             _require_density(f"density_pattern[{pattern!r}]", density)

@@ -170,8 +170,9 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """The base layer's bias with the active adapters' bias entries added; differentiable in them."""
         for name in self.active_adapters:
             if name in self.fggm_bias and self.fggm_bias[name].numel():
-                added = (self.fggm_bias[name] * self.scaling[name]).to(bias.dtype)
-                bias = bias.index_add(0, self.fggm_indices[name], added)
+                wide = torch.promote_types(bias.dtype, torch.float32)  # added wide and rounded once, as in the merge
+                added = (self.fggm_bias[name] * self.scaling[name]).to(wide)
+                bias = bias.to(wide).index_add(0, self.fggm_indices[name], added).to(bias.dtype)
         return bias
 
     def added_bias(self) -> Tensor | None:

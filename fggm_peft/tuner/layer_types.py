@@ -86,6 +86,9 @@ class FGGMConv(FGGMLayer):
     def unmatrix(self, matrix):
         return matrix.view(self.get_base_layer().weight.shape)
 
+    def has_plain_forward(self):
+        return type(self.base_layer).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
     def adapted_forward(self, deltas, x, *args, **kwargs):
         layer = self.get_base_layer()
         if self.gives_weight():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from ..core.criteria import CRITERIA
 from .bitsandbytes_guard import guard_four_bit_layers
 from .config import FGGMConfig
 from .layer import FGGMLayer
-from .layer_types import make_layer
+from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
 from .merging import MergeReport, commit_mode, pending, preview_merge
 from .support import choose_supports, criterion_scores, fggm_layers, write_supports
@@ -57,6 +58,7 @@ class FGGMModel(BaseTuner):
             layer = target
         else:
             layer = make_layer(target, current_key, **get_quantization_kwargs(self.model))
+            _correct_fan_in_fan_out(peft_config, layer)
             layer.set_adapter(self.active_adapters)
             layer.train(target.training)
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
@@ -179,3 +181,15 @@ class FGGMModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fit_layers_to_state_dict(model, adapter_name, state_dict)
         return state_dict
+
+
+def _correct_fan_in_fan_out(config: FGGMConfig, layer: FGGMLayer) -> None:
+    """The layer knows how its weight is stored; a config that says otherwise is corrected, as PEFT does."""
+    if not isinstance(layer, FGGMLinear) or config.fan_in_fan_out == layer.is_transposed:
+        return
+    warnings.warn(
+        f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is a "
+        f"{type(layer.get_base_layer()).__name__}. Setting fan_in_fan_out to {layer.is_transposed}.",
+        stacklevel=2,
+    )
+    config.fan_in_fan_out = layer.is_transposed

@@ -26,6 +26,8 @@ def add_peft_type(name: str = NAME) -> PeftType:
     member._value_ = name
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+    # a process that has not imported us unpickles it through us, and so gets the member too
+    member.__reduce_ex__ = lambda protocol: (add_peft_type, (name,))  # type: ignore[method-assign]
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
