@@ -21,12 +21,10 @@ from transformers import (
 VOCABULARY = 50
 
 
-def llama(dtype: torch.dtype = torch.float32, layers: int = 2, **config) -> LlamaForCausalLM:
+def llama(dtype: torch.dtype = torch.float32, layers: int = 2, vocab: int = VOCABULARY, **config) -> LlamaForCausalLM:
     torch.manual_seed(0)
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **{**settings, **config})).to(
-        dtype
-    )
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, **{**settings, **config})).to(dtype)
 
 
 def gpt2() -> GPT2LMHeadModel:

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from reference import TOLERANCE, dense_delta, layer_output, relative_error, stored
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -385,3 +385,17 @@ def test_a_four_bit_embedding_is_not_taken_for_an_embedding(adapt):
     layer = bitsandbytes.nn.Embedding4bit(16, 64).to("cpu")
     with pytest.raises(TypeError, match=r"Embedding4bit, which FGGM does not support"):
         adapt(layer)
+
+
+def test_an_unsupported_module_leaves_the_model_as_it_was():
+    """PEFT wraps target after target; those that came before the bad one are unwrapped again."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    before = str(model)
+    with pytest.raises(TypeError, match="LSTM"):
+        get_peft_model(model, FGGMConfig(target_modules=["0", "1"], criterion="random"))
+    assert str(model) == before
+    adapted = get_peft_model(model, FGGMConfig(target_modules=["0"], criterion="random"))
+    before = str(adapted)
+    with pytest.raises(TypeError, match="LSTM"):
+        adapted.add_adapter("second", FGGMConfig(target_modules=["0", "1"], criterion="random"))
+    assert str(adapted) == before and list(adapted.peft_config) == ["default"]

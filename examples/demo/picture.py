@@ -37,7 +37,7 @@ STYLE = {
 def draw(path: Path, runs: list[Run], course: Course, model: str) -> None:
     """Draw heat maps of all methods above, learned-versus-harmed and forgetting below."""
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(max(11.0, 4.1 * len(runs)), 8.6), layout="constrained")
+        figure = plt.figure(figsize=(max(11.5, 4.1 * len(runs)), 8.6), layout="constrained")
         figure.get_layout_engine().set(hspace=0.06, wspace=0.04, h_pad=0.08, w_pad=0.08)
         upper, lower = figure.subfigures(2, 1, height_ratios=(1.0, 1.15))
         figure.suptitle(
@@ -126,6 +126,6 @@ def _draw_forgetting(axis: Axes, runs: list[Run], course: Course) -> None:
     axis.set_xticks(range(len(course.tasks)), [task.name for task in course.tasks])
     axis.tick_params(axis="x", length=0)
     axis.set_ylabel("score")
-    axis.set_title("Kept: final score (filled), right after learning (dashed), base (line)")
+    axis.set_title("Kept: at the end (filled), just learned (dashed), base (line)")
     axis.legend(frameon=False, loc="upper right")
     axis.margins(y=0.16)

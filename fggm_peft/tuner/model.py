@@ -66,7 +66,15 @@ class FGGMModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._fill_without_data(model, adapter_name)
+        except Exception:
+            _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then
+            raise
+
+    def _fill_without_data(self, model: nn.Module, adapter_name: str) -> None:
+        """Choose the support at once if the criterion needs no data (a loaded adapter brings its own)."""
         config = self.peft_config[adapter_name]
         layers = fggm_layers(model, adapter_name)
         on_meta = any(layer.fggm_values[adapter_name].is_meta for layer in layers.values())
@@ -193,3 +201,13 @@ def _correct_fan_in_fan_out(config: FGGMConfig, layer: FGGMLayer) -> None:
         stacklevel=2,
     )
     config.fan_in_fan_out = layer.is_transposed
+
+
+def _take_out(model: nn.Module, adapter_name: str) -> None:
+    """Undo an injection: the adapter leaves every layer, and a layer without adapters gives way to its base."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, FGGMLayer) and adapter_name in layer.fggm_values:
+            layer.delete_adapter(adapter_name)
+            if not layer.fggm_values:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)

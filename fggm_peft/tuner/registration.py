@@ -39,4 +39,5 @@ def register(config_class: type, model_class: type) -> None:
     """Tell PEFT which config and tuner belong to ``FGGM``; does nothing if it already knows."""
     if add_peft_type() in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
-    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class, is_mixed_compatible=True)
+    # PeftMixedModel goes by a list of PEFT's own types, so there is nothing to be compatible with
+    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)
