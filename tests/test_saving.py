@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from models import llama, logits, token_batches, train
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -153,3 +155,16 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     trained().save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match="another base model"):
         PeftModel.from_pretrained(llama(hidden_size=32), tmp_path)
+
+
+def test_the_model_card_says_how_to_load_it_and_keeps_what_its_author_wrote(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert code.startswith("import fggm_peft") and "fggm" in card.data.tags and card.data.library_name == "peft"
+    assert "AutoModel.from_pretrained" in code and "8 samples" in card.text and "## Training Details" in card.text
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nWritten by hand.\n")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("import fggm_peft") == 1 and "Written by hand." in text

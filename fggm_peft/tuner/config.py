@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from peft.config import PeftConfig
@@ -12,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from ..core.criteria import CRITERIA
 from ..core.granularity import GRANULARITIES
 from ..core.threshold import ThresholdPolicy, TopDensity, policy_from_dict
+from .card import complete_card
 from .registration import add_peft_type
 
 QUANTIZED_MERGES = ("auto", "requantize", "dequantize", "keep")
@@ -184,6 +186,11 @@ class FGGMConfig(PeftConfig):
             raise ValueError(f"threshold must be a ThresholdPolicy or its dict, got {self.threshold!r}")
         elif self.density is not None:
             raise ValueError(f"give density ({self.density!r}) or threshold ({self.threshold!r}), not both")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; completes the model card that PEFT has put there by how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(Path(save_directory), self)
 
     def policy(self, module_name: str | None = None) -> ThresholdPolicy:
         """The threshold policy of a module; of all without a density of their own if no name is given."""
