@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -17,6 +18,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from fggm_peft import FGGMConfig
+from fggm_peft.selection.fisher_pass import FisherPass
+from fggm_peft.tuner.support import fggm_layers
 
 VOCABULARY = 50
 
@@ -118,3 +123,40 @@ def quantized(model: nn.Module, kind: str) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, quantized_layer(module, kind))
     return model
+
+
+class Twice(nn.Module):
+    """Calls one layer twice in a forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.shared = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input_ids, **_):
+        hidden = torch.tanh(self.shared(self.embed(input_ids)))
+        return self.head(torch.relu_(self.shared(hidden))).mean(1)
+
+
+def class_log_likelihood(model, batch):
+    return -nn.functional.cross_entropy(model(batch["input_ids"]), batch["labels"], reduction="none")
+
+
+def class_batches():
+    batches = token_batches()
+    for batch in batches:
+        batch["labels"] = torch.arange(len(batch["input_ids"])) % 4
+    return batches
+
+
+def adapted(model: nn.Module, granularity: str = "row", **config) -> nn.Module:
+    return get_peft_model(model, FGGMConfig(granularity=granularity, **config))
+
+
+def fisher_scores(model: nn.Module, batches, log_likelihood=None) -> dict[str, torch.Tensor]:
+    """The collected Fisher information, mean over samples, ``[units]`` for each module."""
+    fisher_pass = FisherPass(model, model.peft_config["default"], "default", batches, log_likelihood, progress=False)
+    scores, counts = fisher_pass.run(fggm_layers(model, "default"), None, None, 1, "")
+    return {name: score.sum(0) / sum(counts) for name, score in scores.items()}

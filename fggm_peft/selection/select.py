@@ -43,7 +43,8 @@ def select_parameters(
     """Choose which weights of an FGGM adapter may move (FGGM, arXiv 2601.18261, section 3).
 
     The base stays frozen, and quantized if it is; the model is left as it was but for the adapter's
-    supports. What to choose is on the adapter's ``FGGMConfig``.
+    supports. What to choose is on the adapter's ``FGGMConfig``. Build the optimizer afterwards: the trainable
+    values get their sizes here.
 
     Args:
         model: what ``get_peft_model`` returned, or a model with injected FGGM layers.

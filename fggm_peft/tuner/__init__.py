@@ -2,7 +2,7 @@
 
 from .config import FGGMConfig
 from .layer import FGGMLayer
-from .merging import MergeReport, ModuleMerge
+from .merge_report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
 

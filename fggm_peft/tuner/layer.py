@@ -22,7 +22,9 @@ from ..core.granularity import GRANULARITIES, Granularity, Shape
 from ..core.linear import SparseDelta, effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
 from .config import FGGMConfig
-from .merging import KEPT, KeptDeltaHook, ModuleMerge, merge_dense_, merge_quantized
+from .kept import KEPT, KeptDeltaHook
+from .merge_report import ModuleMerge
+from .merging import merge_dense_, merge_quantized
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

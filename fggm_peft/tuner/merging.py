@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import LossyMergeError
-from ..core.granularity import GRANULARITIES
-from ..core.linear import SparseDelta, additive_linear, effective_weight
+from ..core.linear import effective_weight
+from .kept import keep_beside
+from .merge_report import MergeReport, ModuleMerge, account, total
 
 if TYPE_CHECKING:
     from .layer import FGGMLayer
@@ -27,52 +28,6 @@ MIN_SURVIVAL = 0.95
 """Share of a delta that must survive requantization for ``quantized_merge="auto"`` to go on."""
 
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-
-
-@dataclass(frozen=True)
-class ModuleMerge:
-    """What merging did, or would do, to the delta of one module.
-
-    Args:
-        delta_norm: Frobenius norm of the delta.
-        projection: inner product of the weight's actual change with the delta.
-        error_norm: Frobenius norm of (actual change - delta).
-        outcome: "added", "requantized", "dequantized" or "kept".
-        name: module path.
-    """
-
-    delta_norm: float
-    projection: float
-    error_norm: float
-    outcome: str
-    name: str = ""
-
-    @property
-    def survived(self) -> float:
-        """Share of the delta that is in the weight now: its change projected on the delta."""
-        return self.projection / self.delta_norm**2 if self.delta_norm else 1.0
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What became of a delta, module by module."""
-
-    modules: list[ModuleMerge]
-
-    @property
-    def survived(self) -> float:
-        """Share of the whole delta that is in the weights now."""
-        total = sum(m.delta_norm**2 for m in self.modules)
-        return sum(m.projection for m in self.modules) / total if total else 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        modules = {m.name: {**asdict(m), "survived": m.survived} for m in self.modules}
-        return {"survived": self.survived, "modules": modules}
-
-    def __str__(self) -> str:
-        outcomes = sorted({m.outcome for m in self.modules})
-        counts = ", ".join(f"{sum(m.outcome == o for m in self.modules)} {o}" for o in outcomes)
-        return f"MergeReport({len(self.modules)} modules: {counts or 'nothing merged'}; {self.survived:.2%} survived)"
 
 
 def merge_dense_(layer: FGGMLayer, names: Sequence[str], safe: bool, keep_originals: bool) -> ModuleMerge:
@@ -92,12 +47,12 @@ def merge_dense_(layer: FGGMLayer, names: Sequence[str], safe: bool, keep_origin
         old = delta.granularity.gather(matrix, delta.indices)
         new = delta.granularity.added(matrix, delta.indices, delta.values.detach(), delta.scale)
         delta.granularity.put_(matrix, delta.indices, new)
-        records.append(_account(new.float() - old.float(), delta.values.detach() * delta.scale, "added"))
+        records.append(account(new.float() - old.float(), delta.values.detach() * delta.scale, "added"))
         if keep_originals:
             layer.fggm_originals[name] = old
         _merge_bias_(layer, base, name, keep_originals)
     layer.write_back_(weight, matrix)
-    return _sum(records)
+    return total(records)
 
 
 def check_dense(layer: FGGMLayer, names: Sequence[str]) -> None:
@@ -125,25 +80,6 @@ def _merge_bias_(layer: FGGMLayer, base: nn.Module, name: str, keep_original: bo
         layer.fggm_originals[f"{name}_bias"] = bias[indices]
     added = bias[indices].float() + layer.fggm_bias[name].detach().float() * layer.scaling[name]
     bias.index_copy_(0, indices, added.to(bias.dtype))
-
-
-def _account(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
-    change, delta = change.flatten().float(), delta.flatten().float()
-    return ModuleMerge(
-        delta_norm=float(delta.norm()),
-        projection=float(change @ delta) if delta.numel() else 0.0,
-        error_norm=float((change - delta).norm()),
-        outcome=outcome,
-    )
-
-
-def _sum(records: Sequence[ModuleMerge]) -> ModuleMerge:
-    return ModuleMerge(
-        delta_norm=sum(r.delta_norm**2 for r in records) ** 0.5,
-        projection=sum(r.projection for r in records),
-        error_norm=sum(r.error_norm**2 for r in records) ** 0.5,
-        outcome=records[0].outcome,
-    )
 
 
 # Quantized bases --------------------------------------------------------------------------------
@@ -199,7 +135,7 @@ def _requantize(layer, names, safe, dtype):
     trial = holder.base_layer
     now = layer.quantization_backend.get_base_weight(trial)
     trial.train(layer.get_base_layer().training)
-    return trial, _account(now.float() - before.float(), after - before, "requantized")
+    return trial, account(now.float() - before.float(), after - before, "requantized")
 
 
 def _auto(layer, names, safe, dtype):
@@ -230,19 +166,14 @@ def _dequantize(layer, names, safe, dtype):
         dense.bias = nn.Parameter(base.bias.detach().to(dtype).clone(), requires_grad=False)
     _copy_hooks(base, dense)
     dense.train(base.training)
-    return dense, _account(dense.weight.float() - before.float(), after - before, "dequantized")
+    return dense, account(dense.weight.float() - before.float(), after - before, "dequantized")
 
 
 def _keep(layer, names, safe, dtype):
     deltas = [layer.delta(name) for name in names]
     if safe and not all(torch.isfinite(delta.values).all() for delta in deltas):
         raise _not_finite(names[0])
-    base = _shallow_copy(layer.get_base_layer())
-    kept = KeptDelta(getattr(base, KEPT, None), deltas)
-    setattr(base, KEPT, kept)
-    for key in [key for key, hook in base._forward_hooks.items() if isinstance(hook, KeptDeltaHook)]:
-        del base._forward_hooks[key]
-    base.register_forward_hook(KeptDeltaHook(), prepend=True)
+    base = keep_beside(layer.get_base_layer(), deltas)
     square = sum(float((d.values.detach() * d.scale).float().square().sum()) for d in deltas)
     return base, ModuleMerge(square**0.5, square, 0.0, "kept")
 
@@ -253,71 +184,6 @@ _MODES: dict[str, Callable[..., tuple[nn.Module, ModuleMerge]]] = {
     "dequantize": _dequantize,
     "keep": _keep,
 }
-
-KEPT = "fggm_kept"
-
-
-class KeptDelta(nn.Module):
-    """Finished deltas beside a quantized layer: frozen, one support for each granularity.
-
-    It is a submodule of the layer it belongs to, and a forward hook of that layer adds its product;
-    so the layer keeps its class, and whatever wraps it next (FGGM, LoRA) adds to the kept output.
-    Memory grows with the union of the supports, not with the number of tasks.
-    """
-
-    def __init__(self, previous: KeptDelta | None, deltas: Sequence[SparseDelta]):
-        super().__init__()
-        for delta in previous.deltas if previous is not None else []:
-            self._add(delta)
-        for delta in deltas:
-            values = (delta.values * delta.scale).detach()
-            self._add(SparseDelta(delta.granularity, delta.indices.clone(), values))
-
-    @property
-    def deltas(self) -> list[SparseDelta]:
-        """The kept deltas, at most one of each granularity."""
-        names = [name for name in GRANULARITIES if f"indices_{name}" in self._buffers]
-        return [
-            SparseDelta(GRANULARITIES[n], self._buffers[f"indices_{n}"], self._buffers[f"values_{n}"]) for n in names
-        ]
-
-    def _add(self, new: SparseDelta) -> None:
-        name = new.granularity.name
-        if f"indices_{name}" in self._buffers:
-            old = SparseDelta(new.granularity, self._buffers[f"indices_{name}"], self._buffers[f"values_{name}"])
-            new = _united(old, new)
-        self.register_buffer(f"indices_{name}", new.indices, persistent=False)
-        self.register_buffer(f"values_{name}", new.values, persistent=False)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{len(d.indices)} {d.granularity.name}s" for d in self.deltas)
-
-
-class KeptDeltaHook:
-    """Adds the product of a layer's ``KeptDelta`` to its output."""
-
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        kept = getattr(module, KEPT)
-        return additive_linear(output, args[0].to(output.dtype), kept.deltas)
-
-
-def _united(a: SparseDelta, b: SparseDelta) -> SparseDelta:
-    indices = torch.cat([a.indices, b.indices]).unique(sorted=True)
-    dim = a.granularity.unit_dim
-    shape = list(a.values.shape)
-    shape[dim] = len(indices)
-    values = a.values.new_zeros(shape)
-    for delta in (a, b):
-        position = torch.searchsorted(indices, delta.indices)
-        values.index_add_(dim, position, delta.values.to(values.dtype))
-    return SparseDelta(a.granularity, indices, values)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """The same weights in a module object of its own, so that hooks and submodules may differ."""
-    twin = copy.copy(module)
-    twin.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
-    return twin
 
 
 def _copy_hooks(source: nn.Module, target: nn.Module) -> None:

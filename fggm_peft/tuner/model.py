@@ -17,7 +17,8 @@ from .config import FGGMConfig
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
-from .merging import MergeReport, commit_mode, pending, preview_merge
+from .merge_report import MergeReport
+from .merging import commit_mode, pending, preview_merge
 from .support import choose_supports, criterion_scores, fggm_layers, write_supports
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,76 @@
+"""What became of a delta when it was merged: how much of it is in the weights now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModuleMerge:
+    """What merging did, or would do, to the delta of one module.
+
+    Args:
+        delta_norm: Frobenius norm of the delta.
+        projection: inner product of the weight's actual change with the delta.
+        error_norm: Frobenius norm of (actual change - delta).
+        outcome: "added", "requantized", "dequantized" or "kept".
+        name: module path.
+    """
+
+    delta_norm: float
+    projection: float
+    error_norm: float
+    outcome: str
+    name: str = ""
+
+    @property
+    def survived(self) -> float:
+        """Share of the delta that is in the weight now: its change projected on the delta."""
+        return self.projection / self.delta_norm**2 if self.delta_norm else 1.0
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What became of a delta, module by module."""
+
+    modules: list[ModuleMerge]
+
+    @property
+    def survived(self) -> float:
+        """Share of the whole delta that is in the weights now."""
+        total = sum(m.delta_norm**2 for m in self.modules)
+        return sum(m.projection for m in self.modules) / total if total else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        modules = {m.name: {**asdict(m), "survived": m.survived} for m in self.modules}
+        return {"survived": self.survived, "modules": modules}
+
+    def __str__(self) -> str:
+        outcomes = sorted({m.outcome for m in self.modules})
+        counts = ", ".join(f"{sum(m.outcome == o for m in self.modules)} {o}" for o in outcomes)
+        return f"MergeReport({len(self.modules)} modules: {counts or 'nothing merged'}; {self.survived:.2%} survived)"
+
+
+def account(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
+    """Compare the actual change of a weight with the delta that was meant, entry by entry."""
+    change, delta = change.flatten().float(), delta.flatten().float()
+    return ModuleMerge(
+        delta_norm=float(delta.norm()),
+        projection=float(change @ delta) if delta.numel() else 0.0,
+        error_norm=float((change - delta).norm()),
+        outcome=outcome,
+    )
+
+
+def total(records: Sequence[ModuleMerge]) -> ModuleMerge:
+    """Several adapters' records of one module as one."""
+    return ModuleMerge(
+        delta_norm=sum(r.delta_norm**2 for r in records) ** 0.5,
+        projection=sum(r.projection for r in records),
+        error_norm=sum(r.error_norm**2 for r in records) ** 0.5,
+        outcome=records[0].outcome,
+    )

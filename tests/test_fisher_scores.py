@@ -1,0 +1,130 @@
+"""The Fisher pass against the naive one-sample loop: heads, layers, padding, checkpointing, dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import (
+    BERT_HEADS,
+    Twice,
+    adapted,
+    bert,
+    class_batches,
+    class_log_likelihood,
+    fisher_scores,
+    gpt2,
+    llama,
+    t5,
+    token_batches,
+)
+from torch import nn
+
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.selection.log_likelihood import default_log_likelihood
+
+
+def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelihood=None) -> dict[str, torch.Tensor]:
+    """One sample at a time, the whole weight gradient by autograd, in the model's own dtype."""
+    model = model.eval()
+    likelihood = log_likelihood or default_log_likelihood(model, None)
+    modules = {name: model.get_submodule(name) for name in names}
+    sums = {name: torch.zeros(1, dtype=torch.float64) for name in names}
+    count = 0
+    for batch in batches:
+        for sample in range(len(batch["input_ids"])):
+            one = {key: value[sample : sample + 1] for key, value in batch.items()}
+            weights = [module.weight.requires_grad_(True) for module in modules.values()]
+            gradients = torch.autograd.grad(likelihood(model, one).sum(), weights)
+            for (name, module), gradient in zip(modules.items(), gradients, strict=True):
+                matrix = gradient.T if type(module).__name__ == "Conv1D" else gradient.flatten(1)
+                sums[name] = sums[name] + GRANULARITIES[granularity].reduce(matrix.double().square())
+            count += 1
+    return {name: value / count for name, value in sums.items()}
+
+
+def assert_same_scores(model: nn.Module, reference: nn.Module, batches, granularity: str, tolerance: float = 1e-5):
+    got = fisher_scores(model, batches)
+    expected = naive_scores(reference, batches, got, granularity)
+    for name in got:
+        scale = expected[name].max()
+        assert scale > 0, name
+        torch.testing.assert_close(
+            got[name].double(), expected[name], rtol=1e-3, atol=float(scale) * tolerance, msg=name
+        )
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_scores_are_those_of_the_naive_one_sample_loop(granularity, padding):
+    assert_same_scores(adapted(llama(), granularity), llama(), token_batches(padding=padding), granularity)
+
+
+@pytest.mark.parametrize("length", [9, 60])
+def test_gram_and_direct_form_give_the_same_scores(granularity, length):
+    """With 60 positions a layer of 64 x 64 takes the direct form, with 9 the Gram form."""
+    batches = token_batches(sizes=(2, 2), length=length)
+    assert_same_scores(adapted(llama(layers=1), granularity), llama(layers=1), batches, granularity)
+
+
+def test_conv1d_and_embedding_layers_are_scored(granularity):
+    targets = ["c_attn", "c_proj", "c_fc", "wte"]
+    model = adapted(gpt2(), granularity, target_modules=targets, fan_in_fan_out=True)
+    reference = gpt2()
+    reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())  # untie: the head is no target
+    assert_same_scores(model, reference, token_batches(padding="right"), granularity)
+
+
+def test_sequence_to_sequence_models_are_scored(granularity):
+    batches = token_batches(padding="right")
+    assert_same_scores(adapted(t5(), granularity, task_type="SEQ_2_SEQ_LM"), t5(), batches, granularity)
+
+
+@pytest.mark.parametrize("head", BERT_HEADS)
+def test_classifiers_are_scored(head):
+    batches = token_batches(padding="right")
+    for batch in batches:
+        if head == "sequence":
+            batch["labels"] = torch.arange(len(batch["input_ids"])) % 3
+        elif head == "token":
+            batch["labels"] = batch["labels"].clamp(max=2)
+    build = lambda: bert(BERT_HEADS[head], num_labels=3)  # noqa: E731
+    assert_same_scores(adapted(build(), target_modules=["query", "value", "dense"]), build(), batches, "row")
+
+
+@pytest.mark.parametrize("labels", ["one number", "several at once"])
+def test_regression_and_multi_label_heads_have_a_likelihood(labels):
+    batches = token_batches(padding="right")
+    count = 1 if labels == "one number" else 4
+    for batch in batches:
+        size = len(batch["input_ids"])
+        batch["labels"] = torch.randn(size) if count == 1 else (torch.rand(size, count) > 0.5).float()
+    build = lambda: bert(BERT_HEADS["sequence"], num_labels=count)  # noqa: E731
+    assert_same_scores(adapted(build(), target_modules=["query", "value"]), build(), batches, "row")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(granularity, use_reentrant):
+    model = adapted(llama(attention_dropout=0.5), granularity)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    assert_same_scores(model, llama(), token_batches(), granularity)
+
+
+def test_a_layer_called_twice_sums_its_gradients_before_squaring(granularity):
+    """And its output may be modified in place."""
+    model = adapted(Twice(), granularity, target_modules=["shared", "embed"])
+    batches = class_batches()
+    got = fisher_scores(model, batches, class_log_likelihood)
+    expected = naive_scores(Twice(), batches, ["shared", "embed"], granularity, class_log_likelihood)
+    for name in expected:
+        torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_accumulate_in_float32(granularity, dtype):
+    batches = token_batches()
+    got = fisher_scores(adapted(llama(dtype), granularity), batches)
+    expected = naive_scores(llama(), batches, got, granularity)
+    for name in got:
+        assert got[name].dtype == torch.float32
+        correlation = torch.corrcoef(torch.stack([got[name].double(), expected[name]]))[0, 1]
+        assert correlation > 0.99, name
