@@ -188,6 +188,19 @@ def test_kept_deltas_pile_up_exactly_and_share_one_support(kind, granularity):
     assert not any("fggm" in name for name in model.base_model.model.state_dict() if "base_layer" in name)
 
 
+@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
+def test_what_was_kept_stays_when_the_next_task_is_merged_otherwise(mode):
+    model = trained("nf4", quantized_merge="keep").merge_and_unload()
+    model = get_peft_model(model, FGGMConfig(granularity="column", criterion="random", quantized_merge=mode))
+    train(model, BATCHES, steps=3)
+    before = logits(model, BATCHES[0])
+    model.merge_adapter()
+    tolerance = 1e-4 if mode == "dequantize" else 0.5
+    torch.testing.assert_close(logits(model, BATCHES[0]), before, rtol=tolerance, atol=tolerance)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, BATCHES[0]), before)
+
+
 def test_dequantized_layers_take_the_dtype_of_the_model():
     base = quantized(llama(), "int8").to(torch.bfloat16)
     model = get_peft_model(base, FGGMConfig(criterion="random", init_weights=False, quantized_merge="dequantize"))

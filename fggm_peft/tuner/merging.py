@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.errors import LossyMergeError
 from ..core.linear import effective_weight
-from .kept import keep_beside
+from .kept import KeptDeltaHook, keep_beside
 from .merge_report import MergeReport, ModuleMerge, account, total
 
 if TYPE_CHECKING:
@@ -109,16 +109,15 @@ def merge_quantized(
     return replacement, report
 
 
-def _merged_weight(layer: FGGMLayer, names: Sequence[str], safe: bool) -> tuple[Tensor, Tensor]:
-    """The dequantized weight without and with the deltas, ``[o, i]`` each."""
-    before = layer.get_base_weight()
+def _merged_weight(layer: FGGMLayer, names: Sequence[str], safe: bool, before: Tensor) -> Tensor:
+    """The dequantized weight ``before`` with the deltas added, ``[o, i]`` in float32 at least."""
     wide = torch.promote_types(before.dtype, torch.float32)
     deltas = [layer.delta(name) for name in names]
     with torch.no_grad():
         after = effective_weight(before.to(wide, copy=True), deltas)
     if safe and not torch.isfinite(after).all():
         raise _not_finite(names[0])
-    return before, after
+    return after
 
 
 def _requantize(layer, names, safe, dtype):
@@ -127,7 +126,8 @@ def _requantize(layer, names, safe, dtype):
             f"{layer.quantization_backend.backend_name} layers cannot be requantized. "
             'Set quantized_merge="keep" on the config to keep the delta beside the base.'
         )
-    before, after = _merged_weight(layer, names, safe)
+    before = layer.get_base_weight()
+    after = _merged_weight(layer, names, safe, before)
     trial = copy.deepcopy(layer.get_base_layer())  # backends write to the layer and to its weight's attributes
     holder = SimpleNamespace(base_layer=trial)
     holder.get_base_layer = lambda: holder.base_layer  # HQQ's backend replaces the layer of its holder
@@ -157,14 +157,17 @@ def lossy_merge_error(report: MergeReport) -> LossyMergeError:
 
 def _dequantize(layer, names, safe, dtype):
     base = layer.get_base_layer()
-    before, after = _merged_weight(layer, names, safe)
+    before = layer.weight_copy()  # with what has been kept beside the quantized layer, which is folded in here
+    after = _merged_weight(layer, names, safe, before)
     dtype = dtype or getattr(base, "compute_dtype", None) or before.dtype
     with torch.device("meta"):
         dense = nn.Linear(after.shape[1], after.shape[0], bias=base.bias is not None)
     dense.weight = nn.Parameter(after.to(dtype), requires_grad=False)
     if base.bias is not None:
         dense.bias = nn.Parameter(base.bias.detach().to(dtype).clone(), requires_grad=False)
-    _copy_hooks(base, dense)
+    for name in _HOOK_DICTS:
+        hooks = getattr(base, name).items()
+        getattr(dense, name).update({key: hook for key, hook in hooks if not isinstance(hook, KeptDeltaHook)})
     dense.train(base.training)
     return dense, account(dense.weight.float() - before.float(), after - before, "dequantized")
 
@@ -184,11 +187,6 @@ _MODES: dict[str, Callable[..., tuple[nn.Module, ModuleMerge]]] = {
     "dequantize": _dequantize,
     "keep": _keep,
 }
-
-
-def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
-    for name in _HOOK_DICTS:
-        getattr(target, name).update(getattr(source, name))
 
 
 # Whole models -----------------------------------------------------------------------------------
