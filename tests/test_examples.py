@@ -48,3 +48,13 @@ def test_the_qlora_style_script_selects_trains_saves_and_loads(base, model_folde
     assert "values may move; split-half agreement" in output and "loaded again" in output
     config = json.loads((tmp_path / "delta" / "adapter_config.json").read_text())
     assert config["peft_type"] == "FGGM" and config["selection"]["samples"] == 48
+
+
+def test_the_demo_runs_to_its_end_and_leaves_what_it_promises(model_folder, tmp_path):
+    output = run("demo/run.py", "--quick", "--model", model_folder, "--output", tmp_path)
+    assert "Reading" in output and "Checked" in output
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "results.json").read_text())
+    deltas = sorted((tmp_path / "deltas").iterdir())
+    assert len(deltas) == 3
+    assert all((delta / "adapter_model.safetensors").exists() for delta in deltas)

@@ -127,11 +127,9 @@ class FGGMEmbedding(FGGMLayer):
         wide = torch.promote_types(output.dtype, torch.float32)
         result = output.to(wide)
         for delta in deltas:
-            rows = delta.granularity.delta_rows(
-                x.reshape(-1), delta.indices, delta.values * delta.scale, self.weight_shape
-            )
-            rows = rows.view(*x.shape, -1).to(wide)
-            result = result + (rows if embed_scale is None else rows * embed_scale)
+            rows = delta.granularity.delta_rows(x.reshape(-1), delta.indices, delta.values, self.weight_shape)
+            scale = delta.scale if embed_scale is None else delta.scale * embed_scale
+            result = result + rows.view(*x.shape, -1).to(wide) * scale
         return result.to(output.dtype)
 
     def per_sample(self, calls, gram):
