@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 RESULTS = Path(__file__).parent / "results"
 
 
-def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: int = 8192) -> LlamaForCausalLM:
+def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: int = 32000) -> LlamaForCausalLM:
     """A randomly initialised Llama-like model of the usual proportions."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -32,13 +32,13 @@ def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: i
         intermediate_size=hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 192),
+        num_key_value_heads=max(1, hidden // 256),
         use_cache=False,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def batches(count: int, size: int, length: int, vocab: int = 8192) -> list[dict[str, torch.Tensor]]:
+def batches(count: int, size: int, length: int, vocab: int = 32000) -> list[dict[str, torch.Tensor]]:
     """Random token batches without padding, with labels everywhere."""
     generator = torch.Generator().manual_seed(0)
     result = []

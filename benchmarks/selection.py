@@ -66,7 +66,7 @@ def main() -> None:
     cases = [(512, 8, 128, 8, torch.float32), (1024, 4, 128, 8, torch.float32), (1024, 4, 128, 8, torch.bfloat16)]
     results = {}
     for hidden, layers, length, size, dtype in cases[:1] if arguments.quick else cases:
-        name = f"hidden {hidden} x {layers} layers, T {length}, batch {size}, {str(dtype).removeprefix('torch.')}"
+        name = f"vocabulary 32000, hidden {hidden} x {layers} layers, T {length}, batch {size}, {str(dtype).removeprefix('torch.')}"
         repeats = 3 if arguments.quick else arguments.repeats
         results[name] = measure(hidden, layers, length, size, dtype, repeats)
         show(name, results[name])

@@ -123,7 +123,7 @@ def main() -> None:
     results = {}
     for hidden, layers, length, size, dtype, density in cases[:1] if arguments.quick else cases:
         kind = str(dtype).removeprefix("torch.")
-        name = f"hidden {hidden} x {layers} layers, T {length}, batch {size}, {kind}, density {density:.0%}"
+        name = f"vocabulary 32000, hidden {hidden} x {layers} layers, T {length}, batch {size}, {kind}, density {density:.0%}"
         repeats = 3 if arguments.quick else arguments.repeats
         results[name] = measure(hidden, layers, length, size, dtype, density, repeats)
         show(name, results[name])
