@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 32000  # Llama's
 
 
-def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: int = 32000) -> LlamaForCausalLM:
+def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: int = VOCABULARY) -> LlamaForCausalLM:
     """A randomly initialised Llama-like model of the usual proportions."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -38,7 +39,13 @@ def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: i
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def batches(count: int, size: int, length: int, vocab: int = 32000) -> list[dict[str, torch.Tensor]]:
+def case_name(hidden: int, layers: int, length: int, size: int, dtype: torch.dtype) -> str:
+    """What was measured, as a key of the result file."""
+    kind = str(dtype).removeprefix("torch.")
+    return f"vocabulary {VOCABULARY}, hidden {hidden} x {layers} layers, T {length}, batch {size}, {kind}"
+
+
+def batches(count: int, size: int, length: int, vocab: int = VOCABULARY) -> list[dict[str, torch.Tensor]]:
     """Random token batches without padding, with labels everywhere."""
     generator = torch.Generator().manual_seed(0)
     result = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import batches, interleaved, llama, ratios, show, write
+from common import batches, case_name, interleaved, llama, ratios, show, write
 from peft import get_peft_model
 
 from fggm_peft import FGGMConfig
@@ -66,7 +66,7 @@ def main() -> None:
     cases = [(512, 8, 128, 8, torch.float32), (1024, 4, 128, 8, torch.float32), (1024, 4, 128, 8, torch.bfloat16)]
     results = {}
     for hidden, layers, length, size, dtype in cases[:1] if arguments.quick else cases:
-        name = f"vocabulary 32000, hidden {hidden} x {layers} layers, T {length}, batch {size}, {str(dtype).removeprefix('torch.')}"
+        name = case_name(hidden, layers, length, size, dtype)
         repeats = 3 if arguments.quick else arguments.repeats
         results[name] = measure(hidden, layers, length, size, dtype, repeats)
         show(name, results[name])

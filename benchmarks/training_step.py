@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import batches, interleaved, llama, ratios, show, write
+from common import batches, case_name, interleaved, llama, ratios, show, write
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -122,8 +122,7 @@ def main() -> None:
     ]
     results = {}
     for hidden, layers, length, size, dtype, density in cases[:1] if arguments.quick else cases:
-        kind = str(dtype).removeprefix("torch.")
-        name = f"vocabulary 32000, hidden {hidden} x {layers} layers, T {length}, batch {size}, {kind}, density {density:.0%}"
+        name = f"{case_name(hidden, layers, length, size, dtype)}, density {density:.0%}"
         repeats = 3 if arguments.quick else arguments.repeats
         results[name] = measure(hidden, layers, length, size, dtype, density, repeats)
         show(name, results[name])
