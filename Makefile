@@ -21,7 +21,7 @@ $(VENV)/dev: $(VENV)/created pyproject.toml constraints.txt
 	$(PIP) -e ".[bnb,demo,dev]"
 	touch $@
 
-demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about 8 minutes on two cores).
+demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about 7 minutes on two cores).
 	$(BIN)/python examples/demo/run.py $(ARGS)
 
 test: $(VENV)/dev  ## Everything but what is marked slow.

@@ -201,6 +201,26 @@ def test_what_was_kept_stays_when_the_next_task_is_merged_otherwise(mode):
     assert torch.equal(logits(model, BATCHES[0]), before)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_autocast_reaches_neither_form_of_the_product(kind, granularity):
+    """bitsandbytes gives the dtype of the input back, whatever autocast says."""
+    model = adapted(kind, granularity, criterion="random", init_weights=False, quantized_merge="keep")
+    short = {key: value[:1] for key, value in BATCHES[0].items()}  # few positions: the additive form
+    exact = logits(model, short)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(logits(model, short).float(), exact, rtol=0.1, atol=0.1)
+        model.train()
+        model(**BATCHES[0]).loss.backward()
+        kept = model.merge_and_unload()
+        torch.testing.assert_close(logits(kept, short).float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_saving_a_base_with_kept_deltas_warns_that_they_are_not_in_it():
+    base = trained("nf4", quantized_merge="keep").merge_and_unload()
+    with pytest.warns(UserWarning, match="not part of the base"):
+        base.state_dict()
+
+
 def test_dequantized_layers_take_the_dtype_of_the_model():
     base = quantized(llama(), "int8").to(torch.bfloat16)
     model = get_peft_model(base, FGGMConfig(criterion="random", init_weights=False, quantized_merge="dequantize"))

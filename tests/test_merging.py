@@ -150,3 +150,35 @@ def test_tasks_follow_one_another_on_a_merged_base():
 def test_unload_gives_the_base_back_untouched():
     model = trained("element")
     torch.testing.assert_close(logits(model.unload(), BATCHES[0]), logits(llama(), BATCHES[0]), rtol=0, atol=0)
+
+
+def test_unmerging_restores_a_weight_that_two_adapted_layers_share(granularity):
+    base = llama(tie_word_embeddings=True)
+    config = FGGMConfig(granularity=granularity, criterion="random", target_modules=["embed_tokens", "lm_head"])
+    config.init_weights = False
+    model = get_peft_model(base, config)
+    before = base_state(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_same_state(base_state(model), before)
+
+
+def test_bias_entries_and_adapters_of_any_name_are_kept_apart():
+    config = {"target_modules": ["0"], "criterion": "random", "init_weights": False}
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), FGGMConfig(bias="fggm_only", **config), "a")
+    model.add_adapter("a_bias", FGGMConfig(seed=1, **config))
+    before = base_state(model)
+    model.merge_adapter(["a", "a_bias"])
+    model.unmerge_adapter()
+    assert_same_state(base_state(model), before)
+
+
+def test_an_adapter_cannot_be_loaded_over_while_it_is_merged(tmp_path):
+    model = trained("row")
+    model.save_pretrained(tmp_path)
+    before = base_state(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+    model.unmerge_adapter()
+    assert_same_state(base_state(model), before)

@@ -29,6 +29,7 @@ from fggm_peft import (
     AlreadyTrainedError,
     FGGMConfig,
     FGGMLayer,
+    MeanPlusStd,
     NonFiniteScoreError,
     ParameterBudget,
     ScoreMass,
@@ -332,3 +333,20 @@ def test_models_with_injected_layers_can_be_selected():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model(**token_batches()[0]).loss.requires_grad
+
+
+def test_a_threshold_that_chooses_nothing_is_refused():
+    with pytest.raises(ValueError, match="chooses nothing"):
+        select_parameters(adapted(llama(), threshold=MeanPlusStd(50.0)), token_batches(), progress=False)
+
+
+def test_a_density_pattern_that_matches_nothing_is_named():
+    with pytest.warns(RuntimeWarning, match=r"density_pattern.*\['query'\]"):
+        adapted(llama(), density_pattern={"query": 0.1, "q_proj": 0.2})
+
+
+def test_selection_works_inside_inference_mode():
+    model = adapted(llama())
+    with torch.inference_mode():
+        select_parameters(model, token_batches(), progress=False)
+    assert train(model, token_batches())

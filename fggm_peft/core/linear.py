@@ -8,8 +8,10 @@ the weight is never needed. Measured in benchmarks/training_step.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +90,20 @@ def _value_gradients(ctx, first: int, x: Tensor | None, g: Tensor, values: Seque
         yield gradient if delta.scale == 1 else gradient.mul_(delta.scale)
 
 
+def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast off: the callers have chosen every dtype, and a product in another one would not add up."""
+
+    @functools.wraps(method)
+    def wrapper(ctx, first: Tensor, *rest):
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *rest)
+
+    return wrapper
+
+
 class _EffectiveLinear(torch.autograd.Function):
     @staticmethod
+    @_as_given
     def forward(ctx, x, bias, weight, deltas, *values):
         dense = effective_weight(weight(), deltas).to(x.dtype)
         ctx.weight, ctx.deltas = weight, deltas
@@ -98,6 +112,7 @@ class _EffectiveLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx, g):
         x, *values = ctx.saved_tensors
         gx = gb = None
@@ -110,6 +125,7 @@ class _EffectiveLinear(torch.autograd.Function):
 
 class _AdditiveLinear(torch.autograd.Function):
     @staticmethod
+    @_as_given
     def forward(ctx, base_output, x, deltas, *values):
         ctx.deltas, ctx.input_size = deltas, x.shape[1]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *values)
@@ -121,6 +137,7 @@ class _AdditiveLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx, g):
         x, *values = ctx.saved_tensors
         gx = None

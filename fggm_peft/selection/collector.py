@@ -131,8 +131,9 @@ class ScoreCollector:
         layer, scores = self.layers[name], self.scores[name]
         assert self._half is not None
         calls = [(self._by_sample(name, x), self._by_sample(name, g)) for x, g in self._seen[name]]
-        gradients = layer.per_sample(calls, gram or GramMatrix())
-        layer.granularity[self.adapter_name].accumulate_(scores, gradients, self._half.to(scores.device))
+        with torch.autocast(scores.device.type, enabled=False):  # scores are summed in float32
+            gradients = layer.per_sample(calls, gram or GramMatrix())
+            layer.granularity[self.adapter_name].accumulate_(scores, gradients, self._half.to(scores.device))
         self._seen[name] = []
 
     def _by_sample(self, name: str, tensor: Tensor) -> Tensor:

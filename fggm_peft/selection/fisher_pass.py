@@ -167,5 +167,6 @@ class FisherPass:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, out of a ``PeftModel``; its FGGM layers stay in it."""
-    get = getattr(model, "get_base_model", None)
-    return get() if callable(get) else model
+    while callable(get := getattr(model, "get_base_model", None)):
+        model = get()
+    return model

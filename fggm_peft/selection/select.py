@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ MAX_SAMPLES = 1024
 SUFFICIENT_AGREEMENT = 0.95
 
 
+@torch.inference_mode(False)  # the values made here must train
 def select_parameters(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]] | None = None,
@@ -81,6 +83,8 @@ def select_parameters(
         outcome = _choose_from_data(fisher_pass, layers, config, adapter_name, num_samples, score_memory)
     else:
         outcome = _Outcome(_choose(layers, config, adapter_name, None), ({}, {}), 0)
+    if not any(len(choice.indices) for choice in outcome.choices.values()):
+        raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
     write_supports(layers, config, adapter_name, outcome.choices)
     report = _report(layers, config, adapter_name, outcome, time.perf_counter() - start)
     config.selection = report.summary()

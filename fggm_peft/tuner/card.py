@@ -65,8 +65,8 @@ def _description(config: FGGMConfig) -> str:
         f"([arXiv 2601.18261](https://arxiv.org/abs/2601.18261)): {config.granularity}s chosen by the criterion "
         f"`{config.criterion}` with the threshold `{name}` ({arguments})."
     )
-    found = config.selection
-    if found:
+    found = config.selection or {}
+    if {"samples", "agreement", "parameters", "density"} <= found.keys():
         agreement = "" if found["agreement"] is None else f", split-half agreement {found['agreement']:.2f}"
         text += (
             f" {found['parameters']:,} values, {found['density']:.2%} of the targeted weights, "

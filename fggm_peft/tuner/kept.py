@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,15 @@ class KeptDelta(nn.Module):
             new = _united(old, new)
         self.register_buffer(f"indices_{name}", new.indices, persistent=False)
         self.register_buffer(f"values_{name}", new.values, persistent=False)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if "base_layer." not in prefix:  # else an adapter on top is being saved, which is not about the base
+            warnings.warn(
+                "deltas that quantized_merge='keep' has put beside quantized layers are not part of the base's "
+                "state_dict or save_pretrained. Save each adapter before merging it, and load them again in order.",
+                stacklevel=2,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{len(d.indices)} {d.granularity.name}s" for d in self.deltas)

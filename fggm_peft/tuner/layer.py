@@ -41,7 +41,8 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     - ``fggm_indices[adapter]``: ``[k]`` int32 (int64 where ``out * in`` reaches 2**31), sorted, unique;
       elements are flat indices ``o * in + i``;
     - ``fggm_bias[adapter]``: ``[k]``, the bias entries of chosen rows, if the config asks for them;
-    - ``fggm_originals[adapter]``: while merged into a dense base, the entries as they were.
+    - ``fggm_originals[adapter]``, ``fggm_original_bias[adapter]``: while merged into a dense base, the
+      entries as they were.
     """
 
     adapter_layer_names = ("fggm_values", "fggm_bias")
@@ -54,6 +55,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.fggm_bias = nn.ParameterDict()
         self.fggm_indices = BufferDict(persistent=True)
         self.fggm_originals = BufferDict(persistent=False)
+        self.fggm_original_bias = BufferDict(persistent=False)
         self.scaling: dict[str, float] = {}
         self.granularity: dict[str, Granularity] = {}
         self.quantized_merge: dict[str, str] = {}
@@ -288,8 +290,8 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             if name in self.fggm_originals:
                 self._restore_(base.weight.data, name, self.fggm_originals.pop(name))
-            if f"{name}_bias" in self.fggm_originals:
-                entries = self.fggm_originals.pop(f"{name}_bias")
+            if name in self.fggm_original_bias:
+                entries = self.fggm_original_bias.pop(name)
                 base.bias.data.index_copy_(0, self.fggm_indices[name].long(), entries.to(base.bias.dtype))
         if self._replaced_bases:
             self._set_base(self._replaced_bases[0])

@@ -33,6 +33,10 @@ def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: Ma
         keys = _Keys(state_dict, name, adapter_name)
         if keys.absent():
             continue  # PEFT reports keys that are missing altogether
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"adapter {adapter_name!r} is merged ({name}); call unmerge_adapter() before loading over it"
+            )
         sizes[layer] = _checked_size(layer, adapter_name, keys)
     for layer, k in sizes.items():
         layer.resize_(adapter_name, k)

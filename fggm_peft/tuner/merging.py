@@ -77,7 +77,7 @@ def _merge_bias_(layer: FGGMLayer, base: nn.Module, name: str, keep_original: bo
         return
     bias, indices = base.bias.data, layer.fggm_indices[name].long()
     if keep_original:
-        layer.fggm_originals[f"{name}_bias"] = bias[indices]
+        layer.fggm_original_bias[name] = bias[indices]
     added = bias[indices].float() + layer.fggm_bias[name].detach().float() * layer.scaling[name]
     bias.index_copy_(0, indices, added.to(bias.dtype))
 

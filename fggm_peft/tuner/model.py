@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA
@@ -69,6 +71,7 @@ class FGGMModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _warn_of_idle_patterns(self.peft_config[adapter_name], fggm_layers(model, adapter_name))
             self._fill_without_data(model, adapter_name)
         except Exception:
             _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then
@@ -137,6 +140,12 @@ class FGGMModel(BaseTuner):
             LossyMergeError: a quantized base would lose part of the delta (``quantized_merge="auto"``).
         """
         return self._merge_all(adapter_names, safe_merge, keep_originals=True)
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out again: the base is what it was, bit for bit."""
+        for layer in reversed([m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]):
+            with onload_layer(layer):  # in reverse, because tied layers have changed one weight in turn
+                layer.unmerge()
 
     def _merge_all(self, names: list[str] | None, safe_merge: bool, keep_originals: bool) -> MergeReport:
         self._check_merge_allowed()
@@ -212,3 +221,15 @@ def _take_out(model: nn.Module, adapter_name: str) -> None:
             if not layer.fggm_values:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _warn_of_idle_patterns(config: FGGMConfig, module_names: Iterable[str]) -> None:
+    """As PEFT does for LoRA's ``rank_pattern``."""
+    names = list(module_names)
+    idle = [p for p in config.density_pattern or {} if not any(get_pattern_key([p], name) == p for name in names)]
+    if idle:
+        warnings.warn(
+            f"The following density_pattern keys did not match any targeted module and were ignored: {sorted(idle)}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
