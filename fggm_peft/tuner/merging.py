@@ -120,12 +120,16 @@ def _merged_weight(layer: FGGMLayer, names: Sequence[str], safe: bool, before: T
     return after
 
 
-def _requantize(layer, names, safe, dtype):
+def _require_requantizable(layer: FGGMLayer) -> None:
     if not layer.quantization_backend.supports_merge:
         raise TypeError(
             f"{layer.quantization_backend.backend_name} layers cannot be requantized. "
             'Set quantized_merge="keep" on the config to keep the delta beside the base.'
         )
+
+
+def _requantize(layer, names, safe, dtype):
+    _require_requantizable(layer)
     before = layer.get_base_weight()
     after = _merged_weight(layer, names, safe, before)
     trial = copy.deepcopy(layer.get_base_layer())  # backends write to the layer and to its weight's attributes
@@ -220,8 +224,10 @@ def preview_merge(layers: dict[str, FGGMLayer], names: Sequence[str] | None, saf
         if mode == "auto":
             _, record = _requantize(layer, todo, safe, None)
             modules.append(replace(record, name=path))
-        elif safe or mode == "requantize":
+        elif safe:
             _MODES[mode](layer, todo, safe, None)
+        elif mode == "requantize":
+            _require_requantizable(layer)  # the quantizing itself is left to the merge
     report = MergeReport(modules)
     if report.survived < MIN_SURVIVAL:
         raise lossy_merge_error(report)
