@@ -1,10 +1,16 @@
-"""One pass over the task's data that leaves nothing behind but running scores."""
+"""One pass over the task's data that leaves nothing behind but running scores.
+
+Samples are numbered over all ranks, as one process would read them: batch by batch, rank by rank. The
+number decides which half a sample belongs to and whether it is within the limit, so that one process
+and several choose the same from the same data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -16,10 +22,31 @@ from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from .collector import ScoreCollector
 from .log_likelihood import LogLikelihood, default_log_likelihood
+from .out_of_memory import advised
+from .ranks import Ranks, is_sharded
 from .untouched import untouched
 
-Scores = dict[str, Tensor]  # module path -> [2, units], one running sum for each half of the samples
-Counts = tuple[int, int]  # samples in each half
+Scores = Callable[[str], Tensor]
+"""Module path -> ``[2, units]``, one sum for each half of the samples, over all ranks."""
+Counts = tuple[int, int]
+"""Samples in each half."""
+
+
+class Round(NamedTuple):
+    """One batch on every rank.
+
+    Args:
+        batch: this rank's batch, or None where its data has ended before that of the others.
+        size: samples in it that count. 0 with a batch: the ranks hold a part of the model each, and this one
+            goes along with the others without adding anything.
+        first: number of its first sample.
+        end: one past the number of the round's last sample on any rank.
+    """
+
+    batch: Mapping[str, Any] | None
+    size: int
+    first: int
+    end: int
 
 
 class FisherPass:
@@ -32,6 +59,7 @@ class FisherPass:
         dataloader: iterable of batches.
         log_likelihood: by default what fits the model's head.
         progress: show a bar on a terminal.
+        ranks: the processes that read a share of the data each.
     """
 
     def __init__(
@@ -42,6 +70,7 @@ class FisherPass:
         dataloader: Iterable[Mapping[str, Any]],
         log_likelihood: LogLikelihood | None,
         progress: bool,
+        ranks: Ranks | None = None,
     ):
         if log_likelihood is not None and config.fisher_labels == "model":
             raise ValueError(
@@ -49,7 +78,10 @@ class FisherPass:
                 "log_likelihood=; draw the labels in your function and set fisher_labels='data'"
             )
         self.model, self.config, self.adapter_name = model, config, adapter_name
-        self.dataloader, self.log_likelihood, self.progress = dataloader, log_likelihood, progress
+        self.dataloader, self.log_likelihood = dataloader, log_likelihood
+        self.ranks = ranks or Ranks()
+        self.progress = progress and self.ranks.rank == 0
+        self.generator = torch.Generator() if config.fisher_labels == "model" else None
 
     def require_repeatable(self, passes: int) -> None:
         """Raise ``ValueError`` if the data can be read only once."""
@@ -79,58 +111,65 @@ class FisherPass:
             NonFiniteScoreError: a log-likelihood or a score is NaN or infinite.
         """
         log_likelihood, model = self._likelihood()
-        counts = [0, 0]
+        seen = 0
         with (
             untouched(self.model),
             self._switched_off(layers),
             ScoreCollector(layers, self.adapter_name, self._checkpointed_embeddings()) as collector,
             tqdm(total=limit, desc=description, unit="sample", disable=None if self.progress else True) as bar,
         ):
-            for index, batch in enumerate(self.dataloader):
-                batch, size = self._prepared(batch, index, None if limit is None else limit - sum(counts))
-                half = (torch.arange(size) + sum(counts)) % 2
-                self._score(collector, model, log_likelihood, batch, half, index)
-                counts[0], counts[1] = counts[0] + int((half == 0).sum()), counts[1] + int(half.sum())
-                bar.update(size)
-                if limit is not None and sum(counts) >= limit:
+
+            def so_far(name: str) -> Tensor:
+                return self.ranks.sum(collector.scores[name])
+
+            for index, round in enumerate(self._rounds(limit)):
+                with self.ranks.together("the selection pass"), advised(index, round.batch):
+                    self._score(collector, model, log_likelihood, round, index)
+                bar.update(round.end - seen)
+                seen = round.end
+                if seen == limit:
                     break
-                if enough is not None and sum(counts) >= first_check and min(counts):
+                if enough is not None and seen >= first_check:
                     first_check *= 2
-                    if enough(collector.scores, (counts[0], counts[1])):
+                    if enough(so_far, _halves(seen)):
                         break
-            if not sum(counts):
+            if not seen:
                 raise ValueError("the dataloader is empty; select_parameters needs at least one batch")
-        return collector.scores, (counts[0], counts[1])
+        total = {name: self.ranks.sum(scores) for name, scores in collector.scores.items()}
+        return total.__getitem__, _halves(seen)
+
+    def _rounds(self, limit: int | None) -> Iterator[Round]:
+        """Batches of all ranks, cut to the samples that are still wanted, until the data of every rank has ended."""
+        batches, start, spare = iter(self.dataloader), 0, None
+        sharded = self.ranks.size > 1 and is_sharded(self.model)
+        for index in itertools.count():
+            with self.ranks.together("reading the data"):
+                batch = next(batches, None)
+                size = 0 if batch is None else _size(batch, index)
+            sizes = self.ranks.gather(size)
+            if not any(sizes):
+                return
+            first = start + sum(sizes[: self.ranks.rank])
+            start += sum(sizes)
+            if limit is not None and first + size > limit:
+                batch, size = _cut(batch, size, max(0, limit - first))
+                start = min(start, limit)
+            spare = batch if size else spare
+            yield Round(spare if sharded and not size else batch, size, first, start)
 
     def _likelihood(self) -> tuple[LogLikelihood, nn.Module]:
         if self.log_likelihood is not None:
             return self.log_likelihood, self.model
         base = unwrapped(self.model)
-        generator = None
-        if self.config.fisher_labels == "model":
-            generator = torch.Generator().manual_seed(self.config.seed)
-        return default_log_likelihood(base, self.config.task_type, generator), base
+        return default_log_likelihood(base, self.config.task_type, self.generator), base
 
-    def _prepared(self, batch: Mapping[str, Any], index: int, room: int | None) -> tuple[dict[str, Any], int]:
-        """The batch on the model's device, cut to the samples that are still wanted, and its size."""
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"batch {index} is a {type(batch).__name__}; batches must be dicts as the model takes them"
-            )
-        tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
-        if not tensors:
-            raise ValueError(f"batch {index} has no tensors")
-        size = len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else len(tensors[0])
-        if room is not None and room < size:
-            batch = {
-                key: value[:room] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-                for key, value in batch.items()
-            }
-            size = room
-        device = next(self.model.parameters()).device
-        return dict(send_to_device(dict(batch), device)), size
-
-    def _score(self, collector, model, log_likelihood, batch, half: Tensor, index: int) -> None:
+    def _score(self, collector, model, log_likelihood, round: Round, index: int) -> None:
+        if round.batch is None:
+            return
+        if self.generator is not None:  # what is drawn for a sample must not depend on the number of ranks
+            self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
+        batch = self._on_device(round.batch)
+        half = (torch.arange(round.size or _size(batch, index)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         collector.begin(half, padding)
@@ -140,8 +179,13 @@ class FisherPass:
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")
         if not torch.isfinite(value).all():
             raise NonFiniteScoreError(f"the log-likelihood of batch {index} is NaN or infinite: {value.tolist()}")
-        collector.backward(value)
+        collector.backward(value if round.size else value * 0)
         collector.end(index)
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch where the model expects it; an offloaded model moves it itself."""
+        device = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+        return dict(send_to_device(dict(batch), device))
 
     @contextmanager
     def _switched_off(self, layers: dict[str, FGGMLayer]):
@@ -163,6 +207,36 @@ class FisherPass:
             return get() if callable(get) else None
         except NotImplementedError:  # transformers' own answer for a model without one
             return None
+
+
+def _halves(samples: int) -> Counts:
+    """Even and odd numbers below ``samples``."""
+    return (samples + 1) // 2, samples // 2
+
+
+def _size(batch: Any, index: int) -> int:
+    """How many samples a batch has.
+
+    Raises:
+        ValueError: it is no dict of tensors.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"batch {index} is a {type(batch).__name__}; batches must be dicts as the model takes them")
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    if not tensors:
+        raise ValueError(f"batch {index} has no tensors")
+    return len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else len(tensors[0])
+
+
+def _cut(batch: Mapping[str, Any] | None, size: int, room: int) -> tuple[Mapping[str, Any] | None, int]:
+    """The first ``room`` samples of a batch of ``size``."""
+    if batch is None or not room:
+        return None, 0
+    cut = {
+        key: value[:room] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        for key, value in batch.items()
+    }
+    return cut, room
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -9,20 +9,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
-from ..tuner.config import FGGMConfig
+from ..tuner.config import FGGMConfig, require_num_samples, score_bytes
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import Choice, choose_supports, criterion_scores, fggm_layers, write_supports
+from ..version import __version__
 from .agreement import split_half_agreement
 from .fisher_pass import Counts, FisherPass, Scores
 from .log_likelihood import LogLikelihood
+from .ranks import Ranks, digest
 from .report import ModuleSelection, SelectionReport
 
 MIN_SAMPLES = 32
@@ -34,7 +36,7 @@ SUFFICIENT_AGREEMENT = 0.95
 def select_parameters(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]] | None = None,
-    num_samples: int | Literal["auto"] | None = "auto",
+    num_samples: int | Literal["auto", "config"] | None = "config",
     *,
     adapter_name: str | None = None,
     log_likelihood: LogLikelihood | None = None,
@@ -45,21 +47,26 @@ def select_parameters(
     """Choose which weights of an FGGM adapter may move (FGGM, arXiv 2601.18261, section 3).
 
     The base stays frozen, and quantized if it is; the model is left as it was but for the adapter's
-    supports. What to choose is on the adapter's ``FGGMConfig``. Build the optimizer afterwards: the trainable
-    values get their sizes here.
+    supports. What to choose is on the adapter's ``FGGMConfig``. Wrap the model for several devices afterwards:
+    the trainable values get their sizes here.
+
+    Where ``torch.distributed`` is initialised, every rank calls this with its own share of the data. Scores are
+    summed over ranks, so all ranks choose the same, and the same as one process would from all of it.
 
     Args:
         model: what ``get_peft_model`` returned, or a model with injected FGGM layers.
         dataloader: an iterable of batches of the task: dicts as the model takes them, with ``labels``
             (-100 where no loss is taken). May be None for a criterion that needs no data.
-        num_samples: how many samples to use: a number, None for all, or "auto": from 32 to 1024, doubling,
-            until two halves of the samples would choose the same (agreement 0.95).
+        num_samples: how many samples to use, over all ranks: a number, None for all, or "auto": from 32 to
+            1024, doubling, until two halves of the samples would choose the same (agreement 0.95). By
+            default what the config says, "auto" if nothing.
         adapter_name: by default the active adapter.
         log_likelihood: a function of (model, batch) that returns the log-likelihood of each sample ``[b]``,
             summed over its answer; by default what fits a causal or sequence-to-sequence language
             model, a sequence or a token classifier.
-        score_memory: bound on the bytes that running scores take (an int or "8GiB"). Element scores
-            take 8 bytes an entry (two halves); beyond the bound the data is passed over several times.
+        score_memory: bound on the bytes that running scores take (an int or "8GiB"), by default the config's.
+            Element scores take 8 bytes an entry (two halves); beyond the bound the data is passed over
+            several times.
         reset: choose anew although the adapter holds trained values, which are lost.
         progress: show a progress bar, if standard error is a terminal.
 
@@ -69,22 +76,31 @@ def select_parameters(
     Raises:
         AlreadyTrainedError: the adapter holds trained values and ``reset`` is False.
         NonFiniteScoreError: a loss or a score is NaN or infinite.
+        RuntimeError: another rank failed, or differs in versions, config or model.
         ValueError: no FGGM adapter, a merged one, no data, no labels, or another bad argument.
     """
     start = time.perf_counter()
-    adapter_name, config = _adapter(model, adapter_name)
+    adapter_name, config = active_adapter(model, adapter_name)
     layers = fggm_layers(model, adapter_name)
-    _check_selectable(layers, adapter_name, num_samples, reset)
+    num_samples = config.num_samples if num_samples == "config" else num_samples
+    score_memory = config.score_memory if score_memory is None else score_memory
+    require_num_samples(num_samples)
+    ranks = Ranks()
+    with ranks.together("select_parameters"):
+        _check_selectable(layers, adapter_name, reset)
+    _require_same_setting(ranks, layers, config)
     criterion = CRITERIA[config.criterion]
     if criterion.needs_data:
         if dataloader is None:
             raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
-        fisher_pass = FisherPass(model, config, adapter_name, dataloader, log_likelihood, progress)
+        fisher_pass = FisherPass(model, config, adapter_name, dataloader, log_likelihood, progress, ranks)
         outcome = _choose_from_data(fisher_pass, layers, config, adapter_name, num_samples, score_memory)
     else:
         outcome = _Outcome(_choose(layers, config, adapter_name, None), ({}, {}), 0)
     if not any(len(choice.indices) for choice in outcome.choices.values()):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
+    chosen = digest({name: choice.indices for name, choice in outcome.choices.items()})
+    ranks.require_same("what they chose", {"support": chosen}, "Please report this; nothing has been changed.")
     write_supports(layers, config, adapter_name, outcome.choices)
     report = _report(layers, config, adapter_name, outcome, time.perf_counter() - start)
     config.selection = report.summary()
@@ -98,7 +114,12 @@ def select_parameters(
     return report
 
 
-def _adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:
+def active_adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:
+    """An FGGM adapter of the model, the active one if no name is given, and its config.
+
+    Raises:
+        ValueError: there is none.
+    """
     configs = getattr(model, "peft_config", None) or {}
     if name is None:
         active = getattr(model, "active_adapter", None)
@@ -114,12 +135,19 @@ def _adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:
     return name, config
 
 
-def _check_selectable(layers: Mapping[str, FGGMLayer], adapter_name: str, num_samples: Any, reset: bool) -> None:
+def _require_same_setting(ranks: Ranks, layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:
+    if ranks.size == 1:
+        return
+    setting: dict[str, Any] = {f"the version of {name}": version(name) for name in ("peft", "torch", "transformers")}
+    setting["the version of fggm_peft"] = __version__
+    setting |= {f"the config's {name}": value for name, value in config.to_dict().items()}
+    setting |= {f"the shape of {name}": tuple(layer.weight_shape) for name, layer in layers.items()}
+    ranks.require_same("their setting", setting, "Start every process with the same code, model and config.")
+
+
+def _check_selectable(layers: Mapping[str, FGGMLayer], adapter_name: str, reset: bool) -> None:
     if not layers:
         raise ValueError(f"no module of the model has the adapter {adapter_name!r}")
-    number = isinstance(num_samples, int) and not isinstance(num_samples, bool) and num_samples > 1
-    if not (number or num_samples is None or num_samples == "auto"):
-        raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {num_samples!r}")
     for name, layer in layers.items():
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged ({name}); call unmerge_adapter() first")
@@ -168,8 +196,8 @@ def _choose_group(fisher_pass, group, config, adapter_name, num_samples, descrip
     costs = _costs(group, adapter_name)
 
     def halves(scores: Scores, counts: Counts) -> tuple[dict[str, Choice], dict[str, Choice]]:
-        first = _choose(group, config, adapter_name, lambda name: scores[name][0] / counts[0])
-        second = _choose(group, config, adapter_name, lambda name: scores[name][1] / counts[1])
+        first = _choose(group, config, adapter_name, lambda name: scores(name)[0] / counts[0])
+        second = _choose(group, config, adapter_name, lambda name: scores(name)[1] / counts[1])
         return first, second
 
     def enough(scores: Scores, counts: Counts) -> bool:
@@ -187,7 +215,7 @@ def _choose_group(fisher_pass, group, config, adapter_name, num_samples, descrip
     samples = sum(counts)
 
     def mean(name: str) -> Tensor:
-        return scores[name].sum(0) / samples
+        return scores(name).sum(0) / samples
 
     choices = _choose(group, config, adapter_name, mean)
     return _Outcome(choices, halves(scores, counts) if min(counts) else ({}, {}), samples)
@@ -204,7 +232,7 @@ def _groups(layers, config: FGGMConfig, adapter_name: str, score_memory) -> list
     """The modules whose running scores fit into ``score_memory`` together, group by group."""
     if score_memory is None:
         return [dict(layers)]
-    bound = convert_file_size_to_int(score_memory)
+    bound = score_bytes(score_memory)
     groups: list[dict[str, FGGMLayer]] = []
     filled = bound + 1
     for name, layer in layers.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
+from accelerate.utils.modeling import convert_file_size_to_int
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
@@ -71,6 +72,20 @@ class FGGMConfig(PeftConfig):
         metadata={
             "help": "Where the labels of the Fisher pass come from: 'data' (empirical Fisher, the paper) or 'model' "
             "(true Fisher: drawn from the model's own distribution)."
+        },
+    )
+    num_samples: Optional[Union[int, Literal["auto"]]] = field(
+        default="auto",
+        metadata={
+            "help": "How many samples the Fisher pass uses: a number, None for all, or 'auto': from 32 to 1024, "
+            "doubling, until two halves of them would choose the same."
+        },
+    )
+    score_memory: Optional[Union[int, str]] = field(
+        default=None,
+        metadata={
+            "help": "Bound on the memory that running scores take, in bytes or as '8GiB'; beyond it the data is passed "
+            "over several times. Default: no bound. Element scores take 8 bytes an entry, rows and columns nearly none."
         },
     )
     seed: int = field(
@@ -164,6 +179,9 @@ class FGGMConfig(PeftConfig):
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
+        require_num_samples(self.num_samples)
+        if self.score_memory is not None:
+            score_bytes(self.score_memory)
         if not isinstance(self.density_pattern or {}, dict):
             raise ValueError(f"density_pattern must be a dict of module name -> density, got {self.density_pattern!r}")
         self.density_pattern = dict(self.density_pattern or {})
@@ -204,6 +222,28 @@ class FGGMConfig(PeftConfig):
             return TopDensity(density=self.density)
         assert isinstance(self.threshold, ThresholdPolicy)
         return self.threshold
+
+
+def require_num_samples(value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is a legal ``num_samples``."""
+    number = isinstance(value, int) and not isinstance(value, bool) and value > 1
+    if not (number or value is None or value == "auto"):
+        raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {value!r}")
+
+
+def score_bytes(value: int | str) -> int:
+    """A ``score_memory`` in bytes.
+
+    Raises:
+        ValueError: it is neither a positive integer nor a size such as "8GiB".
+    """
+    try:
+        size = -1 if isinstance(value, bool) else convert_file_size_to_int(value)
+    except (ValueError, AttributeError, TypeError):
+        size = -1
+    if size < 0:
+        raise ValueError(f"score_memory must be a number of bytes or a size such as '8GiB', got {value!r}")
+    return size
 
 
 def _require_one_of(name: str, value: Any, legal: tuple[str, ...]) -> None:

@@ -124,12 +124,15 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def resize_(self, adapter_name: str, k: int) -> None:
-        """Make room for ``k`` units; what stood there is gone unless the size is the same."""
+        """Make room for ``k`` units; what stood there is gone unless the size is the same.
+
+        The parameters stay the same objects, so that an optimizer that holds them already trains the new sizes.
+        """
         shape = self.granularity[adapter_name].values_shape(self.weight_shape, k)
         for parameters, size in ((self.fggm_values, shape), (self.fggm_bias, (k,))):
             if adapter_name in parameters and parameters[adapter_name].shape != size:
-                old = parameters[adapter_name]
-                parameters[adapter_name] = nn.Parameter(old.new_zeros(size), requires_grad=old.requires_grad)
+                parameters[adapter_name].grad = None
+                parameters[adapter_name].data = parameters[adapter_name].data.new_zeros(size)
         if self.fggm_indices[adapter_name].shape != (k,):
             self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
 

@@ -1,0 +1,209 @@
+"""FGGM inside transformers' ``Trainer`` and whatever derives from it, such as TRL's trainers.
+
+``FGGMTrainerMixin`` selects inside ``train()``, on the trainer's own data, before the optimizer is built.
+``FGGMCallback`` does it for a trainer whose class is given, in a single process.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..selection import SelectionReport, select_parameters
+from ..selection.select import active_adapter
+from ..tuner.layer import FGGMLayer
+from ..tuner.support import fggm_layers
+from .batches import Prompts, selection_batch
+from .checkpoints import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:  # the mixin must not be a Trainer itself, or it could not stand before one that derives from it
+    _Trainer = object
+
+
+class FGGMTrainerMixin(_Trainer):
+    """Put it in front of a trainer: ``class MyTrainer(FGGMTrainerMixin, SFTTrainer)``.
+
+    ``train()`` then chooses what may move (``select_parameters``) before it builds the optimizer: on the
+    trainer's own data and collator, in its precision, over all its processes. An adapter that is
+    selected already, because it was loaded or is being resumed, stays as it is. ``TrainingArguments`` needs no
+    new field; how many samples to use and all else is on the ``FGGMConfig``.
+
+    Further, checkpoints are whole: one whose writing fails is removed, and ``resume_from_checkpoint=True``
+    resumes from the newest that was written to its end.
+
+    Attributes:
+        selection_report: what was selected, None if the adapter was selected already.
+    """
+
+    selection_report: SelectionReport | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.model_init is None:
+            keep_values_wide_(self.model)
+
+    def selection_batch(self, batch: Any) -> Mapping[str, Any]:
+        """A batch of the trainer as the Fisher pass takes it: model inputs with ``labels``.
+
+        Override it for a collator of your own. By default batches with labels are taken as they are (sequences
+        that are packed into one row apart), TRL's preference batches get the labels of both answers, and
+        for prompts alone (GRPO, RLOO) the model writes the answers.
+        """
+        prompts = Prompts(self.model, self.processing_class, self.args)
+        return selection_batch(batch, prompts)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the trainer's own; selects first, if that has not been done."""
+        self._select()
+        return super().create_optimizer(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own; ``resume_from_checkpoint=True`` passes by checkpoints that are not whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _select(self) -> None:
+        if is_selected(self.model):
+            return
+        with _each_sample_once(self.accelerator):
+            dataloader = self.get_train_dataloader()
+        data = SelectionData(dataloader, self.selection_batch)
+        try:
+            self.selection_report = select(self.model, data, self.accelerator.autocast())
+        finally:
+            _finish(dataloader)
+        self.log(logged(self.selection_report))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        existed = folder.exists()
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+class FGGMTrainer(FGGMTrainerMixin, Trainer):
+    """transformers' ``Trainer`` with selection inside ``train()``."""
+
+
+class FGGMCallback(TrainerCallback):
+    """Selects when training begins, for a trainer whose class is given: ``Trainer(..., callbacks=[FGGMCallback()])``.
+
+    For one process: with several, the model is wrapped for them before a callback runs.
+
+    Args:
+        convert: makes a batch of the trainer one that the Fisher pass takes: model inputs with ``labels``.
+
+    Attributes:
+        selection_report: what was selected, None if the adapter was selected already.
+    """
+
+    def __init__(self, convert: Callable[[Any], Mapping[str, Any]] = selection_batch):
+        self.convert = convert
+        self.selection_report: SelectionReport | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        keep_values_wide_(model)
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if is_selected(model):
+            return
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                "FGGMCallback selects in one process only, since the model is wrapped for several before a callback "
+                "runs. Use `class MyTrainer(FGGMTrainerMixin, Trainer)` instead, or call select_parameters before."
+            )
+        precision = torch.bfloat16 if args.bf16 else torch.float16
+        autocast = torch.autocast(args.device.type, precision, enabled=args.bf16 or args.fp16)
+        try:
+            self.selection_report = select(model, SelectionData(train_dataloader, self.convert), autocast)
+        finally:
+            _finish(train_dataloader)
+        state.log_history.append({**logged(self.selection_report), "step": state.global_step})
+
+
+class SelectionData:
+    """A dataloader whose batches are converted on the way; it can be read as often as the dataloader.
+
+    Args:
+        dataloader: of the trainer.
+        convert: makes a batch one that the Fisher pass takes.
+    """
+
+    def __init__(self, dataloader: Iterable[Any], convert: Callable[[Any], Mapping[str, Any]]):
+        self.dataloader, self.convert = dataloader, convert
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return map(self.convert, iter(self.dataloader))
+
+
+def select(model: nn.Module, data: SelectionData, autocast: AbstractContextManager) -> SelectionReport:
+    """Select what the active adapter's config asks for."""
+    with autocast:
+        report = select_parameters(model, data)
+    logger.info("%s", report)
+    return report
+
+
+def is_selected(model: nn.Module) -> bool:
+    """Whether the active FGGM adapter has its support.
+
+    Raises:
+        ValueError: the model has no active FGGM adapter.
+    """
+    name, _ = active_adapter(model, None)
+    return any(layer.selected[name] for layer in fggm_layers(model, name).values())
+
+
+def keep_values_wide_(model: nn.Module) -> None:
+    """Undo TRL's rounding of a quantized model's trainable parameters to bfloat16.
+
+    That follows QLoRA, whose factors are of the size of weights. A delta starts at zero and grows by steps
+    that bfloat16 cannot add: of 200 steps of 1e-5 it keeps 14 % of the movement.
+    """
+    for layer in model.modules():
+        if isinstance(layer, FGGMLayer) and layer.quantization_backend is not None:
+            for values in (*layer.fggm_values.values(), *layer.fggm_bias.values()):
+                if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
+                    values.data = values.data.float()
+
+
+def logged(report: SelectionReport) -> dict[str, float]:
+    """What goes into the training log."""
+    numbers = {**report.summary(), "seconds": round(report.seconds, 2)}
+    return {f"selection/{name}": value for name, value in numbers.items() if value is not None}
+
+
+@contextmanager
+def _each_sample_once(accelerator: Any) -> Iterator[None]:
+    """Dataloaders made within repeat no samples to give every process the same number of batches."""
+    even = accelerator.even_batches
+    accelerator.even_batches = False
+    try:
+        yield
+    finally:
+        accelerator.even_batches = even
+
+
+def _finish(dataloader: Any) -> None:
+    """Tell accelerate that its dataloader is read no longer, though it was left before its end."""
+    state = getattr(dataloader, "gradient_state", None)
+    if state is not None and any(dataloader is reference for reference in state.dataloader_references):
+        dataloader.end()
