@@ -18,7 +18,7 @@ $(VENV)/demo: $(VENV)/created pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/created pyproject.toml constraints.txt
-	$(PIP) -e ".[bnb,demo,dev]"
+	$(PIP) -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about 7 minutes on two cores).

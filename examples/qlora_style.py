@@ -1,41 +1,28 @@
-"""FGGM the QLoRA way: a frozen 4-bit base, transformers' Trainer, a delta of a few megabytes on disk.
+"""FGGM the QLoRA way: a frozen 4-bit base, TRL's SFTTrainer, a delta of a few megabytes on disk.
 
     python examples/qlora_style.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.json --output delta
 
-``--data`` is a JSON file with a list of {"prompt": ..., "answer": ...}. The loss is taken on the answer only.
+``--data`` is a JSON file with a list of {"prompt": ..., "completion": ...}. The loss is taken on the completion only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-)
+from datasets import load_dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig, SFTTrainer
 
-from fggm_peft import FGGMConfig, select_parameters
+from fggm_peft import FGGMConfig
+from fggm_peft.training import FGGMTrainerMixin
 
 
-def tokenize(tokenizer, examples: list[dict[str, str]], max_length: int) -> list[dict[str, list[int]]]:
-    """Prompt and answer as one sequence; the prompt's labels are -100."""
-    result = []
-    for example in examples:
-        prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
-        answer = tokenizer(example["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        prompt = prompt[-max(1, max_length - len(answer)) :]
-        labels = [-100] * len(prompt) + answer
-        result.append({"input_ids": prompt + answer, "attention_mask": [1] * len(labels), "labels": labels})
-    return result
+class Trainer(FGGMTrainerMixin, SFTTrainer):
+    """Selects on its own data when ``train()`` begins."""
 
 
 def load_base(name: str, four_bit: bool) -> torch.nn.Module:
@@ -53,7 +40,7 @@ def load_base(name: str, four_bit: bool) -> torch.nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder")
-    parser.add_argument("--data", required=True, type=Path, help="JSON list of {prompt, answer}")
+    parser.add_argument("--data", required=True, help="JSON list of {prompt, completion}")
     parser.add_argument("--output", required=True, type=Path, help="where the adapter goes")
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -65,34 +52,30 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    examples = tokenize(tokenizer, json.loads(arguments.data.read_text()), arguments.max_length)
-    collator = DataCollatorForSeq2Seq(tokenizer)
-
-    model = load_base(arguments.model, four_bit=not arguments.dense)
-    model = get_peft_model(model, FGGMConfig(density=arguments.density, task_type="CAUSAL_LM"))
-    data = DataLoader(examples, batch_size=arguments.batch_size, shuffle=True, collate_fn=collator)
-    report = select_parameters(model, data)
-    print(f"{report.parameters:,} values may move; split-half agreement {report.agreement:.2f} "
-          f"from {report.samples} samples")  # fmt: skip
-
     trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
+        model=load_base(arguments.model, four_bit=not arguments.dense),
+        peft_config=FGGMConfig(density=arguments.density, task_type="CAUSAL_LM"),
+        args=SFTConfig(
             output_dir=str(arguments.output / "checkpoints"),
             per_device_train_batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
             learning_rate=arguments.learning_rate,
             num_train_epochs=arguments.epochs,
             lr_scheduler_type="cosine",
             warmup_steps=3,
             logging_steps=5,
             save_strategy="no",
+            bf16=is_torch_bf16_gpu_available(),
             report_to=[],
         ),
-        train_dataset=examples,
-        data_collator=collator,
+        train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
+        processing_class=tokenizer,
     )
     trainer.train()
-    model.save_pretrained(arguments.output)
+    report = trainer.selection_report
+    print(f"{report.parameters:,} values moved; split-half agreement {report.agreement:.2f} "
+          f"from {report.samples} samples")  # fmt: skip
+    trainer.save_model(str(arguments.output))
     size = (arguments.output / "adapter_model.safetensors").stat().st_size
     print(f"saved to {arguments.output}, {size / 2**20:.1f} MiB")
 

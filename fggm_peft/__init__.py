@@ -3,6 +3,9 @@
 Importing the package registers FGGM with PEFT, so that ``PeftModel.from_pretrained`` loads FGGM adapters.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from . import training
 from .core.errors import (
     AdapterFileError,
     AdapterNotSelectedError,
@@ -22,14 +25,20 @@ from .selection import SelectionReport, select_parameters
 from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
+
 __all__ = [
     "AbsoluteScore",
     "AdapterFileError",
     "AdapterNotSelectedError",
     "AlreadyTrainedError",
+    "FGGMCallback",
     "FGGMConfig",
     "FGGMLayer",
     "FGGMModel",
+    "FGGMTrainer",
+    "FGGMTrainerMixin",
     "LossyMergeError",
     "MeanPlusStd",
     "MergeReport",
@@ -42,3 +51,9 @@ __all__ = [
     "__version__",
     "select_parameters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in training.__all__:
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

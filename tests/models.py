@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 from torch import nn
 from transformers import (
     BertConfig,
@@ -15,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -54,6 +57,23 @@ BERT_HEADS = {
     "token": BertForTokenClassification,
     "masked": BertForMaskedLM,
 }
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes: ids 0 for padding, 1 for the end, 258 in all."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *sorted(alphabet)])}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def text_model(**config) -> LlamaForCausalLM:
+    """A small Llama for ``byte_tokenizer``."""
+    model = llama(vocab=258, max_position_embeddings=1024, **config)
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id, settings.eos_token_id = 0, 1
+    return model
 
 
 def token_batches(sizes=(3, 2, 3), length: int = 9, padding: str = "left", seed: int = 0) -> list[dict]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from models import llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import torch
+from models import byte_tokenizer, text_model
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -20,34 +22,87 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def model_folder(tmp_path_factory) -> Path:
     """A small Llama and a byte-level tokenizer, saved as any Hub model is."""
     folder = tmp_path_factory.mktemp("model")
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(alphabet)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
-    model = llama(vocab=len(vocabulary), max_position_embeddings=1024)
-    model.config.eos_token_id = model.generation_config.eos_token_id = 0
-    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    text_model().save_pretrained(folder)
     return folder
 
 
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """48 sums, as prompts and completions."""
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(48)]))
+    return file
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 def run(script: str, *arguments: object) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
 
 @pytest.mark.parametrize("base", ["4-bit", "dense"])
-def test_the_qlora_style_script_selects_trains_saves_and_loads(base, model_folder, tmp_path):
-    data = [{"prompt": f"{n} plus one is ", "answer": str(n + 1)} for n in range(48)]
-    (tmp_path / "train.json").write_text(json.dumps(data))
-    arguments = ["--model", model_folder, "--data", tmp_path / "train.json", "--output", tmp_path / "delta"]
+def test_the_qlora_style_script_selects_trains_saves_and_loads(base, model_folder, data, tmp_path):
+    arguments = ["--model", model_folder, "--data", data, "--output", tmp_path / "delta"]
     output = run("qlora_style.py", *arguments, *(["--dense"] if base == "dense" else []))
-    assert "values may move; split-half agreement" in output and "loaded again" in output
+    assert "values moved; split-half agreement" in output and "loaded again" in output
     config = json.loads((tmp_path / "delta" / "adapter_config.json").read_text())
     assert config["peft_type"] == "FGGM" and config["selection"]["samples"] == 48
+    values = load_file(tmp_path / "delta" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in values.items() if "values" in name} == {torch.float32}
+
+
+STEPS, SAVE_EVERY = 60, 10
+
+
+def long_run(launcher: list[str], *arguments: object, **options) -> subprocess.Popen:
+    script = [str(EXAMPLES / "long_run.py"), "--cpu", "--steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
+    command = [sys.executable, *launcher, *script, *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, start_new_session=True, **options)
+
+
+def finished(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([], id="one process"),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+            marks=pytest.mark.distributed,
+            id="two processes",
+        ),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(launcher, model_folder, data, tmp_path):
+    source = ["--model", model_folder, "--data", data]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert "selected at the start" in finished(long_run(launcher, *source, "--output", whole, **piped))
+
+    with (tmp_path / "log").open("w") as log:
+        process = long_run(launcher, *source, "--output", parts, stdout=log, stderr=log)
+        while not (parts / "checkpoints" / f"checkpoint-{2 * SAVE_EVERY}").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (parts / "adapter_config.json").exists()
+
+    assert "resumed" in finished(long_run(launcher, *source, "--output", parts, "--resume", **piped))
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (whole, parts)]
+    losses = [[log["loss"] for log in state["log_history"] if "loss" in log] for state in states]
+    assert len(losses[0]) == STEPS and losses[0] == losses[1]
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_the_demo_runs_to_its_end_and_leaves_what_it_promises(model_folder, tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class SelectionReport:
 
         return pandas.DataFrame(self.to_dict()["modules"]).set_index("name")
 
-    def __str__(self) -> str:
-        from rich.console import Console
+    def to_table(self) -> Table:
+        """For rich to print, one row for each module."""
         from rich.table import Table
 
         agreement = "not measured" if self.agreement is None else f"{self.agreement:.3f}"
@@ -122,6 +123,11 @@ class SelectionReport:
                 f"{m.score_share:.1%}",
                 "" if m.agreement is None else f"{m.agreement:.3f}",
             )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()
-        Console(file=text, width=120).print(table)
+        Console(file=text, width=120).print(self.to_table())
         return text.getvalue()

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..selection import SelectionReport, select_parameters
 from ..selection.select import active_adapter
+from ..tuner.card import complete_card
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import fggm_layers
 from .batches import Prompts, selection_batch
@@ -54,6 +55,7 @@ class FGGMTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         if self.model_init is None:
             keep_values_wide_(self.model)
+            fill_reference_(self.model)
 
     def selection_batch(self, batch: Any) -> Mapping[str, Any]:
         """A batch of the trainer as the Fisher pass takes it: model inputs with ``labels``.
@@ -87,6 +89,13 @@ class FGGMTrainerMixin(_Trainer):
         finally:
             _finish(dataloader)
         self.log(logged(self.selection_report))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer's own, which writes over PEFT's card; says how to load the adapter."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            _, config = active_adapter(self.model, None)
+            complete_card(Path(self.args.output_dir), config)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -183,6 +192,23 @@ def keep_values_wide_(model: nn.Module) -> None:
             for values in (*layer.fggm_values.values(), *layer.fggm_bias.values()):
                 if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
                     values.data = values.data.float()
+
+
+def fill_reference_(model: Any) -> None:
+    """Make TRL's adapter "ref" the copy of the trained adapter that it is meant to be.
+
+    TRL (1.16) adds it with the active adapter's config and copies parameters whose names have ".default." in
+    them; ours end with the adapter's name, and supports are buffers. Left empty it would be the base model.
+    """
+    name, config = active_adapter(model, None)
+    if name == "ref" or model.peft_config.get("ref") is not config:
+        return
+    for layer in fggm_layers(model, "ref").values():
+        layer.set_support("ref", layer.fggm_indices[name])
+        layer.selected["ref"] = layer.selected[name]
+        for parameters in (layer.fggm_values, layer.fggm_bias):
+            if name in parameters:
+                parameters["ref"].data.copy_(parameters[name].data)
 
 
 def logged(report: SelectionReport) -> dict[str, float]:

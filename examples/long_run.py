@@ -1,0 +1,73 @@
+"""A run on one process or several that may be killed at any moment, and goes on to the same end.
+
+    python examples/long_run.py --model MODEL --data train.json --output run
+    torchrun --nproc-per-node 2 examples/long_run.py --model MODEL --data train.json --output run
+
+Kill it and start it again with ``--resume``: it goes on from the newest whole checkpoint, and the losses and the delta
+are, to the bit, those of a run that nobody killed. With several processes each scores its own share of the data, the
+scores are summed, and all of them train the same support.
+
+``--data`` is a JSON file with a list of {"prompt": ..., "completion": ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from fggm_peft import FGGMConfig
+from fggm_peft.training import FGGMTrainerMixin
+
+
+class Trainer(FGGMTrainerMixin, SFTTrainer):
+    """Selects on its own data when ``train()`` begins, unless it resumes."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hub id or folder")
+    parser.add_argument("--data", required=True, help="JSON list of {prompt, completion}")
+    parser.add_argument("--output", required=True, type=Path, help="where the adapter and the checkpoints go")
+    parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=4, help="for each process")
+    parser.add_argument("--cpu", action="store_true", help="even if there is another device")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(arguments.model),
+        peft_config=FGGMConfig(density=arguments.density, task_type="CAUSAL_LM"),
+        args=SFTConfig(
+            output_dir=str(arguments.output / "checkpoints"),
+            per_device_train_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            max_steps=arguments.steps,
+            logging_steps=1,
+            save_steps=arguments.save_every,
+            save_total_limit=2,
+            use_cpu=arguments.cpu,
+            report_to=[],
+        ),
+        train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume)
+    trainer.save_model(str(arguments.output))
+    trainer.state.save_to_json(str(arguments.output / "trainer_state.json"))
+    if PartialState().is_main_process:
+        resumed = "resumed" if trainer.selection_report is None else "selected at the start"
+        print(f"{trainer.state.global_step} steps, {resumed}; the adapter is in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

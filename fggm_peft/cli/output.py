@@ -1,0 +1,75 @@
+"""The folder that a command writes: refused if it would overwrite, and never left half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+CHECKPOINTS = "checkpoints"
+MERGED = "merged"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Raise unless ``folder`` may be written. Of several processes, the main one looks: it is the one that writes.
+
+    Raises:
+        FileExistsError: it exists, is not empty, and ``overwrite`` is False.
+        NotADirectoryError: it is a file.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return  # the main process may have begun to write by now
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"the output {folder} is a file; name a folder")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"the output {folder} is not empty; name another folder, or pass --overwrite")
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, whose entries move into it when the block ends without an error.
+
+    Entries of the same name are replaced; whatever else is in ``folder`` stays.
+    """
+    folder = folder.expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        folder.mkdir(exist_ok=True)
+        # the config goes last: PEFT takes a folder for an adapter by it
+        for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+            if (folder / entry.name).is_dir():
+                shutil.rmtree(folder / entry.name)
+            entry.replace(folder / entry.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Raise ``FileNotFoundError`` if there is nothing in ``folder`` that training could be resumed from."""
+    if not any((folder / CHECKPOINTS).glob("checkpoint-*")):
+        raise FileNotFoundError(f"nothing to resume: no checkpoint in {folder / CHECKPOINTS}; leave --resume out")
+
+
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove what a trainer made for checkpoints, if an error came before the first of them."""
+    try:
+        yield
+    finally:
+        for path in (folder / CHECKPOINTS, folder):
+            with suppress(OSError):  # it is not empty, or another process has removed it
+                path.rmdir()
+
+
+def require_adapter(folder: str) -> None:
+    """Raise ``FileNotFoundError`` if ``folder`` is a path without an adapter in it; a Hub id is left to PEFT."""
+    path = Path(folder).expanduser()
+    is_path = path.exists() or folder.startswith((".", "/", "~")) or folder.count("/") != 1
+    if is_path and not (path / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"no adapter in {folder!r}: it has no adapter_config.json")

@@ -1,0 +1,92 @@
+"""``fggm select``: choose which weights may move, and save that choice as an adapter of zero values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from .command import Result
+from .options import BaseOptions, DataOptions, SelectionOptions
+from .output import ADAPTER_FILE, complete_folder, require_free
+
+if TYPE_CHECKING:
+    from ..selection import SelectionReport
+    from ..tuner import FGGMConfig
+
+
+def run(
+    base: BaseOptions,
+    selection: SelectionOptions,
+    data_options: DataOptions,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.")],
+    data: Annotated[
+        Optional[str],
+        typer.Option(
+            "--data", "-d", help="The task: a file, a folder or a Hub id. Criteria that need none do without."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in one forward; on each device.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output folder.")] = False,
+) -> Result | None:
+    """Choose which weights of MODEL may move for the task in DATA.
+
+    The result is an adapter of zero values that fggm train takes with --adapter. Runs on several devices under
+    accelerate launch or torchrun: each reads a share of the data, and all choose the same.
+    """
+    config = selection.fggm_config()
+    require_free(output, overwrite)
+
+    from peft import get_peft_model
+
+    from ..core.criteria import CRITERIA
+    from ..selection import select_parameters
+    from ..training.base import this_process
+
+    if data is None and CRITERIA[config.criterion].needs_data:
+        raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
+    process = this_process()
+    loader = None
+    if data is not None and CRITERIA[config.criterion].needs_data:
+        loader = _dataloader(base, data_options, data, config, batch_size)
+    model = get_peft_model(base.base().load(), config)
+    report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory)
+    if not process.is_main_process:
+        return None
+    with complete_folder(output) as folder:
+        model.save_pretrained(str(folder))
+    return _result(report, base.model, output)
+
+
+def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGMConfig, batch_size: int) -> Any:
+    """Batches in shuffled order; each process reads its own."""
+    from accelerate.data_loader import prepare_data_loader
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorForSeq2Seq
+
+    from ..selection.select import MAX_SAMPLES
+    from ..training.base import this_process
+
+    tokenizer = base.base().load_tokenizer()
+    most = MAX_SAMPLES if config.num_samples == "auto" else config.num_samples
+    limits = [limit for limit in (options.limit, most) if limit is not None]
+    options = replace(options, limit=min(limits, default=None))  # a large data set need not be read whole
+    examples: Any = options.examples(data, options.split or "train", tokenizer, config.seed)
+    loader = DataLoader(examples, batch_size=batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    if this_process().num_processes == 1:
+        return loader
+    # even batches would repeat samples to fill the last round, and count them twice
+    return prepare_data_loader(loader, even_batches=False, put_on_device=False)
+
+
+def _result(report: SelectionReport, model: str, output: Path) -> Result:
+    from rich.console import Group
+    from rich.filesize import decimal
+    from rich.text import Text
+
+    size = (output / ADAPTER_FILE).stat().st_size
+    data = {"model": model, "output": str(output), "bytes": size, **report.to_dict()}
+    note = f"Saved to {output} ({decimal(size)}). Train it with: fggm train {model} --adapter {output} --data ..."
+    return Result(data, Group(report.to_table(), Text(note)))

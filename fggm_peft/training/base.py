@@ -1,0 +1,107 @@
+"""Loads the base model and its tokenizer, dense or quantized by bitsandbytes, onto the device of this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+class BaseModelError(ValueError):
+    """The base model or its tokenizer cannot be loaded."""
+
+
+def this_process() -> PartialState:
+    """This process among those that a launcher started (accelerate launch, torchrun), joined to the others."""
+    import torch
+    from accelerate import PartialState
+
+    has_accelerator = getattr(torch, "accelerator", torch.cuda).is_available()
+    # without this, accelerate takes each of several processes on CPUs for the only one
+    return PartialState() if has_accelerator else PartialState(cpu=True)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which base model, and in which form.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        dtype: one of ``DTYPES``; "auto" is that of the checkpoint.
+        quantization: "4bit" (nf4, double quantization), "8bit", or None. A checkpoint that is quantized already
+            needs None.
+        device_map: as in transformers; None is the whole model on the device of this process.
+        attention: ``attn_implementation`` of transformers.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+    device_map: str | None = None
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self) -> PreTrainedModel:
+        """The causal language model, in eval mode.
+
+        Raises:
+            BaseModelError: there is none under this name, or it cannot be loaded.
+        """
+        from transformers import AutoModelForCausalLM
+
+        device = this_process().device
+        options: dict[str, Any] = {"dtype": self.dtype, "device_map": self.device_map}
+        if self.attention:
+            options["attn_implementation"] = self.attention
+        if self.quantization:
+            options["quantization_config"] = self._quantization_config()
+            # quantized layers cannot be moved in every version of bitsandbytes: load them where they stay
+            options["device_map"] = self.device_map or {"": device}
+        model = self._load(AutoModelForCausalLM, **options)
+        is_placed = options["device_map"] is not None or getattr(model, "is_quantized", False)
+        return model if is_placed else model.to(device)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token: the end token, where it has none of its own."""
+        from transformers import AutoTokenizer
+
+        tokenizer = self._load(AutoTokenizer)
+        if tokenizer.pad_token is None:
+            # what fills the padding is masked and carries no loss, so that any token does
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+    def _load(self, auto_class: Any, **options: Any) -> Any:
+        if not Path(self.name).is_dir() and (self.name.startswith((".", "/", "~")) or self.name.count("/") > 1):
+            raise BaseModelError(f"no folder {self.name!r}; give a model's folder or a Hub id")
+        try:
+            return auto_class.from_pretrained(
+                self.name, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
+            )
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise BaseModelError(f"cannot load {self.name!r} as a causal language model: {reason}") from error
+
+    def _quantization_config(self) -> BitsAndBytesConfig:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "8bit":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        compute_dtype = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )

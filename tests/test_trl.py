@@ -1,0 +1,204 @@
+"""TRL's trainers with ``peft_config=FGGMConfig(...)``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import byte_tokenizer, text_model
+from peft import get_peft_model
+
+from fggm_peft import FGGMConfig, select_parameters
+from fggm_peft.training import FGGMTrainerMixin
+from fggm_peft.training.batches import selection_batch
+from fggm_peft.tuner.support import fggm_layers
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+
+class SFTTrainer(FGGMTrainerMixin, trl.SFTTrainer):
+    pass
+
+
+class DPOTrainer(FGGMTrainerMixin, trl.DPOTrainer):
+    pass
+
+
+class GRPOTrainer(FGGMTrainerMixin, trl.GRPOTrainer):
+    pass
+
+
+def rows(**columns) -> datasets.Dataset:
+    """24 sums; each column is a function of the number."""
+    return datasets.Dataset.from_list(
+        [{"prompt": f"{n} plus one is", **{name: column(n) for name, column in columns.items()}} for n in range(24)]
+    )
+
+
+def answers() -> datasets.Dataset:
+    return rows(completion=lambda n: f" {n + 1}")
+
+
+def preferences() -> datasets.Dataset:
+    return rows(chosen=lambda n: f" {n + 1}", rejected=lambda n: f" {n + 3}, no")
+
+
+def config(**options) -> FGGMConfig:
+    return FGGMConfig(**{"task_type": "CAUSAL_LM", "density": 0.2, "num_samples": 16, **options})
+
+
+def arguments(kind: type, folder, **options):
+    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    return kind(output_dir=str(folder), bf16=False, **{**defaults, **quiet, **options})
+
+
+def supports(model) -> dict[str, torch.Tensor]:
+    return {name: layer.fggm_indices["default"] for name, layer in fggm_layers(model, "default").items()}
+
+
+def losses(trainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def sft(folder, model=None, adapter=None, **options) -> SFTTrainer:
+    trainer = SFTTrainer(
+        model=model or text_model(),
+        args=arguments(trl.SFTConfig, folder, **options),
+        train_dataset=answers(),
+        processing_class=byte_tokenizer(),
+        peft_config=adapter or config(),
+    )
+    trainer.train()
+    return trainer
+
+
+def test_sft_selects_on_its_own_data_and_logs_what_it_found(tmp_path):
+    trainer = sft(tmp_path, gradient_checkpointing=False)
+    first = trainer.state.log_history[0]
+    report = trainer.selection_report
+    assert first["selection/samples"] == report.samples == 16
+    assert first["selection/density"] == report.density == pytest.approx(0.2, abs=0.01)
+    assert first["selection/agreement"] == report.agreement and first["selection/seconds"] >= 0
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+    by_hand = get_peft_model(text_model(), config())
+    torch.manual_seed(trainer.args.seed)
+    select_parameters(by_hand, trainer.get_train_dataloader())
+    for name, indices in supports(trainer.model).items():
+        assert torch.equal(indices, supports(by_hand)[name]), name
+
+
+PACKED = {
+    "padding free": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 64},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 32},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", PACKED)
+def test_sft_with_sequences_in_one_row(kind, tmp_path):
+    trainer = sft(tmp_path, adapter=config(num_samples=None), **PACKED[kind])
+    if kind == "wrapped":  # a row of it is a piece of running text, and so one sample
+        assert 0 < trainer.selection_report.samples < 24
+        return
+    apart = sft(tmp_path, adapter=config(num_samples=None))
+    assert trainer.selection_report.samples == apart.selection_report.samples == 24
+    for name, indices in supports(trainer.model).items():
+        assert torch.equal(indices, supports(apart.model)[name]), name
+
+
+def test_packed_rows_come_apart_into_their_sequences():
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 11, 0], [12, 13, 14, 15, 16, 17, 0, 0]]),
+        "labels": torch.tensor([[-100, 6, 7, -100, 9, -100, 11, -100], [-100, 13, 14, 15, 16, 17, -100, -100]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0, 0]]),
+    }
+    apart = selection_batch(batch)
+    expected = [[5, 6, 7], [8, 9], [10, 11], [12, 13, 14, 15, 16, 17]]
+    lengths = apart["attention_mask"].sum(1).tolist()
+    assert [row[:length].tolist() for row, length in zip(apart["input_ids"], lengths, strict=True)] == expected
+    assert apart["labels"][1].tolist() == [-100, 9, -100, -100, -100, -100]
+    whole = {key: value[1:] for key, value in batch.items()}
+    assert selection_batch(whole) is whole  # one sequence a row stays as it is
+
+
+def test_dpo_takes_the_base_as_its_reference(tmp_path):
+    trainer = DPOTrainer(
+        model=text_model(),
+        args=arguments(trl.DPOConfig, tmp_path),
+        train_dataset=preferences(),
+        processing_class=byte_tokenizer(),
+        peft_config=config(),
+    )
+    trainer.train()
+    assert trainer.selection_report.samples == 16
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)  # policy and reference start as one
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def trained_adapter() -> torch.nn.Module:
+    model = get_peft_model(text_model(), config())
+    ids = torch.randint(2, 50, (16, 9))
+    select_parameters(model, [{"input_ids": ids, "labels": ids}], None, progress=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_dpo_of_a_trained_adapter_takes_that_adapter_as_its_reference(tmp_path):
+    trainer = DPOTrainer(
+        model=trained_adapter(),
+        args=arguments(trl.DPOConfig, tmp_path),
+        train_dataset=preferences(),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.selection_report is None  # it was selected before
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)
+    layer = next(iter(fggm_layers(trainer.model, "ref").values()))
+    assert torch.equal(layer.fggm_indices["ref"], layer.fggm_indices["default"])
+    assert not torch.equal(layer.fggm_values["ref"], layer.fggm_values["default"])  # one was trained
+    assert not layer.fggm_values["ref"].requires_grad
+
+
+def test_grpo_selects_on_answers_of_the_model(tmp_path):
+    trainer = GRPOTrainer(
+        model=text_model(),
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=8, beta=0.1),
+        train_dataset=rows(),
+        processing_class=byte_tokenizer(),
+        peft_config=config(),
+    )
+    trainer.train()
+    assert trainer.selection_report.samples == 16
+    logs = [log for log in trainer.state.log_history if "kl" in log]
+    assert logs[0]["kl"] == pytest.approx(0, abs=1e-6) and logs[-1]["kl"] > 0
+
+
+def test_prompts_without_answers_need_a_model_that_writes_them():
+    with pytest.raises(ValueError, match=r"prompts without answers; FGGMTrainerMixin"):
+        selection_batch([{"prompt": "1 plus one is"}])
+
+
+def test_answers_of_the_model_end_at_their_first_end_of_sequence():
+    from fggm_peft.training.batches import Prompts
+
+    tokenizer, model = byte_tokenizer(), text_model()
+    with torch.no_grad():
+        model.lm_head.weight[1] *= 60  # the end is likely
+    batch = Prompts(model, tokenizer, None).answered(["a", "bcd"])
+    assert batch["input_ids"][0, :3].tolist()[:2] == [0, 0]  # padding on the left
+    width = 3
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        assert (labels[:width] == -100).all()
+        answer = labels[width:] != -100
+        ends = (ids[width:] == 1).nonzero()
+        last = int(ends[0]) if len(ends) else len(answer) - 1
+        assert answer.tolist() == [position <= last for position in range(len(answer))]
+        assert torch.equal(labels[width:][answer], ids[width:][answer])
+        assert mask[width:].bool().tolist() == answer.tolist()
