@@ -179,4 +179,4 @@ def fisher_scores(model: nn.Module, batches, log_likelihood=None) -> dict[str, t
     """The collected Fisher information, mean over samples, ``[units]`` for each module."""
     fisher_pass = FisherPass(model, model.peft_config["default"], "default", batches, log_likelihood, progress=False)
     scores, counts = fisher_pass.run(fggm_layers(model, "default"), None, None, 1, "")
-    return {name: scores(name).sum(0) / sum(counts) for name in fggm_layers(model, "default")}
+    return {name: score.sum(0) / sum(counts) for name, score in scores.items()}

@@ -26,8 +26,8 @@ from .out_of_memory import advised
 from .ranks import Ranks, is_sharded
 from .untouched import untouched
 
-Scores = Callable[[str], Tensor]
-"""Module path -> ``[2, units]``, one sum for each half of the samples, over all ranks."""
+Scores = dict[str, Tensor]
+"""Module path -> ``[2, units]``, one sum for each half of the samples."""
 Counts = tuple[int, int]
 """Samples in each half."""
 
@@ -95,7 +95,7 @@ class FisherPass:
         self,
         layers: dict[str, FGGMLayer],
         limit: int | None,
-        enough: Callable[[Scores, Counts], bool] | None,
+        enough: Callable[[Callable[[str], Tensor], Counts], bool] | None,
         first_check: int,
         description: str,
     ) -> tuple[Scores, Counts]:
@@ -104,7 +104,11 @@ class FisherPass:
         Args:
             layers: module path -> layer to score.
             limit: samples at most.
-            enough: asked at ``first_check`` samples and at every doubling.
+            enough: asked at ``first_check`` samples and at every doubling, with a function that gives the scores
+                of a module so far.
+
+        Returns:
+            The scores over all ranks, and the samples in each half.
 
         Raises:
             ValueError: no batch, or one without labels.
@@ -136,7 +140,7 @@ class FisherPass:
             if not seen:
                 raise ValueError("the dataloader is empty; select_parameters needs at least one batch")
         total = {name: self.ranks.sum(scores) for name, scores in collector.scores.items()}
-        return total.__getitem__, _halves(seen)
+        return total, _halves(seen)
 
     def _rounds(self, limit: int | None) -> Iterator[Round]:
         """Batches of all ranks, cut to the samples that are still wanted, until the data of every rank has ended."""

@@ -22,7 +22,7 @@ from ..tuner.layer import FGGMLayer
 from ..tuner.support import Choice, choose_supports, criterion_scores, fggm_layers, write_supports
 from ..version import __version__
 from .agreement import split_half_agreement
-from .fisher_pass import Counts, FisherPass, Scores
+from .fisher_pass import Counts, FisherPass
 from .log_likelihood import LogLikelihood
 from .ranks import Ranks, digest
 from .report import ModuleSelection, SelectionReport
@@ -195,12 +195,12 @@ def _choose_from_data(fisher_pass, layers, config, adapter_name, num_samples, sc
 def _choose_group(fisher_pass, group, config, adapter_name, num_samples, description) -> _Outcome:
     costs = _costs(group, adapter_name)
 
-    def halves(scores: Scores, counts: Counts) -> tuple[dict[str, Choice], dict[str, Choice]]:
+    def halves(scores: Callable[[str], Tensor], counts: Counts) -> tuple[dict[str, Choice], dict[str, Choice]]:
         first = _choose(group, config, adapter_name, lambda name: scores(name)[0] / counts[0])
         second = _choose(group, config, adapter_name, lambda name: scores(name)[1] / counts[1])
         return first, second
 
-    def enough(scores: Scores, counts: Counts) -> bool:
+    def enough(scores: Callable[[str], Tensor], counts: Counts) -> bool:
         agreement, _ = split_half_agreement(*halves(scores, counts), costs)
         return agreement is None or agreement >= SUFFICIENT_AGREEMENT
 
@@ -215,10 +215,10 @@ def _choose_group(fisher_pass, group, config, adapter_name, num_samples, descrip
     samples = sum(counts)
 
     def mean(name: str) -> Tensor:
-        return scores(name).sum(0) / samples
+        return scores[name].sum(0) / samples
 
     choices = _choose(group, config, adapter_name, mean)
-    return _Outcome(choices, halves(scores, counts) if min(counts) else ({}, {}), samples)
+    return _Outcome(choices, halves(scores.__getitem__, counts) if min(counts) else ({}, {}), samples)
 
 
 def _costs(layers: Mapping[str, FGGMLayer], adapter_name: str) -> dict[str, int]:

@@ -53,8 +53,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, in which modules that checkpoint their gradients still do so.
 
-    transformers checkpoints in training mode only. Such modules keep that flag, and the dropout
-    rates that they apply themselves are set to zero meanwhile; their children are in eval mode.
+    transformers checkpoints in training mode only. Such modules get that flag, whatever mode the model was in (a
+    trainer leaves it in eval mode until its first step); the dropout rates that they apply themselves are set to
+    zero meanwhile, and their children are in eval mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
@@ -62,8 +63,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     rates: list[tuple[nn.Module, str, float]] = []
     try:
         model.eval()
-        for module, was_training in modes:
-            if was_training and getattr(module, "gradient_checkpointing", False):
+        for module, _ in modes:
+            if getattr(module, "gradient_checkpointing", False):
                 module.training = True
                 for name, value in list(vars(module).items()):
                     if "drop" in name and isinstance(value, float):

@@ -32,6 +32,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 Calls = list[tuple[Tensor, Tensor]]
 
 
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate keeps the layer's weight on the CPU or the disk, and brings it for a forward only."""
+    return getattr(getattr(layer, "_hf_hook", None), "offload", False)
+
+
 class FGGMLayer(nn.Module, BaseTunerLayer):
     """A base layer and, for each adapter, a support and the values on it.
 
@@ -225,7 +230,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         hooks = [hook for name in _HOOKS for hook in getattr(base, name).values()]
         if not all(isinstance(hook, KeptDeltaHook) for hook in hooks):
             return False
-        if getattr(getattr(base, "_hf_hook", None), "offload", False):
+        if is_offloaded(base):
             return False
         if self.quantization_backend is not None:
             return self.quantization_backend.supports_merge
@@ -323,6 +328,20 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         for base in self._replaced_bases:
             base._apply(fn)
         return super()._apply(fn, recurse)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        """As PEFT's; the device of an offloaded layer, whose weight is on none, is where it computes."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if is_offloaded(base_layer):
+            device = torch.device(base_layer._hf_hook.execution_device)
+        return device, dtype
+
+    def get_base_weight(self) -> Tensor:
+        """As PEFT's; of an offloaded layer the weight that is kept on the CPU or the disk, to be read only."""
+        base = self.get_base_layer()
+        if is_offloaded(base) and base.weight.is_meta:
+            return base._hf_hook.weights_map["weight"]
+        return super().get_base_weight()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter; unlike PEFT's this keeps its dtype: float32 values must not pass through bfloat16."""

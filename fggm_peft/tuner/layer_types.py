@@ -95,7 +95,7 @@ class FGGMConv(FGGMLayer):
             weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
             return layer._conv_forward(x, weight, self.bias_with_deltas(layer.bias))
         output = self.base_layer(x, *args, **kwargs)
-        zeros = torch.zeros_like(layer.weight, requires_grad=False)
+        zeros = torch.zeros(layer.weight.shape, dtype=layer.weight.dtype, device=x.device)
         delta = self.unmatrix(effective_matrix(lambda: self.matrix(zeros), deltas))
         return output + layer._conv_forward(x, delta.to(x.dtype), self.added_bias())
 

@@ -57,7 +57,7 @@ def merge_dense_(layer: FGGMLayer, names: Sequence[str], safe: bool, keep_origin
 
 def check_dense(layer: FGGMLayer, names: Sequence[str]) -> None:
     """Raise ``ValueError`` if merging would make an entry of a dense base NaN or infinite."""
-    matrix = layer.matrix(layer.get_base_layer().weight.data)
+    matrix = layer.matrix(layer.get_base_weight())
     for name in names:
         delta = layer.delta(name)
         new = delta.granularity.added(matrix, delta.indices, delta.values.detach(), delta.scale)

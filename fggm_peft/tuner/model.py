@@ -52,6 +52,7 @@ class FGGMModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config, model):
+        _require_offloading_in_place(model)
         guard_four_bit_layers(model)
 
     def _create_and_replace(
@@ -66,7 +67,9 @@ class FGGMModel(BaseTuner):
             layer.train(target.training)
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+            # not by PEFT's _replace_module, which moves an adapter to where the weight is: that of an offloaded
+            # layer is on the meta device
+            setattr(parent, target_name, layer)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         try:
@@ -199,6 +202,20 @@ class FGGMModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fit_layers_to_state_dict(model, adapter_name, state_dict)
         return state_dict
+
+
+def _require_offloading_in_place(model: nn.Module) -> None:
+    """Raise where ``PeftModel.from_pretrained`` has taken accelerate's hooks from a base that is offloaded to disk.
+
+    It dispatches the model anew after loading, and would look for our values in the files of the base.
+    """
+    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            "PeftModel.from_pretrained cannot load an FGGM adapter onto a base that is offloaded to disk. "
+            "Load the base again, then model = get_peft_model(base, FGGMConfig.from_pretrained(adapter)) and "
+            "set_peft_model_state_dict(model, load_peft_weights(adapter)), both from peft."
+        )
 
 
 def _correct_fan_in_fan_out(config: FGGMConfig, layer: FGGMLayer) -> None:

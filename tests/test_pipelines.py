@@ -1,0 +1,386 @@
+"""Ways in which people load, train, publish and use models: each works as it does without FGGM."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from huggingface_hub import HfApi
+from models import VOCABULARY, adapted, llama, logits, token_batches, train
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+from trainers import arguments, assert_same_delta, delta, evaluation_losses, examples, losses, make_trainer
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, default_data_collator, pipeline
+
+from fggm_peft import FGGMConfig, select_parameters
+from fggm_peft.core.criteria import CRITERIA
+from fggm_peft.training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
+from fggm_peft.tuner.support import fggm_layers
+
+BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
+
+# Offloading -------------------------------------------------------------------------------------
+
+OFFLOADED = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.fixture
+def offloaded(tmp_path):
+    """Loads the small Llama with its second block on disk."""
+    llama().save_pretrained(tmp_path / "base")
+
+    def load() -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", device_map=OFFLOADED, offload_folder=tmp_path / "offloaded"
+        )
+        assert model.model.layers[1].mlp.up_proj.weight.is_meta
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_a_base_offloaded_to_disk_selects_trains_saves_and_loads_as_it_does_in_memory(criterion, offloaded, tmp_path):
+    models = [adapted(base, criterion=criterion) for base in (llama(), offloaded())]
+    for model in models:
+        if CRITERIA[criterion].needs_data:
+            select_parameters(model, BATCHES, progress=False)
+    assert_same_delta(*models)
+    expected = train(models[0], BATCHES)
+    assert train(models[1], BATCHES) == pytest.approx(expected, rel=1e-5)
+    assert_same_delta(*models, rtol=1e-3, atol=1e-4)
+    models[1].save_pretrained(tmp_path / "adapter")
+    trained = logits(models[1], BATCHES[0])
+    in_memory = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(in_memory, BATCHES[0]), trained)
+    on_disk = get_peft_model(offloaded(), FGGMConfig.from_pretrained(tmp_path / "adapter"))
+    assert not set_peft_model_state_dict(on_disk, load_peft_weights(tmp_path / "adapter")).unexpected_keys
+    assert torch.equal(logits(on_disk, BATCHES[0]), trained)
+
+
+def test_peft_cannot_load_onto_a_base_on_disk_and_the_error_says_what_can(offloaded, tmp_path):
+    adapted(llama(), criterion="random").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"get_peft_model\(base, FGGMConfig.from_pretrained\(adapter\)\)"):
+        PeftModel.from_pretrained(offloaded(), tmp_path / "adapter")
+
+
+def test_a_delta_merges_into_a_base_on_disk_and_comes_out_again(offloaded):
+    model = adapted(offloaded(), criterion="random", init_weights=False)
+    trained = logits(model, BATCHES[0])
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, BATCHES[0]), trained)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, BATCHES[0]), trained)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, BATCHES[0]), trained)
+
+
+def test_an_offloaded_layer_of_any_type_gives_the_same_output_and_gradient(example, adapt, granularity):
+    base, x = example.layer(), example.x()
+    offloaded = add_hook_to_module(copy.deepcopy(base), AlignDevicesHook("cpu", offload=True))
+    outputs, gradients = [], []
+    for layer in (base, offloaded):
+        model = adapt(layer, granularity=granularity)
+        values = model.base_model.model.layer.fggm_values["default"]
+        nn.init.normal_(values, generator=torch.Generator().manual_seed(0))
+        outputs.append(model(x))
+        outputs[-1].square().sum().backward()
+        gradients.append(values.grad)
+    assert offloaded.weight.is_meta
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+# Compilation ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager(tmp_path):
+    """A trainer that has trained without whatever a test adds."""
+    trainer = make_trainer(adapted(llama()), tmp_path / "eager")
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layers_train_as_they_do_eagerly(backend, granularity, adapt):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, losses = torch.randn(5, 9, 7), []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = adapt(nn.Linear(7, 6), zero=True, granularity=granularity)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+        run = torch.compile(model, backend=backend) if compiles else model
+        for _ in range(4):
+            loss = run(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert losses[4:] == pytest.approx(losses[:4], rel=1e-4) and losses[3] < losses[0]
+
+
+def test_the_trainer_selects_before_it_compiles(tmp_path, eager, monkeypatch):
+    torch._dynamo.reset()
+    compiled, compile = [], torch.compile
+
+    def spy(model, *args, **kwargs):
+        compiled.append(all(layer.selected["default"] for layer in fggm_layers(model, "default").values()))
+        return compile(model, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    trainer = make_trainer(
+        adapted(llama()), tmp_path, torch_compile=True, torch_compile_backend="aot_eager", max_steps=4
+    )
+    trainer.train()
+    assert compiled == [True]
+    assert losses(trainer) == pytest.approx(losses(eager), rel=1e-4)
+    assert_same_delta(trainer.model, eager.model, rtol=1e-2, atol=1e-3)
+
+
+# Memory and precision ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_neither_support_nor_losses(use_reentrant, tmp_path, eager):
+    model = adapted(llama().eval())  # as from_pretrained leaves it
+    layer, calls = model.base_model.model.model.layers[0].mlp.up_proj, []
+    layer.register_forward_hook(lambda *_: calls.append(layer.selected["default"]))
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    trainer = make_trainer(model, tmp_path, **checkpointing)
+    trainer.train()
+    batches = 24 // 4
+    assert calls.count(False) == 2 * batches, "the selection pass does not checkpoint"
+    assert calls.count(True) == 2 * 4
+    assert losses(trainer) == pytest.approx(losses(eager), rel=1e-5)
+    assert_same_delta(model, eager.model, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16_training_selects_in_bf16_and_keeps_its_values_in_float32(dtype, tmp_path, monkeypatch):
+    model = adapted(llama(dtype))
+    precisions, selecting = set(), []
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda m, args, output: precisions.add((bool(selecting), output.dtype)))
+    run = FGGMTrainerMixin._select
+
+    def spy(trainer):
+        selecting.append(True)
+        run(trainer)
+        selecting.clear()
+
+    monkeypatch.setattr(FGGMTrainerMixin, "_select", spy)
+    trainer = make_trainer(model, tmp_path, bf16=True, max_steps=12, learning_rate=3e-2)
+    trainer.train()
+    assert precisions == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert all(tensor.dtype == torch.float32 for name, tensor in delta(model).items() if name.endswith("values"))
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+    assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])
+
+
+# Publishing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub as a folder: what is uploaded is copied there."""
+    folder = tmp_path / "hub"
+
+    def upload_folder(self, *, folder_path, ignore_patterns=(), **_):
+        shutil.copytree(folder_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignore_patterns))
+        done: Future = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return folder
+
+
+def test_pushing_to_the_hub_uploads_an_adapter_that_loads_again(hub, tmp_path):
+    settings = {"push_to_hub": True, "hub_model_id": "delta", "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(adapted(llama()), tmp_path / "out", **settings)
+    trainer.train()
+    trainer.push_to_hub()
+    files = {path.name for path in hub.iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin"}
+    config = json.loads((hub / "adapter_config.json").read_text())
+    assert config["peft_type"] == "FGGM" and config["selection"]["samples"] == 24
+    card = (hub / "README.md").read_text()
+    assert "library_name: peft" in card and "import fggm_peft" in card and "Training hyperparameters" in card
+    fresh = PeftModel.from_pretrained(llama(), hub)
+    assert torch.equal(logits(fresh, BATCHES[0]), logits(trainer.model, BATCHES[0]))
+
+
+# The best checkpoint ----------------------------------------------------------------------------
+
+
+def overfitting(folder: Path, **settings) -> Trainer:
+    """A trainer whose evaluation loss gets worse after a few steps."""
+    return make_trainer(
+        adapted(llama()),
+        folder,
+        train_dataset=examples(4),
+        eval_dataset=examples(8, seed=1),
+        max_steps=8,
+        learning_rate=3e-2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        **settings,
+    )
+
+
+def test_the_best_delta_is_loaded_at_the_end(tmp_path):
+    trainer = overfitting(tmp_path)
+    trainer.train()
+    found = evaluation_losses(trainer)
+    best = found.index(min(found)) + 1
+    assert best < 8, found
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    layers = fggm_layers(trainer.model, "default")
+    assert len(saved) == 2 * len(layers)
+    for name, layer in layers.items():
+        assert torch.equal(layer.fggm_values["default"], saved[f"base_model.model.{name}.fggm_values"])
+        assert torch.equal(layer.fggm_indices["default"], saved[f"base_model.model.{name}.fggm_indices"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
+
+
+def test_early_stopping_stops_when_the_evaluation_loss_gets_worse(tmp_path):
+    trainer = overfitting(tmp_path, callbacks=[EarlyStoppingCallback(early_stopping_patience=1)])
+    trainer.train()
+    found = evaluation_losses(trainer)
+    assert trainer.state.global_step == len(found) < 8
+    assert found[-1] > min(found)
+
+
+# Generation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_gives_the_tokens_of_the_merged_model(cache, granularity):
+    model = adapted(llama(max_position_embeddings=64), granularity, criterion="random", init_weights=False).eval()
+    base = llama(max_position_embeddings=64).eval()
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    prompt = {key: BATCHES[0][key] for key in ("input_ids", "attention_mask")}
+    tokens = model.generate(**prompt, **options)
+    with model.disable_adapter():
+        assert torch.equal(model.generate(**prompt, **options), base.generate(**prompt, **options))
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.equal(tokens, merged.generate(**prompt, **options))
+    assert not torch.equal(tokens, base.generate(**prompt, **options))
+
+
+def test_the_text_generation_pipeline_takes_an_adapted_model():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w0")
+    model = adapted(llama(), criterion="random", init_weights=False)
+    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    texts = []
+    for one in (model, copy.deepcopy(model).merge_and_unload(), llama()):
+        generate = pipeline("text-generation", model=one, tokenizer=tokenizer, device="cpu")
+        texts.append(generate("w3 w14 w15 w9 w2", **options)[0]["generated_text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+# Trainers ---------------------------------------------------------------------------------------
+
+
+def test_the_callback_does_for_a_plain_trainer_what_the_mixin_does(tmp_path, eager):
+    callback = FGGMCallback()
+    trainer = make_trainer(adapted(llama()), tmp_path, Trainer, callbacks=[callback])
+    trainer.train()
+    assert callback.selection_report.samples == eager.selection_report.samples == 24
+    assert losses(trainer) == losses(eager)
+    assert_same_delta(trainer.model, eager.model)
+    logged = [entry for entry in trainer.state.log_history if "selection/samples" in entry]
+    assert len(logged) == 1
+
+
+def test_the_callback_refuses_several_processes(tmp_path):
+    model = adapted(llama())
+    callback = FGGMCallback()
+    args = arguments(tmp_path)
+    args.__dict__["_n_gpu"] = 2
+    with pytest.raises(ValueError, match="FGGMTrainerMixin"):
+        callback.on_train_begin(args, None, None, model=model, train_dataloader=[])
+    assert not any(layer.selected["default"] for layer in fggm_layers(model, "default").values())
+
+
+@pytest.mark.parametrize("trainer_class", [FGGMTrainer, Trainer])
+def test_an_optimizer_made_before_the_selection_trains_what_was_selected(trainer_class, tmp_path, eager):
+    model = adapted(llama())
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=eager.args.weight_decay
+    )
+    callbacks = [FGGMCallback()] if trainer_class is Trainer else None
+    trainer = make_trainer(model, tmp_path, trainer_class, optimizers=(optimizer, None), callbacks=callbacks)
+    trainer.train()
+    assert all(tensor.count_nonzero() for name, tensor in delta(model).items() if name.endswith("values"))
+    assert losses(trainer) == pytest.approx(losses(eager), rel=1e-5)
+
+
+def test_model_init_makes_a_model_that_is_selected_and_trained(tmp_path, eager):
+    def fresh():
+        with torch.random.fork_rng():  # the order of the data is drawn after it
+            return adapted(llama())
+
+    trainer = make_trainer(None, tmp_path, model_init=fresh)
+    trainer.train()
+    assert_same_delta(trainer.model, eager.model)
+    trainer.train()  # a second run starts from a new model, as in a hyperparameter search
+    assert_same_delta(trainer.model, eager.model)
+
+
+def test_a_dataset_without_labels_is_an_error_that_says_so(tmp_path):
+    model = adapted(llama())
+    rows = [{"input_ids": row["input_ids"]} for row in examples()]
+    with pytest.raises(ValueError, match="labels"):
+        make_trainer(model, tmp_path, train_dataset=rows).train()
+    assert not any(layer.selected["default"] for layer in fggm_layers(model, "default").values())
+
+
+@pytest.mark.parametrize("build", [llama, lambda: get_lora(llama())], ids=["no adapter", "LoRA"])
+def test_a_model_without_an_fggm_adapter_is_an_error_that_names_get_peft_model(build, tmp_path):
+    with pytest.raises(ValueError, match=r"no active FGGM adapter.*get_peft_model"):
+        make_trainer(build(), tmp_path).train()
+
+
+def get_lora(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig
+
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+
+
+def test_select_parameters_before_the_trainer_is_the_same_as_within(tmp_path, eager):
+    model = adapted(llama())
+    select_parameters(model, DataLoader(examples(), batch_size=4, collate_fn=default_data_collator), progress=False)
+    trainer = make_trainer(model, tmp_path)
+    trainer.train()
+    assert trainer.selection_report is None
+    assert_same_delta(model, eager.model)
