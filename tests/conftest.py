@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from peft import get_peft_model
+from processes import Processes
 from reference import seeded, units
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -93,6 +94,14 @@ def layer_examples() -> dict[str, LayerExample]:
 def example(request) -> LayerExample:
     """Every kind of layer that can be adapted."""
     return LAYER_EXAMPLES[request.param]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    """Two processes that run functions of the test module together."""
+    processes = Processes()
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from models import VOCABULARY, adapted, llama, token_batches
-from processes import Processes
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -17,13 +16,6 @@ from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, selec
 from fggm_peft.tuner.support import fggm_layers
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def processes():
-    processes = Processes()
-    yield processes
-    processes.stop()
 
 
 def rank() -> int:
@@ -181,8 +173,10 @@ def trainer(folder: str, **arguments):
     return FGGMTrainer(model=model, args=TrainingArguments(folder, **{**options, **arguments}), train_dataset=Samples())
 
 
-def train(folder: str, arguments: dict, resume: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor], list]:
-    run = trainer(folder, **arguments)
+def train(
+    folder: str, arguments: dict, config: dict | None = None, resume: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list]:
+    run = trainer(folder, config or {"density": 0.3}, **arguments)
     run.train(resume_from_checkpoint=resume)
     values = {name: layer.fggm_values["default"].detach() for name, layer in fggm_layers(run.model, "default").items()}
     return supports(run.model), values, [(log["step"], log["loss"]) for log in run.state.log_history if "loss" in log]
@@ -210,3 +204,21 @@ def test_two_processes_resume_to_the_bit(processes, tmp_path):
     for _, values, _ in with_resume:
         assert_same(values, expected)
     assert with_resume[0][2] == losses
+
+
+def train_in_ddp() -> list[Tensor]:
+    model = adapted(llama(), threshold=TopDensity(0.02, scope="global"))
+    select_parameters(model, token_batches(), progress=False)
+    assert any(not len(indices) for indices in supports(model).values())
+    model = torch.nn.parallel.DistributedDataParallel(model.train())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in token_batches(seed=rank()):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+def test_ddp_does_not_wait_for_modules_in_which_nothing_was_chosen(processes):
+    first, second = processes(train_in_ddp)
+    assert first and all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))

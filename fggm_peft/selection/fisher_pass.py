@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from ..core.errors import NonFiniteScoreError
@@ -165,7 +166,9 @@ class FisherPass:
         if self.log_likelihood is not None:
             return self.log_likelihood, self.model
         base = unwrapped(self.model)
-        return default_log_likelihood(base, self.config.task_type, self.generator), base
+        log_likelihood = default_log_likelihood(base, self.config.task_type, self.generator)
+        # a wrapper that FSDP2 has made the root of its shards gathers them in its own forward
+        return log_likelihood, self.model if isinstance(self.model, FSDPModule) else base
 
     def _score(self, collector, model, log_likelihood, round: Round, index: int) -> None:
         if round.batch is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -69,6 +70,7 @@ class FGGMTrainerMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the trainer's own; selects first, if that has not been done."""
+        self._refuse_empty_ranks()
         self._select()
         return super().create_optimizer(*args, **kwargs)
 
@@ -76,6 +78,8 @@ class FGGMTrainerMixin(_Trainer):
         """As the trainer's own; ``resume_from_checkpoint=True`` passes by checkpoints that are not whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)))
+        if resume_from_checkpoint and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_before_sharding_(self.model, Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _select(self) -> None:
@@ -96,6 +100,14 @@ class FGGMTrainerMixin(_Trainer):
         if self.is_world_process_zero():
             _, config = active_adapter(self.model, None)
             complete_card(Path(self.args.output_dir), config)
+
+    def _refuse_empty_ranks(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
+        if getattr(plugin, "cpu_ram_efficient_loading", False):
+            raise ValueError(
+                "FSDP's cpu_ram_efficient_loading leaves the weights out on all ranks but one, and accelerate cannot "
+                "send them the adapter's indices, which are a buffer. Set it to False in fsdp_config."
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -179,6 +191,25 @@ def is_selected(model: nn.Module) -> bool:
     """
     name, _ = active_adapter(model, None)
     return any(layer.selected[name] for layer in fggm_layers(model, name).values())
+
+
+def load_before_sharding_(model: Any, checkpoint: Path) -> None:
+    """Give an adapter that is about to resume its support while its values can still take their size.
+
+    Under FSDP and DeepSpeed the trainer loads a checkpoint after the model is sharded.
+
+    Raises:
+        ValueError: the checkpoint holds no adapter file.
+    """
+    if is_selected(model):
+        return
+    if not (checkpoint / SAFETENSORS_WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"{checkpoint} holds no {SAFETENSORS_WEIGHTS_NAME}, which tells what was selected: FSDP writes none with "
+            "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select before training (fggm select) and load "
+            "that adapter."
+        )
+    model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)
 
 
 def keep_values_wide_(model: nn.Module) -> None:

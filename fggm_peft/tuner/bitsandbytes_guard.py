@@ -51,3 +51,10 @@ def _unpack_(module: nn.Module) -> None:
         state.absmax = state.absmax.mT.reshape(-1).to(torch.float32)
     weight.data, weight.quant_state = data, state
     module.quant_state = state
+
+
+def recover_quantization_state(layer: nn.Module) -> None:
+    """Do what ``Linear4bit.forward`` does first: FSDP2 gathers a weight that has lost its quantization state."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit):
+        bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)

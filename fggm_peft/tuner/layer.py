@@ -16,15 +16,18 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..core.errors import AdapterNotSelectedError
 from ..core.granularity import GRANULARITIES, Granularity, Shape
 from ..core.linear import SparseDelta, effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
+from .bitsandbytes_guard import recover_quantization_state
 from .config import FGGMConfig
 from .kept import KEPT, KeptDeltaHook
 from .merge_report import ModuleMerge
 from .merging import merge_dense_, merge_quantized
+from .sharding import whole
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -71,6 +74,8 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.in_features: int
         self.out_features: int
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self._trains_nothing: set[str] = set()  # adapters that would train here if their support were not empty
+        self._selected_in_shards: set[str] = set()
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -136,8 +141,16 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         shape = self.granularity[adapter_name].values_shape(self.weight_shape, k)
         for parameters, size in ((self.fggm_values, shape), (self.fggm_bias, (k,))):
             if adapter_name in parameters and parameters[adapter_name].shape != size:
-                parameters[adapter_name].grad = None
-                parameters[adapter_name].data = parameters[adapter_name].data.new_zeros(size)
+                values = parameters[adapter_name]
+                trains = values.requires_grad or adapter_name in self._trains_nothing
+                if isinstance(values, DTensor):  # FSDP2 keeps the old one, so the new is only there to be saved
+                    values = torch.zeros(size, dtype=values.dtype, device=values.device)
+                    parameters[adapter_name] = nn.Parameter(values, requires_grad=trains)
+                    self._selected_in_shards.add(adapter_name)
+                else:
+                    values.grad = None
+                    values.data = values.data.new_zeros(size)
+                    values.requires_grad_(trains)
         if self.fggm_indices[adapter_name].shape != (k,):
             self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
 
@@ -156,6 +169,29 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
                 data = parameters[adapter_name].data
                 data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
         self.selected[adapter_name] = True
+        self.freeze_empty_()
+
+    def freeze_empty_(self) -> None:
+        """Freeze values of a support that is empty: they never get a gradient.
+
+        DDP would wait for it, FSDP2 miss its optimizer state when it resumes, and ZeRO-3 fail to fetch it.
+        """
+        for name, values in self.fggm_values.items():
+            if not self.selected[name] or values.numel():
+                self._trains_nothing.discard(name)
+            elif values.requires_grad:
+                self._trains_nothing.add(name)
+                for parameters in (self.fggm_values, self.fggm_bias):
+                    if name in parameters:
+                        parameters[name].requires_grad_(False)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.freeze_empty_()
+
+    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.freeze_empty_()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Let the delta of ``adapter`` count ``scale`` times; an adapter not in this layer is ignored."""
@@ -181,7 +217,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     def bias_with_deltas(self, bias: Tensor | None) -> Tensor | None:
         """The base layer's bias with the active adapters' bias entries added; differentiable in them."""
         for name in self.active_adapters:
-            if name in self.fggm_bias and self.fggm_bias[name].numel():
+            if name in self.fggm_bias and self.fggm_indices[name].numel():
                 wide = torch.promote_types(bias.dtype, torch.float32)  # added wide and rounded once, as in the merge
                 added = (self.fggm_bias[name] * self.scaling[name]).to(wide)
                 bias = bias.to(wide).index_add(0, self.fggm_indices[name], added).to(bias.dtype)
@@ -216,7 +252,14 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
                     f"adapter {name!r} has no support yet, so there is nothing to train. "
                     "Call fggm_peft.select_parameters(model, dataloader) before training."
                 )
-        return [self.delta(name) for name in names if self.fggm_values[name].numel()]
+            if name in self._selected_in_shards:
+                raise RuntimeError(
+                    f"adapter {name!r} was selected in a model that is sharded already, whose parameters cannot take "
+                    "another size. Save it, load it with PeftModel.from_pretrained(..., is_trainable=True), and shard "
+                    "that model."
+                )
+        # the indices are asked, because DeepSpeed's ZeRO-3 fetches a parameter that is touched
+        return [self.delta(name) for name in names if self.fggm_indices[name].numel()]
 
     def gives_weight(self) -> bool:
         """Whether the product may be taken with our own copy of the weight, past the base layer.
@@ -242,9 +285,10 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
 
     def weight_copy(self) -> Tensor:
         """The base weight ``[o, i]`` in memory of its own: a copy, or the dequantized weight."""
+        recover_quantization_state(self.get_base_layer())
         weight = self.get_base_weight().detach()
         if self.quantization_backend is None:
-            return self.matrix(weight.clone())
+            return self.matrix(whole(weight).clone())
         kept = getattr(self.get_base_layer(), KEPT, None)
         return weight if kept is None else effective_weight(weight, kept.deltas)
 

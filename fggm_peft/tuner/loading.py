@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from ..core.errors import AdapterFileError
 from .layer import FGGMLayer
+from .sharding import plain_name
 
 
-def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Resize the adapter's values and indices to those of a file that is about to be loaded.
 
     Args:
         model: has the adapter's layers.
-        state_dict: keys as the model has them, adapter name included.
+        state_dict: keys as the model has them, adapter name included; changed in place where wrappers or
+            DeepSpeed have left something out.
 
     Raises:
         AdapterFileError: a tensor is missing, or does not fit; names its key. Nothing has changed then.
@@ -29,7 +31,8 @@ def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: Ma
     for name, layer in model.named_modules():
         if not isinstance(layer, FGGMLayer) or adapter_name not in layer.fggm_values:
             continue
-        name = name.removeprefix("_fsdp_wrapped_module.")
+        name = plain_name(name)
+        _complete_(state_dict, name, layer, adapter_name)
         keys = _Keys(state_dict, name, adapter_name)
         if keys.absent():
             continue  # PEFT reports keys that are missing altogether
@@ -41,6 +44,22 @@ def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: Ma
     for layer, k in sizes.items():
         layer.resize_(adapter_name, k)
         layer.selected[adapter_name] = any(sizes.values())
+        layer.freeze_empty_()
+
+
+def _complete_(state_dict: dict[str, Tensor], name: str, layer: FGGMLayer, adapter_name: str) -> None:
+    """Add what saving on several devices leaves out."""
+    for part in ("values", "indices", "bias"):
+        # PEFT adds the adapter's name by the names of modules, and misses those within torch's checkpoint_wrapper
+        if (key := f"{name}.fggm_{part}") in state_dict:
+            state_dict[f"{key}.{adapter_name}"] = state_dict.pop(key)
+    indices = state_dict.get(f"{name}.fggm_indices.{adapter_name}")
+    if indices is not None and not indices.numel():  # DeepSpeed saves nothing frozen, and empty values are
+        values = layer.fggm_values[adapter_name].detach()
+        shape = layer.granularity[adapter_name].values_shape(layer.weight_shape, 0)
+        state_dict.setdefault(f"{name}.fggm_values.{adapter_name}", values.new_zeros(shape))
+        if adapter_name in layer.fggm_bias:
+            state_dict.setdefault(f"{name}.fggm_bias.{adapter_name}", values.new_zeros(0))
 
 
 class _Keys:

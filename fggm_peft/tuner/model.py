@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
 from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
+from .sharding import require_unsharded
 from .support import choose_supports, criterion_scores, fggm_layers, write_supports
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class FGGMModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config, model):
+        require_unsharded(model)
         _require_offloading_in_place(model)
         guard_four_bit_layers(model)
 
@@ -194,6 +197,13 @@ class FGGMModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
     # Files ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        wanted = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT looks for names of modules, and finds none within torch's checkpoint_wrapper
+        ours = re.compile(rf"\.fggm_(values|indices|bias)\.{re.escape(adapter_name)}$")
+        return wanted | {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -14,6 +14,7 @@ from ..core.errors import NonFiniteScoreError
 from ..core.threshold import ThresholdPolicy
 from .config import FGGMConfig
 from .layer import FGGMLayer
+from .sharding import plain_name
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Choice:
 def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, FGGMLayer]:
     """The layers that have the adapter, by module path within the base model."""
     return {
-        name.removeprefix("base_model.model."): module
+        plain_name(name).removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, FGGMLayer) and adapter_name in module.fggm_values
     }

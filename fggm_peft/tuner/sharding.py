@@ -1,0 +1,37 @@
+"""What frameworks for several devices do to a model's weights and names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+# they stand in the names of modules but not in those of state dicts
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def plain_name(name: str) -> str:
+    """A module's path without the wrappers of FSDP, activation checkpointing and ``torch.compile``."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The weight itself, gathered if FSDP2 has sharded it; then every rank has to ask for it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def require_unsharded(model: nn.Module) -> None:
+    """Raise where an adapter is added to a base that FSDP2 has sharded already.
+
+    FSDP2 would not know the adapter's parameters: each rank would train values of its own.
+
+    Raises:
+        ValueError: names the first sharded weight.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name} is sharded already, and FSDP would not train the adapter's values with it. Add or load the "
+                "adapter first, then shard the model (fully_shard, or accelerate's prepare)."
+            )
