@@ -173,10 +173,11 @@ def trainer(folder: str, **arguments):
     return FGGMTrainer(model=model, args=TrainingArguments(folder, **{**options, **arguments}), train_dataset=Samples())
 
 
-def train(
-    folder: str, arguments: dict, config: dict | None = None, resume: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list]:
-    run = trainer(folder, config or {"density": 0.3}, **arguments)
+Tensors = dict[str, Tensor]
+
+
+def train(folder: str, arguments: dict, resume: bool = False) -> tuple[Tensors, Tensors, list]:
+    run = trainer(folder, **arguments)
     run.train(resume_from_checkpoint=resume)
     values = {name: layer.fggm_values["default"].detach() for name, layer in fggm_layers(run.model, "default").items()}
     return supports(run.model), values, [(log["step"], log["loss"]) for log in run.state.log_history if "loss" in log]
