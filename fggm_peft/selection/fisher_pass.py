@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from ..core.errors import NonFiniteScoreError
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
+from ..tuner.sharding import is_shard
 from .collector import ScoreCollector
 from .log_likelihood import LogLikelihood, default_log_likelihood
 from .out_of_memory import advised
-from .ranks import Ranks, is_sharded
+from .ranks import Ranks
 from .untouched import untouched
 
 Scores = dict[str, Tensor]
@@ -146,7 +147,7 @@ class FisherPass:
     def _rounds(self, limit: int | None) -> Iterator[Round]:
         """Batches of all ranks, cut to the samples that are still wanted, until the data of every rank has ended."""
         batches, start, spare = iter(self.dataloader), 0, None
-        sharded = self.ranks.size > 1 and is_sharded(self.model)
+        sharded = self.ranks.size > 1 and any(map(is_shard, self.model.parameters()))
         for index in itertools.count():
             with self.ranks.together("reading the data"):
                 batch = next(batches, None)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 
 class Ranks:
@@ -86,11 +85,6 @@ class Ranks:
         if device.type != "cpu" or dist.get_backend() in ("gloo", "mpi", "undefined"):
             return device
         return PartialState().device
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the ranks hold a part of the weights each, so that a forward needs all of them."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -16,22 +16,28 @@ def plain_name(name: str) -> str:
     return name
 
 
+def is_shard(parameter: Tensor) -> bool:
+    """Whether it is this rank's part of a parameter, of FSDP2 or of DeepSpeed's ZeRO-3."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
 def whole(weight: Tensor) -> Tensor:
     """The weight itself, gathered if FSDP2 has sharded it; then every rank has to ask for it."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def require_unsharded(model: nn.Module) -> None:
-    """Raise where an adapter is added to a base that FSDP2 has sharded already.
+    """Raise where an adapter is added to a base that FSDP2 or ZeRO-3 has sharded already.
 
-    FSDP2 would not know the adapter's parameters: each rank would train values of its own.
+    They would not know the adapter's parameters: each rank would train values of its own.
 
     Raises:
         ValueError: names the first sharded weight.
     """
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if is_shard(parameter):
             raise ValueError(
-                f"{name} is sharded already, and FSDP would not train the adapter's values with it. Add or load the "
-                "adapter first, then shard the model (fully_shard, or accelerate's prepare)."
+                f"{name} is sharded already, and the adapter's values would not be trained with it. Add or load the "
+                "adapter first, then shard the model (fully_shard, accelerate's prepare, or the trainer). ZeRO-3 shards "
+                "while a model loads, if the TrainingArguments exist by then: load it before."
             )
