@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import adapted, llama, quantized, token_batches
+from models import adapted, byte_tokenizer, llama, quantized, text_model, token_batches
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
+from typer.testing import CliRunner
 
 from fggm_peft import FGGMTrainer, TopDensity, select_parameters
+from fggm_peft.cli import app
 from fggm_peft.tuner.support import fggm_layers
 
 pytestmark = pytest.mark.distributed
@@ -205,6 +211,38 @@ def test_the_trainer_selects_shards_trains_saves_and_resumes(case, processes, tm
     assert not selected
     assert_close(resumed, values, tolerance=0)
     assert resumed_losses == sharded_losses
+
+
+def call_fggm(arguments: list[str]) -> None:
+    from fggm_peft.cli import main
+
+    use_fsdp_on_cpus()
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", HF_HUB_OFFLINE="1"
+    )
+    sys.argv = ["fggm", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+    finally:
+        del os.environ["ACCELERATE_USE_FSDP"]
+
+
+def test_fggm_select_on_a_sharded_base_writes_what_training_loads(processes, tmp_path):
+    base, data, adapter = tmp_path / "base", tmp_path / "data.json", tmp_path / "adapter"
+    byte_tokenizer().save_pretrained(base)
+    text_model().save_pretrained(base)
+    data.write_text(json.dumps([{"prompt": f"{n} plus one is", "answer": f" {n + 1}"} for n in range(14)]))
+    options = ["select", str(base), "--data", str(data), "--num-samples", "all", "--batch-size", "4"]
+    processes(call_fggm, [*options, "--output", str(adapter)])
+    whole = CliRunner().invoke(app.build(), [*options, "--output", str(tmp_path / "whole")])
+    assert whole.exit_code == 0, whole.output
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "whole"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    loaded = PeftModel.from_pretrained(text_model(), adapter, is_trainable=True)
+    assert any(len(values) for values in trained(loaded).values())
+    assert not any(values.any() for values in trained(loaded).values())
 
 
 def test_what_fsdp_cannot_do_is_an_error_that_says_what_to_set(processes, tmp_path):

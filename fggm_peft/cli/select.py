@@ -34,7 +34,8 @@ def run(
     """Choose which weights of MODEL may move for the task in DATA.
 
     The result is an adapter of zero values that fggm train takes with --adapter. Runs on several devices under
-    accelerate launch or torchrun: each reads a share of the data, and all choose the same.
+    accelerate launch or torchrun: each reads a share of the data, and all choose the same. A model that fits on
+    none of them is sharded, if accelerate is configured for FSDP (version 2).
     """
     config = selection.fggm_config()
     require_free(output, overwrite)
@@ -43,7 +44,7 @@ def run(
 
     from ..core.criteria import CRITERIA
     from ..selection import select_parameters
-    from ..training.base import this_process
+    from ..training.base import shard_as_launched, this_process
 
     if data is None and CRITERIA[config.criterion].needs_data:
         raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
@@ -51,7 +52,7 @@ def run(
     loader = None
     if data is not None and CRITERIA[config.criterion].needs_data:
         loader = _dataloader(base, data_options, data, config, batch_size)
-    model = get_peft_model(base.base().load(), config)
+    model = shard_as_launched(get_peft_model(base.base().load(), config))
     report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory)
     if not process.is_main_process:
         return None

@@ -28,6 +28,34 @@ def this_process() -> PartialState:
     return PartialState() if has_accelerator else PartialState(cpu=True)
 
 
+def launched_with_fsdp() -> bool:
+    """Whether ``accelerate launch`` was told to shard the model over its processes."""
+    from accelerate.utils import parse_flag_from_env
+
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def shard_as_launched(model: Any) -> Any:
+    """The model, sharded over the processes if ``accelerate launch`` was told to.
+
+    Raises:
+        BaseModelError: by FSDP's first version, or where accelerate knows no FSDP.
+    """
+    if not launched_with_fsdp():
+        return model
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    if not accelerator.is_fsdp2:
+        raise BaseModelError(
+            "sharding needs FSDP's version 2 and an accelerator (fsdp_version: 2 in accelerate's config)"
+        )
+    # accelerate shards a model only together with an optimizer; this one takes no step
+    model, _ = accelerator.prepare(model, torch.optim.SGD([next(model.parameters())], lr=0.0))
+    return model
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """Which base model, and in which form.
@@ -68,7 +96,8 @@ class BaseModel:
             # quantized layers cannot be moved in every version of bitsandbytes: load them where they stay
             options["device_map"] = self.device_map or {"": device}
         model = self._load(AutoModelForCausalLM, **options)
-        is_placed = options["device_map"] is not None or getattr(model, "is_quantized", False)
+        # what is to be sharded need not fit on one device
+        is_placed = options["device_map"] is not None or getattr(model, "is_quantized", False) or launched_with_fsdp()
         return model if is_placed else model.to(device)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -38,6 +38,6 @@ def require_unsharded(model: nn.Module) -> None:
         if is_shard(parameter):
             raise ValueError(
                 f"{name} is sharded already, and the adapter's values would not be trained with it. Add or load the "
-                "adapter first, then shard the model (fully_shard, accelerate's prepare, or the trainer). ZeRO-3 shards "
-                "while a model loads, if the TrainingArguments exist by then: load it before."
+                "adapter first, then shard the model (fully_shard, accelerate's prepare, or the trainer). ZeRO-3 "
+                "shards while a model loads, if the TrainingArguments exist by then: load it before."
             )
