@@ -1,13 +1,15 @@
-"""The README's snippets run, in order, on a small model."""
+"""The snippets of the README and the docs run, on a small model."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import transformers
-from models import llama, token_batches
+import trl
+from models import byte_tokenizer, text_model, token_batches
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).parent.parent
@@ -16,21 +18,25 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 def test_the_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        transformers.AutoModelForCausalLM, "from_pretrained", classmethod(lambda cls, name: llama()), raising=True
-    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of that name goes before the Hub
+    byte_tokenizer().save_pretrained(folder)
+    text_model().save_pretrained(folder)
     samples = [{key: value[0] for key, value in batch.items()} for batch in token_batches(sizes=(1,)) * 40]
+    sums = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(40)]
+    quick = {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True}
     names = {
         "dataloader": DataLoader(samples, batch_size=8),
         "dataset": samples,
-        "training_arguments": transformers.TrainingArguments(
-            output_dir="out", max_steps=2, per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True
-        ),
+        "training_arguments": transformers.TrainingArguments(save_strategy="no", **quick),
+        "prompts_and_completions": datasets.Dataset.from_list(sums),
+        "sft_arguments": trl.SFTConfig(save_strategy="no", bf16=False, **quick),
     }
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     assert "trainable values" in capsys.readouterr().out
+    assert names["trainer"].selection_report.samples == 40
     assert {path.name for path in Path("delta").iterdir()} == {
         "README.md",
         "adapter_config.json",
@@ -38,7 +44,18 @@ def test_the_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
     }
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_snippet_on_training_runs(tmp_path):
+    page = (ROOT / "docs" / "training.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sums = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(40)]
+    names = {"model": text_model(), "dataset": datasets.Dataset.from_list(sums), "tokenizer": byte_tokenizer()}
+    snippet = snippet.replace('output_dir="run"', f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False")
+    exec(compile(snippet, "training.md", "exec"), names)
+    assert names["trainer"].state.global_step == 4
+    assert names["trainer"].selection_report.samples == 16
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_and_files_that_a_page_names_exist(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
