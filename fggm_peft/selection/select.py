@@ -265,7 +265,7 @@ def _report(layers, config, adapter_name, outcome: _Outcome, seconds: float) -> 
             shape=tuple(layer.weight_shape),
             units=outcome.choices[name].units,
             chosen=len(outcome.choices[name].indices),
-            parameters=sum(p[adapter_name].numel() for p in (layer.fggm_values, layer.fggm_bias) if adapter_name in p),
+            parameters=sum(parameter.numel() for parameter in layer.trained(adapter_name)),
             score_share=outcome.choices[name].score_share,
             agreement=module_agreement.get(name),
         )

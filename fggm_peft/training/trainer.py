@@ -220,7 +220,7 @@ def keep_values_wide_(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, FGGMLayer) and layer.quantization_backend is not None:
-            for values in (*layer.fggm_values.values(), *layer.fggm_bias.values()):
+            for values in (values for name in layer.fggm_values for values in layer.trained(name)):
                 if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
                     values.data = values.data.float()
 
@@ -237,9 +237,8 @@ def fill_reference_(model: Any) -> None:
     for layer in fggm_layers(model, "ref").values():
         layer.set_support("ref", layer.fggm_indices[name])
         layer.selected["ref"] = layer.selected[name]
-        for parameters in (layer.fggm_values, layer.fggm_bias):
-            if name in parameters:
-                parameters["ref"].data.copy_(parameters[name].data)
+        for copy, original in zip(layer.trained("ref"), layer.trained(name), strict=True):
+            copy.data.copy_(original.data)
 
 
 def logged(report: SelectionReport) -> dict[str, float]:

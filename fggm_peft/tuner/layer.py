@@ -27,17 +27,13 @@ from .config import FGGMConfig
 from .kept import KEPT, KeptDeltaHook
 from .merge_report import ModuleMerge
 from .merging import merge_dense_, merge_quantized
+from .offloading import execution_device, is_offloaded, kept_weight
 from .sharding import whole
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 Calls = list[tuple[Tensor, Tensor]]
-
-
-def is_offloaded(layer: nn.Module) -> bool:
-    """Whether accelerate keeps the layer's weight on the CPU or the disk, and brings it for a forward only."""
-    return getattr(getattr(layer, "_hf_hook", None), "offload", False)
 
 
 class FGGMLayer(nn.Module, BaseTunerLayer):
@@ -133,6 +129,10 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.selected[adapter_name] = False
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def trained(self, adapter_name: str) -> list[nn.Parameter]:
+        """What an adapter trains here: its values, and the bias entries of chosen rows if it has them."""
+        return [held[adapter_name] for held in (self.fggm_values, self.fggm_bias) if adapter_name in held]
+
     def resize_(self, adapter_name: str, k: int) -> None:
         """Make room for ``k`` units; what stood there is gone unless the size is the same.
 
@@ -162,12 +162,10 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             generator: draws normal starting values instead of zeros; only for tests.
         """
         self.resize_(adapter_name, len(indices))
-        buffer = self.fggm_indices[adapter_name]
-        buffer.copy_(indices)
-        for parameters in (self.fggm_values, self.fggm_bias):
-            if adapter_name in parameters:
-                data = parameters[adapter_name].data
-                data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
+        self.fggm_indices[adapter_name].copy_(indices)
+        for parameter in self.trained(adapter_name):
+            data = parameter.data
+            data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
         self.selected[adapter_name] = True
         self.freeze_empty_()
 
@@ -177,13 +175,12 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         DDP would wait for it, FSDP2 miss its optimizer state when it resumes, and ZeRO-3 fail to fetch it.
         """
         for name, values in self.fggm_values.items():
-            if not self.selected[name] or values.numel():
+            if not self.selected[name] or self.fggm_indices[name].numel():
                 self._trains_nothing.discard(name)
             elif values.requires_grad:
                 self._trains_nothing.add(name)
-                for parameters in (self.fggm_values, self.fggm_bias):
-                    if name in parameters:
-                        parameters[name].requires_grad_(False)
+                for parameter in self.trained(name):
+                    parameter.requires_grad_(False)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -377,15 +374,13 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """As PEFT's; the device of an offloaded layer, whose weight is on none, is where it computes."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         if is_offloaded(base_layer):
-            device = torch.device(base_layer._hf_hook.execution_device)
+            device = execution_device(base_layer)
         return device, dtype
 
     def get_base_weight(self) -> Tensor:
         """As PEFT's; of an offloaded layer the weight that is kept on the CPU or the disk, to be read only."""
-        base = self.get_base_layer()
-        if is_offloaded(base) and base.weight.is_meta:
-            return base._hf_hook.weights_map["weight"]
-        return super().get_base_weight()
+        kept = kept_weight(self.get_base_layer())
+        return super().get_base_weight() if kept is None else kept
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter; unlike PEFT's this keeps its dtype: float32 values must not pass through bfloat16."""

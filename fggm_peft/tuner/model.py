@@ -22,6 +22,7 @@ from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
 from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
+from .offloading import require_offloading_in_place
 from .sharding import require_unsharded
 from .support import choose_supports, criterion_scores, fggm_layers, write_supports
 
@@ -55,7 +56,7 @@ class FGGMModel(BaseTuner):
 
     def _prepare_model(self, peft_config, model):
         require_unsharded(model)
-        _require_offloading_in_place(model)
+        require_offloading_in_place(model)
         guard_four_bit_layers(model)
 
     def _create_and_replace(
@@ -212,20 +213,6 @@ class FGGMModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fit_layers_to_state_dict(model, adapter_name, state_dict)
         return state_dict
-
-
-def _require_offloading_in_place(model: nn.Module) -> None:
-    """Raise where ``PeftModel.from_pretrained`` has taken accelerate's hooks from a base that is offloaded to disk.
-
-    It dispatches the model anew after loading, and would look for our values in the files of the base.
-    """
-    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
-    if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ValueError(
-            "PeftModel.from_pretrained cannot load an FGGM adapter onto a base that is offloaded to disk. "
-            "Load the base again, then model = get_peft_model(base, FGGMConfig.from_pretrained(adapter)) and "
-            "set_peft_model_state_dict(model, load_peft_weights(adapter)), both from peft."
-        )
 
 
 def _correct_fan_in_fan_out(config: FGGMConfig, layer: FGGMLayer) -> None:

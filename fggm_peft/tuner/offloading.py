@@ -1,0 +1,37 @@
+"""Layers whose weight accelerate keeps on the CPU or the disk, and brings to a device for a forward only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    return getattr(getattr(layer, "_hf_hook", None), "offload", False)
+
+
+def execution_device(layer: nn.Module) -> torch.device:
+    """Where an offloaded layer computes."""
+    return torch.device(layer._hf_hook.execution_device)
+
+
+def kept_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of an offloaded layer as it is kept, to be read only; None if it is on its device just now."""
+    return layer._hf_hook.weights_map["weight"] if is_offloaded(layer) and layer.weight.is_meta else None
+
+
+def require_offloading_in_place(model: nn.Module) -> None:
+    """Raise where ``PeftModel.from_pretrained`` has taken accelerate's hooks from a base that is offloaded to disk.
+
+    It dispatches the model anew after loading, and would look for our values in the files of the base.
+
+    Raises:
+        ValueError: it has; names the two calls that load such an adapter.
+    """
+    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            "PeftModel.from_pretrained cannot load an FGGM adapter onto a base that is offloaded to disk. Use "
+            "model = get_peft_model(base, FGGMConfig.from_pretrained(adapter)) and then "
+            "set_peft_model_state_dict(model, load_peft_weights(adapter)), both from peft."
+        )
