@@ -67,7 +67,7 @@ def _evaluate(
     scores = score_answers(model, examples, batch_size, f"Evaluating {name}")
     if not tokens_to_generate:
         return scores
-    match = exact_match(model, examples, batch_size, tokens_to_generate, f"Generating with {name}")
+    match = exact_match(model, examples, batch_size, tokens_to_generate, description=f"Generating with {name}")
     return replace(scores, exact_match=match)
 
 

@@ -65,24 +65,25 @@ def score_answers(
 
 
 @torch.no_grad()
-def exact_match(
+def written_answers(
     model: Any,
     examples: TokenizedExamples,
     batch_size: int = 8,
     max_new_tokens: int = 64,
     description: str = "Generating",
-) -> float:
-    """Share of the examples whose answer greedy decoding writes, compared as text without surrounding spaces.
+) -> list[str]:
+    """What greedy decoding writes for each example, in their order; the model is left in eval mode.
 
     Raises:
         ValueError: an example has no prompt to go on from.
     """
     model.eval()
-    tokenizer, hits = examples.tokenizer, 0
+    tokenizer, texts = examples.tokenizer, [""] * len(examples)
     for chosen in _batches(examples, batch_size, description):
-        rows = [_prompt_and_answer(examples[i]) for i in chosen]
         prompts = tokenizer.pad(
-            {"input_ids": [prompt for prompt, _ in rows]}, padding_side="left", return_tensors="pt"
+            {"input_ids": [_prompt_and_answer(examples[i])[0] for i in chosen]},
+            padding_side="left",
+            return_tensors="pt",
         ).to(_device(model))
         written = model.generate(
             input_ids=prompts["input_ids"],
@@ -95,10 +96,23 @@ def exact_match(
             top_p=None,
             top_k=None,
         )[:, prompts["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        answers = tokenizer.batch_decode([answer for _, answer in rows], skip_special_tokens=True)
-        hits += sum(text.strip() == answer.strip() for text, answer in zip(texts, answers, strict=True))
-    return hits / len(examples)
+        for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+            texts[i] = text
+    return texts
+
+
+def exact_match(
+    model: Any, examples: TokenizedExamples, batch_size: int = 8, max_new_tokens: int = 64, **options
+) -> float:
+    """Share of the examples whose answer greedy decoding writes, compared as text without surrounding spaces.
+
+    Raises:
+        ValueError: an example has no prompt to go on from.
+    """
+    written = written_answers(model, examples, batch_size, max_new_tokens, **options)
+    answers = [_prompt_and_answer(examples[i])[1] for i in range(len(examples))]
+    texts = examples.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return sum(text.strip() == answer.strip() for text, answer in zip(written, texts, strict=True)) / len(examples)
 
 
 def _batches(examples: TokenizedExamples, batch_size: int, description: str) -> Iterator[list[int]]:
