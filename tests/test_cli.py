@@ -236,6 +236,16 @@ def test_resume_ends_where_an_uninterrupted_run_does(folder, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_resume_keeps_what_was_selected_and_refuses_another_selection(folder, tmp_path):
+    arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out")
+    arguments += ("--set", "save_steps=1")
+    succeed(*arguments, "--max-steps", 1, "--density", 0.1)
+    message = fail(*arguments, "--max-steps", 2, "--resume", "--density", 0.9)
+    assert "density=0.1, not 0.9" in message and "--overwrite" in message
+    succeed(*arguments, "--max-steps", 2, "--resume")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["density"] == 0.1
+
+
 def test_train_on_a_4_bit_base(folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     found = succeed(

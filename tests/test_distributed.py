@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import VOCABULARY, adapted, llama, token_batches
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, select_parameters
@@ -223,3 +223,22 @@ def train_in_ddp() -> list[Tensor]:
 def test_ddp_does_not_wait_for_modules_in_which_nothing_was_chosen(processes):
     first, second = processes(train_in_ddp)
     assert first and all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
+
+
+class Broken(IterableDataset):
+    def __iter__(self):
+        for number, sample in enumerate(Samples()):
+            if number == 13:
+                raise OSError("the stream broke")
+            yield sample
+
+
+def train_on_a_stream_that_breaks(folder: str) -> None:
+    run = trainer(folder)
+    run.train_dataset = Broken()
+    run.train()
+
+
+def test_a_stream_that_breaks_is_an_error_on_every_rank_and_no_wait(processes, tmp_path):
+    for failure in processes.outcomes(train_on_a_stream_that_breaks, str(tmp_path)):
+        assert "the stream broke" in failure.message

@@ -236,6 +236,15 @@ def test_bad_data_is_one_clear_error_and_changes_nothing(data, message):
     assert all(not layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
 
+def test_a_sample_without_answer_counts_as_nothing_learned_whatever_batch_it_is_in():
+    (batch,) = token_batches(sizes=(4,))
+    batch["labels"][1] = -100
+    single = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]
+    expected = fisher_scores(adapted(llama()), [batch])
+    for name, score in fisher_scores(adapted(llama()), single).items():
+        torch.testing.assert_close(score, expected[name])
+
+
 @pytest.mark.parametrize("bad", [0, 1, -3, True, 2.5, "all"])
 def test_a_bad_number_of_samples_is_refused(bad):
     with pytest.raises(ValueError, match="num_samples"):

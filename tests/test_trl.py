@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import byte_tokenizer, text_model
 from peft import get_peft_model
+from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.training import FGGMTrainerMixin
-from fggm_peft.training.batches import selection_batch
+from fggm_peft.training.batches import Prompts, selection_batch
 from fggm_peft.tuner.support import fggm_layers
 
 trl = pytest.importorskip("trl")
@@ -165,17 +168,21 @@ def test_dpo_of_a_trained_adapter_takes_that_adapter_as_its_reference(tmp_path):
     assert not layer.fggm_values["ref"].requires_grad
 
 
-def test_grpo_selects_on_answers_of_the_model(tmp_path):
+def test_grpo_selects_on_answers_of_the_model(tmp_path, monkeypatch):
     trainer = GRPOTrainer(
         model=text_model(),
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
         args=arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=8, beta=0.1),
         train_dataset=rows(),
         processing_class=byte_tokenizer(),
-        peft_config=config(),
+        peft_config=config(num_samples=None),
     )
+    asked = []
+    answered = Prompts.answered
+    monkeypatch.setattr(Prompts, "answered", lambda self, prompts: asked.extend(prompts) or answered(self, prompts))
     trainer.train()
-    assert trainer.selection_report.samples == 16
+    assert trainer.selection_report.samples == 24
+    assert sorted(asked) == sorted(rows()["prompt"])  # each once, though TRL repeats them for its groups
     logs = [log for log in trainer.state.log_history if "kl" in log]
     assert logs[0]["kl"] == pytest.approx(0, abs=1e-6) and logs[-1]["kl"] > 0
 
@@ -186,12 +193,11 @@ def test_prompts_without_answers_need_a_model_that_writes_them():
 
 
 def test_answers_of_the_model_end_at_their_first_end_of_sequence():
-    from fggm_peft.training.batches import Prompts
-
     tokenizer, model = byte_tokenizer(), text_model()
     with torch.no_grad():
         model.lm_head.weight[1] *= 60  # the end is likely
-    batch = Prompts(model, tokenizer, None).answered(["a", "bcd"])
+    trainer = SimpleNamespace(model=model, processing_class=tokenizer)
+    batch = Prompts(trainer).answered(["a", "bcd"])
     assert batch["input_ids"][0, :3].tolist()[:2] == [0, 0]  # padding on the left
     width = 3
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
@@ -202,3 +208,64 @@ def test_answers_of_the_model_end_at_their_first_end_of_sequence():
         assert answer.tolist() == [position <= last for position in range(len(answer))]
         assert torch.equal(labels[width:][answer], ids[width:][answer])
         assert mask[width:].bool().tolist() == answer.tolist()
+
+
+def test_answers_are_drawn_by_the_trainers_settings_and_end_at_any_of_its_ends():
+    model, tokenizer = text_model(), byte_tokenizer()
+    settings = GenerationConfig(max_new_tokens=12, eos_token_id=[1, *range(40, 120)], pad_token_id=0)
+    trainer = SimpleNamespace(model=model, processing_class=tokenizer, generation_config=settings)
+    batch = Prompts(trainer).answered(["ab", "cd", "ef"])
+    width = batch["input_ids"].shape[1]
+    assert width <= 2 + 12
+    for ids, labels in zip(batch["input_ids"][:, 2:], batch["labels"][:, 2:], strict=True):
+        ends = torch.isin(ids, torch.tensor(settings.eos_token_id)).nonzero()
+        last = int(ends[0]) if len(ends) else len(ids) - 1
+        assert (labels != -100).tolist() == [position <= last for position in range(len(ids))]
+
+
+def test_chosen_and_rejected_answers_come_in_pairs():
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])  # two chosen, two rejected
+    batch = selection_batch(
+        {"input_ids": ids, "completion_mask": torch.tensor([[0, 1]] * 4), "ref_chosen_logps": ids[0]}
+    )
+    assert batch["input_ids"].tolist() == [[1, 2], [5, 6], [3, 4], [7, 8]]
+    assert batch["labels"].tolist() == [[-100, 2], [-100, 6], [-100, 4], [-100, 8]]
+    assert set(batch) == {"input_ids", "labels"}
+
+
+def test_a_reward_trainer_selects_by_a_likelihood_of_its_own(tmp_path):
+    class RewardTrainer(FGGMTrainerMixin, trl.RewardTrainer):
+        @staticmethod
+        def selection_log_likelihood(model, batch):
+            rewards = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+            chosen, rejected = rewards.chunk(2)
+            return torch.nn.functional.logsigmoid(chosen - rejected).repeat_interleave(2) / 2
+
+    torch.manual_seed(0)
+    settings = {"num_labels": 1, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    base = LlamaForSequenceClassification(LlamaConfig(vocab_size=258, num_hidden_layers=2, pad_token_id=0, **settings))
+    trainer = RewardTrainer(
+        model=base,
+        args=arguments(trl.RewardConfig, tmp_path),
+        train_dataset=preferences(),
+        processing_class=byte_tokenizer(),
+        peft_config=config(task_type="SEQ_CLS"),
+    )
+    trainer.train()
+    assert trainer.selection_report.samples == 16
+
+
+def test_each_active_adapter_is_selected(tmp_path):
+    model = get_peft_model(text_model(), config(target_modules=["q_proj"]))
+    model.add_adapter("second", config(target_modules=["up_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments(trl.SFTConfig, tmp_path),
+        train_dataset=answers(),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    for name in ("default", "second"):
+        layers = fggm_layers(trainer.model, name)
+        assert layers and all(layer.fggm_values[name].any() for layer in layers.values())

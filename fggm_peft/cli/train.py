@@ -104,6 +104,8 @@ def _assignments(texts: list[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, 3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise typer.BadParameter(f"TrainingArguments has no field {name!r}{hint}", param_hint="--set")
+        if name == "output_dir":
+            raise typer.BadParameter("checkpoints are in OUTPUT/checkpoints, where --resume looks", param_hint="--set")
         result[name] = _value(value)
     return result
 
@@ -157,6 +159,7 @@ def run(
     require_free(output, overwrite or resume)
     if resume:
         require_checkpoint(output)
+        config = _resumed_config(output / CHECKPOINTS, selection, config)
     arguments = training.arguments(output / CHECKPOINTS, config.seed)
     tokenizer = base.base().load_tokenizer()
     train_examples = data_options.examples(data, data_options.split or "train", tokenizer, config.seed)
@@ -181,6 +184,27 @@ def run(
     if after.merge:  # last, since the adapter is gone from the model then
         found["merged"] = _save_merged(model, tokenizer, output / MERGED)
     return Result(found, _table(found))
+
+
+def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMConfig) -> FGGMConfig:
+    """The config that the checkpoint was selected by.
+
+    Raises:
+        ValueError: an option says otherwise.
+    """
+    from ..training.checkpoints import last_complete_checkpoint
+    from ..tuner.config import FGGMConfig
+
+    config = FGGMConfig.from_pretrained(str(last_complete_checkpoint(checkpoints)))
+    for field in fields(selection) if selection.given() else ():
+        asked, there = (getattr(one, field.name, None) for one in (given, config))
+        if asked != there and field.name not in ("config", "seed", "target_modules"):  # PEFT resolves target modules
+            raise ValueError(
+                f"--resume goes on with what the checkpoint has selected by {field.name}={there!r}, not {asked!r}. "
+                "Leave the option out, or start anew with --overwrite"
+            )
+    config.inference_mode = False
+    return config
 
 
 def _adapted(base: BaseOptions, adapter: str | None, config: FGGMConfig) -> Any:

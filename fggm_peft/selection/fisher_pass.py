@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -117,7 +118,7 @@ class FisherPass:
             NonFiniteScoreError: a log-likelihood or a score is NaN or infinite.
         """
         log_likelihood, model = self._likelihood()
-        seen = 0
+        seen, informed = 0, False
         with (
             untouched(self.model),
             self._switched_off(layers),
@@ -130,7 +131,7 @@ class FisherPass:
 
             for index, round in enumerate(self._rounds(limit)):
                 with self.ranks.together("the selection pass"), advised(index, round.batch):
-                    self._score(collector, model, log_likelihood, round, index)
+                    informed |= self._score(collector, model, log_likelihood, round, index)
                 bar.update(round.end - seen)
                 seen = round.end
                 if seen == limit:
@@ -141,6 +142,8 @@ class FisherPass:
                         break
             if not seen:
                 raise ValueError("the dataloader is empty; select_parameters needs at least one batch")
+            if not any(self.ranks.gather(informed)):
+                raise ValueError("all labels of all batches are -100: there is no answer to take a likelihood of")
         total = {name: self.ranks.sum(scores) for name, scores in collector.scores.items()}
         return total, _halves(seen)
 
@@ -149,7 +152,7 @@ class FisherPass:
         batches, start, spare = iter(self.dataloader), 0, None
         sharded = self.ranks.size > 1 and any(map(is_shard, self.model.parameters()))
         for index in itertools.count():
-            with self.ranks.together("reading the data"):
+            with self._reading_together():
                 batch = next(batches, None)
                 size = 0 if batch is None else _size(batch, index)
             sizes = self.ranks.gather(size)
@@ -163,6 +166,12 @@ class FisherPass:
             spare = batch if size else spare
             yield Round(spare if sharded and not size else batch, size, first, start)
 
+    def _reading_together(self) -> AbstractContextManager:
+        """Where one rank reads for all (accelerate's dispatcher), the ranks already talk while they read."""
+        if isinstance(self.dataloader, DataLoaderDispatcher):
+            return nullcontext()
+        return self.ranks.together("reading the data")
+
     def _likelihood(self) -> tuple[LogLikelihood, nn.Module]:
         if self.log_likelihood is not None:
             return self.log_likelihood, self.model
@@ -171,9 +180,10 @@ class FisherPass:
         # a wrapper that FSDP2 has made the root of its shards gathers them in its own forward
         return log_likelihood, self.model if isinstance(self.model, FSDPModule) else base
 
-    def _score(self, collector, model, log_likelihood, round: Round, index: int) -> None:
+    def _score(self, collector, model, log_likelihood, round: Round, index: int) -> bool:
+        """Add one batch's scores; whether any sample of it had an answer."""
         if round.batch is None:
-            return
+            return False
         if self.generator is not None:  # what is drawn for a sample must not depend on the number of ranks
             self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
         batch = self._on_device(round.batch)
@@ -189,6 +199,7 @@ class FisherPass:
             raise NonFiniteScoreError(f"the log-likelihood of batch {index} is NaN or infinite: {value.tolist()}")
         collector.backward(value if round.size else value * 0)
         collector.end(index)
+        return bool(round.size and value.any())
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch where the model expects it; an offloaded model moves it itself."""

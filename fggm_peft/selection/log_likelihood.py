@@ -44,7 +44,10 @@ def default_log_likelihood(
     def log_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
-            raise ValueError("a batch has no labels; the Fisher pass needs them, as the model's loss does")
+            raise ValueError(
+                "a batch has no labels; the Fisher pass needs them, as the model's loss does. For another loss pass "
+                "log_likelihood= (a trainer's selection_log_likelihood)"
+            )
         return head(model, batch, labels, generator)
 
     return log_likelihood
@@ -92,7 +95,7 @@ def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None
         raise ValueError(f"labels are {list(labels.shape)}, the logits' tokens are {list(logits.shape[:2])}")
     answer = labels != IGNORED
     if not answer.any():
-        raise ValueError("all labels of a batch are -100: there is no answer to take a likelihood of")
+        return logits[..., 0].float().sum(1) * 0  # the likelihood of nothing; FisherPass counts how often
     rows, targets = logits[answer].float(), labels[answer]
     if generator is not None:
         targets = _sample(rows, generator)

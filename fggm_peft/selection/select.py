@@ -115,24 +115,37 @@ def select_parameters(
 
 
 def active_adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:
-    """An FGGM adapter of the model, the active one if no name is given, and its config.
+    """An FGGM adapter of the model, the first active one if no name is given, and its config.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name is None:
+        return active_adapters(model)[0]
+    config = (getattr(model, "peft_config", None) or {}).get(name)
+    if not isinstance(config, FGGMConfig):
+        raise _no_adapter(f"FGGM adapter named {name!r}")
+    return name, config
+
+
+def active_adapters(model: nn.Module) -> list[tuple[str, FGGMConfig]]:
+    """The active FGGM adapters of the model, at least one, and their configs.
 
     Raises:
         ValueError: there is none.
     """
     configs = getattr(model, "peft_config", None) or {}
-    if name is None:
-        active = getattr(model, "active_adapter", None)
-        active = active() if callable(active) else active
-        active = [active] if isinstance(active, str) else list(active or configs)
-        name = next((a for a in active if isinstance(configs.get(a), FGGMConfig)), None)
-    config = configs.get(name)
-    if name is None or not isinstance(config, FGGMConfig):
-        raise ValueError(
-            f"the model has no {'active FGGM adapter' if name is None else f'FGGM adapter named {name!r}'}; "
-            "wrap it with get_peft_model(model, FGGMConfig(...)) first"
-        )
-    return name, config
+    active = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None)
+    active = active() if callable(active) else active  # a method of transformers' models, a property of PEFT's
+    names = [active] if isinstance(active, str) else list(active or configs)
+    found = [(name, configs[name]) for name in names if isinstance(configs.get(name), FGGMConfig)]
+    if not found:
+        raise _no_adapter("active FGGM adapter")
+    return found
+
+
+def _no_adapter(what: str) -> ValueError:
+    return ValueError(f"the model has no {what}; wrap it with get_peft_model(model, FGGMConfig(...)) first")
 
 
 def _require_same_setting(ranks: Ranks, layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:

@@ -23,34 +23,37 @@ class Prompts:
     Fisher information at the task's prompts.
 
     Args:
-        model: generates.
-        tokenizer: the trainer's ``processing_class``.
-        arguments: the trainer's; ``max_completion_length`` and ``temperature`` are looked at.
+        trainer: its model, ``processing_class``, and ``generation_config`` if it has one, write the answers.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, arguments: Any):
-        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+    def __init__(self, trainer: Any):
+        self.trainer, self.model, self.tokenizer = trainer, trainer.model, trainer.processing_class
 
     def answered(self, prompts: list[Any]) -> dict[str, Tensor]:
         """Prompts (text, or lists of messages) with a drawn answer each; labels only on the answers."""
-        texts = [prompt if isinstance(prompt, str) else self._templated(prompt) for prompt in prompts]
+        is_text = isinstance(prompts[0], str)
         encoded = self.tokenizer(
-            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+            prompts if is_text else [self._templated(prompt) for prompt in prompts],
+            padding=True,
+            padding_side="left",
+            add_special_tokens=is_text,  # a template has written them itself
+            return_tensors="pt",
         ).to(next(self.model.parameters()).device)
+        config = getattr(self.trainer, "generation_config", None) or self.model.generation_config
         with _all_evaluating(self.model):
-            sequences = self.model.generate(  # type: ignore[operator]
+            sequences = self.model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
-                max_new_tokens=getattr(self.arguments, "max_completion_length", None) or 256,
+                generation_config=config,
+                max_new_tokens=config.max_new_tokens or 256,
                 do_sample=True,
-                temperature=getattr(self.arguments, "temperature", 1.0),
-                top_k=0,
                 use_cache=True,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         width = encoded["input_ids"].shape[1]
-        ends = (sequences[:, width:] == self.tokenizer.eos_token_id).long()
-        answer = (ends.cumsum(1) - ends) == 0  # up to the first end of sequence, which belongs to the answer
+        ends = config.eos_token_id if config.eos_token_id is not None else self.tokenizer.eos_token_id
+        is_end = torch.isin(sequences[:, width:], torch.tensor(ends, device=sequences.device)).long()
+        answer = (is_end.cumsum(1) - is_end) == 0  # up to the first end of sequence, which belongs to the answer
         labels = sequences.clone()
         labels[:, :width] = IGNORED
         labels[:, width:].masked_fill_(~answer, IGNORED)
@@ -58,8 +61,11 @@ class Prompts:
         return {"input_ids": sequences, "attention_mask": mask, "labels": labels}
 
     def _templated(self, messages: list[dict[str, str]]) -> str:
-        extra = getattr(self.arguments, "chat_template_kwargs", None) or {}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **extra)
+        extra = getattr(self.trainer, "chat_template_kwargs", None) or {}
+        template = getattr(self.trainer, "chat_template", None)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, chat_template=template, **extra
+        )
 
 
 @contextmanager
@@ -94,15 +100,29 @@ def selection_batch(batch: Any, prompts: Prompts | None = None) -> Mapping[str, 
         return batch  # select_parameters says what is wrong with it
     if "labels" not in batch and "completion_mask" in batch:
         inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
-        return {**inputs, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)}
+        inputs["labels"] = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+        return _paired(inputs)
     return _apart(batch)
+
+
+def _paired(batch: dict[str, Any]) -> dict[str, Any]:
+    """All chosen answers and then all rejected ones, as pairs: a limit on samples should take as many of both."""
+    size = len(batch["input_ids"])
+    if size % 2:
+        return batch
+    order = torch.arange(size).view(2, -1).T.flatten()
+    return {
+        key: value[order.to(value.device)]
+        if isinstance(value, Tensor) and value.dim() and len(value) == size
+        else value
+        for key, value in batch.items()
+    }
 
 
 def _apart(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Sequences that were packed into one row in rows of their own, so that a sample is one sequence.
 
-    Packed rows tell where a sequence starts by a position of 0. Sequences without labels, such as
-    padding, are left out.
+    Packed rows tell where a sequence starts by a position of 0, which single tokens of padding have too.
     """
     positions, labels, ids = (batch.get(key) for key in ("position_ids", "labels", "input_ids"))
     if not all(isinstance(value, Tensor) and value.dim() == 2 for value in (positions, labels, ids)):
@@ -115,7 +135,7 @@ def _apart(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         return batch
     sequence = torch.where(real, starts.flatten().cumsum(0).view_as(starts), 0)
     wheres = [sequence == number for number in range(1, int(sequence.max()) + 1)]
-    wheres = [where for where in wheres if (labels[where] != IGNORED).any()] or wheres[:1]
+    wheres = [where for where in wheres if where.sum() > 1 or (labels[where] != IGNORED).any()]
     rows = pad_sequence([ids[where] for where in wheres], batch_first=True)
     lengths = torch.stack([where.sum() for where in wheres])
     return {

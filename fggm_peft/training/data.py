@@ -64,7 +64,7 @@ class DataSource:
 
 
 def _read_json(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
         return _read_json_lines(path)
     return json.loads(text)
@@ -72,7 +72,7 @@ def _read_json(path: Path) -> Rows:
 
 def _read_json_lines(path: Path) -> Rows:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -274,21 +274,25 @@ def load_examples(
     rows = load_rows(source)
     format = row_format(list(rows[0]), source)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
-    examples = [_example(rows[i], i, format, source, tokenizer) for i in order[:limit]]
+    examples = [read_example(rows[i], i, format, source, tokenizer) for i in order[:limit]]
     kept = [example for example in examples if example is not None]
     if not kept:
         raise DataError(f"every row of {source.name} is empty")
     return kept
 
 
-def _example(row, index: int, format: RowFormat, source: DataSource, tokenizer) -> Example | None:
+def read_example(row, index: int, format: RowFormat, source: DataSource, tokenizer) -> Example | None:
     where = f"row {index + 1} of {source.name}"
     try:
         prompt, answer = format.read(row)
-    except (KeyError, TypeError) as error:
+        if isinstance(answer, list) and answer:  # a completion that is a conversation, as TRL has it
+            answer = answer[-1]["content"]
+    except KeyError as error:
         raise DataError(f"{where} has no {error}; it must have {' + '.join(format.columns)}") from error
-    if isinstance(answer, list) and answer:  # a completion that is a conversation, as TRL has it
-        answer = answer[-1]["content"]
+    except TypeError as error:
+        raise DataError(f"{where}: {' + '.join(format.columns)} is not of the form expected: {error}") from error
+    if isinstance(answer, (Mapping, list)) and answer:
+        raise DataError(f"{where} has a {type(answer).__name__} as its answer ({format.columns[-1]}), not a text")
     if answer is None or not str(answer).strip():
         if prompt is None:
             return None  # corpora of plain text separate their paragraphs by empty rows

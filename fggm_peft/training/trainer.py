@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..selection import SelectionReport, select_parameters
-from ..selection.select import active_adapter
+from ..selection.log_likelihood import LogLikelihood
+from ..selection.select import active_adapter, active_adapters
 from ..tuner.card import complete_card
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import fggm_layers
@@ -47,10 +50,13 @@ class FGGMTrainerMixin(_Trainer):
     resumes from the newest that was written to its end.
 
     Attributes:
-        selection_report: what was selected, None if the adapter was selected already.
+        selection_report: what the last ``train()`` selected, None if the adapter was selected already.
+        selection_log_likelihood: as ``select_parameters`` takes it, for a loss that is no likelihood of labels, such
+            as a reward model's; None is what fits the model's head.
     """
 
     selection_report: SelectionReport | None = None
+    selection_log_likelihood: LogLikelihood | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -65,8 +71,7 @@ class FGGMTrainerMixin(_Trainer):
         that are packed into one row apart), TRL's preference batches get the labels of both answers, and
         for prompts alone (GRPO, RLOO) the model writes the answers.
         """
-        prompts = Prompts(self.model, self.processing_class, self.args)
-        return selection_batch(batch, prompts)
+        return selection_batch(batch, Prompts(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the trainer's own; selects first, if that has not been done."""
@@ -80,19 +85,37 @@ class FGGMTrainerMixin(_Trainer):
             resume_from_checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)))
         if resume_from_checkpoint and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_before_sharding_(self.model, Path(resume_from_checkpoint))
+        self.selection_report = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _select(self) -> None:
-        if is_selected(self.model):
+        if not unselected_adapters(self.model):
             return
-        with _each_sample_once(self.accelerator):
-            dataloader = self.get_train_dataloader()
-        data = SelectionData(dataloader, self.selection_batch)
+        with self._selection_dataloader() as dataloader:
+            data = SelectionData(dataloader, self.selection_batch)
+            self.selection_report = select(self.model, data, self.accelerator.autocast(), self.selection_log_likelihood)
+        self.log(logged(self.selection_report))
+
+    @contextmanager
+    def _selection_dataloader(self) -> Iterator[Any]:
+        """The trainer's dataloader with each sample once, and forgotten afterwards."""
+        settings = self.accelerator.dataloader_config
+        before = settings.even_batches, settings.dispatch_batches
+        # no sample twice to fill up the last batch; and no rank waits for another that failed to read
+        settings.even_batches, settings.dispatch_batches = False, False
+        if hasattr(self, "num_generations"):  # TRL repeats each prompt for its group of answers
+            self.__dict__["_get_train_sampler"] = partial(Trainer._get_train_sampler, self)
         try:
-            self.selection_report = select(self.model, data, self.accelerator.autocast())
+            dataloader = self.get_train_dataloader()
+        finally:
+            settings.even_batches, settings.dispatch_batches = before
+            self.__dict__.pop("_get_train_sampler", None)
+        try:
+            yield dataloader
         finally:
             _finish(dataloader)
-        self.log(logged(self.selection_report))
+            if dataloader in self.accelerator._dataloaders:  # or its workers would live as long as the trainer
+                self.accelerator._dataloaders.remove(dataloader)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the trainer's own, which writes over PEFT's card; says how to load the adapter."""
@@ -112,12 +135,18 @@ class FGGMTrainerMixin(_Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         existed = folder.exists()
+        if self.args.should_save:  # a folder of an earlier run is not whole while it is written over
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the main process writes the trainer's state next, which says "whole"
 
 
 class FGGMTrainer(FGGMTrainerMixin, Trainer):
@@ -142,9 +171,10 @@ class FGGMCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         keep_values_wide_(model)
+        fill_reference_(model)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        if is_selected(model):
+        if not unselected_adapters(model):
             return
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(
@@ -175,22 +205,31 @@ class SelectionData:
         return map(self.convert, iter(self.dataloader))
 
 
-def select(model: nn.Module, data: SelectionData, autocast: AbstractContextManager) -> SelectionReport:
-    """Select what the active adapter's config asks for."""
+def select(
+    model: nn.Module,
+    data: SelectionData,
+    autocast: AbstractContextManager,
+    log_likelihood: LogLikelihood | None = None,
+) -> SelectionReport:
+    """Select what the configs of the active adapters ask for; returns the last report."""
     with autocast:
-        report = select_parameters(model, data)
-    logger.info("%s", report)
+        for name in unselected_adapters(model):
+            report = select_parameters(model, data, adapter_name=name, log_likelihood=log_likelihood)
+            logger.info("%s", report)
     return report
 
 
-def is_selected(model: nn.Module) -> bool:
-    """Whether the active FGGM adapter has its support.
+def unselected_adapters(model: nn.Module) -> list[str]:
+    """The active FGGM adapters that have no support yet.
 
     Raises:
         ValueError: the model has no active FGGM adapter.
     """
-    name, _ = active_adapter(model, None)
-    return any(layer.selected[name] for layer in fggm_layers(model, name).values())
+    return [
+        name
+        for name, _ in active_adapters(model)
+        if not any(layer.selected[name] for layer in fggm_layers(model, name).values())
+    ]
 
 
 def load_before_sharding_(model: Any, checkpoint: Path) -> None:
@@ -201,7 +240,7 @@ def load_before_sharding_(model: Any, checkpoint: Path) -> None:
     Raises:
         ValueError: the checkpoint holds no adapter file.
     """
-    if is_selected(model):
+    if not unselected_adapters(model):
         return
     if not (checkpoint / SAFETENSORS_WEIGHTS_NAME).exists():
         raise ValueError(
@@ -245,17 +284,6 @@ def logged(report: SelectionReport) -> dict[str, float]:
     """What goes into the training log."""
     numbers = {**report.summary(), "seconds": round(report.seconds, 2)}
     return {f"selection/{name}": value for name, value in numbers.items() if value is not None}
-
-
-@contextmanager
-def _each_sample_once(accelerator: Any) -> Iterator[None]:
-    """Dataloaders made within repeat no samples to give every process the same number of batches."""
-    even = accelerator.even_batches
-    accelerator.even_batches = False
-    try:
-        yield
-    finally:
-        accelerator.even_batches = even
 
 
 def _finish(dataloader: Any) -> None:
