@@ -101,6 +101,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(launcher, model_folder, data, tmp
     states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (whole, parts)]
     losses = [[log["loss"] for log in state["log_history"] if "loss" in log] for state in states]
     assert len(losses[0]) == STEPS and losses[0] == losses[1]
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (whole, parts)]
+    assert configs[0]["selection"] and configs[0]["selection"] == configs[1]["selection"]
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 

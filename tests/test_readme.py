@@ -12,6 +12,8 @@ import trl
 from models import byte_tokenizer, text_model, token_batches
 from torch.utils.data import DataLoader
 
+from fggm_peft.continual.stream import read_stream
+
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -53,6 +55,19 @@ def test_the_snippet_on_training_runs(tmp_path):
     exec(compile(snippet, "training.md", "exec"), names)
     assert names["trainer"].state.global_step == 4
     assert names["trainer"].selection_report.samples == 16
+
+
+def test_the_stream_in_the_docs_is_read(tmp_path):
+    (stream,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)
+    (tmp_path / "stream.yaml").write_text(stream)
+    task = tmp_path / "data" / "intent"
+    task.mkdir(parents=True)
+    for split in ("train", "eval", "test"):
+        (task / f"{split}.json").write_text('[{"prompt": "a", "answer": "b"}]')
+    (tmp_path / "data" / "general.txt").write_text("a text")
+    found = read_stream(tmp_path / "stream.yaml")
+    assert [method.label for method in found.methods] == ["fggm", "sft", "fggm-5%"]
+    assert len(found.task_orders()) == 3
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -83,8 +84,10 @@ class FGGMTrainerMixin(_Trainer):
         """As the trainer's own; ``resume_from_checkpoint=True`` passes by checkpoints that are not whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)))
-        if resume_from_checkpoint and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_before_sharding_(self.model, Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            recall_selection_(self.model, Path(resume_from_checkpoint))
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                load_before_sharding_(self.model, Path(resume_from_checkpoint))
         self.selection_report = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -230,6 +233,14 @@ def unselected_adapters(model: nn.Module) -> list[str]:
         for name, _ in active_adapters(model)
         if not any(layer.selected[name] for layer in fggm_layers(model, name).values())
     ]
+
+
+def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
+    """Put what a checkpoint's configs say of their selection on those of the model, which come from new code."""
+    for name, config in active_adapters(model):
+        for file in (checkpoint / name / CONFIG_NAME, checkpoint / CONFIG_NAME):
+            if config.selection is None and file.exists():
+                config.selection = json.loads(file.read_text()).get("selection")
 
 
 def load_before_sharding_(model: Any, checkpoint: Path) -> None:

@@ -1,0 +1,36 @@
+"""The references that every method stands between: plain, none at all, and everything at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .method import Method, train_all_
+
+
+@dataclass
+class FineTuning(Method):
+    """Sequential full fine-tuning: all weights train on one task after another."""
+
+    name = "sft"
+
+    def begin_task(self, model, number, examples):
+        return train_all_(model)
+
+
+@dataclass
+class MultiTask(FineTuning):
+    """Full fine-tuning on the data of all tasks at once, which a stream does not offer: an upper reference."""
+
+    name = "multitask"
+    sees_all_tasks = True
+
+
+@dataclass
+class Frozen(Method):
+    """The base model as it is, asked without training: a lower reference."""
+
+    name = "frozen"
+    trains = False
+
+    def begin_task(self, model, number, examples):
+        return model.requires_grad_(False)

@@ -1,0 +1,44 @@
+"""Low-rank adapters, one for the stream or one for each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import LoraConfig
+
+from .peft_method import PeftMethod, save_adapter
+
+MODES = ("merged", "carried")
+
+
+@dataclass
+class LoRA(PeftMethod):
+    """LoRA (arXiv 2106.09685): W + BA, of which A and B train.
+
+    Args:
+        mode: "merged": every task has an adapter of its own, merged when it ends; "carried": one adapter is trained on
+            from task to task, and the base never changes.
+    """
+
+    name = "lora"
+    config_class = LoraConfig
+    mode: Literal["merged", "carried"] = "merged"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+        super().__post_init__()
+
+    def prepare(self, base, seed):
+        base = super().prepare(base, seed)
+        return self.wrap(base, 0) if self.mode == "carried" else base
+
+    def begin_task(self, model, number, examples):
+        return model if self.mode == "carried" else super().begin_task(model, number, examples)
+
+    def end_task(self, model, number, trainer, folder):
+        if self.mode == "merged":
+            return super().end_task(model, number, trainer, folder)
+        save_adapter(model, trainer, folder)
+        return model

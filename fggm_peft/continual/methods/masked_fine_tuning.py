@@ -1,0 +1,105 @@
+"""Fisher-guided gradient masking as its paper writes it: full fine-tuning with a mask on the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from ...training import FGGMTrainer
+from ...tuner.support import fggm_layers
+from .fggm import FGGM
+from .gradients import GradientTrainer
+from .method import train_all_, train_only_
+
+ADAPTER = "default"
+
+
+@dataclass
+class MaskedFineTuning(FGGM):
+    """FGGM (arXiv 2601.18261, section 3): W <- W - lr * (M * g), with M from the same selection as ``fggm``.
+
+    Optimizer state and gradients are as large as in full fine-tuning. Weights that are not targeted are frozen, as
+    they are under an adapter. The units are chosen when the trainer is made. Weight decay acts on the chosen
+    entries, so with it the result differs from ``fggm``, where it acts on the delta.
+    """
+
+    name = "sft_masked"
+    _number: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config.get("bias", "none") != "none" or self.config.get("modules_to_save"):
+            raise ValueError(f"{self.name!r} trains weights only: it takes neither bias nor modules_to_save")
+
+    def begin_task(self, model, number, examples):
+        self._number = number
+        return model if self.is_masked(number) else train_all_(model)
+
+    def trainer(self, **arguments: Any) -> Trainer:
+        if not self.is_masked(self._number):
+            return Trainer(**arguments)
+        frozen = self.choose(**arguments)
+        train_only_(arguments["model"], list(frozen))
+        return MaskedTrainer(frozen, **arguments)
+
+    def choose(self, model: nn.Module, **arguments: Any) -> dict[str, Tensor]:
+        """Parameter name -> True where it must not move, in its own shape; the model is as before."""
+        adapted: Any = self.wrap(model, self._number)
+        try:
+            # its create_optimizer selects on exactly the batches that FGGM would select on
+            FGGMTrainer(**{**arguments, "model": adapted, "callbacks": None}).create_optimizer()
+            frozen = {}
+            for name, layer in fggm_layers(adapted, ADAPTER).items():
+                layer.fggm_values[ADAPTER].data.fill_(1)
+                frozen[f"{name}.weight"] = layer.get_delta_weight(ADAPTER) == 0
+            return frozen
+        finally:
+            adapted.unload()
+
+    def end_task(self, model, number, trainer, folder):
+        return model
+
+
+class MaskedTrainer(GradientTrainer):
+    """Trains with masked gradients, and keeps AdamW's moments and weight decay off the masked entries.
+
+    Args:
+        frozen: parameter name -> True where it must not move.
+    """
+
+    def __init__(self, frozen: Mapping[str, Tensor], **arguments: Any):
+        super().__init__(**arguments)
+        self.frozen = frozen
+
+    def change_gradients_(self) -> None:
+        for parameter, frozen in self._masked():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(frozen, 0)
+
+    def _masked(self) -> list[tuple[nn.Parameter, Tensor]]:
+        model = self.accelerator.unwrap_model(self.model)
+        return [(model.get_parameter(name), frozen) for name, frozen in self.frozen.items()]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Those whose whole weight decays; masked ones decay in ``_decay``."""
+        return [name for name in super().get_decay_parameter_names(model) if name not in self.frozen]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.weight_decay:
+            optimizer.register_step_pre_hook(self._decay)
+        return optimizer
+
+    @torch.no_grad()
+    def _decay(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """AdamW's decoupled weight decay (arXiv 1711.05101), on the entries that may move."""
+        rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for parameter, frozen in self._masked():
+            decayed = parameter * (1 - rates[parameter] * self.args.weight_decay)
+            parameter.copy_(torch.where(frozen, parameter, decayed))

@@ -1,0 +1,24 @@
+"""Sparse adapters at random places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import ShiraConfig
+
+from .peft_method import PeftMethod
+
+
+@dataclass
+class SHiRA(PeftMethod):
+    """SHiRA (arXiv 2406.13175): a few entries of each weight train, chosen at random anew for every task.
+
+    The random kind of mask is the one that PEFT has. Without a seed PEFT draws the same places every time, so each task
+    has a seed of its own; weights of one shape still have the same places within a task.
+    """
+
+    name = "shira"
+    config_class = ShiraConfig
+
+    def defaults(self, number):
+        return {**super().defaults(number), "random_seed": self.task_seed(number)}

@@ -1,0 +1,378 @@
+"""A stream: a model, tasks in an order, how each is trained, and which methods, seeds and orders are compared on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..training.base import DTYPES, QUANTIZATIONS, BaseModel
+from .metrics import METRICS, MetricError, load_metric
+from .settings import StreamError, built, listed, mapping, read_settings
+from .task import Split, Task, digest_of_folder
+
+__all__ = ["General", "Method", "Order", "Stream", "StreamError", "Task", "Training", "read_stream", "ready_streams"]
+
+READY = Path(__file__).parent / "streams"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every task is trained, by every method.
+
+    Args:
+        epochs: passes over a task's data; a task may have its own.
+        max_steps: stop a task after this many steps; goes before epochs.
+        batch_size: examples in one forward, on each device.
+        gradient_accumulation: forwards before one step.
+        learning_rate: highest of the schedule.
+        schedule: ``lr_scheduler_type`` of transformers; starts anew with each task.
+        warmup_ratio: share of a task's steps.
+        weight_decay, max_grad_norm: as in transformers.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-4
+    schedule: str = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        from transformers.trainer_utils import SchedulerType
+
+        for name in ("epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "max_grad_norm"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise StreamError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
+            raise StreamError("warmup_ratio must be within 0 and 1 and weight_decay not negative")
+        if self.schedule not in (known := [kind.value for kind in SchedulerType]):
+            raise StreamError(f"unknown schedule {self.schedule!r}; {listed(self.schedule, known)}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn the tasks one after another.
+
+    Args:
+        name: of the method, such as fggm or sft.
+        label: under which its runs are reported; different from that of every other method of the stream.
+        settings: of this method, whatever it takes.
+    """
+
+    name: str
+    label: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class General:
+    """What is watched besides the tasks, as a sign of general ability.
+
+    Args:
+        text: file of plain text, whose perplexity is compared with the original model's.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """A name and all tasks in one order."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Everything that a comparison is made of. ``read_stream`` makes one of a file.
+
+    Args:
+        model: the base that every run starts from.
+        tasks: in the order called "given".
+        methods: compared with one another.
+        training: the same for all of them.
+        learning_rates: every method is run with each; empty: only that of ``training``.
+        seeds: of everything that is drawn.
+        orders: "given", "reversed", "random:3" (a random order, the same for ever for the seed 3 and these names), or
+            a tuple of the tasks' names.
+        general: what is watched besides; None for nothing.
+
+    Raises:
+        StreamError: something is empty, there twice, or out of range.
+    """
+
+    model: BaseModel
+    tasks: tuple[Task, ...]
+    methods: tuple[Method, ...]
+    training: Training = field(default_factory=Training)
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    orders: tuple[str | tuple[str, ...], ...] = ("given",)
+    general: General | None = None
+
+    def __post_init__(self) -> None:
+        lists: dict[str, list[Any]] = {
+            "tasks": [task.name for task in self.tasks],
+            "methods": [method.label for method in self.methods],
+            "learning_rates": list(self.learning_rates),
+            "seeds": list(self.seeds),
+            "orders": [_order_name(order) for order in self.orders],
+        }
+        for name, values in lists.items():
+            if not values and name != "learning_rates":
+                raise StreamError(f"{name} is empty; a stream needs at least one")
+            if twice := [value for value in values if values.count(value) > 1]:
+                hint = "; give them labels of their own" if name == "methods" else ""
+                raise StreamError(f"{name} has {twice[0]!r} more than once{hint}")
+        if wrong := [rate for rate in self.learning_rates if rate <= 0]:
+            raise StreamError(f"learning_rates must be above 0, got {wrong[0]}")
+        if wrong := [seed for seed in self.seeds if seed < 0]:
+            raise StreamError(f"seeds must not be negative, got {wrong[0]}")
+        self.task_orders()
+
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that every method is run with."""
+        return self.learning_rates or (self.training.learning_rate,)
+
+    def training_of(self, task: Task) -> Training:
+        """How this task is trained, its own number of epochs included."""
+        return self.training if task.epochs is None else replace(self.training, epochs=task.epochs)
+
+    def task_orders(self) -> list[Order]:
+        """The tasks in each of ``orders``."""
+        return [Order(_order_name(order), self._permuted(order)) for order in self.orders]
+
+    def _permuted(self, order: str | tuple[str, ...]) -> tuple[Task, ...]:
+        by_name = {task.name: task for task in self.tasks}
+        if not isinstance(order, str):
+            if sorted(order) != sorted(by_name):
+                raise StreamError(
+                    f"orders: {', '.join(order)} is not each task once; the tasks are {', '.join(by_name)}"
+                )
+            return tuple(by_name[name] for name in order)
+        if order == "given":
+            return self.tasks
+        if order == "reversed":
+            return self.tasks[::-1]
+        if match := re.fullmatch(r"random:(\d+)", order):
+            # by hashes of the names: the same in every version of Python, and wherever a task stands in the file
+            return tuple(sorted(self.tasks, key=lambda task: _sha256(f"{match[1]}:{task.name}")))
+        raise StreamError(
+            f"orders: unknown order {order!r}; known are given, reversed, random:SEED, or a list of all tasks"
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Whatever decides the results of every run of this stream, as plain types: files by their content.
+
+        Methods, seeds, orders and learning rates of a sweep are not in it: a run has one of each, and adding another
+        leaves those that were there as they are.
+        """
+        model = asdict(self.model)
+        for name in ("device_map", "trust_remote_code"):  # where and whether it is loaded, not what
+            del model[name]
+        if Path(self.model.name).is_dir():
+            model["name"] = digest_of_folder(Path(self.model.name))
+        general = None if self.general is None else {"text": digest_of_folder(Path(self.general.text))}
+        tasks = {task.name: task.fingerprint() for task in self.tasks}
+        training = asdict(self.training)
+        return _plain({"model": model, "tasks": tasks, "training": training, "general": general, "order": list(tasks)})
+
+    def digest(self) -> str:
+        """sha256 of ``fingerprint``."""
+        return _sha256(json.dumps(self.fingerprint(), sort_keys=True))
+
+    def difference(self, other: Stream | Mapping[str, Any]) -> list[str]:
+        """What differs from another stream or a fingerprint that was saved: "training.epochs: 1.0, there 3.0".
+
+        Empty if and only if the digests are equal.
+        """
+        theirs = other.fingerprint() if isinstance(other, Stream) else _plain(other)
+        mine, there = _flat(self.fingerprint()), _flat(theirs)
+        names = [*mine, *(name for name in there if name not in mine)]
+        pairs = [(name, mine.get(name, "nothing"), there.get(name, "nothing")) for name in names]
+        return [f"{name}: {_shown(a)}, there {_shown(b)}" for name, a, b in pairs if a != b]
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back, with 1.0 as 1: a file and Python may write the same number differently."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _order_name(order: str | tuple[str, ...]) -> str:
+    return order if isinstance(order, str) else ",".join(order)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted names to values as JSON, in which 1 and true are not the same."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: json.dumps(value, ensure_ascii=False)}
+    below = (_flat(entry, f"{prefix}.{key}" if prefix else str(key)) for key, entry in value.items())
+    return {name: text for part in below for name, text in part.items()}
+
+
+def _shown(text: str) -> str:
+    return f"content {text[1:9]}" if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def ready_streams() -> list[str]:
+    """Names of the streams that come with the package."""
+    return sorted(path.stem for path in READY.glob("*.yaml"))
+
+
+def read_stream(source: str | Path | Mapping[str, Any], **given: Any) -> Stream:
+    """The stream of a YAML or JSON file, of a mapping with its fields, or of a name from ``ready_streams``.
+
+    A file has the fields of ``Stream``, and two more: ``data`` is the folder that the tasks' paths start from, and
+    ``task_defaults`` has fields for the tasks that do not say otherwise. Other paths start from the file's folder.
+
+    Args:
+        given: fields that go before those of the file, such as ``model`` and ``data``; their paths start from here.
+
+    Raises:
+        StreamError: the file cannot be read, a field is unknown, missing or has a wrong value, or data is missing.
+            One line that names file and field.
+    """
+    if isinstance(source, Mapping):
+        where, folder, settings = "the stream", Path.cwd(), dict(source)
+    else:
+        path = _stream_file(source)
+        where, folder, settings = str(path), path.parent.absolute(), read_settings(path)
+    try:
+        settings["data"] = str(_path(settings.get("data") or ".", folder, "data"))
+        settings |= {name: _from_here(name, value) for name, value in given.items() if value is not None}
+        return _stream(settings, folder)
+    except StreamError as error:
+        raise StreamError(f"{where}: {error}") from error
+
+
+def _stream_file(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if not path.is_file() and str(source) in ready_streams():
+        return READY / f"{source}.yaml"
+    if not path.is_file():
+        raise StreamError(f"no file {str(source)!r}; ready streams are {', '.join(ready_streams())}")
+    return path
+
+
+def _from_here(name: str, value: Any) -> Any:
+    if name == "data" or (name == "model" and isinstance(value, (str, Path)) and Path(value).is_dir()):
+        return str(Path(value).absolute())
+    return value
+
+
+def _stream(settings: dict[str, Any], folder: Path) -> Stream:
+    data, defaults = Path(settings.pop("data")), settings.pop("task_defaults", None)
+    readers = {
+        "model": lambda value: _model(value, folder),
+        "tasks": lambda value: _each(value, "tasks", lambda entry, at: _task(entry, at, data, defaults)),
+        "methods": lambda value: _each(value, "methods", _method),
+        "training": lambda value: built(Training, value, "training"),
+        "orders": lambda value: _each(value, "orders", _order),
+        "general": lambda value: None if value is None else _general(value, folder),
+    }
+    return built(Stream, settings, "", readers, also=("data", "task_defaults"))
+
+
+def _each(value: Any, where: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise StreamError(f"{where} must be a list, got {value!r}")
+    return tuple(read(entry, f"{where}[{number}]") for number, entry in enumerate(value))
+
+
+def _model(value: Any, folder: Path) -> BaseModel:
+    settings = {"name": value} if isinstance(value, (str, Path)) else value
+    # whether code of a checkpoint runs is for who starts the run to say, not for a file that may come from anywhere
+    model = built(BaseModel, settings, "model", without=("trust_remote_code",))
+    for name, known in (("dtype", DTYPES), ("quantization", (*QUANTIZATIONS, None))):
+        if getattr(model, name) not in known:
+            raise StreamError(
+                f"model.{name} is {getattr(model, name)!r}; it must be one of {', '.join(map(str, known))}"
+            )
+    path = _path(model.name, folder, "model")
+    if path.is_dir():
+        return replace(model, name=str(path))
+    if model.name.startswith((".", "/", "~")):
+        raise StreamError(f"model: no folder {path}")
+    return model
+
+
+def _task(value: Any, where: str, data: Path, defaults: Any) -> Task:
+    if isinstance(value, Task):
+        return value
+    name = value.get("name") if isinstance(value, Mapping) else None
+    where = f"{where} ({name})" if isinstance(name, str) else where
+    if defaults is not None and isinstance(value, Mapping):
+        built(
+            Task, {"name": "x", "path": "x", **mapping(defaults, "task_defaults")}, "task_defaults", without=("rows",)
+        )
+        value = {**defaults, **value}
+    readers = {"path": lambda path: _task_path(path, data, where)}
+    task = built(Task, value, where, readers, without=("rows",))
+    try:
+        task.check_files()
+    except StreamError as error:
+        raise StreamError(f"{where}: {error}. Paths of tasks start from data, which is {data}") from error
+    if task.metric not in METRICS:
+        try:
+            load_metric(task.metric)  # hours before the first score is needed
+        except MetricError as error:
+            raise StreamError(f"{where}: metric: {error}") from error
+    return task
+
+
+def _task_path(value: Any, data: Path, where: str) -> Split:
+    if isinstance(value, Mapping):
+        return {split: str(_path(path, data, f"{where}: path")) for split, path in value.items()}
+    return str(_path(value, data, f"{where}: path"))
+
+
+def _method(value: Any, where: str) -> Method:
+    if isinstance(value, Method):
+        return value
+    settings = {"name": value} if isinstance(value, str) else dict(mapping(value, where))
+    name = settings.pop("name", None)
+    label = settings.pop("label", name)
+    if not isinstance(name, str) or not isinstance(label, str) or not name or not label or "/" in label:
+        raise StreamError(f"{where} needs a name, and a label that can name a folder, got {value!r}")
+    return Method(name, label, settings)
+
+
+def _order(value: Any, where: str) -> str | tuple[str, ...]:
+    names = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise StreamError(f"{where} must be a name or a list of tasks, got {value!r}")
+    return value if isinstance(value, str) else tuple(names)
+
+
+def _general(value: Any, folder: Path) -> General:
+    general = built(General, value, "general", {"text": lambda text: str(_path(text, folder, "general.text"))})
+    if not Path(general.text).is_file():
+        raise StreamError(f"general.text: no file {general.text}")
+    return general
+
+
+def _path(value: Any, start: Path, where: str) -> Path:
+    if not isinstance(value, (str, Path)):
+        raise StreamError(f"{where} must be a path, got {value!r}")
+    return start / Path(value).expanduser()

@@ -1,0 +1,205 @@
+"""Metrics of tasks against values by hand, published examples and plain reference implementations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import evaluate
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fggm_peft.continual.metrics import (
+    METRICS,
+    MetricError,
+    accuracy,
+    edit_similarity,
+    exact_match,
+    f1,
+    load_metric,
+    longest_common_subsequence,
+    rouge_l,
+    sample_scores,
+    sari,
+)
+
+texts = st.text("ab cd.\n,1é中", max_size=14)
+
+
+def test_accuracy_compares_the_first_line():
+    assert accuracy(" A\nBecause it is so.", "A\nBecause of something else.") == 1
+    assert accuracy("card  declined", " card declined ") == 1
+    assert accuracy("B", "A") == accuracy("", "A") == accuracy("a", "A") == accuracy("A B", "A") == 0
+
+
+def test_exact_match_compares_everything_but_the_space_around():
+    assert exact_match(" yes\n", "yes") == 1
+    assert exact_match("yes, sir", "yes") == exact_match("Yes", "yes") == exact_match("a  b", "a b") == 0
+
+
+def test_f1_by_hand():
+    # 2 of 3 words written are wanted, 2 of 4 wanted are written
+    assert f1("the Cat sat, there", "a cat sat on it") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert f1("cat cat", "cat") == pytest.approx(2 / 3)
+    assert f1("The cat!", "cat") == 1
+    assert f1("dog", "cat") == f1("", "cat") == f1("cat", "") == 0
+    assert f1("the", "") == 1
+
+
+def test_rouge_l_by_hand():
+    # Lin 2004: "police killed the gunman" against "police kill the gunman" and "the gunman kill police"
+    reference = "police killed the gunman"
+    assert rouge_l("police kill the gunman", reference) == pytest.approx(3 / 4)
+    assert rouge_l("the gunman kill police", reference) == pytest.approx(2 / 4)
+    # 2 words in common; 3 written, 5 wanted
+    assert rouge_l("A, b x", "a y b z z") == pytest.approx(2 * (2 / 3) * (2 / 5) / (2 / 3 + 2 / 5))
+
+
+def test_rouge_l_knows_words_of_every_script():
+    assert rouge_l("über Öl", "Über öl!") == 1
+    assert rouge_l("他支持", "他反对") == pytest.approx(1 / 3)
+    assert rouge_l("...", "a") == rouge_l("", "a") == 0
+
+
+def test_edit_similarity_by_hand():
+    # 2 insertions and deletions (the last s and t), 6 characters
+    assert edit_similarity("abs", "abt") == pytest.approx(1 - 2 / 6)
+    assert edit_similarity(" return x\n", "return x") == edit_similarity("", "") == 1
+    assert edit_similarity("", "x") == 0
+
+
+def test_edit_similarity_writes_the_literals_of_py150_back():
+    assert edit_similarity("x = <NUM_LIT:2> + <NUM_LIT> + '<STR_LIT>' + '<STR_LIT:a b>'", "x = 2 + 0 + '' + 'a b'") == 1
+
+
+def test_sari_of_the_published_example():
+    # the documentation of the metric sari of Evaluate: 26.953601953601954
+    references = [
+        "About 95 species are currently known .",
+        "About 95 species are now accepted .",
+        "95 species are now accepted .",
+    ]
+    value = sari("About 95 you now get in .", references, "About 95 species are currently accepted .")
+    assert value == pytest.approx(0.26953601953601954)
+
+
+def test_sari_by_hand():
+    # source a b c, written a b, wanted a c.
+    # 1-grams: kept {a, b}, one of them rightly; to keep are {a, c}: F1 1/2. Deleted {c}, wrongly: 0. Added nothing: 1
+    # 2-grams: kept {ab} wrongly, nothing to keep: precision 0, recall 1, F1 0. Deleted {bc}, rightly: 1.
+    #          Added nothing of {ac}: precision 1, recall 0, F1 0
+    # 3-grams: nothing to keep or kept: 1. Deleted {abc}, rightly: 1. Nothing added or to add: 1. 4-grams: 1, 1, 1
+    expected = ((1 / 2 + 0 + 1 + 1) + (0 + 1 + 1 + 1) + (1 + 0 + 1 + 1)) / 12
+    assert sari("a b", ["a c"], "a b c") == pytest.approx(expected)
+    assert sari("a c", ["a c"], "a b c") == 1
+
+
+def test_sari_splits_words_as_mteval_does():
+    whole = sari('"a" 3,000 e.g., x-1-2', ["b"], "c")
+    assert sari('" a " 3,000 e . g . , x-1 - 2', ["b"], "c") == whole
+    assert sari("A &amp; b", ["a & b"], "A & B") == 1
+
+
+def lcs_by_table(a, b) -> int:
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+@given(st.text("abc", max_size=20), st.text("abcd", max_size=20))
+def test_the_longest_common_subsequence_is_that_of_the_table(a, b):
+    assert longest_common_subsequence(a, b) == lcs_by_table(a, b) == longest_common_subsequence(b, a)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@given(prediction=texts, reference=st.text("ab c1é中", min_size=1, max_size=9).filter(str.strip), source=texts)
+def test_every_score_is_within_0_and_1_and_the_true_answer_has_the_best(name, prediction, reference, source):
+    scores = sample_scores(name, [prediction, reference], [reference] * 2, [source] * 2)
+    assert all(0 <= score <= 1 for score in scores)
+    # SARI counts a word that the source has twice and the reference once as wrongly deleted, in every implementation
+    assert scores[1] == pytest.approx(1) or (name == "sari" and len(set(source)) < len(source))
+
+
+def test_each_metric_is_a_metric_of_evaluate_and_gives_the_mean_over_samples():
+    for name in METRICS:
+        metric = load_metric(name)
+        assert isinstance(metric, evaluate.Metric)
+        columns = {"predictions": ["x", "c"], "references": ["x", "d"]}
+        columns |= {"sources": ["y", "c"]} if METRICS[name].needs_source else {}
+        result = metric.compute(**columns)
+        expected = sum(sample_scores(name, *columns.values())) / 2
+        assert result == {name: pytest.approx(expected)} and 0 < expected < 1
+
+
+def test_batches_add_up_as_evaluate_has_it():
+    metric = load_metric("exact_match")
+    metric.add_batch(predictions=["a", "b"], references=["a", "x"])
+    metric.add(prediction="c", reference="c")
+    assert metric.compute() == {"exact_match": pytest.approx(2 / 3)}
+
+
+def test_a_sample_that_cannot_be_scored_is_named_with_both_texts_shortened():
+    metric = load_metric("accuracy")
+    with pytest.raises(MetricError, match=r"accuracy cannot score sample 2 .*no label") as error:
+        metric.compute(predictions=["a", "b" * 500], references=["a", "  "])
+    assert "'bbb" in str(error.value) and "reference '  '" in str(error.value) and len(str(error.value)) < 250
+    assert metric.compute(predictions=["a"], references=["a"]) == {"accuracy": 1.0}
+
+
+def test_a_sample_without_a_text_is_named():
+    with pytest.raises(
+        MetricError, match=r"cannot score sample 1 .None is not a text.: prediction None, reference 'x'"
+    ):
+        sample_scores("f1", [None], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (([], []), "at least one; got 0, 0"),
+        ((["a", "b"], ["a"]), "as many predictions as references, and at least one; got 2, 1"),
+    ],
+)
+def test_columns_that_do_not_match_are_refused(columns, message):
+    with pytest.raises(MetricError, match=message):
+        sample_scores("f1", *columns)
+
+
+def test_sari_needs_sources():
+    with pytest.raises(MetricError, match="sari needs sources"):
+        sample_scores("sari", ["a"], ["a"])
+    with pytest.raises(MetricError, match=r"predictions as references and sources.*got 1, 1, 2"):
+        sample_scores("sari", ["a"], ["a"], ["a", "b"])
+
+
+def test_another_name_is_loaded_by_evaluate(monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda name: f"loaded {name}")
+    assert load_metric("bleu") == "loaded bleu"
+    assert load_metric("f1") != "loaded f1"
+
+
+def test_a_metric_that_evaluate_cannot_load_is_one_line_with_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        MetricError, match=r"no metric '\./rougel': this package has accuracy, .* evaluate cannot"
+    ) as error:
+        load_metric("./rougel")
+    assert "\n" not in str(error.value)
+
+
+def test_without_evaluate_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(MetricError, match=r"pip install fggm-peft\[continual\]"):
+        load_metric("f1")
+
+
+def test_nothing_heavy_is_imported_until_a_metric_is_loaded():
+    script = (
+        "import sys, fggm_peft.continual.metrics, fggm_peft.continual.measures, fggm_peft.continual.stream\n"
+        "print([name for name in ('evaluate', 'scipy.stats', 'datasets') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "evaluate" not in result.stdout and "scipy" not in result.stdout
