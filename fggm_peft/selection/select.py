@@ -135,8 +135,10 @@ def active_adapters(model: nn.Module) -> list[tuple[str, FGGMConfig]]:
         ValueError: there is none.
     """
     configs = getattr(model, "peft_config", None) or {}
-    active = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None)
-    active = active() if callable(active) else active  # a method of transformers' models, a property of PEFT's
+    active = None
+    if configs:  # a method of transformers' models, which raises without adapters; a property of PEFT's
+        active = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None)
+        active = active() if callable(active) else active
     names = [active] if isinstance(active, str) else list(active or configs)
     found = [(name, configs[name]) for name in names if isinstance(configs.get(name), FGGMConfig)]
     if not found:
