@@ -42,7 +42,12 @@ class Processes:
             if not pipe.poll(TIME_LIMIT):
                 self.stop()
                 raise TimeoutError(f"rank {rank} of {function.__name__} did not answer within {TIME_LIMIT} s")
-            results.append(pipe.recv())
+            try:
+                results.append(pipe.recv())
+            except EOFError as died:
+                results.append(Failure(died))
+        if any(not worker.is_alive() for worker in self.workers):
+            self.stop()  # the next call starts new ones
         return results
 
     def _start(self) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
 import pytest
 import torch
 from models import VOCABULARY, adapted, llama, token_batches
+from processes import Failure
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, select_parameters
+from fggm_peft.training.checkpoints import last_complete_checkpoint
 from fggm_peft.tuner.support import fggm_layers
 
 pytestmark = pytest.mark.distributed
@@ -242,3 +245,22 @@ def train_on_a_stream_that_breaks(folder: str) -> None:
 def test_a_stream_that_breaks_is_an_error_on_every_rank_and_no_wait(processes, tmp_path):
     for failure in processes.outcomes(train_on_a_stream_that_breaks, str(tmp_path)):
         assert "the stream broke" in failure.message
+
+
+def train_until_rank_one_dies_while_it_saves(folder: str) -> None:
+    run = trainer(folder, save_strategy="steps", save_steps=3)
+    save = torch.save
+
+    def die_at_the_second_checkpoint(value, file, *arguments, **options):
+        if "checkpoint-6" in str(file) and "rng_state_1" in str(file):
+            os._exit(1)
+        save(value, file, *arguments, **options)
+
+    torch.save = die_at_the_second_checkpoint
+    run.train()
+
+
+def test_a_checkpoint_of_which_one_rank_has_not_written_its_part_is_passed_by(processes, tmp_path):
+    first, second = processes.outcomes(train_until_rank_one_dies_while_it_saves, str(tmp_path))
+    assert isinstance(first, Failure) and second.type == "EOFError"
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"
