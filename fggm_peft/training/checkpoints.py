@@ -1,13 +1,19 @@
-"""Which of a trainer's checkpoints were written to their end."""
+"""Which of a trainer's checkpoints are whole, and what has to be read of one before the trainer does."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..selection.select import active_adapter, active_adapters
+from ..tuner.support import fggm_layers
 
 
 def last_complete_checkpoint(folder: Path) -> Path:
@@ -37,3 +43,43 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def unselected_adapters(model: nn.Module) -> list[str]:
+    """The active FGGM adapters that have no support yet.
+
+    Raises:
+        ValueError: the model has no active FGGM adapter.
+    """
+    return [
+        name
+        for name, _ in active_adapters(model)
+        if not any(layer.selected[name] for layer in fggm_layers(model, name).values())
+    ]
+
+
+def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
+    """Put what a checkpoint's configs say of their selection on those of the model, which come from new code."""
+    for name, config in active_adapters(model):
+        for file in (checkpoint / name / CONFIG_NAME, checkpoint / CONFIG_NAME):
+            if config.selection is None and file.exists():
+                config.selection = json.loads(file.read_text()).get("selection")
+
+
+def load_before_sharding_(model: Any, checkpoint: Path) -> None:
+    """Give an adapter that is about to resume its support while its values can still take their size.
+
+    Under FSDP and DeepSpeed the trainer loads a checkpoint after the model is sharded.
+
+    Raises:
+        ValueError: the checkpoint holds no adapter file.
+    """
+    if not unselected_adapters(model):
+        return
+    if not (checkpoint / SAFETENSORS_WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"{checkpoint} holds no {SAFETENSORS_WEIGHTS_NAME}, which tells what was selected: FSDP writes none with "
+            "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select before training (fggm select) and load "
+            "that adapter."
+        )
+    model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)

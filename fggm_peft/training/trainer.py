@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -24,12 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..selection import SelectionReport, select_parameters
 from ..selection.log_likelihood import LogLikelihood
-from ..selection.select import active_adapter, active_adapters
+from ..selection.select import active_adapter
 from ..tuner.card import complete_card
-from ..tuner.layer import FGGMLayer
-from ..tuner.support import fggm_layers
 from .batches import Prompts, selection_batch
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
+from .trl import fill_reference_, keep_values_wide_
 
 logger = logging.getLogger(__name__)
 
@@ -220,75 +217,6 @@ def select(
             report = select_parameters(model, data, adapter_name=name, log_likelihood=log_likelihood)
             logger.info("%s", report)
     return report
-
-
-def unselected_adapters(model: nn.Module) -> list[str]:
-    """The active FGGM adapters that have no support yet.
-
-    Raises:
-        ValueError: the model has no active FGGM adapter.
-    """
-    return [
-        name
-        for name, _ in active_adapters(model)
-        if not any(layer.selected[name] for layer in fggm_layers(model, name).values())
-    ]
-
-
-def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
-    """Put what a checkpoint's configs say of their selection on those of the model, which come from new code."""
-    for name, config in active_adapters(model):
-        for file in (checkpoint / name / CONFIG_NAME, checkpoint / CONFIG_NAME):
-            if config.selection is None and file.exists():
-                config.selection = json.loads(file.read_text()).get("selection")
-
-
-def load_before_sharding_(model: Any, checkpoint: Path) -> None:
-    """Give an adapter that is about to resume its support while its values can still take their size.
-
-    Under FSDP and DeepSpeed the trainer loads a checkpoint after the model is sharded.
-
-    Raises:
-        ValueError: the checkpoint holds no adapter file.
-    """
-    if not unselected_adapters(model):
-        return
-    if not (checkpoint / SAFETENSORS_WEIGHTS_NAME).exists():
-        raise ValueError(
-            f"{checkpoint} holds no {SAFETENSORS_WEIGHTS_NAME}, which tells what was selected: FSDP writes none with "
-            "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select before training (fggm select) and load "
-            "that adapter."
-        )
-    model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)
-
-
-def keep_values_wide_(model: nn.Module) -> None:
-    """Undo TRL's rounding of a quantized model's trainable parameters to bfloat16.
-
-    That follows QLoRA, whose factors are of the size of weights. A delta starts at zero and grows by steps
-    that bfloat16 cannot add: of 200 steps of 1e-5 it keeps 14 % of the movement.
-    """
-    for layer in model.modules():
-        if isinstance(layer, FGGMLayer) and layer.quantization_backend is not None:
-            for values in (values for name in layer.fggm_values for values in layer.trained(name)):
-                if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
-                    values.data = values.data.float()
-
-
-def fill_reference_(model: Any) -> None:
-    """Make TRL's adapter "ref" the copy of the trained adapter that it is meant to be.
-
-    TRL (1.16) adds it with the active adapter's config and copies parameters whose names have ".default." in
-    them; ours end with the adapter's name, and supports are buffers. Left empty it would be the base model.
-    """
-    name, config = active_adapter(model, None)
-    if name == "ref" or model.peft_config.get("ref") is not config:
-        return
-    for layer in fggm_layers(model, "ref").values():
-        layer.set_support("ref", layer.fggm_indices[name])
-        layer.selected["ref"] = layer.selected[name]
-        for copy, original in zip(layer.trained("ref"), layer.trained(name), strict=True):
-            copy.data.copy_(original.data)
 
 
 def logged(report: SelectionReport) -> dict[str, float]:

@@ -1,0 +1,41 @@
+"""What TRL does to adapters that does not fit ours, mended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..selection.select import active_adapter
+from ..tuner.layer import FGGMLayer
+from ..tuner.support import fggm_layers
+
+
+def keep_values_wide_(model: nn.Module) -> None:
+    """Undo TRL's rounding of a quantized model's trainable parameters to bfloat16.
+
+    That follows QLoRA, whose factors are of the size of weights. A delta starts at zero and grows by steps
+    that bfloat16 cannot add: of 200 steps of 1e-5 it keeps 14 % of the movement.
+    """
+    for layer in model.modules():
+        if isinstance(layer, FGGMLayer) and layer.quantization_backend is not None:
+            for values in (values for name in layer.fggm_values for values in layer.trained(name)):
+                if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
+                    values.data = values.data.float()
+
+
+def fill_reference_(model: Any) -> None:
+    """Make TRL's adapter "ref" the copy of the trained adapter that it is meant to be.
+
+    TRL (1.16) adds it with the active adapter's config and copies parameters whose names have ".default." in
+    them; ours end with the adapter's name, and supports are buffers. Left empty it would be the base model.
+    """
+    name, config = active_adapter(model, None)
+    if name == "ref" or model.peft_config.get("ref") is not config:
+        return
+    for layer in fggm_layers(model, "ref").values():
+        layer.set_support("ref", layer.fggm_indices[name])
+        layer.selected["ref"] = layer.selected[name]
+        for copy, original in zip(layer.trained("ref"), layer.trained(name), strict=True):
+            copy.data.copy_(original.data)
