@@ -13,7 +13,7 @@ from models import byte_tokenizer
 from fggm_peft.continual.metrics import METRICS
 from fggm_peft.continual.stream import Method, Stream, StreamError, Task, Training, read_stream, ready_streams
 from fggm_peft.training.base import BaseModel
-from fggm_peft.training.data import NO_LOSS, DataError
+from fggm_peft.training.data import IGNORED, DataError
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}<eos>{% endfor %}"
@@ -66,7 +66,7 @@ def settings(folder, monkeypatch) -> dict:
 
 def split_by_loss(row, tokenizer) -> tuple[str, str]:
     """The text before the loss, and the text it is on."""
-    length = sum(label == NO_LOSS for label in row["labels"])
+    length = sum(label == IGNORED for label in row["labels"])
     assert row["labels"][length:] == row["input_ids"][length:]
     parts = (row["input_ids"][:length], row["input_ids"][length:])
     texts = ("".join(tokenizer.convert_ids_to_tokens(part)) for part in parts)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fggm_peft.training.data import (
     FORMATS,
-    NO_LOSS,
+    IGNORED,
     DataError,
     DataSource,
     Example,
@@ -55,8 +55,8 @@ def read(rows: list[dict], folder, tokenizer=None, **source) -> list[Example]:
 def split_by_loss(row: dict, tokenizer) -> tuple[str, str]:
     """The text without and with a loss; the first must come before the second."""
     labels = row["labels"]
-    start = sum(label == NO_LOSS for label in labels)
-    assert labels[:start] == [NO_LOSS] * start and labels[start:] == row["input_ids"][start:]
+    start = sum(label == IGNORED for label in labels)
+    assert labels[:start] == [IGNORED] * start and labels[start:] == row["input_ids"][start:]
     assert row["attention_mask"] == [1] * len(labels)
     return tokenizer.decode(row["input_ids"][:start]), tokenizer.decode(row["input_ids"][start:])
 
@@ -133,7 +133,7 @@ def test_truncation_cuts_the_left_of_the_prompt_and_leaves_an_answer_to_predict(
     before, after = split_by_loss(row, tokenizer)
     before = before.removeprefix("<bos>") if adds_start else before
     assert len(row["input_ids"]) <= length
-    assert any(label != NO_LOSS for label in row["labels"][1:])
+    assert any(label != IGNORED for label in row["labels"][1:])
     assert prompt.endswith(before) and f"{answer}<eos>".startswith(after)
     least = bool(prompt) or adds_start
     full = len(prompt) + len(answer) + 1 + adds_start

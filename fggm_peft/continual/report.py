@@ -66,9 +66,15 @@ def write_report(folder: Path, results: Sequence[dict[str, Any]]) -> None:
     """``report.json`` and ``report.md`` in ``folder``, whole or not at all."""
     report = report_of(results)
     for name, text in (("report.json", json.dumps(report, indent=1)), ("report.md", _markdown(report))):
-        partial = folder / (name + ".partial")
-        partial.write_text(text)
-        partial.replace(folder / name)
+        write_whole(folder / name, text)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, in folders that are made for it, so that it is never seen half-written."""
+    partial = file.with_name(file.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def shown(figure: dict[str, Any] | None) -> str:

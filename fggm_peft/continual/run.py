@@ -29,6 +29,7 @@ from ..training.evaluation import score_answers, written_answers
 from .measures import Measures
 from .methods import Method, make_method
 from .metrics import load_metric
+from .report import write_whole
 from .stream import Method as MethodSettings
 from .stream import Order, Stream, StreamError, Task
 
@@ -317,7 +318,4 @@ def _newest(checkpoints: Path) -> str | None:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(file)
+    write_whole(file, json.dumps(value, indent=1))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Ranks:
-    """Talks to the other processes of the default group; every method but ``sum`` of one rank is free.
+    """Talks to the other processes of the default group; a rank that is alone sends nothing.
 
     Every rank must make the same calls in the same order.
     """

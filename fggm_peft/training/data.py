@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from ..selection.log_likelihood import IGNORED
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_LOSS = -100
 Rows = Sequence[Mapping[str, Any]]
 Messages = list[dict[str, str]]
 
@@ -357,7 +358,7 @@ class TokenizedExamples(Dataset):
         return {
             "input_ids": prompt + answer,
             "attention_mask": [1] * len(prompt + answer),
-            "labels": [NO_LOSS] * len(prompt) + answer,
+            "labels": [IGNORED] * len(prompt) + answer,
         }
 
     def _ids(self, text: str) -> list[int]:

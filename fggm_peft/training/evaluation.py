@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import NO_LOSS, TokenizedExamples
+from ..selection.log_likelihood import IGNORED
+from .data import TokenizedExamples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +58,10 @@ def score_answers(
     for chosen in _batches(examples, batch_size, description):
         batch = _padded_right([examples[i] for i in chosen], examples.tokenizer).to(_device(model))
         logits, targets = _answer_logits(model, batch)
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=NO_LOSS, reduction="none")
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         loss += float(losses.double().sum())
-        correct += int(((logits.argmax(-1) == targets) & (targets != NO_LOSS)).sum())
-        tokens += int((targets != NO_LOSS).sum())
+        correct += int(((logits.argmax(-1) == targets) & (targets != IGNORED)).sum())
+        tokens += int((targets != IGNORED).sum())
     return AnswerScores(len(examples), tokens, loss / tokens, correct / tokens)
 
 
@@ -133,7 +134,7 @@ def _padded_right(rows: list[dict[str, list[int]]], tokenizer: PreTrainedTokeniz
 def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """float32 ``[b, t, vocabulary]`` and int64 ``[b, t]``, at the positions where any row has a label."""
     targets = batch["labels"][:, 1:]
-    positions = (targets != NO_LOSS).any(dim=0).nonzero().squeeze(1)
+    positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
@@ -145,7 +146,7 @@ def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _prompt_and_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    length = sum(label == NO_LOSS for label in row["labels"])
+    length = sum(label == IGNORED for label in row["labels"])
     if not length:
         raise ValueError("generating needs prompts, and these examples are plain text; leave --generate out")
     return row["input_ids"][:length], row["input_ids"][length:]

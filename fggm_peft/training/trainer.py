@@ -73,7 +73,7 @@ class FGGMTrainerMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the trainer's own; selects first, if that has not been done."""
-        self._refuse_empty_ranks()
+        self._refuse_ram_efficient_loading()
         self._select()
         return super().create_optimizer(*args, **kwargs)
 
@@ -124,7 +124,7 @@ class FGGMTrainerMixin(_Trainer):
             _, config = active_adapter(self.model, None)
             complete_card(Path(self.args.output_dir), config)
 
-    def _refuse_empty_ranks(self) -> None:
+    def _refuse_ram_efficient_loading(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
         if getattr(plugin, "cpu_ram_efficient_loading", False):
             raise ValueError(
