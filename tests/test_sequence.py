@@ -47,7 +47,8 @@ def settings(folder, **fields):
 
 
 def without_times(result: dict) -> dict:
-    costs = {name: value for name, value in result["cost"].items() if not name.endswith("seconds")}
+    measured = ("selection_seconds", "training_seconds", "evaluation_seconds", "peak_memory")
+    costs = {name: value for name, value in result["cost"].items() if name not in measured}
     return {**result, "cost": costs}
 
 

@@ -1,20 +1,21 @@
 """Three small tasks and a general text, made from files that every Python installation carries.
 
-Nothing is downloaded: docstrings and source lines come from the standard library, word problems
-are generated, and the general text is the prose of Python's own language reference.
+Nothing is downloaded: docstrings and source lines come from the standard library, word problems are generated, and the
+general text is the prose of Python's own language reference. Written as ``fggm sequence`` reads them: a folder with
+``train.json`` and ``test.json`` for each task (TRACE's format), and ``general.txt``.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import random
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data import topics
-from typing import Literal
 
 MODULES = [
     "asyncio",
@@ -29,41 +30,35 @@ MODULES = [
     "xml",
 ]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+GENERAL_SIZE = 32  # paragraphs
 SIDE_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that should follow it; the loss is taken on the answer only."""
+    """A prompt and the answer that should follow it."""
 
     prompt: str
     answer: str
-    ends: bool = True
-    """Whether the end token belongs to the answer."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """One task of the sequence."""
-
-    name: str
-    description: str
-    metric: Literal["exact match", "token accuracy"]
-    train: list[Example]
-    test: list[Example]
+Split = tuple[list[Example], list[Example]]  # training and test
 
 
-def make_tasks(train_size: int, test_size: int, seed: int) -> list[Task]:
-    """The sequence module, code, numeric, each with disjoint training and test examples."""
-    makers = (_module_task, _code_task, _numeric_task)
-    return [maker(train_size, test_size, random.Random(f"{seed}-{position}")) for position, maker in enumerate(makers)]
+def write_tasks(folder: Path, train_size: int = 480, test_size: int = 48, seed: int = 0) -> None:
+    """Write the three tasks, with disjoint training and test examples, and the general text into ``folder``.
 
-
-def make_general_text(size: int, seed: int) -> list[Example]:
-    """Paragraphs of prose that no task trains on: what the model knew, and should still know."""
+    A stream's ``limit`` draws from the training examples by the seed of a run; all runs are tested on the same.
+    """
+    for position, (name, make) in enumerate({"module": _module, "code": _code, "numeric": _numeric}.items()):
+        train, test = make(train_size, test_size, random.Random(f"{seed}-{position}"))
+        for split, examples in (("train", train), ("test", test)):
+            path = folder / name / f"{split}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([asdict(example) for example in examples], indent=1), encoding="utf-8")
     paragraphs = sorted(set(_prose_paragraphs()))
-    chosen = random.Random(f"{seed}-general").sample(paragraphs, min(size, len(paragraphs)))
-    return [Example(prompt="", answer=text, ends=False) for text in chosen]
+    text = random.Random(f"{seed}-general").sample(paragraphs, min(GENERAL_SIZE, len(paragraphs)))
+    (folder / "general.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 def _prose_paragraphs() -> Iterator[str]:
@@ -79,7 +74,7 @@ def _prose_paragraphs() -> Iterator[str]:
 # --- module: which module does this docstring come from? -------------------------------------
 
 
-def _module_task(train_size: int, test_size: int, rng: random.Random) -> Task:
+def _module(train_size: int, test_size: int, rng: random.Random) -> Split:
     found = {module: _module_docstrings(module) for module in MODULES}
     found = {module: texts for module, texts in found.items() if len(texts) >= 20}
     for texts in found.values():
@@ -99,8 +94,7 @@ def _module_task(train_size: int, test_size: int, rng: random.Random) -> Task:
         )
     test, train = examples[:test_size], examples[test_size : test_size + train_size]
     rng.shuffle(train)
-    description = f"name the standard-library module (of {len(found)}) a docstring comes from"
-    return Task("module", description, "exact match", train, test)
+    return train, test
 
 
 def _module_docstrings(module: str) -> list[str]:
@@ -127,15 +121,12 @@ def _sources(module: str) -> list[Path]:
 # --- code: what is the next line? ------------------------------------------------------------
 
 
-def _code_task(train_size: int, test_size: int, rng: random.Random) -> Task:
+def _code(train_size: int, test_size: int, rng: random.Random) -> Split:
     files = sorted(STANDARD_LIBRARY.glob("*.py"))
     rng.shuffle(files)
     # Whole files go to one side or the other: no line of a test file is seen in training.
     test_files, train_files = files[: len(files) // 4], files[len(files) // 4 :]
-    description = "write the next line of a standard-library file"
-    train = _code_examples(train_files, train_size, rng)
-    test = _code_examples(test_files, test_size, rng)
-    return Task("code", description, "token accuracy", train, test)
+    return _code_examples(train_files, train_size, rng), _code_examples(test_files, test_size, rng)
 
 
 def _code_examples(files: list[Path], size: int, rng: random.Random) -> list[Example]:
@@ -145,8 +136,8 @@ def _code_examples(files: list[Path], size: int, rng: random.Random) -> list[Exa
         lines = [line.rstrip() for line in source.splitlines() if line.strip()]
         windows = [lines[start : start + 4] for start in range(len(lines) - 3)]
         usable = [window for window in windows if _is_code(window)]
-        for window in rng.sample(usable, min(4, len(usable))):
-            examples.append(Example("\n".join(window[:3]) + "\n", window[3] + "\n", ends=False))
+        for window in rng.sample(usable, min(6, len(usable))):
+            examples.append(Example("\n".join(window[:3]) + "\n", window[3]))
     rng.shuffle(examples)
     return examples[:size]
 
@@ -175,14 +166,13 @@ STORIES = {
 }
 
 
-def _numeric_task(train_size: int, test_size: int, rng: random.Random) -> Task:
+def _numeric(train_size: int, test_size: int, rng: random.Random) -> Split:
     examples: dict[str, Example] = {}
     while len(examples) < train_size + test_size:
         example = _word_problem(rng)
         examples[example.prompt] = example
     problems = list(examples.values())
-    description = "solve a one-step word problem (add or subtract)"
-    return Task("numeric", description, "exact match", problems[test_size:], problems[:test_size])
+    return problems[test_size:], problems[:test_size]
 
 
 def _word_problem(rng: random.Random) -> Example:

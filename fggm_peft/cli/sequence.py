@@ -23,32 +23,41 @@ def run(
     checkpoint_steps: Annotated[
         Optional[int], typer.Option(min=1, help="Also save within a task, every so many steps.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the runs in the output folder.")] = False,
+    gate: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="TASK=SHARE", help="How much of an earlier task's score has to stay, such as intent=0.9."),
+    ] = None,
+    gate_action: Annotated[str, typer.Option(help="Where it does not: stop, rollback or shrink the density.")] = "stop",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the runs in the output folder, also beside another process.")
+    ] = False,
 ) -> Result:
     """Run the stream of tasks in STREAM with each of its methods.
 
     Every finished run is in the output folder at once, and in report.json and report.md. Stop it at any moment; the
     same command with --resume goes on, to the same results.
     """
+    from ..continual.gate import read_gate
     from ..continual.report import report_of, write_report
-    from ..continual.run import run_stream, runs_of
+    from ..continual.run import finished_runs, run_stream, runs_of
     from ..continual.stream import read_stream
 
     given: dict[str, Any] = {"model": model, "data": data}
     given["seeds"] = None if seeds is None else _numbers(seeds)
     given["orders"] = None if orders is None else orders.split(",")
+    given["gate"] = read_gate(gate, gate_action) if gate else None
     found = read_stream(stream, **given)
-    results: list[dict[str, Any]] = []
+    total = len(runs_of(found))
     try:
-        for result in run_stream(found, output, resume, checkpoint_steps):
-            results.append(result)
-            write_report(output, results)
+        for _ in run_stream(found, output, resume, checkpoint_steps):
+            write_report(output, finished_runs(found, output))
     except KeyboardInterrupt:
-        typer.echo(
-            f"stopped after {len(results)} of {len(runs_of(found))} runs; go on with the same command and --resume",
-            err=True,
-        )
+        done = len(finished_runs(found, output))
+        typer.echo(f"stopped after {done} of {total} runs; go on with the same command and --resume", err=True)
         raise typer.Exit(130) from None
+    results = finished_runs(found, output)
+    if len(results) < total:
+        typer.echo(f"{total - len(results)} of {total} runs are still being computed by another process", err=True)
     report = report_of(results)
     return Result(report, _table(report))
 

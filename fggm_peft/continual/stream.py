@@ -11,11 +11,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..training.base import DTYPES, QUANTIZATIONS, BaseModel
+from .gate import Gate
 from .metrics import METRICS, MetricError, load_metric
 from .settings import StreamError, built, listed, mapping, read_settings
 from .task import Split, Task, digest_of_folder
 
-__all__ = ["General", "Method", "Order", "Stream", "StreamError", "Task", "Training", "read_stream", "ready_streams"]
+__all__ = [
+    "Gate",
+    "General",
+    "Method",
+    "Order",
+    "Stream",
+    "StreamError",
+    "Task",
+    "Training",
+    "read_stream",
+    "ready_streams",
+]
 
 READY = Path(__file__).parent / "streams"
 T = TypeVar("T")
@@ -34,6 +46,8 @@ class Training:
         schedule: ``lr_scheduler_type`` of transformers; starts anew with each task.
         warmup_ratio: share of a task's steps.
         weight_decay, max_grad_norm: as in transformers.
+        bf16: train and evaluate float32 weights in bfloat16 autocast, as transformers' argument of this name.
+        evaluation_batch_size: prompts that are answered together; as in training if None.
     """
 
     epochs: float = 1.0
@@ -45,11 +59,14 @@ class Training:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    bf16: bool = False
+    evaluation_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         from transformers.trainer_utils import SchedulerType
 
-        for name in ("epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "max_grad_norm"):
+        numbers = ("epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "max_grad_norm")
+        for name in (*numbers, "evaluation_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise StreamError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
@@ -106,6 +123,7 @@ class Stream:
         orders: "given", "reversed", "random:3" (a random order, the same for ever for the seed 3 and these names), or
             a tuple of the tasks' names.
         general: what is watched besides; None for nothing.
+        gate: what happens when an earlier task's score falls; None for nothing.
 
     Raises:
         StreamError: something is empty, there twice, or out of range.
@@ -119,6 +137,7 @@ class Stream:
     seeds: tuple[int, ...] = (0,)
     orders: tuple[str | tuple[str, ...], ...] = ("given",)
     general: General | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         lists: dict[str, list[Any]] = {
@@ -139,6 +158,8 @@ class Stream:
         if wrong := [seed for seed in self.seeds if seed < 0]:
             raise StreamError(f"seeds must not be negative, got {wrong[0]}")
         self.task_orders()
+        if self.gate is not None:
+            self.gate.require_tasks([task.name for task in self.tasks])
 
     def rates(self) -> tuple[float, ...]:
         """The learning rates that every method is run with."""
@@ -185,7 +206,9 @@ class Stream:
         general = None if self.general is None else {"text": digest_of_folder(Path(self.general.text))}
         tasks = {task.name: task.fingerprint() for task in self.tasks}
         training = asdict(self.training)
-        return _plain({"model": model, "tasks": tasks, "training": training, "general": general, "order": list(tasks)})
+        gate = None if self.gate is None else asdict(self.gate)
+        whole = {"model": model, "tasks": tasks, "training": training, "general": general, "gate": gate}
+        return _plain({**whole, "order": list(tasks)})
 
     def digest(self) -> str:
         """sha256 of ``fingerprint``."""
@@ -243,7 +266,7 @@ def ready_streams() -> list[str]:
 def read_stream(source: str | Path | Mapping[str, Any], **given: Any) -> Stream:
     """The stream of a YAML or JSON file, of a mapping with its fields, or of a name from ``ready_streams``.
 
-    A file has the fields of ``Stream``, and two more: ``data`` is the folder that the tasks' paths start from, and
+    A file has the fields of ``Stream``, and two more: ``data`` is the folder that the paths of tasks and general text start from, and
     ``task_defaults`` has fields for the tasks that do not say otherwise. Other paths start from the file's folder.
 
     Args:
@@ -289,7 +312,8 @@ def _stream(settings: dict[str, Any], folder: Path) -> Stream:
         "methods": lambda value: _each(value, "methods", _method),
         "training": lambda value: built(Training, value, "training"),
         "orders": lambda value: _each(value, "orders", _order),
-        "general": lambda value: None if value is None else _general(value, folder),
+        "general": lambda value: None if value is None else _general(value, data),
+        "gate": lambda value: None if value is None else built(Gate, value, "gate", {"keep": _shares}),
     }
     return built(Stream, settings, "", readers, also=("data", "task_defaults"))
 
@@ -365,11 +389,15 @@ def _order(value: Any, where: str) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(names)
 
 
-def _general(value: Any, folder: Path) -> General:
-    general = built(General, value, "general", {"text": lambda text: str(_path(text, folder, "general.text"))})
+def _general(value: Any, data: Path) -> General:
+    general = built(General, value, "general", {"text": lambda text: str(_path(text, data, "general.text"))})
     if not Path(general.text).is_file():
         raise StreamError(f"general.text: no file {general.text}")
     return general
+
+
+def _shares(value: Any) -> Mapping[str, float]:
+    return dict(mapping(value, "gate: keep"))
 
 
 def _path(value: Any, start: Path, where: str) -> Path:

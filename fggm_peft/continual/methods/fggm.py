@@ -31,6 +31,17 @@ class FGGM(PeftMethod):
     def defaults(self, number):
         return {**super().defaults(number), "seed": self.task_seed(number)}
 
+    @property
+    def density(self) -> float | None:
+        """That of the config; None where a threshold stands in its place."""
+        return self.make_config(0).density
+
+    def make_config(self, number):
+        config = super().make_config(number)
+        if self.density_scale != 1:
+            config.density *= self.density_scale
+        return config
+
     def is_masked(self, number: int) -> bool:
         """Whether only chosen units train in task ``number``."""
         return self.first_task_masked or number > 0

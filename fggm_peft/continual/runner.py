@@ -1,0 +1,302 @@
+"""One run of a stream in a folder of its own: learns task after task, asks after each, and can be killed at any moment.
+
+The folder holds ``ledger.json`` (an entry for each finished task), ``state.pt`` (the model and the method between
+tasks), ``tasks/`` (each task's delta) and, at the end, ``run.json``. A task that was interrupted starts anew, or goes
+on from its newest checkpoint; both give the bits of a run that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from ..training.base import this_process
+from ..training.checkpoints import last_complete_checkpoint
+from ..training.data import Example, TokenizedExamples
+from ..training.evaluation import score_answers, written_answers
+from .gate import Gate
+from .methods import Method, make_method
+from .metrics import load_metric
+from .peak_memory import PeakMemory, TrainingBegins, return_freed_memory
+from .report import write_whole
+from .result import result_of
+from .stream import Method as MethodSettings
+from .stream import StreamError, Task
+from .task import digest_of_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .run import Run
+    from .stream import Stream
+
+logger = logging.getLogger(__name__)
+GENERAL_LENGTH = 256  # tokens of a paragraph of general text
+Lesson = tuple[str, list[Task]]
+Ledger = list[dict[str, Any]]
+
+
+def made(method: MethodSettings, gate: Gate | None = None) -> Method:
+    """The method of a stream.
+
+    Raises:
+        StreamError: it is unknown or has an illegal option, or the gate wants what it cannot do.
+    """
+    try:
+        found = make_method(method.name, **method.settings)
+    except (ValueError, TypeError) as error:
+        raise StreamError(f"methods: {method.label}: {error}") from error
+    if gate is not None and gate.action == "shrink" and found.trains and found.density is None:
+        raise StreamError(f"gate: action 'shrink' needs a density to halve, and the method {method.label} has none")
+    return found
+
+
+class Runner:
+    """One run in one folder.
+
+    Args:
+        checkpoint_steps: steps between checkpoints within a task; None starts an interrupted task anew.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        run: Run,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpoint_steps: int | None = None,
+    ):
+        self.stream, self.run, self.folder, self.tokenizer = stream, run, folder, tokenizer
+        self.checkpoint_steps = checkpoint_steps
+        self.tasks = run.order.tasks
+        self.tests = [task.examples("test", tokenizer) for task in self.tasks]
+        self.metrics = [load_metric(task.metric) for task in self.tasks]
+        self.memory = PeakMemory()
+
+    def result(self) -> dict[str, Any]:
+        """What came of it; computed now, or read if it is there."""
+        file = self.folder / "run.json"
+        if not file.exists():
+            logger.info("run %s", self.run.name)
+            return_freed_memory()
+            write_json(file, self._computed())
+            (self.folder / "state.pt").unlink(missing_ok=True)
+        return json.loads(file.read_text())
+
+    def _computed(self) -> dict[str, Any]:
+        method, model, ledger = self._taken_up()
+        if not ledger:
+            ledger = [{"task": None, **self._evaluated(model, range(len(self.tasks)))}]
+        lessons = self._lessons(method)
+        while len(ledger) <= len(lessons) and not is_stopped(ledger):
+            number = len(ledger) - 1
+            method, model, entry = self._learned(method, model, number, lessons[number], ledger)
+            ledger.append(entry)
+            self._keep(model, method, ledger)
+        return result_of(self.run, ledger, sees_all_tasks=method.sees_all_tasks, cut=self._cut())
+
+    def _lessons(self, method: Method) -> list[Lesson]:
+        """What is learned at a time: one task, or all of them together."""
+        if method.sees_all_tasks:
+            return [("all", list(self.tasks))]
+        return [(task.name, [task]) for task in self.tasks]
+
+    def _learned(
+        self, method: Method, model: nn.Module, number: int, lesson: Lesson, ledger: Ledger
+    ) -> tuple[Method, nn.Module, dict[str, Any]]:
+        """The next entry of the ledger: of the task as it was learned, or as the gate left it."""
+        gate, broken = self.stream.gate, []
+        for attempt in range(1 + (gate.shrinks if gate is not None and gate.action == "shrink" else 0)):
+            method.density_scale = 0.5**attempt
+            model, entry = self._trained(model, method, number, lesson, attempt)
+            method.density_scale = 1.0
+            entry |= self._evaluated(model, self._asked(number))
+            found = [] if gate is None else gate.broken(learned(ledger), entry["scores"])
+            broken += [{"task": lesson[0], "density_scale": 0.5**attempt, **each} for each in found]
+            if not found or (gate is not None and gate.action == "stop"):
+                break
+            method, model, _ = self._taken_up()
+        else:  # every attempt broke the gate: what was taken up again stays
+            entry = nothing_learned(entry) | self._evaluated(model, self._asked(number))
+        if broken:
+            kept = {True: "kept at a lower density", False: "taken out"}[entry["parameters"] > 0]
+            action = "stopped" if gate is not None and gate.action == "stop" else kept
+            entry["gate"] = [{**each, "action": action} for each in broken]
+        return method, model, entry
+
+    def _asked(self, number: int) -> range:
+        """Positions of the tasks that are asked after task ``number``: those seen, and for the forward transfer the next."""
+        return range(min(number + 2, len(self.tasks)))
+
+    def _trained(
+        self, model: nn.Module, method: Method, number: int, lesson: Lesson, attempt: int
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        name, tasks = lesson
+        folder = self.folder / "tasks" / f"{number}-{name}"
+        checkpoints = folder / f"checkpoints-{attempt}"
+        parts = [task.examples("train", self.tokenizer, self.run.seed) for task in tasks]
+        examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
+        entry: dict[str, Any] = {"task": name, "seconds": 0.0, "selection_seconds": 0.0, "parameters": 0, "bytes": 0}
+        trainer = None
+        with self.memory.phase("selection"):
+            model = method.begin_task(model, number, examples)
+            if method.trains:
+                arguments = self._arguments(tasks, method, number, checkpoints)
+                collator = DataCollatorForSeq2Seq(self.tokenizer)
+                start = time.perf_counter()
+                trainer = method.trainer(
+                    model=model,
+                    args=arguments,
+                    train_dataset=examples,
+                    data_collator=collator,
+                    callbacks=[TrainingBegins(self.memory)],
+                )
+                trainer.train(resume_from_checkpoint=_newest(checkpoints))
+                report = getattr(trainer, "selection_report", None)
+                entry["selection_seconds"] = report.seconds if report is not None else 0.0
+                entry["seconds"] = time.perf_counter() - start - entry["selection_seconds"]
+                trained: Any = trainer.model
+                entry["parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt before, and the checkpoints
+        folder.mkdir(parents=True)
+        model = method.end_task(model, number, trainer, folder)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        entry["bytes"] = sum(file.stat().st_size for file in files)
+        entry["digest"] = digest_of_folder(folder) if files else None
+        return model, entry
+
+    def _arguments(self, tasks: list[Task], method: Method, number: int, folder: Path) -> TrainingArguments:
+        """The same for every method; the seed, and with it the order of the data, differs from task to task."""
+        training = replace(self.stream.training_of(tasks[0]), learning_rate=self.run.learning_rate)
+        return TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=training.epochs,
+            max_steps=training.max_steps or -1,
+            per_device_train_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=training.schedule,
+            warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            bf16=training.bf16,
+            seed=method.task_seed(number),
+            save_strategy="no" if self.checkpoint_steps is None else "steps",
+            save_steps=self.checkpoint_steps or 500,
+            save_total_limit=1,
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=not logger.isEnabledFor(logging.INFO),
+            use_cpu=this_process().device.type == "cpu",
+        )
+
+    # Asking ----------------------------------------------------------------------------------------
+
+    def _evaluated(self, model: nn.Module, tasks: range) -> dict[str, Any]:
+        """Scores on tasks (by position), and the loss on general text; nothing that training could notice."""
+        start = time.perf_counter()
+        training, device = model.training, this_process().device.type
+        autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
+        with self.memory.phase("evaluation"), torch.random.fork_rng(), autocast:
+            scores = {self.tasks[position].name: self._score(model, position) for position in tasks}
+            general = self._general_loss(model)
+        model.train(training)
+        return {"scores": scores, "general": general, "evaluation_seconds": time.perf_counter() - start}
+
+    @property
+    def _batch_size(self) -> int:
+        return self.stream.training.evaluation_batch_size or self.stream.training.batch_size
+
+    def _score(self, model: nn.Module, position: int) -> float:
+        task, examples, metric = self.tasks[position], self.tests[position], self.metrics[position]
+        written = written_answers(
+            model, examples, self._batch_size, task.max_answer_length, f"Asking {task.name}"
+        )
+        columns = {"predictions": written, "references": list(examples.references)}
+        if "sources" in metric.features:
+            columns["sources"] = list(examples.sources)
+        result = metric.compute(**columns)
+        if task.metric in result:
+            return float(result[task.metric])
+        return float(next(value for value in result.values() if isinstance(value, (int, float))))
+
+    def _general_loss(self, model: nn.Module) -> float | None:
+        """Mean next-token loss, in nats, on the paragraphs of the general text."""
+        if self.stream.general is None:
+            return None
+        text = Path(self.stream.general.text).read_text(encoding="utf-8")
+        paragraphs = [Example("", part.strip()) for part in text.split("\n\n") if part.strip()]
+        examples = TokenizedExamples(paragraphs, self.tokenizer, GENERAL_LENGTH)
+        return score_answers(model, examples, self._batch_size, "General text").loss
+
+    def _cut(self) -> dict[str, dict[str, int]]:
+        """Task -> how many of its test prompts and answers are longer than its limits, where there are any."""
+        counts = {
+            task.name: {"prompts": examples.cut_prompts, "answers": examples.cut_answers}
+            for task, examples in zip(self.tasks, self.tests, strict=True)
+        }
+        return {name: count for name, count in counts.items() if any(count.values())}
+
+    # Between tasks ---------------------------------------------------------------------------------
+
+    def _keep(self, model: nn.Module, method: Method, ledger: Ledger) -> None:
+        """The state first, with how far it goes: a kill between the two files leaves both readable."""
+        ledger[-1]["peak_memory"] = dict(self.memory.peaks)
+        state = {"model": model.state_dict(), "method": method.state_dict(), "ledger": json.dumps(ledger)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / "state.pt.partial"
+        torch.save(state, partial)
+        partial.replace(self.folder / "state.pt")
+        write_json(self.folder / "ledger.json", ledger)
+
+    def _taken_up(self) -> tuple[Method, nn.Module, Ledger]:
+        """Method, model and ledger as the last finished task left them."""
+        method = made(self.run.method)
+        torch.manual_seed(self.run.seed)
+        model = method.prepare(self.stream.model.load(), self.run.seed)
+        file = self.folder / "state.pt"
+        if not file.exists():
+            return method, model, []
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        method.load_state_dict(state["method"])
+        return method, model, json.loads(state["ledger"])
+
+
+def learned(ledger: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Finished task -> its score right after it was learned."""
+    return {entry["task"]: entry["scores"][entry["task"]] for entry in ledger if entry["task"] in entry["scores"]}
+
+
+def is_stopped(ledger: Sequence[dict[str, Any]]) -> bool:
+    """Whether a gate has ended the run."""
+    return any(event["action"] == "stopped" for event in ledger[-1].get("gate", []))
+
+
+def nothing_learned(entry: dict[str, Any]) -> dict[str, Any]:
+    """What stays of the entry of a task that was taken out again: what it cost."""
+    return entry | {"parameters": 0, "bytes": 0, "digest": None}
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """The newest whole checkpoint of a task that was interrupted."""
+    try:
+        return str(last_complete_checkpoint(checkpoints))
+    except ValueError:
+        return None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a file as JSON, whole or not at all."""
+    write_whole(file, json.dumps(value, indent=1))
