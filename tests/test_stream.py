@@ -120,12 +120,14 @@ def test_a_text_that_begins_like_a_number_stays_a_text(folder):
     assert read_stream(folder / "stream.yaml").methods[2].label == "1e5th"
 
 
-def test_paths_start_from_the_file_and_those_of_tasks_from_data(folder, tmp_path_factory, monkeypatch):
+def test_paths_start_from_the_file_and_those_of_data_from_data(folder, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert read_stream(folder / "stream.yaml").tasks[0].path == str(folder / "data/intent")
-    moved = TEXT.replace("path: data/intent", "path: intent").replace("data/code", "code") + "data: data\n"
-    (folder / "stream.yaml").write_text(moved)
-    assert read_stream(folder / "stream.yaml").tasks[0].path == str(folder / "data/intent")
+    moved = TEXT.replace("path: data/intent", "path: intent").replace("data/code", "code")
+    (folder / "stream.yaml").write_text(moved.replace("text: data/", "text: ") + "data: data\n")
+    stream = read_stream(folder / "stream.yaml")
+    assert stream.tasks[0].path == str(folder / "data/intent")
+    assert stream.general is not None and stream.general.text == str(folder / "data/general.txt")
 
 
 def test_what_is_given_goes_before_the_file_and_starts_from_here(folder, monkeypatch):

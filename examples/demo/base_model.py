@@ -39,9 +39,3 @@ def _bundled_gguf() -> tuple[str, str]:
         ) from None
     path = next(file for file in files if file.suffix == ".gguf").locate()
     return str(path.parent), path.name
-
-
-def cpu_computes_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware; without, float32 is the faster choice."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

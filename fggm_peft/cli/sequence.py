@@ -28,6 +28,7 @@ def run(
         typer.Option(metavar="TASK=SHARE", help="How much of an earlier task's score has to stay, such as intent=0.9."),
     ] = None,
     gate_action: Annotated[str, typer.Option(help="Where it does not: stop, rollback or shrink the density.")] = "stop",
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what there is to do and about how long it takes.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the runs in the output folder, also beside another process.")
     ] = False,
@@ -38,6 +39,7 @@ def run(
     same command with --resume goes on, to the same results.
     """
     from ..continual.gate import read_gate
+    from ..continual.plan import plan_of
     from ..continual.report import report_of, write_report
     from ..continual.run import finished_runs, run_stream, runs_of
     from ..continual.stream import read_stream
@@ -48,6 +50,10 @@ def run(
     given["gate"] = read_gate(gate, gate_action) if gate else None
     found = read_stream(stream, **given)
     total = len(runs_of(found))
+    planned = plan_of(found, output)
+    if plan:
+        return Result(planned.to_dict(), str(planned))
+    typer.echo(str(planned), err=True)
     try:
         for _ in run_stream(found, output, resume, checkpoint_steps):
             write_report(output, finished_runs(found, output))

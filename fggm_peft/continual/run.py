@@ -77,6 +77,11 @@ def run_stream(
             yield result
 
 
+def pending_runs(stream: Stream, output: Path) -> list[Run]:
+    """The runs without a result in the folder."""
+    return [run for run in runs_of(stream) if not (output / "runs" / run.name / "run.json").exists()]
+
+
 def finished_runs(stream: Stream, output: Path) -> list[dict[str, Any]]:
     """The results that are in the folder, whichever process computed them."""
     files = [output / "runs" / run.name / "run.json" for run in runs_of(stream)]

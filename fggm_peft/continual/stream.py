@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..training.base import DTYPES, QUANTIZATIONS, BaseModel
+from ..training.base import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
 from .gate import Gate
 from .metrics import METRICS, MetricError, load_metric
 from .settings import StreamError, built, listed, mapping, read_settings
@@ -46,7 +46,8 @@ class Training:
         schedule: ``lr_scheduler_type`` of transformers; starts anew with each task.
         warmup_ratio: share of a task's steps.
         weight_decay, max_grad_norm: as in transformers.
-        bf16: train and evaluate float32 weights in bfloat16 autocast, as transformers' argument of this name.
+        bf16: train and evaluate float32 weights in bfloat16 autocast, as transformers' argument of this name; "auto"
+            where the device has it in hardware.
         evaluation_batch_size: prompts that are answered together; as in training if None.
     """
 
@@ -59,7 +60,7 @@ class Training:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    bf16: bool = False
+    bf16: bool | str = False
     evaluation_batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +70,10 @@ class Training:
         for name in (*numbers, "evaluation_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise StreamError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.bf16 == "auto":  # settled here, so that a run goes on as it began
+            object.__setattr__(self, "bf16", computes_bfloat16())
+        if not isinstance(self.bf16, bool):
+            raise StreamError(f"bf16 must be true, false or auto, got {self.bf16!r}")
         if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
             raise StreamError("warmup_ratio must be within 0 and 1 and weight_decay not negative")
         if self.schedule not in (known := [kind.value for kind in SchedulerType]):
@@ -266,8 +271,9 @@ def ready_streams() -> list[str]:
 def read_stream(source: str | Path | Mapping[str, Any], **given: Any) -> Stream:
     """The stream of a YAML or JSON file, of a mapping with its fields, or of a name from ``ready_streams``.
 
-    A file has the fields of ``Stream``, and two more: ``data`` is the folder that the paths of tasks and general text start from, and
-    ``task_defaults`` has fields for the tasks that do not say otherwise. Other paths start from the file's folder.
+    A file has the fields of ``Stream``, and two more: ``data`` is the folder that the paths of tasks and of the general
+    text start from, and ``task_defaults`` has fields for the tasks that do not say otherwise. Without ``data``, and for
+    the model, paths start from the file's folder.
 
     Args:
         given: fields that go before those of the file, such as ``model`` and ``data``; their paths start from here.

@@ -28,6 +28,16 @@ def this_process() -> PartialState:
     return PartialState() if has_accelerator else PartialState(cpu=True)
 
 
+def computes_bfloat16() -> bool:
+    """Whether the device of this process multiplies bfloat16 in hardware; without, float32 is the faster choice."""
+    import torch
+
+    if this_process().device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def launched_with_fsdp() -> bool:
     """Whether ``accelerate launch`` was told to shard the model over its processes."""
     from accelerate.utils import parse_flag_from_env
