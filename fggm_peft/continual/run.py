@@ -24,8 +24,8 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from ..training.base import this_process
 from ..training.checkpoints import last_complete_checkpoint
-from ..training.data import Example, TokenizedExamples
-from ..training.evaluation import score_answers, written_answers
+from ..training.evaluation import written_answers
+from .general import GeneralAbility, general_change
 from .measures import Measures
 from .methods import Method, make_method
 from .metrics import load_metric
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-GENERAL_LENGTH = 256  # tokens of a paragraph of general text
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,7 @@ class _Runner:
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.metrics = [load_metric(task.metric) for task in self.tasks]
+        self.ability = GeneralAbility(stream.general, tokenizer, stream.training.batch_size)
 
     def result(self) -> dict[str, Any]:
         """What came of it; computed now, or read if it is there."""
@@ -143,7 +143,7 @@ class _Runner:
             last = number == len(lessons) - 1
             # the task that comes next is asked too, for the forward transfer
             asked = range(len(self.tasks)) if last else range(min(number + 2, len(self.tasks)))
-            ledger.append({**entry, **self._evaluated(model, asked)})
+            ledger.append({**entry, **self._evaluated(model, asked, between_tasks=not last)})
             self._keep(model, method, ledger)
         return self._summed_up(method, ledger)
 
@@ -202,13 +202,13 @@ class _Runner:
             use_cpu=this_process().device.type == "cpu",
         )
 
-    def _evaluated(self, model: nn.Module, tasks: range) -> dict[str, Any]:
-        """Scores on tasks (by position), and the loss on general text; nothing that training could notice."""
+    def _evaluated(self, model: nn.Module, tasks: range, between_tasks: bool = False) -> dict[str, Any]:
+        """Scores on tasks (by position), and general ability; nothing that training could notice."""
         start = time.perf_counter()
         training = model.training
         with torch.random.fork_rng():
             scores = {self.tasks[position].name: self._score(model, position) for position in tasks}
-            general = self._general_loss(model)
+            general = self.ability.measure(model, between_tasks)
         model.train(training)
         return {"scores": scores, "general": general, "evaluation_seconds": time.perf_counter() - start}
 
@@ -224,15 +224,6 @@ class _Runner:
         if task.metric in result:
             return float(result[task.metric])
         return float(next(value for value in result.values() if isinstance(value, (int, float))))
-
-    def _general_loss(self, model: nn.Module) -> float | None:
-        """Mean next-token loss, in nats, on the paragraphs of the general text."""
-        if self.stream.general is None:
-            return None
-        text = Path(self.stream.general.text).read_text(encoding="utf-8")
-        paragraphs = [Example("", part.strip()) for part in text.split("\n\n") if part.strip()]
-        examples = TokenizedExamples(paragraphs, self.tokenizer, GENERAL_LENGTH)
-        return score_answers(model, examples, self.stream.training.batch_size, "General text").loss
 
     # Between tasks -------------------------------------------------------------------------------
 
@@ -271,7 +262,6 @@ class _Runner:
                 "forgetting": found.forgetting,
                 "fwt": found.forward_transfer,
             }
-        losses = [entry["general"] for entry in ledger]
         return {
             "method": self.run.method.name,
             "label": self.run.method.label,
@@ -282,7 +272,7 @@ class _Runner:
             "R": rows,
             "zero_shot": before_of(before, names),
             **measures,
-            "general": _general(losses),
+            "general": general_change([entry["general"] for entry in ledger]),
             "cost": {
                 name: sum(entry.get(key, 0) for entry in ledger)
                 for name, key in {
@@ -299,14 +289,6 @@ class _Runner:
 def before_of(entry: dict[str, Any], names: list[str]) -> list[float]:
     """Scores before anything was learned, in the order of ``names``."""
     return [entry["scores"][name] for name in names]
-
-
-def _general(losses: list[float | None]) -> dict[str, float] | None:
-    """How the loss on general text changed from the base's, in nats: at the end, and at its worst point."""
-    known = [loss for loss in losses if loss is not None]
-    if not known:
-        return None
-    return {"base": known[0], "change": known[-1] - known[0], "worst": max(known) - known[0]}
 
 
 def _newest(checkpoints: Path) -> str | None:
