@@ -15,7 +15,7 @@ from ..selection.untouched import same_random_state
 from ..training.data import Example, TokenizedExamples
 from ..training.evaluation import score_answers
 from ..tuner.bitsandbytes_guard import four_bit_layers_as_they_are
-from .lm_eval_tasks import require_data, require_tasks, task_scores
+from .lm_eval_tasks import TaskScore, require_data, require_tasks, task_scores
 from .settings import StreamError
 from .task import digest_of_folder
 
@@ -121,7 +121,7 @@ class GeneralAbility:
                     found["metrics"][name] = {"metric": score.metric, "higher_is_better": score.higher_is_better}
         return found
 
-    def _task_scores(self, model: nn.Module, general: General):
+    def _task_scores(self, model: nn.Module, general: General) -> dict[str, TaskScore]:
         if not general.lm_eval:
             return {}
         return task_scores(

@@ -96,10 +96,8 @@ def task_scores(
 
     manager = _task_manager(include)
     with _quiet():
-        adapted: Any = model
-        language_model = HFLM(pretrained=adapted, tokenizer=tokenizer, batch_size=batch_size)
         results: Any = lm_eval.simple_evaluate(
-            model=language_model,
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
             tasks=list(names),
             num_fewshot=shots,
             limit=limit,
