@@ -58,7 +58,7 @@ def test_the_snippet_on_training_runs(tmp_path):
 
 
 def test_the_stream_in_the_docs_is_read(tmp_path):
-    (stream,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)
+    stream = re.search(r"```yaml\n(model:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
     (tmp_path / "stream.yaml").write_text(stream)
     task = tmp_path / "data" / "intent"
     task.mkdir(parents=True)
@@ -68,6 +68,11 @@ def test_the_stream_in_the_docs_is_read(tmp_path):
     found = read_stream(tmp_path / "stream.yaml")
     assert [method.label for method in found.methods] == ["fggm", "sft", "fggm-5%"]
     assert len(found.task_orders()) == 3
+
+    general = re.search(r"```yaml\n(general:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "stream.yaml").write_text(stream.partition("general:")[0] + general)
+    (tmp_path / "my_tasks").mkdir()
+    assert read_stream(tmp_path / "stream.yaml").general.lm_eval == ("hellaswag", "arc_easy", "mmlu")
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

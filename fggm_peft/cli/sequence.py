@@ -28,7 +28,13 @@ def run(
         typer.Option(metavar="TASK=SHARE", help="How much of an earlier task's score has to stay, such as intent=0.9."),
     ] = None,
     gate_action: Annotated[str, typer.Option(help="Where it does not: stop, rollback or shrink the density.")] = "stop",
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what there is to do and about how long it takes.")] = False,
+    method_comparison: Annotated[
+        Optional[Path],
+        typer.Option(help="Also write results in the layout of PEFT's method comparison, to this folder."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what there is to do and about how long it takes.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the runs in the output folder, also beside another process.")
     ] = False,
@@ -39,6 +45,7 @@ def run(
     same command with --resume goes on, to the same results.
     """
     from ..continual.gate import read_gate
+    from ..continual.method_comparison import write_method_comparison
     from ..continual.plan import plan_of
     from ..continual.report import report_of, write_report
     from ..continual.run import finished_runs, run_stream, runs_of
@@ -65,6 +72,8 @@ def run(
     if len(results) < total:
         typer.echo(f"{total - len(results)} of {total} runs are still being computed by another process", err=True)
     report = report_of(results)
+    if method_comparison is not None:
+        write_method_comparison(report, found, method_comparison)
     return Result(report, _table(report))
 
 

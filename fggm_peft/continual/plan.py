@@ -60,9 +60,7 @@ def plan_of(stream: Stream, output: Path) -> Plan:
     if not pending:
         return Plan(len(runs_of(stream)), 0, 0, 0.0)
     tokenizer = stream.model.load_tokenizer()
-    splits = {
-        task.name: (task.examples("train", tokenizer), task.examples("test", tokenizer)) for task in stream.tasks
-    }
+    splits = {task.name: (task.examples("train", tokenizer), task.examples("test", tokenizer)) for task in stream.tasks}
     speed = _probe(stream, splits[stream.tasks[0].name][0])
     costs = [_run_cost(stream, run, splits, speed) for run in pending]
     return Plan(len(runs_of(stream)), len(pending), sum(c[0] for c in costs), sum(c[1] for c in costs))
@@ -137,23 +135,22 @@ def _run_cost(stream: Stream, run: Run, splits: dict[str, tuple[TaskExamples, Ta
     tasks, training = run.order.tasks, stream.training
     asked = [_asking(task, splits[task.name][1], training, speed) for task in tasks]
     steps, seconds = 0, sum(asked)  # before anything is learned
-    lessons = [list(tasks)] if method.sees_all_tasks else [[task] for task in tasks]
-    for number, lesson in enumerate(lessons):
-        seen = len(tasks) if method.sees_all_tasks else min(number + 2, len(tasks))
-        seconds += sum(asked[:seen])
-        if not method.trains:
+    sizes = [len(splits[task.name][0]) for task in tasks]
+    lengths = [_mean_length(splits[task.name][0]) for task in tasks]
+    density = 1.0 if method.density is None else method.density
+    for number in range(1 if method.sees_all_tasks else len(tasks)):
+        seconds += sum(asked if method.sees_all_tasks else asked[: number + 2])
+        counts = method.examples_in(number, sizes)
+        if not sum(counts):
             continue
-        count = sum(len(splits[task.name][0]) for task in lesson)
-        length = sum(_mean_length(splits[task.name][0]) for task in lesson) / len(lesson)
-        of_task = stream.training_of(lesson[0])
-        each = math.ceil(count / (training.batch_size * training.gradient_accumulation))
-        now = of_task.max_steps or math.ceil(each * of_task.epochs)
+        positions = sum(count * length for count, length in zip(counts, lengths, strict=True))
+        of_task = stream.training_of(tasks[number])
+        of_epoch = math.ceil(sum(counts) / (training.batch_size * training.gradient_accumulation))
+        now = of_task.max_steps or math.ceil(of_epoch * of_task.epochs)
         steps += now
-        positions = now * training.batch_size * training.gradient_accumulation * length
-        trained = speed.entries if method.density is None else method.density * speed.entries
-        seconds += positions * speed.training + now * trained * speed.moving
+        seconds += positions * now / of_epoch * speed.training + now * density * speed.entries * speed.moving
         if method.density is not None:  # at most one pass over the data, to select
-            seconds += count * length * speed.training
+            seconds += positions * speed.training
     return steps, seconds
 
 

@@ -45,7 +45,11 @@ def report_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "learning_rate": rate,
             "runs": len(runs),
             **{name: _summary([_figure(run, name) for run in runs]) for name in COLUMNS.values()},
-            "cost": {name: _summary([run["cost"][name] for run in runs]) for name in runs[0]["cost"] if name != "peak_memory"},
+            "cost": {
+                name: _summary([run["cost"][name] for run in runs])
+                for name in runs[0]["cost"]
+                if not name.endswith("memory")
+            },
         }
         for (label, rate), runs in groups.items()
     ]

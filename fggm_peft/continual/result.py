@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .general import general_change
 from .measures import Measures
+from .memory import ACCELERATOR_MEMORY
 
 if TYPE_CHECKING:
     from .run import Run
@@ -55,7 +57,7 @@ def result_of(
         "R": rows,
         "zero_shot": zero_shot,
         **(_of_all_at_once(rows) if sees_all_tasks else _of_matrix(rows, zero_shot)),
-        "general": _general([entry["general"] for entry in ledger]),
+        "general": general_change([entry["general"] for entry in ledger]),
         "gate": [event for entry in after for event in entry.get("gate", [])] or None,
         "cut": dict(cut) or None,
         "cost": _cost(ledger),
@@ -72,14 +74,6 @@ def _of_matrix(rows: list[list[float | None]], zero_shot: list[float]) -> dict[s
     return {name: getattr(found, measure) for name, measure in MEASURED.items()}
 
 
-def _general(losses: list[float | None]) -> dict[str, Any] | None:
-    """How the loss on general text changed from the base's, in nats: at the end, and at its worst point."""
-    known = [loss for loss in losses if loss is not None]
-    if not known:
-        return None
-    return {"base": known[0], "change": known[-1] - known[0], "worst": max(known) - known[0], "losses": known}
-
-
 def _cost(ledger: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     peaks = [entry.get("peak_memory", {}) for entry in ledger]
     selects = any(entry.get("selection_seconds") for entry in ledger)
@@ -88,4 +82,8 @@ def _cost(ledger: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{name: sum(entry.get(key, 0) for entry in ledger) for name, key in SUMMED.items()},
         "parameters": max(entry.get("parameters", 0) for entry in ledger),
         "peak_memory": memory | ({} if selects else {"selection": None}),
+        "accelerator_memory": {
+            name: max(entry.get("accelerator_memory", {}).get(name, 0) for entry in ledger)
+            for name in ACCELERATOR_MEMORY
+        },
     }

@@ -23,12 +23,12 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from ..training.base import this_process
 from ..training.checkpoints import last_complete_checkpoint
-from ..training.data import Example, TokenizedExamples
-from ..training.evaluation import score_answers, written_answers
+from ..training.evaluation import written_answers
 from .gate import Gate
+from .general import GeneralAbility
+from .memory import MemoryLog, PeakMemory, TrainingBegins, return_freed_memory
 from .methods import Method, make_method
 from .metrics import load_metric
-from .peak_memory import PeakMemory, TrainingBegins, return_freed_memory
 from .report import write_whole
 from .result import result_of
 from .stream import Method as MethodSettings
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from .stream import Stream
 
 logger = logging.getLogger(__name__)
-GENERAL_LENGTH = 256  # tokens of a paragraph of general text
 Lesson = tuple[str, list[Task]]
 Ledger = list[dict[str, Any]]
 
@@ -82,6 +81,7 @@ class Runner:
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.metrics = [load_metric(task.metric) for task in self.tasks]
+        self.ability = GeneralAbility(stream.general, tokenizer, self._batch_size)
         self.memory = PeakMemory()
 
     def result(self) -> dict[str, Any]:
@@ -100,8 +100,7 @@ class Runner:
             ledger = [{"task": None, **self._evaluated(model, range(len(self.tasks)))}]
         lessons = self._lessons(method)
         while len(ledger) <= len(lessons) and not is_stopped(ledger):
-            number = len(ledger) - 1
-            method, model, entry = self._learned(method, model, number, lessons[number], ledger)
+            method, model, entry = self._learned(method, model, lessons, ledger)
             ledger.append(entry)
             self._keep(model, method, ledger)
         return result_of(self.run, ledger, sees_all_tasks=method.sees_all_tasks, cut=self._cut())
@@ -113,31 +112,33 @@ class Runner:
         return [(task.name, [task]) for task in self.tasks]
 
     def _learned(
-        self, method: Method, model: nn.Module, number: int, lesson: Lesson, ledger: Ledger
+        self, method: Method, model: nn.Module, lessons: list[Lesson], ledger: Ledger
     ) -> tuple[Method, nn.Module, dict[str, Any]]:
-        """The next entry of the ledger: of the task as it was learned, or as the gate left it."""
-        gate, broken = self.stream.gate, []
+        """The next entry of the ledger: of the lesson as it was learned, or as the gate left it."""
+        gate, broken, number = self.stream.gate, [], len(ledger) - 1
+        lesson, is_last = lessons[number], number == len(lessons) - 1
         for attempt in range(1 + (gate.shrinks if gate is not None and gate.action == "shrink" else 0)):
             method.density_scale = 0.5**attempt
             model, entry = self._trained(model, method, number, lesson, attempt)
             method.density_scale = 1.0
-            entry |= self._evaluated(model, self._asked(number))
+            entry |= self._asked(model, number, is_last)
             found = [] if gate is None else gate.broken(learned(ledger), entry["scores"])
             broken += [{"task": lesson[0], "density_scale": 0.5**attempt, **each} for each in found]
             if not found or (gate is not None and gate.action == "stop"):
                 break
             method, model, _ = self._taken_up()
         else:  # every attempt broke the gate: what was taken up again stays
-            entry = nothing_learned(entry) | self._evaluated(model, self._asked(number))
+            entry = nothing_learned(entry) | self._asked(model, number, is_last)
         if broken:
             kept = {True: "kept at a lower density", False: "taken out"}[entry["parameters"] > 0]
             action = "stopped" if gate is not None and gate.action == "stop" else kept
             entry["gate"] = [{**each, "action": action} for each in broken]
         return method, model, entry
 
-    def _asked(self, number: int) -> range:
-        """Positions of the tasks that are asked after task ``number``: those seen, and for the forward transfer the next."""
-        return range(min(number + 2, len(self.tasks)))
+    def _asked(self, model: nn.Module, number: int, is_last: bool) -> dict[str, Any]:
+        """What is found after lesson ``number``: on the tasks seen, and for the forward transfer on the next."""
+        count = len(self.tasks) if is_last else number + 2
+        return self._evaluated(model, range(count), between_tasks=not is_last)
 
     def _trained(
         self, model: nn.Module, method: Method, number: int, lesson: Lesson, attempt: int
@@ -154,19 +155,20 @@ class Runner:
             if method.trains:
                 arguments = self._arguments(tasks, method, number, checkpoints)
                 collator = DataCollatorForSeq2Seq(self.tokenizer)
-                start = time.perf_counter()
+                start, memory_log = time.perf_counter(), MemoryLog()
                 trainer = method.trainer(
                     model=model,
                     args=arguments,
                     train_dataset=examples,
                     data_collator=collator,
-                    callbacks=[TrainingBegins(self.memory)],
+                    callbacks=[TrainingBegins(self.memory), memory_log],
                 )
                 trainer.train(resume_from_checkpoint=_newest(checkpoints))
                 report = getattr(trainer, "selection_report", None)
                 entry["selection_seconds"] = report.seconds if report is not None else 0.0
                 entry["seconds"] = time.perf_counter() - start - entry["selection_seconds"]
                 trained: Any = trainer.model
+                entry["accelerator_memory"] = memory_log.figures()
                 entry["parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt before, and the checkpoints
         folder.mkdir(parents=True)
@@ -203,14 +205,14 @@ class Runner:
 
     # Asking ----------------------------------------------------------------------------------------
 
-    def _evaluated(self, model: nn.Module, tasks: range) -> dict[str, Any]:
-        """Scores on tasks (by position), and the loss on general text; nothing that training could notice."""
+    def _evaluated(self, model: nn.Module, tasks: range, between_tasks: bool = False) -> dict[str, Any]:
+        """Scores on tasks (by position), and general ability; nothing that training could notice."""
         start = time.perf_counter()
         training, device = model.training, this_process().device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
         with self.memory.phase("evaluation"), torch.random.fork_rng(), autocast:
             scores = {self.tasks[position].name: self._score(model, position) for position in tasks}
-            general = self._general_loss(model)
+            general = self.ability.measure(model, between_tasks)
         model.train(training)
         return {"scores": scores, "general": general, "evaluation_seconds": time.perf_counter() - start}
 
@@ -220,9 +222,7 @@ class Runner:
 
     def _score(self, model: nn.Module, position: int) -> float:
         task, examples, metric = self.tasks[position], self.tests[position], self.metrics[position]
-        written = written_answers(
-            model, examples, self._batch_size, task.max_answer_length, f"Asking {task.name}"
-        )
+        written = written_answers(model, examples, self._batch_size, task.max_answer_length, f"Asking {task.name}")
         columns = {"predictions": written, "references": list(examples.references)}
         if "sources" in metric.features:
             columns["sources"] = list(examples.sources)
@@ -230,15 +230,6 @@ class Runner:
         if task.metric in result:
             return float(result[task.metric])
         return float(next(value for value in result.values() if isinstance(value, (int, float))))
-
-    def _general_loss(self, model: nn.Module) -> float | None:
-        """Mean next-token loss, in nats, on the paragraphs of the general text."""
-        if self.stream.general is None:
-            return None
-        text = Path(self.stream.general.text).read_text(encoding="utf-8")
-        paragraphs = [Example("", part.strip()) for part in text.split("\n\n") if part.strip()]
-        examples = TokenizedExamples(paragraphs, self.tokenizer, GENERAL_LENGTH)
-        return score_answers(model, examples, self._batch_size, "General text").loss
 
     def _cut(self) -> dict[str, dict[str, int]]:
         """Task -> how many of its test prompts and answers are longer than its limits, where there are any."""

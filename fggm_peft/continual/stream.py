@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..training.base import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
 from .gate import Gate
+from .general import General
 from .metrics import METRICS, MetricError, load_metric
 from .settings import StreamError, built, listed, mapping, read_settings
 from .task import Split, Task, digest_of_folder
@@ -93,17 +94,6 @@ class Method:
     name: str
     label: str
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class General:
-    """What is watched besides the tasks, as a sign of general ability.
-
-    Args:
-        text: file of plain text, whose perplexity is compared with the original model's.
-    """
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -208,7 +198,7 @@ class Stream:
             del model[name]
         if Path(self.model.name).is_dir():
             model["name"] = digest_of_folder(Path(self.model.name))
-        general = None if self.general is None else {"text": digest_of_folder(Path(self.general.text))}
+        general = None if self.general is None else self.general.fingerprint()
         tasks = {task.name: task.fingerprint() for task in self.tasks}
         training = asdict(self.training)
         gate = None if self.gate is None else asdict(self.gate)
@@ -396,9 +386,15 @@ def _order(value: Any, where: str) -> str | tuple[str, ...]:
 
 
 def _general(value: Any, data: Path) -> General:
-    general = built(General, value, "general", {"text": lambda text: str(_path(text, data, "general.text"))})
-    if not Path(general.text).is_file():
-        raise StreamError(f"general.text: no file {general.text}")
+    readers = {
+        name: lambda path, name=name: None if path is None else str(_path(path, data, f"general.{name}"))
+        for name in ("text", "lm_eval_include")
+    }
+    general = built(General, value, "general", readers)
+    try:
+        general.check()
+    except StreamError as error:
+        raise StreamError(f"general.{error}") from error
     return general
 
 

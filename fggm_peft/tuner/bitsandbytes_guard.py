@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ def guard_four_bit_layers(model: nn.Module) -> int:
         if not isinstance(module, bitsandbytes.nn.Linear4bit):
             continue
         module.support_avx512bf16_for_cpu = False
-        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        if _is_repacked(module):
             _unpack_(module)
             restored += 1
     if restored:
@@ -40,6 +42,26 @@ def guard_four_bit_layers(model: nn.Module) -> int:
             stacklevel=3,
         )
     return restored
+
+
+@contextmanager
+def four_bit_layers_as_they_are(model: nn.Module) -> Iterator[None]:
+    """Within it, evaluating repacks no 4-bit layer of ``model``; those that are repacked already stay so."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    kind = () if bitsandbytes is None else bitsandbytes.nn.Linear4bit
+    layers = [module for module in model.modules() if isinstance(module, kind) and not _is_repacked(module)]
+    before = [getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers]
+    try:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+        yield
+    finally:
+        for layer, supported in zip(layers, before, strict=True):
+            layer.support_avx512bf16_for_cpu = supported
+
+
+def _is_repacked(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def _unpack_(module: nn.Module) -> None:

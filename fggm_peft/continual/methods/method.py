@@ -84,6 +84,12 @@ class Method(ABC):
         """
         return model
 
+    def examples_in(self, number: int, sizes: Sequence[int]) -> list[int]:
+        """How many examples of each task are trained on in task ``number``, where the tasks have ``sizes``."""
+        if not self.trains:
+            return [0] * len(sizes)
+        return [size if self.sees_all_tasks or task == number else 0 for task, size in enumerate(sizes)]
+
     def state_dict(self) -> dict[str, Tensor]:
         """What the method itself remembers between tasks."""
         return {}

@@ -1,0 +1,401 @@
+"""General ability: the text's loss, and lm_eval's tasks against a few lines that compute them by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import adapted, byte_tokenizer, quantized, text_model
+
+from fggm_peft.continual import lm_eval_tasks
+from fggm_peft.continual.general import GeneralAbility, general_change
+from fggm_peft.continual.run import run_stream
+from fggm_peft.continual.stream import General, StreamError, read_stream
+
+pytest.importorskip("lm_eval")
+
+DOCUMENTS = [
+    {"question": f"{n} and {n}:", "choices": [f"{2 * n} of them", str(n), "none at all"], "answer": n % 3}
+    for n in range(9)
+]
+TASK = """
+task: doubles
+tag: numbers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+{metrics}
+"""
+GROUP = """
+group: arithmetic
+task: [doubles, doubles_plain]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+PERPLEXITY = """
+task: sayings
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+BROKEN = "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.json}}\ntest_split: test\n"
+
+
+def metrics(*names: str) -> str:
+    return "".join(f"  - {{metric: {name}, aggregation: mean, higher_is_better: true}}\n" for name in names)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """lm_eval tasks over a local file, a text, a model, and a task to learn."""
+    folder = tmp_path_factory.mktemp("general")
+    data = folder / "tasks" / "documents.json"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
+    plain = TASK.format(data=data, metrics=metrics("acc")).replace("doubles", "doubles_plain")
+    files = {
+        "doubles": TASK.format(data=data, metrics=metrics("acc", "acc_norm")),
+        "plain": plain.replace("tag: numbers\n", "tag: [numbers]\n"),
+        "group": GROUP,
+        "sayings": PERPLEXITY.format(data=data),
+        "gone": BROKEN,
+    }
+    for name, text in files.items():
+        (data.parent / f"{name}.yaml").write_text(text)
+    (folder / "general.txt").write_text("A text about nothing.\n\nAnd another one.\n")
+    byte_tokenizer().save_pretrained(folder / "model")
+    text_model().save_pretrained(folder / "model")
+    rows = [{"prompt": f"{n} plus one is ", "answer": str(n + 1)} for n in range(10, 26)]
+    (folder / "plus").mkdir()
+    for split in ("train", "test"):
+        (folder / "plus" / f"{split}.json").write_text(json.dumps(rows[: 4 if split == "test" else 16]))
+    return folder
+
+
+def general(folder, *tasks: str, **fields) -> General:
+    return General(lm_eval=tasks, lm_eval_include=str(folder / "tasks"), **fields)
+
+
+def sharp_model(**config):
+    """A random model whose answers differ from one another: its logits are not nearly zero."""
+    model = text_model(**config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+@torch.no_grad()
+def log_likelihood(model, context: str, continuation: str) -> float:
+    ids = torch.tensor([byte_tokenizer()(context + continuation)["input_ids"]])
+    length = len(byte_tokenizer()(continuation)["input_ids"])
+    logits = model.double()(ids).logits.log_softmax(-1)
+    return float(logits[0, :-1].gather(-1, ids[0, 1:, None])[-length:].sum())
+
+
+def accuracy_by_hand(model, documents, by_length: bool) -> float:
+    correct = []
+    for row in documents:
+        scores = [log_likelihood(model, row["question"], f" {choice}") for choice in row["choices"]]
+        if by_length:
+            scores = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        correct.append(scores.index(max(scores)) == row["answer"])
+    return sum(correct) / len(correct)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_a_score_is_the_accuracy_that_the_log_likelihoods_of_the_choices_give(limit, folder):
+    model = sharp_model()
+    ability = GeneralAbility(general(folder, "doubles", "doubles_plain", lm_eval_limit=limit), byte_tokenizer(), 4)
+    found = ability.measure(model)
+    documents = DOCUMENTS[:limit]
+    assert found["loss"] is None
+    assert found["tasks"] == {
+        "doubles": pytest.approx(accuracy_by_hand(model, documents, by_length=True)),
+        "doubles_plain": pytest.approx(accuracy_by_hand(model, documents, by_length=False)),
+    }
+    assert found["metrics"]["doubles"] == {"metric": "acc_norm", "higher_is_better": True}
+    assert found["metrics"]["doubles_plain"]["metric"] == "acc"
+
+
+def test_the_two_accuracies_of_this_model_differ():
+    """Else the test above could not tell one metric from the other."""
+    values = {by_length: accuracy_by_hand(sharp_model(), DOCUMENTS, by_length) for by_length in (False, True)}
+    assert values[False] != values[True] and 0 < values[True] < 1
+
+
+def test_shots_put_examples_before_the_question(folder, monkeypatch):
+    model, asked = text_model(), []
+    forward = type(model).forward
+
+    def noted(self, input_ids, **options):
+        asked.extend("".join(byte_tokenizer().convert_ids_to_tokens(row)) for row in input_ids)
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    for shots in (None, 0, 2):
+        asked.clear()
+        GeneralAbility(general(folder, "doubles", lm_eval_shots=shots), byte_tokenizer()).measure(model)
+        assert {text.count("Ġand") for text in asked} == {1 + (shots or 0)}
+
+
+def test_a_group_with_a_score_has_one_and_a_tag_those_of_its_members(folder):
+    model = sharp_model()
+    group = GeneralAbility(general(folder, "arithmetic"), byte_tokenizer()).measure(model)
+    tag = GeneralAbility(general(folder, "numbers"), byte_tokenizer()).measure(model)
+    assert group["tasks"] == {"arithmetic": pytest.approx(accuracy_by_hand(model, DOCUMENTS, by_length=False))}
+    assert set(tag["tasks"]) == {"doubles", "doubles_plain"}
+    assert tag["tasks"]["doubles"] == pytest.approx(accuracy_by_hand(model, DOCUMENTS, by_length=True))
+
+
+def test_a_perplexity_is_known_to_be_better_when_it_is_lower(folder):
+    found = GeneralAbility(general(folder, "sayings"), byte_tokenizer()).measure(text_model())
+    assert found["metrics"]["sayings"] == {"metric": "word_perplexity", "higher_is_better": False}
+    assert found["tasks"]["sayings"] > 1
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_the_text(folder):
+    model = sharp_model()
+    found = GeneralAbility(General(text=str(folder / "general.txt")), byte_tokenizer(), 1).measure(model)
+    total, count = 0.0, 0
+    for paragraph in ("A text about nothing.", "And another one."):
+        text = paragraph + "<eos>"  # plain text is learned to its end
+        total -= log_likelihood(model, text[0], text[1:])
+        count += len(byte_tokenizer()(text)["input_ids"]) - 1
+    assert found == {"loss": pytest.approx(total / count, rel=1e-5), "tasks": {}, "metrics": {}}
+
+
+def test_between_tasks_only_the_text_is_measured_unless_all_is_asked_for(folder):
+    text = str(folder / "general.txt")
+    for every_task in (False, True):
+        watched = general(folder, "doubles", text=text, lm_eval_every_task=every_task)
+        found = GeneralAbility(watched, byte_tokenizer()).measure(text_model(), between_tasks=True)
+        assert found["loss"] > 0 and bool(found["tasks"]) == every_task
+    assert GeneralAbility(None, byte_tokenizer()).measure(text_model()) == {"loss": None, "tasks": {}, "metrics": {}}
+
+
+# --- changes -------------------------------------------------------------------------------------
+
+
+def entry(loss=None, higher_is_better=True, **tasks) -> dict:
+    metrics = {name: {"metric": "m", "higher_is_better": higher_is_better} for name in tasks}
+    return {"loss": loss, "tasks": tasks, "metrics": metrics}
+
+
+def test_a_change_is_the_difference_from_the_base_at_the_end_and_at_the_worst_point():
+    measured = [entry(2.0, a=0.5), entry(3.5, a=0.25), entry(3.0), entry(2.5, a=0.375)]
+    assert general_change(measured) == {
+        "base": 2.0,
+        "change": 0.5,
+        "worst": 1.5,
+        "losses": [2.0, 3.5, 3.0, 2.5],
+        "tasks": {
+            "a": {
+                "metric": "m",
+                "higher_is_better": True,
+                "base": 0.5,
+                "change": -0.125,
+                "worst": -0.25,
+                "final": 0.375,
+            }
+        },
+    }
+
+
+def test_the_worst_of_a_perplexity_is_its_highest():
+    change = general_change([entry(a=5.0, higher_is_better=False), entry(a=9.0, higher_is_better=False), entry(a=4.0)])
+    assert change["tasks"]["a"]["worst"] == 4.0 and change["tasks"]["a"]["change"] == -1.0
+    assert change["base"] is None and change["worst"] is None
+
+
+def test_nothing_watched_is_no_change():
+    assert general_change([entry(), entry()]) is None
+
+
+# --- no trace ------------------------------------------------------------------------------------
+
+
+def drawn() -> tuple:
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+
+
+def test_measuring_leaves_no_trace(folder):
+    model = adapted(text_model(tie_word_embeddings=True), criterion="random", density=0.5)
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = "left"
+    ability = GeneralAbility(
+        general(folder, "doubles", lm_eval_shots=1, text=str(folder / "general.txt")), tokenizer, batch_size=3
+    )
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    expected = drawn()
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    configs = str(model.config), str(model.generation_config)
+    levels = [logging.getLogger(name).level for name in (None, "lm_eval", "transformers", "datasets")]
+    handlers = list(logging.getLogger().handlers), list(logging.getLogger("lm_eval").handlers)
+
+    first = ability.measure(model)
+
+    assert drawn() == expected
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert all(parameter.grad is None for parameter in model.parameters())
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert (str(model.config), str(model.generation_config)) == configs
+    assert [logging.getLogger(name).level for name in (None, "lm_eval", "transformers", "datasets")] == levels
+    assert (list(logging.getLogger().handlers), list(logging.getLogger("lm_eval").handlers)) == handlers
+    assert tokenizer.padding_side == "left" and model.active_adapters == ["default"]
+    assert ability.measure(model) == first
+
+
+def test_all_is_as_before_when_measuring_fails(folder, monkeypatch):
+    model = text_model().train()
+    ability = GeneralAbility(general(folder, "doubles"), byte_tokenizer())
+    level = logging.getLogger("lm_eval").level
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ability.measure(model)
+    assert model.training and torch.rand(1) == expected and logging.getLogger("lm_eval").level == level
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double"])
+def test_four_bit_layers_are_not_repacked(kind, folder):
+    model = quantized(text_model(), kind)
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as on a CPU that has the kernel
+    weights = [layer.weight.data.clone() for layer in layers]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+        GeneralAbility(general(folder, "doubles", lm_eval_limit=2), byte_tokenizer()).measure(model)
+    assert layers and all(layer.support_avx512bf16_for_cpu for layer in layers)
+    for layer, weight in zip(layers, weights, strict=True):
+        assert torch.equal(layer.weight.data, weight)
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+# --- in a stream ---------------------------------------------------------------------------------
+
+
+def settings(folder, **watched) -> dict:
+    return {
+        "model": str(folder / "model"),
+        "methods": ["fggm", "frozen"],
+        "tasks": [
+            {"name": name, "path": str(folder / "plus"), "metric": "edit_similarity", "max_answer_length": 4}
+            for name in ("one", "two")
+        ],
+        "training": {"max_steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "general": {"lm_eval_include": str(folder / "tasks"), "lm_eval": ["doubles"], **watched},
+    }
+
+
+def test_a_run_measures_tasks_at_both_ends_and_the_text_after_each_task(folder, tmp_path):
+    stream = read_stream(settings(folder, text=str(folder / "general.txt")))
+    results = {result["label"]: result["general"] for result in run_stream(stream, tmp_path)}
+    assert len(results["fggm"]["losses"]) == 3 and results["fggm"]["change"] != 0
+    ledger = json.loads(next(tmp_path.glob("runs/fggm/*/ledger.json")).read_text())
+    assert [bool(entry["general"]["tasks"]) for entry in ledger] == [True, False, True]
+    assert results["frozen"]["change"] == 0 and results["frozen"]["tasks"]["doubles"]["change"] == 0
+    assert results["frozen"]["tasks"]["doubles"]["base"] == pytest.approx(
+        accuracy_by_hand(text_model(), DOCUMENTS, by_length=True)
+    )
+
+
+def test_fields_of_a_stream_file_become_what_is_watched(folder):
+    watched = {"lm_eval": ["doubles", "numbers"], "lm_eval_limit": 100, "lm_eval_shots": 0, "lm_eval_every_task": True}
+    assert read_stream(settings(folder, **watched)).general == general(
+        folder, "doubles", "numbers", lm_eval_limit=100, lm_eval_shots=0, lm_eval_every_task=True
+    )
+
+
+WRONG = {
+    "nothing": ({"lm_eval": [], "lm_eval_include": None}, "general: give text .* lm_eval .* or both"),
+    "an unknown task": (
+        {"lm_eval": ["doubels"]},
+        r"general\.lm_eval: no task 'doubels' in lm_eval, nor .*tasks; did you mean 'doubles'\?",
+    ),
+    "a task twice": ({"lm_eval": ["doubles", "doubles"]}, "lm_eval has 'doubles' more than once"),
+    "a missing folder": ({"lm_eval_include": "none"}, "general.lm_eval_include: no folder .*none"),
+    "no examples": ({"lm_eval_limit": 0}, "lm_eval_limit must be at least 1, got 0"),
+    "negative shots": ({"lm_eval_shots": -1}, "lm_eval_shots must be at least 0, got -1"),
+    "an option without tasks": (
+        {"text": "general.txt", "lm_eval": [], "lm_eval_include": None, "lm_eval_shots": 1},
+        "lm_eval_shots is given, but no tasks",
+    ),
+    "one name": ({"lm_eval": "doubles"}, "general: lm_eval must be a list, got 'doubles'"),
+    "an unknown field": ({"lm_evl": []}, "general: unknown field 'lm_evl'; .*Did you mean 'lm_eval'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_one_line_when_the_stream_is_read(case, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    changes, message = WRONG[case]
+    with pytest.raises(StreamError, match=message) as error:
+        read_stream(settings(folder, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_the_nearest_of_the_harness_own_tasks_is_named():
+    with pytest.raises(StreamError, match=r"no task 'helaswag' in lm_eval; did you mean 'hellaswag'\?"):
+        General(lm_eval=("helaswag",)).check()
+
+
+def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    lm_eval_tasks._task_manager.cache_clear()
+    with pytest.raises(StreamError, match=r"pip install fggm-peft\[general\]"):
+        General(lm_eval=("hellaswag",)).check()
+
+
+def test_data_that_cannot_be_loaded_stops_a_run_before_its_first_step(folder, tmp_path):
+    stream = read_stream(settings(folder, lm_eval=["gone"]))
+    with pytest.raises(StreamError, match=r"general.lm_eval: cannot load gone: ") as error:
+        list(run_stream(stream, tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_text_is_an_error(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(StreamError, match=r"general\.text: .* is empty"):
+        GeneralAbility(General(text=str(tmp_path / "empty.txt")), byte_tokenizer())
+
+
+def test_what_decides_the_figures_is_in_the_digest(folder, tmp_path):
+    plain = read_stream(settings(folder))
+    limited = read_stream(settings(folder, lm_eval_limit=3))
+    assert limited.difference(plain) == ["general.lm_eval_limit: 3, there null"]
+    text_only = General(text=str(folder / "general.txt")).fingerprint()
+    assert list(text_only) == ["text"] and len(text_only["text"]) == 64
+    before = plain.digest()
+    file = folder / "tasks" / "group.yaml"
+    written = file.read_text()
+    file.write_text(written + "# another byte\n")
+    assert plain.digest() != before
+    file.write_text(written)
+    assert plain.digest() == before
