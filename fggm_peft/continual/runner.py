@@ -192,7 +192,7 @@ class Runner:
             warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
-            bf16=training.bf16,
+            bf16=bool(training.bf16),
             seed=method.task_seed(number),
             save_strategy="no" if self.checkpoint_steps is None else "steps",
             save_steps=self.checkpoint_steps or 500,
@@ -209,7 +209,7 @@ class Runner:
         """Scores on tasks (by position), and general ability; nothing that training could notice."""
         start = time.perf_counter()
         training, device = model.training, this_process().device.type
-        autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
+        autocast = torch.autocast(device, torch.bfloat16, enabled=bool(self.stream.training.bf16))
         with self.memory.phase("evaluation"), torch.random.fork_rng(), autocast:
             scores = {self.tasks[position].name: self._score(model, position) for position in tasks}
             general = self.ability.measure(model, between_tasks)

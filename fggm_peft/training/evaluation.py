@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..selection.log_likelihood import IGNORED
+from ..tuner.bitsandbytes_guard import four_bit_layers_as_they_are
 from .data import TokenizedExamples
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class AnswerScores:
 def score_answers(
     model: nn.Module, examples: TokenizedExamples, batch_size: int = 8, description: str = "Evaluating"
 ) -> AnswerScores:
-    """Loss and accuracy on the answers, with the model in eval mode (it is left so).
+    """Loss and accuracy on the answers, with the model in eval mode (it is left so; 4-bit layers as they are).
 
     Neither depends on the batch size but by the rounding of the model's own arithmetic.
     """
@@ -57,7 +58,8 @@ def score_answers(
     loss, correct, tokens = 0.0, 0, 0
     for chosen in _batches(examples, batch_size, description):
         batch = _padded_right([examples[i] for i in chosen], examples.tokenizer).to(_device(model))
-        logits, targets = _answer_logits(model, batch)
+        with four_bit_layers_as_they_are(model):
+            logits, targets = _answer_logits(model, batch)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         loss += float(losses.double().sum())
         correct += int(((logits.argmax(-1) == targets) & (targets != IGNORED)).sum())
@@ -86,17 +88,18 @@ def written_answers(
             padding_side="left",
             return_tensors="pt",
         ).to(_device(model))
-        written = model.generate(
-            input_ids=prompts["input_ids"],
-            attention_mask=prompts["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )[:, prompts["input_ids"].shape[1] :]
+        with four_bit_layers_as_they_are(model):
+            written = model.generate(
+                input_ids=prompts["input_ids"],
+                attention_mask=prompts["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )[:, prompts["input_ids"].shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[i] = text
     return texts

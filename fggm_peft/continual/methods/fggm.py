@@ -34,10 +34,11 @@ class FGGM(PeftMethod):
     @property
     def density(self) -> float | None:
         """That of the config; None where a threshold stands in its place."""
-        return self.make_config(0).density
+        config: Any = self.make_config(0)
+        return config.density
 
     def make_config(self, number):
-        config = super().make_config(number)
+        config: Any = super().make_config(number)
         if self.density_scale != 1:
             config.density *= self.density_scale
         return config
