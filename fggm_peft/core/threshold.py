@@ -315,10 +315,15 @@ def _even_share(limits: Sequence[int], costs: Sequence[int], budget: int, floors
     total = _parameters(limits, costs)
     if budget >= total:
         return Forecast(list(limits), total, total)
-    units = [max(floor, n * budget // total) for n, floor in zip(limits, floors, strict=True)]
+    least = _parameters(floors, costs)
+    units = [f + (n - f) * (budget - least) // (total - least) for n, f in zip(limits, floors, strict=True)]
+    left = budget - _parameters(units, costs)
+    for weight, cost in enumerate(costs):  # what rounding down has left
+        if cost <= left and units[weight] < limits[weight]:
+            units[weight] += 1
+            left -= cost
     if len(set(costs)) == 1:
-        budget -= budget % costs[0]
-        return Forecast(units, budget, budget)
+        return Forecast(units, budget - left, budget - left)
     return Forecast(units, max(0, budget - max(costs) + 1), budget)
 
 

@@ -19,7 +19,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     number generators of torch (every device), numpy and Python.
     """
     with ExitStack() as stack:
-        stack.enter_context(_random_state())
+        stack.enter_context(random_state())
         stack.enter_context(_frozen(model))
         stack.enter_context(_evaluating(model))
         stack.enter_context(torch.enable_grad())
@@ -27,7 +27,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state() -> Iterator[None]:
+def random_state() -> Iterator[None]:
+    """The random number generators of torch (every device), numpy and Python are afterwards as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
