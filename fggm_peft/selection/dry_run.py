@@ -136,13 +136,15 @@ def estimate(
 
     The peak comes from counting every tensor of a training step, forward and backward: at its own size if that is
     small (512 tokens) or the model is on the meta device, else in up to six small steps whose counts are extended
-    operator by operator. Call it under the autocast that training will use.
+    operator by operator. Batches have a position of padding, as most do, since a mask takes memory; not on the meta
+    device, where a model cannot look at it. Call it under the autocast that training will use.
 
     Covered are the weights, values, gradients, optimizer state, and every tensor that an operator of torch makes. Not
     covered are what kernels allocate inside, what the allocator rounds up or leaves unused, the device's context,
-    temporaries of the optimizer's step, and the batch itself. Measured on a CPU against torch's profiler, the peak was
-    off by less than MEASURED % (dense and 4-bit, with checkpointing and without; tests/test_dry_run.py); attention
-    over a sliding window, and whatever else changes its operators with the length, is not extended exactly.
+    temporaries of the optimizer's step, and the batch itself. Measured on a CPU against torch's profiler
+    (tests/test_dry_run.py) the peak was exact to the byte, dense and 4-bit; with checkpointing 5056 bytes a layer too
+    low, the random states that it keeps. Nothing has been measured on a CUDA device. Attention over a sliding window,
+    and whatever else changes its operators with the length, is not extended exactly.
 
     Args:
         model: a base model, on any device, or one that has an FGGM adapter.
