@@ -112,9 +112,7 @@ class SelectionOptions:
     ] = None
     budget: Annotated[
         Optional[str],
-        typer.Option(
-            help="Trainable values over the whole model, instead of a density: 5000000, 50MiB, 1%, lora:r=16."
-        ),
+        typer.Option(help="Values to train in the whole model, instead of a density: 5000000, 50MiB, 1%, lora:r=16."),
     ] = None
     budget_floor: Annotated[
         Optional[str],
@@ -232,16 +230,8 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "target_modules": _modules,
     "exclude_modules": _modules,
 }
-_SET_BY_THE_LIBRARY = {
-    "selection",
-    "resolved_budget",
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "inference_mode",
-    "revision",
-}
-_SET_BY_THE_LIBRARY |= {"base_model_name_or_path"}
+_SET_BY_THE_LIBRARY = {"selection", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision"}
+_SET_BY_THE_LIBRARY |= {"base_model_name_or_path", "resolved_budget"}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -84,9 +84,9 @@ def _estimate(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_s
         optimizer=dry.optimizer,
         checkpointing=dry.gradient_checkpointing,
     )
-    return (
-        Result({"model": base.model, **found.to_dict()}, found.to_table()) if this_process().is_main_process else None
-    )
+    if not this_process().is_main_process:
+        return None
+    return Result({"model": base.model, **found.to_dict()}, found.to_table())
 
 
 def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGMConfig, batch_size: int) -> Any:
