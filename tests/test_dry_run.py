@@ -143,8 +143,10 @@ def test_a_model_without_weights_on_the_meta_device_costs_what_the_real_one_does
     before = trace(base)
     size = {"batch_size": 8, "sequence_length": 128, "checkpointing": checkpointing}
     found = estimate(base, FGGMConfig(density=0.3), **size)
-    assert found == estimate(long_llama(), FGGMConfig(density=0.3), **size, make_batch=unpadded)
     assert trace(base) == before
+    # with checkpointing there is no cache, and transformers then makes a mask where it cannot look for packing
+    batches = {} if checkpointing else {"make_batch": unpadded}
+    assert found == estimate(long_llama(), FGGMConfig(density=0.3), **size, **batches)
 
 
 def test_a_model_of_ones_own_is_counted_with_batches_of_ones_own():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -47,7 +48,7 @@ class CostEstimate:
         least_values: equal to it where the number does not depend on scores.
         adapter_bytes: the tensors of the saved file; its header adds some 100 bytes for each of them.
         base_bytes: the base's weights, quantized ones as they are stored, with buffers.
-        value_bytes: the trainable values.
+        value_bytes: the trainable values and their indices.
         gradient_bytes: their gradients.
         optimizer_bytes: what the optimizer keeps for them.
         score_bytes: running scores of the selection pass; 0 if it needs no data.
@@ -104,8 +105,8 @@ class CostEstimate:
             ("adapter file, without its header", self.adapter_bytes),
             ("running scores of the selection pass", self.score_bytes),
             ("base model", self.base_bytes),
-            ("trainable values", self.value_bytes),
-            ("their gradients", self.gradient_bytes),
+            ("trainable values and indices", self.value_bytes),
+            ("gradients of the values", self.gradient_bytes),
             ("optimizer state", self.optimizer_bytes),
             ("activations, logits and temporaries at the peak", self.activation_bytes),
             ("peak of a training step", self.peak_bytes),
@@ -136,8 +137,8 @@ def estimate(
 
     The peak comes from counting every tensor of a training step, forward and backward: at its own size if that is
     small (512 tokens) or the model is on the meta device, else in up to six small steps whose counts are extended
-    operator by operator. Batches have a position of padding, as most do, since a mask takes memory; not on the meta
-    device, where a model cannot look at it. Call it under the autocast that training will use.
+    operator by operator. Batches have a position of padding, as most do, since a mask takes memory; on the meta device,
+    where a model cannot look at it, there is none without checkpointing. Call it under the autocast that training will use.
 
     Covered are the weights, values, gradients, optimizer state, and every tensor that an operator of torch makes. Not
     covered are what kernels allocate inside, what the allocator rounds up or leaves unused, the device's context,
@@ -172,13 +173,12 @@ def estimate(
             make_batch = make_batch or _token_batches(adapted, config)
             step = step_memory(adapted, make_batch, batch_size, sequence_length, checkpointing)
         scores = _score_bytes(layers, config, adapter_name)
+    standing = sizes["base_bytes"] + sizes["value_bytes"] + sizes["optimizer_bytes"]
     return CostEstimate(
         **sizes,
         score_bytes=scores,
         activation_bytes=step.activations,
-        peak_bytes=sum(sizes[f"{part}_bytes"] for part in ("base", "value", "optimizer"))
-        + step.activations
-        + step.gradients,
+        peak_bytes=standing + step.activations + step.gradients,
         batch_size=batch_size,
         sequence_length=sequence_length,
         optimizer=optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "optimizer"),
@@ -195,7 +195,7 @@ def _with_adapter(
         name, config = active_adapter(model, adapter_name)
         yield model, config, name
         return
-    if getattr(model, "peft_config", None):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model has an adapter already; leave config out, or pass the base model")
     name = adapter_name or "default"
     # born empty, whatever the criterion: nothing is chosen, and no weight is read
