@@ -326,13 +326,11 @@ def test_a_budget_is_spent_on_floors_first_and_never_exceeded(weights):
 @given(weights=bounded_budgets(), data=st.data())
 def test_a_larger_budget_spends_no_less_and_keeps_what_a_smaller_one_chose_where_units_cost_the_same(weights, data):
     scores, costs, kinds, most, floors, policy = weights
+    limits = [min(len(s), most or len(s)) for s in scores]
     if data.draw(st.booleans()):
-        scale = spent(floors, [1] * len(costs)), spent([min(len(s), most or len(s)) for s in scores], [1] * len(costs))
-        costs, policy = (
-            [1] * len(costs),
-            ParameterBudget(data.draw(st.integers(max(1, scale[0]), scale[1])), policy.floor),
-        )
-    larger = data.draw(st.integers(policy.count, spent([min(len(s), most or len(s)) for s in scores], costs)))
+        costs = [1] * len(costs)
+        policy = ParameterBudget(data.draw(st.integers(max(1, sum(floors)), sum(limits))), policy.floor)
+    larger = data.draw(st.integers(policy.count, spent(limits, costs)))
     small = choose(policy, scores, costs, kinds=kinds, most=most)
     large = choose(ParameterBudget(larger, policy.floor), scores, costs, kinds=kinds, most=most)
     assert spent(map(len, small), costs) <= spent(map(len, large), costs)
