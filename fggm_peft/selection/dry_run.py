@@ -140,12 +140,13 @@ def estimate(
     operator by operator. Batches have a position of padding, as most do, since a mask takes memory; on the meta device,
     where a model cannot look at it, there is none without checkpointing. Call it under the autocast of the training.
 
-    Covered are the weights, values, gradients, optimizer state, and every tensor that an operator of torch makes. Not
-    covered are what kernels allocate inside, what the allocator rounds up or leaves unused, the device's context,
-    temporaries of the optimizer's step, and the batch itself. Measured on a CPU against torch's profiler
-    (tests/test_dry_run.py) the peak of a small Llama was exact to the byte, dense and 4-bit; with checkpointing up to
-    5056 bytes a layer too low, the random states that it keeps. GPT-2, T5, BERT and bfloat16 were within 2 %. Nothing has been measured on a CUDA device. Attention over a sliding window,
-    and whatever else changes its operators with the length, is not extended exactly.
+    Covered are the weights, values, gradients, optimizer state, and every tensor that an operator of torch makes.
+    Not covered are what kernels allocate inside, what the allocator rounds up or leaves unused, the device's
+    context, temporaries of the optimizer's step, and the batch itself. Measured on a CPU against torch's profiler
+    (tests/test_dry_run.py) the peak of a small Llama was exact to the byte, dense and 4-bit; with checkpointing up
+    to 5056 bytes a layer too low, the random states that it keeps. GPT-2, T5, BERT and bfloat16 were within 2 %.
+    Nothing has been measured on a CUDA device. Attention over a sliding window, and whatever else changes its
+    operators with the length, is not extended exactly.
 
     Args:
         model: a base model, on any device, or one that has an FGGM adapter.
