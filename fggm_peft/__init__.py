@@ -21,7 +21,7 @@ from .core.threshold import (
     ThresholdPolicy,
     TopDensity,
 )
-from .selection import SelectionReport, select_parameters
+from .selection import CostEstimate, SelectionReport, estimate, select_parameters
 from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport
 from .version import __version__
 
@@ -33,6 +33,7 @@ __all__ = [
     "AdapterFileError",
     "AdapterNotSelectedError",
     "AlreadyTrainedError",
+    "CostEstimate",
     "FGGMCallback",
     "FGGMConfig",
     "FGGMLayer",
@@ -49,6 +50,7 @@ __all__ = [
     "ThresholdPolicy",
     "TopDensity",
     "__version__",
+    "estimate",
     "select_parameters",
 ]
 

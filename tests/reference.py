@@ -143,6 +143,20 @@ def within_budget(scores: list[list[float]], costs: list[int], budget: int) -> l
     return by_weight(chosen, len(scores))
 
 
+def within_bounds(scores, costs, budget: int, floors: list[int], most: int | None) -> list[list[int]]:
+    """First the best of each weight up to its floor, then what is left of the budget over all of them.
+
+    Of each weight only its ``most`` best count.
+    """
+    best = [set(top_k(v, len(v) if most is None else most)) for v in scores]
+    scores = [[s if i in kept else 0.0 for i, s in enumerate(v)] for v, kept in zip(scores, best, strict=True)]
+    first = [top_k(v, floor) for v, floor in zip(scores, floors, strict=True)]
+    others = [[0.0 if i in taken else s for i, s in enumerate(v)] for v, taken in zip(scores, first, strict=True)]
+    spent = sum(len(taken) * cost for taken, cost in zip(first, costs, strict=True))
+    rest = within_budget(others, costs, budget - spent)
+    return [sorted(a + b) for a, b in zip(first, rest, strict=True)]
+
+
 def holding(scores: list[list[float]], costs: list[int], fraction: float) -> list[list[int]]:
     """The shortest list of best units whose scores sum to the fraction of all."""
     wanted = Fraction(fraction) * sum(Fraction(s) for v in scores for s in v) * (1 - Fraction(1, 10**9))

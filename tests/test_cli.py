@@ -126,6 +126,36 @@ def test_select_of_a_4_bit_base(folder, tmp_path):
     assert base["loss"] == pytest.approx(adapted["loss"], rel=0.01)  # the adapter is zero
 
 
+def test_a_dry_run_shows_what_it_would_cost_without_data(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("select", folder / "model", "--dry-run", "--batch-size", 4, "--max-length", 32)
+    found = succeed(*arguments, "--budget", "lora:r=2", "--gradient-checkpointing", "--optimizer", "sgd")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    size = {"batch_size": 4, "sequence_length": 32, "optimizer": "sgd", "checkpointing": True}
+    expected = fggm_peft.estimate(base, FGGMConfig(budget="lora:r=2", task_type="CAUSAL_LM"), **size)
+    assert found == {"model": str(folder / "model"), **expected.to_dict()}
+    shown = fggm(*arguments, "--data", "not-read.json", "--threshold", '{"policy": "score_mass"}')
+    assert shown.code == 0 and "peak of a training step" in shown.out and "depending on scores" in shown.out
+    assert "unknown optimizer 'adm'" in fail(*arguments, "--optimizer", "adm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_select_within_a_budget(folder, tmp_path):
+    found = succeed(
+        *("select", folder / "model", "--criterion", "random", "--output", tmp_path / "a", "--budget", "5%"),
+        *("--budget-floor", '{"q_proj": 0.05}', "--max-rows", 6),
+    )
+    saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert saved["budget"] == "5%" and saved["resolved_budget"] - 96 < found["parameters"] <= saved["resolved_budget"]
+    assert all(m["chosen"] <= 6 and ("q_proj" not in m["name"] or m["chosen"] >= 4) for m in found["modules"])
+    assert "at least 64" in fail(
+        "select", folder / "model", "--criterion", "random", "-o", tmp_path / "b", "--budget", 9
+    )
+    # an option replaces what the file says, with what belongs to it
+    again = SelectionOptions(config=tmp_path / "a" / "adapter_config.json", density=0.2).fggm_config()
+    assert (again.density, again.budget, again.budget_floor, again.resolved_budget) == (0.2, None, None, None)
+
+
 # --- eval ----------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def test_the_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
         "prompts_and_completions": datasets.Dataset.from_list(sums),
         "sft_arguments": trl.SFTConfig(save_strategy="no", bf16=False, **quick),
     }
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     assert "trainable values" in capsys.readouterr().out

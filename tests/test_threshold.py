@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from fractions import Fraction
 
 import pytest
 import reference
@@ -11,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fggm_peft.core.errors import NonFiniteScoreError
+from fggm_peft.core.ranking import top_indices
 from fggm_peft.core.threshold import (
     POLICIES,
     AbsoluteScore,
@@ -19,7 +23,6 @@ from fggm_peft.core.threshold import (
     ScoreMass,
     TopDensity,
     policy_from_dict,
-    top_indices,
 )
 
 quick = settings(max_examples=40, deadline=None)
@@ -30,7 +33,7 @@ FIELDS = {
     "score_mass": {"fraction": densities},
     "mean_plus_std": {"k": st.sampled_from([-10.0, -1.0, 0.0, 0.5, 1.0, 2.0])},
     "absolute_score": {"value": st.sampled_from([0.0, 0.25, 1.0, 100.0])},
-    "parameter_budget": {"count": st.integers(4, 40)},
+    "parameter_budget": {"count": st.integers(4, 40), "floor": st.sampled_from([0.0, 0.1, {"default": 0.25}])},
 }
 # few different values make many ties; 0.25 and its like are exact in every dtype, also divided by a cost of 2 or 4
 numbers = st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0, 1.0, 3.0]) | st.integers(0, 200).map(float)
@@ -43,8 +46,8 @@ def scored_weights(draw, most=4, costs=(1, 2, 4)):
     return scores, [draw(st.sampled_from(costs)) for _ in scores]
 
 
-def choose(policy, scores, costs, dtype=torch.float32):
-    chosen = policy.choose([torch.tensor(s, dtype=dtype) for s in scores], costs)
+def choose(policy, scores, costs, dtype=torch.float32, **bounds):
+    chosen = policy.choose([torch.tensor(s, dtype=dtype) for s in scores], costs, **bounds)
     assert all(c.dtype == torch.int64 and c.device.type == "cpu" for c in chosen)
     return [c.tolist() for c in chosen]
 
@@ -55,10 +58,23 @@ def policies(draw, name):
     return POLICIES[name](**fields, scope=draw(st.sampled_from(POLICIES[name].scopes)))
 
 
-def fits(policy, scores, costs):
-    """Whether the policy accepts these weights: a budget must hold a unit and not all of them."""
-    total = sum(len(s) * c for s, c in zip(scores, costs, strict=True))
-    return policy.name != "parameter_budget" or min(costs) <= policy.count <= total
+def fits(policy, scores, costs, most=None):
+    """Whether the policy accepts these weights: a budget must hold a unit, the floors, and not more than may move."""
+    if policy.name != "parameter_budget":
+        return True
+    share = policy.floor["default"] if isinstance(policy.floor, dict) else policy.floor
+    limits = [min(len(s), most or len(s)) for s in scores]
+    floors = [min(floor_units(share, len(s)), limit) for s, limit in zip(scores, limits, strict=True)]
+    least = max(min(costs), spent(floors, costs))
+    return least <= policy.count <= spent(limits, costs)
+
+
+def floor_units(share: float, units: int) -> int:
+    return math.ceil(Fraction(str(share)) * units)
+
+
+def spent(units: list[int], costs: list[int]) -> int:
+    return sum(n * cost for n, cost in zip(units, costs, strict=True))
 
 
 each_policy = pytest.mark.parametrize("name", list(POLICIES))
@@ -253,13 +269,13 @@ def test_a_parameter_budget_is_never_exceeded_and_leaves_no_unit_out_that_fits_a
     count = min(costs) + int(share * (total - min(costs)))
     chosen = choose(ParameterBudget(count), scores, costs)
     assert chosen == reference.within_budget(scores, costs, count)
-    spent = sum(len(c) * cost for c, cost in zip(chosen, costs, strict=True))
-    assert spent <= count
+    used = spent(map(len, chosen), costs)
+    assert used <= count
     taken = {(w, i) for w, indices in enumerate(chosen) for i in indices}
     left_out = [(rank, w) for rank, w, i in reference.ranked(scores, costs) if (w, i) not in taken]
     if left_out:
         best = left_out[0][0]
-        assert all(costs[w] > count - spent for rank, w in left_out if rank == best)
+        assert all(costs[w] > count - used for rank, w in left_out if rank == best)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -267,6 +283,100 @@ def test_equal_scores_are_taken_from_the_front(scope):
     scores = [[1.0, 1.0, 0.0, 1.0], [1.0, 1.0]]
     chosen = choose(TopDensity(0.5, scope=scope), scores, [1, 1])
     assert chosen == ([[0, 1], [0]] if scope == "layer" else [[0, 1, 3], []])
+
+
+# Bounds ------------------------------------------------------------------------------------------
+
+shares = st.sampled_from([0.0, 0.07, 0.1, 0.25, 0.5, 1.0])
+bounds = st.none() | st.integers(1, 6)
+
+
+@st.composite
+def bounded_budgets(draw):
+    """Weights of two types, floors for them, a bound on units and a budget that is possible within these."""
+    scores, costs = draw(scored_weights(costs=(1, 2, 3, 7)))
+    kinds = [draw(st.sampled_from("qv")) for _ in scores]
+    floor = {"default": draw(shares)} | {kind: draw(shares) for kind in set(kinds) if draw(st.booleans())}
+    most = draw(bounds)
+    limits = [min(len(s), most or len(s)) for s in scores]
+    floors = [
+        min(floor_units(floor.get(kind, floor["default"]), len(s)), limit)
+        for kind, s, limit in zip(kinds, scores, limits, strict=True)
+    ]
+    count = draw(st.integers(max(min(costs), spent(floors, costs)), spent(limits, costs)))
+    return scores, costs, kinds, most, floors, ParameterBudget(count, floor)
+
+
+@quick
+@given(weights=bounded_budgets())
+def test_a_budget_is_spent_on_floors_first_and_never_exceeded(weights):
+    scores, costs, kinds, most, floors, policy = weights
+    chosen = choose(policy, scores, costs, kinds=kinds, most=most)
+    assert chosen == reference.within_bounds(scores, costs, policy.count, floors, most)
+    used = spent(map(len, chosen), costs)
+    assert used <= policy.count
+    for vector, indices, floor in zip(scores, chosen, floors, strict=True):
+        assert len(indices) >= min(floor, sum(s > 0 for s in vector))
+        assert most is None or len(indices) <= most
+    if all(s > 0 for vector in scores for s in vector):
+        assert policy.count - used < max(costs)
+
+
+@quick
+@given(weights=bounded_budgets(), data=st.data())
+def test_a_larger_budget_spends_no_less_and_keeps_what_a_smaller_one_chose_where_units_cost_the_same(weights, data):
+    scores, costs, kinds, most, floors, policy = weights
+    limits = [min(len(s), most or len(s)) for s in scores]
+    if data.draw(st.booleans()):
+        costs = [1] * len(costs)
+        policy = ParameterBudget(data.draw(st.integers(max(1, sum(floors)), sum(limits))), policy.floor)
+    larger = data.draw(st.integers(policy.count, spent(limits, costs)))
+    small = choose(policy, scores, costs, kinds=kinds, most=most)
+    large = choose(ParameterBudget(larger, policy.floor), scores, costs, kinds=kinds, most=most)
+    assert spent(map(len, small), costs) <= spent(map(len, large), costs)
+    if len(set(costs)) == 1:
+        assert all(set(a) <= set(b) for a, b in zip(small, large, strict=True))
+
+
+@quick
+@given(data=st.data(), weights=scored_weights(), most=st.integers(1, 6))
+@each_policy
+def test_a_bound_on_units_keeps_the_best_of_each_weight(name, data, weights, most):
+    scores, costs = weights
+    policy = data.draw(policies(name))
+    if not fits(policy, scores, costs, most):
+        return
+    chosen = choose(policy, scores, costs, most=most)
+    assert all(indices == reference.top_k(s, len(indices)) for s, indices in zip(scores, chosen, strict=True))
+    assert all(len(indices) <= most for indices in chosen)
+    if policy.scope == "layer":
+        free = choose(policy, scores, costs)
+        assert [len(indices) for indices in chosen] == [min(most, len(indices)) for indices in free]
+
+
+def test_what_a_bounded_weight_may_not_have_goes_to_the_others():
+    scores = [[9.0, 8.0, 7.0, 6.0], [1.0, 1.0, 1.0, 1.0]]
+    for policy in (ParameterBudget(4), TopDensity(0.5, scope="global")):
+        assert choose(policy, scores, [1, 1]) == [[0, 1, 2, 3], []]
+        assert choose(policy, scores, [1, 1], most=3) == [[0, 1, 2], [0]]
+
+
+@quick
+@given(data=st.data(), most=bounds, sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4))
+@each_policy
+def test_a_forecast_holds_whatever_the_scores_are(name, data, most, sizes):
+    positive = st.floats(0.25, 100, width=16)
+    scores = [data.draw(st.lists(positive, min_size=size, max_size=size)) for size in sizes]
+    costs = [data.draw(st.sampled_from([1, 2, 3, 7])) for _ in sizes]
+    policy = data.draw(policies(name))
+    if not fits(policy, scores, costs, most):
+        return
+    forecast = policy.forecast(sizes, costs, most=most)
+    chosen = choose(policy, scores, costs, most=most)
+    assert forecast.least <= spent(map(len, chosen), costs) <= forecast.most
+    assert spent(forecast.units, costs) <= forecast.most
+    if name == "top_density" and policy.scope == "layer":
+        assert forecast.units == [len(indices) for indices in chosen]
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -277,14 +387,15 @@ BAD = [
     (MeanPlusStd, "k", [float("nan"), float("inf"), -float("inf"), True, "1", None], "a finite number"),
     (AbsoluteScore, "value", [-0.1, float("nan"), float("inf"), True, "1", None], "a finite number >= 0"),
     (ParameterBudget, "count", [0, -1, 2.5, float("nan"), True, "10", None], "an integer > 0"),
+    (ParameterBudget, "floor", [-0.1, 1.01, True, "0.3", None, {"q": 2}, {1: 0.5}], r"in \[0, 1\], or a dict .*"),
 ]
 
 
 @pytest.mark.parametrize(("policy", "field", "value", "legal"), [(p, f, v, r) for p, f, vs, r in BAD for v in vs])
 def test_a_bad_value_is_refused_with_the_value_and_the_legal_range(policy, field, value, legal):
-    with pytest.raises(ValueError, match=rf"{policy.__name__}\.{field} must be {legal}, got {value!r}"):
+    with pytest.raises(ValueError, match=rf"{policy.__name__}\.{field} must be {legal}, got {re.escape(repr(value))}"):
         policy(**{field: value})
-    with pytest.raises(ValueError, match=rf"must be {legal}, got {value!r}"):
+    with pytest.raises(ValueError, match=rf"must be {legal}, got {re.escape(repr(value))}"):
         policy_from_dict({"policy": policy.name, field: value})
 
 
@@ -301,6 +412,16 @@ def test_a_budget_beyond_the_targeted_weights_or_below_one_unit_is_refused():
     for count in (3, 25):
         with pytest.raises(ValueError, match=rf"one unit \(4 parameters\).*\(24 parameters\), got {count}"):
             ParameterBudget(count).choose(scores, costs)
+
+
+def test_floors_beyond_the_budget_or_for_a_type_that_is_not_there_are_refused():
+    scores, costs = [torch.ones(3), torch.ones(2)], [4, 6]
+    with pytest.raises(ValueError, match="floors alone take 14 parameters and the budget is 13"):
+        ParameterBudget(13, floor=0.5).choose(scores, costs)  # two units of 4, one of 6
+    with pytest.raises(ValueError, match="'k', but the types of modules here are 'q', 'v'"):
+        ParameterBudget(13, floor={"k": 0.1}).choose(scores, costs, kinds=["q", "v"])
+    with pytest.raises(ValueError, match=r"at most 1 units each may move \(10 parameters\), got 11"):
+        ParameterBudget(11).choose(scores, costs, most=1)
 
 
 def test_an_unknown_policy_suggests_the_nearest_and_an_unknown_argument_lists_the_known():

@@ -85,6 +85,19 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class DryRunOptions:
+    """Dry run."""
+
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what training would cost, and read and write nothing.")
+    ] = False
+    optimizer: Annotated[str, typer.Option(help="Whose state to count: adamw, adam, sgd, rmsprop, adagrad.")] = "adamw"
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Count a step with gradient checkpointing.")
+    ] = False
+
+
+@dataclass(frozen=True)
 class SelectionOptions:
     """Selection; the names are those of FGGMConfig, and what is not given is its default."""
 
@@ -97,6 +110,15 @@ class SelectionOptions:
         Optional[str],
         typer.Option(help="""Policy as JSON, instead of a density: '{"policy": "score_mass", "fraction": 0.9}'."""),
     ] = None
+    budget: Annotated[
+        Optional[str],
+        typer.Option(help="Values to train in the whole model, instead of a density: 5000000, 50MiB, 1%, lora:r=16."),
+    ] = None
+    budget_floor: Annotated[
+        Optional[str],
+        typer.Option(help="""Least density of each module type within the budget: 0.01, or '{"q_proj": 0.01}'."""),
+    ] = None
+    max_rows: Annotated[Optional[int], typer.Option(min=1, help="Rows (or columns) of any one module at most.")] = None
     granularity: Annotated[Optional[str], typer.Option(help="row, column or element (default: row).")] = None
     criterion: Annotated[Optional[str], typer.Option(help="fisher, random or weight_magnitude (default: fisher).")] = (
         None
@@ -148,8 +170,9 @@ class SelectionOptions:
         settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
         settings |= {} if self.config is None else _read_config(self.config)
         given = self._fields()
-        for shadowed, by in (("density", "threshold"), ("threshold", "density")):
-            if by in given and shadowed not in given:
+        exclusive = {"density", "threshold", "budget"}
+        if exclusive & given.keys():  # one of them replaces that of the file, with what belongs to it
+            for shadowed in exclusive | {"budget_floor"}:
                 settings.pop(shadowed, None)
         return FGGMConfig(**settings | given)
 
@@ -180,6 +203,13 @@ def _number_of_samples(text: str, option: str) -> int | str | None:
     return int(text)
 
 
+def _density_or_object(text: str, option: str) -> float | dict[str, Any]:
+    try:
+        return float(text)
+    except ValueError:
+        return _json_object(text, option)
+
+
 def _size(text: str, option: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
@@ -193,13 +223,15 @@ def _modules(names: list[str], option: str) -> list[str] | str:
 _READERS: dict[str, Callable[[Any, str], Any]] = {
     "threshold": _json_object,
     "density_pattern": _json_object,
+    "budget": _size,
+    "budget_floor": _density_or_object,
     "num_samples": _number_of_samples,
     "score_memory": _size,
     "target_modules": _modules,
     "exclude_modules": _modules,
 }
 _SET_BY_THE_LIBRARY = {"selection", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision"}
-_SET_BY_THE_LIBRARY |= {"base_model_name_or_path"}
+_SET_BY_THE_LIBRARY |= {"base_model_name_or_path", "resolved_budget"}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

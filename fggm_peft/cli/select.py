@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from .command import Result
-from .options import BaseOptions, DataOptions, SelectionOptions
+from .options import BaseOptions, DataOptions, DryRunOptions, SelectionOptions
 from .output import ADAPTER_FILE, complete_folder, require_free
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ def run(
     base: BaseOptions,
     selection: SelectionOptions,
     data_options: DataOptions,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.")],
+    dry: DryRunOptions,
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Folder for the adapter. Needed unless --dry-run is given.")
+    ] = None,
     data: Annotated[
         Optional[str],
         typer.Option(
@@ -36,8 +39,15 @@ def run(
     The result is an adapter of zero values that fggm train takes with --adapter. Runs on several devices under
     accelerate launch or torchrun: each reads a share of the data, and all choose the same. A model that fits on
     none of them is sharded, if accelerate is configured for FSDP (version 2).
+
+    With --dry-run no data is read and nothing is written: what training would cost is shown, at --batch-size samples
+    of --max-length tokens.
     """
     config = selection.fggm_config()
+    if dry.dry_run:
+        return _estimate(base, config, dry, batch_size, data_options.max_length)
+    if output is None:
+        raise typer.BadParameter("name a folder for the adapter", param_hint="--output")
     require_free(output, overwrite)
 
     from peft import get_peft_model
@@ -59,6 +69,24 @@ def run(
     with complete_folder(output) as folder:
         model.save_pretrained(str(folder))
     return _result(report, base.model, output)
+
+
+def _estimate(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_size: int, length: int) -> Result | None:
+    """What training would cost, without any data."""
+    from ..selection import estimate
+    from ..training.base import this_process
+
+    found = estimate(
+        base.base().load(),
+        config,
+        batch_size=batch_size,
+        sequence_length=length,
+        optimizer=dry.optimizer,
+        checkpointing=dry.gradient_checkpointing,
+    )
+    if not this_process().is_main_process:
+        return None
+    return Result({"model": base.model, **found.to_dict()}, found.to_table())
 
 
 def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGMConfig, batch_size: int) -> Any:

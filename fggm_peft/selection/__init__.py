@@ -1,6 +1,7 @@
 """The Fisher pass: which weights does the new task's data ask for?"""
 
+from .dry_run import CostEstimate, estimate
 from .report import SelectionReport
 from .select import select_parameters
 
-__all__ = ["SelectionReport", "select_parameters"]
+__all__ = ["CostEstimate", "SelectionReport", "estimate", "select_parameters"]

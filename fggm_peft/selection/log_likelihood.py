@@ -33,7 +33,7 @@ def default_log_likelihood(
     Raises:
         ValueError: the head is not known; the message says what to pass instead.
     """
-    head = _HEADS.get(task_type or _task_type_of(model) or "")
+    head = _HEADS.get(task_type or task_type_of(model) or "")
     if head is None:
         raise ValueError(
             f"cannot tell the likelihood of a {type(model).__name__} (task_type={task_type!r}). Set task_type on the "
@@ -53,7 +53,8 @@ def default_log_likelihood(
     return log_likelihood
 
 
-def _task_type_of(model: nn.Module) -> str | None:
+def task_type_of(model: nn.Module) -> str | None:
+    """PEFT's ``TaskType`` of a transformers model, by the name of its class."""
     name = type(model).__name__
     for part, task_type in (
         ("ForCausalLM", TaskType.CAUSAL_LM),

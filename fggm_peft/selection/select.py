@@ -19,7 +19,14 @@ from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig, require_num_samples, score_bytes
 from ..tuner.layer import FGGMLayer
-from ..tuner.support import Choice, choose_supports, criterion_scores, fggm_layers, write_supports
+from ..tuner.support import (
+    Choice,
+    choose_supports,
+    criterion_scores,
+    fggm_layers,
+    forecast_supports,
+    write_supports,
+)
 from ..version import __version__
 from .agreement import split_half_agreement
 from .fisher_pass import Counts, FisherPass
@@ -88,6 +95,7 @@ def select_parameters(
     ranks = Ranks()
     with ranks.together("select_parameters"):
         _check_selectable(layers, adapter_name, reset)
+        forecast_supports(layers, config, adapter_name)  # a budget that cannot be spent is better known at once
     _require_same_setting(ranks, layers, config)
     criterion = CRITERIA[config.criterion]
     if criterion.needs_data:

@@ -13,7 +13,8 @@ from peft.utils.other import get_pattern_key
 
 from ..core.criteria import CRITERIA
 from ..core.granularity import GRANULARITIES
-from ..core.threshold import ThresholdPolicy, TopDensity, policy_from_dict
+from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
+from .budget import require_budget
 from .card import complete_card
 from .registration import add_peft_type
 
@@ -51,6 +52,34 @@ class FGGMConfig(PeftConfig):
         metadata={
             "help": "Threshold policy: TopDensity, ScoreMass, MeanPlusStd, AbsoluteScore or ParameterBudget (or the "
             "dict that its `to_dict` gives). Use it or `density`, not both."
+        },
+    )
+    budget: Optional[Union[int, str]] = field(
+        default=None,
+        metadata={
+            "help": "How many values may train in all, spent over the whole model by ParameterBudget: a number; "
+            "'50MiB', the bytes that the saved values and indices may take, at 4 bytes a value (the file's header "
+            "comes on top); '1%' of the entries of the targeted weights; or 'lora:r=16', as many as PEFT's LoRA of "
+            "that rank trains on the same modules. Use it or `density` or `threshold`."
+        },
+    )
+    budget_floor: Optional[Union[float, dict[str, float]]] = field(
+        default=None,
+        metadata={
+            "help": "Part of `budget`: the share of its rows (columns, elements) that every module gets first, so that "
+            "none starves. One number, or module type (the last part of the path) -> number, with 'default' for the "
+            "others, e.g. {'q_proj': 0.01, 'default': 0.0}."
+        },
+    )
+    resolved_budget: Optional[int] = field(
+        default=None,
+        metadata={"help": "How many values `budget` is on the targeted modules. Written by the library."},
+    )
+    max_rows: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "At most so many rows (or columns) in any one module, whatever the threshold says: the best ones. "
+            "A delta of k rows is a LoRA of rank k. Not for granularity='element'."
         },
     )
     granularity: str = field(
@@ -167,6 +196,7 @@ class FGGMConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._resolve_threshold()
+        self._check_budget()
         GRANULARITIES[self.granularity]
         CRITERIA[self.criterion]
         _require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
@@ -197,13 +227,42 @@ class FGGMConfig(PeftConfig):
     def _resolve_threshold(self) -> None:
         if isinstance(self.threshold, dict):
             self.threshold = policy_from_dict(self.threshold)
-        if self.threshold is None:
+        if self.budget is not None:
+            for name in ("density", "threshold"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"give budget ({self.budget!r}) or {name} ({getattr(self, name)!r}), not both")
+        elif self.threshold is None:
             self.density = DEFAULT_DENSITY if self.density is None else self.density
             _require_density("density", self.density)
         elif not isinstance(self.threshold, ThresholdPolicy):
             raise ValueError(f"threshold must be a ThresholdPolicy or its dict, got {self.threshold!r}")
         elif self.density is not None:
             raise ValueError(f"give density ({self.density!r}) or threshold ({self.threshold!r}), not both")
+
+    def _check_budget(self) -> None:
+        if self.budget is not None:
+            require_budget(self.budget)
+            if self.density_pattern:
+                raise ValueError(
+                    f"density_pattern ({self.density_pattern!r}) would be spent beside the budget ({self.budget!r}); "
+                    "give the least of a module type as budget_floor"
+                )
+        if self.budget_floor is not None:
+            if self.budget is None:
+                raise ValueError(f"budget_floor ({self.budget_floor!r}) is a part of a budget: give budget too")
+            self._as_policy(1)  # checks the floor's values
+        if self.max_rows is None:
+            return
+        if not isinstance(self.max_rows, int) or isinstance(self.max_rows, bool) or self.max_rows < 1:
+            raise ValueError(f"max_rows must be an integer > 0 or None, got {self.max_rows!r}")
+        if self.granularity == "element":
+            raise ValueError(
+                f"max_rows ({self.max_rows!r}) bounds rows or columns and has no meaning for granularity='element'; "
+                "give a budget or a density"
+            )
+
+    def _as_policy(self, count: int) -> ParameterBudget:
+        return ParameterBudget(count, floor=0.0 if self.budget_floor is None else self.budget_floor)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; completes the model card that PEFT has put there by how to load the adapter."""
@@ -217,6 +276,11 @@ class FGGMConfig(PeftConfig):
             key = get_pattern_key(patterns.keys(), module_name)
             if key in patterns:
                 return TopDensity(density=patterns[key])
+        if self.budget is not None:
+            count = self.budget if isinstance(self.budget, int) else self.resolved_budget
+            if count is None:
+                raise ValueError(f"budget={self.budget!r} becomes a number once the adapter is on a model")
+            return self._as_policy(count)
         if self.threshold is None:
             assert self.density is not None
             return TopDensity(density=self.density)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA
 from .bitsandbytes_guard import guard_four_bit_layers
+from .budget import resolve_budget_
 from .config import FGGMConfig
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
@@ -24,7 +25,7 @@ from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
 from .offloading import require_offloading_in_place
 from .sharding import require_unsharded
-from .support import choose_supports, criterion_scores, fggm_layers, write_supports
+from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,10 @@ class FGGMModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            _warn_of_idle_patterns(self.peft_config[adapter_name], fggm_layers(model, adapter_name))
+            layers = fggm_layers(model, adapter_name)
+            _warn_of_idle_patterns(self.peft_config[adapter_name], layers)
+            resolve_budget_(self.peft_config[adapter_name], layers, adapter_name)
+            forecast_supports(layers, self.peft_config[adapter_name], adapter_name)  # raises if it cannot be spent
             self._fill_without_data(model, adapter_name)
         except Exception:
             _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA, Quantities
 from ..core.errors import NonFiniteScoreError
-from ..core.threshold import ThresholdPolicy
+from ..core.threshold import Forecast, ThresholdPolicy
+from .budget import module_kind, values_per_unit
 from .config import FGGMConfig
 from .layer import FGGMLayer
 from .sharding import plain_name
@@ -74,27 +75,49 @@ def choose_supports(
     Raises:
         NonFiniteScoreError: a score is NaN or infinite; names the module.
     """
-    together: dict[ThresholdPolicy, list[str]] = {}
     choices: dict[str, Choice] = {}
-    for name in layers:
-        policy = config.policy(name)
-        if policy.scope == "global":
-            together.setdefault(policy, []).append(name)
-        else:
-            choices.update(_choose(policy, [name], layers, adapter_name, scores))
-    for policy, names in together.items():
-        choices.update(_choose(policy, names, layers, adapter_name, scores))
+    for policy, names in _by_policy(layers, config):
+        choices.update(_choose(policy, names, layers, config, adapter_name, scores))
     return {name: choices[name] for name in layers}
 
 
-def _choose(policy, names: Iterable[str], layers, adapter_name, scores) -> dict[str, Choice]:
-    names = list(names)
+def forecast_supports(layers: Mapping[str, FGGMLayer], config: FGGMConfig, adapter_name: str) -> Forecast:
+    """What is known of the choice before there are scores; ``units`` in the order of the layers.
+
+    Raises:
+        ValueError: a budget that cannot be spent on these layers.
+    """
+    units: dict[str, int] = {}
+    least = most = 0
+    for policy, names in _by_policy(layers, config):
+        there = [layers[name].granularity[adapter_name].units(layers[name].weight_shape) for name in names]
+        forecast = policy.forecast(there, *_bounds(names, layers, config, adapter_name))
+        units.update(zip(names, forecast.units, strict=True))
+        least, most = least + forecast.least, most + forecast.most
+    return Forecast([units[name] for name in layers], least, most)
+
+
+def _by_policy(layers: Iterable[str], config: FGGMConfig) -> Iterable[tuple[ThresholdPolicy, list[str]]]:
+    """The modules that a policy looks at together: all of them with global scope, else one."""
+    groups: dict[tuple[ThresholdPolicy, str], list[str]] = {}
+    for name in layers:
+        policy = config.policy(name)
+        groups.setdefault((policy, "" if policy.scope == "global" else name), []).append(name)
+    return [(policy, names) for (policy, _), names in groups.items()]
+
+
+def _bounds(names, layers, config, adapter_name) -> tuple[list[int], list[str], int | None]:
+    """What a unit of each module costs, the modules' types, and the most units that one may have."""
+    costs = [values_per_unit(layers[name], adapter_name) for name in names]
+    return costs, [module_kind(name) for name in names], config.max_rows
+
+
+def _choose(policy, names: list[str], layers, config, adapter_name, scores) -> dict[str, Choice]:
     vectors = [scores(name) for name in names]
     for name, vector in zip(names, vectors, strict=True):
         if not torch.isfinite(vector).all():
             raise NonFiniteScoreError(f"a score of module {name} is NaN or infinite")
-    costs = [layers[name].granularity[adapter_name].parameters_per_unit(layers[name].weight_shape) for name in names]
-    chosen = policy.choose(vectors, costs)
+    chosen = policy.choose(vectors, *_bounds(names, layers, config, adapter_name))
     return {
         name: Choice(indices, len(vector), _share(vector, indices))
         for name, vector, indices in zip(names, vectors, chosen, strict=True)

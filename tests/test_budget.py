@@ -1,0 +1,247 @@
+"""Budgets in the words of a user, on layers and models, and bounds on single modules."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import BERT_HEADS, adapted, bert, gpt2, llama, quantized, token_batches
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from fggm_peft import FGGMConfig, ParameterBudget, ScoreMass, TopDensity, select_parameters
+from fggm_peft.core.threshold import POLICIES
+from fggm_peft.tuner.support import fggm_layers
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def chosen(model: nn.Module) -> dict[str, int]:
+    return {name: len(layer.fggm_indices["default"]) for name, layer in fggm_layers(model, "default").items()}
+
+
+# What each form means ----------------------------------------------------------------------------
+
+
+def test_a_lora_of_a_rank_has_as_many_values_as_pefts_on_every_kind_of_layer(example, adapt):
+    model = adapt(example.layer(), density=None, budget="lora:r=2")
+    wrapped = nn.Sequential()
+    wrapped.layer = example.layer()
+    lora = get_peft_model(wrapped, LoraConfig(r=2, target_modules=["layer"]))
+    assert model.peft_config["default"].resolved_budget == trainable(lora)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [
+        (llama, "all-linear"),
+        (lambda: quantized(llama(), "nf4"), "all-linear"),
+        (gpt2, ["c_attn", "wte"]),
+        (lambda: bert(BERT_HEADS["token"]), ["query", "dense", "word_embeddings"]),
+    ],
+)
+def test_a_lora_of_a_rank_has_as_many_values_as_pefts_on_whole_models(rank, build, targets):
+    lora = get_peft_model(build(), LoraConfig(r=rank, target_modules=targets))
+    model = adapted(build(), budget=f"lora:r={rank}", target_modules=targets)
+    assert model.peft_config["default"].resolved_budget == trainable(lora)
+
+
+def test_a_rank_that_pefts_lora_refuses_is_refused(layer_examples, adapt):
+    layer = layer_examples["conv2d grouped"].layer()
+    with pytest.raises(ValueError, match="divisible by 2"):
+        adapt(layer, density=None, budget="lora:r=3")
+    wrapped = nn.Sequential()
+    wrapped.layer = layer
+    with pytest.raises(ValueError, match="divisible by groups"):
+        get_peft_model(wrapped, LoraConfig(r=3, target_modules=["layer"]))
+
+
+@pytest.mark.parametrize(("share", "of"), [("1%", 100), ("2.5 %", 40), ("100%", 1)])
+def test_a_share_is_of_the_entries_of_the_targeted_weights(share, of):
+    model = adapted(llama(), budget=share)
+    layers = fggm_layers(model, "default").values()
+    assert model.peft_config["default"].resolved_budget == sum(x.get_base_layer().weight.numel() for x in layers) // of
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", ["20KiB", "33.3KB"])
+def test_a_size_is_what_the_saved_tensors_take_at_most(size, dtype, granularity, tmp_path):
+    model = adapted(llama(dtype), granularity, budget=size, criterion="weight_magnitude")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    used = sum(tensor.nbytes for tensor in tensors.values())
+    limit = {"20KiB": 20 * 1024, "33.3KB": 33300}[size]
+    # what is left is less than a unit, and what the narrowest row's index costs more than the widest's
+    assert limit - 96 * 8 - 0.02 * limit < used <= limit
+
+
+def test_a_number_is_the_same_as_a_parameter_budget(granularity):
+    models = [
+        adapted(llama(), granularity, criterion="random", **config)
+        for config in ({"budget": 3000}, {"threshold": ParameterBudget(3000)})
+    ]
+    assert chosen(models[0]) == chosen(models[1])
+    assert 3000 - 96 < trainable(models[0]) <= 3000
+    assert models[0].peft_config["default"].resolved_budget == 3000
+
+
+def test_bias_entries_count():
+    model = adapted(bert(BERT_HEADS["masked"]), bias="fggm_only", budget=2000)
+    select_parameters(model, token_batches(padding="right"), progress=False)
+    assert 2000 - 49 < trainable(model) <= 2000
+
+
+quick = settings(max_examples=12, deadline=None)
+
+
+@quick
+@given(share=st.integers(2, 1000), most=st.none() | st.integers(1, 40), floor=st.sampled_from([None, 0.01]))
+@pytest.mark.parametrize("unit", ["row", "column", "element"])
+def test_a_budget_is_never_exceeded_and_spent_to_a_unit(unit, share, most, floor):
+    most = None if unit == "element" else most
+    total = 61440 if most is None else 0
+    if most is not None:
+        total = sum(min(most, n) * cost for n, cost in unit_counts(unit))
+    least = 0 if floor is None else sum(min(-(-n // 100), most or n) * cost for n, cost in unit_counts(unit))
+    budget = max(96, least, total * share // 1000)
+    model = adapted(llama(), unit, criterion="random", budget=budget, max_rows=most, budget_floor=floor)
+    assert budget - 96 < trainable(model) <= budget
+    assert max(chosen(model).values()) <= (most or budget)
+    assert floor is None or min(chosen(model).values()) >= 1
+
+
+def unit_counts(granularity: str) -> list[tuple[int, int]]:
+    """(units, values of a unit) of every targeted weight of the small Llama."""
+    layers = fggm_layers(adapted(llama(), granularity), "default").values()
+    return [
+        (
+            layer.granularity["default"].units(layer.weight_shape),
+            layer.granularity["default"].parameters_per_unit(layer.weight_shape),
+        )
+        for layer in layers
+    ]
+
+
+# What is kept ------------------------------------------------------------------------------------
+
+
+def test_the_saved_config_keeps_what_was_written_and_what_it_became(tmp_path):
+    floor = {"q_proj": 0.05, "default": 0.0}
+    model = adapted(llama(), budget="2%", budget_floor=floor, max_rows=8)
+    select_parameters(model, token_batches(), progress=False)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["budget"], saved["resolved_budget"]) == ("2%", 61440 // 50)
+    assert (saved["budget_floor"], saved["max_rows"], saved["density"]) == (floor, 8, None)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert chosen(loaded) == chosen(model)
+    assert loaded.peft_config["default"].policy() == ParameterBudget(61440 // 50, floor=floor)
+    assert f"count {61440 // 50}" in (tmp_path / "README.md").read_text()
+
+
+def test_a_config_used_on_a_second_model_is_resolved_anew():
+    config = FGGMConfig(budget="1%", target_modules=["q_proj"])
+    first = get_peft_model(llama(), config).peft_config["default"].resolved_budget
+    second = get_peft_model(llama(layers=4), config).peft_config["default"].resolved_budget
+    assert (first, second) == (2 * 64 * 64 // 100, 4 * 64 * 64 // 100)
+
+
+def test_floors_hold_for_module_types(granularity):
+    model = adapted(llama(), granularity, budget="20%", budget_floor={"k_proj": 0.3, "default": 0.02})
+    report = select_parameters(model, token_batches(), progress=False)
+    for module in report.modules:
+        assert module.density >= (0.3 if module.name.endswith("k_proj") else 0.02)
+    assert 61440 // 5 - 96 < report.parameters <= 61440 // 5
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_max_rows_bounds_every_module_whatever_the_policy(name):
+    threshold = ParameterBudget(2000) if name == "parameter_budget" else POLICIES[name]()
+    free = adapted(llama(), threshold=threshold)
+    bounded = adapted(llama(), threshold=threshold, max_rows=4)
+    for model in (free, bounded):
+        select_parameters(model, token_batches(), progress=False)
+    assert max(chosen(free).values()) > 4 == max(chosen(bounded).values())
+    if threshold.scope == "layer":
+        for a, b in zip(*(fggm_layers(m, "default").values() for m in (free, bounded)), strict=True):
+            assert set(b.fggm_indices["default"].tolist()) <= set(a.fggm_indices["default"].tolist())
+
+
+def test_max_rows_also_bounds_modules_with_a_density_of_their_own():
+    model = adapted(llama(), density_pattern={"q_proj": 1.0}, max_rows=5, criterion="random")
+    assert set(chosen(model).values()) == {5}
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+forms = "number of values.*'50MiB'.*'1%'.*'lora:r=16'"
+BAD = [
+    *[({"budget": v}, rf"budget must be.*{forms}, got {re.escape(repr(v))}") for v in (0, -1, True, 1.5, ["1%"])],
+    *[
+        ({"budget": v}, rf"budget must be.*{forms}, got {re.escape(repr(v))}")
+        for v in (
+            "",
+            "5",
+            "MiB",
+            "-1%",
+            "1 %%",
+            "nan%",
+            "50Mb",
+            "200B",
+            "lora:16",
+            "lora:r=-1",
+            "lora:r=1.5",
+            "1e6",
+            " 1%",
+        )
+    ],
+    ({"budget": "1%", "density": 0.1}, r"give budget \('1%'\) or density \(0.1\), not both"),
+    ({"budget": "1%", "threshold": ScoreMass()}, r"give budget \('1%'\) or threshold \(ScoreMass.*not both"),
+    ({"budget": "1%", "density_pattern": {"q": 0.1}}, "beside the budget.*budget_floor"),
+    ({"budget_floor": 0.1}, r"budget_floor \(0.1\) is a part of a budget"),
+    ({"budget_floor": 0.1, "threshold": ParameterBudget(9)}, "part of a budget"),
+    *[({"budget": 9, "budget_floor": v}, r"floor must be in \[0, 1\], or a dict") for v in (-1, 2, "1%", {"q": 3})],
+    *[({"max_rows": v}, f"max_rows must be an integer > 0 or None, got {v!r}") for v in (0, -1, 1.5, True, "8")],
+    ({"max_rows": 8, "granularity": "element"}, r"max_rows \(8\).*no meaning for granularity='element'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_a_bad_value_is_refused_with_the_value_and_what_there_is(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FGGMConfig(**arguments)
+
+
+@pytest.mark.parametrize("budget", [63, "0.1%", "256KB", "lora:r=999", 10**9])
+def test_a_budget_that_cannot_be_spent_says_the_least_and_the_most(budget):
+    base = llama()
+    with pytest.raises(ValueError, match=rf"budget={budget!r} is \d+ values.* at least 64, one row.* at most 61440"):
+        adapted(base, budget=budget)
+    assert not fggm_layers(base, "default")  # the model is as it was
+
+
+def test_a_budget_beyond_what_max_rows_allows_names_it():
+    with pytest.raises(ValueError, match=r"at most \d+, all that may move \(max_rows=2\)"):
+        adapted(llama(), budget=5000, max_rows=2)
+
+
+def test_floors_beyond_the_budget_are_refused_before_any_data_is_read():
+    with pytest.raises(ValueError, match=r"floors alone take \d+ parameters and the budget is 614"):
+        adapted(llama(), budget="1%", budget_floor=0.1)
+    with pytest.raises(ValueError, match=r"names 'query', but the types of modules here are 'down_proj'"):
+        adapted(llama(), budget="1%", budget_floor={"query": 0.1})
+
+
+def test_a_budget_on_no_model_has_no_number():
+    assert FGGMConfig(budget=7).policy() == ParameterBudget(7)
+    with pytest.raises(ValueError, match="once the adapter is on a model"):
+        FGGMConfig(budget="1%").policy()
+    assert FGGMConfig().policy() == TopDensity(0.3)
