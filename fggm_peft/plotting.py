@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from xml.etree import ElementTree
+
+from .inline_svg import inline_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">", "*")
 LINES = ("-", "--", ":", "-.")
 PALE_TO_DEEP = ("#f2f5f9", "#bcd6e8", "#6ba3c8", "#2f6a9f", "#143559")
 HATCHES = ("", "////", "....", "xx")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",  # text stays text: a tenth of the size, and it can be searched
     "svg.hashsalt": "fggm",
@@ -88,9 +89,10 @@ def plain(text: object) -> str:
 
 
 def shortened(text: object, length: int = 16) -> str:
-    """The text, or its beginning with an ellipsis."""
+    """The text, or its beginning and its end: names of one family often differ in the end only."""
     clean = plain(text)
-    return clean if len(clean) <= length else clean[: length - 1].rstrip() + "…"
+    end = (length - 1) // 3
+    return clean if len(clean) <= length else f"{clean[: length - 1 - end]}…{clean[len(clean) - end :]}"
 
 
 @contextmanager
@@ -242,10 +244,9 @@ def points(axes: Axes, spots: Sequence[Spot], front: Sequence[tuple[float, float
         corners = sorted(front)
         axes.plot([x for x, _ in corners], [y for _, y in corners], color=FAINT, linewidth=3, alpha=0.35, zorder=1)
     for spot in spots:
-        for index, half in enumerate(spot.spread):
-            if half is not None:
-                bar = {"xerr" if index == 0 else "yerr": half}
-                axes.errorbar(spot.x, spot.y, **bar, ecolor=spot.look.color, elinewidth=0.9, alpha=0.45, fmt="none")
+        x_half, y_half = spot.spread
+        bars = {"ecolor": spot.look.color, "elinewidth": 0.9, "alpha": 0.45}
+        axes.errorbar(spot.x, spot.y, yerr=y_half, xerr=x_half, fmt="none", **bars)  # type: ignore[arg-type]
         axes.plot(
             spot.x,
             spot.y,
@@ -285,14 +286,18 @@ def _write_names(axes: Axes, spots: Sequence[Spot]) -> None:
 
     if not any(spot.name for spot in spots):
         return
-    axes.figure.draw_without_rendering()  # places are known in print only after the layout
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # places are known in print only after the layout
     half = 5 * axes.figure.dpi / 72  # of a marker
     frame = axes.get_window_extent()
     centers = [axes.transData.transform((spot.x, spot.y)) for spot in spots]
     covered = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in centers]
 
+    def box_of(text: Any) -> Bbox:
+        text.get_window_extent()  # puts the text in its place, and measures it with its line
+        return Text.get_window_extent(text)
+
     def cost(text: Text) -> float:
-        box = Text.get_window_extent(text)  # without the arrow
+        box = box_of(text)
         outside = box.width * box.height - _shared_area(box, frame)
         return sum(_shared_area(box, other) for other in covered) + 3 * outside
 
@@ -309,7 +314,7 @@ def _write_names(axes: Axes, spots: Sequence[Spot]) -> None:
         for number, (_, text) in enumerate(found):
             if number != best:
                 text.remove()
-        covered.append(Text.get_window_extent(found[best][1]))
+        covered.append(box_of(found[best][1]))
 
 
 def _name_at(axes: Axes, spot: Spot, dx: float, dy: float, horizontal: str, vertical: str) -> Any:
@@ -361,7 +366,11 @@ def bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[Value]],
 
 @_styled
 def intervals(
-    axes: Axes, names: Sequence[str], means: Sequence[float], ends: Sequence[tuple[float, float] | None], clear: Sequence[bool]
+    axes: Axes,
+    names: Sequence[str],
+    means: Sequence[float],
+    ends: Sequence[tuple[float, float] | None],
+    clear: Sequence[bool],
 ) -> None:
     """Means with intervals about zero, the first name on top; those that leave zero out are full and dark."""
     axes.axvline(0, color=INK, linewidth=0.9)
@@ -376,7 +385,7 @@ def intervals(
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [shortened(name) for name in names])
+    axes.set_yticks(range(len(names)), [shortened(name, 22) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
@@ -404,34 +413,4 @@ def to_svg(figure: Figure, name: str = "figure", alt: str = "") -> str:
     """
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(file.getvalue())
-    for parent in list(root.iter()):
-        for child in list(parent):
-            # a style element would be the style of the whole page
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-    text = " ".join(value for element in root.iter() for value in element.attrib.values())
-    used = set(re.findall(r"#([\w-]+)", text))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = _attributes(element.attrib, used, plain(name))
-    for size in ("width", "height", "version"):
-        root.attrib.pop(size, None)
-    root.attrib |= {"role": "img", "aria-label": plain(alt), "style": "stroke-linejoin: round; stroke-linecap: butt"}
-    return re.sub(r">\s*\n\s*<", "><", ElementTree.tostring(root, encoding="unicode"))
-
-
-def _attributes(attributes: Mapping[str, str], used: set[str], name: str) -> dict[str, str]:
-    result = {}
-    for key, value in attributes.items():
-        key = key.rpartition("}")[2]
-        if key == "id":
-            if value in used:
-                result[key] = f"{name}-{value}"
-        elif key == "href":
-            result[key] = f"#{name}-{value[1:]}" if value.startswith("#") else value
-        else:
-            value = re.sub(r"url\(#([\w-]+)\)", rf"url(#{name}-\1)", value)
-            value = re.sub(r"(\.\d\d)\d+", r"\1", value)  # a hundredth of a point is finer than any screen
-            result[key] = value.replace(INK, "currentColor")
-    return result
+    return inline_svg(file.getvalue(), plain(name), plain(alt), INK)

@@ -76,7 +76,10 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
     overlap = None
     if method == "fggm":
         jaccard = [[1.0 if i == j else 0.2 + 0.3 / (1 + abs(i - j)) for j in range(count)] for i in range(count)]
-        overlap = {"jaccard": jaccard, "chance": [[1.0 if i == j else 0.18 for j in range(count)] for i in range(count)]}
+        overlap = {
+            "jaccard": jaccard,
+            "chance": [[1.0 if i == j else 0.18 for j in range(count)] for i in range(count)],
+        }
     return {
         "method": method,
         "label": label,

@@ -58,8 +58,7 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
     - ``warnings``: what a reader should know before comparing.
     """
     runs = [finite(run) for run in results]
-    points = _points(runs)
-    summary = [_entry(point, members) for point, members in points.items()]
+    points, summary = _points(runs), summarised(runs)
     best = best_points(summary)
     return {
         "runs": runs,
@@ -156,6 +155,11 @@ def _points(runs: Sequence[Run]) -> dict[Point, list[Run]]:
     return points
 
 
+def summarised(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One entry for each label and learning rate, over its runs."""
+    return [_entry(point, members) for point, members in _points(runs).items()]
+
+
 def _entry(point: Point, runs: Sequence[Run]) -> dict[str, Any]:
     costs = [run.get("cost", {}) for run in runs]
     return {
@@ -230,13 +234,12 @@ def _differences(best: Sequence[Mapping[str, Any]], points: Mapping[Point, list[
 
 def _pareto(points: Mapping[Point, list[Run]], worse) -> dict[str, Any]:
     """The points of all labels and which of them are on a front; a run counts if it has both coordinates."""
-    means = {}
+    means: dict[Point, dict[str, Any]] = {}
     for point, runs in points.items():
         pairs = [(run.get("diagonal"), worse(run)) for run in runs]
         known = [(x, y) for x, y in pairs if x is not None and y is not None]
         if known:
-            x, y = summary_of(x for x, _ in known), summary_of(y for _, y in known)
-            assert x is not None and y is not None
+            x, y = (summary_of(axis) for axis in zip(*known, strict=True))
             means[point] = {"label": point[0], "learning_rate": point[1], "learned": x, "cost": y}
 
     def front(members: list[Point]) -> list[Point]:

@@ -17,6 +17,12 @@ LEADERS = {
     "general": "The general loss rose least with",
 }
 
+RANKED = "Ranked are methods that train, one task after another, each at its best point."
+CAUTION = (
+    "Clear means that the 95 % interval of the paired difference (Student's t) leaves zero out. Each interval stands "
+    "for itself; none is corrected for the number of them."
+)
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -25,7 +31,7 @@ class Findings:
     Args:
         rests_on: how many runs, and what they differ in.
         leaders: for each of four measures who leads, and from whom that is clearly apart.
-        caution: what "clearly" means; empty where there is no interval.
+        caution: what is ranked, and what "clearly" means.
     """
 
     rests_on: str
@@ -36,8 +42,8 @@ class Findings:
 def findings_of(report: Mapping[str, Any], name: Name = str) -> Findings:
     """What a report says.
 
-    Only methods that learn one task after another are ranked; and only those that train anything, since a model that
-    learns nothing forgets nothing.
+    Only methods that learn one task after another are ranked: one that has all tasks at once cannot forget. And only
+    those that train anything: a model that learns nothing forgets nothing.
 
     Args:
         name: how a label is written.
@@ -73,7 +79,7 @@ def _leader(report: Mapping[str, Any], measure: str, name: Name) -> str | None:
     figure = signed(value) if measure in ("bwt", "general") else f"{value:.3f}"
     unit = " nats" if measure == "general" else ""
     verb = " is that of" if measure == "op" else ""
-    start = f"{LEADERS[measure]}{verb} {name(first['label'])} ({figure}{unit}, n = {first[measure]['n']})"
+    start = f"{LEADERS[measure]}{verb} {name(first['label'])} ({figure}{unit}, n\u00a0=\u00a0{first[measure]['n']})"
     others = [entry["label"] for entry in ranked if entry is not first]
     return f"{start}{_apart(report, first['label'], others, measure, name)}." if others else f"{start}."
 
@@ -107,9 +113,8 @@ def _caution(report: Mapping[str, Any]) -> str:
     found = [entry["measures"][name] for entry in report["differences"] for name in COMPARED]
     count = sum(difference is not None and difference["interval"] is not None for difference in found)
     if not count:
-        return ""
+        return RANKED
     return (
-        "Clear means that the 95 % interval of the paired difference (Student's t) leaves zero out. Each interval stands "
-        f"for itself: none is corrected for the {count} of this report, of which about one in twenty would leave zero "
-        "out by chance alone if no methods differed."
+        f"{RANKED} {CAUTION} There are {count} in this report; about one in twenty would leave zero out by chance "
+        "alone if no methods differed."
     )

@@ -1,4 +1,4 @@
-"""``report.html``: one file with everything in it, which needs no network and no script."""
+"""``report.html`` and ``compare.html``: each one file that needs no network and no script."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .findings import findings_of
+from .comparison import comparison_tables
+from .findings import CAUTION, findings_of
 from .markdown import NOTATION
-from .pictures import Pictures
+from .pictures import Pictures, comparison_pictures
 from .tables import (
     HEADINGS,
     best_table,
@@ -33,7 +34,6 @@ def page_of(report: Mapping[str, Any]) -> str:
         report=report,
         findings=findings_of(report),
         swatches=pictures.swatches(),
-        order=pictures.order,
         fronts=list(pictures.fronts()),
         front_tables=[table for name in report["pareto"] if (table := pareto_table(report, name)).rows],
         differences=list(pictures.differences()),
@@ -48,6 +48,18 @@ def page_of(report: Mapping[str, Any]) -> str:
         best_table=best_table(report),
         summary_table=summary_table(report),
         cost_table=cost_table(report),
+    )
+
+
+def comparison_page(comparison: Mapping[str, Any]) -> str:
+    """The page of what ``compare`` found."""
+    return rendered(
+        "compare.html",
+        title="Runs compared",
+        comparison=comparison,
+        caution=CAUTION,
+        differences=list(comparison_pictures(comparison)),
+        tables=comparison_tables(comparison),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...plotting import Look, Spot, bars, heat_map, intervals, lines, looks, new_figure, points, titles, to_svg
-from .contents import COMPARED, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
+from .comparison import letters, pairing_name
+from .contents import COLUMNS, COMPARED, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
 from .tables import HEADINGS, PHASES, UNITS
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Pictures:
             for p in found["points"]
             if (p["label"], p["learning_rate"]) in front
         ]
-        figure, (axes,) = new_figure(3.6, width=4.3)
+        figure, (axes,) = new_figure(3.4, width=4.0)
         titles(axes, x=f"{cost} (less is better)", y="learned: mean R[t,t]")
         points(axes, spots, corners)
         names = ", ".join(f"{label} at {rate:g}" for label, rate in front)
@@ -123,17 +124,9 @@ class Pictures:
                 yield self._intervals(measure, reference, known)
 
     def _intervals(self, measure: str, reference: str, known: list[tuple[str, dict[str, Any]]]) -> Picture:
-        figure, (axes,) = new_figure(0.75 + 0.22 * len(known))
-        ends = [None if d["interval"] is None else tuple(d["interval"]) for _, d in known]
-        clear = [d["is_clear"] for _, d in known]
-        intervals(axes, [label for label, _ in known], [d["mean"] for _, d in known], ends, clear)
-        better = "less" if measure in LESS_IS_BETTER else "more"
-        titles(axes, x=f"difference ({better} is better)")
         title = f"{HEADINGS[measure]}: difference to {reference}"
-        texts = [f"{label} {d['mean']:+.3f}{' (clear)' if d['is_clear'] else ''}" for label, d in known]
-        counts = sorted({d["n"] for _, d in known})
-        note = f"{_range(counts, 'pair')}; bars are 95 % intervals, dark where zero is left out."
-        return self._picture(figure, title, f"{title}: {', '.join(texts)}.", note)
+        self.drawn += 1
+        return _interval_picture(measure, title, known, f"picture{self.drawn}")
 
     # --- matrices --------------------------------------------------------------------------------
 
@@ -151,7 +144,9 @@ class Pictures:
             last = ", ".join(f"{task} {_score(value)}" for task, value in zip(tasks, matrix[-1], strict=True))
             rate = f"learning rate {runs[0]['learning_rate']:g}"
             note = f"{rate}, {_count(len(runs), 'run')}, order {self.order}"
-            yield self._picture(figure, label, f"Scores of {label} on each task after each. After the last: {last}.", note)
+            yield self._picture(
+                figure, label, f"Scores of {label} on each task after each. After the last: {last}.", note
+            )
 
     def overlaps(self) -> Iterator[Picture]:
         """How much the supports of two tasks' deltas share, and what chance would give."""
@@ -196,7 +191,9 @@ class Pictures:
             titles(axes, x="after task", y="score")
             ends = ", ".join(f"{label} {_score(matrix[-1][position])}" for label, matrix in matrices.items())
             title = f"{position + 1}. {task}"
-            yield self._picture(figure, title, f"Score on {task} over the steps. At the end: {ends}.")
+            counts = _range(sorted({len(self._best_runs(label)) for label in matrices}))
+            alt = f"Score on {task} over the steps. At the end: {ends}."
+            yield self._picture(figure, title, alt, f"Means over {counts} of each method, order {self.order}")
 
     def general_curve(self) -> Iterator[Picture]:
         """The loss on general text over the steps, at the best points, over all orders."""
@@ -209,7 +206,7 @@ class Pictures:
         if not series:
             return
         steps = max(map(len, series.values())) - 1
-        figure, (axes,) = new_figure(3.0, width=4.3)
+        figure, (axes,) = new_figure(2.6)
         for label, values in series.items():
             places = range(steps + 1) if len(values) == steps + 1 else [0, steps][: len(values)]
             lines(axes, places, {label: values}, self.looks)
@@ -228,14 +225,11 @@ class Pictures:
         counts = _range(sorted({entry["runs"] for entry in best_entries(self.report)}))
         seconds = {phase: [_mean(cost.get(f"{phase}_seconds")) for cost in costs.values()] for phase in PHASES}
         memory = {phase: [_mean((c.get("peak_memory") or {}).get(phase)) for c in costs.values()] for phase in PHASES}
-        single: Callable[[str], dict[str, list[float | None]]] = lambda key: {
-            "": [_mean(cost.get(key)) for cost in costs.values()]
-        }
         kinds = [
             ("Time of a run", *_scaled(seconds, _TIMES), True),
             ("Peak memory", *_scaled(memory, _BYTES), False),
-            ("Trainable values", *_scaled(single("parameters"), _COUNTS), False),
-            ("Saved", *_scaled(single("bytes"), _BYTES), False),
+            ("Trainable values", *_scaled(_of_all(costs, "parameters"), _COUNTS), False),
+            ("Saved", *_scaled(_of_all(costs, "bytes"), _BYTES), False),
         ]
         for title, parts, unit, stacked in kinds:
             used = {part: values for part, values in parts.items() if any(value is not None for value in values)}
@@ -246,7 +240,9 @@ class Pictures:
             bars(axes, list(costs), used, stacked)
             titles(axes, x=unit)
             totals = [sum(values[n] or 0 for values in used.values()) for n in range(len(costs))]
-            figures = totals if stacked else [max(values[n] or 0 for values in used.values()) for n in range(len(costs))]
+            figures = (
+                totals if stacked else [max(values[n] or 0 for values in used.values()) for n in range(len(costs))]
+            )
             texts = [f"{label} {value:.3g}" for label, value in zip(costs, figures, strict=True)]
             note = f"Means over {counts}, each method at its best rate."
             yield self._picture(figure, title, f"{title} ({unit}): {', '.join(texts)}.", note)
@@ -259,6 +255,11 @@ _BYTES = tuple((unit, 1024.0**power) for power, unit in enumerate(UNITS))
 _COUNTS = (("values", 1.0), ("thousands", 1e3), ("millions", 1e6), ("billions", 1e9))
 
 
+def _of_all(costs: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, list[float | None]]:
+    """One part without a name: a figure of every label."""
+    return {"": [_mean(cost.get(key)) for cost in costs.values()]}
+
+
 def _scaled(
     parts: Mapping[str, Sequence[float | None]], units: Sequence[tuple[str, float]]
 ) -> tuple[dict[str, list[float | None]], str]:
@@ -266,6 +267,32 @@ def _scaled(
     highest = max((value for values in parts.values() for value in values if value is not None), default=0.0)
     unit, size = next((found for found in reversed(units) if highest >= found[1]), units[0])
     return {part: [None if v is None else v / size for v in values] for part, values in parts.items()}, unit
+
+
+def comparison_pictures(comparison: Mapping[str, Any]) -> Iterator[Picture]:
+    """Of each measure the paired differences of all pairings of a comparison."""
+    of = letters(comparison)
+    for number, measure in enumerate(COLUMNS.values()):
+        found = [(entry, entry["measures"][measure]) for entry in comparison["differences"]]
+        known = [(pairing_name(entry, of), difference) for entry, difference in found if difference is not None]
+        if known:
+            yield _interval_picture(measure, HEADINGS[measure], known, f"picture{number}")
+
+
+def _interval_picture(measure: str, title: str, known: Sequence[tuple[str, Mapping[str, Any]]], name: str) -> Picture:
+    """Differences to zero, one row for each, in the order given."""
+    figure, (axes,) = new_figure(0.75 + 0.22 * len(known))
+    ends = [None if d["interval"] is None else tuple(d["interval"]) for _, d in known]
+    intervals(
+        axes, [label for label, _ in known], [d["mean"] for _, d in known], ends, [d["is_clear"] for _, d in known]
+    )
+    better = "less" if measure in LESS_IS_BETTER else "more"
+    titles(axes, x=f"difference ({better} is better)")
+    texts = [f"{label} {d['mean']:+.3f}{' (clear)' if d['is_clear'] else ''}" for label, d in known]
+    counts = sorted({d["n"] for _, d in known})
+    bars_are = "bars are 95 % intervals, dark where zero is left out" if any(ends) else "no interval of one pair"
+    note = f"{_range(counts, 'pair')}; {bars_are}."
+    return Picture(title, to_svg(figure, name, f"{title}: {', '.join(texts)}."), note)
 
 
 def _score_matrix(runs: Sequence[Mapping[str, Any]]) -> Grid:

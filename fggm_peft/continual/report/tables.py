@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .contents import COLUMNS, COMPARED, best_entries
+from .contents import COLUMNS, COMPARED, best_entries, runs_at, summary_of
 
 HEADINGS = {name: heading for heading, name in COLUMNS.items()}
 """Name of the measure in ``report.json`` -> heading."""
@@ -59,7 +59,12 @@ def difference_cells(difference: Mapping[str, Any] | None) -> list[str]:
     if ends is None:
         return [signed(difference["mean"]), "", str(difference["n"]), "one pair: no interval"]
     interval = f"{signed(ends[0])} to {signed(ends[1])}"
-    return [signed(difference["mean"]), interval, str(difference["n"]), "clear" if difference["is_clear"] else "not clear"]
+    return [
+        signed(difference["mean"]),
+        interval,
+        str(difference["n"]),
+        "clear" if difference["is_clear"] else "not clear",
+    ]
 
 
 def signed(value: float) -> str:
@@ -72,7 +77,7 @@ def bytes_shown(count: float) -> str:
     unit = 0
     while count >= 1024 and unit < len(UNITS) - 1:
         count, unit = count / 1024, unit + 1
-    return f"{count:.0f} {UNITS[unit]}" if unit == 0 else f"{count:.3g} {UNITS[unit]}" if count < 1000 else f"{count:.0f} {UNITS[unit]}"
+    return f"{count:.{0 if unit == 0 or count >= 100 else 1}f} {UNITS[unit]}"
 
 
 def _mean(figure: Mapping[str, Any] | None, show: Callable[[float], str]) -> str:
@@ -105,28 +110,30 @@ def best_table(report: Mapping[str, Any]) -> Table:
         + [counted(entry, name) for name in COLUMNS.values()]
         for point, entry in entries
     ]
-    return Table("Best points", ["method", "best rate", "rates tried", "runs", *COLUMNS], rows, note=OVER_RUNS)
+    return Table("Best points", ["method", "best rate", "of rates", "runs", *COLUMNS], rows, note=OVER_RUNS)
 
 
 def cost_table(report: Mapping[str, Any]) -> Table:
     """Seconds, memory, trainable values and bytes of every point; columns that no run has are left out."""
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        f"{phase} s": lambda cost, phase=phase: _seconds(cost.get(f"{phase}_seconds")) for phase in PHASES
-    }
-    columns |= {
-        f"peak memory, {phase}": lambda cost, phase=phase: _mean((cost.get("peak_memory") or {}).get(phase), bytes_shown)
-        for phase in PHASES
-    }
-    columns["trainable values"] = lambda cost: _mean(cost.get("parameters"), lambda count: f"{count:,.0f}")
-    columns["saved"] = lambda cost: _mean(cost.get("bytes"), bytes_shown)
-    cells = [[column(entry["cost"]) for column in columns.values()] for entry in report["summary"]]
-    used = [number for number in range(len(columns)) if any(row[number] for row in cells)]
-    names = list(columns)
+    cells = [_cost_cells(entry["cost"]) for entry in report["summary"]]
+    used = [heading for heading in (cells[0] if cells else {}) if any(row[heading] for row in cells)]
     rows = [
-        [*_point(entry), *(row[number] for number in used)] for entry, row in zip(report["summary"], cells, strict=True)
+        [*_point(entry), *(row[heading] for heading in used)]
+        for entry, row in zip(report["summary"], cells, strict=True)
     ]
     note = "Of a whole run, in the mean over runs. Trainable values are those of the task that trained most."
-    return Table("Cost", ["method", "learning rate", "runs", *(names[number] for number in used)], rows, note=note)
+    return Table("Cost", ["method", "learning rate", "runs", *used], rows, note=note)
+
+
+def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
+    """Heading -> cell."""
+    memory = cost.get("peak_memory") or {}
+    return {
+        **{f"{phase} s": _seconds(cost.get(f"{phase}_seconds")) for phase in PHASES},
+        **{f"peak memory, {phase}": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
+        "trainable values": _mean(cost.get("parameters"), lambda count: f"{count:,.0f}"),
+        "saved": _mean(cost.get("bytes"), bytes_shown),
+    }
 
 
 def _point(entry: Mapping[str, Any]) -> list[str]:
@@ -160,13 +167,16 @@ def pareto_table(report: Mapping[str, Any], front: str) -> Table:
 
 def general_task_tables(report: Mapping[str, Any]) -> list[Table]:
     """Scores on tasks of general ability, before and after, at the best points; empty where no run has them."""
-    from .contents import runs_at, summary_of
-
     rows = []
     for point in report["best"]["points"]:
-        runs = [(run.get("general") or {}).get("tasks") or {} for run in runs_at(report, point["label"], point["learning_rate"])]
+        runs = [
+            (run.get("general") or {}).get("tasks") or {}
+            for run in runs_at(report, point["label"], point["learning_rate"])
+        ]
         for task in dict.fromkeys(task for run in runs for task in run):
-            figures = [summary_of(run[task].get(key) for run in runs if task in run) for key in ("base", "final", "change")]
+            figures = [
+                summary_of(run[task].get(key) for run in runs if task in run) for key in ("base", "final", "change")
+            ]
             number = next((figure["n"] for figure in figures if figure is not None), 0)
             rows.append([point["label"], task, str(number), *map(shown, figures)])
     headings = ["method", "task", "runs", "before", "after", "change"]
@@ -175,14 +185,14 @@ def general_task_tables(report: Mapping[str, Any]) -> list[Table]:
 
 def gate_tables(report: Mapping[str, Any]) -> list[Table]:
     """What gates decided about earlier tasks, at the best points; empty where no run has any."""
-    from .contents import runs_at
-
     rows = []
     for point in report["best"]["points"]:
         for run in runs_at(report, point["label"], point["learning_rate"]):
             for entry in run.get("gate") or []:
                 scores = ["" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("score", "needed")]
                 names = [str(entry.get(key, "")) for key in ("task", "earlier")]
-                rows.append([run["label"], f"seed {run['seed']}, {run['order']}", *names, *scores, str(entry.get("action", ""))])
+                rows.append(
+                    [run["label"], f"seed {run['seed']}, {run['order']}", *names, *scores, str(entry.get("action", ""))]
+                )
     headings = ["method", "run", "after task", "earlier task", "score", "needed", "action"]
     return [Table("Gates on earlier tasks", headings, rows, names=4)] if rows else []
