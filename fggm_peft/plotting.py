@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -200,17 +200,9 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]],
     """One line for each name over ``x``, with markers; a value that is missing is bridged."""
     for name, values in series.items():
         known = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
-        look = styles[name]
-        axes.plot(
-            [place for place, _ in known],
-            [value for _, value in known],
-            color=look.color,
-            linestyle=look.line,
-            marker=look.marker,
-            markersize=4,
-            linewidth=1.3,
-            markeredgewidth=0,
-        )
+        color, marker, line = astuple(styles[name])
+        options = {"markersize": 4, "markeredgewidth": 0, "linewidth": 1.3}
+        axes.plot(*zip(*known, strict=True), color=color, marker=marker, linestyle=line, **options)
 
 
 @dataclass(frozen=True)
@@ -262,20 +254,8 @@ def points(axes: Axes, spots: Sequence[Spot], front: Sequence[tuple[float, float
     _write_names(axes, spots)
 
 
-PLACES = [
-    (dx, dy, horizontal, vertical)
-    for reach in (6, 14, 24)
-    for dx, dy, horizontal, vertical in (
-        (reach, 0, "left", "center"),
-        (-reach, 0, "right", "center"),
-        (0, reach, "center", "bottom"),
-        (0, -reach, "center", "top"),
-        (reach, reach, "left", "bottom"),
-        (-reach, reach, "right", "bottom"),
-        (reach, -reach, "left", "top"),
-        (-reach, -reach, "right", "top"),
-    )
-]
+SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+PLACES = [(reach * dx, reach * dy) for reach in (6, 14, 24) for dx, dy in SIDES]
 """Where a name may stand, seen from its point: offsets in points of print, nearest first."""
 
 
@@ -306,7 +286,7 @@ def _write_names(axes: Axes, spots: Sequence[Spot]) -> None:
             continue
         found: list[tuple[float, Text]] = []
         for place in PLACES:
-            text = _name_at(axes, spot, *place)
+            text = _name_at(axes, spot, place)
             found.append((cost(text), text))
             if found[-1][0] < 1e-9:
                 break
@@ -317,17 +297,17 @@ def _write_names(axes: Axes, spots: Sequence[Spot]) -> None:
         covered.append(box_of(found[best][1]))
 
 
-def _name_at(axes: Axes, spot: Spot, dx: float, dy: float, horizontal: str, vertical: str) -> Any:
+def _name_at(axes: Axes, spot: Spot, place: tuple[int, int]) -> Any:
     """The name of a spot beside it; with a thin line to it where it is not right beside."""
     line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
     text = axes.annotate(
         shortened(spot.name),
         (spot.x, spot.y),
-        (dx, dy),
+        place,
         textcoords="offset points",
-        ha=horizontal,
-        va=vertical,
-        arrowprops=line if max(abs(dx), abs(dy)) > 6 else None,
+        ha="left" if place[0] > 0 else "right" if place[0] else "center",
+        va="bottom" if place[1] > 0 else "top" if place[1] else "center",
+        arrowprops=line if max(map(abs, place)) > 6 else None,
     )
     text.set_in_layout(False)  # the layout is made; a name must not move what its place was chosen by
     return text

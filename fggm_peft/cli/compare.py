@@ -12,6 +12,7 @@ from .command import Result
 
 if TYPE_CHECKING:
     from rich.console import Group
+
 PAGES = (".html", ".htm")
 
 
@@ -71,10 +72,10 @@ def _shown(comparison: dict[str, Any]) -> Group:
     parts: list[Any] = [Text(warning, style="yellow") for warning in comparison["warnings"]]
     for found in comparison_tables(comparison):
         # Text, not str: a label is not markup
-        table = Table(title=Text(found.title), caption=Text(found.note))
+        table = Table(title=Text(found.title))
         for number, heading in enumerate(found.headings):
             table.add_column(heading, justify="left" if number < found.names else "right")
         for row in found.rows:
             table.add_row(*map(Text, row))
-        parts.append(table)
+        parts += [table, Text(found.note)]
     return Group(*parts)

@@ -254,7 +254,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     of = letters(comparison)
     sides = [[of[side["name"]], side["name"], str(side["runs"])] for side in comparison["compared"]]
     tables = [Table("Compared", ["", "from", "runs"], sides, names=2, note=_how_paired(comparison))]
-    headings = ["", "first (n)", "second (n)", "difference", "95 % interval", "pairs", "zero left out"]
+    headings = ["", "first (n)", "second (n)", "difference", "95 % interval", "pairs", "verdict"]
     for name in COLUMNS.values():
         rows = [
             [

@@ -33,7 +33,7 @@ def page_of(report: Mapping[str, Any]) -> str:
         title="What was learned, and what it cost",
         report=report,
         findings=findings_of(report),
-        swatches=pictures.swatches(),
+        legends=[pictures.swatches() for _ in range(2)],  # drawn for each place: no two elements may share an id
         fronts=list(pictures.fronts()),
         front_tables=[table for name in report["pareto"] if (table := pareto_table(report, name)).rows],
         differences=list(pictures.differences()),

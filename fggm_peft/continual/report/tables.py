@@ -147,7 +147,7 @@ def difference_tables(report: Mapping[str, Any]) -> list[Table]:
         found = [(entry, entry["measures"][name]) for entry in report["differences"]]
         rows = [[e["a"], e["b"], *difference_cells(difference)] for e, difference in found if difference is not None]
         if rows:
-            headings = ["a", "b", "a − b", "95 % interval", "n", "zero left out"]  # noqa: RUF001
+            headings = ["a", "b", "a − b", "95 % interval", "n", "verdict"]  # noqa: RUF001
             tables.append(Table(HEADINGS[name], headings, rows, names=2))
     return tables
 
