@@ -255,7 +255,7 @@ def points(axes: Axes, spots: Sequence[Spot], front: Sequence[tuple[float, float
 
 
 SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-PLACES = [(reach * dx, reach * dy) for reach in (6, 14, 24) for dx, dy in SIDES]
+PLACES = [(reach * dx, reach * dy) for reach in (6, 14, 24, 38, 54) for dx, dy in SIDES]
 """Where a name may stand, seen from its point: offsets in points of print, nearest first."""
 
 

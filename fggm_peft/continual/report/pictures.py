@@ -80,7 +80,7 @@ class Pictures:
 
     def _front(self, found: Mapping[str, Any], title: str, cost: str) -> Picture:
         best = {(point["label"], point["learning_rate"]) for point in self.report["best"]["points"]}
-        front = {(point["label"], point["learning_rate"]) for point in found["all"]}
+        front = [(point["label"], point["learning_rate"]) for point in found["all"]]
         spots = [self._spot(point, best) for point in found["points"]]
         corners = [
             (p["cost"]["mean"], p["learned"]["mean"])
