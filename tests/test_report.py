@@ -141,6 +141,21 @@ def test_a_model_that_diverged_leaves_a_report_that_says_so():
     assert "NaN" not in json.dumps(report, allow_nan=False)
 
 
+def test_a_run_that_a_gate_stopped_has_costs_but_no_measures_over_fewer_tasks(tmp_path):
+    stopped = run("a", seed=1, op=0.99, tasks=["one"], R=[[0.99]], zero_shot=[0.1], bwt=None, general=general(0.3))
+    runs = [run("a", seed=0), stopped, run("b", seed=0, op=0.4), run("b", seed=1, op=0.4)]
+    report = report_of(runs)
+    entry = report["summary"][0]
+    assert (entry["runs"], entry["op"]["n"], entry["op"]["mean"], entry["general"]) == (2, 1, 0.5, None)
+    assert entry["cost"]["training_seconds"]["n"] == 2
+    assert report["differences"][0]["measures"]["op"]["n"] == 1
+    assert report["differences"][0]["measures"]["op"]["unpaired"] == [[1, "given"]]
+    assert "a at 0.1: 1 of 2 runs ended before all 2 tasks" in report["warnings"][0]
+    write_report(tmp_path, runs)
+    write_report(tmp_path, [stopped, run("b")])  # nothing of a is left to show
+    assert report_of([stopped, run("b")])["summary"][0]["op"] is None
+
+
 def test_nested_costs_are_summarised_and_missing_ones_are_left_out():
     peak = [{"selection": None, "training": 2**30}, {"selection": None, "training": 3 * 2**30}]
     runs = [run(seed=s, cost={"bytes": 10, "peak_memory": p}) for s, p in enumerate(peak)]

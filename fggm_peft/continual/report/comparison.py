@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..measures import Measures
-from .contents import COLUMNS, FORMULAS, best_points, finite, pairs_of, summarised
+from .contents import COLUMNS, FORMULAS, best_points, finite, pairs_of, summarised, with_whole_measures
 from .tables import HEADINGS, Table, difference_cells, shown
 
 NAMES = {
@@ -108,7 +108,10 @@ def compare(sources: Sequence[Source]) -> dict[str, Any]:
         raise NotComparableError(f"comparing needs 2 to 26 different folders or reports, got {', '.join(names)}")
     shared = _shared_tasks(sources)
     is_whole = all(source.tasks == set(shared) for source in sources)
-    runs = {s.name: s.runs if is_whole else [_restricted(run, shared) for run in s.runs] for s in sources}
+    runs = {
+        s.name: with_whole_measures(s.runs if is_whole else [_restricted(run, shared) for run in s.runs])
+        for s in sources
+    }
     return {
         "compared": [
             {"name": source.name, "runs": len(source.runs), "summary": summarised(runs[source.name])}

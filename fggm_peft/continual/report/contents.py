@@ -58,7 +58,8 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
     - ``warnings``: what a reader should know before comparing.
     """
     runs = [finite(run) for run in results]
-    points, summary = _points(runs), summarised(runs)
+    whole = with_whole_measures(runs)
+    points, summary = _points(whole), summarised(whole)
     best = best_points(summary)
     return {
         "runs": runs,
@@ -78,6 +79,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def with_whole_measures(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The runs, without measures where a gate has stopped one: over fewer tasks they are not the same measures."""
+    count = max((len(run["tasks"]) for run in runs), default=0)
+    return [{**run, **({} if len(run["tasks"]) == count else dict.fromkeys(COLUMNS.values()))} for run in runs]
 
 
 def figure(run: Run, name: str) -> float | None:
@@ -283,8 +290,15 @@ def _run_warnings(results: Sequence[Run], summary: Sequence[Mapping[str, Any]]) 
             f"Not all points have the same number of runs ({min(counts)} to {max(counts)}): means are over different "
             "seeds and orders. The paired differences are over those that both have."
         )
+    count = max((len(run["tasks"]) for run in results), default=0)
     for entry in summary:
         runs = [r for r in results if (r["label"], r["learning_rate"]) == (entry["label"], entry["learning_rate"])]
+        stopped = sum(len(run["tasks"]) < count for run in runs)
+        if stopped:
+            found.append(
+                f"{entry['label']} at {entry['learning_rate']:g}: {stopped} of {len(runs)} runs ended before all "
+                f"{count} tasks were learned, stopped by a gate. Their costs count, their measures do not."
+            )
         for heading, name in COLUMNS.items():
             values = [figure(run, name) for run in runs]
             lost = sum(value is not None and not math.isfinite(value) for value in values)

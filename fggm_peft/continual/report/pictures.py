@@ -51,9 +51,14 @@ class Pictures:
         return Picture(title, to_svg(figure, f"picture{self.drawn}", alt), note)
 
     def _best_runs(self, label: str) -> list[dict[str, Any]]:
-        """The runs of a label at its best rate, of the order that matrices are shown for."""
+        """The runs of a label at its best rate, of the order that matrices are shown for, that learned all tasks."""
+        count = max(len(run["tasks"]) for run in self.report["runs"])
         (point,) = (point for point in self.report["best"]["points"] if point["label"] == label)
-        return [run for run in runs_at(self.report, label, point["learning_rate"]) if run["order"] == self.order]
+        return [
+            run
+            for run in runs_at(self.report, label, point["learning_rate"])
+            if (run["order"], len(run["tasks"])) == (self.order, count)
+        ]
 
     def swatches(self) -> list[Picture]:
         """A piece of each label's line, as a legend."""
@@ -114,9 +119,9 @@ class Pictures:
         """Of each measure the paired differences to one label, that with the highest OP of those that have it."""
         for measure in COMPARED:
             ranked = [e for e in best_entries(self.report) if e[measure] is not None]
-            one_by_one = [e for e in ranked if e["diagonal"] is not None] or ranked
             if len(ranked) < 2:
                 continue
+            one_by_one = [e for e in ranked if e["diagonal"] is not None] or ranked
             reference = max(one_by_one, key=lambda entry: entry["op"]["mean"])["label"]
             found = [(e["label"], difference_of(self.report, e["label"], reference, measure)) for e in ranked]
             known = [(label, d) for label, d in found if label != reference and d is not None]
