@@ -161,7 +161,8 @@ def heat_map(
 
     grid = np.array([[math.nan if v is None else v for v in row] for row in values], dtype=float)
     known = grid[np.isfinite(grid)]
-    low, high = (given if given is not None else found for given, found in zip((low, high), _ends(known), strict=True))
+    low = min(known, default=0.0) if low is None else low
+    high = max(known, default=1.0) if high is None else high
     colors = LinearSegmentedColormap.from_list("", PALE_TO_DEEP)
     mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colors, vmin=low, vmax=high, linewidth=0)
     axes.invert_yaxis()
@@ -170,8 +171,7 @@ def heat_map(
     axes.tick_params(length=0)
     axes.set_yticks([n + 0.5 for n in range(len(rows))], [shortened(name) for name in rows])
     axes.set_xticks([n + 0.5 for n in range(len(columns))], [shortened(name) for name in columns])
-    upright = sum(len(shortened(name)) for name in columns) > 26
-    axes.tick_params(axis="x", rotation=90 if upright else 0)
+    axes.tick_params(axis="x", rotation=90 if _are_upright(columns) else 0)
     if len(columns) > 12:
         axes.figure.colorbar(mesh, ax=axes, shrink=0.8)
         return
@@ -184,15 +184,21 @@ def heat_map(
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=color)
 
 
+def heat_map_height(rows: int, columns: Sequence[str]) -> float:
+    """Inches for a heat map whose cells have room for their values, and the columns for their names."""
+    longest = max(len(shortened(name)) for name in columns)
+    return 0.35 + 0.27 * max(rows, 2) + (0.075 * longest if _are_upright(columns) else 0.15)
+
+
+def _are_upright(columns: Sequence[str]) -> bool:
+    return sum(len(shortened(name)) for name in columns) > 26
+
+
 def _brief(value: float) -> str:
     """Two digits and no zero before the point: .59, 1.0, 42.5"""
     if abs(value) >= 0.995:
         return f"{value:.1f}"
     return f"{value:.2f}".replace("0.", ".", 1)
-
-
-def _ends(known: Any) -> tuple[float, float]:
-    return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
 
 
 @_styled
@@ -201,7 +207,7 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]],
     for name, values in series.items():
         known = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
         color, marker, line = astuple(styles[name])
-        options = {"markersize": 4, "markeredgewidth": 0, "linewidth": 1.3}
+        options: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0, "linewidth": 1.3}
         axes.plot(*zip(*known, strict=True), color=color, marker=marker, linestyle=line, **options)
 
 

@@ -111,6 +111,13 @@ def test_only_shared_tasks_are_measured_and_it_is_said(tmp_path):
     assert multitask["op"]["mean"] == pytest.approx(np.mean(last))
 
 
+def test_a_run_that_was_stopped_before_the_shared_tasks_counts_for_nothing(tmp_path):
+    a, b = runs_of("sft", orders=("given",), rates=(1e-4,)), runs_of("sft", orders=("given",), tasks=TASKS[1:3])
+    a[0] |= {"tasks": [TASKS[0]], "R": [[0.9]], "zero_shot": [0.1], "op": 0.9, "bwt": None}
+    entry = found_by(tmp_path, a, b)["differences"][0]
+    assert entry["a"]["op"]["n"] == 2 and entry["measures"]["op"]["n"] == 2
+
+
 def test_different_tasks_are_refused(tmp_path):
     with pytest.raises(NotComparableError, match=r"different tasks.*C-STANCE.*Py150"):
         found_by(tmp_path, runs_of("sft", tasks=TASKS[:2]), runs_of("sft", tasks=TASKS[3:5]))

@@ -132,14 +132,16 @@ def _shared_tasks(sources: Sequence[Source]) -> list[str]:
     if not shared:
         lists = "; ".join(f"{source.name} has {', '.join(sorted(source.tasks))}" for source in sources)
         raise NotComparableError(f"the runs are of different tasks, so no figure can be paired: {lists}")
-    return [task for task in sources[0].runs[0]["tasks"] if task in shared]
+    return [task for task in dict.fromkeys(t for run in sources[0].runs for t in run["tasks"]) if task in shared]
 
 
 def _restricted(run: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     """The run as if only some of its tasks had been asked, each after those of them that came before it."""
     at = [position for position, task in enumerate(run["tasks"]) if task in tasks]
-    found = {**run, "tasks": [run["tasks"][position] for position in at], "general": None}
-    if len(run["R"]) < len(run["tasks"]):  # all tasks at once
+    found = {**run, "tasks": [run["tasks"][position] for position in at], **dict.fromkeys(COLUMNS.values())}
+    if not at:  # a gate stopped it before
+        return found
+    if run.get("diagonal") is None:  # all tasks at once
         return {**found, "op": float(np.mean([run["R"][-1][position] for position in at]))}
     scores = np.array(run["R"], dtype=np.float64)[np.ix_(at, at)]
     measures = Measures.of(scores, [run["zero_shot"][position] for position in at])

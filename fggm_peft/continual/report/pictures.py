@@ -6,10 +6,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...plotting import Look, Spot, bars, heat_map, intervals, lines, looks, new_figure, points, titles, to_svg
+from ...plotting import (
+    FAINT,
+    Look,
+    Spot,
+    bars,
+    heat_map,
+    heat_map_height,
+    intervals,
+    lines,
+    looks,
+    new_figure,
+    points,
+    titles,
+    to_svg,
+)
 from .comparison import letters, pairing_name
 from .contents import COLUMNS, COMPARED, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
-from .tables import HEADINGS, PHASES, UNITS
+from .tables import HEADINGS, PHASES, UNITS, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,7 +157,7 @@ class Pictures:
             runs = self._best_runs(label)
             tasks = runs[0]["tasks"]
             rows = ["zero-shot", *(tasks if len(matrix) > 2 or len(tasks) == 1 else ["all tasks"])][: len(matrix)]
-            figure, (axes,) = new_figure(_matrix_height(len(matrix), tasks))
+            figure, (axes,) = new_figure(heat_map_height(len(matrix), tasks))
             heat_map(axes, matrix, rows, tasks, min(known), max(known))
             titles(axes, x="score on", y="after")
             last = ", ".join(f"{task} {_score(value)}" for task, value in zip(tasks, matrix[-1], strict=True))
@@ -163,7 +177,7 @@ class Pictures:
             tasks = runs[0]["tasks"]
             size = range(len(tasks))
             both = [[shared[i][j] if j <= i else chance[i][j] for j in size] for i in size]
-            figure, (axes,) = new_figure(_matrix_height(len(tasks), tasks))
+            figure, (axes,) = new_figure(heat_map_height(len(tasks), tasks))
             heat_map(axes, both, tasks, tasks, 0.0, 1.0)
             pairs = [v for i, row in enumerate(shared) for v in row[:i] if v is not None]
             least = f" Between {min(pairs):.2f} and {max(pairs):.2f} for two different tasks." if pairs else ""
@@ -183,7 +197,7 @@ class Pictures:
         known = [value for matrix in matrices.values() for row in matrix for value in row if value is not None]
         for position, task in enumerate(tasks):
             figure, (axes,) = new_figure(2.3)
-            axes.axvline(position + 1, color="#8a929c", linewidth=6, alpha=0.22)
+            axes.axvline(position + 1, color=FAINT, linewidth=6, alpha=0.22)
             for label, matrix in matrices.items():
                 column = [row[position] for row in matrix]
                 if len(matrix) == len(tasks) + 1:
@@ -201,7 +215,7 @@ class Pictures:
             yield self._picture(figure, title, alt, f"Means over {counts} of each method, order {self.order}")
 
     def general_curve(self) -> Iterator[Picture]:
-        """The loss on general text over the steps, at the best points, over all orders."""
+        """The loss on general text over the steps, at the best points."""
         series: dict[str, list[float | None]] = {}
         for label in self.labels:
             found = [(run.get("general") or {}).get("losses") for run in self._best_runs(label)]
@@ -244,10 +258,8 @@ class Pictures:
             figure, (axes,) = new_figure(0.8 + row * len(costs))
             bars(axes, list(costs), used, stacked)
             titles(axes, x=unit)
-            totals = [sum(values[n] or 0 for values in used.values()) for n in range(len(costs))]
-            figures = (
-                totals if stacked else [max(values[n] or 0 for values in used.values()) for n in range(len(costs))]
-            )
+            most = sum if stacked else max
+            figures = [most(values[n] or 0 for values in used.values()) for n in range(len(costs))]
             texts = [f"{label} {value:.3g}" for label, value in zip(costs, figures, strict=True)]
             note = f"Means over {counts}, each method at its best rate."
             yield self._picture(figure, title, f"{title} ({unit}): {', '.join(texts)}.", note)
@@ -293,7 +305,7 @@ def _interval_picture(measure: str, title: str, known: Sequence[tuple[str, Mappi
     )
     better = "less" if measure in LESS_IS_BETTER else "more"
     titles(axes, x=f"difference ({better} is better)")
-    texts = [f"{label} {d['mean']:+.3f}{' (clear)' if d['is_clear'] else ''}" for label, d in known]
+    texts = [f"{label} {signed(d['mean'])}{' (clear)' if d['is_clear'] else ''}" for label, d in known]
     counts = sorted({d["n"] for _, d in known})
     bars_are = "bars are 95 % intervals, dark where zero is left out" if any(ends) else "no interval of one pair"
     note = f"{_range(counts, 'pair')}; {bars_are}."
@@ -307,12 +319,6 @@ def _score_matrix(runs: Sequence[Mapping[str, Any]]) -> Grid:
 
 def _mean_matrix(matrices: Sequence[Sequence[Sequence[float | None]]]) -> Grid:
     return [[mean_of(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
-
-
-def _matrix_height(rows: int, columns: Sequence[str], cell: float = 0.27) -> float:
-    """Inches: the cells, and the names of the columns below them, which stand upright where they are long."""
-    upright = sum(min(len(name), 16) for name in columns) > 26
-    return 0.35 + cell * max(rows, 2) + (0.075 * min(16, max(map(len, columns))) if upright else 0.15)
 
 
 def _steps(axes: Any, tasks: int) -> None:
