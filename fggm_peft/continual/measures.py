@@ -219,6 +219,7 @@ class PairedDifference:
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.difference.to_dict(),
+            "is_clear": self.is_clear,
             "unpaired": [list(key) if isinstance(key, tuple) else key for key in self.unpaired],
         }
 

@@ -1,0 +1,402 @@
+"""Draws: a few kinds of plots in one style, from plain lists; as files, or as SVG that stands in a page.
+
+matplotlib is imported when something is drawn. Whatever text is given comes out as it is: no mathematics in ``$``, no
+markup. The same input gives the same bytes. None in a list is a value that is missing; it is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .inline_svg import inline_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Value = float | None
+F = TypeVar("F", bound=Callable[..., Any])
+
+INK, FAINT = "#1f2933", "#8a929c"
+WIDTH = 3.7  # inches: at 9 points the text is legible where a phone shows the whole figure
+# Okabe and Ito's colours, told apart by colour-blind readers; without the yellow, which white paper swallows
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, "#8d6e63")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">", "*")
+LINES = ("-", "--", ":", "-.")
+PALE_TO_DEEP = ("#f2f5f9", "#bcd6e8", "#6ba3c8", "#2f6a9f", "#143559")
+HATCHES = ("", "////", "....", "xx")
+STYLE: dict[Any, Any] = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",  # text stays text: a tenth of the size, and it can be searched
+    "svg.hashsalt": "fggm",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings it along: the same layout on every machine
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series looks in every plot: colour, marker and line together tell 96 series apart."""
+
+    color: str
+    marker: str
+    line: str
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """A look for each name, in their order; the first eight have different colours, and twelve different markers."""
+    return {
+        name: Look(COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)], LINES[n // len(COLORS) % len(LINES)])
+        for n, name in enumerate(names)
+    }
+
+
+def plain(text: object) -> str:
+    """The text without what no SVG can hold: control characters and halves of surrogate pairs become a mark."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(text))
+
+
+def shortened(text: object, length: int = 16) -> str:
+    """The text, or its beginning and its end: names of one family often differ in the end only."""
+    clean = plain(text)
+    end = (length - 1) // 3
+    return clean if len(clean) <= length else f"{clean[: length - 1 - end]}…{clean[len(clean) - end :]}"
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """matplotlib in this module's style, for what is drawn within.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'fggm-peft[continual]'") from error
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # the reader's fonts have the glyphs that DejaVu has not: text is laid out again where it is shown
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph .* missing from")
+        yield
+
+
+def _styled(draw: F) -> F:
+    @functools.wraps(draw)
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        with style():
+            return draw(*arguments, **options)
+
+    return drawn  # type: ignore[return-value]
+
+
+@_styled
+def new_figure(height: float, width: float = WIDTH, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure (in inches) and its axes, row by row. It belongs to nobody: no window, no state to close."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+# --- kinds of plots ------------------------------------------------------------------------------
+
+
+@_styled
+def titles(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
+    """Title, and names of the axes."""
+    axes.set_title(plain(title), loc="left")
+    axes.set_xlabel(plain(x))
+    axes.set_ylabel(plain(y))
+
+
+@_styled
+def heat_map(
+    axes: Axes,
+    values: Sequence[Sequence[Value]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    low: float | None = None,
+    high: float | None = None,
+) -> None:
+    """Cells from pale to deep with their values in them, the first row on top.
+
+    Args:
+        values: ``[rows][columns]``. Beyond twelve columns there is no room for them; a colour bar takes their place.
+        low, high: ends of the colours; None: those of the values.
+    """
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    grid = np.array([[math.nan if v is None else v for v in row] for row in values], dtype=float)
+    known = grid[np.isfinite(grid)]
+    low = min(known, default=0.0) if low is None else low
+    high = max(known, default=1.0) if high is None else high
+    colors = LinearSegmentedColormap.from_list("", PALE_TO_DEEP)
+    mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colors, vmin=low, vmax=high, linewidth=0)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_yticks([n + 0.5 for n in range(len(rows))], [shortened(name) for name in rows])
+    axes.set_xticks([n + 0.5 for n in range(len(columns))], [shortened(name) for name in columns])
+    axes.tick_params(axis="x", rotation=90 if _are_upright(columns) else 0)
+    if len(columns) > 12:
+        axes.figure.colorbar(mesh, ax=axes, shrink=0.8)
+        return
+    size = 9 if len(columns) <= 8 else 7
+    for (row, column), value in np.ndenumerate(grid):
+        if math.isfinite(value):
+            is_deep = high > low and (value - low) / (high - low) > 0.62
+            color = "#ffffff" if is_deep else "#16202b"
+            text = _brief(float(value))
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=color)
+
+
+def heat_map_height(rows: int, columns: Sequence[str]) -> float:
+    """Inches for a heat map whose cells have room for their values, and the columns for their names."""
+    longest = max(len(shortened(name)) for name in columns)
+    return 0.35 + 0.27 * max(rows, 2) + (0.075 * longest if _are_upright(columns) else 0.15)
+
+
+def _are_upright(columns: Sequence[str]) -> bool:
+    return sum(len(shortened(name)) for name in columns) > 26
+
+
+def _brief(value: float) -> str:
+    """Two digits and no zero before the point: .59, 1.0, 42.5"""
+    if abs(value) >= 0.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}".replace("0.", ".", 1)
+
+
+@_styled
+def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]], styles: Mapping[str, Look]) -> None:
+    """One line for each name over ``x``, with markers; a value that is missing is bridged."""
+    for name, values in series.items():
+        known = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
+        color, marker, line = astuple(styles[name])
+        options: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0, "linewidth": 1.3}
+        axes.plot(*zip(*known, strict=True), color=color, marker=marker, linestyle=line, **options)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point of a plot of points.
+
+    Args:
+        x, y: where it is.
+        look: of its series.
+        name: written beside it; empty for none.
+        spread: half-lengths of the bars through it, (x, y); None for no bar.
+        is_full: filled, or hollow and smaller.
+    """
+
+    x: float
+    y: float
+    look: Look
+    name: str = ""
+    spread: tuple[Value, Value] = (None, None)
+    is_full: bool = True
+
+
+@_styled
+def points(axes: Axes, spots: Sequence[Spot], front: Sequence[tuple[float, float]] = ()) -> None:
+    """Points with their spread; names are put where they cover least.
+
+    Args:
+        front: corners of a line behind the points, such as a Pareto front.
+    """
+    if front:
+        corners = sorted(front)
+        axes.plot([x for x, _ in corners], [y for _, y in corners], color=FAINT, linewidth=3, alpha=0.35, zorder=1)
+    for spot in spots:
+        x_half, y_half = spot.spread
+        bars = {"ecolor": spot.look.color, "elinewidth": 0.9, "alpha": 0.45}
+        axes.errorbar(spot.x, spot.y, yerr=y_half, xerr=x_half, fmt="none", **bars)  # type: ignore[arg-type]
+        axes.plot(
+            spot.x,
+            spot.y,
+            marker=spot.look.marker,
+            color=spot.look.color,
+            markersize=7.5 if spot.is_full else 5,
+            fillstyle="full" if spot.is_full else "none",
+            markeredgewidth=0.9,
+            linestyle="none",
+            zorder=3,
+        )
+    axes.margins(0.09)
+    _write_names(axes, spots)
+
+
+SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+PLACES = [(reach * dx, reach * dy) for reach in (6, 14, 24, 38, 54) for dx, dy in SIDES]
+"""Where a name may stand, seen from its point: offsets in points of print, nearest first."""
+
+
+def _write_names(axes: Axes, spots: Sequence[Spot]) -> None:
+    """Each name at the first place that covers nothing, or else the one that covers least."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    if not any(spot.name for spot in spots):
+        return
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # places are known in print only after the layout
+    half = 5 * axes.figure.dpi / 72  # of a marker
+    frame = axes.get_window_extent()
+    centers = [axes.transData.transform((spot.x, spot.y)) for spot in spots]
+    covered = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in centers]
+
+    def box_of(text: Any) -> Bbox:
+        text.get_window_extent()  # puts the text in its place, and measures it with its line
+        return Text.get_window_extent(text)
+
+    def cost(text: Text) -> float:
+        box = box_of(text)
+        outside = box.width * box.height - _shared_area(box, frame)
+        return sum(_shared_area(box, other) for other in covered) + 3 * outside
+
+    for spot in spots:
+        if not spot.name:
+            continue
+        found: list[tuple[float, Text]] = []
+        for place in PLACES:
+            text = _name_at(axes, spot, place)
+            found.append((cost(text), text))
+            if found[-1][0] < 1e-9:
+                break
+        best = min(range(len(found)), key=lambda number: found[number][0])
+        for number, (_, text) in enumerate(found):
+            if number != best:
+                text.remove()
+        covered.append(box_of(found[best][1]))
+
+
+def _name_at(axes: Axes, spot: Spot, place: tuple[int, int]) -> Any:
+    """The name of a spot beside it; with a thin line to it where it is not right beside."""
+    line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+    text = axes.annotate(
+        shortened(spot.name),
+        (spot.x, spot.y),
+        place,
+        textcoords="offset points",
+        ha="left" if place[0] > 0 else "right" if place[0] else "center",
+        va="bottom" if place[1] > 0 else "top" if place[1] else "center",
+        arrowprops=line if max(map(abs, place)) > 6 else None,
+    )
+    text.set_in_layout(False)  # the layout is made; a name must not move what its place was chosen by
+    return text
+
+
+def _shared_area(a: Any, b: Any) -> float:
+    """Of what two boxes share."""
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(width, 0.0) * max(height, 0.0)
+
+
+@_styled
+def bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[Value]], stacked: bool = False) -> None:
+    """Lying bars, the first name on top; several parts side by side or, of one whole, stacked, with a legend."""
+    thickness = 0.68 if stacked else 0.78 / len(parts)
+    starts = [0.0] * len(names)
+    for number, (part, values) in enumerate(parts.items()):
+        known = [value or 0.0 for value in values]
+        shift = 0.0 if stacked else (number - (len(parts) - 1) / 2) * thickness
+        axes.barh(
+            [row + shift for row in range(len(names))],
+            known,
+            thickness,
+            left=starts if stacked else 0,
+            label=plain(part),
+            color=COLORS[number % len(COLORS)],
+            hatch=HATCHES[number % len(HATCHES)],
+            edgecolor="#ffffff",
+            linewidth=0.4,
+        )
+        starts = [start + value for start, value in zip(starts, known, strict=True)]
+    _name_rows(axes, names)
+    if len(parts) > 1:
+        axes.figure.legend(loc="outside upper left", ncols=min(len(parts), 3), frameon=False, handlelength=1.4)
+
+
+@_styled
+def intervals(
+    axes: Axes,
+    names: Sequence[str],
+    means: Sequence[float],
+    ends: Sequence[tuple[float, float] | None],
+    clear: Sequence[bool],
+) -> None:
+    """Means with intervals about zero, the first name on top; those that leave zero out are full and dark."""
+    axes.axvline(0, color=INK, linewidth=0.9)
+    for row, (mean, end, is_clear) in enumerate(zip(means, ends, clear, strict=True)):
+        color = COLORS[0] if is_clear else FAINT
+        if end is not None:
+            axes.plot(end, [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
+        axes.plot(
+            mean, row, marker="o", color=color, markersize=6, markerfacecolor=color if is_clear else "none", zorder=3
+        )
+    _name_rows(axes, names)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [shortened(name, 22) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.locator_params(axis="x", nbins=5)
+
+
+# --- out -----------------------------------------------------------------------------------------
+
+
+@_styled
+def save(figure: Figure, path: Path | str) -> None:
+    """Write the figure on white; the suffix says as what (svg, png, pdf)."""
+    date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(Path(path).suffix, {})
+    figure.savefig(path, dpi=160, facecolor="white", metadata=date)
+
+
+@_styled
+def to_svg(figure: Figure, name: str = "figure", alt: str = "") -> str:
+    """The figure as an ``<svg>`` element for a page: it scales, and its ink is the page's text colour.
+
+    Args:
+        name: goes before every id, so that the figures of a page do not take each other's.
+        alt: what it shows, for those who do not see it.
+    """
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return inline_svg(file.getvalue(), plain(name), plain(alt), INK)

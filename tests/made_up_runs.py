@@ -1,0 +1,108 @@
+"""Results as ``run_stream`` gives them, made up: for tests of what is made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fggm_peft.continual.measures import Measures
+
+TASKS = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
+METHODS = {
+    # label: (method, learns, forgets, harms)
+    "fggm": ("fggm", 0.36, 0.03, 0.02),
+    "fggm-5%": ("fggm", 0.33, 0.015, 0.01),
+    "sft_masked": ("sft_masked", 0.36, 0.04, 0.04),
+    "sft": ("sft", 0.40, 0.22, 0.45),
+    "frozen": ("frozen", 0.0, 0.0, 0.0),
+    "multitask": ("multitask", 0.38, 0.0, 0.2),
+    "lora": ("lora", 0.37, 0.18, 0.25),
+    "o_lora": ("o_lora", 0.33, 0.08, 0.12),
+    "migu": ("migu", 0.34, 0.10, 0.15),
+    "ewc": ("ewc", 0.33, 0.09, 0.18),
+    "replay": ("replay", 0.37, 0.05, 0.2),
+    "osf": ("osf", 0.35, 0.06, 0.05),
+}
+
+
+def made_up_runs(
+    methods: dict[str, tuple[str, float, float, float]] = METHODS,
+    tasks: Sequence[str] = TASKS,
+    seeds: Sequence[int] = (0, 1, 2),
+    orders: Sequence[str] = ("given", "reversed"),
+    rates: Sequence[float] = (1e-4, 3e-4),
+) -> list[dict[str, Any]]:
+    """One result for each label, seed, order and rate, the same for ever."""
+    return [
+        made_up_run(label, *methods[label], seed, order, rate, tasks if order == "given" else tasks[::-1])
+        for seed in seeds
+        for order in orders
+        for rate in rates
+        for label in methods
+    ]
+
+
+def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks) -> dict[str, Any]:
+    random = np.random.default_rng([seed, len(order), round(rate * 1e6), *label.encode()])
+    pace, count = (rate / 3e-4) ** 0.3, len(tasks)
+    zero_shot = [0.1 + 0.04 * (len(name) % 5) for name in tasks]
+    shared = np.random.default_rng([seed, len(order)]).normal(0, 0.015, count)  # what seed and order do to all
+    scores = np.full((count, count), math.nan)
+    for t in range(count):
+        for j in range(count if t == count - 1 else min(t + 2, count)):
+            left = learns * pace * (1 if j <= t else 0.05) - forgets * pace**2 * max(0, t - j) / count * 2
+            noise = (random.normal(0, 0.012) + shared[j]) if learns else 0
+            scores[t, j] = min(1, max(0, zero_shot[j] + left + noise))
+    rows = [[None if math.isnan(value) else float(value) for value in row] for row in scores]
+    found = Measures.of(scores, zero_shot)
+    measures: dict[str, Any] = {
+        "op": found.final_op,
+        "op_mean": found.mean_op,
+        "diagonal": found.diagonal_mean,
+        "bwt": found.backward_transfer,
+        "forgetting": found.forgetting,
+        "fwt": found.forward_transfer,
+    }
+    if method == "multitask":
+        rows = rows[-1:]
+        measures = {**dict.fromkeys(measures), "op": found.final_op}
+    steps = len(rows) + 1
+    losses = [2.8 + harms * pace * n / count + (random.normal(0, 0.005) if n and harms else 0) for n in range(steps)]
+    general = {"base": 2.8, "change": losses[-1] - 2.8, "worst": max(losses) - 2.8, "losses": losses}
+    trains, selects = method != "frozen", method in ("fggm", "sft_masked")
+    overlap = None
+    if method == "fggm":
+        jaccard = [[1.0 if i == j else 0.2 + 0.3 / (1 + abs(i - j)) for j in range(count)] for i in range(count)]
+        overlap = {
+            "jaccard": jaccard,
+            "chance": [[1.0 if i == j else 0.18 for j in range(count)] for i in range(count)],
+        }
+    return {
+        "method": method,
+        "label": label,
+        "learning_rate": rate,
+        "seed": seed,
+        "order": order,
+        "tasks": list(tasks),
+        "R": rows,
+        "zero_shot": zero_shot,
+        **measures,
+        "general": general,
+        "cost": {
+            "selection_seconds": 31.0 + random.random() if selects else 0.0,
+            "training_seconds": 640.0 + 20 * random.random() if trains else 0.0,
+            "evaluation_seconds": 210.0 + 5 * random.random(),
+            "bytes": {"fggm": 22_000_000, "lora": 9_000_000}.get(method, 0),
+            "parameters": {"frozen": 0, "lora": 2_300_000, "fggm": 5_400_000}.get(method, 134_515_008),
+            "peak_memory": {
+                "selection": 2.1e9 if selects else None,
+                "training": 3.4e9 if trains else None,
+                "evaluation": 1.2e9,
+            },
+        },
+        "overlap": overlap,
+        "gate": None,
+    }

@@ -1,0 +1,381 @@
+"""The report of a stream: its figures by hand, its files, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from made_up_runs import METHODS, TASKS, made_up_runs
+from scipy import stats
+
+from fggm_peft.continual.measures import pareto_front
+from fggm_peft.continual.report import report_of, require_report_packages, write_report
+from fggm_peft.continual.report.comparison import Source, compare
+from fggm_peft.continual.report.contents import COLUMNS, COMPARED, FORMULAS
+from fggm_peft.continual.report.findings import findings_of
+from fggm_peft.continual.report.page import comparison_page, page_of
+
+HOSTILE = "<script>alert(1)</script>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--virtual-time-budget=5000", "--enable-logging=stderr"),
+]
+
+
+def run(label="a", rate=0.1, seed=0, order="given", op=0.5, **fields):
+    """A result of two tasks in which only what is given matters."""
+    defaults = {
+        "method": label,
+        "tasks": ["one", "two"],
+        "R": [[op, None], [op, op]],
+        "zero_shot": [0.1, 0.2],
+        "op_mean": op,
+        "diagonal": op,
+        "bwt": -0.1,
+        "forgetting": 0.1,
+        "fwt": None,
+        "general": None,
+        "cost": {"training_seconds": 2.0, "parameters": 3},
+    }
+    named = {"label": label, "learning_rate": rate, "seed": seed, "order": order, "op": op}
+    return {**defaults, **named, **fields}
+
+
+def general(change):
+    return {"base": 2.0, "change": change, "worst": change, "losses": [2.0, 2.0 + change]}
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_the_best_rate_is_that_of_the_highest_mean_op():
+    runs = [run(rate=0.1, seed=s, op=op) for s, op in enumerate((0.4, 0.6))]
+    runs += [run(rate=0.2, seed=s, op=op) for s, op in enumerate((0.9, 0.2))]
+    (point,) = report_of(runs)["best"]["points"]
+    assert point == {"label": "a", "method": "a", "learning_rate": 0.2, "rates": [0.1, 0.2], "runs": 2}
+
+
+def test_a_tie_goes_to_the_smaller_rise_of_the_general_loss_then_to_the_smaller_rate():
+    tied = [run(rate=r, op=0.1 + 0.2 if r == 0.1 else 0.3, general=general(c)) for r, c in ((0.1, 0.5), (0.2, 0.4))]
+    assert report_of(tied)["best"]["points"][0]["learning_rate"] == 0.2
+    assert report_of([run(rate=r) for r in (0.3, 0.1, 0.2)])["best"]["points"][0]["learning_rate"] == 0.1
+    unknown = [run(rate=0.1), run(rate=0.2, general=general(9.0))]
+    assert report_of(unknown)["best"]["points"][0]["learning_rate"] == 0.2
+
+
+def test_differences_of_best_points_are_those_of_a_paired_t_test():
+    a, b = [0.5, 0.9, 0.1, 0.4], [0.4, 0.7, 0.0, 0.35]
+    runs = [run("a", seed=s % 2, order=f"order{s // 2}", op=op) for s, op in enumerate(a)]
+    runs += [run("b", seed=s % 2, order=f"order{s // 2}", op=op, rate=0.7) for s, op in enumerate(b)]
+    runs += [run("b", rate=0.1, op=0.0), run("a", seed=7, op=0.2)]  # not its best rate; without a partner
+    (entry,) = report_of(runs)["differences"]
+    assert (entry["a"], entry["a_rate"], entry["b"], entry["b_rate"]) == ("a", 0.1, "b", 0.7)
+    assert list(entry["measures"]) == list(COMPARED)
+    found, expected = entry["measures"]["op"], stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert found["mean"] == pytest.approx(0.1125) and found["n"] == 4
+    assert found["interval"] == pytest.approx(list(expected))
+    assert found["is_clear"] and expected.low > 0
+    assert found["unpaired"] == [[7, "given"]]
+    assert entry["measures"]["bwt"]["mean"] == 0 and not entry["measures"]["bwt"]["is_clear"]
+    assert entry["measures"]["general"] is None
+
+
+def test_one_pair_has_no_interval_and_is_never_clear():
+    report = report_of([run("a", op=0.9), run("b", op=0.1)])
+    difference = report["differences"][0]["measures"]["op"]
+    assert (difference["n"], difference["interval"], difference["is_clear"]) == (1, None, False)
+    assert "no difference can be called clear" in findings_of(report).leaders[0]
+
+
+def test_without_a_common_seed_and_order_there_is_no_difference():
+    report = report_of([run("a", seed=0), run("b", seed=1)])
+    assert set(report["differences"][0]["measures"].values()) == {None}
+
+
+def test_the_fronts_are_over_means_of_runs_that_have_both_figures():
+    runs = made_up_runs()
+    found = report_of(runs)["pareto"]
+    for name, cost in (("forgotten", lambda r: -r["bwt"]), ("harm", lambda r: r["general"]["change"])):
+        groups: dict = {}
+        for r in runs:
+            if r["label"] != "multitask":
+                groups.setdefault((r["label"], r["learning_rate"]), []).append(r)
+        means = [
+            tuple(sum(map(value, group)) / len(group) for value in (lambda r: r["diagonal"], cost))
+            for group in groups.values()
+        ]
+        front = [list(groups)[position] for position in pareto_front(means)]
+        assert [(p["label"], p["learning_rate"]) for p in found[name]["all"]] == front
+        assert "multitask" not in found[name]["labels"] and len(found[name]["points"]) == len(groups)
+        for label, rates in found[name]["labels"].items():
+            members = [key for key in groups if key[0] == label]
+            own = pareto_front([means[list(groups).index(key)] for key in members])
+            assert rates == [members[position][1] for position in own]
+
+
+def test_the_report_explains_its_measures():
+    report = report_of([run()])
+    assert report["measures"] == FORMULAS and report["measures"]["op"] == "OP_T = mean_j R[T,j]"
+    assert set(report["measures"]) == set(COLUMNS.values())
+
+
+def test_labels_with_other_rates_are_named_as_not_equally_tuned():
+    equal = report_of([run(label, rate) for label in "ab" for rate in (0.1, 0.2)])
+    assert equal["warnings"] == []
+    (warning,) = report_of([run("a", 0.1), run("a", 0.2), run("b", 0.1)])["warnings"]
+    assert "Not equally tuned" in warning and "a: 0.1, 0.2; b: 0.1" in warning
+
+
+def test_a_model_that_diverged_leaves_a_report_that_says_so():
+    runs = [run(seed=s, general=general(change)) for s, change in enumerate((0.5, math.nan, math.inf))]
+    report = report_of(runs)
+    assert report["summary"][0]["general"]["n"] == 1 and report["summary"][0]["runs"] == 3
+    assert "not finite in 2 of 3 runs" in report["warnings"][0]
+    assert "NaN" not in json.dumps(report, allow_nan=False)
+
+
+def test_a_run_that_a_gate_stopped_has_costs_but_no_measures_over_fewer_tasks(tmp_path):
+    stopped = run("a", seed=1, op=0.99, tasks=["one"], R=[[0.99]], zero_shot=[0.1], bwt=None, general=general(0.3))
+    runs = [run("a", seed=0), stopped, run("b", seed=0, op=0.4), run("b", seed=1, op=0.4)]
+    report = report_of(runs)
+    entry = report["summary"][0]
+    assert (entry["runs"], entry["op"]["n"], entry["op"]["mean"], entry["general"]) == (2, 1, 0.5, None)
+    assert entry["cost"]["training_seconds"]["n"] == 2
+    assert report["differences"][0]["measures"]["op"]["n"] == 1
+    assert report["differences"][0]["measures"]["op"]["unpaired"] == [[1, "given"]]
+    assert "a at 0.1: 1 of 2 runs ended before all 2 tasks" in report["warnings"][0]
+    write_report(tmp_path, runs)
+    write_report(tmp_path, [stopped, run("b")])  # nothing of a is left to show
+    assert report_of([stopped, run("b")])["summary"][0]["op"] is None
+
+
+def test_nested_costs_are_summarised_and_missing_ones_are_left_out():
+    peak = [{"selection": None, "training": 2**30}, {"selection": None, "training": 3 * 2**30}]
+    runs = [run(seed=s, cost={"bytes": 10, "peak_memory": p}) for s, p in enumerate(peak)]
+    cost = report_of([*runs, run(seed=2, cost={})])["summary"][0]["cost"]
+    assert cost["bytes"]["n"] == 2 and cost["peak_memory"]["selection"] is None
+    assert cost["peak_memory"]["training"]["mean"] == 2 * 2**30
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+
+def test_sentences_claim_what_the_intervals_say():
+    ops = {"a": (0.50, 0.60, 0.70), "b": (0.49, 0.61, 0.69), "c": (0.1, 0.2, 0.3)}
+    runs = [run(label, seed=s, op=op) for label, values in ops.items() for s, op in enumerate(values)]
+    found = findings_of(report_of(runs))
+    assert found.rests_on == "9 runs: 3 methods, 2 tasks, 1 learning rate, 3 seeds and 1 order."
+    start = "The highest OP after the last task is that of a (0.600, n = 3)".replace(" = ", "\u00a0=\u00a0")
+    assert found.leaders[0] == f"{start}, clearly apart from 1 of 2 others, not from b."
+    assert "none is corrected" in found.caution
+
+
+def test_what_does_not_train_or_sees_all_tasks_is_not_ranked():
+    frozen = [run("frozen", seed=s, bwt=0.0, cost={"parameters": 0}) for s in range(2)]
+    together = [run("together", seed=s, op=0.99, diagonal=None, bwt=None) for s in range(2)]
+    report = report_of([*frozen, *together, run("a", seed=0), run("a", seed=1)])
+    for sentence in findings_of(report).leaders:
+        assert " a (" in sentence and "frozen" not in sentence and "together" not in sentence
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Few but varied runs: several rates, seeds and orders, one method without a matrix."""
+    methods = {name: METHODS[name] for name in ("fggm", "frozen", "multitask")}
+    return made_up_runs({**methods, HOSTILE: METHODS["sft"], "$x$ a_b": METHODS["lora"]}, ["a_b", "$y$", HOSTILE])
+
+
+ANOTHER_PROCESS = """
+import json, pathlib, sys
+from fggm_peft.continual.report import write_report
+write_report(pathlib.Path(sys.argv[1]), json.load(sys.stdin))
+"""
+
+
+def test_the_same_results_give_the_same_bytes_in_three_files(small, tmp_path):
+    write_report(tmp_path / "one", small)
+    command = [sys.executable, "-c", ANOTHER_PROCESS, str(tmp_path / "two")]
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, input=json.dumps(small), text=True, check=True, env=environment)
+    for name in ("report.json", "report.md", "report.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert len(list((tmp_path / "one").iterdir())) == 3
+    assert json.loads((tmp_path / "one" / "report.json").read_text()) == report_of(small)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.texts, self.links = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "srcset", "data", "action", "poster", "xlink:href"):
+                self.links.append(value)
+            assert not key.startswith("on"), (tag, key)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(small):
+    text = page_of(report_of(small))
+    return text, Page(text)
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    text, parsed = page
+    assert all(link.startswith("#") or link == "data:," for link in parsed.links)
+    assert not re.search(r"url\((?!#)|@import|https?:", text)
+    assert {"script", "iframe", "object", "embed", "img"}.isdisjoint(parsed.tags)
+
+
+def test_what_data_and_labels_say_comes_out_as_text_in_tables_and_pictures(page):
+    text, parsed = page
+    assert "<script" not in text and "alert(1)" in text
+    for name in (HOSTILE, "$x$ a_b", "a_b", "$y$"):
+        assert name in parsed.texts
+    assert any(t.startswith("<script>a") and "…" in t for t in parsed.texts)  # shortened in a picture, not swallowed
+
+
+def test_pictures_have_a_text_and_do_not_take_each_others_ids(page):
+    text, parsed = page
+    pictures = re.findall(r"<svg [^>]*>", text)
+    assert len(pictures) > 10
+    assert all(re.search(r'role="img" aria-label="[^"]{8,}"', picture) for picture in pictures)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert {link[1:] for link in parsed.links if link.startswith("#")} <= set(parsed.ids)
+    assert set(re.findall(r"url\(#([\w-]+)\)", text)) <= set(parsed.ids)
+
+
+def test_the_page_says_by_what_rule_points_were_chosen_and_how_many_runs_there_were(page):
+    text, _ = page
+    assert "chosen on the same test examples" in text and "OP_T = mean_j R[T,j]" in text
+    assert "60 runs: 5 methods, 3 tasks, 2 learning rates, 3 seeds and 2 orders." in text
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [run()],
+        [run(tasks=["one"], R=[[0.5]], zero_shot=[0.1], bwt=None, forgetting=None, op_mean=0.5)],
+        [run(label, cost={}, general=general(0.1)) for label in "ab"],
+        [run(R=[[0.5, 0.6]], diagonal=None, bwt=None, forgetting=None, op_mean=None)],
+        [run(order="reversed"), run("b", order="given")],
+    ],
+    ids=["one run", "one task", "no cost", "only all tasks at once", "no order in common"],
+)
+def test_every_piece_that_is_missing_leaves_a_report(runs, tmp_path):
+    write_report(tmp_path, runs)
+    assert "<h1>" in (tmp_path / "report.html").read_text()
+
+
+def test_optional_pieces_are_shown_where_they_are():
+    gate = [{"task": "two", "earlier": "one", "score": 0.4, "needed": 0.45, "action": "rolled <b>back"}]
+    tasks = {"arc": {"base": 0.5, "final": 0.25, "change": -0.25}}
+    text = page_of(report_of([run(gate=gate, general={**general(0.1), "tasks": tasks}), run("b")]))
+    assert "rolled &lt;b&gt;back" in text and "<span>arc</span>" in text and "\u22120.250" in text
+
+
+def test_markdown_cells_cannot_break_their_table(tmp_path):
+    write_report(tmp_path, [run("a|b\n# c <i>", seed=s) for s in range(2)], page=False)
+    text = (tmp_path / "report.md").read_text()
+    assert "a\\|b \\# c \\<i\\>" in text and not (tmp_path / "report.html").exists()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(not line.startswith("# c") for line in text.splitlines()) and len(rows) > 6
+
+
+def test_half_a_surrogate_pair_and_control_characters_do_not_cost_a_report(tmp_path):
+    write_report(tmp_path, [run("a\ud800\x01b", seed=s) for s in range(2)])
+    assert "\ud800" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("missing", [["matplotlib"], ["jinja2", "matplotlib"]])
+def test_a_missing_package_is_named_with_the_extra_that_has_it(missing, monkeypatch):
+    require_report_packages()
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"needs {' and '.join(missing)}: pip install 'fggm-peft\\[continual\\]'"):
+        require_report_packages()
+
+
+@pytest.fixture(scope="module")
+def large_page():
+    """Of 12 methods, 8 tasks, 3 seeds, 2 orders and 2 learning rates."""
+    return page_of(report_of(made_up_runs()))
+
+
+def test_more_than_eighty_runs_make_a_page_below_three_megabytes(large_page):
+    assert len(large_page.encode()) < 3e6 and all(task in large_page for task in TASKS)
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+CHECK = """<body>
+<iframe id=page style="border:0;width:{width}px;height:4000px" srcdoc="{page}"></iframe>
+<pre id=out></pre>
+<script>
+page.onload = () => {{
+  const root = page.contentDocument.documentElement;
+  const smallest = Math.min(...[...root.querySelectorAll("figure svg text")].map(
+    t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a || 99));
+  const outside = [...root.querySelectorAll("figure, h1, h2, p, .box, .legend")].filter(
+    e => e.getBoundingClientRect().right > {width} + 0.5).length;
+  out.textContent = JSON.stringify({{overflow: root.scrollWidth - root.clientWidth, outside, smallest,
+    figures: root.querySelectorAll("figure svg").length}});
+}};
+</script>"""
+
+
+def in_browser(page: str, width: int, folder):
+    """What a real browser makes of a page of this width, and what it complains of."""
+    text = CHECK.format(width=width, page=page.replace("&", "&amp;").replace('"', "&quot;"))
+    (folder / "check.html").write_text(text, encoding="utf-8")
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"file://{folder}/check.html"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="out">(\{.*?\})</pre>', result.stdout)
+    assert found, result.stderr[-2000:]
+    return json.loads(found[1]), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("kind", ["usual", "long names", "comparison"])
+def test_a_phone_shows_the_page_without_scrolling_sideways(kind, small, large_page, tmp_path):
+    long = [run("a" * 200, tasks=["t" * 90, "two"], order="o" * 300, seed=s) for s in range(2)]
+    pages = {
+        "usual": lambda: large_page,
+        "long names": lambda: page_of(report_of([*long, *small])),
+        "comparison": lambda: comparison_page(compare([Source("/a" * 99, small, None), Source("b", small[:9], {})])),
+    }
+    found, complaints = in_browser(pages[kind](), 375, tmp_path)
+    assert complaints == []
+    assert (found["overflow"], found["outside"]) == (0, 0)
+    assert found["figures"] >= 7 and found["smallest"] >= 8
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_browser_would_tell(tmp_path):
+    page = (
+        "<p style='width: 900px'>wide</p><figure><svg><text font-size='3'>x</text></svg></figure><script>oh()</script>"
+    )
+    found, complaints = in_browser(page, 375, tmp_path)
+    assert found["overflow"] > 0 and found["outside"] == 1 and found["smallest"] == 3
+    assert "oh is not defined" in complaints[0]
