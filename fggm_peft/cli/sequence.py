@@ -63,14 +63,17 @@ def run(
     typer.echo(str(planned), err=True)
     try:
         for _ in run_stream(found, output, resume, checkpoint_steps):
-            write_report(output, finished_runs(found, output))
+            write_report(output, finished_runs(found, output), page=False)
     except KeyboardInterrupt:
-        done = len(finished_runs(found, output))
-        typer.echo(f"stopped after {done} of {total} runs; go on with the same command and --resume", err=True)
+        done = finished_runs(found, output)
+        if done:
+            write_report(output, done)
+        typer.echo(f"stopped after {len(done)} of {total} runs; go on with the same command and --resume", err=True)
         raise typer.Exit(130) from None
     results = finished_runs(found, output)
     if len(results) < total:
         typer.echo(f"{total - len(results)} of {total} runs are still being computed by another process", err=True)
+    write_report(output, results)
     report = report_of(results)
     if method_comparison is not None:
         write_method_comparison(report, found, method_comparison)

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from .report import require_report_packages
 from .runner import Runner, made, write_json
 from .stream import Method, Order, Stream, StreamError
 
@@ -57,7 +58,9 @@ def run_stream(
     Raises:
         StreamError: the folder has runs and ``resume`` is False, or they are of another stream (says what differs);
             the model is quantized; a method or an option is unknown.
+        ImportError: a package that the report needs is not installed.
     """
+    require_report_packages()
     if stream.model.quantization is not None:
         raise StreamError("sequences run on dense models: a run is resumed from the weights that its methods changed")
     for method in stream.methods:
