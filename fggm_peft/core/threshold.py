@@ -58,6 +58,17 @@ class ThresholdPolicy(ABC):
             For each weight the chosen indices, int64 on the CPU, sorted.
         """
 
+    def promised(self, units: Sequence[int], costs: Sequence[int]) -> int:
+        """How many parameters it chooses of such weights at least, if enough scores are positive.
+
+        Of a policy that adapts to the scores it is one unit.
+
+        Args:
+            units: for each weight (one of scope "layer", all of scope "global") how many units it has.
+            costs: for each weight, the parameters that one of its units holds.
+        """
+        return min(costs)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -86,12 +97,19 @@ class TopDensity(ThresholdPolicy):
         legal = _is_number(self.density) and 0 < self.density <= 1
         self._require("density", legal, "in (0, 1]")
 
+    def promised(self, units, costs):
+        if self.scope == "global":
+            return round(self.density * sum(n * cost for n, cost in zip(units, costs, strict=True)))
+        return self._count(units[0]) * costs[0]
+
+    def _count(self, units: int) -> int:
+        # a weight that is targeted moves at least one unit, however small the density
+        return max(1, round(self.density * units))
+
     def choose(self, scores, costs):
         if self.scope == "global":
-            total = sum(len(s) * cost for s, cost in zip(scores, costs, strict=True))
-            return _best_per_parameter(scores, costs, round(self.density * total))
-        # a weight that is targeted moves at least one unit, however small the density
-        return [_top(s, max(1, round(self.density * len(s)))) for s in scores]
+            return _best_per_parameter(scores, costs, self.promised([len(s) for s in scores], costs))
+        return [_top(s, self._count(len(s))) for s in scores]
 
 
 @dataclass(frozen=True)
@@ -178,6 +196,9 @@ class ParameterBudget(ThresholdPolicy):
         super().__post_init__()
         legal = isinstance(self.count, int) and not isinstance(self.count, bool) and self.count > 0
         self._require("count", legal, "an integer > 0")
+
+    def promised(self, units, costs):
+        return self.count
 
     def choose(self, scores, costs):
         total = sum(len(s) * cost for s, cost in zip(scores, costs, strict=True))

@@ -104,6 +104,22 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             gram: Gram matrix of the input, which other layers may share.
         """
 
+    @abstractmethod
+    def input_features(self, x: Tensor) -> Tensor:
+        """The input of one call as vectors that the weight multiplies, ``[b, t, i]``.
+
+        Raises:
+            TypeError: the layer looks its rows up.
+        """
+
+    @abstractmethod
+    def output_features(self, output: Tensor) -> Tensor:
+        """The output of one call as vectors ``[b, t, o]``.
+
+        Raises:
+            TypeError: the layer looks its rows up.
+        """
+
     def positions(self, x: Tensor) -> int:
         """How many rows of ``[n, i]`` the input stands for."""
         return x.numel() // max(1, x.shape[-1])

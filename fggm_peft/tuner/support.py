@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,13 @@ class Choice:
         indices: ``[k]`` int64 on the CPU, sorted.
         units: how many units there were to choose from.
         score_share: share of the module's total score that the chosen units hold, in [0, 1].
+        is_zero: every score is 0, so that nothing could be chosen.
     """
 
     indices: Tensor
     units: int
     score_share: float
+    is_zero: bool = False
 
 
 def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, FGGMLayer]:
@@ -47,15 +50,20 @@ def module_generator(config: FGGMConfig, name: str) -> torch.Generator:
 
 
 def criterion_scores(
-    layer: FGGMLayer, name: str, config: FGGMConfig, adapter_name: str, fisher: Tensor | None = None
+    layer: FGGMLayer, name: str, config: FGGMConfig, adapter_name: str, **statistics: Mapping[str, Any]
 ) -> Tensor:
-    """What the config's criterion makes of one module, ``[units]``."""
+    """What the config's criterion makes of one module, ``[units]``.
+
+    Args:
+        statistics: ``task``, ``reference`` and ``reference_mean`` of ``Quantities``.
+    """
     quantities = Quantities(
         granularity=layer.granularity[adapter_name],
         shape=layer.weight_shape,
         weight=layer.weight_copy,
         generator=module_generator(config, name),
-        fisher=fisher,
+        weight_exponent=config.weight_exponent,
+        **statistics,
     )
     return CRITERIA[config.criterion].score(quantities)
 
@@ -93,10 +101,12 @@ def _choose(policy, names: Iterable[str], layers, adapter_name, scores) -> dict[
     for name, vector in zip(names, vectors, strict=True):
         if not torch.isfinite(vector).all():
             raise NonFiniteScoreError(f"a score of module {name} is NaN or infinite")
+        if (vector < 0).any():
+            raise NonFiniteScoreError(f"a score of module {name} is negative; the criterion must give scores >= 0")
     costs = [layers[name].granularity[adapter_name].parameters_per_unit(layers[name].weight_shape) for name in names]
     chosen = policy.choose(vectors, costs)
     return {
-        name: Choice(indices, len(vector), _share(vector, indices))
+        name: Choice(indices, len(vector), _share(vector, indices), not vector.any())
         for name, vector, indices in zip(names, vectors, chosen, strict=True)
     }
 

@@ -88,10 +88,10 @@ class EWC(Method):
         try:
             layers = fggm_layers(adapted, ADAPTER)
             fisher_pass = FisherPass(adapted, config, ADAPTER, data, None, progress=False)
-            scores, counts = fisher_pass.run(layers, self.num_samples, None, 1, "Fisher of EWC")
+            totals = fisher_pass.run(layers, self.num_samples, None, 1, "Fisher of EWC")
             fisher = {}
             for name, layer in layers.items():
-                mean = scores.pop(name).sum(0).div_(sum(counts))
+                mean = totals.mean(name, "fisher")
                 fisher[f"{name}.weight"] = layer.unmatrix(mean.view(layer.weight_shape)).contiguous()
             return fisher
         finally:
