@@ -1,9 +1,9 @@
 """What ranks the units of a weight. A criterion is one short function over collected statistics.
 
 ``F`` is the Fisher information of a unit: of the task's data, or of a reference, which stands for what the model
-should keep. A unit of ``c`` entries has the sum over them, so that ``F / c`` is the mean of its entries. Thresholds of
-global scope rank by score per entry; the ratios are therefore those of the means, times ``c``. Within one weight that is
-a constant factor.
+should keep. A unit of ``c`` entries has the sum over them, so ``F / c`` is the mean of its entries. A threshold of
+global scope ranks by score per entry; the ratios are therefore those of the means, times ``c``. Within one weight that
+is a constant factor, which changes no choice.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.criteria import CRITERIA
@@ -101,7 +100,9 @@ class Chooser:
         source.samples = source.totals.samples
         self.reference.forget()
 
-    def _choose_group(self, outcome: Outcome, task: FisherPass, group: Group, num_samples: Any, description: str) -> None:
+    def _choose_group(
+        self, outcome: Outcome, task: FisherPass, group: Group, num_samples: Any, description: str
+    ) -> None:
         def enough(totals: Totals) -> bool:
             if not totals.has_halves(self.criterion.task):
                 return False
@@ -149,10 +150,10 @@ class Chooser:
         def scores(name: str) -> Tensor:
             layer = group[name]
             granularity, device = layer.granularity[self.adapter_name], layer.fggm_indices[self.adapter_name].device
-            task: dict[str, Tensor] = {}
-            for key in self.criterion.task:
-                known = totals is not None
-                task[key] = totals.mean(name, key, half) if known else ones(key, granularity, layer.weight_shape).to(device)
+            if totals is None:
+                task = {k: ones(k, granularity, layer.weight_shape).to(device) for k in self.criterion.task}
+            else:
+                task = {key: totals.mean(name, key, half) for key in self.criterion.task}
             against: dict[str, Any] = {}
             if reference is not None:
                 together = self._ranked_with(name)
@@ -201,9 +202,8 @@ class Chooser:
         """What running sums of one module take: two halves of float32, of the task and of each reference."""
         granularity, shape = layer.granularity[self.adapter_name], layer.weight_shape
         sources = len(self.reference.live) if self.reference else 0
-        sizes = {key: STATISTICS[key].size(granularity, shape) for key in (*self.criterion.task, *self.criterion.reference)}
-        task = sum(sizes[key] for key in self.criterion.task)
-        return 2 * 4 * (task + sources * sum(sizes[key] for key in self.criterion.reference))
+        names = [*self.criterion.task, *self.criterion.reference * sources]
+        return 2 * 4 * sum(STATISTICS[name].size(granularity, shape) for name in names)
 
     def _require_repeatable(self, task: FisherPass, passes: int) -> None:
         task.require_repeatable(passes)

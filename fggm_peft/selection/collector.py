@@ -1,8 +1,9 @@
 """Collects statistics from the passes of a frozen model, without any weight gradient.
 
-Those of inputs and outputs are taken as the forward goes by. For those of gradients a forward hook on every adapted layer puts an identity function behind the layer's output. Its
-backward sees the gradient ``g`` there and has saved the input ``x`` through ``save_for_backward``, so
-that gradient checkpointing of either kind neither keeps x nor counts a sample twice.
+Those of inputs and outputs are taken as the forward goes by. For those of gradients a forward hook on every adapted
+layer puts an identity function behind the layer's output. Its backward sees the gradient ``g`` there and has saved the
+input ``x`` through ``save_for_backward``, so that gradient checkpointing of either kind neither keeps x nor counts a
+sample twice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from ..core.per_sample import GramMatrix, PerSampleGradients, same_memory
 from ..core.statistics import STATISTICS, Batch, Features, Statistic
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMLinear
-
 
 Sums = dict[str, dict[str, Tensor]]
 """Module path -> statistic -> ``[2, size]`` float32, a running sum for each half of the samples."""
@@ -106,7 +106,9 @@ class ScoreCollector:
         for name, seen in self._seen.items():
             if seen:  # a call whose output did not reach the loss left these waiting
                 self._add(name)
-        totals = torch.stack([sum(sums.sum() for sums in of_module.values()).cpu() for of_module in self.sums.values()])
+        totals = torch.stack(
+            [torch.stack([sums.sum() for sums in of_module.values()]).sum().cpu() for of_module in self.sums.values()]
+        )
         if not torch.isfinite(totals).all():
             name = list(self.sums)[int((~torch.isfinite(totals)).nonzero()[0])]
             raise NonFiniteScoreError(

@@ -32,6 +32,7 @@ from .out_of_memory import advised
 from .ranks import Ranks
 from .untouched import untouched
 
+
 @dataclass(frozen=True)
 class Totals:
     """What a pass has gathered, or has so far.
@@ -156,9 +157,7 @@ class FisherPass:
         with (
             untouched(self.model),
             self._switched_off(layers),
-            ScoreCollector(
-                layers, self.adapter_name, self.statistics, self._checkpointed_embeddings()
-            ) as collector,
+            ScoreCollector(layers, self.adapter_name, self.statistics, self._checkpointed_embeddings()) as collector,
             tqdm(total=limit, desc=description, unit="sample", disable=None if self.progress else True) as bar,
         ):
 
@@ -181,7 +180,9 @@ class FisherPass:
             if collector.needs_backward and not any(self.ranks.gather(informed)):
                 raise ValueError("all labels of all batches are -100: there is no answer to take a likelihood of")
         total = {
-            (name, key): self.ranks.sum(sums) for name, of_module in collector.sums.items() for key, sums in of_module.items()
+            (name, key): self.ranks.sum(sums)
+            for name, of_module in collector.sums.items()
+            for key, sums in of_module.items()
         }
         return Totals(lambda name, statistic: total[name, statistic], _halves(seen, batches))
 

@@ -1,9 +1,9 @@
 """Keeps a new support away from what earlier deltas have moved.
 
 Only the supports of earlier deltas are read, from files that are checked as any adapter's are. A unit has a *protected
-share*: how much of its entries lies in them. Its score is multiplied by ``1 - protection * share``. So with ``protection=1``
-and deltas of the same granularity (or of rows or columns against new elements) the supports are disjoint; where
-units cross, as rows and columns do, the score is scaled and the supports may meet.
+share*: how much of its entries lies in them. Its score is multiplied by ``1 - protection * share``. So with
+``protection=1`` and deltas of the same granularity (or of rows or columns against new elements) the supports are
+disjoint; where units cross, as rows and columns do, the score is scaled and the supports may meet.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Protection:
         shares = {name: self.share(name) for name in self.earlier}
         if any(((share > 0) & (share < 1)).any() for share in shares.values()):
             warnings.warn(
-                f"protection=1 cannot keep {config.granularity}s apart from earlier deltas that they cross: their scores "
-                "are scaled by the share that is free. Use the earlier deltas' granularity, or 'element'.",
+                f"protection=1 cannot keep {config.granularity}s apart from earlier deltas that they cross: their "
+                "scores are scaled by the share that is free. Use the earlier deltas' granularity, or 'element'.",
                 stacklevel=4,
             )
         together: dict[str, list[str]] = {}
@@ -104,8 +104,8 @@ class Protection:
         if free < wanted:
             total = sum(n * cost for n, cost in zip(units, costs, strict=True))
             raise ValueError(
-                f"{policy} wants {wanted} parameters of {module or 'all modules together'}, and protection=1 leaves {free} "
-                f"of {total}. Choose fewer, protect fewer deltas, or lower the protection."
+                f"{policy} wants {wanted} parameters of {module or 'all modules together'}, and protection=1 leaves "
+                f"{free} of {total}. Choose fewer, protect fewer deltas, or lower the protection."
             )
 
 
@@ -140,10 +140,15 @@ def _supports_of(model: nn.Module, config: FGGMConfig, name: str) -> list[tuple[
             for record in history_of(unwrapped(model), besides=config)
             for module, indices in record.supports.items()
         ]
-    return _supports_in_file(model, name)
+    return supports_in_file(model, name)
 
 
-def _supports_in_file(model: nn.Module, name: str) -> list[tuple[str, Support]]:
+def supports_in_file(model: nn.Module, name: str) -> list[tuple[str, Support]]:
+    """The modules of a saved adapter and what it holds of each; of the values only the shapes are read.
+
+    Args:
+        name: a folder or a Hub id.
+    """
     config = PeftConfig.from_pretrained(name)
     if not isinstance(config, FGGMConfig):
         raise ValueError(f"protect: {name!r} is a {config.peft_type} adapter, not FGGM")

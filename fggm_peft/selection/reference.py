@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA
 from ..core.statistics import STATISTICS, ones
-from ..tuner.config import FGGMConfig, check_reference
+from ..tuner.config import FGGMConfig, check_reference, require_reference
 from ..tuner.history import TaskRecord, history_of, load_record
 from ..tuner.layer import FGGMLayer
 from .fisher_pass import FisherPass, Totals, unwrapped
@@ -186,16 +186,10 @@ def find_reference(
     criterion = CRITERIA[config.criterion]
     sources = _listed(config.reference if given is None else given)
     history = (config.history if history is None else history) or []
-    check_reference(config, sources, history)
+    check_reference(config.criterion, sources, history)
     if not criterion.reference:
         return None
-    if not sources:
-        raise ValueError(
-            f"criterion {config.criterion!r} weighs the task against a reference, and none was given. Set "
-            "reference='self' (text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on "
-            "the config, or pass reference=dataloader with general text to select_parameters (a trainer's "
-            "selection_reference)."
-        )
+    require_reference(config.criterion, sources)
     found: list[Source] = []
     for source in sources:
         if isinstance(source, (str, Path)) and source != "self":

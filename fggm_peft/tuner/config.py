@@ -68,9 +68,9 @@ class FGGMConfig(PeftConfig):
             "help": "What ranks the units, on the task's data: 'fisher' (diagonal Fisher information F), "
             "'batch_gradient' (squared gradients of batches), 'fisher_over_weight' (F / |W|^p), "
             "'gradient_low_magnitude' (mean gradient over |W|), 'output_magnitude' (rows, by a forward pass); on a "
-            "`reference` too: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref), 'input_ratio' (columns, by "
-            "forward passes); without data, chosen when the adapter is made: 'random', 'weight_magnitude'. Or a name of "
-            "your own in `fggm_peft.CRITERIA`."
+            "`reference` too: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref), 'input_ratio' (columns, "
+            "by forward passes); without data, chosen when the adapter is made: 'random', 'weight_magnitude'. Or a "
+            "name of your own in `fggm_peft.CRITERIA`."
         },
     )
     weight_exponent: float = field(
@@ -262,9 +262,9 @@ class FGGMConfig(PeftConfig):
                 f"criterion {self.criterion!r} has a meaning for granularity={' or '.join(map(repr, kinds))} only, "
                 f"got granularity={self.granularity!r}"
             )
-        for name in ("reference", "history", "protect"):
+        for name in ("history", "protect"):
             setattr(self, name, _names(name, getattr(self, name)))
-        check_reference(self, self.reference or [], self.history or [])
+        check_reference(self.criterion, _names("reference", self.reference) or [], self.history or [])
         require_protection(self.protection)
         if not _is_finite(self.weight_exponent) or self.weight_exponent < 0:
             raise ValueError(f"weight_exponent must be a number >= 0, got {self.weight_exponent!r}")
@@ -299,13 +299,23 @@ class FGGMConfig(PeftConfig):
         return self.threshold
 
 
-def check_reference(config: FGGMConfig, reference: Sequence[Any], history: Sequence[str]) -> None:
+def check_reference(criterion: str, reference: Sequence[Any], history: Sequence[str]) -> None:
     """Raise ``ValueError`` for a reference, or names of earlier scores, that would not be looked at."""
-    if reference and not CRITERIA[config.criterion].reference:
+    if reference and not CRITERIA[criterion].reference:
         names = ", ".join(repr(name) for name in CRITERIA if CRITERIA[name].reference)
-        raise ValueError(f"criterion {config.criterion!r} looks at no reference; those that do are {names}")
+        raise ValueError(f"criterion {criterion!r} looks at no reference; those that do are {names}")
     if history and not any(isinstance(source, str) and source == "history" for source in reference):
         raise ValueError("history= names scores that only reference='history' reads; give that too")
+
+
+def require_reference(criterion: str, reference: Any) -> None:
+    """Raise ``ValueError`` if the criterion needs a reference and there is none."""
+    if CRITERIA[criterion].reference and not reference:
+        raise ValueError(
+            f"criterion {criterion!r} weighs the task against a reference, and none was given. Set reference='self' "
+            "(text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on the config, "
+            "or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
+        )
 
 
 def _names(field_name: str, value: Any) -> list[str] | None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,7 +70,10 @@ class TaskRecord:
         kept = self.scores.get(statistic, {}).get(module)
         if kept is None:
             has = ", ".join(self.scores) or "no statistics"
-            raise ScoreFileError(f"the scores have no {statistic!r} of module {module} (they have {has})")
+            raise ScoreFileError(
+                f"the scores of an earlier task have no {statistic!r} of module {module}; they have {has}. They were "
+                "made for another base, or by a criterion that gathers something else."
+            )
         if len(kept) == 1 and self.granularity != granularity.name:
             raise ScoreFileError(
                 f"the scores are of {self.granularity}s, and {granularity.name}s are to be chosen; only scores of "
@@ -85,6 +88,15 @@ class TaskRecord:
             )
         return kept
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The scores by name, as ``scores_from`` takes them."""
+        return {
+            f"{statistic}/{module}{suffix}": tensor.contiguous()
+            for statistic, modules in self.scores.items()
+            for module, kept in modules.items()
+            for suffix, tensor in zip(("",) if len(kept) == 1 else ("/rows", "/columns"), kept, strict=True)
+        }
+
     def save(self, path: Path) -> Path:
         """Write the scores, whole or not at all; a folder gets the usual file name.
 
@@ -94,15 +106,9 @@ class TaskRecord:
         if not self.scores:
             raise ValueError("this selection gathered no statistics that a later task could take for a reference")
         path = path / SCORES_FILE if path.is_dir() else path
-        tensors = {
-            f"{statistic}/{module}{suffix}": tensor.contiguous()
-            for statistic, modules in self.scores.items()
-            for module, kept in modules.items()
-            for suffix, tensor in zip(("",) if len(kept) == 1 else ("/rows", "/columns"), kept, strict=True)
-        }
         metadata = {"granularity": self.granularity, "samples": self.samples, "base": self.base}
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, {"format": _FORMAT, "fggm": json.dumps(metadata)})
+        save_file(self.tensors(), partial, {"format": _FORMAT, "fggm": json.dumps(metadata)})
         partial.replace(path)
         return path
 
@@ -127,25 +133,34 @@ def load_record(path: str | Path) -> TaskRecord:
                 raise ScoreFileError(f"{file} holds no scores of fggm_peft (format {header.get('format')!r})")
             metadata = json.loads(header["fggm"])
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        return _record(metadata, tensors, file)
+        granularity, samples, base = metadata["granularity"], metadata["samples"], metadata["base"]
+        if granularity not in GRANULARITIES or not isinstance(samples, int) or not isinstance(base, str):
+            raise ScoreFileError(f"the scores in {file} are damaged: their metadata are {metadata}")
+        return TaskRecord(granularity, samples, base, scores_from(tensors, str(file)))
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ScoreFileError(f"the scores in {file} are damaged: {error}") from error
 
 
-def _record(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path) -> TaskRecord:
+def scores_from(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, Kept]]:
+    """The scores that ``TaskRecord.tensors`` gave.
+
+    Args:
+        where: they come from, for errors.
+
+    Raises:
+        KeyError: the column sums of a module are missing.
+        ScoreFileError: a tensor is no vector of finite numbers that are not negative.
+    """
     scores: dict[str, dict[str, Kept]] = {}
     for key, tensor in tensors.items():
         legal = tensor.dtype == torch.float32 and tensor.dim() == 1
         if not legal or not torch.isfinite(tensor).all() or (tensor < 0).any():
-            raise ScoreFileError(f"{file}: {key} is no vector of finite float32 numbers >= 0")
+            raise ScoreFileError(f"{where}: {key} is no vector of finite float32 numbers >= 0")
         statistic, module, *part = key.split("/")
         modules = scores.setdefault(statistic, {})
         if part != ["columns"]:
             modules[module] = (tensor,) if not part else (tensor, tensors[f"{statistic}/{module}/columns"])
-    granularity, samples, base = metadata["granularity"], metadata["samples"], metadata["base"]
-    if granularity not in GRANULARITIES or not isinstance(samples, int) or not isinstance(base, str):
-        raise ScoreFileError(f"{file}: the metadata are damaged: {dict(metadata)}")
-    return TaskRecord(granularity, samples, base, scores)
+    return scores
 
 
 def kept_of(values: Tensor, granularity: Granularity, shape: Shape) -> Kept:
