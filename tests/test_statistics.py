@@ -120,7 +120,7 @@ def test_a_layer_called_twice_adds_up_its_calls():
 def test_embeddings_have_no_features_to_look_at(criterion, granularity):
     model = adapted(llama(), granularity, criterion=criterion, target_modules=["embed_tokens", "q_proj"])
     reference = token_batches() if criterion == "input_ratio" else None
-    with pytest.raises(ValueError, match="module model.embed_tokens: .*leave it out of the targets"):
+    with pytest.raises(ValueError, match=r"module model\.embed_tokens: .*leave it out of the targets"):
         select_parameters(model, token_batches(), reference=reference, progress=False)
 
 

@@ -51,7 +51,7 @@ class Protection:
         earlier: Mapping[str, Sequence[Support]],
     ):
         self.layers, self.adapter_name, self.strength = layers, adapter_name, strength
-        self.earlier = earlier if strength else {}
+        self.earlier = {name: held for name, held in earlier.items() if name in layers and strength}
 
     def share(self, name: str) -> Tensor:
         """The protected share of each unit of a module, ``[units]`` float32 on the CPU."""
@@ -76,8 +76,12 @@ class Protection:
         """
         if self.strength < 1 or not self.earlier:
             return
-        shares = {name: self.share(name) for name in self.earlier}
-        if any(((share > 0) & (share < 1)).any() for share in shares.values()):
+        free, crosses = {}, False
+        for name in self.earlier:
+            share = self.share(name)
+            free[name] = int((share < 1).sum())
+            crosses |= bool(((share > 0) & (share < 1)).any())
+        if crosses:
             warnings.warn(
                 f"protection=1 cannot keep {config.granularity}s apart from earlier deltas that they cross: their "
                 "scores are scaled by the share that is free. Use the earlier deltas' granularity, or 'element'.",
@@ -89,23 +93,24 @@ class Protection:
             key = name if policy.scope == "layer" else ""
             together.setdefault(key, []).append(name)
         for key, names in together.items():
-            self._require_enough(config, key, names, shares)
+            self._require_enough(config, key, names, free)
 
-    def _require_enough(self, config: FGGMConfig, module: str, names: list[str], shares: Mapping[str, Tensor]) -> None:
-        units, costs, free = [], [], 0
+    def _require_enough(self, config: FGGMConfig, module: str, names: list[str], free: Mapping[str, int]) -> None:
+        """The same for modules that are ranked together, of which ``free`` says how many units are not forbidden."""
+        units, costs, left = [], [], 0
         for name in names:
             layer = self.layers[name]
             granularity, shape = layer.granularity[self.adapter_name], layer.weight_shape
             units.append(granularity.units(shape))
             costs.append(granularity.parameters_per_unit(shape))
-            free += costs[-1] * (int((shares[name] < 1).sum()) if name in shares else units[-1])
+            left += costs[-1] * free.get(name, units[-1])
         policy = config.policy(names[0])
         wanted = policy.promised(units, costs)
-        if free < wanted:
+        if left < wanted:
             total = sum(n * cost for n, cost in zip(units, costs, strict=True))
             raise ValueError(
                 f"{policy} wants {wanted} parameters of {module or 'all modules together'}, and protection=1 leaves "
-                f"{free} of {total}. Choose fewer, protect fewer deltas, or lower the protection."
+                f"{left} of {total}. Choose fewer, protect fewer deltas, or lower the protection."
             )
 
 
