@@ -197,16 +197,21 @@ class FisherPass:
             sizes = self.ranks.gather(size)
             if not any(sizes):
                 return
-            first, own = start + sum(sizes[: self.ranks.rank]), number + sum(map(bool, sizes[: self.ranks.rank]))
-            start, number = start + sum(sizes), number + sum(map(bool, sizes))
-            if limit is not None and start > limit:  # batches that lie behind the limit altogether are not counted
-                firsts = itertools.accumulate(sizes, initial=start - sum(sizes))
-                number -= sum(size > 0 and begin >= limit for size, begin in zip(sizes, firsts, strict=False))
-            if limit is not None and first + size > limit:
-                batch, size = _cut(batch, size, max(0, limit - first))
-                start = min(start, limit)
+            firsts = list(itertools.accumulate(sizes, initial=start))
+            wanted = [size if limit is None else min(size, max(0, limit - f)) for size, f in zip(sizes, firsts)]  # noqa: B905
+            numbers = list(itertools.accumulate(map(bool, wanted), initial=number))
+            if wanted[self.ranks.rank] < size:
+                batch, size = _cut(batch, size, wanted[self.ranks.rank])
+            start, number = start + sum(wanted), numbers[-1]
             spare = batch if size else spare
-            yield Round(spare if sharded and not size else batch, size, first, start, own, number)
+            yield Round(
+                spare if sharded and not size else batch,
+                size,
+                firsts[self.ranks.rank],
+                start,
+                numbers[self.ranks.rank],
+                number,
+            )
 
     def _reading_together(self) -> AbstractContextManager:
         """Where one rank reads for all (accelerate's dispatcher), the ranks already talk while they read."""
