@@ -10,8 +10,10 @@ from models import BERT_HEADS, adapted, bert, fisher_scores, llama, logits, quan
 from reference import units
 from safetensors.torch import load_file, save_file
 from test_selection import trace
+from trainers import make_trainer
+from transformers import Trainer
 
-from fggm_peft import CRITERIA, FGGMConfig, ScoreFileError, TopDensity, select_parameters
+from fggm_peft import CRITERIA, FGGMCallback, FGGMConfig, ScoreFileError, TopDensity, select_parameters
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.selection.self_text import written_batches
 from fggm_peft.tuner.history import SCORES_FILE, history_of, load_record
@@ -150,6 +152,23 @@ def test_a_quantized_base_is_weighed_and_left_as_it_was(kind, reference):
     assert trace(model)[2:] == before[2:]
     assert torch.equal(logits(model, token_batches()[0]), expected)
     train(model, token_batches())
+
+
+@pytest.mark.parametrize("given", ["config", "attribute", "callback"])
+def test_a_trainer_takes_its_reference_from_the_config_or_is_given_one(given, tmp_path):
+    model = harm_model(reference="self" if given == "config" else None)
+    callback = FGGMCallback(reference=GENERAL)
+    options = {"trainer_class": Trainer, "callbacks": [callback]} if given == "callback" else {}
+    trainer = make_trainer(model, tmp_path, **options)
+    if given == "attribute":
+        trainer.selection_reference = GENERAL
+    trainer.train()
+    report = callback.selection_report if given == "callback" else trainer.selection_report
+    assert report.reference_samples == (6 if given == "config" else 7)
+    if given == "attribute":
+        bare = make_trainer(harm_model(), tmp_path)
+        with pytest.raises(ValueError, match="selection_reference"):
+            bare.train()
 
 
 # Several references ------------------------------------------------------------------------------

@@ -198,7 +198,9 @@ class FisherPass:
             if not any(sizes):
                 return
             firsts = list(itertools.accumulate(sizes, initial=start))
-            wanted = [size if limit is None else min(size, max(0, limit - f)) for size, f in zip(sizes, firsts)]  # noqa: B905
+            wanted = sizes
+            if limit is not None:
+                wanted = [max(0, min(n, limit - begin)) for n, begin in zip(sizes, firsts[:-1], strict=True)]
             numbers = list(itertools.accumulate(map(bool, wanted), initial=number))
             if wanted[self.ranks.rank] < size:
                 batch, size = _cut(batch, size, wanted[self.ranks.rank])

@@ -36,7 +36,7 @@ class EWC(Method):
     frozen, because F is not computed for them and nothing would hold them.
 
     Memory: 4 bytes for each trained weight (F in float32); while a task trains, as much again as the weights take
-    (theta*); while F_task is computed, another 8 bytes for each (two halves of the samples).
+    (theta*); while F_task is computed, another 12 bytes for each (two halves of the samples, and F_task).
 
     Args:
         penalty: the paper's lambda. No default suits all: look for it together with the learning rate.
