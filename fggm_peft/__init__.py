@@ -6,12 +6,14 @@ Importing the package registers FGGM with PEFT, so that ``PeftModel.from_pretrai
 from typing import TYPE_CHECKING, Any
 
 from . import training
+from .core.criteria import CRITERIA, Criterion
 from .core.errors import (
     AdapterFileError,
     AdapterNotSelectedError,
     AlreadyTrainedError,
     LossyMergeError,
     NonFiniteScoreError,
+    ScoreFileError,
 )
 from .core.threshold import (
     AbsoluteScore,
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
     from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 __all__ = [
+    "CRITERIA",
     "AbsoluteScore",
     "AdapterFileError",
     "AdapterNotSelectedError",
     "AlreadyTrainedError",
     "CostEstimate",
+    "Criterion",
     "FGGMCallback",
     "FGGMConfig",
     "FGGMLayer",
@@ -45,6 +49,7 @@ __all__ = [
     "MergeReport",
     "NonFiniteScoreError",
     "ParameterBudget",
+    "ScoreFileError",
     "ScoreMass",
     "SelectionReport",
     "ThresholdPolicy",

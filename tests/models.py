@@ -178,5 +178,6 @@ def adapted(model: nn.Module, granularity: str = "row", **config) -> nn.Module:
 def fisher_scores(model: nn.Module, batches, log_likelihood=None) -> dict[str, torch.Tensor]:
     """The collected Fisher information, mean over samples, ``[units]`` for each module."""
     fisher_pass = FisherPass(model, model.peft_config["default"], "default", batches, log_likelihood, progress=False)
-    scores, counts = fisher_pass.run(fggm_layers(model, "default"), None, None, 1, "")
-    return {name: score.sum(0) / sum(counts) for name, score in scores.items()}
+    layers = fggm_layers(model, "default")
+    totals = fisher_pass.run(layers, None, None, 1, "")
+    return {name: totals.mean(name, "fisher") for name in layers}

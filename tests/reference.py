@@ -174,3 +174,38 @@ def above_mean(scores: list[list[float]], costs: list[int], k: float) -> list[li
     flat = torch.tensor([s / c for v, c in zip(scores, costs, strict=True) for s in v], dtype=torch.float64)
     bound = max(0.0, float(flat.mean() + k * flat.std(unbiased=False)))
     return [[i for i, s in enumerate(v) if s / c > bound] for v, c in zip(scores, costs, strict=True)]
+
+
+# Criteria: float64, from matrices of the whole weight ---------------------------------------------
+
+
+def criterion_scores(name: str, granularity: str, q: dict[str, Tensor], exponent: float = 1.0) -> Tensor:
+    """``[units]``.
+
+    Args:
+        q: ``[o, i]`` float64: "fisher" and "reference" (mean squared per-sample gradients), "batches" (mean squared
+            gradients of batches), "gradient" (mean gradient), "weight"; ``[i]``: "input" and "reference input" (second
+            moments); ``[o]``: "output" (mean magnitude).
+    """
+
+    def unit(matrix: Tensor) -> Tensor:
+        return unit_scores(granularity, matrix)
+
+    entries = q["weight"].numel() // len(unit(q["weight"]))
+    weight = unit(q["weight"].abs()) / entries + 0.01 * q["weight"].abs().mean()
+    harm = unit(q["reference"]) / entries + 0.01 * q["reference"].mean()
+    return {
+        "fisher": lambda: unit(q["fisher"]),
+        "gain_per_harm": lambda: entries * (unit(q["fisher"]) / entries).sqrt() / harm,
+        "fisher_ratio": lambda: unit(q["fisher"]) / harm,
+        "input_ratio": lambda: (
+            entries
+            * (q["input"] * q["reference input"].mean()).sqrt()
+            / (q["reference input"] + 0.01 * q["reference input"].mean())
+        ),
+        "batch_gradient": lambda: unit(q["batches"]),
+        "gradient_low_magnitude": lambda: unit(q["gradient"].abs()) / weight,
+        "fisher_over_weight": lambda: unit(q["fisher"]) / weight**exponent,
+        "output_magnitude": lambda: q["output"] / q["output"].sum(),
+        "weight_magnitude": lambda: unit(q["weight"].abs()),
+    }[name]()

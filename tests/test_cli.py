@@ -489,3 +489,26 @@ def test_two_processes_select_what_one_would(folder, selected, tmp_path):
 
 def offline() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_a_task_is_weighed_against_the_models_own_text_and_against_the_task_before(folder, tmp_path):
+    """Columns by gain per harm; the second task keeps out of the first one's columns."""
+    common = ("--granularity", "column", "--density", 0.3, "--num-samples", 8)
+    own = ("--criterion", "gain_per_harm", "--reference", "self", "--reference-texts", 4, "--reference-length", 8)
+    data, model = folder / "data", folder / "model"
+    first = succeed("select", model, "--data", data, "--output", tmp_path / "first", "--save-scores", *own, *common)
+    assert (first["samples"], first["reference_samples"]) == (8, 4)
+    assert {path.name for path in (tmp_path / "first").iterdir()} == ADAPTER_FILES | {"fggm_scores.safetensors"}
+    history = ("--reference", "history", "--history", tmp_path / "first", "--protect", tmp_path / "first")
+    options = ("--criterion", "gain_per_harm", *history, *common)
+    train = ("--max-steps", 1, "--batch-size", 4)
+    second = succeed("train", model, "--data", data, "--output", tmp_path / "second", *train, *options)
+    assert second["selection"]["reference_samples"] == 0
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second")]
+    for key in (key for key in files[0] if key.endswith("fggm_indices")):
+        assert not torch.isin(files[0][key], files[1][key]).any() and len(files[1][key])
+
+
+def test_a_criterion_without_its_reference_is_refused_before_the_model_is_loaded(tmp_path):
+    line = fail("select", "no/model", "--data", "x", "--output", tmp_path / "out", "--criterion", "gain_per_harm")
+    assert "reference='self'" in line and not (tmp_path / "out").exists()

@@ -38,6 +38,11 @@ BAD = [
     ({"bias": "lora_only"}, "bias must be one of 'none', 'all', 'fggm_only', got 'lora_only'"),
     ({"bias": "fggm_only", "granularity": "column"}, "bias='fggm_only'.*granularity='row'.*got granularity='column'"),
     *[({"seed": v}, rf"seed must be an integer in \[0, 2\*\*63\), got {v!r}") for v in (-1, 2**63, 1.5, True, None)],
+    ({"criterion": "gain_per_harm", "reference": 3}, "reference must be a name or a path, or a list of them, got 3"),
+    ({"protect": [1]}, r"protect must be a name or a path, or a list of them, got \[1\]"),
+    ({"reference_texts": 1}, "reference_texts must be an integer > 1, got 1"),
+    ({"reference_length": 2.5}, "reference_length must be an integer > 1, got 2.5"),
+    *[({"weight_exponent": v}, f"weight_exponent must be a number >= 0, got {v!r}") for v in (-1, "1", float("inf"))],
     ({"layers_pattern": "h"}, "`layers_pattern`.*`layers_to_transform` must also"),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, "`layers_to_transform`.*`target_modules` is a str"),
 ]
@@ -52,7 +57,10 @@ def test_a_bad_value_is_a_value_error_that_says_the_value_and_the_range(argument
 @pytest.mark.parametrize("name", ["granularity", "criterion"])
 def test_every_registered_name_is_accepted(name):
     for value in {"granularity": GRANULARITIES, "criterion": CRITERIA}[name]:
-        assert getattr(FGGMConfig(**{name: value}), name) == value
+        more = {}
+        if name == "criterion" and CRITERIA[value].granularities:
+            more = {"granularity": CRITERIA[value].granularities[0]}
+        assert getattr(FGGMConfig(**{name: value}, **more), name) == value
 
 
 def test_every_field_has_help_text_and_the_registered_names_are_in_it():
@@ -129,7 +137,15 @@ def test_everything_else_survives_saving(name, tmp_path):
     config = FGGMConfig(
         density=0.15,
         granularity=name,
-        criterion="random",
+        criterion="gain_per_harm",
+        reference=["self", "history"],
+        reference_texts=8,
+        reference_length=16,
+        history=["first", "second"],
+        protect=["first"],
+        protection=0.5,
+        weight_exponent=2.0,
+        save_scores=True,
         fisher_labels="model",
         seed=2**63 - 1,
         init_weights=False,

@@ -4,48 +4,107 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import seeded, unit_scores, units
+from models import adapted, llama, token_batches
+from reference import criterion_scores, seeded, unit_scores, units
 
-from fggm_peft.core.criteria import CRITERIA, Quantities
+from fggm_peft import CRITERIA, Criterion, FGGMConfig, ScoreMass, TopDensity, select_parameters
+from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.statistics import STATISTICS
+from fggm_peft.tuner.support import fggm_layers
 
 SHAPE = (6, 9)
+CASES = [
+    (name, granularity)
+    for name, criterion in CRITERIA._entries.items()
+    for granularity in criterion.granularities or GRANULARITIES
+]
 
 
-def quantities(granularity, weight=None, seed=0, **more):
+@pytest.fixture
+def matrices() -> dict[str, torch.Tensor]:
+    generator = seeded(1)
+    draw = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    signed = {name: draw(*SHAPE) - 0.5 for name in ("gradient", "weight")}
+    moments = {"input": draw(SHAPE[1]), "reference input": draw(SHAPE[1]), "output": draw(SHAPE[0])}
+    return {name: draw(*SHAPE) for name in ("fisher", "reference", "batches")} | signed | moments
+
+
+def quantities(granularity, matrices=None, seed=0, **more):
+    """What the library gathers, from matrices of the whole weight."""
+
     def no_weight():
         raise AssertionError("this criterion does not look at the weight")
 
-    source = no_weight if weight is None else lambda: weight
-    return Quantities(GRANULARITIES[granularity], SHAPE, source, seeded(seed), **more)
+    if matrices is None:
+        return Quantities(GRANULARITIES[granularity], SHAPE, no_weight, seeded(seed), **more)
+    unit = lambda name: unit_scores(granularity, matrices[name]).float()  # noqa: E731
+    task = {
+        "fisher": unit("fisher"),
+        "batch_gradient": unit("batches"),
+        "mean_gradient": matrices["gradient"].flatten().float(),
+        "input_second_moment": matrices["input"].float(),
+        "output_magnitude": matrices["output"].float(),
+    }
+    reference = {"fisher": unit("reference"), "input_second_moment": matrices["reference input"].float()}
+    means = {
+        "fisher": float(matrices["reference"].mean()),
+        "input_second_moment": float(matrices["reference input"].mean()),
+    }
+    source = lambda: matrices["weight"].float()  # noqa: E731
+    return Quantities(GRANULARITIES[granularity], SHAPE, source, seeded(seed), task, reference, means, **more)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", list(CRITERIA))
-def test_a_criterion_gives_every_unit_a_finite_score_that_is_not_negative(name, granularity, dtype):
-    weight = torch.randn(SHAPE).to(dtype)
-    data = {"fisher": torch.rand(units(granularity, SHAPE))} if CRITERIA[name].needs_data else {}
-    scores = CRITERIA[name].score(quantities(granularity, weight, **data))
-    assert scores.shape == (units(granularity, SHAPE),)
-    assert scores.dtype == torch.float32
-    assert torch.isfinite(scores).all()
-    assert (scores >= 0).all()
+@pytest.mark.parametrize(("name", "granularity"), [case for case in CASES if case[0] != "random"])
+def test_a_criterion_is_its_formula(name, granularity, matrices):
+    found = CRITERIA[name].score(quantities(granularity, matrices))
+    assert found.dtype == torch.float32 and found.shape == (units(granularity, SHAPE),)
+    torch.testing.assert_close(found.double(), criterion_scores(name, granularity, matrices), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if not CRITERIA[name].needs_data])
+@pytest.mark.parametrize(("name", "granularity"), CASES)
+def test_scores_are_finite_and_not_negative_where_everything_is_zero(name, granularity, matrices):
+    zeros = {key: torch.zeros_like(value) for key, value in matrices.items()}
+    found = CRITERIA[name].score(quantities(granularity, zeros))
+    assert torch.isfinite(found).all() and (found >= 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if CRITERIA[name].reference])
+def test_a_reference_that_is_zero_leaves_the_task_to_decide(name, matrices):
+    granularity = (CRITERIA[name].granularities or ("row",))[0]
+    zero = matrices | {key: torch.zeros_like(matrices[key]) for key in ("reference", "reference input")}
+    found = CRITERIA[name].score(quantities(granularity, zero))
+    alone = matrices["input"] if name == "input_ratio" else unit_scores(granularity, matrices["fisher"])
+    assert torch.equal(found.argsort(), alone.argsort())
+
+
+def test_gain_per_harm_is_the_ratio_of_its_formula_within_a_weight(granularity, matrices):
+    """``sqrt(F_new) / (F_ref + 1 %)`` of the units themselves, times a constant."""
+    found = CRITERIA["gain_per_harm"].score(quantities(granularity, matrices)).double()
+    new, kept = (unit_scores(granularity, matrices[name]) for name in ("fisher", "reference"))
+    ratio = found / (new.sqrt() / (kept + 0.01 * kept.mean()))
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
+def test_fisher_over_weight_has_its_exponent_from_the_config_and_is_fisher_at_zero(exponent, granularity, matrices):
+    q = quantities(granularity, matrices, weight_exponent=exponent)
+    found = CRITERIA["fisher_over_weight"].score(q)
+    expected = criterion_scores("fisher_over_weight", granularity, matrices, exponent)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    if not exponent:
+        assert torch.equal(found, CRITERIA["fisher"].score(q))
+
+
+@pytest.mark.parametrize("name", ["random", "weight_magnitude"])
 def test_a_data_free_criterion_gives_the_same_scores_for_the_same_seed_and_leaves_the_global_rng_alone(
-    name, granularity
+    name, granularity, matrices
 ):
-    weight = torch.randn(SHAPE)
     state = torch.get_rng_state()
-    first, second = (CRITERIA[name].score(quantities(granularity, weight, seed=3)) for _ in range(2))
+    first, second = (CRITERIA[name].score(quantities(granularity, matrices, seed=3)) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_fisher_is_the_fisher_information_and_does_not_read_the_weight(granularity):
-    fisher = torch.rand(units(granularity, SHAPE))
-    assert torch.equal(CRITERIA["fisher"].score(quantities(granularity, fisher=fisher)), fisher)
+    assert not CRITERIA[name].needs_data
 
 
 def test_random_scores_differ_by_seed_and_are_never_zero(granularity):
@@ -59,20 +118,126 @@ def test_a_random_unit_whose_draw_is_zero_may_still_be_chosen(granularity, monke
     assert (CRITERIA["random"].score(quantities(granularity)) > 0).all()
 
 
-def test_weight_magnitude_is_the_l1_norm_of_a_unit(granularity):
-    weight = torch.randn(SHAPE, dtype=torch.float64)
-    scores = CRITERIA["weight_magnitude"].score(quantities(granularity, weight))
-    torch.testing.assert_close(scores.double(), unit_scores(granularity, weight.abs()), rtol=1e-6, atol=0)
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        (name, granularity)
+        for name in CRITERIA
+        for granularity in GRANULARITIES
+        if granularity not in (CRITERIA[name].granularities or GRANULARITIES)
+    ],
+)
+def test_a_granularity_for_which_a_criterion_has_no_meaning_is_refused_by_the_config(name, granularity):
+    with pytest.raises(ValueError, match=f"criterion '{name}' has a meaning for.*got granularity='{granularity}'"):
+        FGGMConfig(criterion=name, granularity=granularity)
 
 
-def test_only_fisher_like_criteria_need_data():
-    assert {name: CRITERIA[name].needs_data for name in ("fisher", "random", "weight_magnitude")} == {
-        "fisher": True,
-        "random": False,
-        "weight_magnitude": False,
-    }
-
-
-def test_an_unknown_criterion_suggests_the_nearest():
+def test_an_unknown_criterion_or_statistic_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"unknown criterion 'fischer'.*Did you mean 'fisher'"):
         CRITERIA["fischer"]
+    with pytest.raises(ValueError, match=r"unknown statistic 'fischer'.*Did you mean 'fisher'"):
+        Criterion(lambda q: q.task["fischer"], task=("fischer",))
+
+
+# In a model --------------------------------------------------------------------------------------
+
+
+def supports(criterion, granularity, batches, reference=None, threshold=None, **arguments):
+    model = adapted(llama(), granularity, criterion=criterion, threshold=threshold)
+    report = select_parameters(model, batches, reference=reference, progress=False, **arguments)
+    return {name: layer.fggm_indices["default"] for name, layer in fggm_layers(model, "default").items()}, report
+
+
+def assert_same(first, second):
+    for name, indices in first.items():
+        assert torch.equal(indices, second[name]), name
+
+
+REFERENCE = token_batches(sizes=(4, 3), seed=5)
+DATA_CASES = [case for case in CASES if CRITERIA[case[0]].needs_data]
+
+
+def reference_of(name):
+    return REFERENCE if CRITERIA[name].reference else None
+
+
+@pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
+def test_batches_of_another_size_choose_the_same_but_for_batch_gradient(name, granularity):
+    whole = token_batches(sizes=(8,))[0]
+    found = []
+    for size in (1, 4):
+        batches = [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, 8, size)]
+        found.append(supports(name, granularity, batches, reference_of(name), num_samples=6)[0])
+    if STATISTICS[CRITERIA[name].task[0]].per_batch:
+        assert any(not torch.equal(indices, found[1][module]) for module, indices in found[0].items())
+    else:
+        assert_same(*found)
+
+
+@pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
+def test_every_data_criterion_says_how_far_two_halves_of_the_samples_agree(name, granularity):
+    whole = token_batches(sizes=(2,))[0]
+    twice = {key: value.repeat_interleave(2, 0) for key, value in whole.items()}
+    _, report = supports(name, granularity, [twice, twice], reference_of(name) and [twice, twice])
+    assert report.samples == 8 and report.agreement == pytest.approx(1)  # both halves have the same samples
+    _, report = supports(name, granularity, token_batches(), reference_of(name))
+    assert report.agreement < 0.9
+
+
+@pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
+def test_groups_of_modules_within_score_memory_choose_the_same(name, granularity):
+    threshold = ScoreMass(0.6)
+    one, _ = supports(name, granularity, token_batches(), reference_of(name), threshold)
+    bytes_of_the_largest = 2 * 4 * 96 * 64 * (2 if CRITERIA[name].reference else 1)
+    if granularity != "element" and name != "gradient_low_magnitude":
+        bytes_of_the_largest = 2 * 4 * 97 * (2 if CRITERIA[name].reference else 1)
+    several, _ = supports(
+        name, granularity, token_batches(), reference_of(name), threshold, score_memory=bytes_of_the_largest
+    )
+    assert_same(one, several)
+
+
+@pytest.mark.parametrize("name", [n for n in CRITERIA if n in ("input_ratio", "output_magnitude")])
+def test_a_criterion_of_inputs_or_outputs_runs_no_backward(name, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a backward pass"))
+    grad_enabled = []
+    model = adapted(llama(), CRITERIA[name].granularities[0], criterion=name)
+    model.register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
+    model.get_base_model().register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
+    select_parameters(model, token_batches(), reference=reference_of(name), progress=False)
+    assert grad_enabled and not any(grad_enabled)
+
+
+@pytest.mark.parametrize("threshold", [TopDensity(0.2), TopDensity(0.2, scope="global")])
+def test_a_criterion_of_ones_own_is_a_function_and_a_line(granularity, threshold):
+    """Registered from outside the package, with the statistics that it looks at."""
+    name = "mine"
+    mine = Criterion(lambda q: q.task["fisher"] * q.reference["fisher"], task=("fisher",), reference=("fisher",))
+    CRITERIA.register(name, mine)
+    try:
+        found, report = supports(name, granularity, token_batches(), REFERENCE, threshold)
+        assert report.reference_samples == 7 and report.density == pytest.approx(0.2, abs=0.02)
+        assert sum(map(len, found.values()))
+        assert FGGMConfig.from_peft_type(**FGGMConfig(criterion=name).to_dict()).criterion == name
+    finally:
+        del CRITERIA._entries[name]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_scores_that_are_no_scores_are_refused_and_the_module_is_named(value):
+    CRITERIA.register("broken", Criterion(lambda q: q.task["fisher"] * 0 + value, task=("fisher",)))
+    try:
+        with pytest.raises(ValueError, match=r"module model\.layers\.0"):
+            supports("broken", "row", token_batches())
+    finally:
+        del CRITERIA._entries["broken"]
+
+
+def test_a_module_whose_scores_are_all_zero_is_named_with_what_can_still_choose():
+    silent = Criterion(lambda q: q.task["fisher"] * (0 if q.shape == (96, 64) else 1), task=("fisher",))  # gate and up
+    CRITERIA.register("silent", silent)
+    try:
+        with pytest.warns(UserWarning, match=r"4 of 14 modules \(model\.layers\.0\.mlp\.gate_proj.*is 0.*'global'"):
+            supports("silent", "row", token_batches())
+    finally:
+        del CRITERIA._entries["silent"]

@@ -47,6 +47,8 @@ SIZES = (3, 3, 3, 3, 2)
 def select(config: dict, arguments: dict, sizes=SIZES, length: int = 9) -> tuple[dict[str, Tensor], dict]:
     model = adapted(llama(), **config)
     batches = share(token_batches(sizes=sizes, length=length))
+    if "reference" in arguments:
+        arguments = {**arguments, "reference": [share(arguments["reference"]), "self"]}
     report = select_parameters(model, batches, progress=False, **arguments).to_dict()
     report.pop("seconds")
     return supports(model), report
@@ -60,6 +62,16 @@ CASES = {
     "in groups": ({"threshold": MeanPlusStd(0.5)}, {"num_samples": None, "score_memory": 2000}),
     "a number of samples": ({"threshold": TopDensity(0.4)}, {"num_samples": 7}),
     "labels of the model": ({"fisher_labels": "model"}, {"num_samples": None}),
+    "a reference": (
+        {"granularity": "column", "criterion": "gain_per_harm", "reference_texts": 20, "reference_length": 6},
+        {"num_samples": 18, "reference": token_batches(sizes=(4, 3, 2), seed=3)},
+    ),
+    "forward passes": (
+        {"granularity": "column", "criterion": "input_ratio", "reference_texts": 5, "reference_length": 6},
+        {"num_samples": None, "reference": token_batches(sizes=(4, 3, 2), seed=3)},
+    ),
+    "gradients of batches": ({"criterion": "batch_gradient"}, {"num_samples": 10}),
+    "mean gradients": ({"criterion": "gradient_low_magnitude"}, {"num_samples": None}),
 }
 
 
@@ -69,6 +81,7 @@ def test_two_processes_choose_what_one_chooses(case, processes):
     for chosen, others_report in processes(select, *CASES[case]):
         assert_same(chosen, expected)
         assert others_report["samples"] == report["samples"]
+        assert others_report["reference_samples"] == report["reference_samples"]
         assert others_report["agreement"] == pytest.approx(report["agreement"], abs=1e-6)
         assert others_report["parameters"] == report["parameters"]
 

@@ -23,6 +23,7 @@ from fggm_peft.continual.methods.method import Method
 from fggm_peft.continual.methods.migu import kept_features
 from fggm_peft.continual.methods.o_lora import lora_a
 from fggm_peft.continual.methods.peft_method import PeftMethod
+from fggm_peft.tuner.history import SCORES_FILE, load_record
 from fggm_peft.tuner.support import fggm_layers
 
 OPTIONS = {"lora": {"r": 2}, "o_lora": {"r": 2}, "shira": {"r": 2}, "ewc": {"penalty": 10.0}}
@@ -479,6 +480,90 @@ def test_o_loras_penalty_is_the_squared_overlap_with_every_earlier_task(tmp_path
         torch.testing.assert_close(
             got[f"base_model.model.{name}.lora_A.default.weight"], expected, rtol=1e-4, atol=1e-5
         )
+
+
+# FGGM: what it remembers of earlier tasks --------------------------------------------------------
+
+
+COLUMNS = {"granularity": "column", "density": 0.2}
+
+
+def support_of(method, number: int) -> dict[str, Tensor]:
+    return dict(method._history[number].supports)
+
+
+@pytest.mark.parametrize("name", ["fggm", "sft_masked"])
+def test_fggm_protects_what_earlier_tasks_chose(name, tmp_path):
+    method = make_method(name, protect_earlier=1.0, **COLUMNS)
+    model = method.prepare(llama(), 0)
+    for number in range(3):
+        model, _ = learn(method, model, number, tmp_path)
+    for module in support_of(method, 0):
+        chosen = torch.cat([support_of(method, number)[module] for number in range(3)])
+        assert len(chosen.unique()) == len(chosen) == 3 * len(support_of(method, 0)[module])
+
+
+@pytest.mark.parametrize("name", ["fggm", "sft_masked"])
+def test_fggm_weighs_against_its_history_and_a_resumed_run_knows_it(name, tmp_path):
+    """The second task's choice is that of ``gain_per_harm`` against the first one's scores, also in a new process."""
+    options = COLUMNS | {"criterion": "gain_per_harm", "reference": ["history"], "protect_earlier": 0.5}
+    method = make_method(name, **options)
+    model = method.prepare(llama(), 0)
+    with pytest.warns(UserWarning, match="the history is empty"):
+        model, _ = learn(method, model, 0, tmp_path)
+    resumed, again = make_method(name, **options), llama()
+    again.load_state_dict(model.state_dict())
+    again = resumed.prepare(again, 0)
+    resumed.load_state_dict({key: tensor.clone() for key, tensor in method.state_dict().items()})
+    for one, base in ((method, model), (resumed, again)):
+        learn(one, base, 1, tmp_path)
+    assert len(method._history) == len(resumed._history) == 2
+    for module, indices in support_of(method, 1).items():
+        assert torch.equal(indices, support_of(resumed, 1)[module])
+    plain = make_method(name, **COLUMNS)
+    base = plain.prepare(llama(), 0)
+    for number in range(2):
+        base, _ = learn(plain, base, number, tmp_path)
+    assert any(not torch.equal(i, support_of(plain, 1)[module]) for module, i in support_of(method, 1).items())
+
+
+def test_fggm_saves_the_scores_of_a_task_with_its_delta(tmp_path):
+    method = make_method("fggm", density=0.1)
+    model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+    trainer = method.trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=examples())
+    trainer.train()
+    method.end_task(model, 0, trainer, tmp_path / "task")
+    assert (tmp_path / "task" / SCORES_FILE).is_file()
+    assert load_record(tmp_path / "task").samples == len(examples())
+
+
+def test_fggm_resumed_within_a_task_still_remembers_it(tmp_path):
+    """The checkpoint has the scores, so that the history does not depend on where a run was interrupted."""
+    histories = []
+    for interrupted in (False, True):
+        folder = tmp_path / str(interrupted)
+        method = make_method("fggm", density=0.1)
+        steps = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+        for run in range(2 if interrupted else 1):
+            model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+            args = arguments(folder, **steps)
+            trainer = method.trainer(model=model, args=args, train_dataset=examples())
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if run else None)
+        assert (trainer.selection_report is None) == interrupted
+        method.end_task(model, 0, trainer, None)
+        histories.append(method.state_dict())
+    first, second = histories
+    assert first.keys() == second.keys() and len(first) > 14
+    assert all(torch.equal(tensor, second[key].to(tensor.dtype)) for key, tensor in first.items())
+
+
+def test_fggm_needs_its_reference_from_the_start():
+    with pytest.raises(ValueError, match="'gain_per_harm' weighs the task against a reference"):
+        make_method("fggm", criterion="gain_per_harm")
+    with pytest.raises(ValueError, match="protect_earlier or protect"):
+        make_method("fggm", protect_earlier=1.0, protect=["x"])
+    with pytest.raises(ValueError, match="protection must be in"):
+        make_method("fggm", protect_earlier=2.0)
 
 
 # What the others say of themselves --------------------------------------------------------------

@@ -57,6 +57,22 @@ def test_the_snippet_on_training_runs(tmp_path):
     assert names["trainer"].selection_report.samples == 16
 
 
+def test_the_snippets_on_selection_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "selection.md").read_text()
+    text = [{"input_ids": batch["input_ids"]} for batch in token_batches(padding="right", seed=1)]
+    names = {"base": text_model(), "dataloader": token_batches(), "general_text": text}
+    try:
+        for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(snippet, "selection.md", "exec"), names)
+    finally:
+        names["CRITERIA"]._entries.pop("steep_but_small", None)
+    assert Path("task.safetensors").exists() and names["report"].reference_samples == 8
+    assert "criterion steep_but_small" in capsys.readouterr().out
+    rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert all(f"`{name}`" in rows for name in names["CRITERIA"])
+
+
 def test_the_stream_in_the_docs_is_read(tmp_path):
     stream = re.search(r"```yaml\n(model:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
     (tmp_path / "stream.yaml").write_text(stream)

@@ -120,9 +120,37 @@ class SelectionOptions:
     ] = None
     max_rows: Annotated[Optional[int], typer.Option(min=1, help="Rows (or columns) of any one module at most.")] = None
     granularity: Annotated[Optional[str], typer.Option(help="row, column or element (default: row).")] = None
-    criterion: Annotated[Optional[str], typer.Option(help="fisher, random or weight_magnitude (default: fisher).")] = (
-        None
-    )
+    criterion: Annotated[
+        Optional[str],
+        typer.Option(
+            help="fisher, gain_per_harm, fisher_ratio, input_ratio, batch_gradient, gradient_low_magnitude, "
+            "fisher_over_weight, output_magnitude, random or weight_magnitude (default: fisher)."
+        ),
+    ] = None
+    weight_exponent: Annotated[
+        Optional[float], typer.Option(help="p of the criterion fisher_over_weight (default: 1).")
+    ] = None
+    reference: Annotated[
+        Optional[list[str]],
+        typer.Option(help="For gain_per_harm and the ratios: self, history, or saved scores (repeat it for more)."),
+    ] = None
+    reference_texts: Annotated[
+        Optional[int], typer.Option(help="Texts the model writes for --reference self (default: 64).")
+    ] = None
+    reference_length: Annotated[Optional[int], typer.Option(help="Tokens of each, at most (default: 128).")] = None
+    history: Annotated[
+        Optional[list[str]], typer.Option(help="Saved scores of an earlier task, for --reference history (repeat it).")
+    ] = None
+    protect: Annotated[
+        Optional[list[str]], typer.Option(help="An earlier delta whose entries should stay (repeat it for more).")
+    ] = None
+    protection: Annotated[
+        Optional[float], typer.Option(help="1 forbids them, less scales their scores down (default: 1).")
+    ] = None
+    save_scores: Annotated[
+        Optional[bool],
+        typer.Option("--save-scores", help="Also save the task's scores, a reference for later tasks."),
+    ] = None
     fisher_labels: Annotated[
         Optional[Literal["data", "model"]], typer.Option(help="Labels of the Fisher pass (default: data).")
     ] = None
@@ -165,7 +193,7 @@ class SelectionOptions:
         Raises:
             ValueError: the file cannot be read, a field is unknown, or a value is out of its range.
         """
-        from ..tuner.config import FGGMConfig
+        from ..tuner.config import FGGMConfig, require_reference
 
         settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
         settings |= {} if self.config is None else _read_config(self.config)
@@ -174,7 +202,9 @@ class SelectionOptions:
         if exclusive & given.keys():  # one of them replaces that of the file, with what belongs to it
             for shadowed in exclusive | {"budget_floor"}:
                 settings.pop(shadowed, None)
-        return FGGMConfig(**settings | given)
+        config = FGGMConfig(**settings | given)
+        require_reference(config.criterion, config.reference)  # it cannot come later
+        return config
 
     def _fields(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}

@@ -1,15 +1,25 @@
-"""What ranks the units of a weight. A criterion is one short function over collected quantities."""
+"""What ranks the units of a weight. A criterion is one short function over collected statistics.
+
+``F`` is the Fisher information of a unit: of the task's data, or of a reference, which stands for what the model
+should keep. A unit of ``c`` entries has the sum over them, so ``F / c`` is the mean of its entries. A threshold of
+global scope ranks by score per entry; the ratios are therefore those of the means, times ``c``. Within one weight that
+is a constant factor, which changes no choice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .granularity import Granularity, Shape
 from .registry import Registry
+from .statistics import STATISTICS
+
+FLOOR = 0.01
+"""What is added to a divisor, as a share of its mean: no unit is infinitely harmless, no weight infinitely small."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +31,31 @@ class Quantities:
         shape: ``(o, i)``.
         weight: gives the base weight ``[o, i]``, dequantized if need be.
         generator: seeded for this weight, on the CPU.
-        fisher: diagonal Fisher information of the units, ``[units]`` float32 (FGGM equation 3):
-            the mean over samples of squared gradients. None where the criterion needs no data.
+        task: the statistics of the task's data that the criterion names, float32 (see ``statistics``).
+        reference: those of the reference.
+        reference_mean: for each of them its mean over entries, of this weight where it is ranked by itself, of all
+            weights where they are ranked together (a threshold of global scope).
+        weight_exponent: the config's.
     """
 
     granularity: Granularity
     shape: Shape
     weight: Callable[[], Tensor]
     generator: torch.Generator
-    fisher: Tensor | None = None
+    task: Mapping[str, Tensor] = field(default_factory=dict)
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
+    reference_mean: Mapping[str, float] = field(default_factory=dict)
+    weight_exponent: float = 1.0
+
+    @property
+    def entries(self) -> int:
+        """``c``: how many entries a unit holds."""
+        return self.granularity.parameters_per_unit(self.shape)
+
+    def floored_weight(self) -> Tensor:
+        """Mean magnitude of each unit's weights plus 1 % of the mean of all, ``[units]``."""
+        magnitude = self.granularity.reduce(self.weight().abs().float()) / self.entries
+        return magnitude + max(FLOOR * float(magnitude.mean()), torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -38,31 +64,111 @@ class Criterion:
 
     Args:
         score: quantities -> ``[units]``, finite and not negative; the highest scores may move.
-        needs_data: whether it looks at ``fisher``; the adapter is then born empty.
+        task: names of the statistics of the task's data that it looks at (``statistics.STATISTICS``).
+        reference: names of the statistics of a reference that it looks at.
+        granularities: for which kinds of unit it has a meaning; None for all.
     """
 
     score: Callable[[Quantities], Tensor]
-    needs_data: bool
+    task: tuple[str, ...] = ()
+    reference: tuple[str, ...] = ()
+    granularities: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in (*self.task, *self.reference):
+            STATISTICS[name]
+        if self.reference and not self.task:
+            raise ValueError("a criterion that looks at a reference must look at the task's data too")
+
+    @property
+    def needs_data(self) -> bool:
+        """The adapter is born empty then, and ``select_parameters`` fills it."""
+        return bool(self.task)
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
 
 
-def _fisher(quantities: Quantities) -> Tensor:
-    assert quantities.fisher is not None
-    return quantities.fisher
+def _fisher(q: Quantities) -> Tensor:
+    """F (FGGM equation 3, arXiv 2601.18261)."""
+    return q.task["fisher"]
 
 
-def _random(quantities: Quantities) -> Tensor:
-    count = quantities.granularity.units(quantities.shape)
+def _gain_per_harm(q: Quantities) -> Tensor:
+    """``sqrt(F) / (F_ref + eps)`` of the mean entry.
+
+    An entry that AdamW moves by d gains about ``|g| d`` on the task, with ``E g^2 = F``, and harms what the reference
+    stands for by about ``F_ref d^2 / 2``. Both are in nats, so that entries of different weights compare.
+    """
+    return q.entries * (q.task["fisher"] / q.entries).sqrt() / _harm(q)
+
+
+def _fisher_ratio(q: Quantities) -> Tensor:
+    """``F / (F_ref + eps)``: the gradient ratio of GRIN, the domain-related Fisher information of FisherTune."""
+    return q.task["fisher"] / _harm(q)
+
+
+def _harm(q: Quantities) -> Tensor:
+    return _floored(q.reference["fisher"] / q.entries, q.reference_mean["fisher"])
+
+
+def _floored(values: Tensor, mean: float) -> Tensor:
+    """``values + eps``, with eps 1 % of their mean; 1 where the mean is 0, so that the task alone decides."""
+    return values + FLOOR * mean if mean > 0 else torch.ones_like(values)
+
+
+def _input_ratio(q: Quantities) -> Tensor:
+    """``sqrt(E x^2) / (E x_ref^2 + eps)``: ``gain_per_harm`` by a layer's inputs alone, one feature a column.
+
+    On reference text a column that moves by d changes the output by ``d x_i``. Nothing tells here how much one layer
+    matters against another, so both moments are taken relative to the layer's own mean on the reference.
+    """
+    reference = q.reference["input_second_moment"]
+    mean = float(reference.mean())
+    return q.entries * (q.task["input_second_moment"] * (mean or 1.0)).sqrt() / _floored(reference, mean)
+
+
+def _batch_gradient(q: Quantities) -> Tensor:
+    """The mean over batches of (gradient of the batch's mean loss)^2, as public reimplementations have it."""
+    return q.task["batch_gradient"]
+
+
+def _gradient_low_magnitude(q: Quantities) -> Tensor:
+    """``|mean gradient| / (|W| + eps)`` (GaLLoP, arXiv 2510.19778); of a row or column, both summed first."""
+    gradient = q.granularity.reduce(q.task["mean_gradient"].view(q.shape).abs())
+    return gradient / q.floored_weight().to(gradient.device)
+
+
+def _fisher_over_weight(q: Quantities) -> Tensor:
+    """``F / (|W| + eps)^p``: FGGM at p = 0, towards small weights, as in GaLLoP, above; ``weight_exponent`` is p."""
+    if not q.weight_exponent:
+        return _fisher(q)
+    return q.task["fisher"] / q.floored_weight().to(q.task["fisher"].device) ** q.weight_exponent
+
+
+def _output_magnitude(q: Quantities) -> Tensor:
+    """``E |y|``, divided by its sum over the layer's output features (MIGU, arXiv 2406.17245, section 3)."""
+    magnitude = q.task["output_magnitude"]
+    return magnitude / magnitude.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _random(q: Quantities) -> Tensor:
     # (0, 1], because a score of 0 is never chosen
-    return 1 - torch.rand(count, generator=quantities.generator)
+    return 1 - torch.rand(q.granularity.units(q.shape), generator=q.generator)
 
 
-def _weight_magnitude(quantities: Quantities) -> Tensor:
-    return quantities.granularity.reduce(quantities.weight().abs().float())
+def _weight_magnitude(q: Quantities) -> Tensor:
+    return q.granularity.reduce(q.weight().abs().float())
 
 
-CRITERIA.register("fisher", Criterion(_fisher, needs_data=True))
-CRITERIA.register("random", Criterion(_random, needs_data=False))
-CRITERIA.register("weight_magnitude", Criterion(_weight_magnitude, needs_data=False))
+CRITERIA.register("fisher", Criterion(_fisher, task=("fisher",)))
+CRITERIA.register("gain_per_harm", Criterion(_gain_per_harm, task=("fisher",), reference=("fisher",)))
+CRITERIA.register("fisher_ratio", Criterion(_fisher_ratio, task=("fisher",), reference=("fisher",)))
+_moment = ("input_second_moment",)
+CRITERIA.register("input_ratio", Criterion(_input_ratio, task=_moment, reference=_moment, granularities=("column",)))
+CRITERIA.register("batch_gradient", Criterion(_batch_gradient, task=("batch_gradient",)))
+CRITERIA.register("gradient_low_magnitude", Criterion(_gradient_low_magnitude, task=("mean_gradient",)))
+CRITERIA.register("fisher_over_weight", Criterion(_fisher_over_weight, task=("fisher",)))
+CRITERIA.register("output_magnitude", Criterion(_output_magnitude, task=("output_magnitude",), granularities=("row",)))
+CRITERIA.register("random", Criterion(_random))
+CRITERIA.register("weight_magnitude", Criterion(_weight_magnitude))

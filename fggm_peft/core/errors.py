@@ -19,3 +19,7 @@ class LossyMergeError(ValueError):
 
 class AdapterFileError(ValueError):
     """An adapter file does not describe a valid sparse delta of this model."""
+
+
+class ScoreFileError(ValueError):
+    """A file of saved scores is damaged, or was made for another model or another kind of unit."""

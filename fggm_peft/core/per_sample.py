@@ -31,6 +31,10 @@ class PerSampleGradients(ABC):
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
         """Add each sample's squared gradient to ``scores[half[b]]``, ``[2, o * i]`` float32."""
 
+    @abstractmethod
+    def total(self, samples: Tensor) -> Tensor:
+        """The sum of the gradients of the given samples, ``[b]`` booleans, with their signs: ``[o, i]`` float32."""
+
 
 def gram_is_cheaper(positions: int, outputs: int, inputs: int, shared_by: int = 1) -> bool:
     """Whether the Gram form of row scores takes fewer operations than ``g.mT @ x`` does.
@@ -104,6 +108,10 @@ class LinearGradients(PerSampleGradients):
             flat = matrix.view(-1)
             scores[which].addcmul_(flat, flat)
 
+    def total(self, samples: Tensor) -> Tensor:
+        x, g = (_widened(tensor[samples]).flatten(0, 1) for tensor in (self.x, self.g))
+        return g.mT @ x
+
     def _matrices(self):
         for x, g in zip(self.x, self.g, strict=True):
             yield _widened(g).mT @ _widened(x)
@@ -125,16 +133,19 @@ class GroupedGradients(PerSampleGradients):
 
     def __init__(self, x: Tensor, g: Tensor):
         matrices = torch.einsum("btqo,btqi->bqoi", _widened(g), _widened(x))
-        self.squares = matrices.square_().flatten(1, 2)  # [b, o, i]
+        self.matrices = matrices.flatten(1, 2)  # [b, o, i]
 
     def row_scores(self) -> Tensor:
-        return self.squares.sum(2)
+        return self.matrices.square().sum(2)
 
     def column_scores(self) -> Tensor:
-        return self.squares.sum(1)
+        return self.matrices.square().sum(1)
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
-        scores.index_add_(0, half, self.squares.flatten(1).to(scores.dtype))
+        scores.index_add_(0, half, self.matrices.square().flatten(1).to(scores.dtype))
+
+    def total(self, samples: Tensor) -> Tensor:
+        return self.matrices[samples].sum(0)
 
 
 class EmbeddingGradients(PerSampleGradients):
@@ -151,24 +162,27 @@ class EmbeddingGradients(PerSampleGradients):
         pairs, inverse = (batch * rows + tokens.long()).reshape(-1).unique(return_inverse=True)
         g = _widened(g).flatten(0, 1)
         # a token that occurs twice in a sample sums its gradients before they are squared
-        sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, inverse, g)
+        self.sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, inverse, g)
         self.sample, self.token = pairs // rows, pairs % rows
-        self.squares = sums.square_()
         self.shape = (len(tokens), rows, g.shape[-1])
 
     def row_scores(self) -> Tensor:
-        scores = self.squares.new_zeros(self.shape[:2])
-        return scores.index_put_((self.sample, self.token), self.squares.sum(1))
+        scores = self.sums.new_zeros(self.shape[:2])
+        return scores.index_put_((self.sample, self.token), self.sums.square().sum(1))
 
     def column_scores(self) -> Tensor:
-        scores = self.squares.new_zeros(self.shape[0], self.shape[2])
-        return scores.index_add_(0, self.sample, self.squares)
+        scores = self.sums.new_zeros(self.shape[0], self.shape[2])
+        return scores.index_add_(0, self.sample, self.sums.square())
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
         for which in (0, 1):
             chosen = half[self.sample] == which
             table = scores[which].view(self.shape[1:])
-            table.index_add_(0, self.token[chosen], self.squares[chosen].to(table.dtype))
+            table.index_add_(0, self.token[chosen], self.sums[chosen].square().to(table.dtype))
+
+    def total(self, samples: Tensor) -> Tensor:
+        chosen = samples[self.sample]
+        return self.sums.new_zeros(self.shape[1:]).index_add_(0, self.token[chosen], self.sums[chosen])
 
 
 def unfold_convolution(layer: nn.Module, x: Tensor) -> Tensor:

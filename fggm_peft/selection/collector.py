@@ -1,52 +1,75 @@
-"""Collects scores from the backward pass of a frozen model, without any weight gradient.
+"""Collects statistics from the passes of a frozen model, without any weight gradient.
 
-A forward hook on every adapted layer puts an identity function behind the layer's output. Its
-backward sees the gradient ``g`` there and has saved the input ``x`` through ``save_for_backward``, so
-that gradient checkpointing of either kind neither keeps x nor counts a sample twice.
+Those of inputs and outputs are taken as the forward goes by. For those of gradients a forward hook on every adapted
+layer puts an identity function behind the layer's output. Its backward sees the gradient ``g`` there and has saved the
+input ``x`` through ``save_for_backward``, so that gradient checkpointing of either kind neither keeps x nor counts a
+sample twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import NonFiniteScoreError
-from ..core.per_sample import GramMatrix, same_memory
+from ..core.per_sample import GramMatrix, PerSampleGradients, same_memory
+from ..core.statistics import STATISTICS, Batch, Features, Statistic
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMLinear
 
+Sums = dict[str, dict[str, Tensor]]
+"""Module path -> statistic -> ``[2, size]`` float32, a running sum for each half of the samples."""
+
 
 class ScoreCollector:
-    """Running Fisher scores of the layers it hooks, in two halves of the samples.
+    """Running statistics of the layers it hooks, in two halves of the samples.
 
     Use as a context manager; on leaving, no hook is left. For each batch call ``begin``, run the forward,
-    then ``backward`` and ``end``.
+    then ``backward`` (if ``needs_backward``) and ``end``.
 
     Args:
         layers: module path -> layer.
         adapter_name: whose granularity decides the kind of scores.
+        statistics: names of what to gather; only that is.
         input_embeddings: given if blocks are checkpointed: the reentrant kind of checkpoint has no
             backward unless its input requires grad.
     """
 
-    def __init__(self, layers: Mapping[str, FGGMLayer], adapter_name: str, input_embeddings: nn.Module | None = None):
+    def __init__(
+        self,
+        layers: Mapping[str, FGGMLayer],
+        adapter_name: str,
+        statistics: Sequence[str] = ("fisher",),
+        input_embeddings: nn.Module | None = None,
+    ):
         self.layers, self.adapter_name, self.input_embeddings = layers, adapter_name, input_embeddings
-        self.scores: dict[str, Tensor] = {}
+        entries = {name: STATISTICS[name] for name in statistics}
+        self.statistics = entries
+        self.of_gradients = {name: entry for name, entry in entries.items() if entry.looks_at == "gradient"}
+        self.of_features = {name: entry for name, entry in entries.items() if entry.looks_at != "gradient"}
+        self.sums: Sums = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # the hooked outputs hang on it, so that there is a graph although every parameter is frozen
         self._anchor = torch.zeros((), requires_grad=True)
-        self._half: Tensor | None = None
-        self._padding: Tensor | None = None
+        self._batch: Batch | None = None
+
+    @property
+    def needs_backward(self) -> bool:
+        return bool(self.of_gradients)
 
     def __enter__(self) -> ScoreCollector:
         for name, layer in self.layers.items():
             granularity = layer.granularity[self.adapter_name]
             device = layer.fggm_indices[self.adapter_name].device
-            self.scores[name] = torch.zeros(2, granularity.units(layer.weight_shape), device=device)
+            self.sums[name] = {
+                key: torch.zeros(2, entry.size(granularity, layer.weight_shape), device=device)
+                for key, entry in self.statistics.items()
+            }
             self._handles.append(layer.register_forward_hook(self._make_hook(name), with_kwargs=True))
-        if self.input_embeddings is not None:
+        if self.input_embeddings is not None and self.needs_backward:
             self._handles.append(self.input_embeddings.register_forward_hook(self._require_grad))
         return self
 
@@ -59,16 +82,15 @@ class ScoreCollector:
         self._handles.clear()
         self._forget_batch()
 
-    def begin(self, half: Tensor, padding: Tensor | None) -> None:
+    def begin(self, batch: Batch, counts: bool = True) -> None:
         """Start a batch.
 
         Args:
-            half: ``[b]`` 0 or 1, the running sum that each sample goes to.
-            padding: ``[b, t]`` True where a position is padding, or None.
+            counts: False for one that is only gone through, because other ranks need this one to.
         """
         self._forget_batch()
-        self._half = half
-        self._padding = padding if padding is not None and bool(padding.any()) else None
+        padding = batch.padding if batch.padding is not None and bool(batch.padding.any()) else None
+        self._batch, self._counts = replace(batch, padding=padding), counts
 
     def backward(self, log_likelihood: Tensor) -> None:
         """Differentiate the summed log-likelihood, ``[b]``, collecting scores on the way."""
@@ -84,19 +106,20 @@ class ScoreCollector:
         for name, seen in self._seen.items():
             if seen:  # a call whose output did not reach the loss left these waiting
                 self._add(name)
-        sums = torch.stack([scores.sum().cpu() for scores in self.scores.values()])
-        if not torch.isfinite(sums).all():
-            name = list(self.scores)[int((~torch.isfinite(sums)).nonzero()[0])]
+        totals = torch.stack(
+            [torch.stack([sums.sum() for sums in of_module.values()]).sum().cpu() for of_module in self.sums.values()]
+        )
+        if not torch.isfinite(totals).all():
+            name = list(self.sums)[int((~torch.isfinite(totals)).nonzero()[0])]
             raise NonFiniteScoreError(
-                f"the Fisher scores of module {name} became NaN or infinite in batch {batch_index}. Look at that "
+                f"the scores of module {name} became NaN or infinite in batch {batch_index}. Look at that "
                 "batch; a float16 model may need bfloat16 or float32 for the selection pass."
             )
         self._forget_batch()
 
     def _forget_batch(self) -> None:
         self._in_backward = False
-        self._half = None
-        self._padding = None
+        self._batch = None
         self._calls = dict.fromkeys(self.layers, 0)
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
         self._last_input: tuple[Tensor, GramMatrix] | None = None
@@ -104,11 +127,14 @@ class ScoreCollector:
 
     def _make_hook(self, name: str):
         def hook(module, args, kwargs, output):
-            if self._half is None:
+            if self._batch is None:
                 return output
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
             if not self._in_backward:  # checkpointing repeats calls in backward; they have been counted
                 self._calls[name] += 1
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+                self._add_features(name, x, output)
+            if not self.needs_backward:
+                return output
             return _Tap.apply(output, x, self._anchor, self, name, self._gram_of(x))
 
         return hook
@@ -128,18 +154,40 @@ class ScoreCollector:
             self._add(name, gram if self._calls[name] == 1 else None)
 
     def _add(self, name: str, gram: GramMatrix | None = None) -> None:
-        layer, scores = self.layers[name], self.scores[name]
-        assert self._half is not None
+        layer = self.layers[name]
         calls = [(self._by_sample(name, x), self._by_sample(name, g)) for x, g in self._seen[name]]
-        with torch.autocast(scores.device.type, enabled=False):  # scores are summed in float32
+        with torch.autocast(calls[0][1].device.type, enabled=False):  # scores are summed in float32
             gradients = layer.per_sample(calls, gram or GramMatrix())
-            layer.granularity[self.adapter_name].accumulate_(scores, gradients, self._half.to(scores.device))
+            self._add_to(name, self.of_gradients, gradients)
         self._seen[name] = []
+
+    def _add_to(self, name: str, statistics: Mapping[str, Statistic], seen: PerSampleGradients | Features) -> None:
+        assert self._batch is not None
+        if not self._counts:
+            return
+        granularity = self.layers[name].granularity[self.adapter_name]
+        for key, statistic in statistics.items():
+            sums = self.sums[name][key]
+            statistic.add_(sums, granularity, seen, replace(self._batch, half=self._batch.half.to(sums.device)))
+
+    @torch.no_grad()
+    def _add_features(self, name: str, x: Tensor, output: Tensor) -> None:
+        layer = self.layers[name]
+        for key, statistic in self.of_features.items():
+            of_input = statistic.looks_at == "input"
+            try:
+                values = layer.input_features(x) if of_input else layer.output_features(output.detach())
+            except TypeError as error:
+                raise ValueError(f"module {name}: {error}") from error
+            values, real = self._by_sample(name, values), None
+            if self._batch is not None and (padding := self._batch.padding) is not None:
+                real = ~padding.to(values.device) if values.shape[:2] == padding.shape else None
+            self._add_to(name, {key: statistic}, Features(values, real))
 
     def _by_sample(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor with one entry for each sample in its first dimension."""
-        assert self._half is not None
-        samples = len(self._half)
+        assert self._batch is not None
+        samples = len(self._batch.half)
         if len(tensor) == samples:
             return tensor
         if samples == 1 and isinstance(self.layers[name], FGGMLinear):
@@ -151,7 +199,7 @@ class ScoreCollector:
 
     def _cleaned(self, tensor: Tensor, cache: bool = False) -> Tensor:
         """``tensor`` without the NaN that left-padded eager attention can leave at padded positions."""
-        padding = self._padding
+        padding = None if self._batch is None else self._batch.padding
         if padding is None or tensor.shape[:2] != padding.shape or not tensor.is_floating_point():
             return tensor
         if cache and self._last_cleaned is not None and same_memory(self._last_cleaned[0], tensor):

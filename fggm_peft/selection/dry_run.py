@@ -21,6 +21,7 @@ from ..tuner.budget import values_per_unit
 from ..tuner.config import FGGMConfig, score_bytes
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import fggm_layers, forecast_supports
+from .choosing import running_bytes
 from .fisher_pass import unwrapped
 from .log_likelihood import task_type_of
 from .memory_probe import MakeBatch, as_it_was, probed_supports, step_memory
@@ -287,11 +288,17 @@ def _beside(weight: Tensor) -> list[Tensor]:
 
 
 def _score_bytes(layers: Mapping[str, FGGMLayer], config: FGGMConfig, adapter_name: str) -> int:
-    """Two running sums in float32 for each unit, or as much of them as ``score_memory`` holds at a time."""
-    if not CRITERIA[config.criterion].needs_data:
+    """The running sums of a pass, or as much of them as ``score_memory`` holds at a time.
+
+    A criterion that needs a reference, of which the config names none, is taken to get one dataloader.
+    """
+    criterion = CRITERIA[config.criterion]
+    if not criterion.needs_data:
         return 0
-    units = sum(layer.granularity[adapter_name].units(layer.weight_shape) for layer in layers.values())
-    return 2 * 4 * units if config.score_memory is None else min(2 * 4 * units, score_bytes(config.score_memory))
+    names = [config.reference] if isinstance(config.reference, str) else config.reference
+    sources = 1 if names is None else list(names).count("self")
+    size = sum(running_bytes(layer, adapter_name, criterion, sources) for layer in layers.values())
+    return size if config.score_memory is None else min(size, score_bytes(config.score_memory))
 
 
 def _token_batches(model: nn.Module, config: FGGMConfig) -> MakeBatch:

@@ -1,4 +1,4 @@
-"""One pass over the task's data that leaves nothing behind but running scores.
+"""One pass over data that leaves nothing behind but running statistics.
 
 Samples are numbered over all ranks, as one process would read them: batch by batch, rank by rank. The
 number decides which half a sample belongs to and whether it is within the limit, so that one process
@@ -7,9 +7,11 @@ and several choose the same from the same data.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +22,44 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from ..core.errors import NonFiniteScoreError
+from ..core.statistics import STATISTICS, Batch, Count
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from ..tuner.sharding import is_shard
 from .collector import ScoreCollector
-from .log_likelihood import LogLikelihood, default_log_likelihood
+from .log_likelihood import LogLikelihood, answer_count, default_log_likelihood
 from .out_of_memory import advised
 from .ranks import Ranks
 from .untouched import untouched
 
-Scores = dict[str, Tensor]
-"""Module path -> ``[2, units]``, one sum for each half of the samples."""
-Counts = tuple[int, int]
-"""Samples in each half."""
+
+@dataclass(frozen=True)
+class Totals:
+    """What a pass has gathered, or has so far.
+
+    Args:
+        sums: (module path, statistic) -> ``[2, size]``, summed over all ranks.
+        counts: how much data each half is made of.
+    """
+
+    sums: Callable[[str, str], Tensor]
+    counts: tuple[Count, Count]
+
+    @property
+    def samples(self) -> int:
+        return self.counts[0].samples + self.counts[1].samples
+
+    def has_halves(self, statistics: Sequence[str]) -> bool:
+        """Whether there is something in both halves."""
+        per_batch = any(STATISTICS[name].per_batch for name in statistics)
+        return all(count.samples > 0 and (count.batches > 0 or not per_batch) for count in self.counts)
+
+    def mean(self, module: str, statistic: str, half: int | None = None) -> Tensor:
+        """A statistic from all samples, or from those of one half."""
+        sums = self.sums(module, statistic)
+        if half is None:
+            return STATISTICS[statistic].mean(sums.sum(0), self.counts[0] + self.counts[1])
+        return STATISTICS[statistic].mean(sums[half], self.counts[half])
 
 
 class Round(NamedTuple):
@@ -44,16 +71,20 @@ class Round(NamedTuple):
             goes along with the others without adding anything.
         first: number of its first sample.
         end: one past the number of the round's last sample on any rank.
+        number: which batch it is, over all ranks.
+        batches: how many there are in all ranks' data up to this round's end.
     """
 
     batch: Mapping[str, Any] | None
     size: int
     first: int
     end: int
+    number: int
+    batches: int
 
 
 class FisherPass:
-    """The empirical Fisher of a model on a task's data, for any group of its FGGM layers.
+    """Statistics of a model on some data (by default its empirical Fisher), for any group of its FGGM layers.
 
     Args:
         model: has the layers; may be wrapped by PEFT.
@@ -63,6 +94,7 @@ class FisherPass:
         log_likelihood: by default what fits the model's head.
         progress: show a bar on a terminal.
         ranks: the processes that read a share of the data each.
+        statistics: names of what to gather.
     """
 
     def __init__(
@@ -74,6 +106,7 @@ class FisherPass:
         log_likelihood: LogLikelihood | None,
         progress: bool,
         ranks: Ranks | None = None,
+        statistics: Sequence[str] = ("fisher",),
     ):
         if log_likelihood is not None and config.fisher_labels == "model":
             raise ValueError(
@@ -81,10 +114,16 @@ class FisherPass:
                 "log_likelihood=; draw the labels in your function and set fisher_labels='data'"
             )
         self.model, self.config, self.adapter_name = model, config, adapter_name
-        self.dataloader, self.log_likelihood = dataloader, log_likelihood
+        self.dataloader, self.log_likelihood, self.statistics = dataloader, log_likelihood, statistics
         self.ranks = ranks or Ranks()
         self.progress = progress and self.ranks.rank == 0
         self.generator = torch.Generator() if config.fisher_labels == "model" else None
+
+    def over(self, dataloader: Iterable, statistics: Sequence[str], log_likelihood: LogLikelihood | None) -> FisherPass:
+        """A pass over other data that is as this one otherwise."""
+        result = copy.copy(self)
+        result.dataloader, result.statistics, result.log_likelihood = dataloader, statistics, log_likelihood
+        return result
 
     def require_repeatable(self, passes: int) -> None:
         """Raise ``ValueError`` if the data can be read only once."""
@@ -98,58 +137,58 @@ class FisherPass:
         self,
         layers: dict[str, FGGMLayer],
         limit: int | None,
-        enough: Callable[[Callable[[str], Tensor], Counts], bool] | None,
+        enough: Callable[[Totals], bool] | None,
         first_check: int,
         description: str,
-    ) -> tuple[Scores, Counts]:
-        """Sum squared per-sample gradients until the limit, the end of the data, or ``enough``.
+    ) -> Totals:
+        """Gather until the limit, the end of the data, or ``enough``.
 
         Args:
             layers: module path -> layer to score.
             limit: samples at most.
-            enough: asked at ``first_check`` samples and at every doubling, with a function that gives the scores
-                of a module so far.
-
-        Returns:
-            The scores over all ranks, and the samples in each half.
+            enough: asked at ``first_check`` samples and at every doubling, with what there is so far.
 
         Raises:
             ValueError: no batch, or one without labels.
             NonFiniteScoreError: a log-likelihood or a score is NaN or infinite.
         """
         log_likelihood, model = self._likelihood()
-        seen, informed = 0, False
+        seen, batches, informed = 0, 0, False
         with (
             untouched(self.model),
             self._switched_off(layers),
-            ScoreCollector(layers, self.adapter_name, self._checkpointed_embeddings()) as collector,
+            ScoreCollector(layers, self.adapter_name, self.statistics, self._checkpointed_embeddings()) as collector,
             tqdm(total=limit, desc=description, unit="sample", disable=None if self.progress else True) as bar,
         ):
 
-            def so_far(name: str) -> Tensor:
-                return self.ranks.sum(collector.scores[name])
+            def so_far(name: str, statistic: str) -> Tensor:
+                return self.ranks.sum(collector.sums[name][statistic])
 
             for index, round in enumerate(self._rounds(limit)):
                 with self.ranks.together("the selection pass"), advised(index, round.batch):
                     informed |= self._score(collector, model, log_likelihood, round, index)
                 bar.update(round.end - seen)
-                seen = round.end
+                seen, batches = round.end, round.batches
                 if seen == limit:
                     break
                 if enough is not None and seen >= first_check:
                     first_check *= 2
-                    if enough(so_far, _halves(seen)):
+                    if enough(Totals(so_far, _halves(seen, batches))):
                         break
             if not seen:
                 raise ValueError("the dataloader is empty; select_parameters needs at least one batch")
-            if not any(self.ranks.gather(informed)):
+            if collector.needs_backward and not any(self.ranks.gather(informed)):
                 raise ValueError("all labels of all batches are -100: there is no answer to take a likelihood of")
-        total = {name: self.ranks.sum(scores) for name, scores in collector.scores.items()}
-        return total, _halves(seen)
+        total = {
+            (name, key): self.ranks.sum(sums)
+            for name, of_module in collector.sums.items()
+            for key, sums in of_module.items()
+        }
+        return Totals(lambda name, statistic: total[name, statistic], _halves(seen, batches))
 
     def _rounds(self, limit: int | None) -> Iterator[Round]:
         """Batches of all ranks, cut to the samples that are still wanted, until the data of every rank has ended."""
-        batches, start, spare = iter(self.dataloader), 0, None
+        batches, start, number, spare = iter(self.dataloader), 0, 0, None
         sharded = self.ranks.size > 1 and any(map(is_shard, self.model.parameters()))
         for index in itertools.count():
             with self._reading_together():
@@ -158,13 +197,23 @@ class FisherPass:
             sizes = self.ranks.gather(size)
             if not any(sizes):
                 return
-            first = start + sum(sizes[: self.ranks.rank])
-            start += sum(sizes)
-            if limit is not None and first + size > limit:
-                batch, size = _cut(batch, size, max(0, limit - first))
-                start = min(start, limit)
+            firsts = list(itertools.accumulate(sizes, initial=start))
+            wanted = sizes
+            if limit is not None:
+                wanted = [max(0, min(n, limit - begin)) for n, begin in zip(sizes, firsts[:-1], strict=True)]
+            numbers = list(itertools.accumulate(map(bool, wanted), initial=number))
+            if wanted[self.ranks.rank] < size:
+                batch, size = _cut(batch, size, wanted[self.ranks.rank])
+            start, number = start + sum(wanted), numbers[-1]
             spare = batch if size else spare
-            yield Round(spare if sharded and not size else batch, size, first, start)
+            yield Round(
+                spare if sharded and not size else batch,
+                size,
+                firsts[self.ranks.rank],
+                start,
+                numbers[self.ranks.rank],
+                number,
+            )
 
     def _reading_together(self) -> AbstractContextManager:
         """Where one rank reads for all (accelerate's dispatcher), the ranks already talk while they read."""
@@ -190,16 +239,25 @@ class FisherPass:
         half = (torch.arange(round.size or _size(batch, index)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        collector.begin(half, padding)
-        value = log_likelihood(model, batch)
+        collector.begin(Batch(half, padding, round.number, self._answers(batch, len(half))), bool(round.size))
+        with torch.set_grad_enabled(collector.needs_backward):
+            value = log_likelihood(model, batch)
         if not isinstance(value, Tensor) or value.shape != half.shape:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")
         if not torch.isfinite(value).all():
             raise NonFiniteScoreError(f"the log-likelihood of batch {index} is NaN or infinite: {value.tolist()}")
-        collector.backward(value if round.size else value * 0)
+        if collector.needs_backward:
+            collector.backward(value if round.size else value * 0)
         collector.end(index)
         return bool(round.size and value.any())
+
+    def _answers(self, batch: Mapping[str, Any], samples: int) -> int:
+        """What the mean loss of a batch is the mean over, if a statistic asks; of a custom likelihood its samples."""
+        wanted = any(STATISTICS[name].per_batch for name in self.statistics) and "labels" in batch
+        if self.log_likelihood is not None or not wanted:
+            return samples
+        return answer_count(unwrapped(self.model), batch, self.config.task_type)
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch where the model expects it; an offloaded model moves it itself."""
@@ -228,9 +286,9 @@ class FisherPass:
             return None
 
 
-def _halves(samples: int) -> Counts:
-    """Even and odd numbers below ``samples``."""
-    return (samples + 1) // 2, samples // 2
+def _halves(samples: int, batches: int) -> tuple[Count, Count]:
+    """How many numbers below ``samples`` and ``batches`` are even, and how many odd."""
+    return Count((samples + 1) // 2, (batches + 1) // 2), Count(samples // 2, batches // 2)
 
 
 def _size(batch: Any, index: int) -> int:

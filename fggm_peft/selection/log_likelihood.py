@@ -53,6 +53,14 @@ def default_log_likelihood(
     return log_likelihood
 
 
+def answer_count(model: nn.Module, batch: Mapping[str, Any], task_type: str | None) -> int:
+    """Over how many tokens (or samples, of a classifier of whole sequences) the model's own loss is the mean."""
+    labels, kind = batch["labels"], task_type or task_type_of(model)
+    if kind == TaskType.SEQ_CLS:
+        return len(labels)
+    return int((labels[:, 1:] if kind == TaskType.CAUSAL_LM else labels).ne(IGNORED).sum())
+
+
 def task_type_of(model: nn.Module) -> str | None:
     """PEFT's ``TaskType`` of a transformers model, by the name of its class."""
     name = type(model).__name__
@@ -97,9 +105,8 @@ def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None
     answer = labels != IGNORED
     if not answer.any():
         return logits[..., 0].float().sum(1) * 0  # the likelihood of nothing; FisherPass counts how often
-    rows, targets = logits[answer].float(), labels[answer]
-    if generator is not None:
-        targets = _sample(rows, generator)
+    rows = logits[answer].float()
+    targets = _checked(labels[answer], rows) if generator is None else _sample(rows, generator)
     tokens = -F.cross_entropy(rows, targets, reduction="none")
     sample = answer.nonzero()[:, 0]
     return tokens.new_zeros(len(labels)).index_add(0, sample, tokens)
@@ -117,9 +124,24 @@ def _sequence_classification(model, batch, labels, generator):
             uniform = torch.rand(logits.shape, generator=generator).to(logits)
             labels = (uniform < logits.detach().sigmoid()).float()
         return -F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").sum(1)
-    if generator is not None:
-        labels = _sample(logits, generator)
+    labels = _checked(labels, logits) if generator is None else _sample(logits, generator)
     return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def _checked(labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels ``[n]``; an index error in a device's kernel would come late and say nothing.
+
+    Raises:
+        ValueError: one is no class of the logits ``[n, c]``.
+    """
+    classes = logits.shape[-1]
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+    if len(wrong):
+        raise ValueError(
+            f"the labels hold {int(wrong[0])}, but the model's head has the classes 0..{classes - 1}. Are they of "
+            f"another tokenizer or label list? {IGNORED} marks what is no answer."
+        )
+    return labels
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:

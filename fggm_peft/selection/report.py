@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
+
+    from ..tuner.history import TaskRecord
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class SelectionReport:
             None where no data was used.
         seconds: wall-clock time of the whole selection.
         modules: one entry for each adapted module.
+        reference_samples: samples of the reference that were passed over.
+        reference_seconds: what that took, within ``seconds``.
+        record: the task's own statistics, see ``save_scores``.
     """
 
     granularity: str
@@ -60,6 +66,28 @@ class SelectionReport:
     agreement: float | None
     seconds: float
     modules: list[ModuleSelection]
+    reference_samples: int = 0
+    reference_seconds: float = 0.0
+    record: TaskRecord | None = field(default=None, repr=False, compare=False)
+
+    def save_scores(self, path: str | Path) -> Path:
+        """Write the task's own statistics as safetensors, for a later task to take as a reference.
+
+        Float32, a vector for each module; of elements the row and the column sums. The metadata say of what
+        granularity, from how many samples and of which base they are.
+
+        Args:
+            path: a file, or an existing folder (such as the adapter's), which gets ``fggm_scores.safetensors``.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: the criterion gathers nothing that a later task could take for a reference.
+        """
+        if self.record is None:
+            raise ValueError("this report has no scores")
+        return self.record.save(Path(path))
 
     @property
     def parameters(self) -> int:
@@ -79,7 +107,8 @@ class SelectionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, ready for JSON."""
-        result = asdict(self)
+        result = asdict(replace(self, record=None))
+        del result["record"]
         result["parameters"], result["density"] = self.parameters, self.density
         for entry, module in zip(result["modules"], self.modules, strict=True):
             entry["shape"], entry["density"] = list(module.shape), module.density
@@ -89,6 +118,7 @@ class SelectionReport:
         """What the adapter's config keeps."""
         return {
             "samples": self.samples,
+            "reference_samples": self.reference_samples,
             "agreement": self.agreement,
             "density": self.density,
             "parameters": self.parameters,
@@ -105,9 +135,10 @@ class SelectionReport:
         from rich.table import Table
 
         agreement = "not measured" if self.agreement is None else f"{self.agreement:.3f}"
+        against = f" and {self.reference_samples} of the reference" if self.reference_samples else ""
         table = Table(
             title=f"{self.parameters:,} trainable values, {self.density:.2%} of the targeted weights",
-            caption=f"criterion {self.criterion}, {self.samples} samples, split-half agreement {agreement}, "
+            caption=f"criterion {self.criterion}, {self.samples} samples{against}, split-half agreement {agreement}, "
             f"{self.seconds:.1f} s",
         )
         table.add_column("module")

@@ -7,36 +7,30 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
-from ..tuner.config import FGGMConfig, require_num_samples, score_bytes
+from ..tuner.config import FGGMConfig, require_num_samples, require_protection
+from ..tuner.history import TaskRecord, remember
 from ..tuner.layer import FGGMLayer
-from ..tuner.support import (
-    Choice,
-    choose_supports,
-    criterion_scores,
-    fggm_layers,
-    forecast_supports,
-    write_supports,
-)
+from ..tuner.support import fggm_layers, forecast_supports, write_supports
 from ..version import __version__
 from .agreement import split_half_agreement
-from .fisher_pass import Counts, FisherPass
+from .choosing import MAX_SAMPLES, Chooser, Outcome, costs
+from .fisher_pass import FisherPass, unwrapped
 from .log_likelihood import LogLikelihood
+from .protection import Protection, earlier_supports
 from .ranks import Ranks, digest
+from .reference import ReferenceData, find_reference
 from .report import ModuleSelection, SelectionReport
 
-MIN_SAMPLES = 32
-MAX_SAMPLES = 1024
-SUFFICIENT_AGREEMENT = 0.95
+__all__ = ["MAX_SAMPLES", "active_adapter", "active_adapters", "select_parameters"]
 
 
 @torch.inference_mode(False)  # the values made here must train
@@ -45,6 +39,10 @@ def select_parameters(
     dataloader: Iterable[Mapping[str, Any]] | None = None,
     num_samples: int | Literal["auto", "config"] | None = "config",
     *,
+    reference: ReferenceData = None,
+    history: Sequence[str] | None = None,
+    protect: Sequence[str] | None = None,
+    protection: float | None = None,
     adapter_name: str | None = None,
     log_likelihood: LogLikelihood | None = None,
     score_memory: int | str | None = None,
@@ -67,6 +65,16 @@ def select_parameters(
         num_samples: how many samples to use, over all ranks: a number, None for all, or "auto": from 32 to
             1024, doubling, until two halves of the samples would choose the same (agreement 0.95). By
             default what the config says, "auto" if nothing.
+        reference: what the model should keep, for a criterion that weighs the task against it; by default the
+            config's. A dataloader of general text (batches without labels get their own tokens for labels), "self"
+            (text that the model writes itself), "history" (earlier tasks: what was selected on this base model in
+            this process, and what ``history`` names), a file or folder of saved scores, or a list of these, which are
+            put in proportion and added. As many of its samples are used as ``num_samples`` says.
+        history: files or folders of earlier tasks' saved scores, by default the config's.
+        protect: earlier deltas whose entries should stay: folders, Hub ids, names of adapters on the model, or
+            "history"; by default the config's.
+        protection: how strongly, in [0, 1]: 1 forbids them, less scales scores by ``1 - protection``; by default
+            the config's.
         adapter_name: by default the active adapter.
         log_likelihood: a function of (model, batch) that returns the log-likelihood of each sample ``[b]``,
             summed over its answer; by default what fits a causal or sequence-to-sequence language
@@ -81,10 +89,13 @@ def select_parameters(
         What was chosen; it prints as a table.
 
     Raises:
+        AdapterFileError: a delta to protect is damaged or was made for another base.
         AlreadyTrainedError: the adapter holds trained values and ``reset`` is False.
         NonFiniteScoreError: a loss or a score is NaN or infinite.
         RuntimeError: another rank failed, or differs in versions, config or model.
-        ValueError: no FGGM adapter, a merged one, no data, no labels, or another bad argument.
+        ScoreFileError: saved scores are damaged or do not fit.
+        ValueError: no FGGM adapter, a merged one, no data, no labels, no reference where one is needed, less left than
+            is to be chosen, or another bad argument.
     """
     start = time.perf_counter()
     adapter_name, config = active_adapter(model, adapter_name)
@@ -97,29 +108,45 @@ def select_parameters(
         _check_selectable(layers, adapter_name, reset)
         forecast_supports(layers, config, adapter_name)  # a budget that cannot be spent is better known at once
     _require_same_setting(ranks, layers, config)
+    protect = (config.protect if protect is None else protect) or []
+    protection = config.protection if protection is None else protection
+    require_protection(protection)
+    guard = Protection(layers, adapter_name, protection, earlier_supports(model, config, adapter_name, protect))
+    guard.require_enough(config)
     criterion = CRITERIA[config.criterion]
-    if criterion.needs_data:
-        if dataloader is None:
-            raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
-        fisher_pass = FisherPass(model, config, adapter_name, dataloader, log_likelihood, progress, ranks)
-        outcome = _choose_from_data(fisher_pass, layers, config, adapter_name, num_samples, score_memory)
-    else:
-        outcome = _Outcome(_choose(layers, config, adapter_name, None), ({}, {}), 0)
+    if criterion.needs_data and dataloader is None:
+        raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
+    data = [] if dataloader is None else dataloader
+    task = FisherPass(model, config, adapter_name, data, log_likelihood, progress, ranks, criterion.task)
+    chooser = Chooser(layers, config, adapter_name, guard, find_reference(reference, history, layers, task))
+    outcome = chooser.from_data(task, num_samples, score_memory) if criterion.needs_data else chooser.without_data()
     if not any(len(choice.indices) for choice in outcome.choices.values()):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
     chosen = digest({name: choice.indices for name, choice in outcome.choices.items()})
     ranks.require_same("what they chose", {"support": chosen}, "Please report this; nothing has been changed.")
     write_supports(layers, config, adapter_name, outcome.choices)
-    report = _report(layers, config, adapter_name, outcome, time.perf_counter() - start)
+    supports = {name: choice.indices for name, choice in outcome.choices.items()}
+    base = config.base_model_name_or_path or ""
+    record = TaskRecord(config.granularity, outcome.samples, base, outcome.scores, supports)
+    remember(unwrapped(model), config, record)
+    report = _report(layers, config, adapter_name, outcome, record, time.perf_counter() - start)
     config.selection = report.summary()
-    if report.empty_modules:
-        names = ", ".join(report.empty_modules[:3]) + (", ..." if len(report.empty_modules) > 3 else "")
-        warnings.warn(
-            f"nothing was chosen in {len(report.empty_modules)} of {len(layers)} modules ({names}): their scores "
-            "are 0 or below the threshold",
-            stacklevel=2,
-        )
+    _warn_of_empty(report, outcome)
     return report
+
+
+def _warn_of_empty(report: SelectionReport, outcome: Outcome) -> None:
+    zero = [name for name, choice in outcome.choices.items() if choice.is_zero]
+    low = [name for name in report.empty_modules if name not in zero]
+    for names, why in (
+        (zero, "every score there is 0, which no threshold chooses; one of scope='global' spends its share elsewhere"),
+        (low, "their scores are below the threshold"),
+    ):
+        if names:
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            warnings.warn(
+                f"nothing was chosen in {len(names)} of {len(report.modules)} modules ({listed}): {why}", stacklevel=3
+            )
 
 
 def active_adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:
@@ -181,107 +208,11 @@ def _check_selectable(layers: Mapping[str, FGGMLayer], adapter_name: str, reset:
             )
 
 
-def _choose(layers, config, adapter_name, fisher: Callable[[str], Tensor] | None) -> dict[str, Choice]:
-    def scores(name: str) -> Tensor:
-        values = None if fisher is None else fisher(name)
-        return criterion_scores(layers[name], name, config, adapter_name, values)
-
-    return choose_supports(layers, config, adapter_name, scores)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What the data chose: from all samples, and from each half of them."""
-
-    choices: dict[str, Choice]
-    halves: tuple[dict[str, Choice], dict[str, Choice]]
-    samples: int
-
-
-def _choose_from_data(fisher_pass, layers, config, adapter_name, num_samples, score_memory) -> _Outcome:
-    groups = _groups(layers, config, adapter_name, score_memory)
-    if len(groups) > 1:
-        fisher_pass.require_repeatable(len(groups))
-    total = _Outcome({}, ({}, {}), 0)
-    for number, group in enumerate(groups):
-        suffix = f" {number + 1}/{len(groups)}" if len(groups) > 1 else ""
-        part = _choose_group(fisher_pass, group, config, adapter_name, num_samples, "Fisher pass" + suffix)
-        if isinstance(num_samples, int) and part.samples < num_samples:
-            warnings.warn(f"num_samples={num_samples}, but the data has {part.samples}; all were used", stacklevel=3)
-        num_samples = part.samples  # every group of modules sees the same samples
-        for seen, new in zip((total.choices, *total.halves), (part.choices, *part.halves), strict=True):
-            seen.update(new)
-        total = replace(total, samples=part.samples)
-    return total
-
-
-def _choose_group(fisher_pass, group, config, adapter_name, num_samples, description) -> _Outcome:
-    costs = _costs(group, adapter_name)
-
-    def halves(scores: Callable[[str], Tensor], counts: Counts) -> tuple[dict[str, Choice], dict[str, Choice]]:
-        first = _choose(group, config, adapter_name, lambda name: scores(name)[0] / counts[0])
-        second = _choose(group, config, adapter_name, lambda name: scores(name)[1] / counts[1])
-        return first, second
-
-    def enough(scores: Callable[[str], Tensor], counts: Counts) -> bool:
-        agreement, _ = split_half_agreement(*halves(scores, counts), costs)
-        return agreement is None or agreement >= SUFFICIENT_AGREEMENT
-
-    automatic = num_samples == "auto"
-    scores, counts = fisher_pass.run(
-        group,
-        limit=MAX_SAMPLES if automatic else num_samples,
-        enough=enough if automatic else None,
-        first_check=MIN_SAMPLES,
-        description=description,
-    )
-    samples = sum(counts)
-
-    def mean(name: str) -> Tensor:
-        return scores[name].sum(0) / samples
-
-    choices = _choose(group, config, adapter_name, mean)
-    return _Outcome(choices, halves(scores.__getitem__, counts) if min(counts) else ({}, {}), samples)
-
-
-def _costs(layers: Mapping[str, FGGMLayer], adapter_name: str) -> dict[str, int]:
-    """Module path -> how many weight entries one of its units holds."""
-    return {
-        name: layer.granularity[adapter_name].parameters_per_unit(layer.weight_shape) for name, layer in layers.items()
-    }
-
-
-def _groups(layers, config: FGGMConfig, adapter_name: str, score_memory) -> list[dict[str, FGGMLayer]]:
-    """The modules whose running scores fit into ``score_memory`` together, group by group."""
-    if score_memory is None:
-        return [dict(layers)]
-    bound = score_bytes(score_memory)
-    groups: list[dict[str, FGGMLayer]] = []
-    filled = bound + 1
-    for name, layer in layers.items():
-        size = 2 * 4 * layer.granularity[adapter_name].units(layer.weight_shape)
-        if size > bound:
-            raise ValueError(
-                f"score_memory={score_memory!r} is too small: the scores of {name} alone take {size} bytes"
-            )
-        if filled + size > bound:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = layer
-        filled += size
-    if len(groups) > 1 and any(config.policy(name).scope == "global" for name in layers):
-        raise ValueError(
-            f"a threshold of global scope needs the scores of all modules at once, which score_memory={score_memory!r} "
-            "does not hold. Raise it, or use scope='layer'."
-        )
-    return groups
-
-
-def _report(layers, config, adapter_name, outcome: _Outcome, seconds: float) -> SelectionReport:
+def _report(layers, config, adapter_name, outcome: Outcome, record: TaskRecord, seconds: float) -> SelectionReport:
     agreement: float | None = None
     module_agreement: dict[str, float | None] = {}
     if outcome.halves[0]:
-        agreement, module_agreement = split_half_agreement(*outcome.halves, _costs(layers, adapter_name))
+        agreement, module_agreement = split_half_agreement(*outcome.halves, costs(layers, adapter_name))
     modules = [
         ModuleSelection(
             name=name,
@@ -302,4 +233,7 @@ def _report(layers, config, adapter_name, outcome: _Outcome, seconds: float) -> 
         agreement=agreement,
         seconds=seconds,
         modules=modules,
+        reference_samples=outcome.reference_samples,
+        reference_seconds=outcome.reference_seconds,
+        record=record,
     )

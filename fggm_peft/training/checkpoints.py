@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..selection.fisher_pass import unwrapped
+from ..selection.protection import supports_in_file
 from ..selection.select import active_adapter, active_adapters
+from ..tuner.config import FGGMConfig
+from ..tuner.history import SCORES_FILE, TaskRecord, load_record, remember
 from ..tuner.support import fggm_layers
 
 
@@ -59,11 +64,24 @@ def unselected_adapters(model: nn.Module) -> list[str]:
 
 
 def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
-    """Put what a checkpoint's configs say of their selection on those of the model, which come from new code."""
+    """Put what a checkpoint says of its selection on the model's configs, which come from new code.
+
+    The model's history gets what was selected, too, with the scores if they were saved.
+    """
     for name, config in active_adapters(model):
-        for file in (checkpoint / name / CONFIG_NAME, checkpoint / CONFIG_NAME):
-            if config.selection is None and file.exists():
-                config.selection = json.loads(file.read_text()).get("selection")
+        for folder in (checkpoint / name, checkpoint):
+            if config.selection is None and (folder / CONFIG_NAME).exists():
+                config.selection = json.loads((folder / CONFIG_NAME).read_text()).get("selection")
+                if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+                    remember(unwrapped(model), config, _record(model, config, folder))
+
+
+def _record(model: nn.Module, config: FGGMConfig, folder: Path) -> TaskRecord:
+    supports = {module: indices for module, (_, indices) in supports_in_file(model, str(folder))}
+    if (folder / SCORES_FILE).exists():
+        return replace(load_record(folder), supports=supports)
+    samples = (config.selection or {}).get("samples", 0)
+    return TaskRecord(config.granularity, samples, config.base_model_name_or_path or "", {}, supports)
 
 
 def load_before_sharding_(model: Any, checkpoint: Path) -> None:

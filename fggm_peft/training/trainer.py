@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..selection import SelectionReport, select_parameters
 from ..selection.log_likelihood import LogLikelihood
+from ..selection.reference import ReferenceData
 from ..selection.select import active_adapter
 from ..tuner.card import complete_card
 from .batches import Prompts, selection_batch
@@ -51,10 +52,13 @@ class FGGMTrainerMixin(_Trainer):
         selection_report: what the last ``train()`` selected, None if the adapter was selected already.
         selection_log_likelihood: as ``select_parameters`` takes it, for a loss that is no likelihood of labels, such
             as a reward model's; None is what fits the model's head.
+        selection_reference: as ``select_parameters`` takes it, such as a dataloader of general text (on each process
+            its own share); None is what the config says.
     """
 
     selection_report: SelectionReport | None = None
     selection_log_likelihood: LogLikelihood | None = None
+    selection_reference: ReferenceData = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -93,7 +97,13 @@ class FGGMTrainerMixin(_Trainer):
             return
         with self._selection_dataloader() as dataloader:
             data = SelectionData(dataloader, self.selection_batch)
-            self.selection_report = select(self.model, data, self.accelerator.autocast(), self.selection_log_likelihood)
+            self.selection_report = select(
+                self.model,
+                data,
+                self.accelerator.autocast(),
+                log_likelihood=self.selection_log_likelihood,
+                reference=self.selection_reference,
+            )
         self.log(logged(self.selection_report))
 
     @contextmanager
@@ -160,13 +170,14 @@ class FGGMCallback(TrainerCallback):
 
     Args:
         convert: makes a batch of the trainer one that the Fisher pass takes: model inputs with ``labels``.
+        reference: as ``select_parameters`` takes it; None is what the config says.
 
     Attributes:
         selection_report: what was selected, None if the adapter was selected already.
     """
 
-    def __init__(self, convert: Callable[[Any], Mapping[str, Any]] = selection_batch):
-        self.convert = convert
+    def __init__(self, convert: Callable[[Any], Mapping[str, Any]] = selection_batch, reference: ReferenceData = None):
+        self.convert, self.reference = convert, reference
         self.selection_report: SelectionReport | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -184,7 +195,8 @@ class FGGMCallback(TrainerCallback):
         precision = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(args.device.type, precision, enabled=args.bf16 or args.fp16)
         try:
-            self.selection_report = select(model, SelectionData(train_dataloader, self.convert), autocast)
+            data = SelectionData(train_dataloader, self.convert)
+            self.selection_report = select(model, data, autocast, reference=self.reference)
         finally:
             _finish(train_dataloader)
         state.log_history.append({**logged(self.selection_report), "step": state.global_step})
@@ -206,15 +218,16 @@ class SelectionData:
 
 
 def select(
-    model: nn.Module,
-    data: SelectionData,
-    autocast: AbstractContextManager,
-    log_likelihood: LogLikelihood | None = None,
+    model: nn.Module, data: SelectionData, autocast: AbstractContextManager, **arguments: Any
 ) -> SelectionReport:
-    """Select what the configs of the active adapters ask for; returns the last report."""
+    """Select what the configs of the active adapters ask for; returns the last report.
+
+    Args:
+        arguments: of ``select_parameters``.
+    """
     with autocast:
         for name in unselected_adapters(model):
-            report = select_parameters(model, data, adapter_name=name, log_likelihood=log_likelihood)
+            report = select_parameters(model, data, adapter_name=name, **arguments)
             logger.info("%s", report)
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -16,6 +17,7 @@ from ..core.granularity import GRANULARITIES
 from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from .budget import require_budget
 from .card import complete_card
+from .history import record_of
 from .registration import add_peft_type
 
 QUANTIZED_MERGES = ("auto", "requantize", "dequantize", "keep")
@@ -92,8 +94,55 @@ class FGGMConfig(PeftConfig):
     criterion: str = field(
         default="fisher",
         metadata={
-            "help": "What ranks the units: 'fisher' (diagonal Fisher information on the task's data, needs "
-            "`select_parameters`), 'random' or 'weight_magnitude' (no data: chosen when the adapter is made)."
+            "help": "What ranks the units, on the task's data: 'fisher' (diagonal Fisher information F), "
+            "'batch_gradient' (squared gradients of batches), 'fisher_over_weight' (F / |W|^p), "
+            "'gradient_low_magnitude' (mean gradient over |W|), 'output_magnitude' (rows, by a forward pass); on a "
+            "`reference` too: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref), 'input_ratio' (columns, "
+            "by forward passes); without data, chosen when the adapter is made: 'random', 'weight_magnitude'. Or a "
+            "name of your own in `fggm_peft.CRITERIA`."
+        },
+    )
+    weight_exponent: float = field(
+        default=1.0, metadata={"help": "p of the criterion 'fisher_over_weight', >= 0; at 0 it is 'fisher'."}
+    )
+    reference: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "What the model should keep, for criteria that weigh a task against it: 'self' (text that the "
+            "model writes itself), 'history' (scores of earlier tasks), a file or folder with saved scores, or a list "
+            "of these. `select_parameters(reference=...)` takes a dataloader of general text too."
+        },
+    )
+    reference_texts: int = field(
+        default=64, metadata={"help": "How many texts the model writes for `reference='self'`."}
+    )
+    reference_length: int = field(default=128, metadata={"help": "Tokens of each of these texts, at most."})
+    history: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Files or folders with saved scores of earlier tasks, for `reference='history'`. Those that were "
+            "selected on the same model in this process are known without."
+        },
+    )
+    protect: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Earlier deltas whose entries should stay: folders, Hub ids, or 'history' (what was selected on "
+            "this model before). The support is then chosen by `select_parameters`, whatever the criterion."
+        },
+    )
+    protection: float = field(
+        default=1.0,
+        metadata={
+            "help": "How strongly, in [0, 1]: 1 forbids the entries of `protect`, less scales their scores by "
+            "1 - protection. A unit that overlaps them in part is scaled by its share."
+        },
+    )
+    save_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "Write the scores of the task, `fggm_scores.safetensors`, beside the adapter when it is saved, as "
+            "a reference for later tasks."
         },
     )
     fisher_labels: Literal["data", "model"] = field(
@@ -198,7 +247,7 @@ class FGGMConfig(PeftConfig):
         self._resolve_threshold()
         self._check_budget()
         GRANULARITIES[self.granularity]
-        CRITERIA[self.criterion]
+        self._check_criterion()
         _require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
         _require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
         _require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
@@ -264,10 +313,36 @@ class FGGMConfig(PeftConfig):
     def _as_policy(self, count: int) -> ParameterBudget:
         return ParameterBudget(count, floor=0.0 if self.budget_floor is None else self.budget_floor)
 
+    def _check_criterion(self) -> None:
+        criterion = CRITERIA[self.criterion]
+        kinds = criterion.granularities
+        if kinds is not None and self.granularity not in kinds:
+            raise ValueError(
+                f"criterion {self.criterion!r} has a meaning for granularity={' or '.join(map(repr, kinds))} only, "
+                f"got granularity={self.granularity!r}"
+            )
+        for name in ("history", "protect"):
+            setattr(self, name, _names(name, getattr(self, name)))
+        check_reference(self.criterion, _names("reference", self.reference) or [], self.history or [])
+        require_protection(self.protection)
+        if not _is_finite(self.weight_exponent) or self.weight_exponent < 0:
+            raise ValueError(f"weight_exponent must be a number >= 0, got {self.weight_exponent!r}")
+        for name in ("reference_texts", "reference_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+                raise ValueError(f"{name} must be an integer > 1, got {value!r}")
+
+    @property
+    def is_chosen_at_birth(self) -> bool:
+        """Whether the support is known when the adapter is made, without ``select_parameters``."""
+        return not CRITERIA[self.criterion].needs_data and not self.protect
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; completes the model card that PEFT has put there by how to load the adapter."""
+        """As PEFT's; completes the model card that PEFT has put there, and writes the scores if asked to."""
         super().save_pretrained(save_directory, **kwargs)
         complete_card(Path(save_directory), self)
+        if self.save_scores and (record := record_of(self)) is not None and record.scores:
+            record.save(Path(save_directory))
 
     def policy(self, module_name: str | None = None) -> ThresholdPolicy:
         """The threshold policy of a module; of all without a density of their own if no name is given."""
@@ -286,6 +361,35 @@ class FGGMConfig(PeftConfig):
             return TopDensity(density=self.density)
         assert isinstance(self.threshold, ThresholdPolicy)
         return self.threshold
+
+
+def check_reference(criterion: str, reference: Sequence[Any], history: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a reference, or names of earlier scores, that would not be looked at."""
+    if reference and not CRITERIA[criterion].reference:
+        names = ", ".join(repr(name) for name in CRITERIA if CRITERIA[name].reference)
+        raise ValueError(f"criterion {criterion!r} looks at no reference; those that do are {names}")
+    if history and not any(isinstance(source, str) and source == "history" for source in reference):
+        raise ValueError("history= names scores that only reference='history' reads; give that too")
+
+
+def require_reference(criterion: str, reference: Any) -> None:
+    """Raise ``ValueError`` if the criterion needs a reference and there is none."""
+    if CRITERIA[criterion].reference and not reference:
+        raise ValueError(
+            f"criterion {criterion!r} weighs the task against a reference, and none was given. Set reference='self' "
+            "(text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on the config, "
+            "or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
+        )
+
+
+def _names(field_name: str, value: Any) -> list[str] | None:
+    """A name or a list of names as a list."""
+    names = [value] if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{field_name} must be a name or a path, or a list of them, got {value!r}")
+    return list(names)
 
 
 def require_num_samples(value: Any) -> None:
@@ -315,7 +419,16 @@ def _require_one_of(name: str, value: Any, legal: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
 
 
+def require_protection(value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is a legal ``protection``."""
+    if not _is_finite(value) or not 0 <= value <= 1:
+        raise ValueError(f"protection must be in [0, 1], got {value!r}")
+
+
 def _require_density(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not 0 < value <= 1:
+    if not _is_finite(value) or not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -32,7 +32,6 @@ from .sharding import whole
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
 Calls = list[tuple[Tensor, Tensor]]
 
 
@@ -103,6 +102,14 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
                 first dimension being the sample.
             gram: Gram matrix of the input, which other layers may share.
         """
+
+    @abstractmethod
+    def input_features(self, x: Tensor) -> Tensor:
+        """The input of one call as vectors that the weight multiplies, ``[b, t, i]``; ``TypeError`` if it has none."""
+
+    @abstractmethod
+    def output_features(self, output: Tensor) -> Tensor:
+        """The output of one call as vectors ``[b, t, o]``; ``TypeError`` if its features are no rows."""
 
     def positions(self, x: Tensor) -> int:
         """How many rows of ``[n, i]`` the input stands for."""

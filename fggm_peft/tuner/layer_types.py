@@ -71,6 +71,12 @@ class FGGMLinear(FGGMLayer):
     def per_sample(self, calls, gram):
         return LinearGradients(*_concatenated((_tokens(x), _tokens(g)) for x, g in calls), gram)
 
+    def input_features(self, x):
+        return _tokens(x)
+
+    def output_features(self, output):
+        return _tokens(output)
+
 
 class FGGMConv(FGGMLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``; the weight is ``[o, i * kernel]``."""
@@ -106,6 +112,12 @@ class FGGMConv(FGGMLayer):
             return LinearGradients(patches.squeeze(2), g)
         return GroupedGradients(patches, g.unflatten(2, (layer.groups, -1)))
 
+    def input_features(self, x):
+        return unfold_convolution(self.get_base_layer(), x).flatten(1, 2)  # every group is a position of its own
+
+    def output_features(self, output):
+        return output.flatten(2).mT
+
 
 class FGGMEmbedding(FGGMLayer):
     """``nn.Embedding``: rows are tokens. Only the rows that are looked up are ever touched."""
@@ -136,6 +148,12 @@ class FGGMEmbedding(FGGMLayer):
         tokens, g = _concatenated((x.reshape(len(x), -1), _tokens(g)) for x, g in calls)
         embed_scale = self._get_embed_scale()
         return EmbeddingGradients(tokens, g if embed_scale is None else g * embed_scale, self.weight_shape[0])
+
+    def input_features(self, x):
+        raise TypeError("an embedding looks its rows up, so it has no input features: leave it out of the targets")
+
+    def output_features(self, output):
+        raise TypeError("the rows of an embedding are no output features: leave it out of the targets")
 
 
 def _tokens(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import AdapterFileError
+from ..core.granularity import Granularity, Shape
 from .layer import FGGMLayer
 from .sharding import plain_name
 
@@ -33,7 +34,7 @@ def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: di
             continue
         name = plain_name(name)
         _complete_(state_dict, name, layer, adapter_name)
-        keys = _Keys(state_dict, name, adapter_name)
+        keys = _Keys.of_layer(state_dict, name, adapter_name)
         if keys.absent():
             continue  # PEFT reports keys that are missing altogether
         if adapter_name in layer.merged_adapters:
@@ -63,11 +64,15 @@ def _complete_(state_dict: dict[str, Tensor], name: str, layer: FGGMLayer, adapt
 
 
 class _Keys:
-    """The tensors of one layer in a state dict."""
+    """The tensors of one layer in a file, and the names that errors give them."""
 
-    def __init__(self, state_dict: Mapping[str, Tensor], module: str, adapter_name: str):
-        self.names = {part: f"{module}.fggm_{part}.{adapter_name}" for part in ("indices", "values", "bias")}
-        self.tensors = {part: state_dict.get(name) for part, name in self.names.items()}
+    def __init__(self, tensors: Mapping[str, Tensor | None], names: Mapping[str, str]):
+        self.tensors, self.names = tensors, names
+
+    @classmethod
+    def of_layer(cls, state_dict: Mapping[str, Tensor], module: str, adapter_name: str) -> _Keys:
+        names = {part: f"{module}.fggm_{part}.{adapter_name}" for part in ("indices", "values", "bias")}
+        return cls({part: state_dict.get(name) for part, name in names.items()}, names)
 
     def absent(self) -> bool:
         return all(tensor is None for tensor in self.tensors.values())
@@ -79,14 +84,37 @@ class _Keys:
             )
 
 
+def checked_support(granularity: Granularity, shape: Shape, tensors: Mapping[str, Tensor | None], where: str) -> int:
+    """How many units a support holds.
+
+    Args:
+        tensors: its "indices" and "values".
+        where: goes before the names of the tensors in errors.
+
+    Raises:
+        AdapterFileError: one is missing, or does not fit a weight of this shape.
+    """
+    return _checked_support(granularity, shape, _Keys(tensors, {part: f"{where}.fggm_{part}" for part in tensors}))
+
+
 def _checked_size(layer: FGGMLayer, adapter_name: str, keys: _Keys) -> int:
-    indices, values, bias = (keys.tensors[part] for part in ("indices", "values", "bias"))
+    k = _checked_support(layer.granularity[adapter_name], layer.weight_shape, keys)
+    bias = keys.tensors["bias"]
+    if bias is not None:
+        fits = bias.is_floating_point() and tuple(bias.shape) == (k,)
+        keys.require("bias", fits, f"expected floating-point values [{k}], got {_describe(bias)}")
+    wanted = adapter_name in layer.fggm_bias
+    keys.require("bias", wanted == (bias is not None), "bias entries are " + ("missing" if wanted else "unexpected"))
+    return k
+
+
+def _checked_support(granularity: Granularity, shape: Shape, keys: _Keys) -> int:
+    indices, values = keys.tensors["indices"], keys.tensors["values"]
     for part, tensor in (("indices", indices), ("values", values)):
         keys.require(part, tensor is not None, "this tensor is missing")
     assert indices is not None and values is not None
     integer = indices.dtype in (torch.int32, torch.int64) and indices.dim() == 1
     keys.require("indices", integer, f"expected a vector of int32 or int64, got {_describe(indices)}")
-    granularity, shape = layer.granularity[adapter_name], layer.weight_shape
     k, units = len(indices), granularity.units(shape)
     if k and not indices.is_meta:
         low, high = int(indices.min()), int(indices.max())
@@ -97,11 +125,6 @@ def _checked_size(layer: FGGMLayer, adapter_name: str, keys: _Keys) -> int:
     expected = granularity.values_shape(shape, k)
     fits = values.is_floating_point() and tuple(values.shape) == expected
     keys.require("values", fits, f"expected floating-point values {list(expected)}, got {_describe(values)}")
-    if bias is not None:
-        fits = bias.is_floating_point() and tuple(bias.shape) == (k,)
-        keys.require("bias", fits, f"expected floating-point values [{k}], got {_describe(bias)}")
-    wanted = adapter_name in layer.fggm_bias
-    keys.require("bias", wanted == (bias is not None), "bias entries are " + ("missing" if wanted else "unexpected"))
     return k
 
 

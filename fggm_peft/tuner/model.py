@@ -14,7 +14,6 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..core.criteria import CRITERIA
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
@@ -89,11 +88,11 @@ class FGGMModel(BaseTuner):
             raise
 
     def _fill_without_data(self, model: nn.Module, adapter_name: str) -> None:
-        """Choose the support at once if the criterion needs no data (a loaded adapter brings its own)."""
+        """Choose the support at once if nothing has to be read for it (a loaded adapter brings its own)."""
         config = self.peft_config[adapter_name]
         layers = fggm_layers(model, adapter_name)
         on_meta = any(layer.fggm_values[adapter_name].is_meta for layer in layers.values())
-        if CRITERIA[config.criterion].needs_data or on_meta or not layers:
+        if not config.is_chosen_at_birth or on_meta or not layers:
             return
         choices = choose_supports(
             layers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,13 @@ class Choice:
         indices: ``[k]`` int64 on the CPU, sorted.
         units: how many units there were to choose from.
         score_share: share of the module's total score that the chosen units hold, in [0, 1].
+        is_zero: every score is 0, so that nothing could be chosen.
     """
 
     indices: Tensor
     units: int
     score_share: float
+    is_zero: bool = False
 
 
 def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, FGGMLayer]:
@@ -48,15 +51,20 @@ def module_generator(config: FGGMConfig, name: str) -> torch.Generator:
 
 
 def criterion_scores(
-    layer: FGGMLayer, name: str, config: FGGMConfig, adapter_name: str, fisher: Tensor | None = None
+    layer: FGGMLayer, name: str, config: FGGMConfig, adapter_name: str, **statistics: Mapping[str, Any]
 ) -> Tensor:
-    """What the config's criterion makes of one module, ``[units]``."""
+    """What the config's criterion makes of one module, ``[units]``.
+
+    Args:
+        statistics: ``task``, ``reference`` and ``reference_mean`` of ``Quantities``.
+    """
     quantities = Quantities(
         granularity=layer.granularity[adapter_name],
         shape=layer.weight_shape,
         weight=layer.weight_copy,
         generator=module_generator(config, name),
-        fisher=fisher,
+        weight_exponent=config.weight_exponent,
+        **statistics,
     )
     return CRITERIA[config.criterion].score(quantities)
 
@@ -91,7 +99,7 @@ def forecast_supports(layers: Mapping[str, FGGMLayer], config: FGGMConfig, adapt
     least = most = 0
     for policy, names in _by_policy(layers, config):
         there = [layers[name].granularity[adapter_name].units(layers[name].weight_shape) for name in names]
-        forecast = policy.forecast(there, *_bounds(names, layers, config, adapter_name))
+        forecast = policy.forecast(there, *bounds(names, layers, config, adapter_name))
         units.update(zip(names, forecast.units, strict=True))
         least, most = least + forecast.least, most + forecast.most
     return Forecast([units[name] for name in layers], least, most)
@@ -106,7 +114,7 @@ def _by_policy(layers: Iterable[str], config: FGGMConfig) -> Iterable[tuple[Thre
     return [(policy, names) for (policy, _), names in groups.items()]
 
 
-def _bounds(names, layers, config, adapter_name) -> tuple[list[int], list[str], int | None]:
+def bounds(names, layers, config, adapter_name) -> tuple[list[int], list[str], int | None]:
     """What a unit of each module costs, the modules' types, and the most units that one may have."""
     costs = [values_per_unit(layers[name], adapter_name) for name in names]
     return costs, [module_kind(name) for name in names], config.max_rows
@@ -117,9 +125,11 @@ def _choose(policy, names: list[str], layers, config, adapter_name, scores) -> d
     for name, vector in zip(names, vectors, strict=True):
         if not torch.isfinite(vector).all():
             raise NonFiniteScoreError(f"a score of module {name} is NaN or infinite")
-    chosen = policy.choose(vectors, *_bounds(names, layers, config, adapter_name))
+        if (vector < 0).any():
+            raise NonFiniteScoreError(f"a score of module {name} is negative; the criterion must give scores >= 0")
+    chosen = policy.choose(vectors, *bounds(names, layers, config, adapter_name))
     return {
-        name: Choice(indices, len(vector), _share(vector, indices))
+        name: Choice(indices, len(vector), _share(vector, indices), not vector.any())
         for name, vector, indices in zip(names, vectors, chosen, strict=True)
     }
 

@@ -36,7 +36,7 @@ class EWC(Method):
     frozen, because F is not computed for them and nothing would hold them.
 
     Memory: 4 bytes for each trained weight (F in float32); while a task trains, as much again as the weights take
-    (theta*); while F_task is computed, another 8 bytes for each (two halves of the samples).
+    (theta*); while F_task is computed, another 12 bytes for each (two halves of the samples, and F_task).
 
     Args:
         penalty: the paper's lambda. No default suits all: look for it together with the learning rate.
@@ -88,10 +88,10 @@ class EWC(Method):
         try:
             layers = fggm_layers(adapted, ADAPTER)
             fisher_pass = FisherPass(adapted, config, ADAPTER, data, None, progress=False)
-            scores, counts = fisher_pass.run(layers, self.num_samples, None, 1, "Fisher of EWC")
+            totals = fisher_pass.run(layers, self.num_samples, None, 1, "Fisher of EWC")
             fisher = {}
             for name, layer in layers.items():
-                mean = scores.pop(name).sum(0).div_(sum(counts))
+                mean = totals.mean(name, "fisher")
                 fisher[f"{name}.weight"] = layer.unmatrix(mean.view(layer.weight_shape)).contiguous()
             return fisher
         finally:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from ...training import FGGMTrainer
+from ...tuner.history import history_of
 from ...tuner.support import fggm_layers
 from .fggm import FGGM
 from .gradients import GradientTrainer
@@ -39,6 +40,7 @@ class MaskedFineTuning(FGGM):
 
     def begin_task(self, model, number, examples):
         self._number = number
+        self.recall(model)
         return model if self.is_masked(number) else train_all_(model)
 
     def trainer(self, **arguments: Any) -> Trainer:
@@ -63,6 +65,7 @@ class MaskedFineTuning(FGGM):
             adapted.unload()
 
     def end_task(self, model, number, trainer, folder):
+        self._history = history_of(model)
         return model
 
 

@@ -1,0 +1,173 @@
+"""What a pass over data may gather of one weight. A criterion names the statistics that it looks at.
+
+Each keeps two running sums, one for the even and one for the odd samples, so that a selection can say whether
+other data would have chosen the same. Sums add up over batches and over processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .granularity import Granularity, Shape
+from .per_sample import PerSampleGradients
+from .registry import Registry
+
+
+class Count(NamedTuple):
+    """How much data a running sum is made of."""
+
+    samples: int
+    batches: int
+
+    def __add__(self, other: tuple) -> Count:
+        return Count(self.samples + other[0], self.batches + other[1])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of a batch beside the model's inputs.
+
+    Args:
+        half: ``[b]`` 0 or 1, the running sum that each sample goes to.
+        padding: ``[b, t]`` True where a position is padding, or None.
+        number: which batch it is, over all processes.
+        answers: over how many tokens (or samples, of a classifier) the batch's mean loss is the mean.
+    """
+
+    half: Tensor
+    padding: Tensor | None = None
+    number: int = 0
+    answers: int = 1
+
+
+class Features(NamedTuple):
+    """The input or the output of one call of a layer.
+
+    Args:
+        values: ``[b, t, f]``.
+        real: ``[b, t]`` False where a position is padding, or None.
+    """
+
+    values: Tensor
+    real: Tensor | None
+
+
+class Statistic(ABC):
+    """One quantity, with a running sum of ``size`` numbers for each half of the samples.
+
+    Attributes:
+        looks_at: "gradient" needs a backward pass; "input" and "output" (of the layer) do without.
+        per_batch: it is a mean over batches, not samples, and its halves are the even and the odd batches.
+        is_kept: it says of a task what later ones may take for a reference; it is not negative then.
+    """
+
+    looks_at: Literal["gradient", "input", "output"] = "gradient"
+    per_batch: ClassVar[bool] = False
+    is_kept: ClassVar[bool] = True
+
+    @abstractmethod
+    def size(self, granularity: Granularity, shape: Shape) -> int:
+        """Length of a running sum for a weight ``(o, i)``."""
+
+    @abstractmethod
+    def add_(self, sums: Tensor, granularity: Granularity, seen: PerSampleGradients | Features, batch: Batch) -> None:
+        """Add one batch to ``sums``, ``[2, size]`` float32."""
+
+    def mean(self, total: Tensor, count: Count) -> Tensor:
+        """What the criterion gets, from one running sum ``[size]`` or the sum of both."""
+        return total / (count.batches if self.per_batch else count.samples)
+
+    def entries(self, granularity: Granularity, shape: Shape) -> int:
+        """How many entries of the weight each number is the sum over."""
+        return granularity.parameters_per_unit(shape)
+
+
+STATISTICS: Registry[Statistic] = Registry("statistic")
+
+
+class Fisher(Statistic):
+    """Squared per-sample gradients of the units, ``[units]``: the diagonal Fisher information (FGGM equation 3)."""
+
+    def size(self, granularity, shape):
+        return granularity.units(shape)
+
+    def add_(self, sums, granularity, seen, batch):
+        granularity.accumulate_(sums, seen, batch.half)
+
+
+class BatchGradient(Statistic):
+    """Squares of the gradient of each batch's mean loss, ``[units]``: no Fisher, as samples cancel first."""
+
+    per_batch = True
+
+    def size(self, granularity, shape):
+        return granularity.units(shape)
+
+    def add_(self, sums, granularity, seen, batch):
+        gradient = seen.total(torch.ones_like(batch.half, dtype=torch.bool)).div_(max(1, batch.answers))
+        sums[batch.number % 2] += granularity.reduce(gradient.square_())
+
+
+class MeanGradient(Statistic):
+    """The mean over samples of their gradient with its sign, ``[o * i]`` whatever the granularity."""
+
+    is_kept = False
+
+    def size(self, granularity, shape):
+        return shape[0] * shape[1]
+
+    def add_(self, sums, granularity, seen, batch):
+        for half in (0, 1):
+            sums[half] += seen.total(batch.half == half).flatten()
+
+    def entries(self, granularity, shape):
+        return 1
+
+
+class FeatureMean(Statistic):
+    """The mean over positions of a function of each feature, ``[f]``; padding does not count.
+
+    Needs a forward pass only. The running sums end with the number of positions, which is not the same for all layers.
+
+    Args:
+        looks_at: "input" (``f = i``) or "output" (``f = o``).
+        function: of single numbers.
+    """
+
+    def __init__(self, looks_at: Literal["input", "output"], function: Callable[[Tensor], Tensor]):
+        self.looks_at, self.function = looks_at, function
+
+    def size(self, granularity, shape):
+        return shape[1 if self.looks_at == "input" else 0] + 1
+
+    def add_(self, sums, granularity, seen, batch):
+        values, positions = self.function(seen.values.float()), seen.values.new_ones(seen.values.shape[:2]).float()
+        if seen.real is not None:
+            values, positions = values.where(seen.real[..., None], 0), seen.real.float()
+        sums[:, :-1].index_add_(0, batch.half, values.sum(1))
+        sums[:, -1].index_add_(0, batch.half, positions.sum(1))
+
+    def mean(self, total, count):
+        return total[:-1] / total[-1].clamp(min=1)
+
+    def entries(self, granularity, shape):
+        return 1
+
+
+def ones(name: str, granularity: Granularity, shape: Shape) -> Tensor:
+    """A statistic whose every number is 1, in the form that criteria get."""
+    entry = STATISTICS[name]
+    return entry.mean(torch.ones(entry.size(granularity, shape)), Count(1, 1))
+
+
+STATISTICS.register("fisher", Fisher())
+STATISTICS.register("batch_gradient", BatchGradient())
+STATISTICS.register("mean_gradient", MeanGradient())
+STATISTICS.register("input_second_moment", FeatureMean("input", torch.square))
+STATISTICS.register("output_magnitude", FeatureMean("output", torch.abs))

@@ -1,0 +1,79 @@
+"""Text that a language model writes itself: a reference that needs no data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from .fisher_pass import unwrapped
+from .log_likelihood import IGNORED
+
+_BATCH = 8
+
+
+def written_batches(model: nn.Module, count: int, length: int, seed: int) -> list[dict[str, Tensor]]:
+    """Texts sampled from the model's own distribution, from its start token on, as batches with labels.
+
+    Whatever generation settings come with the model (temperature, top-p) do not apply. Tokens are drawn on the CPU by
+    ``seed``; no global random state is touched. All processes write all texts, because those of a sharded model have to
+    go along with each other.
+
+    Args:
+        model: its config names the start and the end token; may be wrapped by PEFT.
+        count: how many texts.
+        length: tokens of each at most, the start token included.
+
+    Raises:
+        ValueError: the model is no decoder, or has no start token.
+    """
+    start, ends = _special_tokens(unwrapped(model))
+    # a wrapper that FSDP2 has made the root of its shards gathers them in its own forward
+    call = model if isinstance(model, FSDPModule) else unwrapped(model)
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    batches = []
+    for first in range(0, count, _BATCH):
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + first) % 2**63)
+        batches.append(_written(call, start, ends, min(_BATCH, count - first), length, generator, device))
+    return batches
+
+
+def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
+    config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
+
+    def token(name: str) -> int | list[int] | None:
+        own = getattr(generation, name, None)
+        return getattr(config, name, None) if own is None else own
+
+    if config is None or getattr(config, "is_encoder_decoder", False) or not callable(getattr(model, "generate", None)):
+        raise ValueError(
+            f"reference='self' needs a causal language model of transformers, which a {type(model).__name__} is not. "
+            "Pass a dataloader of general data as reference= instead."
+        )
+    end = token("eos_token_id")
+    ends = list(end) if isinstance(end, (list, tuple)) else [] if end is None else [end]
+    start = token("bos_token_id")
+    start = ends[0] if start is None and ends else start
+    if not isinstance(start, int):
+        raise ValueError(
+            "reference='self': the model's config names neither a start (bos_token_id) nor an end token (eos_token_id) "
+            "to write from. Set one, or pass a dataloader of general text as reference=."
+        )
+    return start, ends
+
+
+@torch.no_grad()
+def _written(call, start: int, ends: list[int], count: int, length: int, generator, device) -> dict[str, Tensor]:
+    """One batch; after its end token a text is padding."""
+    ids = torch.full((count, 1), start, device=device)
+    mask, is_open, past = torch.ones_like(ids), torch.ones_like(ids), None
+    for _ in range(length - 1):
+        output = call(
+            input_ids=ids if past is None else ids[:, -1:], attention_mask=mask, past_key_values=past, use_cache=True
+        )
+        past = getattr(output, "past_key_values", None)
+        probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+        drawn = torch.multinomial(probabilities, 1, generator=generator).to(device)
+        ids, mask = torch.cat([ids, drawn], 1), torch.cat([mask, is_open], 1)
+        is_open = is_open * ~torch.isin(drawn, torch.tensor(ends, device=device, dtype=drawn.dtype))
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
