@@ -195,6 +195,21 @@ def test_several_references_are_added_after_each_is_divided_by_its_mean_over_all
     assert_chosen(model, fisher_scores(plain, token_batches()), kept, granularity)
 
 
+def test_its_own_text_is_the_same_for_every_group_of_modules():
+    """Written once, when the first pass reads it: without dropout, and by the seed."""
+    chosen = []
+    for memory in (None, 2 * 8 * 96 * 64):
+        model = adapted(llama(attention_dropout=0.5), "element", criterion="gain_per_harm", reference="self", **SHORT)
+        select(model.train(), score_memory=memory)
+        chosen.append(supports(model))
+    assert all(torch.equal(indices, chosen[1][name]) for name, indices in chosen[0].items())
+
+
+def test_a_reference_that_can_be_read_once_does_not_serve_several_groups():
+    with pytest.raises(ValueError, match="read once"):
+        select(harm_model("element"), iter(GENERAL), score_memory=2 * 8 * 96 * 64)
+
+
 def test_several_live_references_do_not_fit_score_memory():
     with pytest.raises(ValueError, match=r"several references.*score_memory"):
         select(harm_model("element"), [GENERAL, "self"], score_memory=3 * 8 * 96 * 64)

@@ -164,7 +164,7 @@ class _Written:
             self.batches = written_batches(
                 self.model, self.config.reference_texts, self.config.reference_length, self.config.seed
             )
-        return iter(self.batches[self.ranks.rank :: self.ranks.size])
+        yield from self.batches[self.ranks.rank :: self.ranks.size]
 
 
 def find_reference(
@@ -199,7 +199,9 @@ def find_reference(
             written = _Written(task.model, config, task.ranks)
             found.append(LiveSource(task.over(written, criterion.reference, log_likelihood=None)))
         else:
-            data = _Labelled(source) if _is_causal(task) else source
+            data = source
+            if _is_causal(task):  # an iterator stays one: it cannot be passed over twice
+                data = map(_labelled, source) if isinstance(source, Iterator) else _Labelled(source)
             found.append(LiveSource(task.over(data, criterion.reference, task.log_likelihood)))
     if not found:
         warnings.warn("the history is empty, so nothing but the task itself decides what may move", stacklevel=3)

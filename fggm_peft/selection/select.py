@@ -111,14 +111,18 @@ def select_parameters(
     protect = (config.protect if protect is None else protect) or []
     protection = config.protection if protection is None else protection
     require_protection(protection)
-    guard = Protection(layers, adapter_name, protection, earlier_supports(model, config, adapter_name, protect))
-    guard.require_enough(config)
     criterion = CRITERIA[config.criterion]
     if criterion.needs_data and dataloader is None:
         raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
     data = [] if dataloader is None else dataloader
     task = FisherPass(model, config, adapter_name, data, log_likelihood, progress, ranks, criterion.task)
-    chooser = Chooser(layers, config, adapter_name, guard, find_reference(reference, history, layers, task))
+    with ranks.together("select_parameters"):
+        guard = Protection(layers, adapter_name, protection, earlier_supports(model, config, adapter_name, protect))
+        guard.require_enough(config)
+        kept = find_reference(reference, history, layers, task)
+    passes = {"the number of references": 0 if kept is None else len(kept.live)}
+    ranks.require_same("their setting", passes, "Give every process a dataloader with its share of each.")
+    chooser = Chooser(layers, config, adapter_name, guard, kept)
     outcome = chooser.from_data(task, num_samples, score_memory) if criterion.needs_data else chooser.without_data()
     if not any(len(choice.indices) for choice in outcome.choices.values()):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")

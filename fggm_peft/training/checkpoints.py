@@ -70,10 +70,11 @@ def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
     """
     for name, config in active_adapters(model):
         for folder in (checkpoint / name, checkpoint):
-            if config.selection is None and (folder / CONFIG_NAME).exists():
-                config.selection = json.loads((folder / CONFIG_NAME).read_text()).get("selection")
-                if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-                    remember(unwrapped(model), config, _record(model, config, folder))
+            if config.selection is not None or not (folder / CONFIG_NAME).exists():
+                continue
+            config.selection = json.loads((folder / CONFIG_NAME).read_text()).get("selection")
+            if config.selection is not None and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+                remember(unwrapped(model), config, _record(model, config, folder))
 
 
 def _record(model: nn.Module, config: FGGMConfig, folder: Path) -> TaskRecord:
