@@ -178,10 +178,8 @@ def heat_map(
     size = 9 if len(columns) <= 8 else 7
     for (row, column), value in np.ndenumerate(grid):
         if math.isfinite(value):
-            is_deep = high > low and (value - low) / (high - low) > 0.62
-            color = "#ffffff" if is_deep else "#16202b"
-            text = _brief(float(value))
-            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=color)
+            color = "#ffffff" if value > low + 0.62 * (high - low) else "#16202b"
+            axes.text(column + 0.5, row + 0.5, _brief(value), ha="center", va="center", fontsize=size, color=color)
 
 
 def heat_map_height(rows: int, columns: Sequence[str]) -> float:

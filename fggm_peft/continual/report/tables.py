@@ -121,7 +121,7 @@ def cost_table(report: Mapping[str, Any]) -> Table:
         [*_point(entry), *(row[heading] for heading in used)]
         for entry, row in zip(report["summary"], cells, strict=True)
     ]
-    note = "Of a whole run, in the mean over runs. Trainable values are those of the task that trained most."
+    note = "Of a whole run, in the mean over runs. Peaks are of memory; trainable values those of the largest task."
     return Table("Cost", ["method", "learning rate", "runs", *used], rows, note=note)
 
 
@@ -130,7 +130,7 @@ def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
     memory = cost.get("peak_memory") or {}
     return {
         **{f"{phase} s": _seconds(cost.get(f"{phase}_seconds")) for phase in PHASES},
-        **{f"peak memory, {phase}": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
+        **{f"{phase} peak": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
         "trainable values": _mean(cost.get("parameters"), lambda count: f"{count:,.0f}"),
         "saved": _mean(cost.get("bytes"), bytes_shown),
     }
