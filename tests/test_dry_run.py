@@ -273,7 +273,7 @@ def test_running_scores_are_those_of_the_pass(criterion, granularity, monkeypatc
 
     def entered(self):
         collector = enter(self)
-        sums.append(sum(tensor.nbytes for tensor in collector.scores.values()))
+        sums.append(sum(tensor.nbytes for module in collector.sums.values() for tensor in module.values()))
         return collector
 
     monkeypatch.setattr(ScoreCollector, "__enter__", entered)
