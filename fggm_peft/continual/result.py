@@ -33,13 +33,18 @@ PHASES = ("selection", "training", "evaluation")
 
 
 def result_of(
-    run: Run, ledger: Sequence[Mapping[str, Any]], sees_all_tasks: bool, cut: Mapping[str, Any]
+    run: Run,
+    ledger: Sequence[Mapping[str, Any]],
+    sees_all_tasks: bool,
+    cut: Mapping[str, Any],
+    overlap: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The result of a run whose ledger is complete.
 
     Args:
         sees_all_tasks: it learned all at once, so that there is no order in which it could forget.
         cut: how many texts of which tasks were longer than their limits.
+        overlap: of the tasks' supports; None where there are none.
     """
     before, *after = ledger
     tasks = [task.name for task in run.order.tasks]
@@ -60,6 +65,7 @@ def result_of(
         "general": general_change([entry["general"] for entry in ledger]),
         "gate": [event for entry in after for event in entry.get("gate", [])] or None,
         "cut": dict(cut) or None,
+        "overlap": overlap,
         "cost": _cost(ledger),
     }
 

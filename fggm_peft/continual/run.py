@@ -91,6 +91,13 @@ def finished_runs(stream: Stream, output: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
+def all_results(stream: Stream, output: Path) -> list[dict[str, Any]]:
+    """The stream's results, and behind them those of other methods, rates, seeds and orders that are in the folder."""
+    mine = [output / "runs" / run.name / "run.json" for run in runs_of(stream)]
+    others = sorted(set(output.glob("runs/*/*/run.json")) - set(mine))
+    return finished_runs(stream, output) + [json.loads(file.read_text()) for file in others]
+
+
 def _claim(stream: Stream, output: Path, resume: bool) -> None:
     """Write down whose runs are in the folder, or check it."""
     file = output / "stream.json"

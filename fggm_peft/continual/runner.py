@@ -29,6 +29,7 @@ from .general import GeneralAbility
 from .memory import MemoryLog, PeakMemory, TrainingBegins, return_freed_memory
 from .methods import Method, make_method
 from .metrics import load_metric
+from .overlap import support_overlap
 from .report import write_whole
 from .result import result_of
 from .stream import Method as MethodSettings
@@ -103,7 +104,9 @@ class Runner:
             method, model, entry = self._learned(method, model, lessons, ledger)
             ledger.append(entry)
             self._keep(model, method, ledger)
-        return result_of(self.run, ledger, sees_all_tasks=method.sees_all_tasks, cut=self._cut())
+        folders = [self._task_folder(number, name) for number, (name, _) in enumerate(lessons[: len(ledger) - 1])]
+        overlap = support_overlap(model, folders)
+        return result_of(self.run, ledger, method.sees_all_tasks, self._cut(), overlap)
 
     def _lessons(self, method: Method) -> list[Lesson]:
         """What is learned at a time: one task, or all of them together."""
@@ -144,7 +147,7 @@ class Runner:
         self, model: nn.Module, method: Method, number: int, lesson: Lesson, attempt: int
     ) -> tuple[nn.Module, dict[str, Any]]:
         name, tasks = lesson
-        folder = self.folder / "tasks" / f"{number}-{name}"
+        folder = self._task_folder(number, name)
         checkpoints = folder / f"checkpoints-{attempt}"
         parts = [task.examples("train", self.tokenizer, self.run.seed) for task in tasks]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
@@ -177,6 +180,9 @@ class Runner:
         entry["bytes"] = sum(file.stat().st_size for file in files)
         entry["digest"] = digest_of_folder(folder) if files else None
         return model, entry
+
+    def _task_folder(self, number: int, name: str) -> Path:
+        return self.folder / "tasks" / f"{number}-{name}"
 
     def _arguments(self, tasks: list[Task], method: Method, number: int, folder: Path) -> TrainingArguments:
         """The same for every method; the seed, and with it the order of the data, differs from task to task."""

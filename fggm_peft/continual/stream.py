@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,6 +155,17 @@ class Stream:
         self.task_orders()
         if self.gate is not None:
             self.gate.require_tasks([task.name for task in self.tasks])
+
+    def with_methods(self, labels: Sequence[str]) -> Stream:
+        """The stream with only the methods of these labels.
+
+        Raises:
+            StreamError: there is none of such a label.
+        """
+        by_label = {method.label: method for method in self.methods}
+        if unknown := [label for label in labels if label not in by_label]:
+            raise StreamError(f"methods: unknown label {unknown[0]!r}; {listed(unknown[0], list(by_label))}")
+        return replace(self, methods=tuple(by_label[label] for label in labels))
 
     def rates(self) -> tuple[float, ...]:
         """The learning rates that every method is run with."""
