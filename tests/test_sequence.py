@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -13,53 +14,23 @@ import time
 
 import pytest
 import torch
-from models import byte_tokenizer, text_model
+from filelock import FileLock
+from models import text_model
+from peft import PeftModel
+from streams import settings, without_times, write_stream
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fggm_peft.cli import app
-from fggm_peft.continual.gate import Gate
-from fggm_peft.continual.methods import FGGM
-from fggm_peft.continual.plan import duration, plan_of
+from fggm_peft.continual.overlap import support_overlap
 from fggm_peft.continual.run import run_stream, runs_of
-from fggm_peft.continual.runner import Runner, learned
+from fggm_peft.continual.runner import Runner
 from fggm_peft.continual.stream import StreamError, read_stream
-
-METHODS = ["fggm", "sft", "frozen", "multitask", {"name": "lora", "label": "lora-r2", "r": 2}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, two tasks in TRACE's format, and general text."""
-    folder = tmp_path_factory.mktemp("stream")
-    byte_tokenizer().save_pretrained(folder / "model")
-    text_model().save_pretrained(folder / "model")
-    for name, answer in (("plus", lambda n: str(n + 1)), ("minus", lambda n: str(n - 1))):
-        (folder / name).mkdir()
-        rows = [{"prompt": f"{n} {name} one is ", "answer": answer(n)} for n in range(10, 26)]
-        for split in ("train", "eval", "test"):
-            (folder / name / f"{split}.json").write_text(json.dumps(rows[: 4 if split == "test" else 16]))
-    (folder / "general.txt").write_text("A text about nothing.\n\nAnd another one.\n")
-    return folder
-
-
-def settings(folder, **fields):
-    defaults = {
-        "model": str(folder / "model"),
-        "methods": METHODS,
-        "tasks": [
-            {"name": name, "path": str(folder / name), "metric": "edit_similarity", "max_answer_length": 4}
-            for name in ("plus", "minus")
-        ],
-        "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01},
-        "general": {"text": str(folder / "general.txt")},
-    }
-    return {**defaults, **fields}
-
-
-def without_times(result: dict) -> dict:
-    measured = ("selection_seconds", "training_seconds", "evaluation_seconds", "peak_memory")
-    costs = {name: value for name, value in result["cost"].items() if name not in measured}
-    return {**result, "cost": costs}
+    return write_stream(tmp_path_factory.mktemp("stream"))
 
 
 def test_every_method_leaves_its_matrix_measures_and_costs(folder, tmp_path):
@@ -221,8 +192,6 @@ def test_two_processes_in_one_folder_share_the_runs(folder, tmp_path):
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(folder, tmp_path):
-    from filelock import FileLock
-
     stream = read_stream(settings(folder, methods=["frozen", "sft"]))
     taken = tmp_path / "runs" / runs_of(stream)[0].name
     taken.mkdir(parents=True)
@@ -230,183 +199,10 @@ def test_a_run_that_another_process_is_at_is_left_to_it(folder, tmp_path):
         assert [result["label"] for result in run_stream(stream, tmp_path)] == ["sft"]
 
 
-# --- plan ------------------------------------------------------------------------------------------
-
-
-def test_the_plan_counts_what_is_not_finished(folder, tmp_path):
-    stream = read_stream(settings(folder, methods=["sft", "frozen", "multitask", "replay"], seeds=[0, 1]))
-    plan = plan_of(stream, tmp_path)
-    # three steps for each of two tasks, or once for both together
-    assert (plan.runs, plan.pending, plan.steps) == (8, 8, 2 * (6 + 0 + 3 + 6)) and plan.seconds > 0
-    list(run_stream(read_stream(settings(folder, methods=["sft", "frozen"])), tmp_path))
-    assert plan_of(stream, tmp_path).pending == 6
-    finished = read_stream(settings(folder, methods=["frozen"]))
-    assert plan_of(finished, tmp_path).to_dict() == {"runs": 1, "pending": 0, "steps": 0, "seconds": 0.0}
-
-
-def test_the_plan_counts_the_steps_that_are_taken(folder, tmp_path):
-    training = {"epochs": 1.5, "batch_size": 4, "gradient_accumulation": 2, "learning_rate": 0.01}
-    stream = read_stream(settings(folder, methods=["sft"], training=training))
-    steps = []
-    optimizer_step = torch.optim.AdamW.step
-
-    def counted(self, *arguments, **options):
-        steps.append(None)
-        return optimizer_step(self, *arguments, **options)
-
-    planned = plan_of(stream, tmp_path).steps
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch.optim.AdamW, "step", counted)
-        list(run_stream(stream, tmp_path))
-    assert len(steps) == planned == 6
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "1 s"), (61, "61 s"), (100, "2 min"), (5399, "90 min"), (7900, "2 h 12 min")]
-)
-def test_durations_are_rounded_as_far_as_an_estimate_is_worth(seconds, text):
-    assert duration(seconds) in (text, text.replace("90 min", "1 h 30 min"))
-
-
-def test_the_command_only_plans_when_it_is_asked_to(folder, tmp_path):
-    file = tmp_path / "stream.json"
-    file.write_text(json.dumps(settings(folder, methods=["sft"])))
-    arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--plan", "--json"]
-    result = CliRunner().invoke(app.build(), arguments)
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["steps"] == 6
-    assert not (tmp_path / "out").exists()
-
-
-# --- gates -----------------------------------------------------------------------------------------
-
-
-def falling(monkeypatch, falls) -> None:
-    """Scores by a rule instead of a model: 1 for a task, but what ``falls(task, tried)`` says for the first one."""
-    trained: list[str] = []
-    train = Runner._trained
-
-    def noted(self, model, method, number, lesson, attempt):
-        trained.append(lesson[0])
-        return train(self, model, method, number, lesson, attempt)
-
-    def score(self, model, position):
-        name, learned_last = self.tasks[position].name, trained[-1] if trained else None
-        return falls(learned_last, trained.count(learned_last)) if name == self.tasks[0].name and learned_last else 1.0
-
-    monkeypatch.setattr(Runner, "_trained", noted)
-    monkeypatch.setattr(Runner, "_score", score)
-
-
-def gated(folder, action: str, **fields):
-    return read_stream(settings(folder, gate={"keep": {"plus": 0.9}, "action": action}, **fields))
-
-
-def test_a_broken_gate_stops_the_run_with_the_task_that_broke_it(folder, tmp_path, monkeypatch):
-    falling(monkeypatch, lambda last, times: 0.5 if last == "minus" else 1.0)
-    three = [*settings(folder)["tasks"], {**settings(folder)["tasks"][1], "name": "again"}]
-    stream = gated(folder, "stop", methods=["sft"], tasks=three)
-    (result,) = run_stream(stream, tmp_path)
-    assert result["tasks"] == ["plus", "minus"] and result["R"] == [[1.0, 1.0], [0.5, 1.0]]
-    assert result["bwt"] == -0.5
-    assert result["gate"] == [
-        {"task": "minus", "density_scale": 1.0, "earlier": "plus", "score": 0.5, "needed": 0.9, "action": "stopped"}
-    ]
-
-
-@pytest.mark.parametrize("method", ["sft", "fggm", "ewc", {"name": "lora", "r": 2, "mode": "carried"}])
-def test_a_task_that_is_rolled_back_leaves_the_model_and_the_method_to_the_bit(method, folder, tmp_path, monkeypatch):
-    falling(monkeypatch, lambda last, times: 0.5 if last == "minus" else 1.0)
-    states = {}
-    keep = Runner._keep
-
-    def remembered(self, model, method, ledger):
-        state = {**model.state_dict(), **method.state_dict()}
-        states[ledger[-1]["task"]] = {name: value.clone() for name, value in state.items()}
-        keep(self, model, method, ledger)
-
-    monkeypatch.setattr(Runner, "_keep", remembered)
-    (result,) = run_stream(gated(folder, "rollback", methods=[method]), tmp_path)
-    assert states["plus"].keys() == states["minus"].keys()
-    assert all(torch.equal(states["minus"][name], value) for name, value in states["plus"].items())
-    assert [event["action"] for event in result["gate"]] == ["taken out"] and len(result["R"]) == 2
-    ledger = json.loads(next(tmp_path.rglob("ledger.json")).read_text())
-    assert ledger[2]["parameters"] == ledger[2]["bytes"] == 0 and ledger[2]["seconds"] > 0
-
-
-def test_a_broken_gate_shrinks_the_density_until_it_holds(folder, tmp_path, monkeypatch):
-    falling(monkeypatch, lambda last, times: 1.0 if last != "minus" or times == 3 else 0.5)
-    stream = gated(folder, "shrink", methods=[{"name": "fggm", "density": 0.4}])
-    (result,) = run_stream(stream, tmp_path)
-    assert [(event["density_scale"], event["action"]) for event in result["gate"]] == [
-        (1.0, "kept at a lower density"),
-        (0.5, "kept at a lower density"),
-    ]
-    densities = [
-        json.loads((task / "adapter_config.json").read_text())["density"]
-        for task in sorted(tmp_path.glob("runs/fggm/*/tasks/*"))
-    ]
-    assert densities == pytest.approx([0.4, 0.1])
-
-
-def test_a_task_that_no_density_helps_is_taken_out(folder, tmp_path, monkeypatch):
-    falling(monkeypatch, lambda last, times: 0.5 if last == "minus" else 1.0)
-    gate = {"keep": {"*": 0.9}, "action": "shrink", "shrinks": 2}
-    (result,) = run_stream(read_stream(settings(folder, gate=gate, methods=["fggm"])), tmp_path)
-    assert [(event["density_scale"], event["action"]) for event in result["gate"]] == [
-        (scale, "taken out") for scale in (1.0, 0.5, 0.25)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("gate", "message"),
-    [
-        ({"keep": {}}, "gate: keep is empty"),
-        ({"keep": {"plus": 1.5}}, r"gate: keep has plus: 1.5; a share is a number in \(0, 1\]"),
-        ({"keep": {"plus": 0.9}, "action": "shrin"}, "gate: unknown action 'shrin'.*Did you mean 'shrink'"),
-        ({"keep": {"pluss": 0.9}}, "gate: unknown task 'pluss'.*Did you mean 'plus'"),
-    ],
-)
-def test_a_gate_that_makes_no_sense_is_refused(gate, message, folder):
-    with pytest.raises(StreamError, match=message):
-        read_stream(settings(folder, gate=gate))
-
-
-def test_only_methods_with_a_density_can_shrink_it(folder, tmp_path):
-    for method in ("sft", {"name": "fggm", "threshold": {"policy": "ScoreMass", "fraction": 0.5}}):
-        with pytest.raises(StreamError, match=r"gate: action 'shrink' needs a density"):
-            list(run_stream(gated(folder, "shrink", methods=[method]), tmp_path))
-    assert FGGM(config={"density": 0.2}).density == 0.2
-
-
-def test_a_gate_looks_at_earlier_tasks_only():
-    gate = Gate({"a": 0.9, "*": 0.5})
-    ledger = [{"task": None, "scores": {"a": 0.0}}, {"task": "a", "scores": {"a": 0.8, "b": 0.0}}]
-    assert learned(ledger) == {"a": 0.8}
-    assert gate.broken(learned(ledger), {"a": 0.72, "b": 0.0}) == []
-    assert gate.broken({"a": 0.8, "b": 1.0}, {"a": 0.71, "b": 0.4}) == [
-        {"earlier": "a", "score": 0.71, "needed": pytest.approx(0.72)},
-        {"earlier": "b", "score": 0.4, "needed": 0.5},
-    ]
-
-
-def test_a_gate_of_the_command_line(folder, tmp_path):
-    file = tmp_path / "stream.json"
-    file.write_text(json.dumps(settings(folder, methods=["sft"])))
-    arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--gate-action", "rollback", "--json"]
-    result = CliRunner().invoke(app.build(), [*arguments, "--gate", "plus=1", "--gate", "minus=0.5"])
-    assert result.exit_code == 0, result.output
-    refused = CliRunner().invoke(app.build(), [*arguments, "--gate", "plus"])
-    assert refused.exit_code == 1 and "--gate 'plus' is not a task and a share" in refused.stderr
-
-
 # --- what a run leaves -----------------------------------------------------------------------------
 
 
 def test_the_deltas_on_disk_one_on_another_are_the_model_at_the_end(folder, tmp_path, monkeypatch):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     states = []
     keep = Runner._keep
     monkeypatch.setattr(Runner, "_keep", lambda *run: (states.append(run[1].state_dict()), keep(*run)))
@@ -446,6 +242,7 @@ def test_bfloat16_is_autocast_in_training_and_evaluation(folder, tmp_path, monke
     seen = set()
     model_forward = type(text_model()).forward
 
+    @functools.wraps(model_forward)  # the trainer looks at its signature
     def forward(self, *arguments, **options):
         seen.add((self.training, torch.is_autocast_enabled("cpu"), self.lm_head.weight.dtype))
         return model_forward(self, *arguments, **options)
@@ -454,3 +251,55 @@ def test_bfloat16_is_autocast_in_training_and_evaluation(folder, tmp_path, monke
     training = {"max_steps": 2, "batch_size": 4, "bf16": True}
     list(run_stream(read_stream(settings(folder, methods=["sft"], training=training)), tmp_path))
     assert seen == {(True, True, torch.float32), (False, True, torch.float32)}
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "element"])
+def test_the_overlap_of_supports_is_that_of_the_dense_masks(granularity, folder, tmp_path):
+    stream = read_stream(settings(folder, methods=[{"name": "fggm", "granularity": granularity, "density": 0.2}]))
+    (result,) = run_stream(stream, tmp_path)
+    masks = []
+    for task in sorted(tmp_path.glob("runs/fggm/*/tasks/*")):
+        model = PeftModel.from_pretrained(stream.model.load(), task)
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "fggm_values")}
+        for layer in layers.values():
+            layer.fggm_values["default"].data.fill_(1)
+        masks.append(torch.cat([layer.get_delta_weight("default").flatten() for layer in layers.values()]) != 0)
+        sizes = [layer.weight_shape[0] * layer.weight_shape[1] for layer in layers.values()]
+    first, second = masks
+    jaccard = (first & second).sum() / (first | second).sum()
+    assert result["overlap"]["jaccard"] == pytest.approx([[1, float(jaccard)], [float(jaccard), 1]])
+    # every module has a share of its entries, so by chance it has that share squared in both
+    parts = [mask.split(sizes) for mask in masks]
+    expected = sum(float(a.sum()) * float(b.sum()) / len(a) for a, b in zip(*parts, strict=True))
+    by_chance = expected / (float(first.sum()) + float(second.sum()) - expected)
+    assert result["overlap"]["chance"][0][1] == pytest.approx(by_chance)
+
+
+def test_what_left_no_delta_has_no_overlap(folder, tmp_path):
+    (result,) = run_stream(read_stream(settings(folder, methods=["sft"])), tmp_path)
+    assert result["overlap"] is None and support_overlap(text_model(), [tmp_path]) is None
+
+
+def test_methods_and_rates_can_be_chosen_and_the_report_is_of_the_whole_folder(folder, tmp_path):
+    file = tmp_path / "stream.json"
+    file.write_text(json.dumps(settings(folder, methods=["frozen", "sft", {"name": "sft", "label": "[b]"}])))
+
+    def report(*options: str) -> dict:
+        arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--resume", "--json", *options]
+        result = CliRunner().invoke(app.build(), arguments)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    assert [run["label"] for run in report("--methods", "sft")["runs"]] == ["sft"]
+    runs = report("--methods", "frozen,[b]", "--learning-rates", "1e-3,2e-3")["runs"]
+    assert [(run["label"], run["learning_rate"]) for run in runs] == [
+        ("frozen", 0.001),
+        ("[b]", 0.001),
+        ("frozen", 0.002),
+        ("[b]", 0.002),
+        ("sft", 0.01),
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "[b]" in page and "</html>" in page
+    with pytest.raises(StreamError, match=r"methods: unknown label 'stf'.*Did you mean 'sft'"):
+        read_stream(file).with_methods(["stf"])

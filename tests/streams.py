@@ -1,0 +1,43 @@
+"""A small stream that the tests of sequences share: a model, two tasks and general text in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from models import byte_tokenizer, text_model
+
+METHODS = ["fggm", "sft", "frozen", "multitask", {"name": "lora", "label": "lora-r2", "r": 2}]
+MEASURED = ("selection_seconds", "training_seconds", "evaluation_seconds", "peak_memory")
+
+
+def write_stream(folder: Path) -> Path:
+    """A model, two tasks in TRACE's format, and general text."""
+    byte_tokenizer().save_pretrained(folder / "model")
+    text_model().save_pretrained(folder / "model")
+    for name, answer in (("plus", lambda n: str(n + 1)), ("minus", lambda n: str(n - 1))):
+        (folder / name).mkdir()
+        rows = [{"prompt": f"{n} {name} one is ", "answer": answer(n)} for n in range(10, 26)]
+        for split in ("train", "eval", "test"):
+            (folder / name / f"{split}.json").write_text(json.dumps(rows[: 4 if split == "test" else 16]))
+    (folder / "general.txt").write_text("A text about nothing.\n\nAnd another one.\n")
+    return folder
+
+
+def settings(folder, **fields):
+    defaults = {
+        "model": str(folder / "model"),
+        "methods": METHODS,
+        "tasks": [
+            {"name": name, "path": str(folder / name), "metric": "edit_similarity", "max_answer_length": 4}
+            for name in ("plus", "minus")
+        ],
+        "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01},
+        "general": {"text": str(folder / "general.txt")},
+    }
+    return {**defaults, **fields}
+
+
+def without_times(result: dict) -> dict:
+    """The result without what differs from one time to the next."""
+    return {**result, "cost": {name: value for name, value in result["cost"].items() if name not in MEASURED}}
