@@ -30,9 +30,10 @@ def accelerator() -> Any | None:
 class PeakMemory:
     """The largest memory of each phase, in bytes.
 
-    On an accelerator it is torch's own high-water mark of what was allocated there. Elsewhere the kernel's mark
-    cannot be reset between two phases, so a thread looks at the resident memory: a peak shorter than its interval
-    may be missed.
+    On an accelerator it is torch's own high-water mark of what was allocated there. Elsewhere it is the resident
+    memory above what the process held when this was made, since an allocator gives little back after earlier runs.
+    The kernel's mark cannot be reset between two phases, so a thread looks: a peak shorter than its interval may be
+    missed.
 
     Attributes:
         peaks: phase -> bytes.
@@ -43,6 +44,7 @@ class PeakMemory:
         self._phase: str | None = None
         self._device = accelerator()
         self._process = psutil.Process(os.getpid())
+        self._held = self._process.memory_info().rss
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -77,7 +79,8 @@ class PeakMemory:
         phase = self._phase
         if phase is not None:
             device = self._device
-            now = self._process.memory_info().rss if device is None else device.max_memory_allocated()
+            resident = self._process.memory_info().rss - self._held
+            now = resident if device is None else device.max_memory_allocated()
             self.peaks[phase] = max(self.peaks.get(phase, 0), now)
 
     def _watch(self, stop: threading.Event) -> None:

@@ -91,6 +91,7 @@ class Runner:
         if not file.exists():
             logger.info("run %s", self.run.name)
             return_freed_memory()
+            self.memory = PeakMemory()
             write_json(file, self._computed())
             (self.folder / "state.pt").unlink(missing_ok=True)
         return json.loads(file.read_text())

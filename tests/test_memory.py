@@ -1,0 +1,52 @@
+"""Peak memory of the phases of a run."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from fggm_peft.continual import memory
+from fggm_peft.continual.memory import INTERVAL, PeakMemory
+
+MIB = 2**20
+
+
+@pytest.mark.skipif(memory.accelerator() is not None, reason="looks at the process's own memory")
+def test_a_phase_has_its_own_peak_above_what_the_process_held():
+    held = torch.ones(64 * MIB // 4)  # before: does not count
+    found = PeakMemory()
+    with found.phase("selection"):
+        small = torch.ones(32 * MIB // 4)
+        time.sleep(3 * INTERVAL)
+        found.switch("training")
+        large = torch.ones(128 * MIB // 4)
+        time.sleep(3 * INTERVAL)
+        del large
+    with found.phase("evaluation"):
+        time.sleep(3 * INTERVAL)
+    assert 30 * MIB < found.peaks["selection"] < 60 * MIB
+    assert 155 * MIB < found.peaks["training"] < 200 * MIB
+    assert found.peaks["evaluation"] < 60 * MIB
+    assert len(held) and len(small)
+
+
+def test_on_an_accelerator_it_is_the_allocators_mark(monkeypatch):
+    class Device:
+        peak = 0
+
+        def reset_peak_memory_stats(self):
+            self.peak = 7
+
+        def max_memory_allocated(self):
+            return self.peak
+
+    device = Device()
+    monkeypatch.setattr(memory, "accelerator", lambda: device)
+    found = PeakMemory()
+    with found.phase("training"):
+        device.peak = 100
+        found.switch("evaluation")
+        device.peak = 50
+    assert found.peaks == {"training": 100, "evaluation": 50}
