@@ -225,7 +225,7 @@ def test_peak_memory_is_told_for_each_phase(folder, tmp_path):
         run["label"]: run for run in run_stream(read_stream(settings(folder, methods=["fggm", "sft"])), tmp_path)
     }
     memory = results["fggm"]["cost"]["peak_memory"]
-    assert memory.keys() == {"selection", "training", "evaluation"} and all(peak >= 0 for peak in memory.values())
+    assert memory.keys() == {"selection", "training", "evaluation"} and None not in memory.values()
     assert results["sft"]["cost"]["peak_memory"]["selection"] is None
 
 
@@ -270,7 +270,7 @@ def test_the_overlap_of_supports_is_that_of_the_dense_masks(granularity, folder,
         sizes = [layer.weight_shape[0] * layer.weight_shape[1] for layer in layers.values()]
     first, second = masks
     jaccard = (first & second).sum() / (first | second).sum()
-    found = sum(result["overlap"]["jaccard"], [])
+    found = [index for row in result["overlap"]["jaccard"] for index in row]
     assert found == pytest.approx([1, float(jaccard), float(jaccard), 1])
     # every module has a share of its entries, so by chance it has that share squared in both
     parts = [mask.split(sizes) for mask in masks]

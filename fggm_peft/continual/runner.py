@@ -83,6 +83,7 @@ class Runner:
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.metrics = [load_metric(task.metric) for task in self.tasks]
         self.ability = GeneralAbility(stream.general, tokenizer, self._batch_size)
+        return_freed_memory()
         self.memory = PeakMemory()
 
     def result(self) -> dict[str, Any]:
@@ -90,8 +91,6 @@ class Runner:
         file = self.folder / "run.json"
         if not file.exists():
             logger.info("run %s", self.run.name)
-            return_freed_memory()
-            self.memory = PeakMemory()
             write_json(file, self._computed())
             (self.folder / "state.pt").unlink(missing_ok=True)
         return json.loads(file.read_text())
