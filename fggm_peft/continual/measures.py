@@ -106,6 +106,17 @@ MEASURES: dict[str, Measure] = {
 """Name to measure; a measure that is added here and to ``Measures`` is in every report."""
 
 
+RESULT_NAMES = {
+    "op": "final_op",
+    "op_mean": "mean_op",
+    "diagonal": "diagonal_mean",
+    "bwt": "backward_transfer",
+    "forgetting": "forgetting",
+    "fwt": "forward_transfer",
+}
+"""Name in a result -> name of the measure."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """All measures of one run; the formulas are in ``MEASURES`` under the same names."""

@@ -7,21 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .general import general_change
-from .measures import Measures
+from .measures import RESULT_NAMES, Measures
 from .memory import ACCELERATOR_MEMORY
 
 if TYPE_CHECKING:
     from .run import Run
 
-MEASURED = {
-    "op": "final_op",
-    "op_mean": "mean_op",
-    "diagonal": "diagonal_mean",
-    "bwt": "backward_transfer",
-    "forgetting": "forgetting",
-    "fwt": "forward_transfer",
-}
-"""Name in a result -> name of the measure."""
 SUMMED = {
     "selection_seconds": "selection_seconds",
     "training_seconds": "seconds",
@@ -71,13 +62,13 @@ def result_of(
 
 
 def _of_all_at_once(rows: list[list[float]]) -> dict[str, Any]:
-    return dict.fromkeys(MEASURED) | {"op": sum(rows[-1]) / len(rows[-1])}
+    return dict.fromkeys(RESULT_NAMES) | {"op": sum(rows[-1]) / len(rows[-1])}
 
 
 def _of_matrix(rows: list[list[float | None]], zero_shot: list[float]) -> dict[str, Any]:
     matrix = [[math.nan if score is None else score for score in row] for row in rows]
     found = Measures.of(matrix, zero_shot)
-    return {name: getattr(found, measure) for name, measure in MEASURED.items()}
+    return {name: getattr(found, measure) for name, measure in RESULT_NAMES.items()}
 
 
 def _cost(ledger: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

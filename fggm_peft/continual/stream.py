@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..training.base import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
+from .fingerprint import differences, plain
 from .gate import Gate
 from .general import General
 from .metrics import METRICS, MetricError, load_metric
@@ -214,7 +215,7 @@ class Stream:
         training = asdict(self.training)
         gate = None if self.gate is None else asdict(self.gate)
         whole = {"model": model, "tasks": tasks, "training": training, "general": general, "gate": gate}
-        return _plain({**whole, "order": list(tasks)})
+        return plain({**whole, "order": list(tasks)})
 
     def digest(self) -> str:
         """sha256 of ``fingerprint``."""
@@ -225,20 +226,8 @@ class Stream:
 
         Empty if and only if the digests are equal.
         """
-        theirs = other.fingerprint() if isinstance(other, Stream) else _plain(other)
-        mine, there = _flat(self.fingerprint()), _flat(theirs)
-        names = [*mine, *(name for name in there if name not in mine)]
-        pairs = [(name, mine.get(name, "nothing"), there.get(name, "nothing")) for name in names]
-        return [f"{name}: {_shown(a)}, there {_shown(b)}" for name, a, b in pairs if a != b]
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back, with 1.0 as 1: a file and Python may write the same number differently."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        theirs = other.fingerprint() if isinstance(other, Stream) else plain(other)
+        return differences(self.fingerprint(), theirs)
 
 
 def _order_name(order: str | tuple[str, ...]) -> str:
@@ -247,18 +236,6 @@ def _order_name(order: str | tuple[str, ...]) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted names to values as JSON, in which 1 and true are not the same."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: json.dumps(value, ensure_ascii=False)}
-    below = (_flat(entry, f"{prefix}.{key}" if prefix else str(key)) for key, entry in value.items())
-    return {name: text for part in below for name, text in part.items()}
-
-
-def _shown(text: str) -> str:
-    return f"content {text[1:9]}" if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,19 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..measures import Measures
+from ..fingerprint import differences
+from ..measures import RESULT_NAMES, Measures
 from .contents import COLUMNS, FORMULAS, best_points, finite, pairs_of, summarised, with_whole_measures
 from .tables import HEADINGS, Table, difference_cells, shown
 
-NAMES = {
-    "op": "final_op",
-    "op_mean": "mean_op",
-    "diagonal": "diagonal_mean",
-    "bwt": "backward_transfer",
-    "forgetting": "forgetting",
-    "fwt": "forward_transfer",
-}
-"""Name of a measure in a result -> in ``Measures``."""
 NEEDED = ("label", "method", "learning_rate", "seed", "order", "tasks", "R", "zero_shot", "op")
 
 
@@ -145,7 +136,7 @@ def _restricted(run: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         return {**found, "op": float(np.mean([run["R"][-1][position] for position in at]))}
     scores = np.array(run["R"], dtype=np.float64)[np.ix_(at, at)]
     measures = Measures.of(scores, [run["zero_shot"][position] for position in at])
-    return {**found, **{name: getattr(measures, other) for name, other in NAMES.items()}}
+    return {**found, **{name: getattr(measures, other) for name, other in RESULT_NAMES.items()}}
 
 
 def _differences(
@@ -198,22 +189,7 @@ def stream_difference(a: Source, b: Source) -> list[str] | None:
     """What differs between the streams of two sources: "training.epochs: 1, there 3"; None where it is not known."""
     if a.stream is None or b.stream is None:
         return None
-    mine, theirs = _flat(a.stream), _flat(b.stream)
-    names = [*mine, *(name for name in theirs if name not in mine)]
-    pairs = [(name, mine.get(name, "nothing"), theirs.get(name, "nothing")) for name in names]
-    return [f"{name}: {_short(x)}, there {_short(y)}" for name, x, y in pairs if x != y]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted names to values as JSON."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: json.dumps(value, ensure_ascii=False)}
-    below = (_flat(entry, f"{prefix}.{key}" if prefix else str(key)) for key, entry in value.items())
-    return {name: text for part in below for name, text in part.items()}
-
-
-def _short(text: str) -> str:
-    return f"content {text[1:9]}" if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
+    return differences(a.stream, b.stream)
 
 
 def _warnings(sources: Sequence[Source], shared: Sequence[str], is_whole: bool) -> list[str]:
