@@ -319,3 +319,24 @@ def test_the_method_in_the_docs_runs(folder, tmp_path):
         assert result["general"]["change"] != 0
     finally:
         METHODS._entries.pop("head_only", None)
+
+
+def test_a_full_disk_leaves_no_half_written_state_and_the_run_can_go_on(folder, tmp_path, monkeypatch):
+    stream = read_stream(settings(folder, methods=["sft"]))
+    (expected,) = run_stream(stream, tmp_path / "whole")
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError("No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            list(run_stream(stream, tmp_path / "parts"))
+    assert not list(tmp_path.rglob("*.partial")) and list((tmp_path / "parts").rglob("state.pt"))
+    (result,) = run_stream(stream, tmp_path / "parts", resume=True)
+    assert without_times(result) == without_times(expected)

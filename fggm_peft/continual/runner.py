@@ -253,7 +253,11 @@ class Runner:
         state = {"model": model.state_dict(), "method": method.state_dict(), "ledger": json.dumps(ledger)}
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "state.pt.partial"
-        torch.save(state, partial)
+        try:
+            torch.save(state, partial)
+        except BaseException:  # a full disk: what was there before stays, and half a file does not
+            partial.unlink(missing_ok=True)
+            raise
         partial.replace(self.folder / "state.pt")
         write_json(self.folder / "ledger.json", ledger)
 

@@ -41,5 +41,9 @@ def write_whole(file: Path, text: str) -> None:
     """Write a file, in folders that are made for it, so that it is never seen half-written."""
     partial = file.with_name(file.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair must not cost a report
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair must not cost a report
+    except OSError:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(file)
