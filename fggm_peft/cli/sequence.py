@@ -54,7 +54,7 @@ def run(
     from ..continual.method_comparison import write_method_comparison
     from ..continual.plan import plan_of
     from ..continual.report import report_of, write_report
-    from ..continual.run import all_results, finished_runs, run_stream, runs_of
+    from ..continual.run import all_results, check_runnable, finished_runs, run_stream, runs_of
     from ..continual.stream import read_stream
 
     given: dict[str, Any] = {"model": model, "data": data}
@@ -66,6 +66,8 @@ def run(
     if methods is not None:
         found = found.with_methods(methods.split(","))
     total = len(runs_of(found))
+    if not plan:
+        check_runnable(found, output, resume)  # before the plan's probe, which takes seconds
     planned = plan_of(found, output)
     if plan:
         return Result(planned.to_dict(), str(planned))

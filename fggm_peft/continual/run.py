@@ -60,12 +60,11 @@ def run_stream(
             the model is quantized; a method or an option is unknown.
         ImportError: a package that the report needs is not installed.
     """
-    require_report_packages()
-    if stream.model.quantization is not None:
-        raise StreamError("sequences run on dense models: a run is resumed from the weights that its methods changed")
-    for method in stream.methods:
-        made(method, stream.gate)  # an unknown option should be known now, not after hours
-    _claim(stream, output, resume)
+    check_runnable(stream, output, resume)
+    file = output / "stream.json"
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(file, stream.fingerprint())
     tokenizer = stream.model.load_tokenizer()
     with tqdm(runs_of(stream), desc="Runs", unit="run", disable=None) as bar:
         for run in bar:
@@ -98,14 +97,17 @@ def all_results(stream: Stream, output: Path) -> list[dict[str, Any]]:
     return finished_runs(stream, output) + [json.loads(file.read_text()) for file in others]
 
 
-def _claim(stream: Stream, output: Path, resume: bool) -> None:
-    """Write down whose runs are in the folder, or check it."""
+def check_runnable(stream: Stream, output: Path, resume: bool = False) -> None:
+    """Raise what ``run_stream`` would raise before it starts; nothing is loaded or written."""
+    require_report_packages()
+    if stream.model.quantization is not None:
+        raise StreamError("sequences run on dense models: a run is resumed from the weights that its methods changed")
+    for method in stream.methods:
+        made(method, stream.gate)  # an unknown option should be known now, not after hours
     file = output / "stream.json"
-    if file.exists():
-        if not resume:
-            raise StreamError(f"{output} has runs already; go on with --resume, or name another folder")
-        if difference := stream.difference(json.loads(file.read_text())):
-            raise StreamError(f"the runs in {output} are of another stream: {'; '.join(difference[:3])}")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(file, stream.fingerprint())
+    if not file.exists():
+        return
+    if not resume:
+        raise StreamError(f"{output} has runs already; go on with --resume, or name another folder")
+    if difference := stream.difference(json.loads(file.read_text())):
+        raise StreamError(f"the runs in {output} are of another stream: {'; '.join(difference[:3])}")
