@@ -2,7 +2,8 @@
 
 Nothing is downloaded: docstrings and source lines come from the standard library, word problems are generated, and the
 general text is the prose of Python's own language reference. Written as ``fggm sequence`` reads them: a folder with
-``train.json`` and ``test.json`` for each task (TRACE's format), and ``general.txt``.
+``train.json`` and ``test.json`` for each task (TRACE's format), ``general.txt``, whose loss is watched, and
+``reference.txt``, other paragraphs of the same kind, which a selection may look at.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MODULES = [
     "xml",
 ]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-GENERAL_SIZE = 32  # paragraphs
+GENERAL_SIZE, REFERENCE_SIZE = 32, 64  # paragraphs
 SIDE_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -46,7 +47,7 @@ Split = tuple[list[Example], list[Example]]  # training and test
 
 
 def write_tasks(folder: Path, train_size: int = 480, test_size: int = 48, seed: int = 0) -> None:
-    """Write the three tasks, with disjoint training and test examples, and the general text into ``folder``.
+    """Write the three tasks, with disjoint training and test examples, and the two texts into ``folder``.
 
     A stream's ``limit`` draws from the training examples by the seed of a run; all runs are tested on the same.
     """
@@ -59,6 +60,9 @@ def write_tasks(folder: Path, train_size: int = 480, test_size: int = 48, seed: 
     paragraphs = sorted(set(_prose_paragraphs()))
     text = random.Random(f"{seed}-general").sample(paragraphs, min(GENERAL_SIZE, len(paragraphs)))
     (folder / "general.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    rest = sorted(set(paragraphs) - set(text))
+    text = random.Random(f"{seed}-reference").sample(rest, min(REFERENCE_SIZE, len(rest)))
+    (folder / "reference.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 def _prose_paragraphs() -> Iterator[str]:

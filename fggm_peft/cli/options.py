@@ -132,7 +132,9 @@ class SelectionOptions:
     ] = None
     reference: Annotated[
         Optional[list[str]],
-        typer.Option(help="For gain_per_harm and the ratios: self, history, or saved scores (repeat it for more)."),
+        typer.Option(
+            help="For gain_per_harm and the ratios: self, history, saved scores, or a .txt (repeat it for more)."
+        ),
     ] = None
     reference_texts: Annotated[
         Optional[int], typer.Option(help="Texts the model writes for --reference self (default: 64).")

@@ -55,6 +55,7 @@ def run(
     from ..core.criteria import CRITERIA
     from ..selection import select_parameters
     from ..training.base import shard_as_launched, this_process
+    from ..training.texts import with_texts
 
     if data is None and CRITERIA[config.criterion].needs_data:
         raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
@@ -62,8 +63,9 @@ def run(
     loader = None
     if data is not None and CRITERIA[config.criterion].needs_data:
         loader = _dataloader(base, data_options, data, config, batch_size)
+    against = with_texts(config.reference, base.base().load_tokenizer()) if config.reference else None
     model = shard_as_launched(get_peft_model(base.base().load(), config))
-    report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory)
+    report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=against)
     if not process.is_main_process:
         return None
     with complete_folder(output) as folder:

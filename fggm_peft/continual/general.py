@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..selection.untouched import same_random_state
-from ..training.data import Example, TokenizedExamples
+from ..training.data import DataError, TokenizedExamples
 from ..training.evaluation import score_answers
+from ..training.texts import PARAGRAPH_LENGTH, read_paragraphs
 from ..tuner.bitsandbytes_guard import four_bit_layers_as_they_are
 from .lm_eval_tasks import TaskScore, require_data, require_tasks, task_scores
 from .settings import StreamError
@@ -21,8 +22,6 @@ from .task import digest_of_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PARAGRAPH_LENGTH = 256  # tokens of a paragraph of the text; what is longer loses its end
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,10 @@ class GeneralAbility:
         self.general, self.batch_size = general, batch_size
         self.examples: TokenizedExamples | None = None
         if general is not None and general.text is not None:
-            text = Path(general.text).read_text(encoding="utf-8")
-            paragraphs = [Example("", part.strip()) for part in text.split("\n\n") if part.strip()]
-            if not paragraphs:
-                raise StreamError(f"general.text: {general.text} is empty")
+            try:
+                paragraphs = read_paragraphs(general.text)
+            except DataError as error:
+                raise StreamError(f"general.text: {error}") from error
             self.examples = TokenizedExamples(paragraphs, tokenizer, PARAGRAPH_LENGTH)
         if general is not None and general.lm_eval:
             require_data(general.lm_eval, general.lm_eval_include)

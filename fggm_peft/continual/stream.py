@@ -31,6 +31,7 @@ __all__ = [
     "ready_streams",
 ]
 
+OPTIONS_WITH_PATHS = {"reference", "history", "protect"}  # of the method fggm
 READY = Path(__file__).parent / "streams"
 T = TypeVar("T")
 
@@ -293,7 +294,7 @@ def _stream(settings: dict[str, Any], folder: Path) -> Stream:
     readers = {
         "model": lambda value: _model(value, folder),
         "tasks": lambda value: _each(value, "tasks", lambda entry, at: _task(entry, at, data, defaults)),
-        "methods": lambda value: _each(value, "methods", _method),
+        "methods": lambda value: _each(value, "methods", lambda entry, at: _method(entry, at, data)),
         "training": lambda value: built(Training, value, "training"),
         "orders": lambda value: _each(value, "orders", _order),
         "general": lambda value: None if value is None else _general(value, data),
@@ -355,7 +356,7 @@ def _task_path(value: Any, data: Path, where: str) -> Split:
     return str(_path(value, data, f"{where}: path"))
 
 
-def _method(value: Any, where: str) -> Method:
+def _method(value: Any, where: str, data: Path) -> Method:
     if isinstance(value, Method):
         return value
     settings = {"name": value} if isinstance(value, str) else dict(mapping(value, where))
@@ -363,7 +364,16 @@ def _method(value: Any, where: str) -> Method:
     label = settings.pop("label", name)
     if not isinstance(name, str) or not isinstance(label, str) or not name or not label or "/" in label:
         raise StreamError(f"{where} needs a name, and a label that can name a folder, got {value!r}")
+    for option in OPTIONS_WITH_PATHS & settings.keys():
+        settings[option] = _found_in(data, settings[option])
     return Method(name, label, settings)
+
+
+def _found_in(data: Path, value: Any) -> Any:
+    """A name or a list of names; those that name something in ``data`` as paths."""
+    if isinstance(value, list):
+        return [_found_in(data, entry) for entry in value]
+    return str(data / value) if isinstance(value, str) and (data / value).exists() else value
 
 
 def _order(value: Any, where: str) -> str | tuple[str, ...]:

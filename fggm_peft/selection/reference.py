@@ -29,7 +29,10 @@ from .self_text import written_batches
 
 Layers = Mapping[str, FGGMLayer]
 ReferenceData = Any
-"""A dataloader, "self", "history", a file or folder of saved scores, or a list of these."""
+"""A dataloader, "self", "history", a file or folder of saved scores, or a list of these.
+
+Trainers, sequences and the command line, which have a tokenizer, take files of general text (.txt) as well.
+"""
 
 
 class Source(ABC):
@@ -192,6 +195,11 @@ def find_reference(
     require_reference(config.criterion, sources)
     found: list[Source] = []
     for source in sources:
+        if is_text_file(source):
+            raise ValueError(
+                f"the reference {str(source)!r} is a text, which select_parameters has no tokenizer for. Pass "
+                "fggm_peft.training.texts.text_batches(file, tokenizer), or select in an FGGMTrainer or by fggm select"
+            )
         if isinstance(source, (str, Path)) and source != "self":
             records = _earlier(history, task) if source == "history" else [load_record(source)]
             found += [SavedSource(record, layers, task.adapter_name, criterion.reference) for record in records]
@@ -206,6 +214,11 @@ def find_reference(
     if not found:
         warnings.warn("the history is empty, so nothing but the task itself decides what may move", stacklevel=3)
     return Reference(found, layers, task.adapter_name)
+
+
+def is_text_file(source: Any) -> bool:
+    """Whether a reference names a file of general text."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt"
 
 
 def _listed(given: ReferenceData) -> list[Any]:

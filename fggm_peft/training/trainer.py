@@ -27,6 +27,7 @@ from ..selection.select import active_adapter
 from ..tuner.card import complete_card
 from .batches import Prompts, selection_batch
 from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
+from .texts import with_texts
 from .trl import fill_reference_, keep_values_wide_
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class FGGMTrainerMixin(_Trainer):
         selection_log_likelihood: as ``select_parameters`` takes it, for a loss that is no likelihood of labels, such
             as a reward model's; None is what fits the model's head.
         selection_reference: as ``select_parameters`` takes it, such as a dataloader of general text (on each process
-            its own share); None is what the config says.
+            its own share), or the path of a text (.txt) with paragraphs; None is what the config says.
     """
 
     selection_report: SelectionReport | None = None
@@ -101,8 +102,9 @@ class FGGMTrainerMixin(_Trainer):
                 self.model,
                 data,
                 self.accelerator.autocast(),
+                self.selection_reference,
+                self.processing_class or getattr(self.data_collator, "tokenizer", None),
                 log_likelihood=self.selection_log_likelihood,
-                reference=self.selection_reference,
             )
         self.log(logged(self.selection_report))
 
@@ -184,7 +186,7 @@ class FGGMCallback(TrainerCallback):
         keep_values_wide_(model)
         fill_reference_(model)
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, processing_class=None, **kwargs):
         if not unselected_adapters(model):
             return
         if args.world_size > 1 or args.n_gpu > 1:
@@ -196,7 +198,7 @@ class FGGMCallback(TrainerCallback):
         autocast = torch.autocast(args.device.type, precision, enabled=args.bf16 or args.fp16)
         try:
             data = SelectionData(train_dataloader, self.convert)
-            self.selection_report = select(model, data, autocast, reference=self.reference)
+            self.selection_report = select(model, data, autocast, self.reference, processing_class)
         finally:
             _finish(train_dataloader)
         state.log_history.append({**logged(self.selection_report), "step": state.global_step})
@@ -218,16 +220,25 @@ class SelectionData:
 
 
 def select(
-    model: nn.Module, data: SelectionData, autocast: AbstractContextManager, **arguments: Any
+    model: nn.Module,
+    data: SelectionData,
+    autocast: AbstractContextManager,
+    reference: ReferenceData,
+    tokenizer: Any,
+    **arguments: Any,
 ) -> SelectionReport:
     """Select what the configs of the active adapters ask for; returns the last report.
 
     Args:
+        reference: of ``select_parameters``, or paths of texts; None is what each config says.
+        tokenizer: for the texts.
         arguments: of ``select_parameters``.
     """
     with autocast:
         for name in unselected_adapters(model):
-            report = select_parameters(model, data, adapter_name=name, **arguments)
+            _, config = active_adapter(model, name)
+            against = with_texts(config.reference if reference is None else reference, tokenizer)
+            report = select_parameters(model, data, adapter_name=name, reference=against, **arguments)
             logger.info("%s", report)
     return report
 

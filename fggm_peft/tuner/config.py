@@ -110,7 +110,8 @@ class FGGMConfig(PeftConfig):
         metadata={
             "help": "What the model should keep, for criteria that weigh a task against it: 'self' (text that the "
             "model writes itself), 'history' (scores of earlier tasks), a file or folder with saved scores, or a list "
-            "of these. `select_parameters(reference=...)` takes a dataloader of general text too."
+            "of these. `select_parameters(reference=...)` takes a dataloader of general text too, and trainers take "
+            "the path of a text (.txt)."
         },
     )
     reference_texts: int = field(
