@@ -9,7 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 from .fisher_pass import unwrapped
 from .log_likelihood import IGNORED
 
-_BATCH = 8
+_WRITTEN_TOGETHER = 32  # each step reads all weights once, however many texts grow by it
+_BATCH = 8  # of the pass over them
 
 
 def written_batches(model: nn.Module, count: int, length: int, seed: int) -> list[dict[str, Tensor]]:
@@ -32,9 +33,12 @@ def written_batches(model: nn.Module, count: int, length: int, seed: int) -> lis
     call = model if isinstance(model, FSDPModule) else unwrapped(model)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     batches = []
-    for first in range(0, count, _BATCH):
+    for first in range(0, count, _WRITTEN_TOGETHER):
         generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + first) % 2**63)
-        batches.append(_written(call, start, ends, min(_BATCH, count - first), length, generator, device))
+        together = min(_WRITTEN_TOGETHER, count - first)
+        written = _written(call, start, ends, together, length, generator, device)
+        parts = zip(*(tensor.split(_BATCH) for tensor in written.values()), strict=True)
+        batches += [dict(zip(written, part, strict=True)) for part in parts]
     return batches
 
 
