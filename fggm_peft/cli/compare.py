@@ -35,7 +35,7 @@ def run(
     files = _free_files(output, overwrite)
     comparison = compare([read_source(path) for path in runs])
     if files:
-        from ..continual.report import write_whole
+        from ..file_integrity import write_whole
         from ..continual.report.page import comparison_page
 
         page, data = files
