@@ -21,11 +21,18 @@ def keep_beside(base_layer: nn.Module, deltas: Sequence[SparseDelta]) -> nn.Modu
 
     ``base_layer`` itself stays as it is.
     """
-    twin = _shallow_copy(base_layer)
+    twin = without_kept(base_layer)
     setattr(twin, KEPT, KeptDelta(getattr(base_layer, KEPT, None), deltas))
+    twin.register_forward_hook(KeptDeltaHook(), prepend=True)
+    return twin
+
+
+def without_kept(base_layer: nn.Module) -> nn.Module:
+    """The same layer, weights shared, with nothing beside it; ``base_layer`` itself stays as it is."""
+    twin = _shallow_copy(base_layer)
+    twin._modules.pop(KEPT, None)
     for key in [key for key, hook in twin._forward_hooks.items() if isinstance(hook, KeptDeltaHook)]:
         del twin._forward_hooks[key]
-    twin.register_forward_hook(KeptDeltaHook(), prepend=True)
     return twin
 
 
