@@ -17,8 +17,10 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 def adapter(granularity: str = "row", seed: int = 0, base: nn.Module | None = None, std: float = 0.05, **config):
     """A model with a random adapter of random values; the base's values do not depend on the seed."""
+    base = llama() if base is None else base
     settings = {"criterion": "random", "density": 0.2, "seed": seed, "target_modules": TARGETS, **config}
-    model = adapted(llama() if base is None else base, granularity, task_type="CAUSAL_LM", **settings)
+    task = "CAUSAL_LM" if hasattr(base, "lm_head") else None
+    model = adapted(base, granularity, task_type=task, **settings)
     generator = seeded(seed + 100)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..file_integrity import complete_folder, write_json
+from ..tuner.bitsandbytes_guard import guard_four_bit_layers
 from ..tuner.kept import keep_beside
 from ..tuner.layer import FGGMLayer
 from ..tuner.merge_report import MergeReport, ModuleMerge, account, total
@@ -50,6 +51,7 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = Fals
     deltas = [SparseDelta.read(source, base=model) for source in sources]
     layers = plain_layers(model, deltas)
     whole = [_whole_parameters(model, delta) for delta in deltas]
+    guard_four_bit_layers(model)  # as for an adapter: the base must stay one that can be dequantized
     records = []
     for name, layer in tqdm(layers.items(), "Merging", disable=not progress):
         held = [delta.modules[name] for delta in deltas if name in delta.modules]

@@ -140,7 +140,7 @@ def put_back(
         originals: of the base; None to subtract.
 
     Returns:
-        "originals", "subtraction", or "sidecar" if all layers are quantized.
+        "originals"; "sidecar" if all of the task's layers are quantized; "subtraction" if something was subtracted.
 
     Raises:
         ValueError: the model is not what these deltas give on these originals. Nothing has been changed then.
@@ -163,6 +163,8 @@ def put_back(
             _subtract_(layers[name], deltas[task].modules[name])
         else:
             _restore_(layers[name], _of(originals, name), others)
+    if any(name in quantized and deltas[task].modules[name].bias is not None for name in names):
+        return "subtraction"  # biases are not quantized, and have no sidecar
     if all(name in quantized for name in names):
         return "sidecar"
     return "subtraction" if originals is None else "originals"
