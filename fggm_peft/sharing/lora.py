@@ -202,7 +202,7 @@ def _plan(delta: SparseDelta, layers: Mapping[str, FGGMLayer], max_rank: int | N
         matrix = _dense(module)
         if not bool(torch.isfinite(matrix).all()):
             raise ValueError(f"the delta of {name} has a value that is NaN or infinite")
-        touched = min(int((matrix != 0).any(dim).sum()) for dim in (0, 1))
+        touched = _touched(matrix)
         if not touched and (module.bias is None or not bool(module.bias.any())):
             continue
         _require_lora_has_it(name, layers[name], with_bias)
@@ -211,6 +211,15 @@ def _plan(delta: SparseDelta, layers: Mapping[str, FGGMLayer], max_rank: int | N
     if not square:
         raise ValueError("the delta is zero everywhere: there is nothing to export")
     return LoraExport(modules, square**0.5)
+
+
+def required_rank(module: ModuleDelta) -> int:
+    """The rank of a LoRA that is the delta of one module: the rows or the columns that it changes, if they are fewer."""
+    return _touched(_dense(module))
+
+
+def _touched(matrix: Tensor) -> int:
+    return min(int((matrix != 0).any(dim).sum()) for dim in (0, 1))
 
 
 def _written_rank(required: int, max_rank: int | None) -> int:
