@@ -171,5 +171,3 @@ def test_what_has_no_difference_is_refused(tmp_path):
     (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ValueError, match="is damaged"):
         diff(base, tmp_path / "shards")
-
-

@@ -19,9 +19,7 @@ def run(
         Optional[str], typer.Option(help="Folder or Hub id of the base, for shapes (default: the one they name).")
     ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="Show every module too.")] = False,
-    plot: Annotated[
-        Optional[Path], typer.Option(help="Draw a heat map into this file (.svg, .png or .pdf).")
-    ] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw a heat map into this file (.svg, .png or .pdf).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of the plot.")] = False,
 ) -> Result:
     """Compare the supports and the values of adapters of one base, pair by pair.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder of a ledger, as fggm merge --ledger has it.")],
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder that fggm merge --ledger has made.")],
     task: Annotated[str, typer.Argument(metavar="TASK", help="Name of the task.")],
     model: Annotated[Optional[str], typer.Option(help="Folder or Hub id of the merged model.")] = None,
     output: Annotated[
@@ -64,10 +65,8 @@ def _taken_out(kept: Any, task: str, model: str, output: Path, base: str | None)
     report = kept.take_out(task, merged, base=base)
     with complete_folder(output) as folder:
         merged.save_pretrained(folder)
-        try:
+        with suppress(BaseModelError):  # it was merged without a tokenizer
             source.load_tokenizer().save_pretrained(folder)
-        except BaseModelError:
-            pass  # it was merged without one
     return report
 
 

@@ -23,7 +23,7 @@ def index_dtype(shape: Shape) -> torch.dtype:
 
 
 def entries(granularity: Granularity, indices: Tensor, shape: Shape) -> Tensor:
-    """The flat indices ``o * in + i`` of all entries that a support holds, int64, sorted; in the order of the values."""
+    """The flat indices ``o * in + i`` of all entries of a support, int64, sorted; in the order of the values."""
     numbers = torch.arange(shape[0] * shape[1], device=indices.device).view(shape)
     return granularity.gather(numbers, indices).reshape(-1)
 

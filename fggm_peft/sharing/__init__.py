@@ -36,7 +36,23 @@ _HOMES = {
     "subtract": "composition",
 }
 
-__all__ = list(_HOMES)
+__all__ = [
+    "Ledger",
+    "LoraExport",
+    "ModuleDelta",
+    "Overlap",
+    "SparseDelta",
+    "apply_deltas",
+    "compose",
+    "consolidate",
+    "diff",
+    "export_lora",
+    "export_merged",
+    "lora_ranks",
+    "overlap",
+    "prune",
+    "subtract",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -186,7 +186,7 @@ def made_delta(
         settings: further fields of the config.
     """
     has_bias = any(module.bias is not None for module in modules.values())
-    whole = {"modules_to_save": like.modules_to_save} if others else {}
+    whole: dict[str, Any] = {"modules_to_save": like.modules_to_save} if others else {}
     if others and like.bias == "all":
         whole["bias"] = "all"
     config = FGGMConfig(

@@ -113,7 +113,7 @@ class _Difference:
         if not names and not whole:
             raise ValueError(f"{self.tuned.where} has the weights of {self.base.where}: there is no difference")
         if not names:
-            raise ValueError(f"only {', '.join(whole)} have changed, which are no weights that a sparse delta can be of")
+            raise ValueError(f"only {', '.join(whole)} changed, which are no weights that a sparse delta can be of")
         kind = self._granularity(granularity, found, names)
         modules = self._taken(kind, names, with_bias=bool(found.biases))
         if self.inexact:
@@ -165,8 +165,8 @@ class _Difference:
         if found.biases:
             if wanted not in (None, WITH_BIAS):
                 raise ValueError(
-                    f"the bias of {found.biases[0]} has changed, and only granularity={WITH_BIAS!r} holds bias entries, "
-                    f"not {wanted!r}"
+                    f"the bias of {found.biases[0]} has changed, and only granularity={WITH_BIAS!r} holds bias "
+                    f"entries, not {wanted!r}"
                 )
             return GRANULARITIES[WITH_BIAS]
         if wanted is not None:

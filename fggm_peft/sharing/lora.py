@@ -169,7 +169,9 @@ def export_lora(
     result = LoraExport(modules, plan.delta_norm, lost**0.5 / plan.delta_norm)
     with complete_folder(Path(output)) as folder:
         config = _config(delta, result, layers, with_bias)
-        save_file({key: t.contiguous() for key, t in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        save_file(
+            {key: t.contiguous() for key, t in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"}
+        )
         error = "exact" if result.is_exact else f"relative error {result.error:.2%}"
         base_name = config.base_model_name_or_path or "unknown"
         card = _CARD.format(base=base_name, count=len(modules), rank=result.rank, error=error)
@@ -214,7 +216,7 @@ def _plan(delta: SparseDelta, layers: Mapping[str, FGGMLayer], max_rank: int | N
 
 
 def required_rank(module: ModuleDelta) -> int:
-    """The rank of a LoRA that is the delta of one module: the rows or the columns that it changes, if they are fewer."""
+    """The rank at which a LoRA is exact: how many rows or columns the delta changes, whichever are fewer."""
     return _touched(_dense(module))
 
 
@@ -244,8 +246,8 @@ def _require_lora_has_it(name: str, layer: FGGMLayer, with_bias: bool) -> None:
     for setting, (there, plain) in unlike.items():
         if there != plain:
             raise ValueError(
-                f"{name} is a convolution with {setting}={getattr(base, setting)!r}, which PEFT's LoRA computes without. "
-                "Leave it out of the delta, or merge the delta into the base (fggm merge)"
+                f"{name} is a convolution with {setting}={getattr(base, setting)!r}, which PEFT's LoRA computes "
+                "without. Leave it out of the delta, or merge the delta into the base (fggm merge)"
             )
 
 
@@ -296,9 +298,7 @@ def _whole_bias(module: ModuleDelta) -> Tensor:
     return bias
 
 
-def _config(
-    delta: SparseDelta, export: LoraExport, layers: Mapping[str, FGGMLayer], with_bias: bool
-) -> LoraConfig:
+def _config(delta: SparseDelta, export: LoraExport, layers: Mapping[str, FGGMLayer], with_bias: bool) -> LoraConfig:
     """A scale of 1 everywhere: alpha is the rank in every module. The greatest rank is ``r``, which engines look at."""
     # the longest path first, because PEFT takes the first pattern that a path ends in
     names = sorted(export.modules, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Adds deltas to a base model for good, and writes the result as a checkpoint that needs neither PEFT nor this library."""
+"""Adds deltas to a base model for good, and writes the result as a checkpoint that needs no PEFT."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = Fals
 def export_merged(
     model: Any, sources: Sequence[Any], output: str | Path, tokenizer: Any = None, progress: bool = False
 ) -> MergeReport:
-    """Merge deltas into a dense base model, in place, and save it as any model of transformers, with the report beside it.
+    """Merge deltas into a dense base model, in place, and save it as any other, with the report beside it.
 
     Args:
         model: the base, of transformers, unquantized.

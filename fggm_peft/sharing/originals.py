@@ -177,14 +177,12 @@ def _of(originals: Originals, name: str) -> Kept:
 
 
 def _weight_and_bias(layer: FGGMLayer) -> tuple[Tensor, Tensor | None]:
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     bias = getattr(base, "bias", None)
     return base.weight.data, None if bias is None else bias.data
 
 
-def _gathered(
-    layer: FGGMLayer, weight: Tensor, bias: Tensor | None, name: str, deltas: Sequence[SparseDelta]
-) -> Kept:
+def _gathered(layer: FGGMLayer, weight: Tensor, bias: Tensor | None, name: str, deltas: Sequence[SparseDelta]) -> Kept:
     held = [delta.modules[name] for delta in deltas if name in delta.modules]
     supports = [module.scaled() for module in held]
     if len({delta.granularity.name for delta in supports}) > 1:
@@ -222,8 +220,8 @@ def _require_merged(layer: FGGMLayer, kept: Kept, deltas: Sequence[ModuleDelta],
     if torch.equal(matrix, layer.matrix(weight)) and (bias is None or now is None or torch.equal(bias, now)):
         return
     raise ValueError(
-        f"the model is not its base with the ledger's tasks merged in their order ({name} differs). Say by up_to= which "
-        "is the last task in it, or apply the ledger to the base again"
+        f"the model is not its base with the ledger's tasks merged in their order ({name} differs). Say by up_to= "
+        "which is the last task in it, or apply the ledger to the base again"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..core.granularity import Shape
@@ -37,7 +38,7 @@ def skeleton(base: Base, config: Any = None) -> nn.Module:
         ValueError: there is no such model, or none of its class in transformers.
     """
     if isinstance(base, nn.Module):
-        return base.get_base_model() if hasattr(base, "get_base_model") else base
+        return base.get_base_model() if isinstance(base, PeftModel) else base
     import transformers
 
     try:

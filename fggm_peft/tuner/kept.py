@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..core.algebra import united
