@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from models import gpt2, llama, logits, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fggm_peft import AdapterFileError
+from fggm_peft import AdapterFileError, sharing
 from fggm_peft.sharing import SparseDelta
 
 BATCH = token_batches()[0]
@@ -110,6 +112,15 @@ def test_what_is_no_delta_is_refused_with_what_it_is(tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(AdapterFileError, match="is damaged"):
         SparseDelta.read(folder, base=llama())
+
+
+def test_importing_the_package_loads_none_of_it():
+    script = (
+        "import fggm_peft, sys; print(sorted(name for name in sys.modules if name.startswith('fggm_peft.sharing')))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['fggm_peft.sharing']"
+    assert all(callable(getattr(sharing, name)) for name in sharing.__all__)
 
 
 def test_another_base_is_noticed(tmp_path):

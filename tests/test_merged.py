@@ -9,10 +9,11 @@ import pytest
 import torch
 from deltas import adapter, dense, saved_adapter
 from models import byte_tokenizer, gpt2, llama, logits, quantized, token_batches
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fggm_peft.sharing import SparseDelta, apply_deltas, export_merged
+from fggm_peft.tuner.support import fggm_layers
 
 BATCH = token_batches()[0]
 
@@ -26,6 +27,24 @@ def test_it_is_what_merge_and_unload_gives(granularity, dtype, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert {module.outcome for module in report.modules} == {"added"}
     assert report.survived == pytest.approx(1, abs=0.05)
+
+
+def test_the_embedding_that_peft_saves_beside_its_adapter_does_not_undo_the_merge(granularity, tmp_path):
+    targets = ["embed_tokens", "q_proj"]
+    folders = [saved_adapter(tmp_path / str(seed), granularity, seed, target_modules=targets) for seed in (0, 1)]
+    assert any(".base_layer." in key for key in SparseDelta.read(folders[0], base=llama()).others)
+    expected, model = llama(), llama()
+    for folder in folders:
+        config = PeftConfig.from_pretrained(folder)
+        with_adapter = get_peft_model(expected, config)
+        deltas = SparseDelta.read(folder, base=llama()).modules
+        for name, layer in fggm_layers(with_adapter, "default").items():
+            layer.set_support("default", deltas[name].indices)
+            layer.fggm_values["default"].data.copy_(deltas[name].values)
+        expected = with_adapter.merge_and_unload()
+        apply_deltas(model, [folder])
+    state = expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_every_layer_type(granularity, example, adapt):

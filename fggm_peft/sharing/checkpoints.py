@@ -23,8 +23,8 @@ class Weights(ABC):
     where: str
 
     @abstractmethod
-    def names(self) -> set[str]:
-        """The names of all tensors."""
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of this name."""
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
@@ -39,7 +39,7 @@ class Weights(ABC):
         """
         for name in names:
             for spelled in (name, name.removeprefix(f"{prefix}.") if prefix else name):
-                if spelled in self.names():
+                if spelled in self:
                     return self.get(spelled)
         return None
 
@@ -51,8 +51,8 @@ class ModelWeights(Weights):
         self.where = type(model).__name__
         self._tensors = model.state_dict(keep_vars=True)
 
-    def names(self) -> set[str]:
-        return set(self._tensors)
+    def __contains__(self, name):
+        return name in self._tensors
 
     def get(self, name: str) -> Tensor:
         tensor = self._tensors[name].detach()
@@ -90,8 +90,8 @@ class FileWeights(Weights):
                 "save_pretrained it again"
             )
 
-    def names(self) -> set[str]:
-        return set(self._files)
+    def __contains__(self, name):
+        return name in self._files
 
     def get(self, name: str) -> Tensor:
         with self._opened(self._files[name]) as opened:

@@ -23,6 +23,7 @@ from .delta import SparseDelta
 from .merged import apply_deltas, plain_layers
 from .originals import Originals, put_back
 from .overlaps import overlap
+from .reading import BASE_PART
 from .skeleton import Base
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Ledger:
         if name in self.tasks:
             raise ValueError(f"there is a task {name!r} in {self.folder} already; roll it back first, or name another")
         found = SparseDelta.read(delta, base)
-        whole = [key for key in found.others if ".base_layer." not in key]
+        whole = [key for key in found.others if BASE_PART not in key]
         if whole:
             raise ValueError(
                 f"the delta of {name!r} has whole tensors ({whole[0]}, ...), which are no differences and could not be "

@@ -22,7 +22,7 @@ from ..tuner.layer import FGGMLayer
 from ..tuner.merge_report import MergeReport, ModuleMerge, account, total
 from ..tuner.sharding import plain_name
 from .delta import ModuleDelta, SparseDelta, moved_to
-from .reading import PREFIX
+from .reading import BASE_PART, PREFIX
 from .skeleton import layer_of
 
 logger = logging.getLogger(__name__)
@@ -191,8 +191,9 @@ def _whole_parameters(model: nn.Module, delta: SparseDelta) -> Mapping[str, Tens
     there: dict[str, Tensor] = model.state_dict(keep_vars=True)
     found = {}
     for key, tensor in delta.others.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name = key.removeprefix(PREFIX).replace(BASE_PART, ".")
         if name not in there or there[name].shape != tensor.shape:
             raise ValueError(f"{key}: the model has no {name} of the shape {list(tensor.shape)}")
-        found[key] = there[name]
+        if BASE_PART not in key:
+            found[key] = there[name]
     return found

@@ -19,6 +19,8 @@ from ..tuner.config import FGGMConfig
 from .skeleton import parse_shapes, write_shapes
 
 PREFIX = "base_model.model."
+BASE_PART = ".base_layer."
+"""In the names of the base's own weights: PEFT saves an embedding with its adapter, for it may have been resized."""
 SHAPES = "fggm_shapes"
 _PARTS = {f".fggm_{part}": part for part in ("indices", "values", "bias")}
 
