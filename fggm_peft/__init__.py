@@ -5,7 +5,7 @@ Importing the package registers FGGM with PEFT, so that ``PeftModel.from_pretrai
 
 from typing import TYPE_CHECKING, Any
 
-from . import training
+from . import sharing, training
 from .core.criteria import CRITERIA, Criterion
 from .core.errors import (
     AdapterFileError,
@@ -28,6 +28,7 @@ from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .sharing import Ledger, SparseDelta, compose, consolidate, diff, export_lora, overlap, prune, subtract
     from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "FGGMModel",
     "FGGMTrainer",
     "FGGMTrainerMixin",
+    "Ledger",
     "LossyMergeError",
     "MeanPlusStd",
     "MergeReport",
@@ -52,15 +54,24 @@ __all__ = [
     "ScoreFileError",
     "ScoreMass",
     "SelectionReport",
+    "SparseDelta",
     "ThresholdPolicy",
     "TopDensity",
     "__version__",
+    "compose",
+    "consolidate",
+    "diff",
     "estimate",
+    "export_lora",
+    "overlap",
+    "prune",
     "select_parameters",
+    "subtract",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in training.__all__:
-        return getattr(training, name)
+    for room in (training, sharing):
+        if name in room.__all__:
+            return getattr(room, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,6 +56,14 @@ def test_the_qlora_style_script_selects_trains_saves_and_loads(base, model_folde
     assert {tensor.dtype for name, tensor in values.items() if "values" in name} == {torch.float32}
 
 
+def test_deltas_are_shared_exported_and_rolled_back(tmp_path):
+    output = run("share_delta.py", "--output", tmp_path / "shared")
+    assert "exact; written to" in output and "loaded elsewhere" in output
+    assert "counting-down taken out exactly" in output
+    assert "bit for bit the model that never learned it: True" in output
+    assert json.loads((tmp_path / "shared" / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
 STEPS, SAVE_EVERY = 60, 10
 
 

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import transformers
 import trl
+from deltas import adapter
 from models import byte_tokenizer, text_model, token_batches
 from torch.utils.data import DataLoader
 
@@ -71,6 +72,23 @@ def test_the_snippets_on_selection_run(tmp_path, monkeypatch, capsys):
     assert "criterion steep_but_small" in capsys.readouterr().out
     rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     assert all(f"`{name}`" in rows for name in names["CRITERIA"])
+
+
+def test_the_snippets_on_sharing_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_model().save_pretrained("base-model")
+    tuned = text_model()
+    tuned.lm_head.weight.data[3:5] += 1
+    tuned.save_pretrained("tuned-model")
+    for seed, name in enumerate(("delta-a", "delta-b", "delta-c")):
+        base = transformers.AutoModelForCausalLM.from_pretrained("base-model")
+        adapter("row", seed, base=base, target_modules=["up_proj", "q_proj"]).save_pretrained(name)
+    names: dict = {}
+    page = (ROOT / "docs" / "sharing.md").read_text()
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "sharing.md", "exec"), names)
+    assert names["ledger"].tasks == ["delta-b", "delta-c"] and names["small"].error > 0
+    assert Path("overlap.svg").exists() and Path("both").is_dir()
 
 
 def test_the_stream_in_the_docs_is_read(tmp_path):

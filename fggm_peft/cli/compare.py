@@ -35,8 +35,8 @@ def run(
     files = _free_files(output, overwrite)
     comparison = compare([read_source(path) for path in runs])
     if files:
-        from ..continual.report import write_whole
         from ..continual.report.page import comparison_page
+        from ..file_integrity import write_whole
 
         page, data = files
         write_whole(page, comparison_page(comparison))

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ..file_integrity import complete_folder
 from .command import Result
 from .options import BaseOptions, DataOptions, DryRunOptions, SelectionOptions
-from .output import ADAPTER_FILE, complete_folder, require_free
+from .output import ADAPTER_FILE, require_free
 
 if TYPE_CHECKING:
     from ..selection import SelectionReport

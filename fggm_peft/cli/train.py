@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ..file_integrity import complete_folder
 from .command import Result
 from .options import BaseOptions, DataOptions, SelectionOptions
 from .output import (
     ADAPTER_FILE,
     CHECKPOINTS,
     MERGED,
-    complete_folder,
     no_empty_folders,
     require_adapter,
     require_checkpoint,

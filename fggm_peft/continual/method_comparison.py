@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..file_integrity import digest_of_folder, write_whole
 from .memory import ACCELERATOR_MEMORY, accelerator
 from .methods import Method, make_method
 from .methods.fine_tuning import FineTuning
 from .methods.peft_method import PeftMethod
-from .report import write_whole
 from .run import Run, runs_of
 from .stream import Stream, StreamError
-from .task import digest_of_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

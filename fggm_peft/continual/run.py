@@ -11,8 +11,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from ..file_integrity import write_json
 from .report import require_report_packages
-from .runner import Runner, made, write_json
+from .runner import Runner, made
 from .stream import Method, Order, Stream, StreamError
 
 

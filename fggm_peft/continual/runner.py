@@ -21,6 +21,8 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
+from ..file_integrity import digest_of_folder, write_json
+from ..sharing.overlaps import support_overlap
 from ..training.base import this_process
 from ..training.checkpoints import last_complete_checkpoint
 from ..training.evaluation import written_answers
@@ -29,12 +31,9 @@ from .general import GeneralAbility
 from .memory import MemoryLog, PeakMemory, TrainingBegins, return_freed_memory
 from .methods import Method, make_method
 from .metrics import load_metric
-from .overlap import support_overlap
-from .report import write_whole
 from .result import result_of
 from .stream import Method as MethodSettings
 from .stream import StreamError, Task
-from .task import digest_of_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,8 +295,3 @@ def _newest(checkpoints: Path) -> str | None:
         return str(last_complete_checkpoint(checkpoints))
     except ValueError:
         return None
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a file as JSON, whole or not at all."""
-    write_whole(file, json.dumps(value, indent=1))

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..file_integrity import digest_of_folder
 from ..training.base import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
 from .fingerprint import differences, plain
 from .gate import Gate
 from .general import General
 from .metrics import METRICS, MetricError, load_metric
 from .settings import StreamError, built, listed, mapping, read_settings
-from .task import Split, Task, digest_of_folder
+from .task import Split, Task
 
 __all__ = [
     "Gate",

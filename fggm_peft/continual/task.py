@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..file_integrity import digest_of_files, digest_of_folder
 from ..training.data import (
     FILE_READERS,
     DataError,
@@ -307,29 +308,3 @@ def _rendered(template: Template, row: Mapping[str, Any]) -> str:
 
 def _split_file(folder: Path, split: str) -> Path | None:
     return next((path for suffix in FILE_READERS if (path := folder / f"{split}{suffix}").is_file()), None)
-
-
-def digest_of_folder(path: Path, suffixes: Sequence[str] | None = None) -> str:
-    """sha256 over names and contents of a file or of the files in a folder, not counting hidden files and caches."""
-    if path.is_file():
-        return digest_of_files({"": path})
-    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
-    return digest_of_files({name: file for name, file in files.items() if _counts(name, file, suffixes)})
-
-
-def _counts(name: str, file: Path, suffixes: Sequence[str] | None) -> bool:
-    is_hidden = any(part.startswith(".") for part in name.split("/"))
-    # datasets leaves files of this name in a folder that it only reads
-    return not is_hidden and not file.name.startswith("cache-") and (suffixes is None or file.suffix in suffixes)
-
-
-def digest_of_files(files: Mapping[str, Path]) -> str:
-    """sha256 over the keys and the contents of files."""
-    whole = hashlib.sha256()
-    for key, path in sorted(files.items()):
-        content = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        whole.update(f"{key}\0{content.hexdigest()}\n".encode())
-    return whole.hexdigest()

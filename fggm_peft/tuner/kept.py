@@ -6,9 +6,9 @@ import copy
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from ..core.algebra import united
 from ..core.granularity import GRANULARITIES
 from ..core.linear import SparseDelta, additive_linear
 
@@ -20,11 +20,18 @@ def keep_beside(base_layer: nn.Module, deltas: Sequence[SparseDelta]) -> nn.Modu
 
     ``base_layer`` itself stays as it is.
     """
-    twin = _shallow_copy(base_layer)
+    twin = without_kept(base_layer)
     setattr(twin, KEPT, KeptDelta(getattr(base_layer, KEPT, None), deltas))
+    twin.register_forward_hook(KeptDeltaHook(), prepend=True)
+    return twin
+
+
+def without_kept(base_layer: nn.Module) -> nn.Module:
+    """The same layer, weights shared, with nothing beside it; ``base_layer`` itself stays as it is."""
+    twin = _shallow_copy(base_layer)
+    twin._modules.pop(KEPT, None)
     for key in [key for key, hook in twin._forward_hooks.items() if isinstance(hook, KeptDeltaHook)]:
         del twin._forward_hooks[key]
-    twin.register_forward_hook(KeptDeltaHook(), prepend=True)
     return twin
 
 
@@ -56,7 +63,7 @@ class KeptDelta(nn.Module):
         name = new.granularity.name
         if f"indices_{name}" in self._buffers:
             old = SparseDelta(new.granularity, self._buffers[f"indices_{name}"], self._buffers[f"values_{name}"])
-            new = _united(old, new)
+            new = united([old, new])
         self.register_buffer(f"indices_{name}", new.indices, persistent=False)
         self.register_buffer(f"values_{name}", new.values, persistent=False)
 
@@ -79,18 +86,6 @@ class KeptDeltaHook:
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         kept = getattr(module, KEPT)
         return additive_linear(output, args[0].to(output.dtype), kept.deltas)
-
-
-def _united(a: SparseDelta, b: SparseDelta) -> SparseDelta:
-    indices = torch.cat([a.indices, b.indices]).unique(sorted=True)
-    dim = a.granularity.unit_dim
-    shape = list(a.values.shape)
-    shape[dim] = len(indices)
-    values = a.values.new_zeros(shape)
-    for delta in (a, b):
-        position = torch.searchsorted(indices, delta.indices)
-        values.index_add_(dim, position, delta.values.to(values.dtype))
-    return SparseDelta(a.granularity, indices, values)
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

@@ -2,6 +2,6 @@
 
 from .contents import COLUMNS, report_of
 from .tables import shown
-from .writing import require_report_packages, write_report, write_whole
+from .writing import require_report_packages, write_report
 
-__all__ = ["COLUMNS", "report_of", "require_report_packages", "shown", "write_report", "write_whole"]
+__all__ = ["COLUMNS", "report_of", "require_report_packages", "shown", "write_report"]

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...file_integrity import write_whole
 from .contents import report_of
 
 PACKAGES = ("jinja2", "matplotlib", "scipy")
@@ -35,15 +36,3 @@ def write_report(folder: Path, results: Sequence[dict[str, Any]], page: bool = T
         from .page import page_of
 
         write_whole(folder / "report.html", page_of(report))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file, in folders that are made for it, so that it is never seen half-written."""
-    partial = file.with_name(file.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair must not cost a report
-    except OSError:  # a full disk
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(file)

@@ -1,0 +1,81 @@
+"""Sparse deltas of one weight as sets and sums: unions, intersections, and any of them as elements.
+
+Nothing here makes a delta dense but ``entries``, which numbers the entries of one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .granularity import GRANULARITIES, Granularity, Shape
+from .linear import SparseDelta
+
+ELEMENT = "element"
+"""The granularity that every other one can be written in."""
+
+
+def index_dtype(shape: Shape) -> torch.dtype:
+    """The dtype of indices into a weight: int32 where it holds the number of its entries."""
+    return torch.int64 if shape[0] * shape[1] >= 2**31 else torch.int32
+
+
+def entries(granularity: Granularity, indices: Tensor, shape: Shape) -> Tensor:
+    """The flat indices ``o * in + i`` of all entries of a support, int64, sorted; in the order of the values."""
+    numbers = torch.arange(shape[0] * shape[1], device=indices.device).view(shape)
+    return granularity.gather(numbers, indices).reshape(-1)
+
+
+def as_elements(delta: SparseDelta, shape: Shape) -> SparseDelta:
+    """The same delta with every entry of its units as an element of its own."""
+    indices = entries(delta.granularity, delta.indices, shape).to(index_dtype(shape))
+    return SparseDelta(GRANULARITIES[ELEMENT], indices, delta.values.reshape(-1), delta.scale)
+
+
+def united(deltas: Sequence[SparseDelta]) -> SparseDelta:
+    """The sum of deltas of one granularity on the union of their supports, in float32 at least."""
+    first = deltas[0]
+    indices = torch.cat([delta.indices for delta in deltas]).unique(sorted=True)
+    dim, shape = first.granularity.unit_dim, list(first.values.shape)
+    shape[dim] = len(indices)
+    wide = torch.float32
+    for delta in deltas:
+        wide = torch.promote_types(wide, delta.values.dtype)
+    values = torch.zeros(shape, dtype=wide, device=first.values.device)
+    for delta in deltas:
+        position = torch.searchsorted(indices, delta.indices)
+        values.index_add_(dim, position, delta.values.detach().to(wide), alpha=delta.scale)
+    return SparseDelta(first.granularity, indices, values)
+
+
+def combined(deltas: Sequence[SparseDelta], shape: Shape) -> SparseDelta:
+    """The sum of deltas of any granularities: theirs if they have one in common, else elements."""
+    if len({delta.granularity.name for delta in deltas}) > 1:
+        deltas = [as_elements(delta, shape) for delta in deltas]
+    return united(deltas)
+
+
+def shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in ``a`` and where in ``b`` the numbers stand that both hold; each is sorted and unique."""
+    if not len(a) or not len(b):
+        empty = torch.empty(0, dtype=torch.int64, device=a.device)
+        return empty, empty
+    position = torch.searchsorted(b.long(), a.long()).clamp_(max=len(b) - 1)
+    both = b[position] == a
+    return both.nonzero().squeeze(1), position[both]
+
+
+def restricted(delta: SparseDelta, keep: Tensor) -> SparseDelta:
+    """The delta on the units at the positions ``keep`` alone (int64, sorted)."""
+    values = delta.values.index_select(delta.granularity.unit_dim, keep)
+    return SparseDelta(delta.granularity, delta.indices[keep], values, delta.scale)
+
+
+def unit_squares(delta: SparseDelta) -> Tensor:
+    """The squared norm of each unit's values, ``[k]`` float32 at least."""
+    wide = torch.promote_types(delta.values.dtype, torch.float32)
+    squares = delta.values.detach().to(wide).square() * delta.scale**2
+    other = [dim for dim in range(squares.dim()) if dim != delta.granularity.unit_dim]
+    return squares.sum(other) if other else squares

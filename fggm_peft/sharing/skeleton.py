@@ -1,0 +1,111 @@
+"""The layers of a base model without its weights: what a delta's tensors mean, and into which layers they fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..core.granularity import Shape
+from ..tuner.layer import FGGMLayer
+from ..tuner.layer_types import make_layer
+from ..tuner.sharding import plain_name
+
+Base = nn.Module | str | Path
+
+_CLASSES_BY_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def skeleton(base: Base, config: Any = None) -> nn.Module:
+    """The base model, on the meta device unless it is given as a model.
+
+    Args:
+        base: a model, or the folder or Hub id of one, of which only ``config.json`` is read.
+        config: of an adapter for it; says which class of model it was made on.
+
+    Raises:
+        ValueError: there is no such model, or none of its class in transformers.
+    """
+    if isinstance(base, nn.Module):
+        return base.get_base_model() if isinstance(base, PeftModel) else base
+    import transformers
+
+    try:
+        settings = transformers.AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the layers of the base model {str(base)!r} cannot be read from its config.json ({reason}). Name its "
+            "folder or Hub id, or pass the model itself, as base="
+        ) from error
+    model_class = _model_class(settings, config)
+    with torch.device("meta"):
+        build = model_class.from_config if hasattr(model_class, "from_config") else model_class
+        return build(settings)
+
+
+def _model_class(settings: Any, config: Any) -> Any:
+    import transformers
+
+    task = str(getattr(config, "task_type", None)).removeprefix("TaskType.")
+    mapped = (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
+    names = [_CLASSES_BY_TASK.get(task), mapped, *(settings.architectures or []), "AutoModel"]
+    return next(getattr(transformers, name) for name in names if name and hasattr(transformers, name))
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a base model by path, with those that an adapter has wrapped under the path they had before."""
+    found = {}
+    for path, module in model.named_modules():
+        name = plain_name(path).removeprefix("base_model.model.")
+        if ".base_layer" in name or name.startswith("base_layer"):
+            continue
+        found[name] = module
+    return found
+
+
+def layer_of(module: nn.Module | None, name: str, **quantization: Any) -> FGGMLayer:
+    """How a module stores and uses its weight; the module itself is left as it is.
+
+    Raises:
+        ValueError: there is no such module.
+        TypeError: it is of no type that can be adapted.
+    """
+    if module is None:
+        raise ValueError(f"{name} is no module of this model: the delta was made for another base model")
+    return module if isinstance(module, FGGMLayer) else make_layer(module, name, **quantization)
+
+
+def weight_shapes(model: nn.Module, names: Any) -> dict[str, Shape]:
+    """Module path -> ``(o, i)`` of its weight, for the given paths."""
+    modules = base_modules(model)
+    return {name: layer_of(modules.get(name), name).weight_shape for name in names}
+
+
+def parse_shapes(text: str) -> dict[str, Shape]:
+    """Module path -> ``(o, i)`` from what ``write_shapes`` made.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found = json.loads(text)
+    for shape in found.values():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
+            raise ValueError(f"the shape of a weight is two positive integers, not {shape!r}")
+    return {name: (shape[0], shape[1]) for name, shape in found.items()}
+
+
+def write_shapes(shapes: Mapping[str, Shape]) -> str:
+    """Shapes as text, for the header of a file."""
+    return json.dumps({name: list(shape) for name, shape in shapes.items()})
