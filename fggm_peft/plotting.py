@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .inline_svg import inline_svg
+from .names_beside_points import write_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,72 +256,7 @@ def points(axes: Axes, spots: Sequence[Spot], front: Sequence[tuple[float, float
             zorder=3,
         )
     axes.margins(0.09)
-    _write_names(axes, spots)
-
-
-SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-PLACES = [(reach * dx, reach * dy) for reach in (6, 14, 24, 38, 54) for dx, dy in SIDES]
-"""Where a name may stand, seen from its point: offsets in points of print, nearest first."""
-
-
-def _write_names(axes: Axes, spots: Sequence[Spot]) -> None:
-    """Each name at the first place that covers nothing, or else the one that covers least."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
-    if not any(spot.name for spot in spots):
-        return
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # places are known in print only after the layout
-    half = 5 * axes.figure.dpi / 72  # of a marker
-    frame = axes.get_window_extent()
-    centers = [axes.transData.transform((spot.x, spot.y)) for spot in spots]
-    covered = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in centers]
-
-    def box_of(text: Any) -> Bbox:
-        text.get_window_extent()  # puts the text in its place, and measures it with its line
-        return Text.get_window_extent(text)
-
-    def cost(text: Text) -> float:
-        box = box_of(text)
-        outside = box.width * box.height - _shared_area(box, frame)
-        return sum(_shared_area(box, other) for other in covered) + 3 * outside
-
-    for spot in spots:
-        if not spot.name:
-            continue
-        found: list[tuple[float, Text]] = []
-        for place in PLACES:
-            text = _name_at(axes, spot, place)
-            found.append((cost(text), text))
-            if found[-1][0] < 1e-9:
-                break
-        best = min(range(len(found)), key=lambda number: found[number][0])
-        for number, (_, text) in enumerate(found):
-            if number != best:
-                text.remove()
-        covered.append(box_of(found[best][1]))
-
-
-def _name_at(axes: Axes, spot: Spot, place: tuple[int, int]) -> Any:
-    """The name of a spot beside it; with a thin line to it where it is not right beside."""
-    line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-    text = axes.annotate(
-        shortened(spot.name),
-        (spot.x, spot.y),
-        place,
-        textcoords="offset points",
-        ha="left" if place[0] > 0 else "right" if place[0] else "center",
-        va="bottom" if place[1] > 0 else "top" if place[1] else "center",
-        arrowprops=line if max(map(abs, place)) > 6 else None,
-    )
-    text.set_in_layout(False)  # the layout is made; a name must not move what its place was chosen by
-    return text
-
-
-def _shared_area(a: Any, b: Any) -> float:
-    """Of what two boxes share."""
-    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(width, 0.0) * max(height, 0.0)
+    write_names(axes, [(spot.x, spot.y, shortened(spot.name)) for spot in spots], FAINT)
 
 
 @_styled
