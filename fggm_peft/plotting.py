@@ -150,12 +150,14 @@ def heat_map(
     columns: Sequence[str],
     low: float | None = None,
     high: float | None = None,
+    scale: str = "",
 ) -> None:
-    """Cells from pale to deep with their values in them, the first row on top.
+    """Cells from pale to deep with their values in them, the first row on top; white where one is missing.
 
     Args:
         values: ``[rows][columns]``. Beyond twelve columns there is no room for them; a colour bar takes their place.
         low, high: ends of the colours; None: those of the values.
+        scale: what the colours mean, written along a colour bar; empty for none where the values are in the cells.
     """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
@@ -173,8 +175,11 @@ def heat_map(
     axes.set_yticks([n + 0.5 for n in range(len(rows))], [shortened(name) for name in rows])
     axes.set_xticks([n + 0.5 for n in range(len(columns))], [shortened(name) for name in columns])
     axes.tick_params(axis="x", rotation=90 if _are_upright(columns) else 0)
+    if scale or len(columns) > 12:
+        bar = axes.figure.colorbar(mesh, ax=axes, shrink=0.8 if len(rows) > 4 else 1.0)
+        bar.set_label(plain(scale))
+        bar.outline.set_visible(False)  # type: ignore[operator]
     if len(columns) > 12:
-        axes.figure.colorbar(mesh, ax=axes, shrink=0.8)
         return
     size = 9 if len(columns) <= 8 else 7
     for (row, column), value in np.ndenumerate(grid):
@@ -208,6 +213,61 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]],
         color, marker, line = astuple(styles[name])
         options: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0, "linewidth": 1.3}
         axes.plot(*zip(*known, strict=True), color=color, marker=marker, linestyle=line, **options)
+
+
+@_styled
+def falling(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]], bold: Mapping[str, float]) -> None:
+    """Falling curves on log axes, each bold up to a place and thin behind it, with a mark where it changes.
+
+    Args:
+        series: name -> points (x, y), both > 0.
+        bold: name -> the x up to which its curve is bold.
+    """
+    styles = looks(list(series))
+    for name, points in series.items():
+        color, marker, line = astuple(styles[name])
+        places, values = zip(*points, strict=True)
+        axes.plot(places, values, color=color, linestyle=line, linewidth=0.8, alpha=0.7)
+        before = [(x, y) for x, y in points if x <= bold[name]]
+        if before:
+            axes.plot(*zip(*before, strict=True), color=color, linestyle=line, linewidth=2.2)
+            axes.plot(*before[-1], color=color, marker=marker, markersize=5, markeredgewidth=0, zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+
+
+@_styled
+def doubling(axes: Axes, places: Sequence[int], levels: Mapping[str, float]) -> None:
+    """An x axis on which every doubling is as long, with a tick at each place, and named levels of y.
+
+    Args:
+        places: numbers > 0; their ticks are left out where they would touch.
+        levels: name -> y, a faint line with its name on it.
+    """
+    axes.set_xscale("log", base=2)
+    shown = [place for n, place in enumerate(places) if not n or math.log2(place / places[n - 1]) > 0.4]
+    axes.set_xticks(shown, [f"{place:,}" for place in shown])
+    axes.minorticks_off()
+    for name, y in levels.items():
+        axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (5, 3)))
+        axes.annotate(plain(name), (1, y), (-2, 2), ("axes fraction", "data"), "offset points", ha="right", va="bottom")
+
+
+@_styled
+def legend(axes: Axes, names: Sequence[str]) -> None:
+    """The looks of the series of these names, above the figure, as many in a line as there is room for."""
+    from matplotlib.lines import Line2D
+
+    labels = [shortened(name, 22) for name in names]
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, linestyle=look.line, markersize=4, markeredgewidth=0)
+        for look in looks(names).values()
+    ]
+    room = int(46 * axes.figure.get_figure().get_figwidth() / WIDTH)  # characters
+    columns = max(1, min(len(labels), room // (max(map(len, labels)) + 7)))
+    axes.figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=2.2, columnspacing=1.2
+    )
 
 
 @dataclass(frozen=True)
