@@ -217,10 +217,10 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]],
 
 @_styled
 def falling(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]], bold: Mapping[str, float]) -> None:
-    """Falling curves on log axes, each bold up to a place and thin behind it, with a mark where it changes.
+    """Falling curves over shares on log axes, each bold up to a place and thin behind it, with a mark where it changes.
 
     Args:
-        series: name -> points (x, y), both > 0.
+        series: name -> points (share in (0, 1], y > 0).
         bold: name -> the x up to which its curve is bold.
     """
     styles = looks(list(series))
@@ -234,6 +234,11 @@ def falling(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]], bol
             axes.plot(*before[-1], color=color, marker=marker, markersize=5, markeredgewidth=0, zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # matplotlib's own labels on log axes are mathematics, which this style does not parse
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.yaxis.set_minor_formatter("")
 
 
 @_styled
@@ -250,7 +255,7 @@ def doubling(axes: Axes, places: Sequence[int], levels: Mapping[str, float]) -> 
     axes.minorticks_off()
     for name, y in levels.items():
         axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (5, 3)))
-        axes.annotate(plain(name), (1, y), (-2, 2), ("axes fraction", "data"), "offset points", ha="right", va="bottom")
+        axes.annotate(plain(name), (0, y), (3, 2), ("axes fraction", "data"), "offset points", ha="left", va="bottom")
 
 
 @_styled

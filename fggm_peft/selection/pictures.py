@@ -91,7 +91,8 @@ def spectrum_picture(
         values = np.array([spectra[name] for name in members])
         known = (values > 0).all(0)
         mean = np.exp(np.log(np.where(values > 0, values, 1)).mean(0))
-        points = zip(SHARES[1:], mean[1:].tolist(), known[1:].tolist(), strict=True)
+        first = int((mean[1:] == mean[0]).sum())  # up to the share that one unit is, all are the best unit's
+        points = [*zip(SHARES, mean.tolist(), known.tolist(), strict=True)][max(1, first) :]
         series[names[kind]] = [(share, value) for share, value, is_known in points if is_known]
         bold[names[kind]] = float(np.mean([densities[name] for name in members]))
     series = {name: points for name, points in series.items() if points}
