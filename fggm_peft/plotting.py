@@ -237,8 +237,8 @@ def falling(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]], bol
     # matplotlib's own labels on log axes are mathematics, which this style does not parse
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter("")
-    axes.yaxis.set_minor_formatter("")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter("")
 
 
 @_styled
@@ -260,7 +260,7 @@ def doubling(axes: Axes, places: Sequence[int], levels: Mapping[str, float]) -> 
 
 @_styled
 def legend(axes: Axes, names: Sequence[str]) -> None:
-    """The looks of the series of these names, above the figure, as many in a line as there is room for."""
+    """The looks of the series of these names, above the figure, as many in a line as have room."""
     from matplotlib.lines import Line2D
 
     labels = [shortened(name, 22) for name in names]
