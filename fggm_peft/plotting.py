@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -228,8 +228,7 @@ def falling(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]], bol
         color, marker, line = astuple(styles[name])
         places, values = zip(*points, strict=True)
         axes.plot(places, values, color=color, linestyle=line, linewidth=0.8, alpha=0.7)
-        before = [(x, y) for x, y in points if x <= bold[name]]
-        if before:
+        if before := [(x, y) for x, y in points if x <= bold[name]]:
             axes.plot(*zip(*before, strict=True), color=color, linestyle=line, linewidth=2.2)
             axes.plot(*before[-1], color=color, marker=marker, markersize=5, markeredgewidth=0, zorder=3)
     axes.set_xscale("log")
@@ -264,15 +263,12 @@ def legend(axes: Axes, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     labels = [shortened(name, 22) for name in names]
-    handles = [
-        Line2D([], [], color=look.color, marker=look.marker, linestyle=look.line, markersize=4, markeredgewidth=0)
-        for look in looks(names).values()
-    ]
-    room = int(46 * axes.figure.get_figure().get_figwidth() / WIDTH)  # characters
+    parts: list[dict[str, Any]] = [asdict(look) for look in looks(names).values()]
+    handles = [Line2D([], [], linestyle=part.pop("line"), **part, markersize=4, markeredgewidth=0) for part in parts]
+    room = int(46 * axes.figure.bbox.width / axes.figure.dpi / WIDTH)  # characters
     columns = max(1, min(len(labels), room // (max(map(len, labels)) + 7)))
-    axes.figure.legend(
-        handles, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=2.2, columnspacing=1.2
-    )
+    place: dict[str, Any] = {"loc": "outside upper left", "ncols": columns, "handlelength": 2.2, "columnspacing": 1.2}
+    axes.figure.legend(handles, labels, frameon=False, **place)
 
 
 @dataclass(frozen=True)

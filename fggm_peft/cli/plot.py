@@ -24,7 +24,7 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
     model: Annotated[
         Optional[str],
-        typer.Option(help="Folder or Hub id of the base, if it is not where the adapters say. Only its config is read."),
+        typer.Option(help="Folder or Hub id of the base, if not where the adapters say. Only its config is read."),
     ] = None,
     format: Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Of the pictures.")] = "svg",
     trust_remote_code: Annotated[

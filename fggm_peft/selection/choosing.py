@@ -144,9 +144,7 @@ class Chooser:
         limit = MAX_SAMPLES if automatic else num_samples
         return data.run(group, limit, enough if automatic else None, MIN_SAMPLES, description)
 
-    def _agree(
-        self, outcome: Outcome, data: str, samples: int, group: Group, first: Choices, second: Choices
-    ) -> bool:
+    def _agree(self, outcome: Outcome, data: str, samples: int, group: Group, first: Choices, second: Choices) -> bool:
         agreement, _ = split_half_agreement(first, second, costs(group, self.adapter_name))
         outcome.checks.append(AgreementCheck(data, samples, agreement))
         return agreement is None or agreement >= SUFFICIENT_AGREEMENT
@@ -186,13 +184,14 @@ class Chooser:
             found = criterion_scores(layer, name, self.config, self.adapter_name, task=task, **against)
             return self.protection.applied(name, found)
 
-        def describe(name: str, found: Tensor) -> None:
-            entries = group[name].granularity[self.adapter_name].parameters_per_unit(group[name].weight_shape)
-            described_in.mean_scores[name] = float(found.double().mean()) / entries
-            described_in.spectra[name] = spectrum(found)
-
-        observe = None if described_in is None else describe
+        observe = None if described_in is None else partial(self._describe, described_in)
         return choose_supports(group, self.config, self.adapter_name, scores, observe)
+
+    def _describe(self, outcome: Outcome, name: str, scores: Tensor) -> None:
+        layer = self.layers[name]
+        entries = layer.granularity[self.adapter_name].parameters_per_unit(layer.weight_shape)
+        outcome.mean_scores[name] = float(scores.double().mean()) / entries
+        outcome.spectra[name] = spectrum(scores)
 
     def _ranked_with(self, name: str) -> tuple[str, ...]:
         """The modules that are ranked together with one."""

@@ -88,9 +88,9 @@ def spectrum_picture(
     names = _short_kinds(found)
     series, bold = {}, {}
     for kind, members in found.items():
-        values = np.array([spectra[name] for name in members])
-        known = (values > 0).all(0)
-        mean = np.exp(np.log(np.where(values > 0, values, 1)).mean(0))
+        curves = np.array([spectra[name] for name in members])
+        known = np.all(curves > 0, axis=0)
+        mean = np.exp(np.log(np.where(curves > 0, curves, 1)).mean(0))
         first = int((mean[1:] == mean[0]).sum())  # up to the share that one unit is, all are the best unit's
         points = [*zip(SHARES, mean.tolist(), known.tolist(), strict=True)][max(1, first) :]
         series[names[kind]] = [(share, value) for share, value, is_known in points if is_known]
@@ -133,7 +133,9 @@ def agreement_picture(curves: Mapping[str, Curve], title: str = "") -> Figure:
     return figure
 
 
-def overlap_picture(names: Sequence[str], jaccard: Sequence[Sequence[Value]], chance: Sequence[Sequence[Value]]) -> Figure:
+def overlap_picture(
+    names: Sequence[str], jaccard: Sequence[Sequence[Value]], chance: Sequence[Sequence[Value]]
+) -> Figure:
     """What supports share: below the diagonal their Jaccard index, above it what chance would give.
 
     Args:
@@ -141,8 +143,9 @@ def overlap_picture(names: Sequence[str], jaccard: Sequence[Sequence[Value]], ch
     """
     size = range(len(names))
     both = [[jaccard[i][j] if j <= i else chance[i][j] for j in size] for i in size]
-    figure, (axes,) = new_figure(heat_map_height(len(names), names))
+    figure, (axes,) = new_figure(0.2 + heat_map_height(len(names), names))
     heat_map(axes, both, names, names, 0.0, 1.0)
+    titles(axes, x="below: Jaccard index; above: by chance")
     return figure
 
 

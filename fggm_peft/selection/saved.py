@@ -103,9 +103,11 @@ def base_without_weights(name: str, config: FGGMConfig, trust_remote_code: bool 
 
 
 def shares_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, tuple[float, int]]:
-    """Module path -> share of its weight that may move, entries of the weight; see ``tuner.layout``."""
+    """Module path -> share of its weight that may move, entries of the weight; in the model's order."""
     found = {}
-    for name, (granularity, indices) in supports.items():
-        shape = make_layer(model.get_submodule(name), name).weight_shape
-        found[name] = len(indices) / granularity.units(shape), shape[0] * shape[1]
+    for name, module in model.named_modules():
+        if name in supports:
+            granularity, indices = supports[name]
+            shape = make_layer(module, name).weight_shape
+            found[name] = len(indices) / granularity.units(shape), shape[0] * shape[1]
     return found

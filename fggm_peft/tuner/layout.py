@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 NO_LAYER = ""
 GROUPS = 4
@@ -103,7 +104,7 @@ def _parts(numbers: Sequence[int], groups: int | None) -> list[Sequence[int]]:
     """The numbers in at most so many groups of nearly the same size."""
     count = len(numbers) if groups is None else min(groups, len(numbers))
     edges = [len(numbers) * part // count for part in range(count + 1)]
-    return [numbers[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [numbers[start:end] for start, end in pairwise(edges)]
 
 
 def _short(names: list[str], from_front: bool = False) -> list[str]:
