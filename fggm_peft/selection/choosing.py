@@ -88,7 +88,7 @@ class Chooser:
                 name = "reference" if len(live) == 1 else f"reference {place}"
                 self._measure(outcome, source, group, limits.get(source, num_samples), name, suffix)
                 limits[source] = source.samples  # every group of modules sees the same samples
-            outcome.reference_seconds += time.perf_counter() - start
+            outcome.reference_seconds += time.perf_counter() - start if live else 0.0
             self._choose_group(outcome, task, group, limits.get(task, num_samples), "Fisher pass" + suffix)
             limits[task] = outcome.samples
         if isinstance(num_samples, int) and outcome.samples < num_samples:
