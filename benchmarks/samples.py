@@ -6,6 +6,11 @@ MODEL is a folder or Hub id of a causal language model, TASK a folder with ``tra
 of plain text in paragraphs. One pass over each task serves every granularity, density and number of samples: it gathers
 rows and columns of all linear layers and single elements of every tenth block (of which rows and columns follow), in
 two halves, and chooses from them whenever the number of samples has doubled.
+
+In the result file each curve has, by the number of samples ``n`` in ``counts``: ``halves``, the agreement of the supports
+of two halves of n/2; ``largest``, that of n samples with all of them, which contain them; ``independent``, that of n/2
+samples with the other half of all; ``score_held``, what the support of n/2 samples holds of the scores of the other half
+of all, over what the support of its own half of all holds of them.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import GRANULARITIES, Rows
+from fggm_peft.plotting import doubling, legend, lines, looks, new_figure, save, titles
 from fggm_peft.selection.agreement import split_half_agreement
 from fggm_peft.selection.choosing import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT
 from fggm_peft.selection.fisher_pass import FisherPass, Totals
@@ -139,7 +145,7 @@ class Study:
                 "largest": [self._agreement(case, self.chosen[n, case, "all"], final["all"]) for n in counts],
                 "independent": [self._agreement(case, choices, final["odd"]) for choices in even],
                 "score_held": [score_held(others, choices, final["even"]) for choices in even],
-                "auto": auto(self.halves[case]),
+                **stops(self.halves[case]),
             }
 
     def _choose(self, case: Case, totals: Totals, half: int | None) -> Choices:
@@ -172,13 +178,18 @@ def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) 
     return sum(held(name, chosen) / held(name, largest) for name in scores) / len(scores)
 
 
-def auto(halves: Mapping[int, float | None]) -> dict[str, Any]:
-    """Where ``num_samples="auto"`` stops, if there are no more samples than were taken here."""
-    for samples, agreement in halves.items():
-        if MIN_SAMPLES <= samples <= MAX_SAMPLES and agreement is not None and agreement >= SUFFICIENT_AGREEMENT:
-            return {"samples": samples, "agreement": agreement, "agrees": True}
-    samples = max(n for n in halves if n <= MAX_SAMPLES)
-    return {"samples": samples, "agreement": halves[samples], "agrees": False}
+def stops(halves: Mapping[int, float | None]) -> dict[str, Any]:
+    """How many samples it takes for agreements, None where there are too few here; where ``"auto"`` stops."""
+
+    def first(wanted: float, least: int = 0) -> int | None:
+        enough = [n for n, agreement in halves.items() if n >= least and agreement is not None and agreement >= wanted]
+        return min(enough, default=None)
+
+    most = max(n for n in halves if n <= MAX_SAMPLES)
+    return {
+        "samples_for": {str(wanted): first(wanted) for wanted in (0.7, 0.8, 0.9, 0.95)},
+        "auto": first(SUFFICIENT_AGREEMENT, MIN_SAMPLES) or most,
+    }
 
 
 class Model:
@@ -254,6 +265,32 @@ def measure(model: Model, task: Path, limit: int, reference: Mapping[str, Tensor
     }
 
 
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Agreement of halves above, the score that is found below; task below task, at a density of 10 %."""
+    names = {"row": "Fisher, rows", "column": "Fisher, columns", "element": "Fisher, elements"}
+    tasks = results["tasks"]
+    figure, axes = new_figure(0.3 + 4.2 * len(tasks), rows=2 * len(tasks))
+    for number, (task, found) in enumerate(tasks.items()):
+        curves = [curve for curve in found["curves"] if curve["density"] == 0.1]
+        series = {
+            names[c["granularity"]] if c["criterion"] == "fisher" else "gain per harm, columns": c for c in curves
+        }
+        styles = looks(list(series))
+        above, below = axes[2 * number : 2 * number + 2]
+        lines(above, found["counts"], {name: curve["halves"] for name, curve in series.items()}, styles)
+        doubling(above, found["counts"], {f"enough: {SUFFICIENT_AGREEMENT:g}": SUFFICIENT_AGREEMENT})
+        above.set_ylim(0.35, 1.0)
+        titles(above, task, y="agreement of halves")
+        # of an even half: a support from n samples is that of 2n in the figures
+        halves, held = [n // 2 for n in found["counts"][:-1]], slice(0, -1)
+        lines(below, halves, {name: curve["score_held"][held] for name, curve in series.items()}, styles)
+        doubling(below, halves, {})
+        below.set_ylim(0.9, 1.0)
+        titles(below, x="samples", y="score found")
+    legend(axes[0], list(series))
+    save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -272,6 +309,7 @@ def main() -> None:
             rows = {title.format(**c): dict(zip(map(str, counts), c[measured], strict=True)) for c in curves}
             show(f"{task.name}: {measured} by the number of samples", rows)
     print("written to", write("samples", results))
+    draw(results, Path(__file__).parent.parent / "docs" / "samples.png")
 
 
 if __name__ == "__main__":
