@@ -433,10 +433,11 @@ def test_an_interrupted_command_exits_with_130_and_leaves_nothing(folder, tmp_pa
 # --- the program ---------------------------------------------------------------------------------
 
 
-def test_the_page_names_options_that_exist():
-    page = (Path(fggm_peft.__file__).parents[1] / "docs" / "cli.md").read_text()
-    lines = re.findall(r"^(?:.*\$\(which fggm\)|fggm) (select|train|eval) (.*)$", page, re.MULTILINE)
-    assert len(lines) > 10
+def test_the_pages_name_options_that_exist():
+    pages = [Path(fggm_peft.__file__).parents[1] / "docs" / f"{name}.md" for name in ("cli", "choosing")]
+    text = "\n".join(page.read_text() for page in pages)
+    lines = re.findall(r"^(?:.*\$\(which fggm\)|fggm) (select|train|eval|plot) (.*)$", text, re.MULTILINE)
+    assert len(lines) > 10 and {command for command, _ in lines} == {"select", "train", "eval", "plot"}
     commands = typer.main.get_command(build()).commands
     for command, line in lines:
         known = {option for parameter in commands[command].params for option in parameter.opts}
