@@ -13,11 +13,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .inline_svg import inline_svg
+from .names_beside_points import write_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,12 +150,14 @@ def heat_map(
     columns: Sequence[str],
     low: float | None = None,
     high: float | None = None,
+    scale: str = "",
 ) -> None:
-    """Cells from pale to deep with their values in them, the first row on top.
+    """Cells from pale to deep with their values in them, the first row on top; white where one is missing.
 
     Args:
         values: ``[rows][columns]``. Beyond twelve columns there is no room for them; a colour bar takes their place.
         low, high: ends of the colours; None: those of the values.
+        scale: what the colours mean, written along a colour bar; empty for none where the values are in the cells.
     """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
@@ -172,8 +175,11 @@ def heat_map(
     axes.set_yticks([n + 0.5 for n in range(len(rows))], [shortened(name) for name in rows])
     axes.set_xticks([n + 0.5 for n in range(len(columns))], [shortened(name) for name in columns])
     axes.tick_params(axis="x", rotation=90 if _are_upright(columns) else 0)
+    if scale or len(columns) > 12:
+        bar = axes.figure.colorbar(mesh, ax=axes, shrink=0.8 if len(rows) > 4 else 1.0)
+        bar.set_label(plain(scale))
+        bar.outline.set_visible(False)  # type: ignore[operator]
     if len(columns) > 12:
-        axes.figure.colorbar(mesh, ax=axes, shrink=0.8)
         return
     size = 9 if len(columns) <= 8 else 7
     for (row, column), value in np.ndenumerate(grid):
@@ -207,6 +213,62 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]],
         color, marker, line = astuple(styles[name])
         options: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0, "linewidth": 1.3}
         axes.plot(*zip(*known, strict=True), color=color, marker=marker, linestyle=line, **options)
+
+
+@_styled
+def falling(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]], bold: Mapping[str, float]) -> None:
+    """Falling curves over shares on log axes, each bold up to a place and thin behind it, with a mark where it changes.
+
+    Args:
+        series: name -> points (share in (0, 1], y > 0).
+        bold: name -> the x up to which its curve is bold.
+    """
+    styles = looks(list(series))
+    for name, points in series.items():
+        color, marker, line = astuple(styles[name])
+        places, values = zip(*points, strict=True)
+        axes.plot(places, values, color=color, linestyle=line, linewidth=0.8, alpha=0.7)
+        if before := [(x, y) for x, y in points if x <= bold[name]]:
+            axes.plot(*zip(*before, strict=True), color=color, linestyle=line, linewidth=2.2)
+            axes.plot(*before[-1], color=color, marker=marker, markersize=5, markeredgewidth=0, zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    # matplotlib's own labels on log axes are mathematics, which this style does not parse
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter("")
+
+
+@_styled
+def doubling(axes: Axes, places: Sequence[int], levels: Mapping[str, float]) -> None:
+    """An x axis on which every doubling is as long, with a tick at each place, and named levels of y.
+
+    Args:
+        places: numbers > 0; their ticks are left out where they would touch.
+        levels: name -> y, a faint line with its name on it.
+    """
+    axes.set_xscale("log", base=2)
+    shown = [place for n, place in enumerate(places) if not n or math.log2(place / places[n - 1]) > 0.4]
+    axes.set_xticks(shown, [f"{place:,}" for place in shown])
+    axes.minorticks_off()
+    for name, y in levels.items():
+        axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (5, 3)))
+        axes.annotate(plain(name), (0, y), (3, 2), ("axes fraction", "data"), "offset points", ha="left", va="bottom")
+
+
+@_styled
+def legend(axes: Axes, names: Sequence[str]) -> None:
+    """The looks of the series of these names, above the figure, as many in a line as have room."""
+    from matplotlib.lines import Line2D
+
+    labels = [shortened(name, 22) for name in names]
+    parts: list[dict[str, Any]] = [asdict(look) for look in looks(names).values()]
+    handles = [Line2D([], [], linestyle=part.pop("line"), **part, markersize=4, markeredgewidth=0) for part in parts]
+    room = int(46 * axes.figure.bbox.width / axes.figure.dpi / WIDTH)  # characters
+    columns = max(1, min(len(labels), room // (max(map(len, labels)) + 7)))
+    place: dict[str, Any] = {"loc": "outside upper left", "ncols": columns, "handlelength": 2.2, "columnspacing": 1.2}
+    axes.figure.legend(handles, labels, frameon=False, **place)
 
 
 @dataclass(frozen=True)
@@ -255,72 +317,7 @@ def points(axes: Axes, spots: Sequence[Spot], front: Sequence[tuple[float, float
             zorder=3,
         )
     axes.margins(0.09)
-    _write_names(axes, spots)
-
-
-SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-PLACES = [(reach * dx, reach * dy) for reach in (6, 14, 24, 38, 54) for dx, dy in SIDES]
-"""Where a name may stand, seen from its point: offsets in points of print, nearest first."""
-
-
-def _write_names(axes: Axes, spots: Sequence[Spot]) -> None:
-    """Each name at the first place that covers nothing, or else the one that covers least."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
-    if not any(spot.name for spot in spots):
-        return
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # places are known in print only after the layout
-    half = 5 * axes.figure.dpi / 72  # of a marker
-    frame = axes.get_window_extent()
-    centers = [axes.transData.transform((spot.x, spot.y)) for spot in spots]
-    covered = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in centers]
-
-    def box_of(text: Any) -> Bbox:
-        text.get_window_extent()  # puts the text in its place, and measures it with its line
-        return Text.get_window_extent(text)
-
-    def cost(text: Text) -> float:
-        box = box_of(text)
-        outside = box.width * box.height - _shared_area(box, frame)
-        return sum(_shared_area(box, other) for other in covered) + 3 * outside
-
-    for spot in spots:
-        if not spot.name:
-            continue
-        found: list[tuple[float, Text]] = []
-        for place in PLACES:
-            text = _name_at(axes, spot, place)
-            found.append((cost(text), text))
-            if found[-1][0] < 1e-9:
-                break
-        best = min(range(len(found)), key=lambda number: found[number][0])
-        for number, (_, text) in enumerate(found):
-            if number != best:
-                text.remove()
-        covered.append(box_of(found[best][1]))
-
-
-def _name_at(axes: Axes, spot: Spot, place: tuple[int, int]) -> Any:
-    """The name of a spot beside it; with a thin line to it where it is not right beside."""
-    line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-    text = axes.annotate(
-        shortened(spot.name),
-        (spot.x, spot.y),
-        place,
-        textcoords="offset points",
-        ha="left" if place[0] > 0 else "right" if place[0] else "center",
-        va="bottom" if place[1] > 0 else "top" if place[1] else "center",
-        arrowprops=line if max(map(abs, place)) > 6 else None,
-    )
-    text.set_in_layout(False)  # the layout is made; a name must not move what its place was chosen by
-    return text
-
-
-def _shared_area(a: Any, b: Any) -> float:
-    """Of what two boxes share."""
-    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(width, 0.0) * max(height, 0.0)
+    write_names(axes, [(spot.x, spot.y, shortened(spot.name)) for spot in spots], FAINT)
 
 
 @_styled

@@ -433,9 +433,9 @@ def test_an_interrupted_command_exits_with_130_and_leaves_nothing(folder, tmp_pa
 # --- the program ---------------------------------------------------------------------------------
 
 
-def test_the_page_names_options_that_exist():
+def test_the_pages_name_options_that_exist():
     docs = Path(fggm_peft.__file__).parents[1] / "docs"
-    page = "\n".join((docs / name).read_text() for name in ("cli.md", "sharing.md"))
+    page = "\n".join((docs / f"{name}.md").read_text() for name in ("cli", "sharing", "choosing"))
     commands = typer.main.get_command(build()).commands
     names = "|".join(name for name in commands if name not in ("sequence", "compare"))
     lines = re.findall(rf"^(?:.*\$\(which fggm\)|fggm) ({names}) (.*)$", page, re.MULTILINE)

@@ -13,8 +13,11 @@ from fggm_peft.plotting import (
     Look,
     Spot,
     bars,
+    doubling,
+    falling,
     heat_map,
     intervals,
+    legend,
     lines,
     looks,
     new_figure,
@@ -43,6 +46,14 @@ DRAW = {
     "lines": lambda axes, names, numbers: (
         lines(axes, numbers, {names[0]: numbers}, {names[0]: LOOK}),
         titles(axes, *names[:3]),
+    ),
+    "falling": lambda axes, names, numbers: (
+        falling(axes, {names[0]: [(0.1, 2.0), (1.0, 1.0)]}, {names[0]: 0.1}),
+        legend(axes, names),
+    ),
+    "doubling": lambda axes, names, numbers: (
+        doubling(axes, [1, 2, 4], {names[0]: 0.5, names[1]: 0.6, names[2]: 0.7}),
+        axes.plot([1, 2, 4], numbers),
     ),
     "points": lambda axes, names, numbers: points(
         axes, [Spot(n, n, LOOK, name) for n, name in zip(numbers, names, strict=True)]
@@ -102,6 +113,38 @@ def test_a_heat_map_of_many_columns_has_a_colour_bar_instead():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.37] * 13, [0.51] * 13], ["r", "s"], [f"c{n}" for n in range(13)])
     assert len(figure.axes) == 2 and ".37" not in texts(to_svg(figure))
+
+
+def test_a_scale_of_colours_is_named_also_where_the_values_are_in_the_cells():
+    figure, (axes,) = new_figure(2.5)
+    heat_map(axes, [[0.37] * 3], ["r"], ["c", "d", "e"], 0.0, 1.0, scale="a <share>")
+    assert {"a &lt;share&gt;", ".37"} <= set(texts(to_svg(figure)))
+
+
+def test_a_falling_curve_is_bold_up_to_a_place_and_its_axes_have_plain_labels():
+    figure, (axes,) = new_figure(2.5)
+    points = [(0.001, 30.0), (0.1, 3.0), (1.0, 0.01)]
+    falling(axes, {"a": points, "b": points}, {"a": 0.1, "b": 0.0001})
+    widths = [(len(line.get_xdata()), line.get_linewidth()) for line in axes.lines]
+    assert [length for length, width in widths if width > 2] == [2]  # nothing of b is bold
+    assert {"10 %", "100 %", "1", "10"} <= set(texts(to_svg(figure))) and "mathdefault" not in to_svg(figure)
+
+
+def test_ticks_that_would_touch_are_left_out_and_levels_are_named():
+    figure, (axes,) = new_figure(2.5)
+    lines(axes, [32, 64, 70], {"a": [0.1, 0.2, 0.3]}, {"a": LOOK})
+    doubling(axes, [32, 64, 70], {"enough": 0.25})
+    found = texts(to_svg(figure))
+    assert {"32", "64", "enough"} <= set(found) and "70" not in found
+
+
+def test_a_legend_stays_within_the_figure():
+    figure, (axes,) = new_figure(3.0)
+    axes.plot([0, 1], [0, 1])
+    legend(axes, [f"a_rather_long_name.{n}" for n in range(7)])
+    figure.draw_without_rendering()
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert box.x0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
 
 
 def test_values_that_are_missing_are_bridged_in_lines_and_nothing_in_bars():

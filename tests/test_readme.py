@@ -91,6 +91,13 @@ def test_the_snippets_on_sharing_run(tmp_path, monkeypatch):
     assert Path("overlap.svg").exists() and Path("both").is_dir()
 
 
+def test_the_snippet_on_choosing_runs(capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "choosing.md").read_text(), re.DOTALL)
+    names = {"base": text_model(), "dataloader": token_batches(sizes=(8,) * 4)}
+    exec(compile(snippet, "choosing.md", "exec"), names)
+    assert "32 sample passes" in capsys.readouterr().out and names["report"].checks
+
+
 def test_the_stream_in_the_docs_is_read(tmp_path):
     stream = re.search(r"```yaml\n(model:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
     (tmp_path / "stream.yaml").write_text(stream)

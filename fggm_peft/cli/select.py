@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -33,6 +33,10 @@ def run(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in one forward; on each device.")] = 8,
+    plots: Annotated[
+        Optional[Path], typer.Option(help="Folder for pictures: density, spectrum of scores, agreement of halves.")
+    ] = None,
+    plots_format: Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Of these pictures.")] = "svg",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output folder.")] = False,
 ) -> Result | None:
     """Choose which weights of MODEL may move for the task in DATA.
@@ -50,6 +54,8 @@ def run(
     if output is None:
         raise typer.BadParameter("name a folder for the adapter", param_hint="--output")
     require_free(output, overwrite)
+    if plots is not None:
+        _require_drawable(plots, output, overwrite)
 
     from peft import get_peft_model
 
@@ -71,7 +77,27 @@ def run(
         return None
     with complete_folder(output) as folder:
         model.save_pretrained(str(folder))
-    return _result(report, base.model, output)
+    return _result(report, base.model, output, None if plots is None else _drawn(report, plots, plots_format))
+
+
+def _require_drawable(plots: Path, output: Path, overwrite: bool) -> None:
+    """Raise before the model is loaded if pictures could not be drawn, or would get among the adapter's files."""
+    from ..plotting import style
+
+    if plots.absolute() == output.absolute():
+        raise typer.BadParameter("name another folder than that of the adapter", param_hint="--plots")
+    require_free(plots, overwrite)
+    with style():
+        pass
+
+
+def _drawn(report: SelectionReport, folder: Path, format: str) -> list[str]:
+    """The files of the pictures that were drawn."""
+    from ..selection.pictures import report_pictures, write_pictures
+
+    with complete_folder(folder) as temporary:
+        files = write_pictures(report_pictures(report), temporary, format)
+    return [str(folder / file.name) for file in files]
 
 
 def _estimate(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_size: int, length: int) -> Result | None:
@@ -113,12 +139,14 @@ def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGM
     return prepare_data_loader(loader, even_batches=False, put_on_device=False)
 
 
-def _result(report: SelectionReport, model: str, output: Path) -> Result:
+def _result(report: SelectionReport, model: str, output: Path, pictures: list[str] | None) -> Result:
     from rich.console import Group
     from rich.filesize import decimal
     from rich.text import Text
 
     size = (output / ADAPTER_FILE).stat().st_size
     data = {"model": model, "output": str(output), "bytes": size, **report.to_dict()}
-    note = f"Saved to {output} ({decimal(size)}). Train it with: fggm train {model} --adapter {output} --data ..."
+    note = "" if pictures is None else f"Drawn: {', '.join(pictures)}. "
+    data |= {} if pictures is None else {"pictures": pictures}
+    note += f"Saved to {output} ({decimal(size)}). Train it with: fggm train {model} --adapter {output} --data ..."
     return Result(data, Group(report.to_table(), Text(note)))

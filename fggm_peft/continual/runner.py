@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Lesson = tuple[str, list[Task]]
 Ledger = list[dict[str, Any]]
+SELECTION = ("num_samples", "samples", "agreement", "reference_samples", "reference_seconds", "sample_passes")
+"""What the ledger has of a selection, by its names in the report; its seconds are ``selection_seconds``."""
 
 
 def made(method: MethodSettings, gate: Gate | None = None) -> Method:
@@ -168,6 +170,8 @@ class Runner:
                 trainer.train(resume_from_checkpoint=_newest(checkpoints))
                 report = getattr(trainer, "selection_report", None)
                 entry["selection_seconds"] = report.seconds if report is not None else 0.0
+                if report is not None:
+                    entry["selection"] = {name: getattr(report, name) for name in SELECTION}
                 entry["seconds"] = time.perf_counter() - start - entry["selection_seconds"]
                 trained: Any = trainer.model
                 entry["accelerator_memory"] = memory_log.figures()

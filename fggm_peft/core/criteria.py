@@ -85,6 +85,11 @@ class Criterion:
         """The adapter is born empty then, and ``select_parameters`` fills it."""
         return bool(self.task)
 
+    @property
+    def needs_backward(self) -> bool:
+        """Whether its pass over data has a backward."""
+        return any(STATISTICS[name].looks_at == "gradient" for name in (*self.task, *self.reference))
+
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
 

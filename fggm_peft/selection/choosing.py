@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.criteria import CRITERIA, Criterion
+from ..core.spectrum import spectrum
 from ..core.statistics import STATISTICS, ones
 from ..tuner.config import FGGMConfig, score_bytes
 from ..tuner.history import Kept, kept_of
@@ -21,10 +22,12 @@ from .agreement import split_half_agreement
 from .fisher_pass import FisherPass, Totals
 from .protection import Protection
 from .reference import LiveSource, Reference
+from .report import AgreementCheck
 
 MIN_SAMPLES = 32
 MAX_SAMPLES = 1024
-SUFFICIENT_AGREEMENT = 0.95
+SUFFICIENT_AGREEMENT = 0.8
+"""With halves that agree like this, 99 % of the score that ever more samples find is found (docs/choosing.md)."""
 
 Group = dict[str, FGGMLayer]
 Choices = dict[str, Choice]
@@ -40,6 +43,10 @@ class Outcome:
     reference_samples: int = 0
     reference_seconds: float = 0.0
     scores: dict[str, dict[str, Kept]] = field(default_factory=dict)
+    sample_passes: int = 0
+    checks: list[AgreementCheck] = field(default_factory=list)
+    mean_scores: dict[str, float] = field(default_factory=dict)
+    spectra: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Chooser:
@@ -62,7 +69,9 @@ class Chooser:
 
     def without_data(self) -> Outcome:
         """For a criterion that needs none."""
-        return Outcome(self._choose(self.layers, None, self.reference))
+        outcome = Outcome()
+        outcome.choices = self._choose(self.layers, None, self.reference, described_in=outcome)
+        return outcome
 
     def from_data(self, task: FisherPass, num_samples: Any, score_memory: int | str | None) -> Outcome:
         """Pass over the reference and the task's data, once for each group of modules that memory holds."""
@@ -74,10 +83,12 @@ class Chooser:
         for number, group in enumerate(groups):
             suffix = f" {number + 1}/{len(groups)}" if len(groups) > 1 else ""
             start = time.perf_counter()
-            for source in self.reference.live if self.reference else []:
-                self._measure(source, group, limits.get(source, num_samples), "Reference" + suffix)
+            live = self.reference.live if self.reference else []
+            for place, source in enumerate(live, start=1):
+                name = "reference" if len(live) == 1 else f"reference {place}"
+                self._measure(outcome, source, group, limits.get(source, num_samples), name, suffix)
                 limits[source] = source.samples  # every group of modules sees the same samples
-            outcome.reference_seconds += time.perf_counter() - start
+            outcome.reference_seconds += time.perf_counter() - start if live else 0.0
             self._choose_group(outcome, task, group, limits.get(task, num_samples), "Fisher pass" + suffix)
             limits[task] = outcome.samples
         if isinstance(num_samples, int) and outcome.samples < num_samples:
@@ -85,7 +96,9 @@ class Chooser:
         outcome.reference_samples = self.reference.samples if self.reference else 0
         return outcome
 
-    def _measure(self, source: LiveSource, group: Group, num_samples: Any, description: str) -> None:
+    def _measure(
+        self, outcome: Outcome, source: LiveSource, group: Group, num_samples: Any, name: str, suffix: str
+    ) -> None:
         """Pass over a reference; with "auto", until two halves of it would rank the units alike."""
         assert self.reference is not None
         alone = Reference([source], self.layers, self.adapter_name)
@@ -94,10 +107,12 @@ class Chooser:
         def enough(totals: Totals) -> bool:
             source.totals = totals
             alone.forget()
-            return self._agree(group, choose(reference_half=0), choose(reference_half=1))
+            halves = choose(reference_half=0), choose(reference_half=1)
+            return self._agree(outcome, name, totals.samples, group, *halves)
 
-        source.totals = self._run(source.fisher_pass, group, num_samples, enough, description)
+        source.totals = self._run(source.fisher_pass, group, num_samples, enough, "Reference" + suffix)
         source.samples = source.totals.samples
+        outcome.sample_passes += source.samples
         self.reference.forget()
 
     def _choose_group(
@@ -106,11 +121,13 @@ class Chooser:
         def enough(totals: Totals) -> bool:
             if not totals.has_halves(self.criterion.task):
                 return False
-            return self._agree(group, *(self._choose(group, totals, self.reference, half) for half in (0, 1)))
+            halves = (self._choose(group, totals, self.reference, half) for half in (0, 1))
+            return self._agree(outcome, "task", totals.samples, group, *halves)
 
         totals = self._run(task, group, num_samples, enough, description)
         outcome.samples = totals.samples
-        outcome.choices.update(self._choose(group, totals, self.reference))
+        outcome.sample_passes += totals.samples
+        outcome.choices.update(self._choose(group, totals, self.reference, described_in=outcome))
         if totals.has_halves(self.criterion.task):
             for half, chosen in enumerate(outcome.halves):
                 chosen.update(self._choose(group, totals, self.reference, half, half))
@@ -127,8 +144,9 @@ class Chooser:
         limit = MAX_SAMPLES if automatic else num_samples
         return data.run(group, limit, enough if automatic else None, MIN_SAMPLES, description)
 
-    def _agree(self, group: Group, first: Choices, second: Choices) -> bool:
+    def _agree(self, outcome: Outcome, data: str, samples: int, group: Group, first: Choices, second: Choices) -> bool:
         agreement, _ = split_half_agreement(first, second, costs(group, self.adapter_name))
+        outcome.checks.append(AgreementCheck(data, samples, agreement))
         return agreement is None or agreement >= SUFFICIENT_AGREEMENT
 
     def _choose(
@@ -138,6 +156,7 @@ class Chooser:
         reference: Reference | None,
         half: int | None = None,
         reference_half: int | None = None,
+        described_in: Outcome | None = None,
     ) -> Choices:
         """What the thresholds choose.
 
@@ -145,6 +164,7 @@ class Chooser:
             totals: the task's statistics; None for ones, so that the reference alone decides.
             half: take them from one half of the samples.
             reference_half: the same of the reference.
+            described_in: gets the spectra of the scores.
         """
 
         def scores(name: str) -> Tensor:
@@ -164,7 +184,14 @@ class Chooser:
             found = criterion_scores(layer, name, self.config, self.adapter_name, task=task, **against)
             return self.protection.applied(name, found)
 
-        return choose_supports(group, self.config, self.adapter_name, scores)
+        observe = None if described_in is None else partial(self._describe, described_in)
+        return choose_supports(group, self.config, self.adapter_name, scores, observe)
+
+    def _describe(self, outcome: Outcome, name: str, scores: Tensor) -> None:
+        layer = self.layers[name]
+        entries = layer.granularity[self.adapter_name].parameters_per_unit(layer.weight_shape)
+        outcome.mean_scores[name] = float(scores.double().mean()) / entries
+        outcome.spectra[name] = spectrum(scores)
 
     def _ranked_with(self, name: str) -> tuple[str, ...]:
         """The modules that are ranked together with one."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..tuner.layout import GROUPS, density_grid
 
 if TYPE_CHECKING:
     import pandas
@@ -26,6 +28,8 @@ class ModuleSelection:
         parameters: trainable values, bias entries included.
         score_share: share of the module's total score that the chosen units hold.
         agreement: split-half agreement of this module, None if it was not measured.
+        mean_score: mean score of a unit, over the weight entries that it holds.
+        spectrum: how the scores fall from the best unit to the worst, over their mean; see ``core.spectrum``.
     """
 
     name: str
@@ -35,10 +39,27 @@ class ModuleSelection:
     parameters: int
     score_share: float
     agreement: float | None = None
+    mean_score: float = 0.0
+    spectrum: list[float] = field(default_factory=list)
 
     @property
     def density(self) -> float:
         return self.chosen / self.units
+
+
+@dataclass(frozen=True)
+class AgreementCheck:
+    """One look of ``num_samples="auto"`` at whether there are samples enough.
+
+    Args:
+        data: "task", or "reference" (with a number, if several were read).
+        samples: how many there were so far.
+        agreement: of what their halves would choose; None where nothing or everything would be chosen.
+    """
+
+    data: str
+    samples: int
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,11 @@ class SelectionReport:
         modules: one entry for each adapted module.
         reference_samples: samples of the reference that were passed over.
         reference_seconds: what that took, within ``seconds``.
+        num_samples: what was asked for: a number, "auto", or None for all.
+        sample_passes: how often a sample was passed through the model, over all processes: each as often as
+            ``score_memory`` made necessary, those of the reference too.
+        backward: whether these passes had a backward.
+        checks: what "auto" saw, in order; with ``score_memory`` of the first group of modules, which decides.
         record: the task's own statistics, see ``save_scores``.
     """
 
@@ -68,6 +94,10 @@ class SelectionReport:
     modules: list[ModuleSelection]
     reference_samples: int = 0
     reference_seconds: float = 0.0
+    num_samples: int | Literal["auto"] | None = None
+    sample_passes: int = 0
+    backward: bool = False
+    checks: list[AgreementCheck] = field(default_factory=list)
     record: TaskRecord | None = field(default=None, repr=False, compare=False)
 
     def save_scores(self, path: str | Path) -> Path:
@@ -101,6 +131,26 @@ class SelectionReport:
         return sum(m.density * m.shape[0] * m.shape[1] for m in self.modules) / total
 
     @property
+    def samples_per_second(self) -> float:
+        """Sample passes in a second of the whole selection."""
+        return self.sample_passes / self.seconds if self.seconds else 0.0
+
+    @property
+    def reference_share(self) -> float:
+        """Share of the time that the reference took, in [0, 1]."""
+        return self.reference_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def cost(self) -> str:
+        """What the selection cost, in a sentence."""
+        if not self.sample_passes:
+            return f"{self.seconds:.1f} s, no pass over data"
+        kind = "forward and backward" if self.backward else "forward"
+        share = f", {self.reference_share:.0%} of it for the reference" if self.reference_seconds else ""
+        passes = f"{self.sample_passes:,} sample passes ({kind}), {self.samples_per_second:.1f} a second"
+        return f"{self.seconds:.1f} s{share}; {passes}"
+
+    @property
     def empty_modules(self) -> list[str]:
         """Modules in which nothing may move: every score there was 0, or too low."""
         return [module.name for module in self.modules if not module.chosen]
@@ -109,26 +159,40 @@ class SelectionReport:
         """Plain types only, ready for JSON."""
         result = asdict(replace(self, record=None))
         del result["record"]
-        result["parameters"], result["density"] = self.parameters, self.density
+        for name in ("parameters", "density", "samples_per_second", "reference_share"):
+            result[name] = getattr(self, name)
         for entry, module in zip(result["modules"], self.modules, strict=True):
             entry["shape"], entry["density"] = list(module.shape), module.density
         return result
 
+    def shares(self) -> dict[str, tuple[float, int]]:
+        """Module path -> share of its weight that may move, entries of the weight; see ``tuner.layout``."""
+        return {module.name: (module.density, module.shape[0] * module.shape[1]) for module in self.modules}
+
     def summary(self) -> dict[str, Any]:
-        """What the adapter's config keeps."""
+        """What the adapter's config keeps: nothing that differs from run to run, such as seconds."""
+        grid = density_grid(self.shares(), GROUPS)
         return {
             "samples": self.samples,
             "reference_samples": self.reference_samples,
             "agreement": self.agreement,
             "density": self.density,
             "parameters": self.parameters,
+            "checks": [[check.samples, check.agreement] for check in self.checks if check.data == "task"],
+            "densities": {
+                "layers": grid.layers,
+                **{
+                    kind: [value if value is None else round(value, 6) for value in row]
+                    for kind, row in zip(grid.kinds, grid.values, strict=True)
+                },
+            },
         }
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row for each module. Needs pandas."""
         import pandas
 
-        return pandas.DataFrame(self.to_dict()["modules"]).set_index("name")
+        return pandas.DataFrame(self.to_dict()["modules"]).set_index("name").drop(columns="spectrum")
 
     def to_table(self) -> Table:
         """For rich to print, one row for each module."""
@@ -139,7 +203,7 @@ class SelectionReport:
         table = Table(
             title=f"{self.parameters:,} trainable values, {self.density:.2%} of the targeted weights",
             caption=f"criterion {self.criterion}, {self.samples} samples{against}, split-half agreement {agreement}, "
-            f"{self.seconds:.1f} s",
+            f"{self.cost}",
         )
         table.add_column("module")
         for heading in ("shape", f"{self.granularity}s", "chosen", "density", "score kept", "agreement"):

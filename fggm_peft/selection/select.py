@@ -63,7 +63,7 @@ def select_parameters(
         dataloader: an iterable of batches of the task: dicts as the model takes them, with ``labels``
             (-100 where no loss is taken). May be None for a criterion that needs no data.
         num_samples: how many samples to use, over all ranks: a number, None for all, or "auto": from 32 to
-            1024, doubling, until two halves of the samples would choose the same (agreement 0.95). By
+            1024, doubling, until two halves of the samples would choose alike (agreement 0.8). By
             default what the config says, "auto" if nothing.
         reference: what the model should keep, for a criterion that weighs the task against it; by default the
             config's. A dataloader of general text (batches without labels get their own tokens for labels), "self"
@@ -133,7 +133,8 @@ def select_parameters(
     base = config.base_model_name_or_path or ""
     record = TaskRecord(config.granularity, outcome.samples, base, outcome.scores, supports)
     remember(unwrapped(model), config, record)
-    report = _report(layers, config, adapter_name, outcome, record, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    report = _report(layers, config, adapter_name, outcome, record, num_samples, seconds)
     config.selection = report.summary()
     _warn_of_empty(report, outcome)
     return report
@@ -212,7 +213,9 @@ def _check_selectable(layers: Mapping[str, FGGMLayer], adapter_name: str, reset:
             )
 
 
-def _report(layers, config, adapter_name, outcome: Outcome, record: TaskRecord, seconds: float) -> SelectionReport:
+def _report(
+    layers, config, adapter_name, outcome: Outcome, record: TaskRecord, num_samples, seconds: float
+) -> SelectionReport:
     agreement: float | None = None
     module_agreement: dict[str, float | None] = {}
     if outcome.halves[0]:
@@ -226,6 +229,8 @@ def _report(layers, config, adapter_name, outcome: Outcome, record: TaskRecord, 
             parameters=sum(parameter.numel() for parameter in layer.trained(adapter_name)),
             score_share=outcome.choices[name].score_share,
             agreement=module_agreement.get(name),
+            mean_score=outcome.mean_scores[name],
+            spectrum=outcome.spectra[name],
         )
         for name, layer in layers.items()
     ]
@@ -239,5 +244,9 @@ def _report(layers, config, adapter_name, outcome: Outcome, record: TaskRecord, 
         modules=modules,
         reference_samples=outcome.reference_samples,
         reference_seconds=outcome.reference_seconds,
+        num_samples=num_samples,
+        sample_passes=outcome.sample_passes,
+        backward=bool(outcome.sample_passes) and CRITERIA[config.criterion].needs_backward,
+        checks=outcome.checks,
         record=record,
     )

@@ -245,8 +245,12 @@ def select(
 
 def logged(report: SelectionReport) -> dict[str, float]:
     """What goes into the training log."""
-    numbers = {**report.summary(), "seconds": round(report.seconds, 2)}
-    return {f"selection/{name}": value for name, value in numbers.items() if value is not None}
+    numbers = {name: value for name, value in report.summary().items() if isinstance(value, (int, float))}
+    numbers |= {"seconds": round(report.seconds, 2), "sample_passes": report.sample_passes}
+    numbers |= {"samples_per_second": round(report.samples_per_second, 2)}
+    if report.reference_seconds:
+        numbers["reference_share"] = round(report.reference_share, 3)
+    return {f"selection/{name}": value for name, value in numbers.items()}
 
 
 def _finish(dataloader: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
+
+from .layout import Grid, markdown_table
 
 if TYPE_CHECKING:
     from .config import FGGMConfig
@@ -40,9 +42,14 @@ def complete_card(folder: Path, config: FGGMConfig) -> None:
     card.save(path)
 
 
+def auto_class_name(config: FGGMConfig) -> str:
+    """The class of transformers that loads the base of an adapter."""
+    return _AUTO_CLASSES.get(str(config.task_type).removeprefix("TaskType."), "AutoModel")
+
+
 def _how_to_load(config: FGGMConfig) -> str:
     base = config.base_model_name_or_path or "BASE_MODEL"
-    auto_class = _AUTO_CLASSES.get(str(config.task_type).removeprefix("TaskType."), "AutoModel")
+    auto_class = auto_class_name(config)
     return f"""\
 ```python
 import fggm_peft  # registers the adapter type with PEFT
@@ -72,4 +79,15 @@ def _description(config: FGGMConfig) -> str:
             f" {found['parameters']:,} values, {found['density']:.2%} of the targeted weights, "
             f"from {found['samples']} samples{agreement}."
         )
-    return text + "\n"
+    return text + _densities(found.get("densities")) + "\n"
+
+
+def _densities(found: dict[str, Any] | None) -> str:
+    """Where the values are, as a table: the Hub shows no picture that is not a file of its own."""
+    if not found:
+        return ""
+    rows = dict(found)
+    grid = Grid(layers=rows.pop("layers"), kinds=list(rows), values=list(rows.values()))
+    if grid.is_even:
+        return " The share is the same in every module."
+    return f"\n\nShare of the weights that may differ from the base:\n\n{markdown_table(grid)}"

@@ -157,7 +157,7 @@ class FGGMConfig(PeftConfig):
         default="auto",
         metadata={
             "help": "How many samples the Fisher pass uses: a number, None for all, or 'auto': from 32 to 1024, "
-            "doubling, until two halves of them would choose the same."
+            "doubling, until two halves of them would choose alike (agreement 0.8)."
         },
     )
     score_memory: Optional[Union[int, str]] = field(
@@ -235,7 +235,7 @@ class FGGMConfig(PeftConfig):
     )
     selection: Optional[dict[str, Any]] = field(
         default=None,
-        metadata={"help": "What `select_parameters` found: samples, agreement, density. Written by the library."},
+        metadata={"help": "What `select_parameters` found: samples, agreement, densities. Written by the library."},
     )
 
     def __post_init__(self) -> None:

@@ -70,7 +70,11 @@ def criterion_scores(
 
 
 def choose_supports(
-    layers: dict[str, FGGMLayer], config: FGGMConfig, adapter_name: str, scores: Callable[[str], Tensor]
+    layers: dict[str, FGGMLayer],
+    config: FGGMConfig,
+    adapter_name: str,
+    scores: Callable[[str], Tensor],
+    observe: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Choice]:
     """Ask the policies which units may move; nothing in the layers is changed.
 
@@ -79,13 +83,14 @@ def choose_supports(
     Args:
         layers: module path -> layer.
         scores: module path -> ``[units]``, finite and not negative; called once for each module.
+        observe: is shown the scores of each module, once they are known to be so.
 
     Raises:
         NonFiniteScoreError: a score is NaN or infinite; names the module.
     """
     choices: dict[str, Choice] = {}
     for policy, names in _by_policy(layers, config):
-        choices.update(_choose(policy, names, layers, config, adapter_name, scores))
+        choices.update(_choose(policy, names, layers, config, adapter_name, scores, observe))
     return {name: choices[name] for name in layers}
 
 
@@ -120,13 +125,15 @@ def bounds(names, layers, config, adapter_name) -> tuple[list[int], list[str], i
     return costs, [module_kind(name) for name in names], config.max_rows
 
 
-def _choose(policy, names: list[str], layers, config, adapter_name, scores) -> dict[str, Choice]:
+def _choose(policy, names: list[str], layers, config, adapter_name, scores, observe) -> dict[str, Choice]:
     vectors = [scores(name) for name in names]
     for name, vector in zip(names, vectors, strict=True):
         if not torch.isfinite(vector).all():
             raise NonFiniteScoreError(f"a score of module {name} is NaN or infinite")
         if (vector < 0).any():
             raise NonFiniteScoreError(f"a score of module {name} is negative; the criterion must give scores >= 0")
+        if observe is not None:
+            observe(name, vector)
     chosen = policy.choose(vectors, *bounds(names, layers, config, adapter_name))
     return {
         name: Choice(indices, len(vector), _share(vector, indices), not vector.any())

@@ -21,6 +21,7 @@ from ...plotting import (
     titles,
     to_svg,
 )
+from ...selection.pictures import overlap_picture
 from .comparison import letters, pairing_name
 from .contents import COLUMNS, COMPARED, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
 from .tables import HEADINGS, PHASES, UNITS, signed
@@ -175,10 +176,7 @@ class Pictures:
                 continue
             shared, chance = (_mean_matrix([run["overlap"][key] for run in runs]) for key in ("jaccard", "chance"))
             tasks = runs[0]["tasks"]
-            size = range(len(tasks))
-            both = [[shared[i][j] if j <= i else chance[i][j] for j in size] for i in size]
-            figure, (axes,) = new_figure(heat_map_height(len(tasks), tasks))
-            heat_map(axes, both, tasks, tasks, 0.0, 1.0)
+            figure = overlap_picture(tasks, shared, chance)
             pairs = [v for i, row in enumerate(shared) for v in row[:i] if v is not None]
             least = f" Between {min(pairs):.2f} and {max(pairs):.2f} for two different tasks." if pairs else ""
             note = (

@@ -1,0 +1,316 @@
+"""How many samples does a selection take? Agreement of halves, and of small samples with large ones.
+
+python benchmarks/samples.py MODEL TASK [TASK ...] --general TEXT [--samples 1024]
+
+MODEL is a folder or Hub id of a causal language model, TASK a folder with ``train.json`` in TRACE's format, TEXT a file
+of plain text in paragraphs. One pass over each task serves every granularity, density and number of samples: it gathers
+rows and columns of all linear layers and single elements of every tenth block (of which rows and columns follow), in
+two halves, and chooses from them whenever the number of samples has doubled.
+
+In the result file each curve has, by the number of samples ``n`` in ``counts``: ``halves``, the agreement of the
+supports of two halves of n/2; ``largest``, that of n samples with all of them, which contain them; ``independent``, that
+of n/2 samples with the other half of all; ``score_held``, what the support of n/2 samples holds of the scores of the
+other half of all, over what the support of its own half of all holds of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import show, write
+from peft import get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
+from fggm_peft.core.criteria import Quantities
+from fggm_peft.core.granularity import GRANULARITIES, Rows
+from fggm_peft.plotting import doubling, legend, lines, looks, new_figure, save, titles
+from fggm_peft.selection.agreement import split_half_agreement
+from fggm_peft.selection.choosing import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT
+from fggm_peft.selection.fisher_pass import FisherPass, Totals
+from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples
+from fggm_peft.tuner.layer import FGGMLayer
+from fggm_peft.tuner.support import Choice, fggm_layers
+
+DENSITIES = (0.05, 0.1, 0.3)
+EVERY = 10  # single elements of every tenth block
+FIRST_CHECK, BATCH_SIZE, MAX_LENGTH = 16, 8, 128
+TIMED_SAMPLES = 32
+HALVES = {"even": 0, "odd": 1, "all": None}  # which of the samples a support is chosen from
+
+Layers = dict[str, FGGMLayer]
+Choices = dict[str, Choice]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is chosen, and by what."""
+
+    criterion: str
+    granularity: str
+    density: float
+
+    @property
+    def kind(self):
+        return GRANULARITIES[self.granularity]
+
+
+FISHER = [Case("fisher", granularity, density) for granularity in GRANULARITIES for density in DENSITIES]
+WEIGHED = [Case("gain_per_harm", "column", density) for density in DENSITIES]
+
+
+class RowsAndColumns(Rows):
+    """Both in one vector ``[o + i]``, for a pass that serves either."""
+
+    def units(self, shape):
+        return shape[0] + shape[1]
+
+    def accumulate_(self, scores, gradients, half):
+        both = torch.cat([gradients.row_scores(), gradients.column_scores()], dim=1)
+        scores.index_add_(0, half, both.to(scores.dtype))
+
+
+def units_of(case: Case, layer: FGGMLayer, gathered: Tensor) -> Tensor | None:
+    """Rows, columns or elements of what the pass has gathered of a layer; None where it has no elements."""
+    outputs, inputs = layer.weight_shape
+    if len(gathered) == outputs * inputs:
+        return case.kind.reduce(gathered.view(outputs, inputs))
+    return {"row": gathered[:outputs], "column": gathered[outputs:]}.get(case.granularity)
+
+
+def scored(case: Case, layer: FGGMLayer, task: Tensor, reference: Tensor | None) -> Tensor:
+    """What the criterion makes of Fisher information ``[units]``."""
+    against: dict[str, Any] = {}
+    if CRITERIA[case.criterion].reference:
+        entries = layer.weight_shape[0] * layer.weight_shape[1]
+        mean = {"fisher": float(reference.double().sum()) / entries}
+        against = {"reference": {"fisher": reference}, "reference_mean": mean}
+    quantities = Quantities(
+        case.kind, layer.weight_shape, layer.weight_copy, torch.Generator(), {"fisher": task}, **against
+    )
+    return CRITERIA[case.criterion].score(quantities)
+
+
+@dataclass
+class Study:
+    """Chooses whenever the number of samples has doubled, and compares what was chosen.
+
+    Args:
+        layers: module path -> layer.
+        cases: what there is to choose.
+        score: (case, module path, what a pass has gathered of it) -> scores ``[units]``; None where there are none.
+    """
+
+    layers: Layers
+    cases: list[Case]
+    score: Callable[[Case, str, Tensor], Tensor | None]
+    chosen: dict[tuple[int, Case, str], Choices] = field(default_factory=dict)
+    halves: dict[Case, dict[int, float | None]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def take(self, totals: Totals) -> bool:
+        """Choose from what there is so far. Never enough: the answer to a pass that asks."""
+        start, samples = time.perf_counter(), totals.samples
+        for case in self.cases:
+            for name, half in HALVES.items():
+                self.chosen[samples, case, name] = self._choose(case, totals, half)
+            pair = self.chosen[samples, case, "even"], self.chosen[samples, case, "odd"]
+            self.halves.setdefault(case, {})[samples] = self._agreement(case, *pair)
+        self.seconds += time.perf_counter() - start
+        return False
+
+    def curves(self, totals: Totals) -> Iterator[dict[str, Any]]:
+        """For each case what its supports have in common, by the number of samples."""
+        if totals.samples not in self.halves.get(self.cases[0], {}):
+            self.take(totals)
+        for case in self.cases:
+            counts = list(self.halves[case])
+            final = {name: self.chosen[counts[-1], case, name] for name in HALVES}
+            others = dict(self._scores(case, totals, HALVES["odd"]))
+            even = [self.chosen[n, case, "even"] for n in counts]
+            yield {
+                "criterion": case.criterion,
+                "granularity": case.granularity,
+                "density": case.density,
+                "halves": list(self.halves[case].values()),
+                "largest": [self._agreement(case, self.chosen[n, case, "all"], final["all"]) for n in counts],
+                "independent": [self._agreement(case, choices, final["odd"]) for choices in even],
+                "score_held": [score_held(others, choices, final["even"]) for choices in even],
+                **stops(self.halves[case]),
+            }
+
+    def _choose(self, case: Case, totals: Totals, half: int | None) -> Choices:
+        policy, result = TopDensity(case.density), {}
+        for name, scores in self._scores(case, totals, half):
+            (indices,) = policy.choose([scores], [1])
+            result[name] = Choice(indices.to(torch.int32), len(scores), 0.0)
+        return result
+
+    def _scores(self, case: Case, totals: Totals, half: int | None) -> Iterator[tuple[str, Tensor]]:
+        for name in self.layers:
+            scores = self.score(case, name, totals.mean(name, "fisher", half))
+            if scores is not None:
+                yield name, scores
+
+    def _agreement(self, case: Case, first: Choices, second: Choices) -> float | None:
+        costs = {name: case.kind.parameters_per_unit(self.layers[name].weight_shape) for name in first}
+        return split_half_agreement(first, second, costs)[0]
+
+
+def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) -> float:
+    """The score that a support holds on samples it was not chosen from, over that of the largest sample's support.
+
+    Mean over modules, as a threshold looks at one at a time.
+    """
+
+    def held(name: str, choices: Choices) -> float:
+        return float(scores[name][choices[name].indices].double().sum())
+
+    return sum(held(name, chosen) / held(name, largest) for name in scores) / len(scores)
+
+
+def stops(halves: Mapping[int, float | None]) -> dict[str, Any]:
+    """How many samples it takes for agreements, None where there are too few here; where ``"auto"`` stops."""
+
+    def first(wanted: float, least: int = 0) -> int | None:
+        enough = [n for n, agreement in halves.items() if n >= least and agreement is not None and agreement >= wanted]
+        return min(enough, default=None)
+
+    most = max(n for n in halves if n <= MAX_SAMPLES)
+    return {
+        "samples_for": {str(wanted): first(wanted) for wanted in (0.7, 0.8, 0.9, 0.95)},
+        "auto": first(SUFFICIENT_AGREEMENT, MIN_SAMPLES) or most,
+    }
+
+
+class Model:
+    """A base model by its name, and selections on it in bfloat16 autocast."""
+
+    def __init__(self, name: str):
+        self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(name)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+
+    def batches(self, examples: list[Example]) -> DataLoader:
+        data: Any = TokenizedExamples(examples, self.tokenizer, MAX_LENGTH)
+        return DataLoader(data, batch_size=BATCH_SIZE, collate_fn=DataCollatorForSeq2Seq(self.tokenizer))
+
+    def adapted(self, **config: Any) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)
+        return get_peft_model(base, FGGMConfig(task_type="CAUSAL_LM", target_modules="all-linear", **config))
+
+    def study(self, examples: list[Example], cases: list[Case], score: Callable) -> tuple[Study, Totals]:
+        """One pass that gathers rows and columns, and elements of every tenth block.
+
+        Args:
+            score: (case, layer, module path, what was gathered) -> scores, see ``Study``.
+        """
+        model = self.adapted(granularity="element")
+        layers = fggm_layers(model, "default")
+        for name, layer in layers.items():
+            if int(re.search(r"\.(\d+)\.", name)[1]) % EVERY:
+                layer.granularity["default"] = RowsAndColumns()
+        study = Study(layers, cases, lambda case, name, gathered: score(case, layers[name], name, gathered))
+        fisher = FisherPass(model, model.peft_config["default"], "default", self.batches(examples), None, progress=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            totals = fisher.run(layers, None, study.take, FIRST_CHECK, "Samples")
+        return study, totals
+
+    def speed(self, examples: list[Example], granularity: str) -> dict[str, Any]:
+        """``select_parameters`` on a few samples."""
+        model = self.adapted(granularity=granularity, density=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            report = select_parameters(model, self.batches(examples), TIMED_SAMPLES, progress=False)
+        return {"samples": report.samples, "seconds": report.seconds}
+
+
+def measure_reference(model: Model, text: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What there is of a general text, module by module; how many of its samples would rank columns alike."""
+    paragraphs = [Example("", part.strip()) for part in text.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+
+    def score(case: Case, layer: FGGMLayer, name: str, gathered: Tensor) -> Tensor:
+        harm = units_of(case, layer, gathered)
+        return scored(case, layer, torch.ones_like(harm), harm)  # if every gain were equal
+
+    study, totals = model.study(paragraphs, WEIGHED, score)
+    found = {"curves": list(study.curves(totals)), "counts": list(study.halves[WEIGHED[0]])}
+    return {name: totals.mean(name, "fisher").clone() for name in study.layers}, found
+
+
+def measure(model: Model, task: Path, limit: int, reference: Mapping[str, Tensor]) -> dict[str, Any]:
+    """All curves of one task, and how long its selections take."""
+    examples = load_examples(DataSource(str(task)), model.tokenizer, limit)
+
+    def score(case: Case, layer: FGGMLayer, name: str, gathered: Tensor) -> Tensor | None:
+        task = units_of(case, layer, gathered)
+        return None if task is None else scored(case, layer, task, units_of(case, layer, reference[name]))
+
+    start = time.perf_counter()
+    study, totals = model.study(examples, FISHER + WEIGHED, score)
+    curves = list(study.curves(totals))
+    return {
+        "counts": list(study.halves[FISHER[0]]),
+        "seconds": time.perf_counter() - start,
+        "choosing_seconds": study.seconds,
+        "curves": curves,
+        "speed": {name: model.speed(examples, name) for name in GRANULARITIES},
+    }
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Agreement of halves above, the score that is found below; task below task, at a density of 10 %."""
+    names = {"row": "Fisher, rows", "column": "Fisher, columns", "element": "Fisher, elements"}
+    tasks = results["tasks"]
+    figure, axes = new_figure(0.3 + 4.2 * len(tasks), rows=2 * len(tasks))
+    for number, (task, found) in enumerate(tasks.items()):
+        curves = [curve for curve in found["curves"] if curve["density"] == 0.1]
+        series = {
+            names[c["granularity"]] if c["criterion"] == "fisher" else "gain per harm, columns": c for c in curves
+        }
+        styles = looks(list(series))
+        above, below = axes[2 * number : 2 * number + 2]
+        lines(above, found["counts"], {name: curve["halves"] for name, curve in series.items()}, styles)
+        doubling(above, found["counts"], {f"enough: {SUFFICIENT_AGREEMENT:g}": SUFFICIENT_AGREEMENT})
+        above.set_ylim(0.35, 1.0)
+        titles(above, task, y="agreement of halves")
+        # of an even half: a support from n samples is that of 2n in the figures
+        halves, held = [n // 2 for n in found["counts"][:-1]], slice(0, -1)
+        lines(below, halves, {name: curve["score_held"][held] for name, curve in series.items()}, styles)
+        doubling(below, halves, {})
+        below.set_ylim(0.9, 1.0)
+        titles(below, x="samples", y="score found")
+    legend(axes[0], list(series))
+    save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("tasks", nargs="+", type=Path)
+    parser.add_argument("--general", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=MAX_SAMPLES, help="of each task at most")
+    arguments = parser.parse_args()
+    model = Model(arguments.model)
+    reference, found = measure_reference(model, arguments.general)
+    results = {"model": Path(arguments.model).name, "reference": found, "tasks": {}}
+    for task in arguments.tasks:
+        results["tasks"][task.name] = measure(model, task, arguments.samples, reference)
+        for measured in ("halves", "independent", "score_held"):
+            counts, curves = results["tasks"][task.name]["counts"], results["tasks"][task.name]["curves"]
+            title = "{criterion}, {granularity}s, {density:.0%}"
+            rows = {title.format(**c): dict(zip(map(str, counts), c[measured], strict=True)) for c in curves}
+            show(f"{task.name}: {measured} by the number of samples", rows)
+    print("written to", write("samples", results))
+    draw(results, Path(__file__).parent.parent / "docs" / "samples.png")
+
+
+if __name__ == "__main__":
+    main()

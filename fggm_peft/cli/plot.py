@@ -1,0 +1,160 @@
+"""``fggm plot``: pictures of what saved adapters chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from .command import Result
+from .output import complete_folder, require_adapter, require_free
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+    from torch import nn
+
+    from ..selection.saved import SavedAdapter
+
+
+def run(
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids of FGGM adapters.", metavar="ADAPTER...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="Folder or Hub id of the base, if not where the adapters say. Only its config is read."),
+    ] = None,
+    format: Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Of the pictures.")] = "svg",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures in the output folder.")] = False,
+) -> Result:
+    """Draw what each ADAPTER may move, layer by layer, and what several have in common.
+
+    Where its files have them, also how its scores fall (saved scores of rows or columns) and how the halves of its
+    samples agreed. No weights of the base are loaded.
+    """
+    require_free(output, overwrite)
+    for name in adapters:
+        require_adapter(name)
+
+    from ..selection.pictures import write_pictures
+    from ..selection.saved import base_without_weights, saved_adapter
+
+    found = [saved_adapter(name) for name in adapters]
+    base = model or _common_base(found)
+    skeleton = base_without_weights(base, found[0].config, trust_remote_code)
+    drawing = _Drawing(found, skeleton)
+    with complete_folder(output) as folder:
+        files = write_pictures(drawing.pictures(), folder, format)
+    data = {
+        "model": base,
+        "output": str(output),
+        "pictures": [file.name for file in files],
+        "adapters": drawing.entries,
+        "overlap": drawing.overlap,
+    }
+    return Result(data, _table(data))
+
+
+def _common_base(adapters: list[SavedAdapter]) -> str:
+    """The base that all adapters name.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    names = {adapter.config.base_model_name_or_path for adapter in adapters}
+    if len(names) > 1:
+        raise ValueError(f"the adapters name different bases ({', '.join(sorted(map(str, names)))}): give --model")
+    (name,) = names
+    if not name:
+        raise ValueError("the adapters do not name their base: give --model")
+    return name
+
+
+class _Drawing:
+    """Draws adapters of one base, and keeps what it says of each.
+
+    Args:
+        adapters: at least one.
+        model: their base, without weights.
+    """
+
+    def __init__(self, adapters: list[SavedAdapter], model: nn.Module):
+        self.adapters, self.model = adapters, model
+        self.names = _names(adapters)
+        self.entries: list[dict[str, Any]] = []
+        self.overlap: dict[str, Any] | None = None
+
+    def pictures(self) -> Iterator[tuple[str, Figure]]:
+        """Name and figure of each picture."""
+        from ..continual.overlap import support_overlap
+        from ..selection.pictures import agreement_picture, overlap_picture
+
+        for name, adapter in zip(self.names, self.adapters, strict=True):
+            yield from self._of_one(name, adapter)
+        curves = {
+            name: adapter.checks
+            for name, adapter in zip(self.names, self.adapters, strict=True)
+            if any(agreement is not None for _, agreement in adapter.checks)
+        }
+        if curves:
+            yield "agreement", agreement_picture(curves)
+        kinds = sorted({adapter.config.granularity for adapter in self.adapters})
+        if len(kinds) > 1:
+            for entry in self.entries:
+                entry["left_out"]["overlap"] = f"units of different kinds are not compared ({', '.join(kinds)})"
+        elif len(self.adapters) > 1:
+            found = support_overlap(self.model, [adapter.folder for adapter in self.adapters])
+            assert found is not None  # all are FGGM
+            self.overlap = {"names": self.names, **found}
+            yield "overlap", overlap_picture(self.names, found["jaccard"], found["chance"])
+
+    def _of_one(self, name: str, adapter: SavedAdapter) -> Iterator[tuple[str, Figure]]:
+        from ..selection.pictures import density_picture, file_name, spectrum_picture
+        from ..selection.saved import shares_of
+
+        several = len(self.adapters) > 1
+        suffix, title = (f"-{file_name(name)}", name) if several else ("", "")
+        shares = shares_of(self.model, adapter.supports(self.model))
+        why = adapter.why_no_spectrum()
+        total = sum(entries for _, entries in shares.values())
+        missing = {"spectrum": why} if why else {}
+        if not adapter.checks:
+            missing["agreement"] = 'it was not selected with num_samples="auto", or by an older version'
+        self.entries.append(
+            {
+                "adapter": adapter.name,
+                "name": name,
+                "density": sum(share * entries for share, entries in shares.values()) / total,
+                "modules": {module: share for module, (share, _) in shares.items()},
+                "left_out": missing,
+            }
+        )
+        yield f"density{suffix}", density_picture(shares, title)
+        if why is None:
+            densities = {module: share for module, (share, _) in shares.items()}
+            spectra = {module: values for module, values in adapter.spectra().items() if module in densities}
+            yield f"spectrum{suffix}", spectrum_picture(spectra, densities, adapter.config.granularity, title)
+
+
+def _names(adapters: list[SavedAdapter]) -> list[str]:
+    """The last part of each path, with a number in front where that is not enough to tell them apart."""
+    names = [adapter.folder.resolve().name if Path(adapter.name).is_dir() else adapter.name for adapter in adapters]
+    return names if len(set(names)) == len(names) else [f"{n}-{name}" for n, name in enumerate(names, start=1)]
+
+
+def _table(data: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{len(data['pictures'])} pictures in {data['output']}: {', '.join(data['pictures'])}")
+    table.add_column("adapter", overflow="fold")
+    table.add_column("may move", justify="right")
+    table.add_column("not drawn", overflow="fold")
+    for entry in data["adapters"]:
+        reasons = [f"{picture}: {why}" for picture, why in entry["left_out"].items()]
+        table.add_row(entry["adapter"], f"{entry['density']:.2%}", "\n".join(reasons))
+    return table

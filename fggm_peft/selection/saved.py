@@ -1,0 +1,113 @@
+"""What saved adapters chose, read from their files and the base's configuration: no weights of the base are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoConfig
+
+from ..core.spectrum import spectrum
+from ..tuner.card import auto_class_name
+from ..tuner.config import FGGMConfig
+from ..tuner.history import SCORES_FILE, load_record
+from ..tuner.layer_types import make_layer
+from .protection import Support, supports_in_file
+
+_SCORES = {"fisher": "fisher", "batch_gradient": "batch_gradient"}
+"""Criterion -> statistic, where the scores are the statistic itself."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """One adapter.
+
+    Args:
+        name: as the user gave it.
+        folder: where its files are.
+        config: its config.
+    """
+
+    name: str
+    folder: Path
+    config: FGGMConfig
+
+    @property
+    def checks(self) -> list[tuple[int, float | None]]:
+        """What "auto" saw when it was selected: samples and agreement; empty if its config does not say."""
+        return [(samples, agreement) for samples, agreement in (self.config.selection or {}).get("checks", [])]
+
+    def supports(self, model: nn.Module) -> dict[str, Support]:
+        """Module path -> what the adapter holds of it; raises ``AdapterFileError`` if it was made for another base."""
+        return dict(supports_in_file(model, str(self.folder)))
+
+    def why_no_spectrum(self) -> str | None:
+        """Why the spectrum of its scores is not known; None if it is."""
+        if not (self.folder / SCORES_FILE).is_file():
+            return "no scores were saved (fggm select --save-scores)"
+        if self.config.criterion not in _SCORES:
+            return f"the file of scores has what {self.config.criterion!r} looks at, not its scores"
+        if self.config.granularity == "element":
+            return "of single elements only row and column sums are saved"
+        if self.config.protect:
+            return "the scores were scaled by protection, which the file does not say"
+        return None
+
+    def spectra(self) -> dict[str, list[float]]:
+        """Module path -> its spectrum, from saved scores.
+
+        Raises:
+            ScoreFileError: the file is damaged.
+        """
+        scores = load_record(self.folder).scores.get(_SCORES[self.config.criterion], {})
+        return {name: spectrum(kept[0]) for name, kept in scores.items()}
+
+
+def saved_adapter(name: str) -> SavedAdapter:
+    """An adapter by its folder or Hub id.
+
+    Raises:
+        ValueError: it is no FGGM adapter.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, FGGMConfig):
+        raise ValueError(f"{name!r} is a {config.peft_type} adapter, not FGGM")
+    return SavedAdapter(name, folder, config)
+
+
+def base_without_weights(name: str, config: FGGMConfig, trust_remote_code: bool = False) -> nn.Module:
+    """The base model of an adapter on the meta device.
+
+    Args:
+        name: folder or Hub id of the base; of its files only the configuration is read.
+
+    Raises:
+        ValueError: there is none under this name.
+    """
+    try:
+        base = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot read the configuration of the base {name!r}; name it by --model: {reason}") from error
+    auto_class = getattr(transformers, auto_class_name(config))
+    with init_empty_weights():
+        return auto_class.from_config(base, trust_remote_code=trust_remote_code)
+
+
+def shares_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, tuple[float, int]]:
+    """Module path -> share of its weight that may move, entries of the weight; in the model's order."""
+    found = {}
+    for name, module in model.named_modules():
+        if name in supports:
+            granularity, indices = supports[name]
+            shape = make_layer(module, name).weight_shape
+            found[name] = len(indices) / granularity.units(shape), shape[0] * shape[1]
+    return found
