@@ -173,13 +173,16 @@ def _by_length(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
     """
     if g.device.type != "cpu":
         return [(x, g)]
-    idle = g[..., 0] == 0  # a look at one feature first
-    if not idle.any():
+    idle, few = g[..., 0] == 0, 0.1 * g[..., 0].numel()  # a look at one feature first
+    if idle.sum() <= few:
         return [(x, g)]
     idle[idle.clone()] = ~g[idle].any(1)
-    spans = [(int(at[0]), int(at[-1]) + 1) if len(at) else (0, 0) for at in (row.nonzero()[:, 0] for row in ~idle)]
-    if sum(end - start for start, end in spans) > 0.9 * idle.numel():
+    busy = (~idle).byte()
+    starts = busy.argmax(1)
+    ends = (busy.shape[1] - busy.flip(1).argmax(1)).where(busy.any(1), 0)
+    if idle.numel() - (ends - starts).sum() <= few:
         return [(x, g)]
+    spans = zip(starts.tolist(), ends.tolist(), strict=True)
     return [(x[b : b + 1, start:end], g[b : b + 1, start:end]) for b, (start, end) in enumerate(spans)]
 
 
