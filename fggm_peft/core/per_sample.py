@@ -76,6 +76,7 @@ class GramMatrix:
 
     def __init__(self, shared_by: int = 1):
         self.shared_by = shared_by
+        self._done = 0
         self._known: dict[tuple, tuple[Tensor, list[Block]]] = {}
 
     def __call__(self, x: Tensor) -> list[Block]:
@@ -86,8 +87,8 @@ class GramMatrix:
 
     def done(self) -> None:
         """One of the layers needs it no more."""
-        self.shared_by -= 1
-        if self.shared_by <= 0:
+        self._done += 1
+        if self._done >= self.shared_by:
             self._known.clear()
 
 
@@ -179,7 +180,7 @@ def _by_length(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
     idle[idle.clone()] = ~g[idle].any(1)
     busy = (~idle).byte()
     starts = busy.argmax(1)
-    ends = (busy.shape[1] - busy.flip(1).argmax(1)).where(busy.any(1), 0)
+    ends = (busy.shape[1] - busy.flip(1).argmax(1)).where(~idle.all(1), 0)
     if idle.numel() - (ends - starts).sum() <= few:
         return [(x, g)]
     spans = zip(starts.tolist(), ends.tolist(), strict=True)
