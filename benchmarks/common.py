@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +40,24 @@ def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: i
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
+def clock() -> float:
+    """Seconds of this process: of its one thread, which other processes disturb less, or of the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """The highest sum of what torch allocated on the CPU during a call, above what was allocated before it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    live = peak = 0
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak / 2**20
+
+
 def case_name(hidden: int, layers: int, length: int, size: int, dtype: torch.dtype) -> str:
     """What was measured, as a key of the result file."""
     kind = str(dtype).removeprefix("torch.")
@@ -55,16 +74,19 @@ def batches(count: int, size: int, length: int, vocab: int = VOCABULARY) -> list
     return result
 
 
-def interleaved(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call of each variant, taken in turns so that all see the same disturbances."""
+def interleaved(variants: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call of each variant, taken in turns so that all see the same disturbances.
+
+    A call that returns a number has taken its own time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in tqdm(range(repeats + 1), desc="rounds", disable=None):
+    for round_number in tqdm(range(warm_up + repeats), desc="rounds", disable=None):
         for name, call in variants.items():
             gc.collect()
-            start = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - start
-            if round_number:  # the first round warms up
+            start = clock()
+            own = call()
+            elapsed = own if isinstance(own, float) else clock() - start
+            if round_number >= warm_up:
                 seconds[name].append(elapsed)
     return seconds
 
@@ -88,7 +110,7 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    packages = ("torch", "peft", "transformers", "bitsandbytes", "fggm-peft")
+    packages = ("torch", "peft", "transformers", "bitsandbytes", "opacus", "backpack-for-pytorch", "fggm-peft")
     versions = {}
     for package in packages:
         try:
@@ -100,6 +122,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "CPU time" if torch.get_num_threads() == 1 else "wall time",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": versions,

@@ -1,77 +1,204 @@
-"""The Fisher pass against a frozen forward and backward of the same batches, and against a naive loop.
+"""The Fisher pass against a frozen forward and backward of the same batch, and against other per-sample gradients.
 
-python benchmarks/selection.py [--quick] [--dtype bfloat16]
+All are interleaved in one process. A pass is timed from the batch that it is handed to the next one it asks for: its
+setup is not of the batch. Memory is the peak of what torch allocated on the CPU during the pass, its results included.
+
+OMP_NUM_THREADS=1 python benchmarks/selection.py [--model FOLDER] [--quick] [--dtype bfloat16]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
 
 import torch
-from common import batches, case_name, interleaved, llama, ratios, show, write
+from common import batches, clock, interleaved, llama, peak_mib, ratios, show, write
+from peers import LOOP, Scores, peers, twin
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fggm_peft import FGGMConfig
 from fggm_peft.selection.fisher_pass import FisherPass
 from fggm_peft.selection.log_likelihood import default_log_likelihood
 from fggm_peft.tuner.support import fggm_layers
 
+CASES = ((32, 4), (128, 4), (512, 2))  # positions, samples
+PEER_REPEATS = 2  # they take so much longer that noise does not matter
 
-def frozen_pass(model, data) -> None:
+
+def frozen_pass(model, batch) -> None:
     """Forward and backward down to the embeddings' output, as any frozen base costs."""
     likelihood = default_log_likelihood(model, None)
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
     try:
-        for batch in data:
-            likelihood(model, batch).sum().backward()
+        likelihood(model, batch).sum().backward()
     finally:
         handle.remove()
 
 
-def naive_pass(model, data) -> None:
-    """One sample at a time, with the full weight gradient of every linear layer: what the Gram form replaces."""
-    likelihood = default_log_likelihood(model, None)
-    weights = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    scores = [torch.zeros(len(weight)) for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    for batch in data:
-        for sample in range(len(batch["input_ids"])):
-            one = {key: value[sample : sample + 1] for key, value in batch.items()}
-            gradients = torch.autograd.grad(likelihood(model, one).sum(), weights)
-            for score, gradient in zip(scores, gradients, strict=True):
-                score += gradient.float().square().sum(1)
-    for weight in weights:
-        weight.requires_grad_(False)
+class TimedBatch:
+    """A dataloader of one batch; the seconds from handing it out to being asked for the next."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]):
+        self.batch, self.seconds = batch, 0.0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        start = clock()
+        yield self.batch
+        self.seconds = clock() - start
 
 
-def measure(hidden: int, layers: int, length: int, size: int, dtype: torch.dtype, repeats: int):
-    data = batches(1, size, length)
-    base = llama(hidden, layers, dtype).requires_grad_(False)
-    variants = {"frozen": lambda: frozen_pass(base, data), "naive one-sample loop": lambda: naive_pass(base, data)}
-    for granularity in ("row", "column", "element"):
-        model = get_peft_model(llama(hidden, layers, dtype), FGGMConfig(granularity=granularity))
-        fisher = FisherPass(model, model.peft_config["default"], "default", data, None, progress=False)
-        group = fggm_layers(model, "default")
-        variants[f"{granularity}s, exact"] = lambda f=fisher, g=group: f.run(g, None, None, 1, "")
-    return ratios(interleaved(variants, repeats), "frozen")
+class Selection:
+    """Our pass over one batch."""
+
+    def __init__(self, model: PreTrainedModel, batch: dict, statistic: str = "fisher", **config):
+        self.data, self.statistic = TimedBatch(batch), statistic
+        tuned = get_peft_model(twin(model), FGGMConfig(target_modules="all-linear", **config))
+        self.layers = fggm_layers(tuned, "default")
+        self.model = tuned.get_base_model()
+        self.fisher = FisherPass(
+            tuned, tuned.peft_config["default"], "default", self.data, None, progress=False, statistics=(statistic,)
+        )
+
+    def __call__(self) -> float:
+        self.fisher.run(self.layers, None, None, 1, "")
+        return self.data.seconds
+
+    def scores(self) -> Scores:
+        totals = self.fisher.run(self.layers, None, None, 1, "")
+        return {n.removeprefix("base_model.model."): totals.samples * totals.mean(n, "fisher") for n in self.layers}
+
+    def sums_mib(self) -> float:
+        """The running sums of elements, one for each half of the samples, which are the result."""
+        return sum(2 * 4 * math.prod(layer.weight_shape) for layer in self.layers.values()) / 2**20
+
+
+def selections(model: PreTrainedModel, batch: dict) -> dict[str, Selection]:
+    result = {
+        "rows, exact": Selection(model, batch, granularity="row"),
+        "columns, exact": Selection(model, batch, granularity="column"),
+        "elements, exact": Selection(model, batch, granularity="element"),
+        "batch gradient, no Fisher": Selection(model, batch, "batch_gradient", granularity="row"),
+    }
+    if any(field.name == "fisher_estimate" for field in dataclasses.fields(FGGMConfig)):
+        result["rows, sketch"] = Selection(model, batch, granularity="row", fisher_estimate="sketch")
+        result["columns, sketch"] = Selection(model, batch, granularity="column", fisher_estimate="sketch")
+    else:
+        print("this version has no fisher_estimate='sketch': not measured")
+    return result
+
+
+def error(scores: Scores, expected: Scores) -> float:
+    """The largest relative error of a layer's scores."""
+    return max(float((scores[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
+
+
+def layer_mib(model: PreTrainedModel, batch: dict) -> float:
+    """What one block keeps from forward to backward in the frozen pass."""
+    layers = model.model.layers
+    with_all = peak_mib(lambda: frozen_pass(model, batch))
+    model.model.layers = layers[:-2]
+    try:
+        return (with_all - peak_mib(lambda: frozen_pass(model, batch))) / 2
+    finally:
+        model.model.layers = layers
+
+
+def checkpointed_mib(model: PreTrainedModel, batch: dict) -> dict[str, float]:
+    """Peaks with gradient checkpointing."""
+    ours = Selection(model, batch, granularity="row")
+    passes = {"frozen, checkpointed": (twin(model), None), "rows, exact, checkpointed": (ours.model, ours)}
+    result = {}
+    for name, (of_pass, run) in passes.items():
+        of_pass.gradient_checkpointing_enable()
+        of_pass.train()
+        result[name] = peak_mib(run or functools.partial(frozen_pass, of_pass, batch))
+    return result
+
+
+def measure(model: PreTrainedModel, length: int, size: int, repeats: int) -> dict[str, dict[str, float]]:
+    batch = batches(1, size, length, model.config.vocab_size)[0]
+    ours, others = selections(model, batch), peers(model)
+    frozen = twin(model)
+    calls = {"frozen": functools.partial(frozen_pass, frozen, batch), **ours}
+    found: dict[str, Scores] = {}
+
+    def keep(name: str) -> None:
+        found[name] = others[name](batch)
+
+    slow = {name: functools.partial(keep, name) for name in others}
+    peaks = {name: peak_mib(call) for name, call in (calls | slow).items()}  # warms up, too
+    results = ratios(interleaved(calls, repeats, warm_up=0), "frozen")
+    floor_and_slow = {"frozen": calls["frozen"], **slow}
+    together = ratios(interleaved(floor_and_slow, min(repeats, PEER_REPEATS), warm_up=0), "frozen")
+    results |= {name: row for name, row in together.items() if name in slow}
+    exact = found[LOOP]
+    found["rows, exact"] = ours["rows, exact"].scores()
+    for name, scores in found.items():
+        results[name]["error"] = error(scores, exact)
+    for name, peak in peaks.items():
+        results[name]["peak_mib"] = peak
+    results["elements, exact"]["of_it_sums_mib"] = ours["elements, exact"].sums_mib()
+    first = {key: value[:1] for key, value in batch.items()}
+    extra = {"rows, exact, one sample": peak_mib(Selection(model, first, granularity="row"))}
+    extra |= {"one layer's activations": layer_mib(frozen, batch)} | checkpointed_mib(model, batch)
+    return results | {name: {"peak_mib": peak} for name, peak in extra.items()}
+
+
+def verdicts(results: dict[str, dict[str, float]], length: int, hidden: int) -> dict[str, dict[str, float | bool]]:
+    """Each goal of one case, what was reached, and whether that is enough."""
+
+    def verdict(reached: float, goal: float) -> dict[str, float | bool]:
+        return {"reached": reached, "goal": goal, "met": reached <= goal}
+
+    goals = {}
+    for name, goal in (("rows", 1.15), ("columns", 1.15), ("elements", 1.5)):
+        if length <= 0.3 * hidden or name == "elements":
+            goals[f"{name}: time over the frozen pass"] = verdict(results[f"{name}, exact"]["ratio_min"], goal)
+    layer = results["one layer's activations"]["peak_mib"]
+    for kind in ("", ", checkpointed"):
+        extra = results[f"rows, exact{kind}"]["peak_mib"] - results[f"frozen{kind}"]["peak_mib"]
+        goals[f"rows{kind}: layers' activations over the frozen pass"] = verdict(extra / layer, 1.0)
+    rows = results["rows, exact"]
+    one = results["rows, exact, one sample"]
+    for peer in (name for name, row in results.items() if "error" in row and name != "rows, exact"):
+        same_size = one if peer == LOOP else rows  # the loop has one sample at a time in memory
+        goals[f"rows: time over {peer}"] = verdict(rows["ratio_min"] / results[peer]["ratio_min"], 1.0)
+        goals[f"rows: peak memory over {peer}"] = verdict(same_size["peak_mib"] / results[peer]["peak_mib"], 1.0)
+    return goals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small model, few repeats")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder, e.g. of SmolLM2-135M, to measure beside the random Llama")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--quick", action="store_true", help="a small random model at one length; nothing is written")
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    cases = [(512, 8, 128, 8, torch.float32), (1024, 4, 128, 8, torch.float32), (1024, 4, 128, 8, torch.bfloat16)]
-    results = {}
-    for hidden, layers, length, size, dtype in cases[:1] if arguments.quick else cases:
-        name = case_name(hidden, layers, length, size, dtype)
-        repeats = 3 if arguments.quick else arguments.repeats
-        results[name] = measure(hidden, layers, length, size, dtype, repeats)
-        show(name, results[name])
+    dtype, cases, repeats = getattr(torch, arguments.dtype), CASES, arguments.repeats
+    models = {"Llama, random weights": functools.partial(llama, 768, 8, dtype)}
+    if arguments.model:
+        load = AutoModelForCausalLM.from_pretrained
+        models[arguments.model.rstrip("/").rpartition("/")[2]] = lambda: load(arguments.model, dtype=dtype).eval()
+    if arguments.quick:
+        models, cases, repeats = {"Llama, random weights": functools.partial(llama, 256, 4, dtype)}, CASES[1:2], 2
+    figures, goals = {}, {}
+    for model_name, build in models.items():
+        model = build().requires_grad_(False)
+        hidden = model.config.hidden_size
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        for length, size in cases:
+            name = f"{model_name}, {millions:.0f} M, hidden {hidden}, T {length}, batch {size}, {arguments.dtype}"
+            figures[name] = measure(model, length, size, repeats)
+            goals[name] = verdicts(figures[name], length, hidden)
+            show(name, figures[name])
+            show("goals", goals[name])
     if not arguments.quick:
-        print("written to", write("selection", results))
+        print("written to", write("selection", {"figures": figures, "goals": goals}))
 
 
 if __name__ == "__main__":

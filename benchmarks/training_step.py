@@ -12,10 +12,9 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import batches, case_name, interleaved, llama, ratios, show, write
+from common import batches, case_name, interleaved, llama, peak_mib, ratios, show, write
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from fggm_peft import FGGMConfig
 
@@ -73,17 +72,6 @@ class Step:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def peak_mib(self) -> float:
-        """Highest sum of allocations during a step, above what was allocated before it."""
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            self()
-        live = peak = 0
-        for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peak = max(peak, live)
-        return peak / 2**20
-
 
 def measure(hidden: int, layers: int, length: int, size: int, dtype: torch.dtype, density: float, repeats: int):
     def build():
@@ -100,7 +88,7 @@ def measure(hidden: int, layers: int, length: int, size: int, dtype: torch.dtype
     results = ratios(interleaved(dict(steps), repeats), "frozen")
     for name, step in steps.items():
         results[name]["trainable"] = trainable(step.model)
-        results[name]["peak_mib"] = step.peak_mib()
+        results[name]["peak_mib"] = peak_mib(step)
     for name in steps:
         for peer in ("LoRA", "SHiRA"):
             results[name][f"over_{peer}"] = results[name]["ratio_min"] / results[peer]["ratio_min"]

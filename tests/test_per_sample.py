@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import per_sample_gradients, per_sample_weight_gradients, relative_error, unit_scores
 from torch import nn
@@ -68,9 +68,75 @@ def test_the_gram_and_the_direct_form_give_the_same(t, monkeypatch):
 
 
 @given(t=st.integers(1, 5000), o=st.integers(1, 5000), i=st.integers(1, 5000), layers=st.sampled_from([1, 2, 4]))
+@example(t=127, o=254, i=254, layers=1)
+@example(t=128, o=160, i=160, layers=1)
+@example(t=128, o=161, i=160, layers=1)
 def test_the_gram_form_is_taken_when_it_multiplies_less(t, o, i, layers):
-    # per sample and layer: x @ x.mT, computed once for all of them, and its product with g, against g.mT @ x
-    assert gram_is_cheaper(t, o, i, layers) == (t * t * i + layers * t * t * o < layers * t * o * i)
+    # per sample and layer: x @ x.mT, computed once for all of them, and its product with g, against g.mT @ x. Of the
+    # Gram matrix in four blocks a side, ten of sixteen are formed
+    square = 16 * t * t if t < 128 else 10 * t * t
+    assert gram_is_cheaper(t, o, i, layers) == (square * i + layers * square * o < layers * 16 * t * o * i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [1, 127, 128, 130])
+def test_blocks_of_the_lower_triangle_give_the_whole_quadratic_form(t, dtype):
+    x, g = torch.randn(2, t, 7).to(dtype), torch.randn(2, t, 5).to(dtype)
+    blocks = GramMatrix()(x)
+    assert (len(blocks), blocks[0].start, blocks[-1].end) == (4 if t >= 128 else 1, 0, t)
+    assert all(block.products.shape == (2, block.end - block.start, block.end) for block in blocks)
+    expected = per_sample_gradients(x, g).square().sum(2)
+    error = relative_error(per_sample._quadratic_form(g, blocks), expected)
+    assert error < (1e-12 if dtype == torch.float64 else FLOAT32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(t=st.integers(120, 140), o=st.integers(1, 300), i=st.integers(1, 300))
+def test_scores_agree_with_autograd_on_both_sides_of_every_switch(t, o, i):
+    x, g = torch.randn(2, t, i, dtype=torch.float64), torch.randn(2, t, o, dtype=torch.float64)
+    expected = (g.mT @ x).square()
+    gradients = LinearGradients(x, g)
+    assert relative_error(gradients.row_scores(), expected.sum(2)) < 1e-12
+    assert relative_error(gradients.column_scores(), expected.sum(1)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [0, 8 * 5 * 4, 8 * 5 * 4 + 1, 8 * 5 * 7])
+def test_a_matrix_in_pieces_of_any_size_gives_the_same(granularity, size, monkeypatch):
+    monkeypatch.setattr(per_sample, "_CHUNK_BYTES", size)  # 3 rows (as many as positions), 4, 4 and all 7 at once
+    monkeypatch.setattr(per_sample, "gram_is_cheaper", lambda *args: False)
+    x, g = torch.randn(5, 3, 5, dtype=torch.float64), torch.randn(5, 3, 7, dtype=torch.float64)
+    expected = naive_halves(per_sample_gradients(x, g), granularity)
+    assert relative_error(halves(LinearGradients(x, g), granularity, units(granularity, 7, 5)), expected) < FLOAT32
+
+
+@settings(max_examples=40, deadline=None)
+@given(spans=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4), gap=st.booleans())
+def test_positions_without_a_gradient_change_nothing(spans, gap):
+    b, t, o, i = len(spans), 9, 4, 3
+    x, g = torch.randn(b, t, i, dtype=torch.float64), torch.randn(b, t, o, dtype=torch.float64)
+    for sample, (start, end) in enumerate(spans):
+        g[sample, :start], g[sample, end:] = 0, -0.0
+    g[:, :, 0] *= not gap  # a feature without a gradient is not a position without one
+    half = torch.arange(b) % 2
+    for name in GRANULARITIES:
+        expected = naive_halves(per_sample_gradients(x, g), name, half)
+        assert relative_error(halves(LinearGradients(x, g), name, units(name, o, i), half), expected) < FLOAT32
+
+
+def test_padding_at_either_end_is_left_out_of_the_products():
+    x, g = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
+    g[0, 5:], g[1, :6], g[2] = 0, 0, 0
+    parts = per_sample._by_length(x, g)
+    assert [part.shape[1] for part, _ in parts] == [5, 2, 0]
+    assert [part.data_ptr() for part, _ in parts[:2]] == [x.data_ptr(), x[1, 6:].data_ptr()]  # nothing is copied
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_left_out(value, granularity):
+    x, g = torch.ones(2, 4, 3), torch.zeros(2, 4, 5)
+    g[1, 2, 3] = value
+    actual = halves(LinearGradients(x, g), granularity, units(granularity, 5, 3), torch.tensor([0, 1]))
+    assert not torch.isfinite(actual[1]).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,20 +165,26 @@ def test_scores_are_added_to_what_is_there(granularity):
     torch.testing.assert_close(twice, 2 * once)
 
 
-def test_layers_with_one_input_share_its_gram_matrix_which_is_then_forgotten():
-    x, other, gram = torch.randn(2, 3, 8), torch.randn(2, 3, 8), GramMatrix(shared_by=3)
-    torch.testing.assert_close(gram(x), x @ x.mT)
+def test_layers_with_one_input_share_its_gram_matrix_which_is_forgotten_when_they_are_done():
+    x, other, gram = torch.randn(2, 3, 8), torch.randn(2, 3, 8), GramMatrix(shared_by=2)
+    torch.testing.assert_close(gram(x)[0].products, x @ x.mT)
     assert gram(x) is gram(x)
-    torch.testing.assert_close(gram(other), other @ other.mT)
-    assert gram._last is None
+    torch.testing.assert_close(gram(other)[0].products, other @ other.mT)
+    gram.done()
+    assert len(gram._known) == 2
+    gram.done()  # a layer may be done without having asked
+    assert not gram._known
 
 
-def test_a_shared_gram_matrix_gives_each_layer_its_own_scores():
-    x, gram = torch.randn(2, 2, 8), GramMatrix(shared_by=2)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_shared_gram_matrix_gives_each_layer_its_own_scores(padded):
+    x, gram = torch.randn(2, 4, 8), GramMatrix(shared_by=2)
     for o in (9, 12):
-        g = torch.randn(2, 2, o)
+        g = torch.randn(2, 4, o)
+        g[1, 2:] *= not padded
         scores = LinearGradients(x, g, gram).row_scores()
         assert relative_error(scores, per_sample_gradients(x, g).square().sum(2)) < FLOAT32
+    assert len(gram._known) == (2 if padded else 1)
 
 
 # Convolutions ------------------------------------------------------------------------------------

@@ -152,6 +152,7 @@ class ScoreCollector:
         # a layer called twice (shared weights) sums its gradients before they are squared
         if len(self._seen[name]) == self._calls[name]:
             self._add(name, gram if self._calls[name] == 1 else None)
+        gram.done()
 
     def _add(self, name: str, gram: GramMatrix | None = None) -> None:
         layer = self.layers[name]
