@@ -23,7 +23,7 @@ from .core.threshold import (
     ThresholdPolicy,
     TopDensity,
 )
-from .selection import CostEstimate, SelectionReport, estimate, select_parameters
+from .selection import CostEstimate, SelectionReport, estimate, online_selection, select_parameters
 from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport
 from .version import __version__
 
@@ -56,6 +56,7 @@ __all__ = [
     "TopDensity",
     "__version__",
     "estimate",
+    "online_selection",
     "select_parameters",
 ]
 

@@ -70,6 +70,7 @@ CASES = {
         {"granularity": "column", "criterion": "input_ratio", "reference_texts": 5, "reference_length": 6},
         {"num_samples": None, "reference": token_batches(sizes=(4, 3, 2), seed=3)},
     ),
+    "a sketch": ({"fisher_estimate": "sketch", "sketch_size": 2}, {"num_samples": 11}),
     "gradients of batches": ({"criterion": "batch_gradient"}, {"num_samples": 10}),
     "mean gradients": ({"criterion": "gradient_low_magnitude"}, {"num_samples": None}),
 }

@@ -41,6 +41,8 @@ class ScoreCollector:
             other layers (embeddings, grouped convolutions), they are exact.
     """
 
+    listens = True  # False lets forward passes by that are no part of the batch
+
     def __init__(
         self,
         layers: Mapping[str, FGGMLayer],
@@ -99,8 +101,12 @@ class ScoreCollector:
 
     def backward(self, log_likelihood: Tensor) -> None:
         """Differentiate the summed log-likelihood, ``[b]``, collecting scores on the way."""
-        self._in_backward = True
+        self.backward_begins()
         log_likelihood.sum().backward()
+
+    def backward_begins(self) -> None:
+        """What is called from now on in this batch repeats calls that were counted."""
+        self._in_backward = True
 
     def end(self, batch_index: int) -> None:
         """Finish a batch.
@@ -134,7 +140,7 @@ class ScoreCollector:
 
     def _make_hook(self, name: str):
         def hook(module, args, kwargs, output):
-            if self._batch is None:
+            if self._batch is None or not self.listens:
                 return output
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
             if not self._in_backward:  # checkpointing repeats calls in backward; they have been counted

@@ -199,7 +199,7 @@ class FisherPass:
         for index in itertools.count():
             with self._reading_together():
                 batch = next(batches, None)
-                size = 0 if batch is None else _size(batch, index)
+                size = 0 if batch is None else batch_size(batch, index)
             sizes = self.ranks.gather(size)
             if not any(sizes):
                 return
@@ -242,7 +242,7 @@ class FisherPass:
         if self.generator is not None:  # what is drawn for a sample must not depend on the number of ranks
             self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
         batch = self._on_device(round.batch)
-        half = (torch.arange(round.size or _size(batch, index)) + round.first) % 2
+        half = (torch.arange(round.size or batch_size(batch, index)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         answers = self._answers(batch, len(half))
@@ -305,7 +305,7 @@ def _halves(samples: int, batches: int) -> tuple[Count, Count]:
     return Count((samples + 1) // 2, (batches + 1) // 2), Count(samples // 2, batches // 2)
 
 
-def _size(batch: Any, index: int) -> int:
+def batch_size(batch: Any, index: int) -> int:
     """How many samples a batch has.
 
     Raises:
