@@ -48,7 +48,7 @@ def require_online(config: FGGMConfig) -> None:
         raise ValueError("fisher_labels='model' draws labels, and online selection takes the loss of the data's own")
 
 
-class online_selection:  # noqa: N801  reads as a function in a with statement, as torch.no_grad does
+class online_selection:
     """Measure in the loop's own passes what may move, and fix it when the block ends, or after ``steps``.
 
     Within it nothing of the adapter trains: the first passes of training only measure. Every forward of ``model`` in
@@ -73,15 +73,15 @@ class online_selection:  # noqa: N801  reads as a function in a with statement, 
         history: as ``select_parameters`` takes it, as are ``protect`` and ``protection``.
 
     Attributes:
-        report: of the selection, None until the support is fixed; ``seconds`` is what it took beside the training passes.
+        report: of the selection, None until the support is fixed; its ``seconds`` are those beside training itself.
         samples: samples measured so far on this process.
 
     Raises:
         AlreadyTrainedError: the adapter holds trained values.
         NonFiniteScoreError: a score is NaN or infinite, from within ``backward``.
         RuntimeError: a forward without a backward of its own.
-        ValueError: what ``select_parameters`` raises; the criterion has no online form; the adapter is selected already;
-            the loss is not the model's own, and no ``loss_scale`` is given; the block ends without any pass.
+        ValueError: what ``select_parameters`` raises; the criterion has no online form; the adapter is selected
+            already; the loss is not the model's own, and no ``loss_scale`` is given; the block ends without any pass.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class online_selection:  # noqa: N801  reads as a function in a with statement, 
         current = self._pending
         if serial != self._serial or current is None:
             raise RuntimeError(
-                "online selection needs the backward of each forward before the next forward of the model in training mode"
+                "online selection needs the backward of each forward before the model's next forward in training mode"
             )
         if current.has_begun:
             return
@@ -291,8 +291,8 @@ class _Pass:
         elif name == "loss" and self.terms is not None:
             return -self.terms / gradient
         raise ValueError(
-            "online selection cannot tell how the loss is scaled: it is not the model's own mean over its labels. Say so "
-            "with loss_scale= (in a trainer, there is no online selection for such a loss)"
+            "online selection cannot tell how the loss is scaled, as it is not the model's own mean over its labels. "
+            "Give loss_scale=; in a trainer, leave online_selection out"
         )
 
 
@@ -365,6 +365,6 @@ def _refuse_packed(inputs: Mapping[str, Any]) -> None:
         starts = starts & (mask != 0)
     if bool((starts.sum(1) > 1).any()):
         raise ValueError(
-            "several sequences are packed into one row of the batch, and online selection cannot tell them apart; select "
-            "before training (select_parameters, or the trainer's own selection), or do not pack"
+            "several sequences are packed into one row of the batch, and online selection cannot tell them apart; "
+            "select before training (select_parameters, or the trainer's own selection), or do not pack"
         )

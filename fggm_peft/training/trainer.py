@@ -27,6 +27,7 @@ from ..selection.select import active_adapter
 from ..tuner.card import complete_card
 from .batches import Prompts, selection_batch
 from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
+from .online import OnlineWindow, require_share
 from .trl import fill_reference_, keep_values_wide_
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class FGGMTrainerMixin(_Trainer):
     selected already, because it was loaded or is being resumed, stays as it is. ``TrainingArguments`` needs no
     new field; how many samples to use and all else is on the ``FGGMConfig``.
 
+    With ``online_selection=0.1`` there is no pass before: the first tenth of the steps only measures what may move,
+    and the others train it (see ``fggm_peft.online_selection``). For one process, and a loss that is the model's own.
+
     Further, checkpoints are whole: one whose writing fails is removed, and ``resume_from_checkpoint=True``
     resumes from the newest that was written to its end.
 
@@ -54,14 +58,21 @@ class FGGMTrainerMixin(_Trainer):
             as a reward model's; None is what fits the model's head.
         selection_reference: as ``select_parameters`` takes it, such as a dataloader of general text (on each process
             its own share); None is what the config says.
+        online_selection: share of the steps that only measure, in (0, 1); None selects before the first step.
     """
 
     selection_report: SelectionReport | None = None
     selection_log_likelihood: LogLikelihood | None = None
     selection_reference: ReferenceData = None
+    online_selection: float | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, online_selection: float | None = None, **kwargs: Any):
+        if online_selection is not None:
+            self.online_selection = online_selection
+        require_share(self.online_selection)
         super().__init__(*args, **kwargs)
+        self._online_window = OnlineWindow(self)
+        self.add_callback(self._online_window)
         if self.model_init is None:
             keep_values_wide_(self.model)
             fill_reference_(self.model)
@@ -90,21 +101,29 @@ class FGGMTrainerMixin(_Trainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 load_before_sharding_(self.model, Path(resume_from_checkpoint))
         self.selection_report = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._online_window.abandon()  # still open after an exception only
 
     def _select(self) -> None:
-        if not unselected_adapters(self.model):
+        if self.online_selection is not None or not unselected_adapters(self.model):
             return
         with self._selection_dataloader() as dataloader:
             data = SelectionData(dataloader, self.selection_batch)
-            self.selection_report = select(
+            report = select(
                 self.model,
                 data,
                 self.accelerator.autocast(),
                 log_likelihood=self.selection_log_likelihood,
                 reference=self.selection_reference,
             )
-        self.log(logged(self.selection_report))
+        self.report_selection(report)
+
+    def report_selection(self, report: SelectionReport) -> None:
+        """Keep and log what was selected."""
+        self.selection_report = report
+        self.log(logged(report))
 
     @contextmanager
     def _selection_dataloader(self) -> Iterator[Any]:
