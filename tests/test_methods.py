@@ -169,6 +169,10 @@ def test_layers_that_store_their_weight_transposed_are_masked_the_right_way(tmp_
         ("lora", {"mode": "kept"}, "'merged', 'carried'"),
         ("osf", {"effective_rank": 8}, "effective_rank"),
         ("sft_masked", {"bias": "fggm_only"}, "neither bias nor modules_to_save"),
+        ("sft_masked", {"online": 0.1}, "takes no online"),
+        ("fggm", {"online": 1.0}, "share of the steps"),
+        ("fggm", {"online": 0.1, "criterion": "random"}, "needs no data"),
+        ("fggm", {"fisher_estimate": "sketch", "granularity": "element"}, "granularity='element'"),
     ],
 )
 def test_a_wrong_name_or_option_is_an_error_that_says_what_is_right(name, options, message):

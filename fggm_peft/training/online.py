@@ -50,7 +50,9 @@ class OnlineWindow(TrainerCallback):
         if self.selection is None:
             return
         if state.global_step >= self.last_step:
+            should_log = control.should_log
             self._finish()
+            control.should_log = should_log  # what is logged of the selection counts as the step's log
         else:
             control.should_save = False
 
