@@ -172,12 +172,12 @@ class online_selection:
         with self._ranks.together("online selection"):
             if pending is not None and pending.has_begun:
                 raise RuntimeError("a backward pass did not reach its end, so what was measured is incomplete")
-            if not self.samples:
-                raise ValueError(
-                    "online selection saw no training step: within it call the model that was given, in training mode, "
-                    "and backward on its loss"
-                )
         self._task.totals = self._summed()
+        if not self._task.totals.samples:
+            raise ValueError(
+                "online selection saw no training step: within it call the model that was given, in training mode, and "
+                "backward on its loss"
+            )
         samples = max(2, self._task.totals.samples)
         outcome = self._chooser.from_data(self._task, samples, self.config.score_memory)
         self.report = settle(self._task, self._chooser, outcome, start)
