@@ -19,7 +19,13 @@ from models import (
 from torch import nn
 from trainers import arguments, delta, examples, losses, make_trainer
 
-from fggm_peft import AdapterNotSelectedError, AlreadyTrainedError, online_selection, select_parameters
+from fggm_peft import (
+    AdapterNotSelectedError,
+    AlreadyTrainedError,
+    FGGMConfig,
+    online_selection,
+    select_parameters,
+)
 from fggm_peft.training import FGGMTrainer
 from fggm_peft.tuner.history import record_of
 from fggm_peft.tuner.support import fggm_layers
@@ -207,6 +213,13 @@ def test_an_optimizer_that_was_made_before_trains_the_values_after_the_given_ste
         optimizer.zero_grad()
     for name, values in delta(model).items():
         torch.testing.assert_close(values, delta(expected)[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_models_with_injected_layers_are_measured():
+    model = llama()
+    model.add_adapter(FGGMConfig(target_modules=["q_proj", "v_proj"]))
+    measure(model, token_batches())
+    assert_same_selection(model, offline(adapted(llama(), target_modules=["q_proj", "v_proj"]), token_batches()))
 
 
 def test_what_else_trains_is_trained_meanwhile():

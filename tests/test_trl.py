@@ -105,6 +105,19 @@ def test_sft_measures_online_what_it_would_have_found_before(accumulation, tmp_p
         assert module.score_share == pytest.approx(other.score_share, rel=1e-4)
 
 
+def test_preferences_have_no_online_selection_and_the_error_says_so(tmp_path):
+    trainer = DPOTrainer(
+        model=text_model(),
+        args=arguments(trl.DPOConfig, tmp_path),
+        train_dataset=preferences(),
+        processing_class=byte_tokenizer(),
+        peft_config=config(),
+        online_selection=0.5,
+    )
+    with pytest.raises((ValueError, RuntimeError), match="online"):
+        trainer.train()
+
+
 def test_a_loss_that_weighs_tokens_differently_has_no_online_selection(tmp_path):
     trainer = SFTTrainer(
         model=text_model(),
