@@ -102,6 +102,7 @@ class online_selection:
         self.adapter_name, self.config = active_adapter(model, adapter_name)
         self.report: SelectionReport | None = None
         self.is_open = False
+        self._counts = [Count(0, 0), Count(0, 0)]
         self._options: dict[str, Any] = {
             "reference": reference,
             "history": history,

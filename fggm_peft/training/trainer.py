@@ -71,8 +71,6 @@ class FGGMTrainerMixin(_Trainer):
             self.online_selection = online_selection
         require_share(self.online_selection)
         super().__init__(*args, **kwargs)
-        self._online_window = OnlineWindow(self)
-        self.add_callback(self._online_window)
         if self.model_init is None:
             keep_values_wide_(self.model)
             fill_reference_(self.model)
@@ -101,10 +99,13 @@ class FGGMTrainerMixin(_Trainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 load_before_sharding_(self.model, Path(resume_from_checkpoint))
         self.selection_report = None
+        window = OnlineWindow(self)
+        self.add_callback(window)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._online_window.abandon()  # still open after an exception only
+            window.abandon()  # still open after an exception only
+            self.remove_callback(window)  # it holds the trainer, and the trainer would hold it
 
     def _select(self) -> None:
         if self.online_selection is not None or not unselected_adapters(self.model):
