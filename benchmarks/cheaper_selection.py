@@ -9,6 +9,7 @@ sample, with the loss on all their answers, so that samples are longer than a sk
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import time
 from contextlib import ExitStack
@@ -35,7 +36,7 @@ from fggm_peft.tuner.support import fggm_layers
 SIZES = (4, 8, 16, 32)
 SHARES = (0.1, 0.25)
 DENSITIES = (0.05, 0.3)
-GRANULARITIES = ("row", "column")
+ADAPTERS = {"default": "row", "column": "column"}
 BATCH = 4
 
 Scores = dict[str, Tensor]
@@ -60,15 +61,25 @@ def adapted(base, granularity: str, **config):
     return get_peft_model(base, FGGMConfig(granularity=granularity, target_modules="all-linear", **config))
 
 
-def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
-    """Variant -> module -> ``[2, units]``, all of one pass that every variant's hooks look at."""
+def both_granularities(base):
+    """The model with an adapter for rows and one for columns, neither with a support."""
     model = adapted(base, "row")
     model.add_adapter("column", FGGMConfig(granularity="column", target_modules="all-linear"))
+    return model
+
+
+def sketch_of_size(size: int) -> dict:
+    return {"fisher_estimate": "sketch", "sketch_size": size}
+
+
+def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
+    """Variant -> module -> ``[2, units]``, all of one pass that every variant's hooks look at."""
+    model = both_granularities(base)
     layers = fggm_layers(model, "default")
     likelihood = default_log_likelihood(base, None)
     found = {}
     with ExitStack() as stack:
-        for granularity, adapter in zip(GRANULARITIES, ("default", "column"), strict=True):
+        for adapter, granularity in ADAPTERS.items():
             for size in (None, *SIZES):
                 sketch = None if size is None else Sketch(size, seed=0)
                 name = f"{granularity}s, " + ("exact" if size is None else f"sketch {size}")
@@ -115,7 +126,7 @@ def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
     scores = offline_scores(base, data)
     total = {name: {module: halves.sum(0) for module, halves in found.items()} for name, found in scores.items()}
     table: dict[str, dict[str, float]] = {"chance": {}}
-    for granularity in GRANULARITIES:
+    for granularity in ADAPTERS.values():
         exact = f"{granularity}s, exact"
         others = {name: found for name, found in total.items() if name.startswith(granularity) and name != exact}
         others |= {f"{granularity}s, online {s:.0%}": online_scores(base, data, granularity, s) for s in SHARES}
@@ -133,24 +144,27 @@ def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
 
 def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[str, dict[str, float]]:
     """CPU seconds of a pass over some batches, as a ratio to a frozen forward and backward of the same."""
-    models = {}
-    for granularity in GRANULARITIES:
-        models[f"{granularity}s, exact"] = {"granularity": granularity}
-        for size in sizes:
-            sketch = {"fisher_estimate": "sketch", "sketch_size": size}
-            models[f"{granularity}s, sketch {size}"] = {"granularity": granularity, **sketch}
-
-    def run(config: dict) -> None:
-        model = adapted(base, **config)
-        fisher = FisherPass(model, model.peft_config["default"], "default", data, None, progress=False)
-        fisher.run(fggm_layers(model, "default"), None, None, 1, "")
-        model.unload()
-
+    loop = adapted(copy.deepcopy(base), "row").train()
+    model = both_granularities(base)
     variants = {"frozen": lambda: frozen_pass(base, data)}
-    variants |= {name: lambda config=config: run(config) for name, config in models.items()}
-    for granularity in GRANULARITIES:  # the training passes, with the hooks and the choice
-        variants[f"{granularity}s, online"] = lambda g=granularity: online_scores(base, data, g, 1.0)
-    return ratios(interleaved(variants, repeats, time.process_time), "frozen")
+    for adapter, granularity in ADAPTERS.items():
+        group = fggm_layers(model, adapter)
+        for name, sketch in {"exact": {}, **{f"sketch {size}": sketch_of_size(size) for size in sizes}}.items():
+            config = FGGMConfig(granularity=granularity, **sketch)
+            fisher = FisherPass(model, config, adapter, data, None, progress=False)
+            variants[f"{granularity}s, {name}"] = lambda f=fisher, g=group: f.run(g, None, None, 1, "")
+
+    def training() -> None:
+        for batch in data:
+            loop(**batch).loss.backward()
+
+    selection = online_selection(loop)
+    with selection:
+        variants["rows, online: the loop's forward and backward"] = training
+        found = ratios(interleaved(variants, repeats, time.process_time), "frozen")
+        selection.abandon()
+    model.unload()
+    return found
 
 
 def main() -> None:

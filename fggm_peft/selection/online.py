@@ -179,8 +179,8 @@ class online_selection:
                 "online selection saw no training step: within it call the model that was given, in training mode, and "
                 "backward on its loss"
             )
-        samples = max(2, self._task.totals.samples)
-        outcome = self._chooser.from_data(self._task, samples, self.config.score_memory)
+        # of a reference as many samples as there were of the task
+        outcome = self._chooser.from_data(self._task, self._task.totals.samples, self.config.score_memory)
         self.report = settle(self._task, self._chooser, outcome, start)
         return self.report
 
