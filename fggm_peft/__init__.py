@@ -23,7 +23,7 @@ from .core.threshold import (
     ThresholdPolicy,
     TopDensity,
 )
-from .selection import CostEstimate, SelectionReport, estimate, select_parameters
+from .selection import CostEstimate, SelectionReport, estimate, online_selection, select_parameters
 from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport
 from .version import __version__
 
@@ -63,6 +63,7 @@ __all__ = [
     "diff",
     "estimate",
     "export_lora",
+    "online_selection",
     "overlap",
     "prune",
     "select_parameters",

@@ -156,6 +156,12 @@ class SelectionOptions:
     fisher_labels: Annotated[
         Optional[Literal["data", "model"]], typer.Option(help="Labels of the Fisher pass (default: data).")
     ] = None
+    fisher_estimate: Annotated[
+        Optional[Literal["exact", "sketch"]], typer.Option(help="sketch: nearly as good and cheaper (default: exact).")
+    ] = None
+    sketch_size: Annotated[Optional[int], typer.Option(min=1, help="Random projections of a sketch (default: 16).")] = (
+        None
+    )
     num_samples: Annotated[
         Optional[str], typer.Option(help="A number, auto (until two halves agree), or all (default: auto).")
     ] = None

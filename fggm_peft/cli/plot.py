@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
+from ..file_integrity import complete_folder
 from .command import Result
-from .output import complete_folder, require_adapter, require_free
+from .output import require_adapter, require_free
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

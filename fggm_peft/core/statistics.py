@@ -38,12 +38,14 @@ class Batch:
         padding: ``[b, t]`` True where a position is padding, or None.
         number: which batch it is, over all processes.
         answers: over how many tokens (or samples, of a classifier) the batch's mean loss is the mean.
+        first: the number of its first sample, over all processes.
     """
 
     half: Tensor
     padding: Tensor | None = None
     number: int = 0
     answers: int = 1
+    first: int = 0
 
 
 class Features(NamedTuple):
@@ -65,11 +67,13 @@ class Statistic(ABC):
         looks_at: "gradient" needs a backward pass; "input" and "output" (of the layer) do without.
         per_batch: it is a mean over batches, not samples, and its halves are the even and the odd batches.
         is_kept: it says of a task what later ones may take for a reference; it is not negative then.
+        has_sketch: it looks at the scores of rows and columns, which a sketch can estimate.
     """
 
     looks_at: Literal["gradient", "input", "output"] = "gradient"
     per_batch: ClassVar[bool] = False
     is_kept: ClassVar[bool] = True
+    has_sketch: ClassVar[bool] = False
 
     @abstractmethod
     def size(self, granularity: Granularity, shape: Shape) -> int:
@@ -93,6 +97,8 @@ STATISTICS: Registry[Statistic] = Registry("statistic")
 
 class Fisher(Statistic):
     """Squared per-sample gradients of the units, ``[units]``: the diagonal Fisher information (FGGM equation 3)."""
+
+    has_sketch = True
 
     def size(self, granularity, shape):
         return granularity.units(shape)

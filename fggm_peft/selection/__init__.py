@@ -1,7 +1,8 @@
 """The Fisher pass: which weights does the new task's data ask for?"""
 
 from .dry_run import CostEstimate, estimate
+from .online import online_selection
 from .report import SelectionReport
 from .select import select_parameters
 
-__all__ = ["CostEstimate", "SelectionReport", "estimate", "select_parameters"]
+__all__ = ["CostEstimate", "SelectionReport", "estimate", "online_selection", "select_parameters"]

@@ -47,6 +47,7 @@ class Outcome:
     checks: list[AgreementCheck] = field(default_factory=list)
     mean_scores: dict[str, float] = field(default_factory=dict)
     spectra: dict[str, list[float]] = field(default_factory=dict)
+    num_samples: Any = None
 
 
 class Chooser:
@@ -75,10 +76,8 @@ class Chooser:
 
     def from_data(self, task: FisherPass, num_samples: Any, score_memory: int | str | None) -> Outcome:
         """Pass over the reference and the task's data, once for each group of modules that memory holds."""
-        groups = self._groups(score_memory)
-        if len(groups) > 1:
-            self._require_repeatable(task, len(groups))
-        outcome = Outcome()
+        groups = self.groups(task, score_memory)
+        outcome = Outcome(num_samples=num_samples)
         limits: dict[Any, Any] = {}
         for number, group in enumerate(groups):
             suffix = f" {number + 1}/{len(groups)}" if len(groups) > 1 else ""
@@ -199,6 +198,17 @@ class Chooser:
         if policy.scope == "layer":
             return (name,)
         return tuple(other for other in self.layers if self.config.policy(other) == policy)
+
+    def groups(self, task: FisherPass, score_memory: int | str | None) -> list[Group]:
+        """The modules whose running sums fit into ``score_memory`` together, group by group.
+
+        Raises:
+            ValueError: it holds too little, or makes several passes necessary that cannot be made.
+        """
+        groups = self._groups(score_memory)
+        if len(groups) > 1:
+            self._require_repeatable(task, len(groups))
+        return groups
 
     def _groups(self, score_memory: int | str | None) -> list[Group]:
         """The modules whose running sums fit into ``score_memory`` together, group by group."""

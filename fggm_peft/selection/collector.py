@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import NonFiniteScoreError
-from ..core.per_sample import GramMatrix, PerSampleGradients, same_memory
+from ..core.per_sample import GramMatrix, LinearGradients, PerSampleGradients, same_memory
+from ..core.sketch import Sketch, SketchedGradients
 from ..core.statistics import STATISTICS, Batch, Features, Statistic
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMLinear
@@ -36,7 +37,11 @@ class ScoreCollector:
         statistics: names of what to gather; only that is.
         input_embeddings: given if blocks are checkpointed: the reentrant kind of checkpoint has no
             backward unless its input requires grad.
+        sketch: estimates row and column scores of layers whose gradients are products of x and g; without, and for
+            other layers (embeddings, grouped convolutions), they are exact.
     """
+
+    listens = True  # False lets forward passes by that are no part of the batch
 
     def __init__(
         self,
@@ -44,8 +49,10 @@ class ScoreCollector:
         adapter_name: str,
         statistics: Sequence[str] = ("fisher",),
         input_embeddings: nn.Module | None = None,
+        sketch: Sketch | None = None,
     ):
         self.layers, self.adapter_name, self.input_embeddings = layers, adapter_name, input_embeddings
+        self.sketch = sketch
         entries = {name: STATISTICS[name] for name in statistics}
         self.statistics = entries
         self.of_gradients = {name: entry for name, entry in entries.items() if entry.looks_at == "gradient"}
@@ -94,8 +101,12 @@ class ScoreCollector:
 
     def backward(self, log_likelihood: Tensor) -> None:
         """Differentiate the summed log-likelihood, ``[b]``, collecting scores on the way."""
-        self._in_backward = True
+        self.backward_begins()
         log_likelihood.sum().backward()
+
+    def backward_begins(self) -> None:
+        """What is called from now on in this batch repeats calls that were counted."""
+        self._in_backward = True
 
     def end(self, batch_index: int) -> None:
         """Finish a batch.
@@ -124,10 +135,12 @@ class ScoreCollector:
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
         self._last_input: tuple[Tensor, GramMatrix] | None = None
         self._last_cleaned: tuple[Tensor, Tensor] | None = None
+        if self.sketch is not None:
+            self.sketch.forget()
 
     def _make_hook(self, name: str):
         def hook(module, args, kwargs, output):
-            if self._batch is None:
+            if self._batch is None or not self.listens:
                 return output
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
             if not self._in_backward:  # checkpointing repeats calls in backward; they have been counted
@@ -159,8 +172,15 @@ class ScoreCollector:
         calls = [(self._by_sample(name, x), self._by_sample(name, g)) for x, g in self._seen[name]]
         with torch.autocast(calls[0][1].device.type, enabled=False):  # scores are summed in float32
             gradients = layer.per_sample(calls, gram or GramMatrix())
-            self._add_to(name, self.of_gradients, gradients)
+            self._add_to(name, self.of_gradients, self._sketched(name, gradients))
         self._seen[name] = []
+
+    def _sketched(self, name: str, gradients: PerSampleGradients) -> PerSampleGradients:
+        assert self._batch is not None
+        if self.sketch is None or not isinstance(gradients, LinearGradients):
+            return gradients
+        samples = range(self._batch.first, self._batch.first + len(self._batch.half))
+        return SketchedGradients(gradients, self.sketch, samples, name)
 
     def _add_to(self, name: str, statistics: Mapping[str, Statistic], seen: PerSampleGradients | Features) -> None:
         assert self._batch is not None

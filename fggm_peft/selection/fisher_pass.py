@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from ..core.errors import NonFiniteScoreError
+from ..core.sketch import Sketch
 from ..core.statistics import STATISTICS, Batch, Count
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
@@ -88,7 +89,7 @@ class FisherPass:
 
     Args:
         model: has the layers; may be wrapped by PEFT.
-        config: of the adapter: whose labels, and the seed for drawing them.
+        config: of the adapter: whose labels, exact or sketched scores, and the seed for what is drawn.
         adapter_name: its own delta is switched off meanwhile.
         dataloader: iterable of batches.
         log_likelihood: by default what fits the model's head.
@@ -157,7 +158,7 @@ class FisherPass:
         with (
             untouched(self.model),
             self._switched_off(layers),
-            ScoreCollector(layers, self.adapter_name, self.statistics, self._checkpointed_embeddings()) as collector,
+            self._collector(layers) as collector,
             tqdm(total=limit, desc=description, unit="sample", disable=None if self.progress else True) as bar,
         ):
 
@@ -186,6 +187,11 @@ class FisherPass:
         }
         return Totals(lambda name, statistic: total[name, statistic], _halves(seen, batches))
 
+    def _collector(self, layers: dict[str, FGGMLayer]) -> ScoreCollector:
+        return ScoreCollector(
+            layers, self.adapter_name, self.statistics, checkpointed_embeddings(self.model), sketch_of(self.config)
+        )
+
     def _rounds(self, limit: int | None) -> Iterator[Round]:
         """Batches of all ranks, cut to the samples that are still wanted, until the data of every rank has ended."""
         batches, start, number, spare = iter(self.dataloader), 0, 0, None
@@ -193,7 +199,7 @@ class FisherPass:
         for index in itertools.count():
             with self._reading_together():
                 batch = next(batches, None)
-                size = 0 if batch is None else _size(batch, index)
+                size = 0 if batch is None else batch_size(batch, index)
             sizes = self.ranks.gather(size)
             if not any(sizes):
                 return
@@ -236,10 +242,11 @@ class FisherPass:
         if self.generator is not None:  # what is drawn for a sample must not depend on the number of ranks
             self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
         batch = self._on_device(round.batch)
-        half = (torch.arange(round.size or _size(batch, index)) + round.first) % 2
+        half = (torch.arange(round.size or batch_size(batch, index)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        collector.begin(Batch(half, padding, round.number, self._answers(batch, len(half))), bool(round.size))
+        answers = self._answers(batch, len(half))
+        collector.begin(Batch(half, padding, round.number, answers, round.first), bool(round.size))
         with torch.set_grad_enabled(collector.needs_backward):
             value = log_likelihood(model, batch)
         if not isinstance(value, Tensor) or value.shape != half.shape:
@@ -276,14 +283,21 @@ class FisherPass:
             for layer, scale in scales.items():
                 layer.scaling[self.adapter_name] = scale
 
-    def _checkpointed_embeddings(self) -> nn.Module | None:
-        if not any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            return None
-        get = getattr(unwrapped(self.model), "get_input_embeddings", None)
-        try:
-            return get() if callable(get) else None
-        except NotImplementedError:  # transformers' own answer for a model without one
-            return None
+
+def sketch_of(config: FGGMConfig) -> Sketch | None:
+    """What estimates the scores, if the config does not want them exact."""
+    return Sketch(config.sketch_size, config.seed) if config.fisher_estimate == "sketch" else None
+
+
+def checkpointed_embeddings(model: nn.Module) -> nn.Module | None:
+    """The input embeddings, if the model checkpoints its gradients."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return None
+    get = getattr(unwrapped(model), "get_input_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:  # transformers' own answer for a model without one
+        return None
 
 
 def _halves(samples: int, batches: int) -> tuple[Count, Count]:
@@ -291,7 +305,7 @@ def _halves(samples: int, batches: int) -> tuple[Count, Count]:
     return Count((samples + 1) // 2, (batches + 1) // 2), Count(samples // 2, batches // 2)
 
 
-def _size(batch: Any, index: int) -> int:
+def batch_size(batch: Any, index: int) -> int:
     """How many samples a batch has.
 
     Raises:

@@ -212,7 +212,7 @@ def find_reference(
                 data = map(_labelled, source) if isinstance(source, Iterator) else _Labelled(source)
             found.append(LiveSource(task.over(data, criterion.reference, task.log_likelihood)))
     if not found:
-        warnings.warn("the history is empty, so nothing but the task itself decides what may move", stacklevel=3)
+        warnings.warn("the history is empty, so nothing but the task itself decides what may move", stacklevel=4)
     return Reference(found, layers, task.adapter_name)
 
 

@@ -99,11 +99,30 @@ def select_parameters(
     """
     start = time.perf_counter()
     adapter_name, config = active_adapter(model, adapter_name)
-    layers = fggm_layers(model, adapter_name)
     num_samples = config.num_samples if num_samples == "config" else num_samples
     score_memory = config.score_memory if score_memory is None else score_memory
     require_num_samples(num_samples)
-    ranks = Ranks()
+    criterion = CRITERIA[config.criterion]
+    if criterion.needs_data and dataloader is None:
+        raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
+    data = [] if dataloader is None else dataloader
+    task = FisherPass(model, config, adapter_name, data, log_likelihood, progress, Ranks(), criterion.task)
+    chooser = prepare(task, reference, history, protect, protection, reset)
+    outcome = chooser.from_data(task, num_samples, score_memory) if criterion.needs_data else chooser.without_data()
+    return settle(task, chooser, outcome, start)
+
+
+def prepare(
+    task: FisherPass,
+    reference: ReferenceData = None,
+    history: Sequence[str] | None = None,
+    protect: Sequence[str] | None = None,
+    protection: float | None = None,
+    reset: bool = False,
+) -> Chooser:
+    """Whatever can be checked before a pass, on all ranks; the arguments and errors are ``select_parameters``'s."""
+    config, adapter_name, ranks = task.config, task.adapter_name, task.ranks
+    layers = fggm_layers(task.model, adapter_name)
     with ranks.together("select_parameters"):
         _check_selectable(layers, adapter_name, reset)
         forecast_supports(layers, config, adapter_name)  # a budget that cannot be spent is better known at once
@@ -111,30 +130,37 @@ def select_parameters(
     protect = (config.protect if protect is None else protect) or []
     protection = config.protection if protection is None else protection
     require_protection(protection)
-    criterion = CRITERIA[config.criterion]
-    if criterion.needs_data and dataloader is None:
-        raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
-    data = [] if dataloader is None else dataloader
-    task = FisherPass(model, config, adapter_name, data, log_likelihood, progress, ranks, criterion.task)
     with ranks.together("select_parameters"):
-        guard = Protection(layers, adapter_name, protection, earlier_supports(model, config, adapter_name, protect))
+        earlier = earlier_supports(task.model, config, adapter_name, protect)
+        guard = Protection(layers, adapter_name, protection, earlier)
         guard.require_enough(config)
         kept = find_reference(reference, history, layers, task)
     passes = {"the number of references": 0 if kept is None else len(kept.live)}
     ranks.require_same("their setting", passes, "Give every process a dataloader with its share of each.")
-    chooser = Chooser(layers, config, adapter_name, guard, kept)
-    outcome = chooser.from_data(task, num_samples, score_memory) if criterion.needs_data else chooser.without_data()
+    return Chooser(layers, config, adapter_name, guard, kept)
+
+
+def settle(task: FisherPass, chooser: Chooser, outcome: Outcome, start: float) -> SelectionReport:
+    """Give the adapter what was chosen; nothing in the model has changed before.
+
+    Args:
+        start: of the selection, by ``time.perf_counter``.
+
+    Raises:
+        RuntimeError: the ranks chose differently.
+        ValueError: nothing was chosen.
+    """
+    config, adapter_name, layers = task.config, task.adapter_name, chooser.layers
     if not any(len(choice.indices) for choice in outcome.choices.values()):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
     chosen = digest({name: choice.indices for name, choice in outcome.choices.items()})
-    ranks.require_same("what they chose", {"support": chosen}, "Please report this; nothing has been changed.")
+    task.ranks.require_same("what they chose", {"support": chosen}, "Please report this; nothing has been changed.")
     write_supports(layers, config, adapter_name, outcome.choices)
     supports = {name: choice.indices for name, choice in outcome.choices.items()}
     base = config.base_model_name_or_path or ""
     record = TaskRecord(config.granularity, outcome.samples, base, outcome.scores, supports)
-    remember(unwrapped(model), config, record)
-    seconds = time.perf_counter() - start
-    report = _report(layers, config, adapter_name, outcome, record, num_samples, seconds)
+    remember(unwrapped(task.model), config, record)
+    report = _report(layers, config, adapter_name, outcome, record, time.perf_counter() - start)
     config.selection = report.summary()
     _warn_of_empty(report, outcome)
     return report
@@ -150,7 +176,7 @@ def _warn_of_empty(report: SelectionReport, outcome: Outcome) -> None:
         if names:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(
-                f"nothing was chosen in {len(names)} of {len(report.modules)} modules ({listed}): {why}", stacklevel=3
+                f"nothing was chosen in {len(names)} of {len(report.modules)} modules ({listed}): {why}", stacklevel=4
             )
 
 
@@ -213,9 +239,7 @@ def _check_selectable(layers: Mapping[str, FGGMLayer], adapter_name: str, reset:
             )
 
 
-def _report(
-    layers, config, adapter_name, outcome: Outcome, record: TaskRecord, num_samples, seconds: float
-) -> SelectionReport:
+def _report(layers, config, adapter_name, outcome: Outcome, record: TaskRecord, seconds: float) -> SelectionReport:
     agreement: float | None = None
     module_agreement: dict[str, float | None] = {}
     if outcome.halves[0]:
@@ -244,7 +268,7 @@ def _report(
         modules=modules,
         reference_samples=outcome.reference_samples,
         reference_seconds=outcome.reference_seconds,
-        num_samples=num_samples,
+        num_samples=outcome.num_samples,
         sample_passes=outcome.sample_passes,
         backward=bool(outcome.sample_passes) and CRITERIA[config.criterion].needs_backward,
         checks=outcome.checks,

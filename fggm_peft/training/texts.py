@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from ..selection.reference import is_text_file
+from ..selection.reference import ReferenceData, is_text_file
+from ..tuner import FGGMConfig
 from .base import this_process
 from .data import DataError, Example, TokenizedExamples
 
@@ -67,3 +68,8 @@ def with_texts(sources: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     if tokenizer is None:
         raise ValueError("a reference that is a text file needs a tokenizer: give the trainer its processing_class")
     return [text_batches(source, tokenizer) if is_text_file(source) else source for source in listed]
+
+
+def reference_of(given: ReferenceData, config: FGGMConfig, tokenizer: PreTrainedTokenizerBase | None) -> ReferenceData:
+    """What a trainer's adapter is weighed against: what the trainer was given, or else what the config says."""
+    return with_texts(config.reference if given is None else given, tokenizer)

@@ -27,7 +27,8 @@ from ..selection.select import active_adapter
 from ..tuner.card import complete_card
 from .batches import Prompts, selection_batch
 from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
-from .texts import with_texts
+from .online import OnlineWindow, require_share
+from .texts import reference_of
 from .trl import fill_reference_, keep_values_wide_
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class FGGMTrainerMixin(_Trainer):
     selected already, because it was loaded or is being resumed, stays as it is. ``TrainingArguments`` needs no
     new field; how many samples to use and all else is on the ``FGGMConfig``.
 
+    With ``online_selection=0.1`` there is no pass before: the first tenth of the steps only measures what may move,
+    and the others train it (see ``fggm_peft.online_selection``). For one process, and a loss that is the model's own.
+
     Further, checkpoints are whole: one whose writing fails is removed, and ``resume_from_checkpoint=True``
     resumes from the newest that was written to its end.
 
@@ -55,13 +59,18 @@ class FGGMTrainerMixin(_Trainer):
             as a reward model's; None is what fits the model's head.
         selection_reference: as ``select_parameters`` takes it, such as a dataloader of general text (on each process
             its own share), or the path of a text (.txt) with paragraphs; None is what the config says.
+        online_selection: share of the steps that only measure, in (0, 1); None selects before the first step.
     """
 
     selection_report: SelectionReport | None = None
     selection_log_likelihood: LogLikelihood | None = None
     selection_reference: ReferenceData = None
+    online_selection: float | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, online_selection: float | None = None, **kwargs: Any):
+        if online_selection is not None:
+            self.online_selection = online_selection
+        require_share(self.online_selection)
         super().__init__(*args, **kwargs)
         if self.model_init is None:
             keep_values_wide_(self.model)
@@ -91,22 +100,38 @@ class FGGMTrainerMixin(_Trainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 load_before_sharding_(self.model, Path(resume_from_checkpoint))
         self.selection_report = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        window = OnlineWindow(self)
+        self.add_callback(window)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            window.abandon()  # still open after an exception only
+            self.remove_callback(window)  # it holds the trainer, and the trainer would hold it
 
     def _select(self) -> None:
-        if not unselected_adapters(self.model):
+        if self.online_selection is not None or not unselected_adapters(self.model):
             return
         with self._selection_dataloader() as dataloader:
             data = SelectionData(dataloader, self.selection_batch)
-            self.selection_report = select(
+            report = select(
                 self.model,
                 data,
                 self.accelerator.autocast(),
                 self.selection_reference,
-                self.processing_class or getattr(self.data_collator, "tokenizer", None),
+                self.texts_tokenizer,
                 log_likelihood=self.selection_log_likelihood,
             )
-        self.log(logged(self.selection_report))
+        self.report_selection(report)
+
+    @property
+    def texts_tokenizer(self) -> Any:
+        """What a reference that is a text is read with."""
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
+
+    def report_selection(self, report: SelectionReport) -> None:
+        """Keep and log what was selected."""
+        self.selection_report = report
+        self.log(logged(report))
 
     @contextmanager
     def _selection_dataloader(self) -> Iterator[Any]:
@@ -237,7 +262,7 @@ def select(
     with autocast:
         for name in unselected_adapters(model):
             _, config = active_adapter(model, name)
-            against = with_texts(config.reference if reference is None else reference, tokenizer)
+            against = reference_of(reference, config, tokenizer)
             report = select_parameters(model, data, adapter_name=name, reference=against, **arguments)
             logger.info("%s", report)
     return report

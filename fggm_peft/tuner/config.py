@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 
 from ..core.criteria import CRITERIA
 from ..core.granularity import GRANULARITIES
+from ..core.statistics import STATISTICS
 from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from .budget import require_budget
 from .card import complete_card
@@ -153,6 +154,18 @@ class FGGMConfig(PeftConfig):
             "(true Fisher: drawn from the model's own distribution)."
         },
     )
+    fisher_estimate: Literal["exact", "sketch"] = field(
+        default="exact",
+        metadata={
+            "help": "'exact' Fisher information, or 'sketch': an unbiased estimate by `sketch_size` random "
+            "projections of each sample's gradient, drawn by `seed`; at every length nearly as cheap as the frozen "
+            "model's own passes. For rows and columns, not for elements; exact where that takes no more operations."
+        },
+    )
+    sketch_size: int = field(
+        default=16,
+        metadata={"help": "Projections of `fisher_estimate='sketch'`; a score's variance is in proportion to 1 / it."},
+    )
     num_samples: Optional[Union[int, Literal["auto"]]] = field(
         default="auto",
         metadata={
@@ -250,6 +263,7 @@ class FGGMConfig(PeftConfig):
         GRANULARITIES[self.granularity]
         self._check_criterion()
         _require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
+        self._check_estimate()
         _require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
         _require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
         if self.bias == "fggm_only" and self.granularity != "row":
@@ -332,6 +346,23 @@ class FGGMConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 2:
                 raise ValueError(f"{name} must be an integer > 1, got {value!r}")
+
+    def _check_estimate(self) -> None:
+        _require_one_of("fisher_estimate", self.fisher_estimate, ("exact", "sketch"))
+        if not isinstance(self.sketch_size, int) or isinstance(self.sketch_size, bool) or self.sketch_size < 1:
+            raise ValueError(f"sketch_size must be an integer > 0, got {self.sketch_size!r}")
+        if self.fisher_estimate == "exact":
+            return
+        if self.granularity == "element":
+            raise ValueError(
+                "fisher_estimate='sketch' estimates sums over rows or columns, and there is none for "
+                "granularity='element'; use fisher_estimate='exact'"
+            )
+        criterion = CRITERIA[self.criterion]
+        if not any(STATISTICS[name].has_sketch for name in (*criterion.task, *criterion.reference)):
+            raise ValueError(
+                f"criterion {self.criterion!r} looks at no Fisher information, which fisher_estimate='sketch' is for"
+            )
 
     @property
     def is_chosen_at_birth(self) -> bool:

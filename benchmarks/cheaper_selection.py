@@ -1,0 +1,203 @@
+"""Cheaper selection against the exact pass: what it chooses, and what it costs.
+
+OMP_NUM_THREADS=1 python benchmarks/cheaper_selection.py MODEL DATA [--samples 64] [--rows 4]
+
+MODEL is a folder of a causal language model, DATA a folder in TRACE's format. Several rows are put together to one
+sample, with the loss on all their answers, so that samples are longer than a sketch has projections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+from contextlib import ExitStack
+
+import torch
+from common import batches as random_batches
+from common import interleaved, ratios, show, write
+from peft import get_peft_model
+from selection import frozen_pass
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq
+
+from fggm_peft import FGGMConfig, online_selection
+from fggm_peft.core.sketch import Sketch
+from fggm_peft.core.statistics import Batch
+from fggm_peft.selection.collector import ScoreCollector
+from fggm_peft.selection.fisher_pass import FisherPass
+from fggm_peft.selection.log_likelihood import default_log_likelihood
+from fggm_peft.training.base import BaseModel
+from fggm_peft.training.data import DataSource, TokenizedExamples, load_examples
+from fggm_peft.tuner.history import record_of
+from fggm_peft.tuner.support import fggm_layers
+
+SIZES = (4, 8, 16, 32)
+SHARES = (0.1, 0.25)
+DENSITIES = (0.05, 0.3)
+ADAPTERS = {"default": "row", "column": "column"}
+BATCH = 4
+
+Scores = dict[str, Tensor]
+
+
+def samples(tokenizer, data: str, count: int, rows: int) -> list[dict]:
+    """Batches of ``count`` samples, each of several rows in an order drawn by a seed."""
+    examples = TokenizedExamples(load_examples(DataSource(data), tokenizer, None, 0), tokenizer, 1024)
+    order = random.Random(0).sample(range(len(examples)), count * rows)
+    together = [
+        {
+            name: [token for row in order[start : start + rows] for token in examples[row][name]]
+            for name in ("input_ids", "attention_mask", "labels")
+        }
+        for start in range(0, count * rows, rows)
+    ]
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    return [dict(collate(together[start : start + BATCH])) for start in range(0, count, BATCH)]
+
+
+def adapted(base, granularity: str, **config):
+    return get_peft_model(base, FGGMConfig(granularity=granularity, target_modules="all-linear", **config))
+
+
+def both_granularities(base):
+    """The model with an adapter for rows and one for columns, neither with a support."""
+    model = adapted(base, "row")
+    model.add_adapter("column", FGGMConfig(granularity="column", target_modules="all-linear"))
+    return model
+
+
+def sketch_of_size(size: int) -> dict:
+    return {"fisher_estimate": "sketch", "sketch_size": size}
+
+
+def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
+    """Variant -> module -> ``[2, units]``, all of one pass that every variant's hooks look at."""
+    model = both_granularities(base)
+    layers = fggm_layers(model, "default")
+    likelihood = default_log_likelihood(base, None)
+    found = {}
+    with ExitStack() as stack:
+        for adapter, granularity in ADAPTERS.items():
+            for size in (None, *SIZES):
+                sketch = None if size is None else Sketch(size, seed=0)
+                name = f"{granularity}s, " + ("exact" if size is None else f"sketch {size}")
+                found[name] = stack.enter_context(ScoreCollector(layers, adapter, sketch=sketch))
+        first = 0
+        model.eval()
+        for number, batch in enumerate(data):
+            half = (torch.arange(len(batch["labels"])) + first) % 2
+            for collector in found.values():
+                collector.begin(Batch(half, batch["attention_mask"] == 0, number, 1, first))
+            likelihood(base, batch).sum().backward()
+            for collector in found.values():
+                collector.end(number)
+            first += len(half)
+    model.unload()
+    return {
+        name: {module: sums["fisher"] for module, sums in collector.sums.items()} for name, collector in found.items()
+    }
+
+
+def online_scores(base, data: list[dict], granularity: str, share: float) -> Scores:
+    """Of the first batches of a training loop; the model has no dropout."""
+    model = adapted(base, granularity)
+    model.train()
+    with online_selection(model):
+        for batch in data[: max(1, round(share * len(data)))]:
+            model(**batch).loss.backward()
+    found = {name: kept[0] for name, kept in record_of(model.peft_config["default"]).scores["fisher"].items()}
+    model.unload()
+    return found
+
+
+def jaccard(a: Scores, b: Scores, density: float) -> float:
+    """Of the best units of every module, over all modules."""
+    both = either = 0
+    for name, scores in a.items():
+        k = round(density * len(scores))
+        first, second = (set(values[name].topk(k).indices.tolist()) for values in (a, b))
+        both, either = both + len(first & second), either + len(first | second)
+    return both / either
+
+
+def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
+    scores = offline_scores(base, data)
+    total = {name: {module: halves.sum(0) for module, halves in found.items()} for name, found in scores.items()}
+    table: dict[str, dict[str, float]] = {"chance": {}}
+    for granularity in ADAPTERS.values():
+        exact = f"{granularity}s, exact"
+        others = {name: found for name, found in total.items() if name.startswith(granularity) and name != exact}
+        others |= {f"{granularity}s, online {s:.0%}": online_scores(base, data, granularity, s) for s in SHARES}
+        even, odd = ({module: halves[half] for module, halves in scores[exact].items()} for half in (0, 1))
+        for density in DENSITIES:
+            column = f"Jaccard at {density:.0%}"
+            table["chance"][column] = density / (2 - density)
+            table.setdefault(f"{exact}, one half of the samples against the other", {})[column] = jaccard(
+                even, odd, density
+            )
+            for name, found in others.items():
+                table.setdefault(name, {})[column] = jaccard(total[exact], found, density)
+    return table
+
+
+def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """CPU seconds of a pass over some batches, as a ratio to a frozen forward and backward of the same."""
+    loop = adapted(copy.deepcopy(base), "row").train()
+    model = both_granularities(base)
+    variants = {"frozen": lambda: frozen_pass(base, data)}
+    for adapter, granularity in ADAPTERS.items():
+        group = fggm_layers(model, adapter)
+        for name, sketch in {"exact": {}, **{f"sketch {size}": sketch_of_size(size) for size in sizes}}.items():
+            config = FGGMConfig(granularity=granularity, **sketch)
+            fisher = FisherPass(model, config, adapter, data, None, progress=False)
+            variants[f"{granularity}s, {name}"] = lambda f=fisher, g=group: f.run(g, None, None, 1, "")
+
+    def training() -> None:
+        for batch in data:
+            loop(**batch).loss.backward()
+
+    selection = online_selection(loop)
+    with selection:
+        variants["rows, online: the loop's forward and backward"] = training
+        found = ratios(interleaved(variants, repeats), "frozen")
+        selection.abandon()
+    model.unload()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=4, help="rows of the data in one sample")
+    parser.add_argument("--repeats", type=int, default=2)
+    arguments = parser.parse_args()
+    loader = BaseModel(arguments.model, dtype="float32")
+    base = loader.load().requires_grad_(False)
+    data = samples(loader.load_tokenizer(), arguments.data, arguments.samples, arguments.rows)
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in data])
+    setting = {
+        "parameters": sum(parameter.numel() for parameter in base.parameters()),
+        "samples": arguments.samples,
+        "rows in a sample": arguments.rows,
+        "tokens of a sample (mean)": float(lengths.float().mean()),
+        "batch size": BATCH,
+        "repeats": arguments.repeats,
+    }
+    long = random_batches(1, 1, 512)
+    parts = {
+        "overlap with the exact choice": lambda: overlaps(base, data),
+        "CPU time, a batch of the data": lambda: costs(base, data[:1], arguments.repeats, SIZES),
+        "CPU time, one sample of 512 tokens": lambda: costs(base, long, arguments.repeats, (16,)),
+    }
+    results: dict = {"setting": setting}
+    for title, measure in parts.items():
+        results[title] = measure()
+        show(title, results[title])
+    print("written to", write("cheaper_selection", results))
+
+
+if __name__ == "__main__":
+    main()
