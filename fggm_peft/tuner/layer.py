@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .config import FGGMConfig
 from .kept import KEPT, KeptDeltaHook
 from .merge_report import ModuleMerge
 from .merging import merge_dense_, merge_quantized
+from .mixed_batches import mixed_batch_forward
 from .offloading import execution_device, is_offloaded, kept_weight
 from .sharding import whole
 
@@ -92,6 +94,10 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     @abstractmethod
     def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
         """What the base layer would compute if the deltas were part of its weight."""
+
+    @abstractmethod
+    def with_deltas(self, output: Tensor, adapter_names: Sequence[str], x: Tensor) -> Tensor:
+        """The base layer's ``output`` for ``x`` and what the adapters add to it; the weight is not needed."""
 
     @abstractmethod
     def per_sample(self, calls: Calls, gram: GramMatrix) -> PerSampleGradients:
@@ -218,25 +224,32 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         delta.granularity.add_(dense, delta.indices, delta.values.detach(), delta.scale)
         return self.unmatrix(dense)
 
-    def bias_with_deltas(self, bias: Tensor | None) -> Tensor | None:
-        """The base layer's bias with the active adapters' bias entries added; differentiable in them."""
-        for name in self.active_adapters:
+    def deltas(self, adapter_names: Sequence[str]) -> list[SparseDelta]:
+        """The deltas of those adapters that have one here which is not empty."""
+        # the indices are asked, because DeepSpeed's ZeRO-3 fetches a parameter that is touched
+        return [self.delta(n) for n in adapter_names if n in self.fggm_values and self.fggm_indices[n].numel()]
+
+    def bias_with_deltas(self, bias: Tensor | None, adapter_names: Sequence[str] | None = None) -> Tensor | None:
+        """The base layer's bias with the bias entries of adapters added, the active ones by default; differentiable."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.fggm_bias and self.fggm_indices[name].numel():
                 wide = torch.promote_types(bias.dtype, torch.float32)  # added wide and rounded once, as in the merge
                 added = (self.fggm_bias[name] * self.scaling[name]).to(wide)
                 bias = bias.to(wide).index_add(0, self.fggm_indices[name], added).to(bias.dtype)
         return bias
 
-    def added_bias(self) -> Tensor | None:
-        """The active adapters' bias entries alone, ``[o]``, or None if there are none."""
+    def added_bias(self, adapter_names: Sequence[str]) -> Tensor | None:
+        """The adapters' bias entries alone, ``[o]``, or None if there are none."""
         base_bias = getattr(self.get_base_layer(), "bias", None)
-        if base_bias is None or not any(name in self.fggm_bias for name in self.active_adapters):
+        if base_bias is None or not any(name in self.fggm_bias for name in adapter_names):
             return None
-        return self.bias_with_deltas(torch.zeros_like(base_bias, requires_grad=False))
+        return self.bias_with_deltas(torch.zeros_like(base_bias, requires_grad=False), adapter_names)
 
     # Forward ------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
+        if adapter_names is not None and not self.disable_adapters:
+            return mixed_batch_forward(self, adapter_names, x, *args, **kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -262,8 +275,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
                     "another size. Save it, load it with PeftModel.from_pretrained(..., is_trainable=True), and shard "
                     "that model."
                 )
-        # the indices are asked, because DeepSpeed's ZeRO-3 fetches a parameter that is touched
-        return [self.delta(name) for name in names if self.fggm_indices[name].numel()]
+        return self.deltas(names)
 
     def gives_weight(self) -> bool:
         """Whether the product may be taken with our own copy of the weight, past the base layer.

@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
 from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
+from .mixed_batches import adapter_of_each_sample
 from .offloading import require_offloading_in_place
 from .sharding import require_unsharded
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
@@ -130,6 +132,12 @@ class FGGMModel(BaseTuner):
         if config.bias != "all":
             return {}
         return super()._get_learnable_bias_state_dict(model, state_dict, config)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        with adapter_of_each_sample(self, FGGMLayer, names, beams):
+            yield
 
     # Merging -------------------------------------------------------------------------------------
 
