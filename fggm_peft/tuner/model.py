@@ -27,6 +27,7 @@ from .mixed_batches import adapter_of_each_sample
 from .offloading import require_offloading_in_place
 from .sharding import require_unsharded
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
+from .weighted import WeightedSum, add_weighted_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,39 @@ class FGGMModel(BaseTuner):
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
         with adapter_of_each_sample(self, FGGMLayer, names, beams):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a weighted combination of others, frozen as in LoRA; they stay as they are.
+
+        What PEFT's merge functions make of the dense deltas, scales included, is computed on the union of the
+        supports. Adapters of different granularities combine into single elements. Units of which nothing is left are
+        not kept.
+
+        Args:
+            adapters: names of adapters.
+            weights: one for each; may be negative.
+            adapter_name: the new adapter's; if it exists already nothing is done but a warning.
+            combination_type: "linear" (exact, by which deltas can be added and subtracted), "magnitude_prune", "ties",
+                "dare_linear" or "dare_ties".
+            density: share of each delta's entries, those of the whole weight counted, that pruning keeps.
+            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
+
+        Raises:
+            ValueError: an adapter does not exist or has no support yet, or the arguments do not fit together.
+        """
+        if adapter_name in self.peft_config:
+            warnings.warn(f"adapter {adapter_name!r} exists already and stays as it is", stacklevel=2)
+            return
+        wanted = WeightedSum(adapters, weights, combination_type, density, majority_sign_method)
+        add_weighted_adapter(self, wanted, adapter_name)
 
     # Merging -------------------------------------------------------------------------------------
 
