@@ -98,6 +98,14 @@ def test_random_pruning_of_sparse_deltas_keeps_its_share_and_its_expectation():
     assert float((mean - expected).norm() / expected.norm()) < 0.2  # sqrt((1 - 0.25) / 0.25 / 200) = 0.12
 
 
+def test_values_stay_wide_over_a_half_precision_base(granularity):
+    model = with_adapters(small().bfloat16(), [granularity] * 2, target_modules=["0"])
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.3], "sum")
+    (layer,) = fggm_layers(model, "sum").values()
+    assert layer.fggm_values["sum"].dtype == torch.float32
+    torch.testing.assert_close(dense(layer, "sum"), dense(layer, "a") + 0.3 * dense(layer, "b"))
+
+
 def test_a_model_with_a_linear_combination_computes_the_sum_of_its_parts():
     model = with_adapters(llama(), KINDS)
     model.add_weighted_adapter(list("abc"), [1.0, 1.0, 1.0], "sum")

@@ -237,6 +237,14 @@ class FGGMConfig(PeftConfig):
         metadata={"help": "What `select_parameters` found: samples, agreement, density. Written by the library."},
     )
 
+    support_sizes: Optional[dict[str, int]] = field(
+        default=None,
+        metadata={
+            "help": "How many units each module's support has, written by the library when an adapter is saved, so "
+            "that loaders which go by shapes, such as transformers' own, find room for it."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()

@@ -25,6 +25,7 @@ from ..core.linear import SparseDelta, effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
 from .bitsandbytes_guard import recover_quantization_state
 from .config import FGGMConfig
+from .indices import SupportIndices
 from .kept import KEPT, KeptDeltaHook
 from .merge_report import ModuleMerge
 from .merging import merge_dense_, merge_quantized
@@ -58,13 +59,13 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.fggm_values = nn.ParameterDict()
         self.fggm_bias = nn.ParameterDict()
-        self.fggm_indices = BufferDict(persistent=True)
         self.fggm_originals = BufferDict(persistent=False)
         self.fggm_original_bias = BufferDict(persistent=False)
         self.scaling: dict[str, float] = {}
         self.granularity: dict[str, Granularity] = {}
         self.quantized_merge: dict[str, str] = {}
         self.selected: dict[str, bool] = {}  # False until the support is known
+        self.fggm_indices = SupportIndices(self.selected)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
         self._replaced_bases: list[nn.Module] = []
@@ -167,6 +168,16 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         if self.fggm_indices[adapter_name].shape != (k,):
             self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
 
+    def await_support_(self, adapter_name: str, k: int) -> None:
+        """Make room for a support of ``k`` units that a loader will bring; until then there is none."""
+        units = self.granularity[adapter_name].units(self.weight_shape)
+        if not isinstance(k, int) or not 0 <= k <= units:
+            raise ValueError(f"a support of {k!r} units does not fit the {units} that are there")
+        self.resize_(adapter_name, k)
+        for parameter in self.trained(adapter_name):  # the loader casts to what it finds, and float32 holds them all
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        self.fggm_indices.await_(adapter_name, k, units)
+
     def set_support(self, adapter_name: str, indices: Tensor, generator: torch.Generator | None = None) -> None:
         """Let the given units move, starting from zero.
 
@@ -176,6 +187,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
+        self.fggm_indices.settle(adapter_name)
         for parameter in self.trained(adapter_name):
             data = parameter.data
             data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
@@ -227,7 +239,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     def deltas(self, adapter_names: Sequence[str]) -> list[SparseDelta]:
         """The deltas of those adapters that have one here which is not empty."""
         # the indices are asked, because DeepSpeed's ZeRO-3 fetches a parameter that is touched
-        return [self.delta(n) for n in adapter_names if n in self.fggm_values and self.fggm_indices[n].numel()]
+        return [self.delta(n) for n in adapter_names if self.selected.get(n) and self.fggm_indices[n].numel()]
 
     def bias_with_deltas(self, bias: Tensor | None, adapter_names: Sequence[str] | None = None) -> Tensor | None:
         """The base layer's bias with the bias entries of adapters added, the active ones by default; differentiable."""

@@ -95,7 +95,7 @@ def mixed_batch_forward(layer: FGGMLayer, names: Sequence[str], x: Tensor, *args
     output = layer.base_layer(x, *args, **kwargs)
     mixed = output
     for name in dict.fromkeys(names):
-        if name not in layer.fggm_values or not layer.fggm_indices[name].numel():
+        if not layer.deltas([name]):
             continue
         part = torch.tensor([number for number, other in enumerate(names) if other == name], device=output.device)
         of_part = layer.with_deltas(output[part], [name], x[part.to(x.device)])

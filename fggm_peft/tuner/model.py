@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
+from .indices import size_within
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
@@ -86,6 +87,7 @@ class FGGMModel(BaseTuner):
             resolve_budget_(self.peft_config[adapter_name], layers, adapter_name)
             forecast_supports(layers, self.peft_config[adapter_name], adapter_name)  # raises if it cannot be spent
             self._fill_without_data(model, adapter_name)
+            self._make_room(layers, adapter_name)
         except Exception:
             _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then
             raise
@@ -104,6 +106,13 @@ class FGGMModel(BaseTuner):
             lambda name: criterion_scores(layers[name], name, config, adapter_name),
         )
         write_supports(layers, config, adapter_name, choices)
+
+    def _make_room(self, layers: dict[str, FGGMLayer], adapter_name: str) -> None:
+        """Give the adapter of a saved config the sizes that it was saved with, for loaders that go by shapes."""
+        sizes = self.peft_config[adapter_name].support_sizes or {}
+        for name, layer in layers.items():
+            if sizes and not layer.selected[adapter_name]:
+                layer.await_support_(adapter_name, size_within(sizes, name))
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
@@ -249,6 +258,10 @@ class FGGMModel(BaseTuner):
         wanted = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for names of modules, and finds none within torch's checkpoint_wrapper
         ours = re.compile(rf"\.fggm_(values|indices|bias)\.{re.escape(adapter_name)}$")
+        layers = fggm_layers(model, adapter_name)
+        known = any(layer.selected[adapter_name] for layer in layers.values())
+        sizes = {name: len(layer.fggm_indices[adapter_name]) for name, layer in layers.items()}
+        config.support_sizes = sizes if known else None
         return wanted | {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
 
     @classmethod

@@ -128,6 +128,7 @@ def add_weighted_adapter(model: FGGMModel, wanted: WeightedSum, adapter_name: st
     config = _config(model, wanted, layers, sources)
     model.peft_config[adapter_name] = config
     model.inject_adapter(model.model, adapter_name)
+    model._cast_adapter_dtype(adapter_name)
     model.set_requires_grad(adapter_name, requires_grad=False)
     for layer in fggm_layers(model.model, adapter_name).values():
         _fill(layer, wanted, adapter_name)
