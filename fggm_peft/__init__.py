@@ -24,7 +24,14 @@ from .core.threshold import (
     TopDensity,
 )
 from .selection import CostEstimate, SelectionReport, estimate, select_parameters
-from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport
+from .tuner import (
+    FGGMConfig,
+    FGGMLayer,
+    FGGMModel,
+    MergeReport,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -56,6 +63,8 @@ __all__ = [
     "TopDensity",
     "__version__",
     "estimate",
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
     "select_parameters",
 ]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from ..core.errors import AdapterFileError
+
+if TYPE_CHECKING:
+    from .layer import FGGMLayer
 
 
 class SupportIndices(BufferDict):
@@ -63,6 +67,21 @@ def are_legal(indices: Tensor, units: int) -> bool:
     if not indices.numel():
         return True
     return bool((indices[0] >= 0) & (indices[-1] < units) & (indices[1:] > indices[:-1]).all())
+
+
+def await_support_(layer: FGGMLayer, adapter_name: str, k: int) -> None:
+    """Make room in a layer for a support of ``k`` units that a loader will bring; until then there is none.
+
+    Raises:
+        ValueError: there are fewer units than that.
+    """
+    units = layer.granularity[adapter_name].units(layer.weight_shape)
+    if not isinstance(k, int) or not 0 <= k <= units:
+        raise ValueError(f"a support of {k!r} units does not fit the {units} that are there")
+    layer.resize_(adapter_name, k)
+    for parameter in layer.trained(adapter_name):  # the loader casts to what it finds, and float32 holds them all
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    layer.fggm_indices.await_(adapter_name, k, units)
 
 
 def size_within(sizes: Mapping[str, int], name: str) -> int:

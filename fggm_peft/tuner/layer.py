@@ -52,7 +52,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("fggm_values", "fggm_bias")
-    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge")
+    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge", "room")
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any):
         super().__init__()
@@ -67,6 +67,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.selected: dict[str, bool] = {}  # False until the support is known
         self.fggm_indices = SupportIndices(self.selected)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self.room: dict[str, int] = {}  # units that a support is filled up to
         # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
         self._replaced_bases: list[nn.Module] = []
         self.in_features: int
@@ -168,16 +169,6 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         if self.fggm_indices[adapter_name].shape != (k,):
             self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
 
-    def await_support_(self, adapter_name: str, k: int) -> None:
-        """Make room for a support of ``k`` units that a loader will bring; until then there is none."""
-        units = self.granularity[adapter_name].units(self.weight_shape)
-        if not isinstance(k, int) or not 0 <= k <= units:
-            raise ValueError(f"a support of {k!r} units does not fit the {units} that are there")
-        self.resize_(adapter_name, k)
-        for parameter in self.trained(adapter_name):  # the loader casts to what it finds, and float32 holds them all
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        self.fggm_indices.await_(adapter_name, k, units)
-
     def set_support(self, adapter_name: str, indices: Tensor, generator: torch.Generator | None = None) -> None:
         """Let the given units move, starting from zero.
 
@@ -188,6 +179,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
         self.fggm_indices.settle(adapter_name)
+        self.room.pop(adapter_name, None)
         for parameter in self.trained(adapter_name):
             data = parameter.data
             data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))

@@ -44,6 +44,9 @@ class FGGMLinear(FGGMLayer):
     def unmatrix(self, matrix):
         return matrix.mT if self.is_transposed else matrix
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
     def has_plain_forward(self):
         return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
-from .indices import size_within
+from .indices import await_support_, size_within
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
@@ -112,7 +112,7 @@ class FGGMModel(BaseTuner):
         sizes = self.peft_config[adapter_name].support_sizes or {}
         for name, layer in layers.items():
             if sizes and not layer.selected[adapter_name]:
-                layer.await_support_(adapter_name, size_within(sizes, name))
+                await_support_(layer, adapter_name, size_within(sizes, name))
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
