@@ -232,6 +232,8 @@ class Elements(Granularity):
         add_sparse_product_(gx, g, columns, rows[order], values[order])
 
     def delta_rows(self, rows, indices, values, shape):
+        if torch.compiler.is_exporting():  # no size in an exported program may depend on data
+            return values.new_zeros(shape[0] * shape[1]).index_copy(0, indices.long(), values).view(shape)[rows]
         unique, inverse = rows.unique(return_inverse=True)
         first = torch.searchsorted(indices, (unique * shape[1]).to(indices.dtype))
         last = torch.searchsorted(indices, ((unique + 1) * shape[1]).to(indices.dtype))

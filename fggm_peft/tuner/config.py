@@ -193,6 +193,13 @@ class FGGMConfig(PeftConfig):
         default=None,
         metadata={"help": "Modules apart from FGGM layers that are trained whole and saved, such as a new head."},
     )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained beside the delta, such as new ones: indices into the input "
+            "embedding, or a dict of embedding name -> indices. As in LoRA."
+        },
+    )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None,
         metadata={"help": "Layer indices to adapt. An integer adapts that layer only."},

@@ -53,7 +53,8 @@ class FGGMLinear(FGGMLayer):
     def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
         dtype = self._compute_dtype(x)
         decoding = not torch.is_grad_enabled() and self.positions(x) < _MIN_POSITIONS_TO_COPY
-        if dtype is None or decoding or args or kwargs or not self.gives_weight():
+        additive = decoding or torch.compiler.is_exporting()  # the form that is made of plain operators
+        if dtype is None or additive or args or kwargs or not self.gives_weight():
             return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
         bias = self.bias_with_deltas(self.base_layer.bias)
         bias = None if bias is None else bias.to(dtype)
@@ -102,7 +103,7 @@ class FGGMConv(FGGMLayer):
 
     def adapted_forward(self, deltas, x, *args, **kwargs):
         layer = self.get_base_layer()
-        if self.gives_weight():
+        if self.gives_weight() and not torch.compiler.is_exporting():
             weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
             return layer._conv_forward(x, weight, self.bias_with_deltas(layer.bias))
         return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
