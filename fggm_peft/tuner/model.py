@@ -251,6 +251,11 @@ class FGGMModel(BaseTuner):
             self._merge_all(adapter_names, safe_merge, keep_originals=False)
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # Only unloading comes here, with the base layer as it is. PEFT's would give it the weight that
+        # TrainableTokensWrapper shows, which is no parameter.
+        setattr(parent, child_name, new_module)
+
     # Files ---------------------------------------------------------------------------------------
 
     @classmethod
