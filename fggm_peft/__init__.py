@@ -24,7 +24,14 @@ from .core.threshold import (
     TopDensity,
 )
 from .selection import CostEstimate, SelectionReport, estimate, online_selection, select_parameters
-from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport
+from .tuner import (
+    FGGMConfig,
+    FGGMLayer,
+    FGGMModel,
+    MergeReport,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -63,8 +70,10 @@ __all__ = [
     "diff",
     "estimate",
     "export_lora",
+    "hotswap_adapter",
     "online_selection",
     "overlap",
+    "prepare_model_for_compiled_hotswap",
     "prune",
     "select_parameters",
     "subtract",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import dense_delta, mask, relative_error, seeded, units
 
-from fggm_peft.core.algebra import as_elements, combined, entries, restricted, shared, unit_squares, united
+from fggm_peft.core.algebra import as_elements, combined, restricted, shared, unit_squares, united
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.linear import SparseDelta
 
@@ -55,7 +55,7 @@ def test_a_combination_is_the_sum_of_the_dense_matrices_on_the_union(case):
 def test_elements_and_entries_are_those_of_the_dense_matrix(case):
     shape, delta = case
     expected = mask(delta.granularity.name, shape, delta.indices).flatten().nonzero().squeeze(1)
-    assert torch.equal(entries(delta.granularity, delta.indices, shape), expected)
+    assert torch.equal(delta.granularity.element_indices(delta.indices, shape), expected)
     assert torch.equal(dense(as_elements(delta, shape), shape), dense(delta, shape))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .granularity import GRANULARITIES, Granularity, Shape
+from .granularity import GRANULARITIES, Shape
 from .linear import SparseDelta
 
 ELEMENT = "element"
@@ -22,15 +22,9 @@ def index_dtype(shape: Shape) -> torch.dtype:
     return torch.int64 if shape[0] * shape[1] >= 2**31 else torch.int32
 
 
-def entries(granularity: Granularity, indices: Tensor, shape: Shape) -> Tensor:
-    """The flat indices ``o * in + i`` of all entries of a support, int64, sorted; in the order of the values."""
-    numbers = torch.arange(shape[0] * shape[1], device=indices.device).view(shape)
-    return granularity.gather(numbers, indices).reshape(-1)
-
-
 def as_elements(delta: SparseDelta, shape: Shape) -> SparseDelta:
     """The same delta with every entry of its units as an element of its own."""
-    indices = entries(delta.granularity, delta.indices, shape).to(index_dtype(shape))
+    indices = delta.granularity.element_indices(delta.indices, shape).to(index_dtype(shape))
     return SparseDelta(GRANULARITIES[ELEMENT], indices, delta.values.reshape(-1), delta.scale)
 
 

@@ -39,6 +39,10 @@ class Granularity(ABC):
         """Shape of the values of ``k`` chosen units, in the weight's own orientation."""
 
     @abstractmethod
+    def element_indices(self, indices: Tensor, shape: Shape) -> Tensor:
+        """Flat indices ``o * in + i`` of every chosen entry, int64, in the order of the flattened values: sorted."""
+
+    @abstractmethod
     def reduce(self, matrix: Tensor) -> Tensor:
         """Sum a score of every entry, ``[o, i]``, to a score of every unit, ``[units]``."""
 
@@ -102,6 +106,9 @@ class Rows(Granularity):
     def values_shape(self, shape, k):
         return (k, shape[1])
 
+    def element_indices(self, indices, shape):
+        return (indices.long()[:, None] * shape[1] + torch.arange(shape[1], device=indices.device)).flatten()
+
     def reduce(self, matrix):
         return matrix.sum(1)
 
@@ -146,6 +153,9 @@ class Columns(Granularity):
     def values_shape(self, shape, k):
         return (shape[0], k)
 
+    def element_indices(self, indices, shape):
+        return (torch.arange(shape[0], device=indices.device)[:, None] * shape[1] + indices.long()).flatten()
+
     def reduce(self, matrix):
         return matrix.sum(0)
 
@@ -187,6 +197,9 @@ class Elements(Granularity):
     def values_shape(self, shape, k):
         return (k,)
 
+    def element_indices(self, indices, shape):
+        return indices.long()
+
     def reduce(self, matrix):
         return matrix.reshape(-1)
 
@@ -219,6 +232,8 @@ class Elements(Granularity):
         add_sparse_product_(gx, g, columns, rows[order], values[order])
 
     def delta_rows(self, rows, indices, values, shape):
+        if torch.compiler.is_exporting():  # no size in an exported program may depend on data
+            return values.new_zeros(shape[0] * shape[1]).index_copy(0, indices.long(), values).view(shape)[rows]
         unique, inverse = rows.unique(return_inverse=True)
         first = torch.searchsorted(indices, (unique * shape[1]).to(indices.dtype))
         last = torch.searchsorted(indices, ((unique + 1) * shape[1]).to(indices.dtype))

@@ -71,8 +71,18 @@ def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta
         x: ``[..., i]``.
         deltas: their values get gradients in their own dtype.
     """
+    if torch.compiler.is_exporting():  # an exported program holds operators, and an autograd function is none
+        return _with_products(_flat(base_output), _flat(x), deltas).view(base_output.shape)
     flat = _AdditiveLinear.apply(_flat(base_output), _flat(x), tuple(deltas), *(d.values for d in deltas))
     return flat.view(base_output.shape)
+
+
+def _with_products(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+    y = base_output.clone()  # the base layer's own backward may need it as it is
+    for delta in deltas:
+        scaled = (delta.values * delta.scale).to(x.dtype)
+        delta.granularity.add_product_(y, x, delta.indices, scaled)
+    return y
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -129,11 +139,7 @@ class _AdditiveLinear(torch.autograd.Function):
     def forward(ctx, base_output, x, deltas, *values):
         ctx.deltas, ctx.input_size = deltas, x.shape[1]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *values)
-        y = base_output.clone()  # the base layer's own backward may need it as it is
-        for delta in deltas:
-            scaled = (delta.values * delta.scale).to(x.dtype)
-            delta.granularity.add_product_(y, x, delta.indices, scaled)
-        return y
+        return _with_products(base_output, x, deltas)
 
     @staticmethod
     @once_differentiable
@@ -154,6 +160,8 @@ def effective_matrix(weight: WeightSource, deltas: Sequence[SparseDelta]) -> Ten
 
     The gradient at the result may be dense; the values get their entries of it.
     """
+    if torch.compiler.is_exporting():
+        return effective_weight(weight(), deltas)
     return _EffectiveMatrix.apply(weight, tuple(deltas), *(d.values for d in deltas))
 
 

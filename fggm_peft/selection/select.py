@@ -202,9 +202,10 @@ def active_adapters(model: nn.Module) -> list[tuple[str, FGGMConfig]]:
     """
     configs = getattr(model, "peft_config", None) or {}
     active = None
-    if configs:  # a method of transformers' models, which raises without adapters; a property of PEFT's
+    if configs:  # a property of PEFT's; a method of transformers' models, which raises for what it has not put in
         active = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None)
-        active = active() if callable(active) else active
+        if callable(active):
+            active = active() if getattr(model, "_hf_peft_config_loaded", True) else None
     names = [active] if isinstance(active, str) else list(active or configs)
     found = [(name, configs[name]) for name in names if isinstance(configs.get(name), FGGMConfig)]
     if not found:

@@ -206,6 +206,7 @@ def made_delta(
         }
     )
     config.auto_mapping = copy.deepcopy(like.auto_mapping)
+    config.support_sizes = {name: len(module.indices) for name, module in modules.items()}
     delta = SparseDelta(config, dict(modules), dict(others or {}))
     config.selection = {"made_by": made_by, "parameters": delta.parameters, "density": delta.density}
     return delta

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..core.algebra import as_elements, entries, restricted, shared
+from ..core.algebra import as_elements, restricted, shared
 from ..core.granularity import Granularity, Shape
 from ..core.linear import SparseDelta as WeightDelta
 from ..selection.protection import Support, supports_in_file
@@ -216,7 +216,7 @@ def _common(kind_a: Granularity, a: Tensor, kind_b: Granularity, b: Tensor, shap
     """How many entries two supports share."""
     if kind_a.name == kind_b.name:
         return len(shared(a, b)[0]) * kind_a.parameters_per_unit(shape)
-    return len(shared(entries(kind_a, a, shape), entries(kind_b, b, shape))[0])
+    return len(shared(kind_a.element_indices(a, shape), kind_b.element_indices(b, shape))[0])
 
 
 def support_overlap(model: nn.Module, folders: Sequence[Path]) -> dict[str, Any] | None:

@@ -207,6 +207,13 @@ class FGGMConfig(PeftConfig):
         default=None,
         metadata={"help": "Modules apart from FGGM layers that are trained whole and saved, such as a new head."},
     )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained beside the delta, such as new ones: indices into the input "
+            "embedding, or a dict of embedding name -> indices. As in LoRA."
+        },
+    )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None,
         metadata={"help": "Layer indices to adapt. An integer adapts that layer only."},
@@ -249,6 +256,14 @@ class FGGMConfig(PeftConfig):
     selection: Optional[dict[str, Any]] = field(
         default=None,
         metadata={"help": "What `select_parameters` found: samples, agreement, densities. Written by the library."},
+    )
+
+    support_sizes: Optional[dict[str, int]] = field(
+        default=None,
+        metadata={
+            "help": "How many units each module's support has, written by the library when an adapter is saved, so "
+            "that loaders which go by shapes, such as transformers' own, find room for it."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from ..core.linear import SparseDelta, effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
 from .bitsandbytes_guard import recover_quantization_state
 from .config import FGGMConfig
+from .indices import SupportIndices
 from .kept import KEPT, KeptDeltaHook
 from .merge_report import ModuleMerge
 from .merging import merge_dense_, merge_quantized
+from .mixed_batches import mixed_batch_forward
 from .offloading import execution_device, is_offloaded, kept_weight
 from .sharding import whole
 
@@ -49,21 +52,22 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("fggm_values", "fggm_bias")
-    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge")
+    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge", "room")
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any):
         super().__init__()
         self.base_layer = base_layer
         self.fggm_values = nn.ParameterDict()
         self.fggm_bias = nn.ParameterDict()
-        self.fggm_indices = BufferDict(persistent=True)
         self.fggm_originals = BufferDict(persistent=False)
         self.fggm_original_bias = BufferDict(persistent=False)
         self.scaling: dict[str, float] = {}
         self.granularity: dict[str, Granularity] = {}
         self.quantized_merge: dict[str, str] = {}
         self.selected: dict[str, bool] = {}  # False until the support is known
+        self.fggm_indices = SupportIndices(self.selected)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self.room: dict[str, int] = {}  # units that a support is filled up to
         # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
         self._replaced_bases: list[nn.Module] = []
         self.in_features: int
@@ -92,6 +96,10 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     @abstractmethod
     def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
         """What the base layer would compute if the deltas were part of its weight."""
+
+    @abstractmethod
+    def with_deltas(self, output: Tensor, adapter_names: Sequence[str], x: Tensor) -> Tensor:
+        """The base layer's ``output`` for ``x`` and what the adapters add to it; the weight is not needed."""
 
     @abstractmethod
     def per_sample(self, calls: Calls, gram: GramMatrix) -> PerSampleGradients:
@@ -170,6 +178,8 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
+        self.fggm_indices.settle(adapter_name)
+        self.room.pop(adapter_name, None)
         for parameter in self.trained(adapter_name):
             data = parameter.data
             data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
@@ -218,25 +228,32 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         delta.granularity.add_(dense, delta.indices, delta.values.detach(), delta.scale)
         return self.unmatrix(dense)
 
-    def bias_with_deltas(self, bias: Tensor | None) -> Tensor | None:
-        """The base layer's bias with the active adapters' bias entries added; differentiable in them."""
-        for name in self.active_adapters:
+    def deltas(self, adapter_names: Sequence[str]) -> list[SparseDelta]:
+        """The deltas of those adapters that have one here which is not empty."""
+        # the indices are asked, because DeepSpeed's ZeRO-3 fetches a parameter that is touched
+        return [self.delta(n) for n in adapter_names if self.selected.get(n) and self.fggm_indices[n].numel()]
+
+    def bias_with_deltas(self, bias: Tensor | None, adapter_names: Sequence[str] | None = None) -> Tensor | None:
+        """The base layer's bias with the bias entries of adapters added, the active ones by default; differentiable."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.fggm_bias and self.fggm_indices[name].numel():
                 wide = torch.promote_types(bias.dtype, torch.float32)  # added wide and rounded once, as in the merge
                 added = (self.fggm_bias[name] * self.scaling[name]).to(wide)
                 bias = bias.to(wide).index_add(0, self.fggm_indices[name], added).to(bias.dtype)
         return bias
 
-    def added_bias(self) -> Tensor | None:
-        """The active adapters' bias entries alone, ``[o]``, or None if there are none."""
+    def added_bias(self, adapter_names: Sequence[str]) -> Tensor | None:
+        """The adapters' bias entries alone, ``[o]``, or None if there are none."""
         base_bias = getattr(self.get_base_layer(), "bias", None)
-        if base_bias is None or not any(name in self.fggm_bias for name in self.active_adapters):
+        if base_bias is None or not any(name in self.fggm_bias for name in adapter_names):
             return None
-        return self.bias_with_deltas(torch.zeros_like(base_bias, requires_grad=False))
+        return self.bias_with_deltas(torch.zeros_like(base_bias, requires_grad=False), adapter_names)
 
     # Forward ------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
+        if adapter_names is not None and not self.disable_adapters:
+            return mixed_batch_forward(self, adapter_names, x, *args, **kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -262,8 +279,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
                     "another size. Save it, load it with PeftModel.from_pretrained(..., is_trainable=True), and shard "
                     "that model."
                 )
-        # the indices are asked, because DeepSpeed's ZeRO-3 fetches a parameter that is touched
-        return [self.delta(name) for name in names if self.fggm_indices[name].numel()]
+        return self.deltas(names)
 
     def gives_weight(self) -> bool:
         """Whether the product may be taken with our own copy of the weight, past the base layer.

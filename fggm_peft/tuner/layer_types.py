@@ -44,21 +44,27 @@ class FGGMLinear(FGGMLayer):
     def unmatrix(self, matrix):
         return matrix.mT if self.is_transposed else matrix
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
     def has_plain_forward(self):
         return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
         dtype = self._compute_dtype(x)
         decoding = not torch.is_grad_enabled() and self.positions(x) < _MIN_POSITIONS_TO_COPY
-        if dtype is None or decoding or args or kwargs or not self.gives_weight():
-            output = self.base_layer(x, *args, **kwargs)
-            output = additive_linear(output, x.to(output.dtype), deltas)
-            bias = self.added_bias()
-            return output if bias is None else output + bias.to(output.dtype)
+        additive = decoding or torch.compiler.is_exporting()  # the form that is made of plain operators
+        if dtype is None or additive or args or kwargs or not self.gives_weight():
+            return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
         bias = self.bias_with_deltas(self.base_layer.bias)
         bias = None if bias is None else bias.to(dtype)
         output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
         return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
+
+    def with_deltas(self, output, adapter_names, x):
+        output = additive_linear(output, x.to(output.dtype), self.deltas(adapter_names))
+        bias = self.added_bias(adapter_names)
+        return output if bias is None else output + bias.to(output.dtype)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype the base layer would compute in; None if it would refuse ``x``."""
@@ -97,13 +103,16 @@ class FGGMConv(FGGMLayer):
 
     def adapted_forward(self, deltas, x, *args, **kwargs):
         layer = self.get_base_layer()
-        if self.gives_weight():
+        if self.gives_weight() and not torch.compiler.is_exporting():
             weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
             return layer._conv_forward(x, weight, self.bias_with_deltas(layer.bias))
-        output = self.base_layer(x, *args, **kwargs)
+        return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
+
+    def with_deltas(self, output, adapter_names, x):
+        layer = self.get_base_layer()
         zeros = torch.zeros(layer.weight.shape, dtype=layer.weight.dtype, device=x.device)
-        delta = self.unmatrix(effective_matrix(lambda: self.matrix(zeros), deltas))
-        return output + layer._conv_forward(x, delta.to(x.dtype), self.added_bias())
+        delta = self.unmatrix(effective_matrix(lambda: self.matrix(zeros), self.deltas(adapter_names)))
+        return output + layer._conv_forward(x, delta.to(x.dtype), self.added_bias(adapter_names))
 
     def per_sample(self, calls, gram):
         layer = self.get_base_layer()
@@ -134,11 +143,13 @@ class FGGMEmbedding(FGGMLayer):
         return matrix
 
     def adapted_forward(self, deltas, x, *args, **kwargs):
-        output = self.base_layer(x, *args, **kwargs)
+        return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
+
+    def with_deltas(self, output, adapter_names, x):
         embed_scale = self._get_embed_scale()
         wide = torch.promote_types(output.dtype, torch.float32)
         result = output.to(wide)
-        for delta in deltas:
+        for delta in self.deltas(adapter_names):
             rows = delta.granularity.delta_rows(x.reshape(-1), delta.indices, delta.values, self.weight_shape)
             scale = delta.scale if embed_scale is None else delta.scale * embed_scale
             result = result + rows.view(*x.shape, -1).to(wide) * scale

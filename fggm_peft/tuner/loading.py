@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.errors import AdapterFileError
 from ..core.granularity import Granularity, Shape
 from .layer import FGGMLayer
+from .room import fill_up_
 from .sharding import plain_name
 
 
@@ -29,6 +30,7 @@ def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: di
         AdapterFileError: a tensor is missing, or does not fit; names its key. Nothing has changed then.
     """
     sizes: dict[FGGMLayer, int] = {}
+    paths: dict[FGGMLayer, str] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, FGGMLayer) or adapter_name not in layer.fggm_values:
             continue
@@ -41,8 +43,11 @@ def fit_layers_to_state_dict(model: nn.Module, adapter_name: str, state_dict: di
             raise ValueError(
                 f"adapter {adapter_name!r} is merged ({name}); call unmerge_adapter() before loading over it"
             )
-        sizes[layer] = _checked_size(layer, adapter_name, keys)
+        sizes[layer], paths[layer] = _checked_size(layer, adapter_name, keys), name
     for layer, k in sizes.items():
+        if (room := layer.room.get(adapter_name)) is not None:
+            fill_up_(state_dict, paths[layer], layer, adapter_name, room)
+            k = room
         layer.resize_(adapter_name, k)
         layer.selected[adapter_name] = any(sizes.values())
         layer.freeze_empty_()
@@ -103,6 +108,12 @@ def _checked_size(layer: FGGMLayer, adapter_name: str, keys: _Keys) -> int:
     if bias is not None:
         fits = bias.is_floating_point() and tuple(bias.shape) == (k,)
         keys.require("bias", fits, f"expected floating-point values [{k}], got {_describe(bias)}")
+    room = layer.room.get(adapter_name, k)
+    if k > room:
+        raise AdapterFileError(
+            f"{keys.names['indices']}: {k} units do not fit the room for {room} that "
+            "prepare_model_for_compiled_hotswap has made; give it a higher density"
+        )
     wanted = adapter_name in layer.fggm_bias
     keys.require("bias", wanted == (bias is not None), "bias entries are " + ("missing" if wanted else "unexpected"))
     return k

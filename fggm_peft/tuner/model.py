@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
+from .indices import await_support_, size_within
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
 from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
+from .mixed_batches import adapter_of_each_sample
 from .offloading import require_offloading_in_place
 from .sharding import require_unsharded
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
+from .weighted import WeightedSum, add_weighted_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +87,7 @@ class FGGMModel(BaseTuner):
             resolve_budget_(self.peft_config[adapter_name], layers, adapter_name)
             forecast_supports(layers, self.peft_config[adapter_name], adapter_name)  # raises if it cannot be spent
             self._fill_without_data(model, adapter_name)
+            self._make_room(layers, adapter_name)
         except Exception:
             _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then
             raise
@@ -101,6 +106,13 @@ class FGGMModel(BaseTuner):
             lambda name: criterion_scores(layers[name], name, config, adapter_name),
         )
         write_supports(layers, config, adapter_name, choices)
+
+    def _make_room(self, layers: dict[str, FGGMLayer], adapter_name: str) -> None:
+        """Give the adapter of a saved config the sizes that it was saved with, for loaders that go by shapes."""
+        sizes = self.peft_config[adapter_name].support_sizes or {}
+        for name, layer in layers.items():
+            if sizes and not layer.selected[adapter_name]:
+                await_support_(layer, adapter_name, size_within(sizes, name))
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
@@ -130,6 +142,45 @@ class FGGMModel(BaseTuner):
         if config.bias != "all":
             return {}
         return super()._get_learnable_bias_state_dict(model, state_dict, config)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        with adapter_of_each_sample(self, FGGMLayer, names, beams):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a weighted combination of others, frozen as in LoRA; they stay as they are.
+
+        What PEFT's merge functions make of the dense deltas, scales included, is computed on the union of the
+        supports. Adapters of different granularities combine into single elements. Units of which nothing is left are
+        not kept.
+
+        Args:
+            adapters: names of adapters.
+            weights: one for each; may be negative.
+            adapter_name: the new adapter's; if it exists already nothing is done but a warning.
+            combination_type: "linear" (exact, by which deltas can be added and subtracted), "magnitude_prune", "ties",
+                "dare_linear" or "dare_ties".
+            density: share of each delta's entries, those of the whole weight counted, that pruning keeps.
+            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
+
+        Raises:
+            ValueError: an adapter does not exist or has no support yet, or the arguments do not fit together.
+        """
+        if adapter_name in self.peft_config:
+            warnings.warn(f"adapter {adapter_name!r} exists already and stays as it is", stacklevel=2)
+            return
+        wanted = WeightedSum(adapters, weights, combination_type, density, majority_sign_method)
+        add_weighted_adapter(self, wanted, adapter_name)
 
     # Merging -------------------------------------------------------------------------------------
 
@@ -200,6 +251,11 @@ class FGGMModel(BaseTuner):
             self._merge_all(adapter_names, safe_merge, keep_originals=False)
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # Only unloading comes here, with the base layer as it is. PEFT's would give it the weight that
+        # TrainableTokensWrapper shows, which is no parameter.
+        setattr(parent, child_name, new_module)
+
     # Files ---------------------------------------------------------------------------------------
 
     @classmethod
@@ -207,6 +263,10 @@ class FGGMModel(BaseTuner):
         wanted = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for names of modules, and finds none within torch's checkpoint_wrapper
         ours = re.compile(rf"\.fggm_(values|indices|bias)\.{re.escape(adapter_name)}$")
+        layers = fggm_layers(model, adapter_name)
+        known = any(layer.selected[adapter_name] for layer in layers.values())
+        sizes = {name: len(layer.fggm_indices[adapter_name]) for name, layer in layers.items()}
+        config.support_sizes = sizes if known else None
         return wanted | {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
 
     @classmethod

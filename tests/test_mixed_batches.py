@@ -1,0 +1,141 @@
+"""One batch, an adapter of its own for each sample: as if every sample had come alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import bert, llama, t5, token_batches
+from peft import get_peft_model
+from reference import TOLERANCE, relative_error
+from torch import nn
+from transformers import BertForSequenceClassification
+
+from fggm_peft import FGGMConfig
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.tuner.support import fggm_layers
+
+KINDS = list(GRANULARITIES)
+NAMES = [KINDS[0], "__base__", KINDS[-1], KINDS[0], KINDS[1]]
+
+
+def with_an_adapter_of_each_granularity(model: nn.Module, **config) -> nn.Module:
+    """One adapter for each granularity, of its name, with random supports and values."""
+    for seed, kind in enumerate(GRANULARITIES):
+        options = FGGMConfig(criterion="random", granularity=kind, seed=seed, density=0.3, **config)
+        if seed:
+            model.add_adapter(kind, options)
+        else:
+            model = get_peft_model(model, options, adapter_name=kind)
+    for name, parameter in model.named_parameters():
+        if "fggm_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def alone(model: nn.Module, name: str, inputs: dict, call=lambda model, **kwargs: model(**kwargs).logits):
+    """What the model makes of a batch of which every sample uses the same adapter."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return call(model, **inputs)
+    model.set_adapter(name)
+    return call(model, **inputs)
+
+
+def batch_of(size: int) -> dict:
+    return {key: value for key, value in token_batches((size,))[0].items() if key != "labels"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_layer_computes_with_every_samples_own_adapter(example, dtype, adapt):
+    x = torch.cat([example.x(dtype) for _ in range(5)])[:5]
+    model = nn.Sequential()
+    model.layer = copy.deepcopy(example.layer(dtype))
+    model = with_an_adapter_of_each_granularity(model, target_modules=["layer"])
+    mixed = model(x, adapter_names=NAMES)
+    assert mixed.dtype == model.base_model.model.layer.base_layer(x).dtype
+    for number, name in enumerate(NAMES):
+        expected = alone(model, name, {"input": x[number : number + 1]}, lambda m, input: m(input))
+        assert relative_error(mixed[number : number + 1], expected) < TOLERANCE[dtype]
+    with model.disable_adapter():
+        assert torch.equal(model(x)[1], mixed[1])
+
+
+def test_the_biases_of_chosen_rows_go_with_their_adapter():
+    config = {"target_modules": ["0"], "criterion": "random", "bias": "fggm_only", "init_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 8)), FGGMConfig(**config), "a")
+    model.add_adapter("b", FGGMConfig(seed=1, **config))
+    x, names = torch.randn(3, 6), ["b", "a", "__base__"]
+    mixed = model.eval()(x, adapter_names=names)
+    for number, name in enumerate(names):
+        assert relative_error(mixed[number], alone(model, name, {"input": x}, lambda m, input: m(input))[number]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [
+        (lambda: llama(), {}),
+        (lambda: llama(), {"target_modules": ["q_proj", "embed_tokens"]}),
+        (lambda: bert(BertForSequenceClassification), {"modules_to_save": ["classifier"]}),
+    ],
+    ids=["every linear layer", "an embedding", "a head that is trained whole"],
+)
+def test_a_model_computes_for_each_sample_what_it_would_alone(build, config):
+    model = with_an_adapter_of_each_granularity(build(), **config)
+    inputs = batch_of(len(NAMES))
+    mixed = model(**inputs, adapter_names=NAMES).logits
+    for number, name in enumerate(NAMES):
+        torch.testing.assert_close(mixed[number], alone(model, name, inputs)[number], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("build", [llama, t5])
+def test_generating_gives_each_sample_what_its_adapter_says(build, beams):
+    model = with_an_adapter_of_each_granularity(build())
+    inputs = batch_of(len(NAMES))
+    settings = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+
+    def generate(model, **kwargs):
+        return model.generate(**kwargs, **settings)
+
+    mixed = generate(model, **inputs, adapter_names=NAMES)
+    for number, name in enumerate(NAMES):
+        assert torch.equal(mixed[number], alone(model, name, inputs, generate)[number])
+    with model.disable_adapter():
+        assert not torch.equal(mixed, generate(model, **inputs)[:, : mixed.shape[1]])
+
+
+def test_what_cannot_be_mixed_is_an_error_as_in_lora_and_leaves_no_hook_behind():
+    model = with_an_adapter_of_each_granularity(llama())
+    inputs = batch_of(2)
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): colour, size"):
+        model(**inputs, adapter_names=["size", "colour"])
+    with pytest.raises(ValueError, match="same as the number of inputs, but got 1 and 2"):
+        model(**inputs, adapter_names=["row"])
+    with pytest.raises(TypeError, match="expected a list of str"):
+        model(**inputs, adapter_names="row")
+    model.set_adapter("row")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model(**inputs, adapter_names=["row", "row"])
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(**inputs, adapter_names=["row", "row"])
+    assert not any(layer._forward_pre_hooks for layer in fggm_layers(model, "row").values())
+
+
+def test_the_names_are_ignored_while_adapters_are_disabled():
+    model = with_an_adapter_of_each_granularity(llama())
+    inputs = batch_of(2)
+    with model.disable_adapter():
+        expected = model(**inputs).logits
+        assert torch.equal(model(**inputs, adapter_names=["row", "column"]).logits, expected)
+
+
+def test_an_adapter_gets_gradients_from_its_own_samples_alone():
+    model = with_an_adapter_of_each_granularity(llama())
+    model.set_adapter("row")
+    loss = model(**batch_of(2), adapter_names=["row", "__base__"]).logits[1].sum()
+    values = [layer.fggm_values["row"] for layer in fggm_layers(model, "row").values()]
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, values))
