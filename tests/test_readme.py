@@ -11,8 +11,10 @@ import transformers
 import trl
 from deltas import adapter
 from models import byte_tokenizer, text_model, token_batches
+from peft import get_peft_model
 from torch.utils.data import DataLoader
 
+from fggm_peft import FGGMConfig
 from fggm_peft.continual.stream import read_stream
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +98,22 @@ def test_the_snippet_on_choosing_runs(capsys):
     names = {"base": text_model(), "dataloader": token_batches(sizes=(8,) * 4)}
     exec(compile(snippet, "choosing.md", "exec"), names)
     assert "32 sample passes" in capsys.readouterr().out and names["report"].checks
+
+
+def test_the_snippets_on_compatibility_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_model().save_pretrained("base")
+    for seed, name in enumerate(("sums", "names")):
+        config = FGGMConfig(criterion="random", density=0.1, seed=seed, init_weights=False)
+        get_peft_model(text_model(), config).save_pretrained(f"tasks/{name}")
+    samples = {key: value for key, value in token_batches((3,))[0].items() if key != "labels"}
+    names = {"base": text_model(), "base_again": text_model(), "base_folder": "base", "three_samples": samples}
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        exec(compile(snippet, "compatibility.md", "exec"), names)
+    assert names["mixed"].logits.shape[0] == 3 and Path("sums-as-lora/adapter_model.safetensors").exists()
 
 
 def test_the_stream_in_the_docs_is_read(tmp_path):

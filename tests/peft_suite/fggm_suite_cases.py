@@ -1,10 +1,10 @@
-"""The cases that PEFT's own tests are run with: the same models and targets for FGGM and for LoRA."""
+"""The cases that PEFT's own tests are run with: the same models and targets for FGGM, LoRA and SHiRA."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, ShiraConfig
 
 from fggm_peft import FGGMConfig
 
@@ -36,6 +36,8 @@ TEST_CASES = {
         for name, model, targets in _TARGETS
     ],
     "lora": [(name, model, LoraConfig, targets) for name, model, targets in _TARGETS],
+    # linear layers are all that SHiRA adapts
+    "shira": [(name, model, ShiraConfig, {"r": 1, **targets}) for name, model, targets in _TARGETS if model == "MLP"],
 }
 
 _ONE = {"target_modules": ["lin0"], "init_weights": False}
@@ -67,5 +69,9 @@ MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = {
             {"target_modules": ["lin0"], "init_lora_weights": False},
             {"target_modules": ["lin1"], "init_lora_weights": False},
         ),
+    ],
+    "shira": [
+        (f"SHiRA {kind}", "shira", ShiraConfig, {"r": 1, **first}, {"r": 1, **second})
+        for kind, first, second in (("same", _ONE, _ONE), ("different", _ONE, _BOTH))
     ],
 }

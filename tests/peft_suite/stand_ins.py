@@ -1,0 +1,66 @@
+"""What takes the place of names in PEFT's tests, so that a test written for LoRA or LoKr tests FGGM."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM as Auto
+from transformers import OPTConfig, OPTForCausalLM
+
+from fggm_peft import FGGMConfig, FGGMLayer, hotswap_adapter
+
+_KEPT = ("target_modules", "modules_to_save", "task_type", "bias")
+_ONLY = {"lora_only": "fggm_only", "lokr_only": "fggm_only"}
+
+
+class DrawnConfig(FGGMConfig):
+    """Draws its seed from torch's generator when an adapter is made of it, as LoRA draws its values."""
+
+    @property
+    def is_chosen_at_birth(self) -> bool:
+        self.seed = int(torch.randint(2**31, ()))
+        return super().is_chosen_at_birth
+
+
+def config(**kwargs: Any) -> FGGMConfig:
+    """The FGGM config that a test's LoRA or LoKr config stands for; a higher rank is a higher density."""
+    zero = kwargs.get("init_lora_weights", kwargs.get("init_weights", True))
+    options = {key: kwargs[key] for key in _KEPT if key in kwargs}
+    options["bias"] = _ONLY.get(options.get("bias", "none"), options.get("bias", "none"))
+    return DrawnConfig(
+        criterion="random",
+        granularity=os.environ["FGGM_GRANULARITY"],
+        density=min(1.0, 0.03 * kwargs.get("r", 8)),
+        init_weights=bool(zero),
+        **options,
+    )
+
+
+def attention_config(**kwargs: Any) -> FGGMConfig:
+    """The same where PEFT's default targets are those of OPT."""
+    return config(**{"target_modules": ["q_proj", "v_proj"], **kwargs})
+
+
+class AutoModelForCausalLM:
+    """transformers' class; a Hub id gives a small OPT with random weights, made here."""
+
+    @staticmethod
+    def from_pretrained(name: Any, **kwargs: Any):
+        return Auto.from_pretrained(name if Path(name).exists() else _small_opt(), **kwargs)
+
+
+@functools.cache
+def _small_opt() -> str:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 4, "num_hidden_layers": 5, "num_attention_heads": 4}
+    folder = tempfile.mkdtemp()
+    OPTForCausalLM(OPTConfig(word_embed_proj_dim=16, **sizes)).save_pretrained(folder)
+    return folder
+
+
+__all__ = ["AutoModelForCausalLM", "FGGMLayer", "attention_config", "config", "hotswap_adapter"]
