@@ -92,7 +92,7 @@ class _Drawing:
 
     def pictures(self) -> Iterator[tuple[str, Figure]]:
         """Name and figure of each picture."""
-        from ..continual.overlap import support_overlap
+        from ..sharing.overlaps import support_overlap
         from ..selection.pictures import agreement_picture, overlap_picture
 
         for name, adapter in zip(self.names, self.adapters, strict=True):

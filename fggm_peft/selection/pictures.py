@@ -139,7 +139,7 @@ def overlap_picture(
     """What supports share: below the diagonal their Jaccard index, above it what chance would give.
 
     Args:
-        jaccard, chance: ``[n, n]``, as ``continual.overlap`` gives them.
+        jaccard, chance: ``[n, n]``, as ``sharing.overlaps`` gives them.
     """
     size = range(len(names))
     both = [[jaccard[i][j] if j <= i else chance[i][j] for j in size] for i in size]
