@@ -92,8 +92,8 @@ class _Drawing:
 
     def pictures(self) -> Iterator[tuple[str, Figure]]:
         """Name and figure of each picture."""
-        from ..sharing.overlaps import support_overlap
         from ..selection.pictures import agreement_picture, overlap_picture
+        from ..sharing.overlaps import support_overlap
 
         for name, adapter in zip(self.names, self.adapters, strict=True):
             yield from self._of_one(name, adapter)
