@@ -37,7 +37,7 @@ def count(suite: str, method: str, granularity: str = "row") -> dict[str, Any]:
         raise RuntimeError(f"{suite} did not run for {method}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
     counts: dict[str, Any] = {outcome: found.get(outcome, 0) for outcome in OUTCOMES}
     counts["failed"] += found.get("error", 0) + found.get("errors", 0)
-    counts["which failed"] = re.findall(r"^(?:FAILED|ERROR) \S+::(\S+)", result.stdout, re.MULTILINE)
+    counts["which failed"] = re.findall(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - |$)", result.stdout, re.MULTILINE)
     return counts
 
 
