@@ -8,9 +8,9 @@ rows and columns of all linear layers and single elements of every tenth block (
 two halves, and chooses from them whenever the number of samples has doubled.
 
 In the result file each curve has, by the number of samples ``n`` in ``counts``: ``halves``, the agreement of the
-supports of two halves of n/2; ``largest``, that of n samples with all of them, which contain them; ``independent``, that
-of n/2 samples with the other half of all; ``score_held``, what the support of n/2 samples holds of the scores of the
-other half of all, over what the support of its own half of all holds of them.
+supports of two halves of n/2; ``largest``, that of n samples with all of them, which contain them; ``independent``,
+that of n/2 samples with the other half of all; ``score_held``, what the support of n/2 samples holds of the scores of
+the other half of all, over what the support of its own half of all holds of them.
 """
 
 from __future__ import annotations
