@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fggm_peft.tuner.layout import density_grid, markdown_table, place_of
+from fggm_peft.tuner.layout import density_grid, grid_from_dict, markdown_table, place_of
 
 
 def grid(*names, **options):
@@ -58,6 +58,20 @@ def test_the_table_is_markdown_and_leaves_unknown_cells_empty():
     lines = markdown_table(density_grid({"h.0.q": (0.3, 4), "h.1.q": (0.12345, 4), "head": (1.0, 4)})).splitlines()
     assert lines[0] == "| | layer 0 | layer 1 | no layer |" and lines[1] == "|---|---|---|---|"
     assert lines[2:] == ["| q | 30 % | 12.3 % |  |", "| head |  |  | 100 % |"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, [], {}, {"layers": ["0"]}, {"layers": "0", "q": [0.1]}, {"layers": ["0"], "q": [0.1, 0.2]}]
+    + [{"layers": ["0"], "q": value} for value in ("x", ["x"], [2.0], [None], [float("nan")])],
+)
+def test_a_grid_from_a_stranger_is_checked(data):
+    assert grid_from_dict(data) is None
+
+
+def test_a_grid_goes_to_a_dict_and_back():
+    found = grid("h.0.q", "h.1.up")
+    assert grid_from_dict(found.to_dict()) == found
 
 
 def test_shares_that_differ_by_rounding_only_are_even():

@@ -24,7 +24,7 @@ from fggm_peft.selection.pictures import (
     spectrum_picture,
 )
 from fggm_peft.selection.report import AgreementCheck
-from fggm_peft.selection.saved import base_without_weights, shares_of
+from fggm_peft.selection.saved import base_without_weights, saved_adapter, shares_of
 from fggm_peft.training.trainer import logged
 from fggm_peft.tuner.support import fggm_layers
 
@@ -183,14 +183,13 @@ def test_a_file_name_has_nothing_that_a_file_system_dislikes():
 # --- of saved adapters ---------------------------------------------------------------------------
 
 
-def test_shares_of_a_saved_adapter_are_those_of_its_report(granularity, tmp_path):
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_shares_of_a_saved_adapter_are_those_of_its_report(granularity, task_type, tmp_path):
     llama().save_pretrained(tmp_path / "base")
-    config = {"density_pattern": {"q_proj": 0.5}, "task_type": "CAUSAL_LM"}
+    config = {"density_pattern": {"q_proj": 0.5}, "task_type": task_type}
     model = adapted(llama(), granularity, **config)
     report = select_parameters(model, token_batches(), progress=False)
     model.save_pretrained(tmp_path / "adapter")
-    from fggm_peft.selection.saved import saved_adapter
-
     adapter = saved_adapter(str(tmp_path / "adapter"))
     base = base_without_weights(str(tmp_path / "base"), adapter.config)
     assert all(parameter.is_meta for parameter in base.parameters())
@@ -250,6 +249,13 @@ def test_select_refuses_pictures_that_it_cannot_write_before_it_loads_the_model(
     common = ("select", "no/model", "--data", "x", "--output", tmp_path / "out")
     assert "not empty" in fail(*common, "--plots", tmp_path / "full")
     assert not (tmp_path / "out").exists()
+
+
+def test_checks_that_a_stranger_wrote_are_left_out(tmp_path):
+    model = adapted(llama(), criterion="random", task_type="CAUSAL_LM")
+    model.peft_config["default"].selection = {"checks": [[32, 0.5], [64, None], ["x", 1], [1], 7, [-1, 0.5], [9, 5.0]]}
+    model.save_pretrained(tmp_path)
+    assert saved_adapter(str(tmp_path)).checks == [(32, 0.5), (64, None)]
 
 
 def test_what_auto_saw_survives_in_the_adapters_config(tmp_path):

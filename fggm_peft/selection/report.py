@@ -171,7 +171,6 @@ class SelectionReport:
 
     def summary(self) -> dict[str, Any]:
         """What the adapter's config keeps: nothing that differs from run to run, such as seconds."""
-        grid = density_grid(self.shares(), GROUPS)
         return {
             "samples": self.samples,
             "reference_samples": self.reference_samples,
@@ -179,13 +178,7 @@ class SelectionReport:
             "density": self.density,
             "parameters": self.parameters,
             "checks": [[check.samples, check.agreement] for check in self.checks if check.data == "task"],
-            "densities": {
-                "layers": grid.layers,
-                **{
-                    kind: [value if value is None else round(value, 6) for value in row]
-                    for kind, row in zip(grid.kinds, grid.values, strict=True)
-                },
-            },
+            "densities": density_grid(self.shares(), GROUPS).to_dict(),
         }
 
     def to_pandas(self) -> pandas.DataFrame:

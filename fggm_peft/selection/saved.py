@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import AutoConfig
 
@@ -40,7 +42,8 @@ class SavedAdapter:
     @property
     def checks(self) -> list[tuple[int, float | None]]:
         """What "auto" saw when it was selected: samples and agreement; empty if its config does not say."""
-        return [(samples, agreement) for samples, agreement in (self.config.selection or {}).get("checks", [])]
+        found = (self.config.selection or {}).get("checks", [])
+        return [tuple(check) for check in found if _is_check(check)] if isinstance(found, list) else []
 
     def supports(self, model: nn.Module) -> dict[str, Support]:
         """Module path -> what the adapter holds of it; raises ``AdapterFileError`` if it was made for another base."""
@@ -68,6 +71,13 @@ class SavedAdapter:
         return {name: spectrum(kept[0]) for name, kept in scores.items()}
 
 
+def _is_check(entry: Any) -> bool:
+    """Whether an entry of a config, which a stranger may have written, is what ``summary`` writes."""
+    if not isinstance(entry, list) or [type(part) for part in entry] not in ([int, float], [int, type(None)]):
+        return False
+    return entry[0] > 0 and (entry[1] is None or -1 <= entry[1] <= 1)
+
+
 def saved_adapter(name: str) -> SavedAdapter:
     """An adapter by its folder or Hub id.
 
@@ -76,7 +86,8 @@ def saved_adapter(name: str) -> SavedAdapter:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SCORES_FILE]
+        folder = Path(snapshot_download(name, allow_patterns=files))
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, FGGMConfig):
         raise ValueError(f"{name!r} is a {config.peft_type} adapter, not FGGM")
@@ -97,8 +108,12 @@ def base_without_weights(name: str, config: FGGMConfig, trust_remote_code: bool 
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot read the configuration of the base {name!r}; name it by --model: {reason}") from error
+    # without a task type, PEFT writes down the class of the model that was adapted
+    known = getattr(transformers, (config.auto_mapping or {}).get("base_model_class") or "", None)
     auto_class = getattr(transformers, auto_class_name(config))
     with init_empty_weights():
+        if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
+            return known(base)
         return auto_class.from_config(base, trust_remote_code=trust_remote_code)
 
 

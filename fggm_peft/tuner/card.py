@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
-from .layout import Grid, markdown_table
+from .layout import grid_from_dict, markdown_table
 
 if TYPE_CHECKING:
     from .config import FGGMConfig
@@ -82,12 +82,11 @@ def _description(config: FGGMConfig) -> str:
     return text + _densities(found.get("densities")) + "\n"
 
 
-def _densities(found: dict[str, Any] | None) -> str:
+def _densities(found: Any) -> str:
     """Where the values are, as a table: the Hub shows no picture that is not a file of its own."""
-    if not found:
+    grid = grid_from_dict(found)
+    if grid is None:
         return ""
-    rows = dict(found)
-    grid = Grid(layers=rows.pop("layers"), kinds=list(rows), values=list(rows.values()))
     if grid.is_even:
         return " The share is the same in every module."
     return f"\n\nShare of the weights that may differ from the base:\n\n{markdown_table(grid)}"

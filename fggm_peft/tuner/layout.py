@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 NO_LAYER = ""
 GROUPS = 4
@@ -55,6 +56,24 @@ class Grid:
         """Whether all shares are the same, but for rounding to whole units."""
         known = [value for row in self.values for value in row if value is not None]
         return max(known) - min(known) <= 0.02 * max(known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a config: ``{"layers": [...], kind: [...], ...}``."""
+        rounded = [[value if value is None else round(value, 6) for value in row] for row in self.values]
+        return {"layers": self.layers, **dict(zip(self.kinds, rounded, strict=True))}
+
+
+def grid_from_dict(data: Any) -> Grid | None:
+    """What ``to_dict`` gave; None for anything else, since a config may come from a stranger."""
+    if not isinstance(data, dict) or not isinstance(layers := data.get("layers"), list) or len(data) < 2:
+        return None
+    rows = {str(kind): row for kind, row in data.items() if kind != "layers"}
+    values = [value for row in rows.values() for value in (row if isinstance(row, list) else [row])]
+    shares = [value for value in values if value is not None]
+    is_whole = all(isinstance(row, list) and len(row) == len(layers) for row in rows.values())
+    if not is_whole or not shares or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in shares):
+        return None
+    return Grid(list(rows), list(map(str, layers)), list(rows.values()))
 
 
 def density_grid(shares: Mapping[str, tuple[float, int]], groups: int | None = None) -> Grid:
@@ -123,8 +142,12 @@ def _short(names: list[str], from_front: bool = False) -> list[str]:
 def markdown_table(grid: Grid) -> str:
     """The grid for a page without pictures: types down, layers across, shares in percent."""
     heads = [f"layers {name}" if "–" in name else f"layer {name}" if name else "no layer" for name in grid.layers]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = ["| | " + " | ".join(map(_cell, heads)) + " |", "|---" * (len(heads) + 1) + "|"]
     for kind, row in zip(grid.kinds, grid.values, strict=True):
         cells = ["" if value is None else f"{100 * value:.3g} %" for value in row]
-        lines.append(f"| {kind.replace('|', '')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_cell(kind)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "").split())
