@@ -107,7 +107,7 @@ def online_scores(base, data: list[dict], granularity: str, share: float) -> Sco
         for batch in data[: max(1, round(share * len(data)))]:
             model(**batch).loss.backward()
     found = {name: kept[0] for name, kept in record_of(model.peft_config["default"]).scores["fisher"].items()}
-    model.unload()
+    model.eval().unload()
     return found
 
 
@@ -186,7 +186,7 @@ def main() -> None:
         "batch size": BATCH,
         "repeats": arguments.repeats,
     }
-    long = random_batches(1, 1, 512)
+    long = random_batches(1, 1, 512, base.config.vocab_size)
     parts = {
         "overlap with the exact choice": lambda: overlaps(base, data),
         "CPU time, a batch of the data": lambda: costs(base, data[:1], arguments.repeats, SIZES),
