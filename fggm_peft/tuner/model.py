@@ -14,6 +14,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from .base_check import fingerprint
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
@@ -23,6 +24,7 @@ from .loading import fit_layers_to_state_dict
 from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
 from .offloading import require_offloading_in_place
+from .saving import encode_for_file_
 from .sharding import require_unsharded
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
 
@@ -83,6 +85,9 @@ class FGGMModel(BaseTuner):
             resolve_budget_(self.peft_config[adapter_name], layers, adapter_name)
             forecast_supports(layers, self.peft_config[adapter_name], adapter_name)  # raises if it cannot be spent
             self._fill_without_data(model, adapter_name)
+            config = self.peft_config[adapter_name]
+            if config.base_fingerprint is None:  # later it may be sharded
+                config.base_fingerprint = fingerprint(layers) or None
         except Exception:
             _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then
             raise
@@ -207,14 +212,16 @@ class FGGMModel(BaseTuner):
         wanted = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for names of modules, and finds none within torch's checkpoint_wrapper
         ours = re.compile(rf"\.fggm_(values|indices|bias)\.{re.escape(adapter_name)}$")
-        return wanted | {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
+        wanted |= {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
+        encode_for_file_(model, config, adapter_name, wanted)
+        return wanted
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        fit_layers_to_state_dict(model, adapter_name, state_dict)
+        fit_layers_to_state_dict(model, config, adapter_name, state_dict)
         return state_dict
 
 

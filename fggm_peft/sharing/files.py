@@ -1,0 +1,180 @@
+"""The one way to read an adapter file outside of PEFT's loading: decoded, and checked before anything uses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor, nn
+
+from ..core.absolute import delta_values
+from ..core.errors import AdapterFileError
+from ..core.fingerprint import sketches_from
+from ..core.granularity import GRANULARITIES, Shape
+from ..tuner.adapter_file import DIGEST, StoredModule, opened, read_modules
+from ..tuner.base_check import dense_weight
+from ..tuner.config import FGGMConfig
+from ..tuner.layer import FGGMLayer
+from ..tuner.layer_types import make_layer
+from ..tuner.sharding import plain_name
+
+Delta = dict[str, Tensor]
+
+
+def read_adapter(
+    adapter: str | Path, model: nn.Module | None = None, **hub: Any
+) -> tuple[FGGMConfig, dict[str, Delta]]:
+    """An adapter's config and, for every module, its delta.
+
+    Args:
+        adapter: a folder, or a Hub id.
+        model: the base, adapted or not. Needed if the values are absolute, or if an older version of the library has
+            written the file, which does not say how large the weights are.
+        hub: ``revision``, ``token``, ``subfolder`` and the like, for the Hub.
+
+    Returns:
+        The config, and module path -> ``{"indices": [k], "values": ..., "bias": [k]}``: indices as int32 (int64 in a
+        weight of over 2**31 entries), sorted and unique; values as the granularity shapes them, in the dtype of the
+        file (absolute ones as the float32 delta that they stand for); bias only where it is trained. On the CPU.
+
+    Raises:
+        AdapterFileError: a file is missing or damaged, or does not fit ``model``; names the file and the tensor.
+        ValueError: it is an adapter of another method, or it needs ``model``.
+    """
+    config, file = find_adapter(adapter, **hub)
+    shapes = _Shapes(config, model, str(adapter))
+    granularity = GRANULARITIES[config.granularity]
+    with opened(file) as tensors:
+        modules = read_modules(tensors, file)
+    deltas = {}
+    for name, stored in modules.items():
+        delta = stored.checked(granularity, shapes[name])
+        if config.values == "absolute":
+            delta["values"] = _delta_values(config, stored, delta, name, model)
+        deltas[name] = delta
+    return config, deltas
+
+
+def read_supports(
+    adapter: str | Path, model: nn.Module | None = None, **hub: Any
+) -> tuple[FGGMConfig, dict[str, Tensor]]:
+    """As ``read_adapter``, but of the values only the shapes are read: module path -> indices."""
+    config, file = find_adapter(adapter, **hub)
+    shapes = _Shapes(config, model, str(adapter))
+    granularity = GRANULARITIES[config.granularity]
+    with opened(file) as tensors:
+        modules = read_modules(tensors, file, unread=("values", "bias", DIGEST))
+    return config, {name: stored.support(granularity, shapes[name]) for name, stored in modules.items()}
+
+
+def find_adapter(adapter: str | Path, subfolder: str | None = None, **hub: Any) -> tuple[FGGMConfig, Path]:
+    """The config of an adapter, and its file of tensors, downloaded if need be.
+
+    Raises:
+        AdapterFileError: one is missing, or the config is damaged.
+        ValueError: it is an adapter of another method.
+    """
+    config = read_config(_fetched(adapter, CONFIG_NAME, subfolder, hub))
+    return config, _fetched(adapter, SAFETENSORS_WEIGHTS_NAME, subfolder, hub)
+
+
+def read_config(file: Path) -> FGGMConfig:
+    """The config in an ``adapter_config.json``.
+
+    Raises:
+        AdapterFileError: it is damaged; names the file.
+        ValueError: it is that of another method.
+    """
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise AdapterFileError(f"{file} is not JSON: {error}") from error
+    if not isinstance(settings, dict) or "peft_type" not in settings:
+        raise AdapterFileError(f"{file} is not the config of an adapter")
+    if settings["peft_type"] != "FGGM":
+        raise ValueError(f"{file.parent} is a {settings['peft_type']} adapter, not FGGM")
+    try:
+        config = PeftConfig.from_peft_type(**settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterFileError(f"{file}: {error}") from error
+    assert isinstance(config, FGGMConfig)
+    return config
+
+
+def _fetched(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+    folder = Path(adapter)
+    if folder.is_dir():
+        file = folder / (subfolder or "") / name
+        if file.is_file():
+            return file
+        raise AdapterFileError(f"{str(adapter)!r} has no {name}. Adapters are read from safetensors alone.")
+    try:
+        return Path(hf_hub_download(str(adapter), name, subfolder=subfolder, **hub))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        raise AdapterFileError(f"{str(adapter)!r} is no folder here, and no {name} is on the Hub: {error}") from error
+
+
+class _Shapes(Mapping[str, Shape]):
+    """``(o, i)`` of each module: of the model if there is one, else as the config says."""
+
+    def __init__(self, config: FGGMConfig, model: nn.Module | None, where: str):
+        self.where = where
+        self.modules = None if model is None else module_paths(model)
+        self.kept = sketches_from(config.base_fingerprint or {})
+
+    def __getitem__(self, name: str) -> Shape:
+        if self.modules is not None:
+            return weight_layer(self.modules, name, self.where).weight_shape
+        if name not in self.kept:
+            raise AdapterFileError(
+                f"{self.where}: the config does not say what shape {name} has, as files of older versions do not. "
+                "Read it with its base: model=..."
+            )
+        return self.kept[name].shape
+
+    def __iter__(self):
+        return iter(self.kept if self.modules is None else self.modules)
+
+    def __len__(self) -> int:
+        return len(self.kept if self.modules is None else self.modules)
+
+
+def module_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path within the base model -> module, whatever is wrapped around the base."""
+    return {plain_name(path).removeprefix("base_model.model."): module for path, module in model.named_modules()}
+
+
+def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str) -> FGGMLayer:
+    """The layer that an adapter adapts, or would adapt, at a path.
+
+    Raises:
+        AdapterFileError: the model has no such module.
+    """
+    module = modules.get(name)
+    if module is None:
+        raise AdapterFileError(
+            f"{where}: {name} is no module of this model. The delta was made for another base model."
+        )
+    return module if isinstance(module, FGGMLayer) else make_layer(module, name)
+
+
+def _delta_values(config: FGGMConfig, stored: StoredModule, delta: Delta, name: str, model: nn.Module | None) -> Tensor:
+    if model is None:
+        raise ValueError(
+            f"{stored.where}values are the new values of the base's entries (values='absolute'), not a delta. Read "
+            "them with their base: model=..."
+        )
+    stored.require(DIGEST, DIGEST in stored.tensors, "this tensor is missing")
+    layer = weight_layer(module_paths(model), name, stored.where)
+    try:
+        weight = dense_weight(layer).cpu()
+        granularity = GRANULARITIES[config.granularity]
+        return delta_values(granularity, weight, delta["indices"], delta["values"], stored.tensors[DIGEST])
+    except ValueError as error:
+        raise stored.error("values", str(error)) from error
