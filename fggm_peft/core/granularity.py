@@ -178,7 +178,7 @@ class Elements(Granularity):
 
     name = "element"
     unit_dim = 0
-    index_codecs = ("plain", "elias_fano", "bitmask")
+    index_codecs = ("plain", "golomb_rice")
 
     def units(self, shape):
         return shape[0] * shape[1]

@@ -98,7 +98,7 @@ def _encoded(
         except ValueError as error:
             raise ValueError(f"{module}: values='absolute' cannot be saved: {error}") from error
         encoded["values"] = new
-    codec = smallest_codec(granularity.index_codecs, len(indices), n)
+    codec = smallest_codec(granularity.index_codecs, indices, n)
     return encoded | dict(zip(codec.parts, codec.encode(indices, n), strict=True))
 
 
