@@ -1,10 +1,8 @@
-"""The folder that a command writes: refused if it would overwrite, and never left half-written."""
+"""The folder that a command writes: refused if it would overwrite what is there."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,27 +25,6 @@ def require_free(folder: Path, overwrite: bool) -> None:
         raise NotADirectoryError(f"the output {folder} is a file; name a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"the output {folder} is not empty; name another folder, or pass --overwrite")
-
-
-@contextmanager
-def complete_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder``, whose entries move into it when the block ends without an error.
-
-    Entries of the same name are replaced; whatever else is in ``folder`` stays.
-    """
-    folder = folder.expanduser().absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        folder.mkdir(exist_ok=True)
-        # the config goes last: PEFT takes a folder for an adapter by it
-        for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
-            if (folder / entry.name).is_dir():
-                shutil.rmtree(folder / entry.name)
-            entry.replace(folder / entry.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_checkpoint(folder: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 from ..core.absolute import delta_values
 from ..core.errors import AdapterFileError
 from ..core.fingerprint import sketches_from
-from ..core.granularity import GRANULARITIES, Shape
-from ..tuner.adapter_file import DIGEST, StoredModule, opened, read_modules
+from ..core.granularity import GRANULARITIES, Granularity, Shape
+from ..tuner.adapter_file import DIGEST, MARK, StoredModule, opened, read_modules
 from ..tuner.base_check import dense_weight
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
@@ -47,18 +49,66 @@ def read_adapter(
         AdapterFileError: a file is missing or damaged, or does not fit ``model``; names the file and the tensor.
         ValueError: it is an adapter of another method, or it needs ``model``.
     """
+    contents = read_contents(adapter, model, **hub)
+    if contents.config.values == "absolute" and model is None:
+        raise ValueError(
+            f"{contents.file} holds the new values of the base's entries (values='absolute'), not a delta. Read them "
+            "with their base: model=..."
+        )
+    return contents.config, contents.deltas
+
+
+@dataclass(frozen=True)
+class AdapterContents:
+    """All of an adapter, decoded and checked.
+
+    Args:
+        file: the file of tensors.
+        deltas: module path -> ``indices``, ``values`` and perhaps ``bias``; absolute values are a delta only if they
+            were read with their base.
+        shapes: module path -> ``(o, i)`` of the weight.
+        dtypes: module path -> what the values have in the file.
+        other_keys: what else is in the file: modules that are saved whole, biases, embeddings.
+    """
+
+    config: FGGMConfig
+    file: Path
+    deltas: dict[str, Delta]
+    shapes: dict[str, Shape]
+    dtypes: dict[str, torch.dtype]
+    other_keys: list[str]
+
+
+def read_contents(adapter: str | Path, model: nn.Module | None = None, **hub: Any) -> AdapterContents:
+    """All of an adapter, as ``read_adapter`` reads it."""
     config, file = find_adapter(adapter, **hub)
-    shapes = _Shapes(config, model, str(adapter))
-    granularity = GRANULARITIES[config.granularity]
     with opened(file) as tensors:
         modules = read_modules(tensors, file)
+        others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if MARK not in key}
+    for key, tensor in others.items():
+        _require_expected(key, tensor, config, file)
+    shapes = _Shapes(config, model, str(adapter))
+    granularity = GRANULARITIES[config.granularity]
     deltas = {}
     for name, stored in modules.items():
-        delta = stored.checked(granularity, shapes[name])
-        if config.values == "absolute":
-            delta["values"] = _delta_values(config, stored, delta, name, model)
-        deltas[name] = delta
-    return config, deltas
+        delta = deltas[name] = stored.checked(granularity, shapes[name], config.values)
+        if DIGEST in stored.tensors and model is not None:
+            layer = weight_layer(module_paths(model), name, stored.where)
+            delta["values"] = _delta_values(stored, layer, granularity, delta)
+    dtypes = {name: stored.tensors["values"].dtype for name, stored in modules.items()}
+    return AdapterContents(config, file, deltas, {name: shapes[name] for name in deltas}, dtypes, list(others))
+
+
+def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
+    """Raise for a tensor that is no delta, unless PEFT may have put it there."""
+    parts = key.split(".")
+    saved_whole = any(name in parts for name in config.modules_to_save or [])
+    bias = config.bias == "all" and parts[-1] == "bias"
+    embedding = parts[-1] == "weight"  # PEFT adds embeddings that are targeted or were resized
+    if not (saved_whole or bias or embedding):
+        raise AdapterFileError(f"{file}: unknown key {key}")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise AdapterFileError(f"{file}: {key}: a value is NaN or infinite")
 
 
 def read_supports(
@@ -164,17 +214,9 @@ def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str) -> FGG
     return module if isinstance(module, FGGMLayer) else make_layer(module, name)
 
 
-def _delta_values(config: FGGMConfig, stored: StoredModule, delta: Delta, name: str, model: nn.Module | None) -> Tensor:
-    if model is None:
-        raise ValueError(
-            f"{stored.where}values are the new values of the base's entries (values='absolute'), not a delta. Read "
-            "them with their base: model=..."
-        )
-    stored.require(DIGEST, DIGEST in stored.tensors, "this tensor is missing")
-    layer = weight_layer(module_paths(model), name, stored.where)
+def _delta_values(stored: StoredModule, layer: FGGMLayer, granularity: Granularity, delta: Delta) -> Tensor:
     try:
         weight = dense_weight(layer).cpu()
-        granularity = GRANULARITIES[config.granularity]
         return delta_values(granularity, weight, delta["indices"], delta["values"], stored.tensors[DIGEST])
     except ValueError as error:
         raise stored.error("values", str(error)) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,4 +103,22 @@ def load_before_sharding_(model: Any, checkpoint: Path) -> None:
             "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select before training (fggm select) and load "
             "that adapter."
         )
-    model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)
+    with as_trained(model):
+        model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Within it, adapters are saved and loaded with values as they are trained, whatever their configs say.
+
+    Values that are rounded, or added to the base, would not resume to the same bits.
+    """
+    configs = [c for c in (getattr(model, "peft_config", None) or {}).values() if isinstance(c, FGGMConfig)]
+    before = [(config.values, config.delta_dtype) for config in configs]
+    try:
+        for config in configs:
+            config.values, config.delta_dtype = "delta", None
+        yield
+    finally:
+        for config, (values, dtype) in zip(configs, before, strict=True):
+            config.values, config.delta_dtype = values, dtype

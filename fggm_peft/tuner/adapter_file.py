@@ -85,8 +85,11 @@ class StoredModule:
         except ValueError as error:
             raise self.error(parts[0], str(error)) from error
 
-    def checked(self, granularity: Granularity, shape: Shape) -> dict[str, Tensor]:
+    def checked(self, granularity: Granularity, shape: Shape, values: str) -> dict[str, Tensor]:
         """``indices``, decoded, ``values`` and, if there are some, ``bias`` ``[k]``, all finite.
+
+        Args:
+            values: "delta" or "absolute", as the config says; absolute values come with a digest of their base.
 
         Raises:
             AdapterFileError: a tensor is missing, does not fit a weight of this shape, or is not finite.
@@ -101,6 +104,9 @@ class StoredModule:
             tensor = found.get(part)
             legal = tensor is None or tensor.is_meta or bool(torch.isfinite(tensor).all())
             self.require(part, legal, "a value is NaN or infinite")
+        absolute = values == "absolute"
+        problem = f"this tensor is {'missing' if absolute else 'unexpected'} with values={values!r}"
+        self.require(DIGEST, absolute == (DIGEST in self.tensors), problem)
         if (digest := self.tensors.get(DIGEST)) is not None:
             fits = digest.dtype == torch.uint8 and tuple(digest.shape) == (DIGEST_BYTES,)
             self.require(DIGEST, fits, f"expected uint8 [{DIGEST_BYTES}], got {describe(digest)}")

@@ -83,7 +83,7 @@ def base_difference(layers: Mapping[str, FGGMLayer], kept: Mapping[str, str]) ->
             continue
         if sketch.quantized or here.quantized:
             loose[name] = sketch.samples, here.samples
-            limit = max(limit, _limit(layers[name]) if here.quantized else MAX_DISTANCE["bnb 4bit"])
+            limit = max(limit, _limit(layers[name], sketch))
         elif distance := exact_difference(sketch, here):
             return f"the weight of {name} differs by {distance:.2g} of its size"
     if loose and relative_distance(list(loose.values())) > limit:
@@ -146,5 +146,8 @@ def _chosen_costly(layers: Mapping[str, FGGMLayer]) -> set[str]:
     return {names[place * (len(names) - 1) // max(1, count - 1)] for place in range(count)}
 
 
-def _limit(layer: FGGMLayer) -> float:
-    return MAX_DISTANCE.get(layer.quantization_backend.backend_name, MAX_DISTANCE_ELSEWHERE)
+def _limit(layer: FGGMLayer, kept: WeightSketch) -> float:
+    """Of what it was quantized with when the sketch was taken nothing is known."""
+    backend = getattr(layer.quantization_backend, "backend_name", "")
+    here = MAX_DISTANCE.get(backend, MAX_DISTANCE_ELSEWHERE) if layer.quantization_backend else 0.0
+    return max(here, MAX_DISTANCE["bnb 4bit"] if kept.quantized else 0.0)

@@ -80,16 +80,12 @@ def _taken(state_dict: dict[str, Tensor], name: str, layer: FGGMLayer, adapter_n
 def _checked(layer: FGGMLayer, config: FGGMConfig, adapter_name: str, stored: StoredModule) -> dict[str, Tensor]:
     """``indices``, ``values`` and perhaps ``bias`` as the layer takes them."""
     granularity = layer.granularity[adapter_name]
-    tensors = stored.checked(granularity, layer.weight_shape)
+    tensors = stored.checked(granularity, layer.weight_shape, config.values)
     wanted = adapter_name in layer.fggm_bias
     problem = "bias entries are " + ("missing" if wanted else "unexpected")
     stored.require("bias", wanted == ("bias" in tensors), problem)
     dtype = layer.fggm_values[adapter_name].dtype
-    absolute = config.values == "absolute" and len(tensors["indices"]) > 0
-    legal = absolute == (DIGEST in stored.tensors) or not len(tensors["indices"])
-    problem = f"this tensor is {'missing' if absolute else 'unexpected'} with values={config.values!r}"
-    stored.require(DIGEST, legal, problem)
-    if absolute:
+    if DIGEST in stored.tensors:
         try:
             weight = dense_weight(layer)
             place = tensors["indices"].to(weight.device), tensors["values"].to(weight.device)
