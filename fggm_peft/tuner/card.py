@@ -30,8 +30,12 @@ _PAPER = "[arXiv 2601.18261](https://arxiv.org/abs/2601.18261)"
 
 
 def complete_card(folder: Path, config: FGGMConfig) -> None:
-    """Put working code and the adapter's figures into the model card of a folder, if there is one."""
-    if (folder / "README.md").exists():
+    """Put working code and the adapter's figures into the model card of a folder, if there is one.
+
+    One that says how to load it outside of our marks, as older versions wrote it or its author, is left alone.
+    """
+    path = folder / "README.md"
+    if path.exists() and ((text := path.read_text()).count("import fggm_peft") == 0 or _BEGIN in text):
         write_card(folder, config)
 
 
@@ -95,8 +99,8 @@ def _description(config: FGGMConfig) -> str:
     name = policy.pop("policy")
     arguments = ", ".join(f"{key} {value}" for key, value in policy.items())
     text = (
-        f"A sparse delta of the base model's weights by Fisher-Guided Gradient Masking ({_PAPER}): {config.granularity}s "
-        f"chosen by the criterion `{config.criterion}` with the threshold `{name}` ({arguments})."
+        f"A sparse delta of the base model's weights by Fisher-Guided Gradient Masking ({_PAPER}): "
+        f"{config.granularity}s chosen by the criterion `{config.criterion}` with the threshold `{name}` ({arguments})."
     )
     found = config.selection or {}
     if {"samples", "agreement", "parameters", "density"} <= found.keys():

@@ -50,6 +50,7 @@ def require_file_settings(config: FGGMConfig) -> None:
         if value is not None and not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
             raise AdapterFileError(f"{name} is a dict of texts, got {value!r:.80}")
     try:
+        from_layer_groups(config.density_by_module or {})
         sketches_from(config.base_fingerprint or {})
     except ValueError as error:
         raise AdapterFileError(str(error)) from error
