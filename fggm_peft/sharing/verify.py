@@ -15,7 +15,7 @@ from ..core.index_codec import entropy_bytes
 from ..tuner.base_check import require_base
 from ..tuner.config import FGGMConfig
 from ..tuner.file_settings import by_layer_group
-from .files import AdapterContents, module_paths, read_contents, weight_layer
+from .files import AdapterContents, find_adapter, module_paths, read_contents, weight_layer
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,19 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
         ValueError: it is an adapter of another method.
     """
     model = load_base(base) if isinstance(base, str) else base
+    config, file = find_adapter(adapter, **hub)
+    checked = "not asked" if model is None else _checked_base(config, model, file)
     contents = read_contents(adapter, model, **hub)
     _require_announced(contents)
     return Verification(
         adapter=str(adapter),
-        base_model=contents.config.base_model_name_or_path,
-        base="not asked" if model is None else _checked_base(contents, model),
-        format=contents.config.fggm_format,
-        granularity=contents.config.granularity,
-        criterion=contents.config.criterion,
-        values=contents.config.values,
-        made_with=contents.config.made_with or {},
+        base_model=config.base_model_name_or_path,
+        base=checked,
+        format=config.fggm_format,
+        granularity=config.granularity,
+        criterion=config.criterion,
+        values=config.values,
+        made_with=config.made_with or {},
         modules=len(contents.deltas),
         bytes=contents.file.stat().st_size,
         other_keys=contents.other_keys,
@@ -125,12 +127,11 @@ def _densities(contents: AdapterContents) -> dict[str, float]:
     }
 
 
-def _checked_base(contents: AdapterContents, model: nn.Module) -> str:
-    config: FGGMConfig = contents.config
+def _checked_base(config: FGGMConfig, model: nn.Module, file: Path) -> str:
     if not config.base_fingerprint:
         return "has no fingerprint"
     modules = module_paths(model)
-    layers = {name: weight_layer(modules, name, str(contents.file)) for name in config.base_fingerprint}
+    layers = {name: weight_layer(modules, name, str(file)) for name in config.base_fingerprint}
     require_base(layers, config)
     return "matches"
 
