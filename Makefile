@@ -41,6 +41,7 @@ lint: $(VENV)/dev  ## Style and types.
 bench: $(VENV)/dev  ## Ratios against the frozen pass, LoRA and SHiRA; ARGS=--quick for a first look.
 	$(BIN)/python benchmarks/selection.py $(ARGS)
 	$(BIN)/python benchmarks/training_step.py $(ARGS)
+	$(BIN)/python benchmarks/file_size.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

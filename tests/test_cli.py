@@ -434,8 +434,9 @@ def test_an_interrupted_command_exits_with_130_and_leaves_nothing(folder, tmp_pa
 
 
 def test_the_page_names_options_that_exist():
-    page = (Path(fggm_peft.__file__).parents[1] / "docs" / "cli.md").read_text()
-    lines = re.findall(r"^(?:.*\$\(which fggm\)|fggm) (select|train|eval) (.*)$", page, re.MULTILINE)
+    docs = Path(fggm_peft.__file__).parents[1] / "docs"
+    page = "\n".join((docs / name).read_text() for name in ("cli.md", "format.md"))
+    lines = re.findall(r"^(?:.*\$\(which fggm\)|fggm) (select|train|eval|verify|card) (.*)$", page, re.MULTILINE)
     assert len(lines) > 10
     commands = typer.main.get_command(build()).commands
     for command, line in lines:
