@@ -95,7 +95,7 @@ def test_entropy_is_the_logarithm_of_the_number_of_supports():
 def test_a_weight_of_over_two_to_the_31_entries_has_wide_indices():
     n = 2**40
     indices = torch.tensor([0, 5, 2**31 + 7, 2**39, n - 1])
-    assert index_dtype(n) == torch.int64 and index_dtype(2**31) == torch.int32
+    assert index_dtype(n) == torch.int64 and index_dtype(2**31 - 1) == torch.int32
     codec = INDEX_CODECS["golomb_rice"]
     decoded = codec.decode(codec.encode(indices, n), 5, n)
     assert decoded.dtype == torch.int64 and torch.equal(decoded, indices)

@@ -27,7 +27,7 @@ from .registry import Registry
 
 def index_dtype(n: int) -> torch.dtype:
     """What indices below ``n`` are kept as."""
-    return torch.int32 if n <= 2**31 else torch.int64
+    return torch.int32 if n < 2**31 else torch.int64
 
 
 def entropy_bytes(k: int, n: int) -> float:

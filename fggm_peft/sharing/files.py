@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,16 @@ def read_contents(adapter: str | Path, model: nn.Module | None = None, **hub: An
         others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if MARK not in key}
     for key, tensor in others.items():
         _require_expected(key, tensor, config, file)
-    shapes = _Shapes(config, model, str(adapter))
+    shape = _shapes(config, model, str(adapter))
     granularity = GRANULARITIES[config.granularity]
     deltas = {}
     for name, stored in modules.items():
-        delta = deltas[name] = stored.checked(granularity, shapes[name], config.values)
+        delta = deltas[name] = stored.checked(granularity, shape(name), config.values)
         if DIGEST in stored.tensors and model is not None:
             layer = weight_layer(module_paths(model), name, stored.where)
             delta["values"] = _delta_values(stored, layer, granularity, delta)
     dtypes = {name: stored.tensors["values"].dtype for name, stored in modules.items()}
-    return AdapterContents(config, file, deltas, {name: shapes[name] for name in deltas}, dtypes, list(others))
+    return AdapterContents(config, file, deltas, {name: shape(name) for name in deltas}, dtypes, list(others))
 
 
 def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
@@ -116,11 +116,11 @@ def read_supports(
 ) -> tuple[FGGMConfig, dict[str, Tensor]]:
     """As ``read_adapter``, but of the values only the shapes are read: module path -> indices."""
     config, file = find_adapter(adapter, **hub)
-    shapes = _Shapes(config, model, str(adapter))
+    shape = _shapes(config, model, str(adapter))
     granularity = GRANULARITIES[config.granularity]
     with opened(file) as tensors:
         modules = read_modules(tensors, file, unread=("values", "bias", DIGEST))
-    return config, {name: stored.support(granularity, shapes[name]) for name, stored in modules.items()}
+    return config, {name: stored.support(granularity, shape(name)) for name, stored in modules.items()}
 
 
 def find_adapter(adapter: str | Path, subfolder: str | None = None, **hub: Any) -> tuple[FGGMConfig, Path]:
@@ -170,29 +170,22 @@ def _fetched(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping
         raise AdapterFileError(f"{str(adapter)!r} is no folder here, and no {name} is on the Hub: {error}") from error
 
 
-class _Shapes(Mapping[str, Shape]):
-    """``(o, i)`` of each module: of the model if there is one, else as the config says."""
+def _shapes(config: FGGMConfig, model: nn.Module | None, where: str) -> Callable[[str], Shape]:
+    """Module path -> ``(o, i)``: of the model if there is one, else as the config says."""
+    modules = None if model is None else module_paths(model)
+    kept = sketches_from(config.base_fingerprint or {})
 
-    def __init__(self, config: FGGMConfig, model: nn.Module | None, where: str):
-        self.where = where
-        self.modules = None if model is None else module_paths(model)
-        self.kept = sketches_from(config.base_fingerprint or {})
-
-    def __getitem__(self, name: str) -> Shape:
-        if self.modules is not None:
-            return weight_layer(self.modules, name, self.where).weight_shape
-        if name not in self.kept:
+    def shape(name: str) -> Shape:
+        if modules is not None:
+            return weight_layer(modules, name, where).weight_shape
+        if name not in kept:
             raise AdapterFileError(
-                f"{self.where}: the config does not say what shape {name} has, as files of older versions do not. "
-                "Read it with its base: model=..."
+                f"{where}: the config does not say what shape {name} has, as files of older versions do not. Read it "
+                "with its base: model=..."
             )
-        return self.kept[name].shape
+        return kept[name].shape
 
-    def __iter__(self):
-        return iter(self.kept if self.modules is None else self.modules)
-
-    def __len__(self) -> int:
-        return len(self.kept if self.modules is None else self.modules)
+    return shape
 
 
 def module_paths(model: nn.Module) -> dict[str, nn.Module]:
@@ -204,14 +197,16 @@ def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str) -> FGG
     """The layer that an adapter adapts, or would adapt, at a path.
 
     Raises:
-        AdapterFileError: the model has no such module.
+        AdapterFileError: the model has no such module, or one that cannot be adapted.
     """
     module = modules.get(name)
-    if module is None:
-        raise AdapterFileError(
-            f"{where}: {name} is no module of this model. The delta was made for another base model."
-        )
-    return module if isinstance(module, FGGMLayer) else make_layer(module, name)
+    try:
+        if module is not None:
+            return module if isinstance(module, FGGMLayer) else make_layer(module, name)
+    except TypeError:
+        pass
+    what = "no module" if module is None else "no layer with a weight"
+    raise AdapterFileError(f"{where}: {name} is {what} of this model. The delta was made for another base model.")
 
 
 def _delta_values(stored: StoredModule, layer: FGGMLayer, granularity: Granularity, delta: Delta) -> Tensor:
