@@ -119,7 +119,14 @@ def test_the_card_has_what_the_hub_and_a_reader_look_for(tmp_path):
     assert code.startswith("import fggm_peft") and "'someone/a-model'" in code
     for words in ("score_mass", "8 samples", "split-half agreement", "rounded to bfloat16", "fggm_peft 0.", "torch "):
         assert words in card.text, words
-    rows = [line for line in card.text.splitlines() if line.startswith("| model.layers")]
+    rows = [line for line in card.text.splitlines() if "_proj |" in line]
+    assert len(rows) == 7 and all(row.count("%") == 2 for row in rows)
+
+
+def test_a_card_without_a_selection_has_the_densities_by_group(tmp_path):
+    adapted(llama(), criterion="random", density=0.3).save_pretrained(tmp_path, save_embedding_layers=False)
+    text = (tmp_path / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| model.layers")]
     assert len(rows) == 7 and all("| 2 |" in row and "%" in row for row in rows)
 
 

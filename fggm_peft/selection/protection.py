@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.granularity import GRANULARITIES, Granularity
-from ..sharing.files import read_supports
 from ..tuner.config import FGGMConfig
 from ..tuner.history import history_of
 from ..tuner.layer import FGGMLayer
@@ -144,6 +143,8 @@ def supports_in_file(model: nn.Module, name: str) -> list[tuple[str, Support]]:
     Args:
         name: a folder or a Hub id.
     """
+    from ..sharing.files import read_supports  # of no use to most, so the package is imported without it
+
     config, supports = read_supports(name, model)
     granularity = GRANULARITIES[config.granularity]
     return [(module, (granularity, indices)) for module, indices in supports.items()]

@@ -150,6 +150,13 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """What an adapter trains here: its values, and the bias entries of chosen rows if it has them."""
         return [held[adapter_name] for held in (self.fggm_values, self.fggm_bias) if adapter_name in held]
 
+    def nothing(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter whose support is empty: indices, values and, if it has them, bias entries."""
+        held = {"indices": self.fggm_indices, "values": self.fggm_values, "bias": self.fggm_bias}
+        found = {part: tensors[adapter_name].detach()[:0] for part, tensors in held.items() if adapter_name in tensors}
+        shape = self.granularity[adapter_name].values_shape(self.weight_shape, 0)
+        return {**found, "values": found["values"].new_zeros(shape)}
+
     def resize_(self, adapter_name: str, k: int, dtype: torch.dtype | None = None) -> None:
         """Make room for ``k`` units, perhaps of another dtype; what stood there is gone unless nothing changes.
 

@@ -14,7 +14,7 @@ from ..core.absolute import absolute_values
 from ..core.errors import AdapterFileError
 from ..core.granularity import Granularity, Shape
 from ..core.index_codec import ENCODED_PARTS, smallest_codec
-from .adapter_file import DIGEST, PREFIX
+from .adapter_file import DIGEST, PARTS, PREFIX
 from .base_check import base_difference, dense_weight, fingerprint
 from .config import FGGMConfig
 from .file_settings import describe_file
@@ -45,13 +45,14 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
     for name, layer in layers.items():
         found = {part: keys.get(f"{name}.fggm_{part}.{adapter_name}") for part in ("indices", "values", "bias")}
         tensors = {part: state_dict[key] for part, key in found.items() if key is not None}
+        if adapter_name in layer.fggm_indices.awaited:  # there is room for a support, and none has come
+            tensors = layer.nothing(adapter_name)
+            for part in PARTS:
+                state_dict.pop(keys.get(f"{name}.fggm_{part}.{adapter_name}", ""), None)
         if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
             continue
         module = name.removeprefix(PREFIX)
         granularity, shape = layer.granularity[adapter_name], layer.weight_shape
-        if adapter_name in layer.fggm_indices.awaited:  # there is room for a support, and none has come
-            tensors = {part: tensor[:0] for part, tensor in tensors.items()}
-            tensors["values"] = tensors["values"].new_zeros(granularity.values_shape(shape, 0))
         written[module] = encoded(granularity, shape, config, tensors, module, layer)
         densities[module] = len(tensors["indices"]) / max(1, granularity.units(shape))
         for key in found.values():
