@@ -102,7 +102,7 @@ def read_contents(adapter: str | Path, model: nn.Module | None = None, **hub: An
 def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
     """Raise for a tensor that is no delta, unless PEFT may have put it there."""
     parts = key.split(".")
-    saved_whole = any(name in parts for name in config.modules_to_save or [])
+    saved_whole = any(f".{name}." in f".{key}" for name in config.modules_to_save or [])  # ends of modules' paths
     bias = config.bias == "all" and parts[-1] == "bias"
     embedding = parts[-1] == "weight"  # PEFT adds embeddings that are targeted or were resized
     if not (saved_whole or bias or embedding):
