@@ -42,6 +42,7 @@ bench: $(VENV)/dev  ## Ratios against the frozen pass, LoRA and SHiRA; ARGS=--qu
 	$(BIN)/python benchmarks/selection.py $(ARGS)
 	$(BIN)/python benchmarks/training_step.py $(ARGS)
 	$(BIN)/python benchmarks/merge_drift.py
+	$(BIN)/python benchmarks/file_size.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -31,23 +31,28 @@ def write_json(file: Path, value: Any) -> None:
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder``, whose entries move into it when the block ends without an error.
+    """A temporary folder beside ``folder``, whose files move into it when the block ends without an error.
 
-    Entries of the same name are replaced; whatever else is in ``folder`` stays.
+    Files of the same name are replaced, each at once; whatever else is in ``folder`` stays.
     """
     folder = folder.expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield temporary
-        folder.mkdir(exist_ok=True)
-        # the config goes last: PEFT takes a folder for an adapter by it
-        for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
-            if (folder / entry.name).is_dir():
-                shutil.rmtree(folder / entry.name)
-            entry.replace(folder / entry.name)
+        _move_into(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(folder: Path, temporary: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    # the config goes last: PEFT takes a folder for an adapter by it
+    for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+        if entry.is_dir():
+            _move_into(folder / entry.name, entry)
+        else:
+            entry.replace(folder / entry.name)
 
 
 def digest_of_folder(path: Path, suffixes: Sequence[str] | None = None) -> str:

@@ -435,7 +435,7 @@ def test_an_interrupted_command_exits_with_130_and_leaves_nothing(folder, tmp_pa
 
 def test_the_pages_name_options_that_exist():
     docs = Path(fggm_peft.__file__).parents[1] / "docs"
-    page = "\n".join((docs / f"{name}.md").read_text() for name in ("cli", "sharing", "choosing"))
+    page = "\n".join((docs / f"{name}.md").read_text() for name in ("cli", "sharing", "choosing", "format"))
     commands = typer.main.get_command(build()).commands
     names = "|".join(name for name in commands if name not in ("sequence", "compare"))
     lines = re.findall(rf"^(?:.*\$\(which fggm\)|fggm) ({names}) (.*)$", page, re.MULTILINE)

@@ -189,7 +189,7 @@ def rename(tensors):
 
 
 BAD = {
-    "out of range": (change(lambda t: t[f"{Q}.fggm_indices"].fill_(64)), "do not fit the 64 rows"),
+    "out of range": (change(lambda t: t[f"{Q}.fggm_indices"].fill_(64)), "do not fit the 64"),
     "not sorted": (change(lambda t: t[f"{Q}.fggm_indices"].fill_(3)), "not sorted and unique"),
     "another shape": (change(lambda t: t.update({f"{Q}.fggm_values": torch.ones(19, 5)})), "expected floating-point"),
     "floats for indices": (change(lambda t: t.update({f"{Q}.fggm_indices": torch.ones(19)})), "int32 or int64"),

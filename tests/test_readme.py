@@ -7,15 +7,17 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import transformers
 import trl
 from deltas import adapter
-from models import byte_tokenizer, text_model, token_batches
+from models import adapted, byte_tokenizer, text_model, token_batches
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
 from fggm_peft import FGGMConfig
 from fggm_peft.continual.stream import read_stream
+from fggm_peft.tuner.support import fggm_layers
 
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -114,6 +116,30 @@ def test_the_snippets_on_compatibility_run(tmp_path, monkeypatch):
     for snippet in snippets:
         exec(compile(snippet, "compatibility.md", "exec"), names)
     assert names["mixed"].logits.shape[0] == 3 and Path("sums-as-lora/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "element"])
+def test_a_reader_written_after_the_page_on_the_format_reads_what_is_saved(granularity, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = adapted(text_model(), granularity, criterion="random", density=0.1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained("delta", save_embedding_layers=False)
+    names = {"base": text_model()}
+    page = (ROOT / "docs" / "format.md").read_text()
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "format.md", "exec"), names)
+    assert "Verification(" in capsys.readouterr().out
+    for module, layer in fggm_layers(model, "default").items():
+        delta = layer.delta("default")
+        dense = torch.zeros(layer.weight_shape)
+        delta.granularity.add_(dense, delta.indices, delta.values.detach())
+        assert torch.equal(torch.from_numpy(names["read_dense"]("delta", module)), dense)
+    again = fggm_layers(names["model"], "again")["model.layers.0.mlp.up_proj"]
+    assert torch.equal(
+        again.fggm_values["again"], fggm_layers(model, "default")["model.layers.0.mlp.up_proj"].fggm_values["default"]
+    )
 
 
 def test_the_stream_in_the_docs_is_read(tmp_path):

@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 from models import llama, logits, token_batches, train
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fggm_peft import AdapterFileError, AdapterNotSelectedError, FGGMConfig, ScoreMass, select_parameters
+from fggm_peft.tuner.saving import UntrainedAdapterWarning
 from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches()
@@ -131,14 +132,60 @@ def test_an_adapter_that_was_never_selected_is_saved_without_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda t: t + 10_000, lambda t: t - 10_000, lambda t: t.flip(0), torch.zeros_like])
-def test_indices_that_do_not_fit_are_refused_by_transformers_loader_too(change, granularity, tmp_path):
-    trained(granularity).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["row", "column"])
+def test_indices_that_do_not_fit_are_refused_by_transformers_loader_too(change, kind, tmp_path):
+    trained(kind).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith("fggm_indices"))
     save_file({**tensors, key: change(tensors[key])}, path)
     with pytest.raises(AdapterFileError, match="out of range, or not sorted"):
         llama().load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda t: torch.full_like(t, 255)])
+def test_encoded_indices_that_do_not_decode_are_refused_too(change, tmp_path):
+    trained("element").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("fggm_indices_hi"))
+    save_file({**tensors, key: change(tensors[key])}, path)
+    with pytest.raises(AdapterFileError, match="bits are set"):
+        llama().load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [[10**9], [-1], "x", [1.5], [2, 10**9]])
+def test_shapes_of_no_indices_are_an_error_before_anything_is_allocated(shape):
+    where = "model.layers.0.mlp.up_proj"
+    config = FGGMConfig(
+        granularity="element",
+        support_sizes={where: 5},
+        index_shapes={where: {"indices_hi": shape}},
+        target_modules=["up_proj"],
+    )
+    with pytest.raises(ValueError, match="does not encode"):
+        get_peft_model(llama(), config)
+
+
+def test_new_values_of_entries_are_not_taken_for_differences(tmp_path, granularity):
+    model = trained(granularity, torch.bfloat16, values="absolute")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"PeftModel\.from_pretrained"):
+        llama(torch.bfloat16).load_adapter(str(tmp_path))
+    assert fggm_layers(PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path), "default")
+
+
+def test_what_waits_for_a_file_is_copied_saved_and_loaded(tmp_path, granularity):
+    model = trained(granularity)
+    model.save_pretrained(tmp_path / "full")
+    waiting = copy.deepcopy(get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path / "full")))
+    with pytest.warns(UntrainedAdapterWarning):
+        waiting.save_pretrained(tmp_path / "empty")
+    empty = PeftModel.from_pretrained(llama(), tmp_path / "empty")
+    assert torch.equal(logits(empty, BATCHES[0]), logits(llama(), BATCHES[0]))
+    set_peft_model_state_dict(waiting, load_file(tmp_path / "full" / "adapter_model.safetensors"))
+    assert_same_adapter(model, waiting)
+    assert waiting.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("size", [-1, 10**9, 1.5])

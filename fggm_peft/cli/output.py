@@ -1,4 +1,4 @@
-"""The folder that a command writes: refused if it would overwrite, and never left half-written."""
+"""The folder that a command writes: refused if it would overwrite what is there."""
 
 from __future__ import annotations
 

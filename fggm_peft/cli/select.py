@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -61,8 +62,10 @@ def run(
 
     from ..core.criteria import CRITERIA
     from ..selection import select_parameters
+    from ..sharing import save_adapter
     from ..training.base import shard_as_launched, this_process
     from ..training.texts import with_texts
+    from ..tuner.saving import UntrainedAdapterWarning
 
     if data is None and CRITERIA[config.criterion].needs_data:
         raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
@@ -75,8 +78,9 @@ def run(
     report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=against)
     if not process.is_main_process:
         return None
-    with complete_folder(output) as folder:
-        model.save_pretrained(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedAdapterWarning)  # values of zero are what this command is for
+        save_adapter(model, output)
     return _result(report, base.model, output, None if plots is None else _drawn(report, plots, plots_format))
 
 

@@ -151,6 +151,8 @@ def run(
     Without --adapter, what may move is selected first, from the same data. Runs on several devices under accelerate
     launch or torchrun.
     """
+    from ..sharing import save_adapter
+
     if adapter is not None:
         require_adapter(adapter)
         if selection.given():
@@ -174,8 +176,7 @@ def run(
         trained = trainer.train(resume_from_checkpoint=resume or None)
     if not trainer.is_world_process_zero():
         return None
-    with complete_folder(output) as folder:
-        model.save_pretrained(str(folder))
+    save_adapter(model, output)
     found = _figures(base.model, output, trainer, trained)
     if eval_examples is not None:
         found["evaluation"] = _evaluate(model, eval_examples, training.batch_size)
@@ -204,6 +205,7 @@ def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMC
                 "Leave the option out, or start anew with --overwrite"
             )
     config.inference_mode = False
+    config.values, config.delta_dtype = given.values, given.delta_dtype  # checkpoints hold what is trained
     return config
 
 

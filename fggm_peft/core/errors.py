@@ -21,5 +21,9 @@ class AdapterFileError(ValueError):
     """An adapter file does not describe a valid sparse delta of this model."""
 
 
+class BaseMismatchError(AdapterFileError):
+    """An adapter is being loaded onto another base model than it was made on."""
+
+
 class ScoreFileError(ValueError):
     """A file of saved scores is damaged, or was made for another model or another kind of unit."""

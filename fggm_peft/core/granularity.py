@@ -25,6 +25,7 @@ class Granularity(ABC):
 
     name: ClassVar[str]
     unit_dim: ClassVar[int]  # the dimension of the values that counts units
+    index_codecs: ClassVar[tuple[str, ...]] = ("plain",)  # what a file may hold the indices in
 
     @abstractmethod
     def units(self, shape: Shape) -> int:
@@ -187,6 +188,7 @@ class Elements(Granularity):
 
     name = "element"
     unit_dim = 0
+    index_codecs = ("plain", "golomb_rice")
 
     def units(self, shape):
         return shape[0] * shape[1]

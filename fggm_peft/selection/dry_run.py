@@ -47,7 +47,8 @@ class CostEstimate:
     Args:
         trainable_values: of the adapter, and of modules that train whole.
         least_values: equal to it where the number does not depend on scores.
-        adapter_bytes: the tensors of the saved file; its header adds some 100 bytes for each of them.
+        adapter_bytes: the tensors of the saved file, those of single elements at most: how far their indices can be
+            encoded depends on which they are. Its header adds some 100 bytes for each tensor.
         base_bytes: the base's weights, quantized ones as they are stored, with buffers.
         value_bytes: the trainable values and their indices.
         gradient_bytes: their gradients.

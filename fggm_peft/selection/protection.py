@@ -10,23 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.errors import AdapterFileError
 from ..core.granularity import GRANULARITIES, Granularity
 from ..tuner.config import FGGMConfig
 from ..tuner.history import history_of
 from ..tuner.layer import FGGMLayer
-from ..tuner.layer_types import make_layer
-from ..tuner.loading import checked_support
-from ..tuner.sharding import plain_name
 from ..tuner.support import bounds, fggm_layers
 from .fisher_pass import unwrapped
 
@@ -152,42 +143,8 @@ def supports_in_file(model: nn.Module, name: str) -> list[tuple[str, Support]]:
     Args:
         name: a folder or a Hub id.
     """
-    config = PeftConfig.from_pretrained(name)
-    if not isinstance(config, FGGMConfig):
-        raise ValueError(f"protect: {name!r} is a {config.peft_type} adapter, not FGGM")
-    file = Path(name) / SAFETENSORS_WEIGHTS_NAME
-    if not Path(name).is_dir():
-        file = Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME))
-    if not file.is_file():
-        raise ValueError(f"protect: {name!r} has no {SAFETENSORS_WEIGHTS_NAME}")
-    modules = {plain_name(path).removeprefix("base_model.model."): module for path, module in model.named_modules()}
-    granularity, found = GRANULARITIES[config.granularity], []
-    try:
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                prefix, part, _ = key.partition(".fggm_indices")
-                if not part:
-                    continue
-                module = prefix.removeprefix("base_model.model.")
-                shape = _weight_shape(modules.get(module), f"{name}: {module}")
-                tensors = {"indices": opened.get_tensor(key), "values": _unread(opened, f"{prefix}.fggm_values")}
-                checked_support(granularity, shape, tensors, f"{name}: {prefix}")
-                found.append((module, (granularity, tensors["indices"])))
-    except SafetensorError as error:
-        raise AdapterFileError(f"{file} is damaged: {error}") from error
-    return found
+    from ..sharing.files import read_supports  # of no use to most, so the package is imported without it
 
-
-def _unread(opened, key: str) -> Tensor:
-    """A tensor of a file by its shape and dtype alone."""
-    part = opened.get_slice(key)
-    dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return torch.empty(part.get_shape(), dtype=dtype.get(part.get_dtype(), torch.int64), device="meta")
-
-
-def _weight_shape(module: nn.Module | None, where: str) -> tuple[int, int]:
-    """``(o, i)`` of a module that an earlier delta has adapted."""
-    if module is None:
-        raise AdapterFileError(f"{where} is no module of this model. The delta was made for another base model.")
-    layer = module if isinstance(module, FGGMLayer) else make_layer(module, where)
-    return layer.weight_shape
+    config, supports = read_supports(name, model)
+    granularity = GRANULARITIES[config.granularity]
+    return [(module, (granularity, indices)) for module, indices in supports.items()]

@@ -222,7 +222,8 @@ def _require_same_setting(ranks: Ranks, layers: Mapping[str, FGGMLayer], config:
         return
     setting: dict[str, Any] = {f"the version of {name}": version(name) for name in ("peft", "torch", "transformers")}
     setting["the version of fggm_peft"] = __version__
-    setting |= {f"the config's {name}": value for name, value in config.to_dict().items()}
+    said = {name: value for name, value in config.to_dict().items() if name != "base_fingerprint"}  # some hold shards
+    setting |= {f"the config's {name}": value for name, value in said.items()}
     setting |= {f"the shape of {name}": tuple(layer.weight_shape) for name, layer in layers.items()}
     ranks.require_same("their setting", setting, "Start every process with the same code, model and config.")
 

@@ -1,4 +1,4 @@
-"""What is done with finished deltas: compared, combined, taken out again, exported.
+"""What is done with finished deltas: read, verified and saved, compared, combined, taken out again, exported.
 
 Nothing here is imported before it is used, so that importing the package stays quick.
 """
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from .consolidation import consolidate
     from .delta import ModuleDelta, SparseDelta
     from .difference import diff
+    from .files import read_adapter, read_supports
     from .ledger import Ledger
     from .lora import LoraExport, export_lora, lora_ranks
     from .merged import apply_deltas, export_merged
     from .overlaps import Overlap, overlap
+    from .saving import save_adapter
+    from .verification import Verification, verify
 
 _HOMES = {
     "Ledger": "ledger",
@@ -24,6 +27,7 @@ _HOMES = {
     "ModuleDelta": "delta",
     "Overlap": "overlaps",
     "SparseDelta": "delta",
+    "Verification": "verification",
     "apply_deltas": "merged",
     "compose": "composition",
     "consolidate": "consolidation",
@@ -33,7 +37,11 @@ _HOMES = {
     "lora_ranks": "lora",
     "overlap": "overlaps",
     "prune": "composition",
+    "read_adapter": "files",
+    "read_supports": "files",
+    "save_adapter": "saving",
     "subtract": "composition",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -42,6 +50,7 @@ __all__ = [
     "ModuleDelta",
     "Overlap",
     "SparseDelta",
+    "Verification",
     "apply_deltas",
     "compose",
     "consolidate",
@@ -51,7 +60,11 @@ __all__ = [
     "lora_ranks",
     "overlap",
     "prune",
+    "read_adapter",
+    "read_supports",
+    "save_adapter",
     "subtract",
+    "verify",
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,18 +16,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ..core import linear
-from ..core.errors import AdapterFileError
+from ..core.fingerprint import WeightSketch, sketches_from
 from ..core.granularity import GRANULARITIES, Granularity, Shape
 from ..file_integrity import complete_folder
+from ..tuner.adapter_file import MARK, PREFIX
 from ..tuner.config import FGGMConfig
-from ..tuner.loading import checked_support
+from ..tuner.file_settings import describe_file
+from ..tuner.saving import UntrainedAdapterWarning, as_trained, encoded, index_shapes
 from ..tuner.support import fggm_layers
-from .reading import AdapterTensors, read_tensors, sorted_by_part, write_tensors
-from .skeleton import Base, skeleton, weight_shapes
+from .files import find_adapter, read_contents
+from .skeleton import Base, skeleton
+from .verification import load_base
 
 _CARD = """\
 ---
@@ -113,8 +118,7 @@ class SparseDelta:
             return _of_model(source, adapter_name)
         if not isinstance(source, (str, Path)):
             raise TypeError(f"a delta is read from a folder, a Hub id or a PeftModel, not a {type(source).__name__}")
-        found = read_tensors(source)
-        return cls(found.config, _checked(found, str(source), base), found.others)
+        return _of_file(source, base)
 
     def save(self, folder: str | Path) -> Path:
         """Write the three files of a PEFT adapter, whole or not at all; ``PeftModel.from_pretrained`` loads them."""
@@ -123,9 +127,7 @@ class SparseDelta:
             base = self.config.base_model_name_or_path or "unknown"
             card = _CARD.format(base=base, description=self.description())
             (partial / "README.md").write_text(card, encoding="utf-8")
-            shapes = {name: module.shape for name, module in self.modules.items()}
-            tensors = {name: module.tensors for name, module in self.modules.items()}
-            write_tensors(partial, AdapterTensors(self.config, tensors, self.others, shapes))
+            _write(self, partial)
         return folder
 
     @property
@@ -206,37 +208,69 @@ def made_delta(
         }
     )
     config.auto_mapping = copy.deepcopy(like.auto_mapping)
-    config.support_sizes = {name: len(module.indices) for name, module in modules.items()}
+    config.base_fingerprint = _fingerprint(like, modules)
     delta = SparseDelta(config, dict(modules), dict(others or {}))
     config.selection = {"made_by": made_by, "parameters": delta.parameters, "density": delta.density}
     return delta
 
 
-def _checked(found: AdapterTensors, where: str, base: Base | None) -> dict[str, ModuleDelta]:
-    shapes = _shapes(found, where, base)
-    granularity = GRANULARITIES[found.config.granularity]
-    modules = {}
-    for name, parts in found.modules.items():
-        tensors = {part: parts.get(part) for part in ("indices", "values")}
-        k = checked_support(granularity, shapes[name], tensors, f"{where}: {name}")
-        bias = parts.get("bias")
-        if bias is not None and (not bias.is_floating_point() or tuple(bias.shape) != (k,)):
-            raise AdapterFileError(f"{where}: {name}.fggm_bias: expected floating-point values [{k}]")
-        modules[name] = ModuleDelta(granularity, shapes[name], parts["indices"], parts["values"], bias)
-    return modules
+def _of_file(source: str | Path, base: Base | None) -> SparseDelta:
+    adapter = Path(source).expanduser() if Path(source).expanduser().is_dir() else str(source)
+    config, _ = find_adapter(adapter)
+    contents = read_contents(adapter, _base_for(config, str(source), base))
+    granularity = GRANULARITIES[config.granularity]
+    modules = {name: ModuleDelta(granularity, contents.shapes[name], **d) for name, d in contents.deltas.items()}
+    return SparseDelta(_of_values_in_memory(contents.config), modules, contents.others)
 
 
-def _shapes(found: AdapterTensors, where: str, base: Base | None) -> dict[str, Shape]:
-    """Of all modules: from the base that is given, else from the file, else from the base that the config names."""
-    if base is None and found.modules.keys() <= found.shapes.keys():
-        return found.shapes
-    base = base if base is not None else found.config.base_model_name_or_path
+def _base_for(config: FGGMConfig, where: str, base: Base | None) -> nn.Module | None:
+    """What the adapter's file is read with: the base that is given, else nothing, else the base that the config names.
+
+    Its weights are loaded only for absolute values.
+    """
+    absolute = config.values == "absolute"
+    if base is None and config.base_fingerprint and not absolute:
+        return None  # it says the shapes
+    base = base if base is not None else config.base_model_name_or_path
     if not base:
         raise ValueError(
             f"{where} says neither the shapes of the weights nor a base model that could: pass the base model, or its "
             "folder or Hub id, as base="
         )
-    return weight_shapes(skeleton(base, found.config), found.modules)
+    return load_base(str(base)) if absolute and not isinstance(base, nn.Module) else skeleton(base, config)
+
+
+def _of_values_in_memory(config: FGGMConfig) -> FGGMConfig:
+    """A config of its own, which does not say of absolute values what is true of the file alone."""
+    config = copy.copy(config)
+    config.inference_mode, config.values = True, "delta"
+    return config
+
+
+def _write(delta: SparseDelta, folder: Path) -> None:
+    """The configuration and the tensors, as an adapter's that PEFT saves."""
+    config, kind = copy.copy(delta.config), delta.granularity
+    written = {
+        name: encoded(kind, module.shape, config, module.tensors, name) for name, module in delta.modules.items()
+    }
+    describe_file(config, {n: len(m.indices) / max(1, kind.units(m.shape)) for n, m in delta.modules.items()})
+    config.support_sizes = {name: len(module.indices) for name, module in delta.modules.items()}
+    config.index_shapes = index_shapes(written)
+    config.base_fingerprint = _fingerprint(config, delta.modules)
+    tensors = {f"{PREFIX}{name}{MARK}{part}": t for name, parts in written.items() for part, t in parts.items()}
+    tensors = {key: t.detach().contiguous() for key, t in {**tensors, **delta.others}.items()}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _fingerprint(like: FGGMConfig, modules: Mapping[str, ModuleDelta]) -> dict[str, str]:
+    """The base's, of these modules; of those that it does not have, the shape."""
+    kept = sketches_from(like.base_fingerprint or {})
+    found = {}
+    for name, module in modules.items():
+        sketch = kept.get(name)
+        found[name] = (sketch if sketch and sketch.shape == module.shape else WeightSketch(module.shape)).to_text()
+    return found
 
 
 def _of_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
@@ -255,11 +289,11 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
             _kept(layer.fggm_values[name]),
             _kept(layer.fggm_bias[name]) if name in layer.fggm_bias else None,
         )
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    _, others = sorted_by_part(state)
-    config = copy.copy(config)
-    config.inference_mode = True
-    return SparseDelta(config, modules, {key: _kept(tensor) for key, tensor in others.items()})
+    with as_trained(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedAdapterWarning)
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    others = {key: _kept(tensor) for key, tensor in state.items() if MARK not in key}
+    return SparseDelta(_of_values_in_memory(config), modules, others)
 
 
 def _active_adapter(model: PeftModel) -> str:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.algebra import index_dtype
+from ..core.fingerprint import samples_per_weight, sketch_weight
 from ..core.granularity import GRANULARITIES, Granularity
+from ..tuner.adapter_file import PREFIX
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from .checkpoints import Weights, weights_of
 from .delta import ModuleDelta, SparseDelta, made_delta
-from .reading import PREFIX
 from .skeleton import Base, layer_of, skeleton
 
 WITH_BIAS = "row"
@@ -104,6 +105,7 @@ class _Difference:
         self.layers = dict(_adaptable(self.model))
         self.parameters = _parameters(self.model)
         self.inexact = 0
+        self.sketches: dict[str, str] = {}
 
     def delta(self, granularity: str | None) -> SparseDelta:
         found = self._counted()
@@ -125,6 +127,7 @@ class _Difference:
         like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=self._task())
         like.modules_to_save = whole or None
         made_by = f"diff of {self.tuned_name} against its base"
+        like.base_fingerprint = self.sketches
         delta = made_delta(like, kind.name, modules, made_by, self._whole_tensors(whole))
         assert delta.config.selection is not None
         delta.config.selection["inexact_entries"] = self.inexact
@@ -190,6 +193,7 @@ class _Difference:
         for name in tqdm(names, "Taking what has changed", disable=not self.progress):
             layer = self.layers[name]
             before, after = (layer.matrix(tensor) for tensor in self._pair(by_name[f"{name}.weight"]))
+            self.sketches[name] = sketch_weight(name, before, samples_per_weight(len(names))).to_text()
             units = kind.reduce((before != after).float()) > 0
             bias = by_name.get(f"{name}.bias") if with_bias else None
             if bias is not None:

@@ -18,12 +18,12 @@ from torch import nn
 
 from ..core.errors import AdapterFileError
 from ..file_integrity import digest_of_folder, write_json
+from ..tuner.adapter_file import BASE_PART
 from ..tuner.merge_report import MergeReport
 from .delta import SparseDelta
 from .merged import apply_deltas, plain_layers
 from .originals import Originals, put_back
 from .overlaps import overlap
-from .reading import BASE_PART
 from .skeleton import Base
 
 if TYPE_CHECKING:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..file_integrity import complete_folder
+from ..tuner.adapter_file import PREFIX
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMConv, FGGMEmbedding
 from .delta import ModuleDelta, SparseDelta
-from .reading import PREFIX
-from .skeleton import Base, base_modules, layer_of, skeleton
+from .files import module_paths
+from .skeleton import Base, layer_of, skeleton
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What engines accept as a greatest rank (vLLM's list); ranks are padded with zeros to the next of them."""
@@ -191,7 +192,7 @@ def _read(adapter: Any, base: Base | None, adapter_name: str | None) -> tuple[Sp
             "whether a weight is that of a linear layer, a convolution or an embedding is not in the adapter's files, "
             "and its config names no base model: pass the base model, or its folder or Hub id, as base="
         )
-    modules = base_modules(skeleton(base, delta.config))
+    modules = module_paths(skeleton(base, delta.config))
     return delta, {name: layer_of(modules.get(name), name) for name in delta.modules}
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..file_integrity import complete_folder, write_json
+from ..tuner.adapter_file import BASE_PART, PREFIX
 from ..tuner.bitsandbytes_guard import guard_four_bit_layers
 from ..tuner.kept import keep_beside
 from ..tuner.layer import FGGMLayer
 from ..tuner.merge_report import MergeReport, ModuleMerge, account, total
 from ..tuner.sharding import plain_name
 from .delta import ModuleDelta, SparseDelta, moved_to
-from .reading import BASE_PART, PREFIX
 from .skeleton import layer_of
 
 logger = logging.getLogger(__name__)

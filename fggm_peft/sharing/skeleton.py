@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import nn
 from ..core.granularity import Shape
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import make_layer
-from ..tuner.sharding import plain_name
+from .files import module_paths
 
 Base = nn.Module | str | Path
 
@@ -64,17 +62,6 @@ def _model_class(settings: Any, config: Any) -> Any:
     return next(getattr(transformers, name) for name in names if name and hasattr(transformers, name))
 
 
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a base model by path, with those that an adapter has wrapped under the path they had before."""
-    found = {}
-    for path, module in model.named_modules():
-        name = plain_name(path).removeprefix("base_model.model.")
-        if ".base_layer" in name or name.startswith("base_layer"):
-            continue
-        found[name] = module
-    return found
-
-
 def layer_of(module: nn.Module | None, name: str, **quantization: Any) -> FGGMLayer:
     """How a module stores and uses its weight; the module itself is left as it is.
 
@@ -89,23 +76,5 @@ def layer_of(module: nn.Module | None, name: str, **quantization: Any) -> FGGMLa
 
 def weight_shapes(model: nn.Module, names: Any) -> dict[str, Shape]:
     """Module path -> ``(o, i)`` of its weight, for the given paths."""
-    modules = base_modules(model)
+    modules = module_paths(model)
     return {name: layer_of(modules.get(name), name).weight_shape for name in names}
-
-
-def parse_shapes(text: str) -> dict[str, Shape]:
-    """Module path -> ``(o, i)`` from what ``write_shapes`` made.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    found = json.loads(text)
-    for shape in found.values():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
-            raise ValueError(f"the shape of a weight is two positive integers, not {shape!r}")
-    return {name: (shape[0], shape[1]) for name, shape in found.items()}
-
-
-def write_shapes(shapes: Mapping[str, Shape]) -> str:
-    """Shapes as text, for the header of a file."""
-    return json.dumps({name: list(shape) for name, shape in shapes.items()})

@@ -18,6 +18,7 @@ from ..selection.protection import supports_in_file
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.history import SCORES_FILE, TaskRecord, load_record, remember
+from ..tuner.saving import as_trained
 from ..tuner.support import fggm_layers
 
 
@@ -101,4 +102,5 @@ def load_before_sharding_(model: Any, checkpoint: Path) -> None:
             "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select before training (fggm select) and load "
             "that adapter."
         )
-    model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)
+    with as_trained(model):
+        model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)

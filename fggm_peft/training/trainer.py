@@ -20,13 +20,21 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..file_integrity import complete_folder
 from ..selection import SelectionReport, select_parameters
 from ..selection.log_likelihood import LogLikelihood
 from ..selection.reference import ReferenceData
 from ..selection.select import active_adapter
+from ..sharing.saving import keep_card
 from ..tuner.card import complete_card
+from ..tuner.saving import as_trained
 from .batches import Prompts, selection_batch
-from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
+from .checkpoints import (
+    last_complete_checkpoint,
+    load_before_sharding_,
+    recall_selection_,
+    unselected_adapters,
+)
 from .online import OnlineWindow, require_share
 from .texts import reference_of
 from .trl import fill_reference_, keep_values_wide_
@@ -51,7 +59,8 @@ class FGGMTrainerMixin(_Trainer):
     and the others train it (see ``fggm_peft.online_selection``). For one process, and a loss that is the model's own.
 
     Further, checkpoints are whole: one whose writing fails is removed, and ``resume_from_checkpoint=True``
-    resumes from the newest that was written to its end.
+    resumes from the newest that was written to its end; and they hold values as they are trained, whatever the config
+    says of published ones.
 
     Attributes:
         selection_report: what the last ``train()`` selected, None if the adapter was selected already.
@@ -175,11 +184,27 @@ class FGGMTrainerMixin(_Trainer):
         if self.args.should_save:  # a folder of an earlier run is not whole while it is written over
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
-            super()._save_checkpoint(model, trial)
+            with as_trained(self.model):
+                super()._save_checkpoint(model, trial)
         except BaseException:
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with as_trained(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with as_trained(self.model):
+            super()._load_best_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the trainer's own; what is in the folder is replaced when the new files are whole."""
+        target = Path(output_dir or self.args.output_dir)
+        with complete_folder(target) as folder:
+            keep_card(target, folder)
+            super()._save(str(folder), state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -42,7 +42,8 @@ def lora_values(layer: FGGMLayer, rank: int) -> int:
 def _of_bytes(text: re.Match, layers: Layers, adapter_name: str) -> int:
     """The most values that surely fit, with their indices, wherever they are chosen.
 
-    Values count as they are trained and saved: in float32, or wider where the base is.
+    Values count as they are trained: in float32, or wider where the base is; indices as they are in memory. The file
+    of single elements is smaller, as it encodes them.
     """
     size = convert_file_size_to_int(text[0].replace(" ", ""))
     per_value = []

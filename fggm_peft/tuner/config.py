@@ -16,8 +16,10 @@ from ..core.criteria import CRITERIA
 from ..core.granularity import GRANULARITIES
 from ..core.statistics import STATISTICS
 from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
+from .adapter_file import require_readable
 from .budget import require_budget
 from .card import complete_card
+from .file_settings import require_file_settings
 from .history import record_of
 from .registration import add_peft_type
 
@@ -265,6 +267,49 @@ class FGGMConfig(PeftConfig):
             "that loaders which go by shapes, such as transformers' own, find room for it."
         },
     )
+    index_shapes: Optional[dict[str, dict[str, list[int]]]] = field(
+        default=None,
+        metadata={
+            "help": "The shapes of each module's encoded indices, written by the library beside the sizes for the "
+            "same loaders."
+        },
+    )
+    values: Literal["delta", "absolute"] = field(
+        default="delta",
+        metadata={
+            "help": "What is stored of each entry that moved: 'delta', or 'absolute', its new value in the base's "
+            "dtype: that of a 16-bit base is lossless at 16 bits, and loads onto that very base only, unquantized."
+        },
+    )
+    delta_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = field(
+        default=None,
+        metadata={
+            "help": "What deltas are rounded to when they are saved; None: as trained. Loading makes them float32 "
+            "again. Not with values='absolute'."
+        },
+    )
+    check_base: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether loading onto another base than the adapter was made on is an error (False: a warning). "
+            "It is not saved."
+        },
+    )
+    base_fingerprint: Optional[dict[str, str]] = field(
+        default=None,
+        metadata={"help": "Module -> shape and sampled entries of the base's weight. Written by the library."},
+    )
+    density_by_module: Optional[dict[str, str]] = field(
+        default=None,
+        metadata={"help": "Modules, * for numbers -> 'NUMBERS:DENSITY ...'. Written by the library."},
+    )
+    made_with: Optional[dict[str, str]] = field(
+        default=None, metadata={"help": "Versions of the libraries that saved it. Written by the library."}
+    )
+    fggm_format: Optional[int] = field(
+        default=None,
+        metadata={"help": "Version of the file format, None before there were versions. Written by the library."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,6 +326,7 @@ class FGGMConfig(PeftConfig):
         self._check_estimate()
         _require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
         _require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
+        require_file_settings(self)
         if self.bias == "fggm_only" and self.granularity != "row":
             raise ValueError(
                 f"bias={self.bias!r} trains the bias entries of chosen rows and needs granularity='row', "
@@ -383,6 +429,22 @@ class FGGMConfig(PeftConfig):
     def is_chosen_at_birth(self) -> bool:
         """Whether the support is known when the adapter is made, without ``select_parameters``."""
         return not CRITERIA[self.criterion].needs_data and not self.protect
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, without ``check_base``: whoever loads decides, and what is in a file would go before it."""
+        return {name: value for name, value in super().to_dict().items() if name != "check_base"}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any):
+        """As PEFT's; ``check_base`` may be given. A file of tensors in the folder is looked at first.
+
+        So ``PeftModel.from_pretrained`` refuses one that cannot be read before the model is touched.
+
+        Raises:
+            AdapterFileError: it is damaged, or has keys that no adapter has.
+        """
+        require_readable(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; completes the model card that PEFT has put there, and writes the scores if asked to."""

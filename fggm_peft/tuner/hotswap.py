@@ -49,11 +49,16 @@ def hotswap_adapter(
     _require_compatible(model.peft_config[adapter_name], config)
     state_dict = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **where)
     _complete_(state_dict, slot, adapter_name)
-    set_peft_model_state_dict(model, state_dict, adapter_name)
+    old = model.peft_config[adapter_name]
+    config.inference_mode = old.inference_mode
+    model.peft_config[adapter_name] = config  # it says what is in the file, and of which base
+    try:
+        set_peft_model_state_dict(model, state_dict, adapter_name)
+    except Exception:
+        model.peft_config[adapter_name] = old
+        raise
     for layer in slot.values():
         layer.set_scale(adapter_name, 1.0)
-    config.inference_mode = model.peft_config[adapter_name].inference_mode
-    model.peft_config[adapter_name] = config
 
 
 def prepare_model_for_compiled_hotswap(model: nn.Module, *, density: float, adapter_name: str = "default") -> None:

@@ -66,6 +66,8 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.quantized_merge: dict[str, str] = {}
         self.selected: dict[str, bool] = {}  # False until the support is known
         self.fggm_indices = SupportIndices(self.selected)
+        for part, places in self.fggm_indices.parts.items():
+            setattr(self, f"fggm_{part}", places)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self.room: dict[str, int] = {}  # units that a support is filled up to
         # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
@@ -148,15 +150,22 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """What an adapter trains here: its values, and the bias entries of chosen rows if it has them."""
         return [held[adapter_name] for held in (self.fggm_values, self.fggm_bias) if adapter_name in held]
 
-    def resize_(self, adapter_name: str, k: int) -> None:
-        """Make room for ``k`` units; what stood there is gone unless the size is the same.
+    def nothing(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter whose support is empty: indices, values and, if it has them, bias entries."""
+        held = {"indices": self.fggm_indices, "values": self.fggm_values, "bias": self.fggm_bias}
+        found = {part: tensors[adapter_name].detach()[:0] for part, tensors in held.items() if adapter_name in tensors}
+        shape = self.granularity[adapter_name].values_shape(self.weight_shape, 0)
+        return {**found, "values": found["values"].new_zeros(shape)}
+
+    def resize_(self, adapter_name: str, k: int, dtype: torch.dtype | None = None) -> None:
+        """Make room for ``k`` units, perhaps of another dtype; what stood there is gone unless nothing changes.
 
         The parameters stay the same objects, so that an optimizer that holds them already trains the new sizes.
         """
         shape = self.granularity[adapter_name].values_shape(self.weight_shape, k)
         for parameters, size in ((self.fggm_values, shape), (self.fggm_bias, (k,))):
-            if adapter_name in parameters and parameters[adapter_name].shape != size:
-                values = parameters[adapter_name]
+            values = parameters.get(adapter_name, None)
+            if values is not None and (values.shape != size or dtype not in (None, values.dtype)):
                 trains = values.requires_grad or adapter_name in self._trains_nothing
                 if isinstance(values, DTensor):  # FSDP2 keeps the old one, so the new is only there to be saved
                     values = torch.zeros(size, dtype=values.dtype, device=values.device)
@@ -164,7 +173,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
                     self._selected_in_shards.add(adapter_name)
                 else:
                     values.grad = None
-                    values.data = values.data.new_zeros(size)
+                    values.data = values.data.new_zeros(size, dtype=dtype)
                     values.requires_grad_(trains)
         if self.fggm_indices[adapter_name].shape != (k,):
             self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)

@@ -15,10 +15,11 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from .base_check import fingerprint
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
-from .indices import await_support_, size_within
+from .indices import await_support_, entry_within
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
 from .loading import fit_layers_to_state_dict
@@ -26,6 +27,7 @@ from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
 from .mixed_batches import adapter_of_each_sample
 from .offloading import require_offloading_in_place
+from .saving import encode_for_file_
 from .sharding import require_unsharded
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
 from .weighted import WeightedSum, add_weighted_adapter
@@ -88,6 +90,9 @@ class FGGMModel(BaseTuner):
             forecast_supports(layers, self.peft_config[adapter_name], adapter_name)  # raises if it cannot be spent
             self._fill_without_data(model, adapter_name)
             self._make_room(layers, adapter_name)
+            config = self.peft_config[adapter_name]
+            if config.base_fingerprint is None:  # later it may be sharded
+                config.base_fingerprint = fingerprint(layers) or None
         except Exception:
             _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then
             raise
@@ -109,10 +114,11 @@ class FGGMModel(BaseTuner):
 
     def _make_room(self, layers: dict[str, FGGMLayer], adapter_name: str) -> None:
         """Give the adapter of a saved config the sizes that it was saved with, for loaders that go by shapes."""
-        sizes = self.peft_config[adapter_name].support_sizes or {}
+        config = self.peft_config[adapter_name]
+        sizes, shapes = config.support_sizes or {}, config.index_shapes or {}
         for name, layer in layers.items():
             if sizes and not layer.selected[adapter_name]:
-                await_support_(layer, adapter_name, size_within(sizes, name))
+                await_support_(layer, adapter_name, entry_within(sizes, name) or 0, entry_within(shapes, name))
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
@@ -263,18 +269,16 @@ class FGGMModel(BaseTuner):
         wanted = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for names of modules, and finds none within torch's checkpoint_wrapper
         ours = re.compile(rf"\.fggm_(values|indices|bias)\.{re.escape(adapter_name)}$")
-        layers = fggm_layers(model, adapter_name)
-        known = any(layer.selected[adapter_name] for layer in layers.values())
-        sizes = {name: len(layer.fggm_indices[adapter_name]) for name, layer in layers.items()}
-        config.support_sizes = sizes if known else None
-        return wanted | {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
+        wanted |= {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
+        encode_for_file_(model, config, adapter_name, wanted)
+        return wanted
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        fit_layers_to_state_dict(model, adapter_name, state_dict)
+        fit_layers_to_state_dict(model, config, adapter_name, state_dict)
         return state_dict
 
 

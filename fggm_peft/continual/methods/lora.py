@@ -7,7 +7,7 @@ from typing import Literal
 
 from peft import LoraConfig
 
-from .peft_method import PeftMethod, save_adapter
+from .peft_method import PeftMethod, save_task
 
 MODES = ("merged", "carried")
 
@@ -40,5 +40,5 @@ class LoRA(PeftMethod):
     def end_task(self, model, number, trainer, folder):
         if self.mode == "merged":
             return super().end_task(model, number, trainer, folder)
-        save_adapter(model, trainer, folder)
+        save_task(model, trainer, folder)
         return model

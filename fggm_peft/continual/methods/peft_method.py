@@ -12,6 +12,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
+from ...sharing import save_adapter
 from .method import Examples, Method
 
 WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
@@ -62,13 +63,13 @@ class PeftMethod(Method):
         return self.wrap(model, number)
 
     def end_task(self, model, number, trainer: Trainer | None, folder: Path | None):
-        save_adapter(model, trainer, folder)
+        save_task(model, trainer, folder)
         return model.merge_and_unload()
 
 
-def save_adapter(model: Any, trainer: Trainer | None, folder: Path | None) -> None:
+def save_task(model: Any, trainer: Trainer | None, folder: Path | None) -> None:
     """Save the adapter from the main process, if there is a folder for it."""
     if folder is not None:
         is_main = trainer is None or trainer.is_world_process_zero()
         # "auto" would ask the Hub whether the vocabulary has been resized
-        model.save_pretrained(str(folder), save_embedding_layers=False, is_main_process=is_main)
+        save_adapter(model, folder, is_main, save_embedding_layers=False)

@@ -1,0 +1,136 @@
+"""A base model's weights in a few numbers, which tell another model from the same one in another dtype.
+
+Of each weight ``[o, i]`` the shape is kept and some of its entries, at places that only its name decides. An entry that
+is rounded to another dtype is known by rounding the kept one too, so dense weights are compared bit by bit; what a
+quantized load makes of them is compared by its distance.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST_SAMPLES = 2048
+"""Entries that are sampled of a whole model, at least."""
+SAMPLES_PER_WEIGHT = 16
+
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_TEXT = re.compile(r"(\d{1,18})x(\d{1,18})(?: (\w+)(?: (quantized))? ([A-Za-z0-9+/=]*))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class WeightSketch:
+    """What is kept of one weight.
+
+    Args:
+        shape: ``(o, i)``.
+        samples: ``[s]``, the entries at ``sample_places``, in the weight's dtype; None where they could not be read.
+        quantized: the samples were dequantized, so they are not exact.
+    """
+
+    shape: tuple[int, int]
+    samples: Tensor | None = None
+    quantized: bool = False
+
+    def to_text(self) -> str:
+        """``"OxI"``, or ``"OxI dtype [quantized] BASE64"`` with the samples' bytes, little-endian."""
+        text = f"{self.shape[0]}x{self.shape[1]}"
+        if self.samples is None:
+            return text
+        data = base64.b64encode(self.samples.cpu().contiguous().view(torch.uint8).numpy().tobytes()).decode()
+        return " ".join([text, str(self.samples.dtype)[6:], *(["quantized"] if self.quantized else []), data])
+
+    @classmethod
+    def from_text(cls, text: str) -> WeightSketch:
+        """The inverse of ``to_text``.
+
+        Raises:
+            ValueError: it is not the text of a sketch.
+        """
+        match = _TEXT.fullmatch(text) if isinstance(text, str) else None
+        if match is None or (match[3] is not None and match[3] not in _DTYPES):
+            raise ValueError(f"not the sketch of a weight: {text!r:.80}")
+        shape = int(match[1]), int(match[2])
+        if match[3] is None:
+            return cls(shape)
+        dtype = _DTYPES[match[3]]
+        try:
+            data = bytearray(base64.b64decode(match[5], validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"not the sketch of a weight: {error}") from error
+        if not data or len(data) % dtype.itemsize:
+            raise ValueError(f"not the sketch of a weight: {len(data)} bytes of {match[3]}")
+        return cls(shape, torch.frombuffer(data, dtype=torch.uint8).view(dtype), match[4] is not None)
+
+
+def samples_per_weight(weights: int) -> int:
+    """How many entries are sampled of each of so many weights."""
+    return max(SAMPLES_PER_WEIGHT, -(-LEAST_SAMPLES // max(1, weights)))
+
+
+def sample_places(name: str, shape: tuple[int, int], count: int) -> list[int]:
+    """Flat indices ``o * in + i``: the first 8 bytes of ``sha256(f"{name}/{j}")``, big-endian, modulo ``out * in``."""
+    entries = shape[0] * shape[1]
+    digests = (hashlib.sha256(f"{name}/{j}".encode()).digest() for j in range(count if entries else 0))
+    return [int.from_bytes(digest[:8], "big") % entries for digest in digests]
+
+
+def sketch_weight(name: str, weight: Tensor, count: int, quantized: bool = False) -> WeightSketch:
+    """Sample ``count`` entries of a weight ``[o, i]``, a view of any layout on any device."""
+    shape = (weight.shape[0], weight.shape[1])
+    places = torch.tensor(sample_places(name, shape, count), dtype=torch.int64, device=weight.device)
+    return WeightSketch(shape, weight[places // shape[1], places % shape[1]].cpu() if len(places) else None, quantized)
+
+
+def exact_difference(kept: WeightSketch, found: WeightSketch) -> float:
+    """How far two dense weights are apart at the sampled entries, beyond what their dtypes explain.
+
+    The finer is rounded to the coarser dtype and has to be equal then. Between float16 and bfloat16, where neither is
+    the finer, the rounding of both is allowed for.
+
+    Returns:
+        ``|found - kept| / |kept|`` over the sampled entries; 0.0 if and only if they agree.
+    """
+    assert kept.samples is not None and found.samples is not None
+    a, b = kept.samples, found.samples
+    dtypes = {a.dtype, b.dtype}
+    if dtypes == {torch.float16, torch.bfloat16}:
+        a, b = a.double(), b.double()
+        agree = (a - b).abs() <= a.abs() * 2**-8 + 2**-24
+    else:
+        coarse = min(dtypes, key=lambda dtype: dtype.itemsize)
+        a, b = a.to(coarse), b.to(coarse)
+        agree = (a == b) | (a.isnan() & b.isnan())
+    return 0.0 if agree.all() else max(relative_distance([(a, b)]), 1e-12)
+
+
+def relative_distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """``|b - a| / |a|`` over all pairs together, in the Euclidean norm; infinite if an entry is not finite."""
+    apart = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
+    size = sum(float(a.double().square().sum()) for a, _ in pairs)
+    ratio = (apart / max(size, 1e-300)) ** 0.5
+    return ratio if ratio == ratio else float("inf")
+
+
+def sketches_from(fingerprint: Mapping[str, str]) -> dict[str, WeightSketch]:
+    """The sketches of a fingerprint as a config holds it.
+
+    Raises:
+        ValueError: one is damaged; names the module.
+    """
+    if not isinstance(fingerprint, Mapping):
+        raise ValueError(f"a fingerprint is a dict of module -> sketch, got {fingerprint!r:.80}")
+    found = {}
+    for name, text in fingerprint.items():
+        try:
+            found[str(name)] = WeightSketch.from_text(text)
+        except ValueError as error:
+            raise ValueError(f"base_fingerprint[{name!r}]: {error}") from error
+    return found

@@ -1,0 +1,162 @@
+"""Index codecs: lossless, as small as they promise, and deaf to streams that say something else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.index_codec import INDEX_CODECS, INDEX_PARTS, codec_of, entropy_bytes, index_dtype, smallest_codec
+
+
+def support(k: int, n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=generator)[:k].sort().values
+
+
+def size(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_codec_gives_back_what_it_got_and_knows_its_size(data):
+    n = data.draw(st.integers(1, 3000))
+    indices = torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1)))), dtype=torch.int64)
+    for name in INDEX_CODECS:
+        codec = INDEX_CODECS[name]
+        encoded = codec.encode(indices, n)
+        assert len(encoded) == len(codec.parts)
+        assert size(encoded) == codec.nbytes(indices, n)
+        decoded = codec.decode(encoded, len(indices), n)
+        assert decoded.dtype == torch.int32 and torch.equal(decoded.long(), indices)
+
+
+def bits(stream: torch.Tensor) -> list[int]:
+    return [(byte >> bit) & 1 for byte in stream.tolist() for bit in range(8)]
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (5, 100), (64, 1000), (7, 4096), (300, 301), (2, 10**6)])
+def test_golomb_rice_is_laid_out_as_its_docstring_says(k, n):
+    indices = support(k, n).tolist()
+    high, low = INDEX_CODECS["golomb_rice"].encode(torch.tensor(indices), n)
+    gaps = [x - before - 1 for before, x in zip([-1, *indices], indices)]  # noqa: B905
+    unary = [bit for gap in gaps for bit in [0] * (gap >> len(low)) + [1]]
+    assert bits(high) == unary + [0] * (-len(unary) % 8)
+    assert [bits(plane)[:k] for plane in low] == [[(gap >> p) & 1 for gap in gaps] for p in range(len(low))]
+
+
+def test_without_low_bits_it_is_the_bitmask():
+    high, low = INDEX_CODECS["golomb_rice"].encode(torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 15]), 17)
+    assert high.tolist() == [0b11101111, 0b10000011] and low.shape == (0, 2)
+
+
+def elias_fano_bytes(k: int, n: int) -> int:
+    return min(-(-(k + ((n - 1) >> low)) // 8) + low * -(-k // 8) for low in range(40))
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.05, 0.15, 0.22, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("n", [2048 * 2048, 576 * 1536])
+def test_it_is_near_the_entropy_and_never_larger_than_elias_fano_or_a_bitmask(density, n):
+    indices = support(round(n * density), n)
+    k = len(indices)
+    size = smallest_codec(GRANULARITIES["element"].index_codecs, indices, n).nbytes(indices, n)
+    assert size <= min(elias_fano_bytes(k, n), -(-n // 8))
+    if density <= 0.5:  # of a nearly full support the entropy goes to zero
+        assert size <= 1.03 * entropy_bytes(k, n)
+    assert size + 2 * k <= 1.065 * (entropy_bytes(k, n) + 2 * k)
+
+
+def clustered(n: int) -> torch.Tensor:
+    """Rows of very unequal density."""
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.randn(n, 1, generator=generator).exp() * 0.05
+    return (torch.rand(n, n, generator=generator) < rate).view(-1).nonzero().view(-1)
+
+
+@pytest.mark.parametrize("indices", [clustered(512), torch.arange(4096, 14336), torch.arange(0, 512 * 512, 37)])
+def test_indices_that_are_not_random_take_no_more_than_random_ones(indices):
+    n = 512 * 512
+    codec = INDEX_CODECS["golomb_rice"]
+    encoded = codec.encode(indices, n)
+    assert size(encoded) == codec.nbytes(indices, n) <= min(elias_fano_bytes(len(indices), n), n // 8)
+    assert size(encoded) <= 1.09 * entropy_bytes(len(indices), n)
+    assert torch.equal(codec.decode(encoded, len(indices), n).long(), indices)
+
+
+def test_entropy_is_the_logarithm_of_the_number_of_supports():
+    assert entropy_bytes(3, 10) == pytest.approx(math.log2(math.comb(10, 3)) / 8)
+
+
+def test_a_weight_of_over_two_to_the_31_entries_has_wide_indices():
+    n = 2**40
+    indices = torch.tensor([0, 5, 2**31 + 7, 2**39, n - 1])
+    assert index_dtype(n) == torch.int64 and index_dtype(2**31 - 1) == torch.int32
+    codec = INDEX_CODECS["golomb_rice"]
+    decoded = codec.decode(codec.encode(indices, n), 5, n)
+    assert decoded.dtype == torch.int64 and torch.equal(decoded, indices)
+
+
+@pytest.mark.parametrize("name", list(INDEX_CODECS))
+def test_no_stream_makes_it_crash_or_give_an_illegal_support(name):
+    codec, n, k = INDEX_CODECS[name], 1000, 60
+    indices = support(k, n)
+    good = codec.encode(indices, n)
+    generator = torch.Generator().manual_seed(1)
+    refused = 0
+    for _ in range(400):
+        tensors = [tensor.clone() for tensor in good]
+        which = int(torch.randint(len(tensors), (), generator=generator))
+        flat = tensors[which].view(-1).view(torch.uint8)
+        place = int(torch.randint(len(flat), (), generator=generator))
+        flat[place] ^= 1 << int(torch.randint(8, (), generator=generator))
+        try:
+            decoded = codec.decode(tensors, k, n)
+        except ValueError:
+            refused += 1
+            continue
+        assert len(decoded) == k and decoded.min() >= 0 and decoded.max() < n
+        assert (decoded[1:] > decoded[:-1]).all() and not torch.equal(decoded.long(), indices)
+    assert refused > 50
+
+
+WRONG = {
+    "too few bytes": lambda t: t[..., :-1],
+    "too many bytes": lambda t: torch.cat([t, t[..., :1]], -1),
+    "another dtype": lambda t: t.float(),
+    "another rank": lambda t: t[None],
+    "empty": lambda t: t[..., :0],
+    "a scalar": lambda t: t.reshape(-1)[0],
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+@pytest.mark.parametrize("name", list(INDEX_CODECS))
+def test_a_tensor_of_another_shape_or_dtype_is_refused(name, change):
+    codec = INDEX_CODECS[name]
+    good = codec.encode(support(60, 1000), 1000)
+    for which in range(len(good)):
+        tensors = [WRONG[change](t) if place == which else t for place, t in enumerate(good)]
+        with pytest.raises(ValueError):
+            codec.decode(tensors, 60, 1000)
+
+
+@pytest.mark.parametrize("k", [59, 61, 0, 10**15])
+@pytest.mark.parametrize("name", list(INDEX_CODECS))
+def test_a_stream_of_another_number_of_indices_is_refused(name, k):
+    codec = INDEX_CODECS[name]
+    with pytest.raises(ValueError):
+        codec.decode(codec.encode(support(60, 1000), 1000), k, 1000)
+
+
+def test_parts_name_the_codec_that_wrote_them():
+    for name in INDEX_CODECS:
+        assert codec_of(INDEX_CODECS, INDEX_CODECS[name].parts) is INDEX_CODECS[name]
+    for parts in ([], ["indices_hi"], ["indices", "indices_lo"]):
+        with pytest.raises(ValueError, match="no encoding"):
+            codec_of(INDEX_CODECS, parts)
+    assert len(set(INDEX_PARTS)) == len(INDEX_PARTS)
