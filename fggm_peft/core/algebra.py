@@ -1,6 +1,6 @@
 """Sparse deltas of one weight as sets and sums: unions, intersections, and any of them as elements.
 
-Nothing here makes a delta dense but ``entries``, which numbers the entries of one weight.
+Nothing here makes a delta dense.
 """
 
 from __future__ import annotations
@@ -11,27 +11,48 @@ import torch
 from torch import Tensor
 
 from .granularity import GRANULARITIES, Shape
+from .index_codec import index_dtype
 from .linear import SparseDelta
 
 ELEMENT = "element"
 """The granularity that every other one can be written in."""
 
 
-def index_dtype(shape: Shape) -> torch.dtype:
-    """The dtype of indices into a weight: int32 where it holds the number of its entries."""
-    return torch.int64 if shape[0] * shape[1] >= 2**31 else torch.int32
-
-
 def as_elements(delta: SparseDelta, shape: Shape) -> SparseDelta:
     """The same delta with every entry of its units as an element of its own."""
-    indices = delta.granularity.element_indices(delta.indices, shape).to(index_dtype(shape))
+    indices = delta.granularity.element_indices(delta.indices, shape).to(index_dtype(shape[0] * shape[1]))
     return SparseDelta(GRANULARITIES[ELEMENT], indices, delta.values.reshape(-1), delta.scale)
+
+
+def in_one_granularity(deltas: Sequence[SparseDelta], shape: Shape) -> Sequence[SparseDelta]:
+    """The same deltas: as they are if they have one granularity in common, else as elements."""
+    if len({delta.granularity.name for delta in deltas}) > 1:
+        return [as_elements(delta, shape) for delta in deltas]
+    return deltas
+
+
+def union(deltas: Sequence[SparseDelta]) -> Tensor:
+    """The indices that any of the deltas has, sorted; all are of one granularity."""
+    return torch.cat([delta.indices for delta in deltas]).unique(sorted=True)
+
+
+def spread(values: Tensor, indices: Tensor, onto: Tensor, dim: int) -> Tensor:
+    """Values of the units ``indices`` as values of all units ``onto``, zero where there are none.
+
+    Args:
+        indices, onto: sorted and unique; ``onto`` has all of ``indices``.
+        dim: of the values, that counts units.
+    """
+    shape = list(values.shape)
+    shape[dim] = len(onto)
+    position = torch.searchsorted(onto, indices.to(onto.dtype))
+    return values.new_zeros(shape).index_copy_(dim, position, values)
 
 
 def united(deltas: Sequence[SparseDelta]) -> SparseDelta:
     """The sum of deltas of one granularity on the union of their supports, in float32 at least."""
     first = deltas[0]
-    indices = torch.cat([delta.indices for delta in deltas]).unique(sorted=True)
+    indices = union(deltas)
     dim, shape = first.granularity.unit_dim, list(first.values.shape)
     shape[dim] = len(indices)
     wide = torch.float32
@@ -46,9 +67,7 @@ def united(deltas: Sequence[SparseDelta]) -> SparseDelta:
 
 def combined(deltas: Sequence[SparseDelta], shape: Shape) -> SparseDelta:
     """The sum of deltas of any granularities: theirs if they have one in common, else elements."""
-    if len({delta.granularity.name for delta in deltas}) > 1:
-        deltas = [as_elements(delta, shape) for delta in deltas]
-    return united(deltas)
+    return united(in_one_granularity(deltas, shape))
 
 
 def shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.algebra import ELEMENT, combined, index_dtype, restricted, unit_squares, united
+from ..core.algebra import ELEMENT, combined, restricted, unit_squares, united
 from ..core.granularity import GRANULARITIES
+from ..core.index_codec import index_dtype
 from ..core.linear import SparseDelta as WeightDelta
 from ..core.ranking import best_per_parameter
 from .delta import ModuleDelta, SparseDelta, made_delta
@@ -99,10 +100,10 @@ def _sum(parts: Sequence[tuple[ModuleDelta, float]], granularity: str) -> Module
     deltas = [module.scaled(weight) for module, weight in parts]
     if granularity == ELEMENT and any(d.granularity.name != ELEMENT for d in deltas):
         # a module of one delta only must be of the granularity of the whole, too
-        empty = torch.empty(0, dtype=index_dtype(shape))
+        empty = torch.empty(0, dtype=index_dtype(shape[0] * shape[1]))
         deltas.append(WeightDelta(GRANULARITIES[ELEMENT], empty, torch.empty(0)))
     total = combined(deltas, shape)
-    indices = total.indices.to(index_dtype(shape))
+    indices = total.indices.to(index_dtype(shape[0] * shape[1]))
     bias = None
     if any(module.bias is not None for module, _ in parts):
         # bias entries are elements of a vector that has the indices of the rows

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.algebra import index_dtype
 from ..core.fingerprint import samples_per_weight, sketch_weight
 from ..core.granularity import GRANULARITIES, Granularity
+from ..core.index_codec import index_dtype
 from ..tuner.adapter_file import PREFIX
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
@@ -179,7 +179,8 @@ class _Difference:
             total = 0
             for module in names:
                 shape = self.layers[module].weight_shape
-                unit = VALUE_BYTES * GRANULARITIES[name].parameters_per_unit(shape) + index_dtype(shape).itemsize
+                index_bytes = index_dtype(shape[0] * shape[1]).itemsize
+                unit = VALUE_BYTES * GRANULARITIES[name].parameters_per_unit(shape) + index_bytes
                 total += found.units[name][module] * unit
             return total
 
@@ -205,7 +206,7 @@ class _Difference:
             if bias is not None:
                 entries = self._exact(old_bias[indices], new_bias[indices], f"{name}.bias")
             shape = layer.weight_shape
-            modules[name] = ModuleDelta(kind, shape, indices.to(index_dtype(shape)), values, entries)
+            modules[name] = ModuleDelta(kind, shape, indices.to(index_dtype(shape[0] * shape[1])), values, entries)
         return modules
 
     def _exact(self, before: Tensor, after: Tensor, where: str) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.algebra import as_elements
+from ..core.algebra import in_one_granularity, union
 from ..core.errors import AdapterFileError
 from ..core.granularity import GRANULARITIES, Granularity
 from ..tuner.kept import KEPT, KeptDelta, keep_beside, without_kept
@@ -184,11 +184,8 @@ def _weight_and_bias(layer: FGGMLayer) -> tuple[Tensor, Tensor | None]:
 
 def _gathered(layer: FGGMLayer, weight: Tensor, bias: Tensor | None, name: str, deltas: Sequence[SparseDelta]) -> Kept:
     held = [delta.modules[name] for delta in deltas if name in delta.modules]
-    supports = [module.scaled() for module in held]
-    if len({delta.granularity.name for delta in supports}) > 1:
-        supports = [as_elements(delta, layer.weight_shape) for delta in supports]
-    kind = supports[0].granularity
-    indices = torch.cat([delta.indices for delta in supports]).unique(sorted=True)
+    supports = in_one_granularity([module.scaled() for module in held], layer.weight_shape)
+    kind, indices = supports[0].granularity, union(supports)
     entries = kind.gather(layer.matrix(weight), indices.to(weight.device)).cpu()
     rows = [module.indices.long() for module in held if module.bias is not None]
     if not rows or bias is None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ..core.errors import AdapterNotSelectedError
 from ..core.granularity import GRANULARITIES, Granularity, Shape
+from ..core.index_codec import index_dtype
 from ..core.linear import SparseDelta, effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
 from .bitsandbytes_guard import recover_quantization_state
@@ -134,10 +135,9 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         floating = dtype is not None and dtype.is_floating_point
         options: dict[str, Any] = {"device": device, "dtype": dtype if floating else torch.float32}
         o, i = self.weight_shape
-        index_dtype = torch.int64 if o * i >= 2**31 else torch.int32
         empty = torch.empty(granularity.values_shape(self.weight_shape, 0), **options)
         self.fggm_values[adapter_name] = nn.Parameter(empty)
-        self.fggm_indices[adapter_name] = torch.empty(0, dtype=index_dtype, device=device)
+        self.fggm_indices[adapter_name] = torch.empty(0, dtype=index_dtype(o * i), device=device)
         if config.bias == "fggm_only" and getattr(self.get_base_layer(), "bias", None) is not None:
             self.fggm_bias[adapter_name] = nn.Parameter(torch.empty(0, **options))
         self.granularity[adapter_name] = granularity

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.linear import SparseDelta
+from ..core.algebra import spread
 
 if TYPE_CHECKING:
     from .layer import FGGMLayer
@@ -40,13 +40,12 @@ def fill_up_(state_dict: dict[str, Tensor], module: str, layer: FGGMLayer, adapt
         size: at least as many units as there are.
     """
     keys = {part: f"{module}.fggm_{part}.{adapter_name}" for part in ("indices", "values", "bias")}
-    old = state_dict[keys["indices"]]
-    delta = SparseDelta(layer.granularity[adapter_name], old, state_dict[keys["values"]])
+    old, dim = state_dict[keys["indices"]], layer.granularity[adapter_name].unit_dim
     indices = filled_up(old, size)
     state_dict[keys["indices"]] = indices
-    state_dict[keys["values"]] = _moved(delta.values, old, indices, delta.granularity.unit_dim)
+    state_dict[keys["values"]] = spread(state_dict[keys["values"]], old, indices, dim)
     if keys["bias"] in state_dict:
-        state_dict[keys["bias"]] = _moved(state_dict[keys["bias"]], old, indices, 0)
+        state_dict[keys["bias"]] = spread(state_dict[keys["bias"]], old, indices, 0)
 
 
 def filled_up(indices: Tensor, size: int) -> Tensor:
@@ -55,9 +54,3 @@ def filled_up(indices: Tensor, size: int) -> Tensor:
     free[indices[indices < size].long()] = False
     added = free.nonzero()[: size - len(indices), 0].to(indices.dtype)
     return torch.cat([indices, added]).sort().values
-
-
-def _moved(values: Tensor, old: Tensor, new: Tensor, dim: int) -> Tensor:
-    shape = list(values.shape)
-    shape[dim] = len(new)
-    return values.new_zeros(shape).index_copy_(dim, torch.searchsorted(new, old), values)

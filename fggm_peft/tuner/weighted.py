@@ -20,7 +20,7 @@ from peft.utils.merge_utils import (
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..core.granularity import GRANULARITIES
+from ..core.algebra import as_elements, spread, union
 from ..core.linear import SparseDelta
 from .config import FGGMConfig
 from .support import fggm_layers
@@ -194,17 +194,17 @@ def _fill(layer: FGGMLayer, wanted: WeightedSum, adapter_name: str) -> None:
     if not deltas:  # a name of another adapter's target that ends like this one's
         layer.set_support(adapter_name, layer.fggm_indices[adapter_name])
         return
-    indices = torch.cat([delta.indices.long() for delta in deltas]).unique()
+    indices = union(deltas)
     o, i = layer.weight_shape
     dim = granularity.unit_dim
-    values = wanted.of([_spread(d.values, d.indices, indices, dim) for d in deltas], weights, o * i)
+    values = wanted.of([spread(d.values, d.indices, indices, dim) for d in deltas], weights, o * i)
     kept = values.movedim(dim, 0).reshape(len(indices), -1).any(1)
     bias = None
     if adapter_name in layer.fggm_bias:
         entries = [layer.fggm_bias[n].detach().float() * layer.scaling[n] for n, _ in here if n in layer.fggm_bias]
         at = [layer.fggm_indices[n] for n, _ in here if n in layer.fggm_bias]
         own = [weight for name, weight in here if name in layer.fggm_bias]
-        bias = wanted.of([_spread(e, a, indices, 0) for e, a in zip(entries, at, strict=True)], own, o)
+        bias = wanted.of([spread(e, a, indices, 0) for e, a in zip(entries, at, strict=True)], own, o)
         kept |= bias != 0
     layer.set_support(adapter_name, indices[kept])
     with torch.no_grad():
@@ -218,15 +218,5 @@ def _as_granularity(layer: FGGMLayer, adapter_name: str, name: str) -> SparseDel
     delta = layer.delta(adapter_name)
     values = delta.values.detach()
     values = values.to(torch.promote_types(values.dtype, torch.float32)) * delta.scale
-    if delta.granularity.name == name:
-        return SparseDelta(delta.granularity, delta.indices, values)
-    indices = delta.granularity.element_indices(delta.indices, layer.weight_shape)
-    return SparseDelta(GRANULARITIES[name], indices, values.flatten())
-
-
-def _spread(values: Tensor, indices: Tensor, onto: Tensor, dim: int) -> Tensor:
-    """Values of the units ``indices`` as values of all units ``onto``, zero where there are none."""
-    shape = list(values.shape)
-    shape[dim] = len(onto)
-    position = torch.searchsorted(onto, indices.long())
-    return values.new_zeros(shape).index_copy_(dim, position, values)
+    scaled = SparseDelta(delta.granularity, delta.indices, values)
+    return scaled if delta.granularity.name == name else as_elements(scaled, layer.weight_shape)
