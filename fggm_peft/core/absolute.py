@@ -7,6 +7,7 @@ They mean something on that very base only, so a digest of its touched entries g
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,14 +50,28 @@ def delta_values(granularity: Granularity, weight: Tensor, indices: Tensor, new:
         raise ValueError("the base's entries are not those that these new values were made of")
     wide = torch.promote_types(weight.dtype, torch.float32)
     old, values = old.to(wide), new.to(wide) - old.to(wide)
-    wrong = ~_leads_to(old, values, new)
-    if wrong.any():  # the difference was rounded; of its neighbours one is right
+    values, missed = reaching(values, lambda other: _leads_to(old, other, new))
+    if missed.any():
+        raise ValueError(f"no delta in {_name(values)} leads to these values")
+    return values
+
+
+def reaching(values: Tensor, leads: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Differences, each replaced by a neighbour where its own rounding has made it miss what it should lead to.
+
+    Args:
+        leads: values -> where they lead to what they should, booleans of the same shape.
+
+    Returns:
+        The values, and where neither they nor a neighbour do.
+    """
+    missed = ~leads(values)
+    if missed.any():
         infinity = torch.full_like(values, torch.inf)
         for other in (values.nextafter(infinity), values.nextafter(-infinity), values.abs().neg()):
-            values = torch.where(wrong & _leads_to(old, other, new), other, values)
-        if not _leads_to(old, values, new).all():
-            raise ValueError(f"no delta in {_name(values)} leads to these values")
-    return values
+            values = torch.where(missed & leads(other), other, values)
+        missed = ~leads(values)
+    return values, missed
 
 
 def _leads_to(old: Tensor, values: Tensor, new: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..core.absolute import reaching
 from ..core.fingerprint import samples_per_weight, sketch_weight
 from ..core.granularity import GRANULARITIES, Granularity
 from ..core.index_codec import index_dtype
@@ -214,15 +215,8 @@ class _Difference:
         if not bool(torch.isfinite(after).all()) or not bool(torch.isfinite(before).all()):
             raise ValueError(f"{where}: a changed entry is NaN or infinite in one of the models")
         values = (after.double() - before.double()).float()
-        for towards in (float("inf"), float("-inf")):
-            missed = _added(before, values).double() != after.double()
-            if not bool(missed.any()):
-                return values
-            # the difference has been rounded; a neighbour of it may still round to the tuned entry
-            neighbour = torch.nextafter(values, torch.full_like(values, towards))
-            hits = missed & (_added(before, neighbour).double() == after.double())
-            values = torch.where(hits, neighbour, values)
-        self.inexact += int((_added(before, values).double() != after.double()).sum())
+        values, missed = reaching(values, lambda other: _added(before, other).double() == after.double())
+        self.inexact += int(missed.sum())
         return values
 
     # Tensors -------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from ..tuner.adapter_file import BASE_PART, PREFIX
 from ..tuner.bitsandbytes_guard import guard_four_bit_layers
 from ..tuner.kept import keep_beside
 from ..tuner.layer import FGGMLayer
-from ..tuner.merge_report import MergeReport, ModuleMerge, account, total
+from ..tuner.merge_report import MergeReport, ModuleMerge, total
+from ..tuner.merging import add_to_dense_
 from ..tuner.sharding import plain_name
 from .delta import ModuleDelta, SparseDelta, moved_to
 from .skeleton import layer_of
@@ -144,14 +145,21 @@ def add_module_(model: nn.Module, name: str, layer: FGGMLayer, deltas: Sequence[
     if layer.quantization_backend is not None:
         record = _keep_(model, name, layer, deltas)
     else:
-        record = change_weight_(layer, lambda matrix: total([_added_to(matrix, delta) for delta in deltas]))
+        record = change_weight_(
+            layer, lambda matrix: total([add_to_dense_(matrix, delta.scaled())[0] for delta in deltas])
+        )
     bias = getattr(layer.get_base_layer(), "bias", None)
     for delta in deltas:
         if delta.bias is not None:
-            rows = delta.indices.long()
-            added = bias.data[rows].float() + delta.bias.float()
-            bias.data.index_copy_(0, rows, added.to(bias.dtype))
+            add_bias_(bias.data, delta)
     return record
+
+
+def add_bias_(bias: Tensor, delta: ModuleDelta, sign: float = 1.0) -> None:
+    """Add the bias entries of a delta on the same device to a bias ``[o]`` in place, in float32, rounded once."""
+    assert delta.bias is not None
+    rows = delta.indices.long()
+    bias.index_copy_(0, rows, (bias[rows].float() + sign * delta.bias.float()).to(bias.dtype))
 
 
 def change_weight_(layer: FGGMLayer, change: Callable[[Tensor], Any]) -> Any:
@@ -161,13 +169,6 @@ def change_weight_(layer: FGGMLayer, change: Callable[[Tensor], Any]) -> Any:
     result = change(matrix)
     layer.write_back_(weight, matrix)
     return result
-
-
-def _added_to(matrix: Tensor, delta: ModuleDelta) -> ModuleMerge:
-    old = delta.granularity.gather(matrix, delta.indices)
-    new = delta.granularity.added(matrix, delta.indices, delta.values, 1.0)
-    delta.granularity.put_(matrix, delta.indices, new)
-    return account(new.float() - old.float(), delta.values, "added")
 
 
 def _keep_(model: nn.Module, name: str, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleMerge:

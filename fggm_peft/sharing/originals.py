@@ -24,7 +24,7 @@ from ..tuner.kept import KEPT, KeptDelta, keep_beside, without_kept
 from ..tuner.layer import FGGMLayer
 from .checkpoints import weights_of
 from .delta import ModuleDelta, SparseDelta, moved_to
-from .merged import change_weight_, set_module
+from .merged import add_bias_, change_weight_, set_module
 from .skeleton import Base
 
 _FORMAT = "fggm_originals 1"
@@ -206,8 +206,7 @@ def _replayed(layer: FGGMLayer, kept: Kept, deltas: Sequence[ModuleDelta]) -> tu
     for delta in (moved_to(delta, device) for delta in deltas):
         delta.granularity.add_(matrix, delta.indices, delta.values)
         if delta.bias is not None and bias is not None:
-            rows = delta.indices.long()
-            bias.index_copy_(0, rows, (bias[rows].float() + delta.bias.float()).to(bias.dtype))
+            add_bias_(bias, delta)
     return matrix, bias
 
 
@@ -236,11 +235,9 @@ def _subtract_(layer: FGGMLayer, delta: ModuleDelta) -> None:
 
 
 def _take_bias_(layer: FGGMLayer, delta: ModuleDelta) -> None:
-    if delta.bias is None:
-        return
-    bias = layer.get_base_layer().bias.data
-    rows = delta.indices.long().to(bias.device)
-    bias.index_copy_(0, rows, (bias[rows].float() - delta.bias.to(bias.device).float()).to(bias.dtype))
+    if delta.bias is not None:
+        bias = layer.get_base_layer().bias.data
+        add_bias_(bias, moved_to(delta, bias.device), sign=-1.0)
 
 
 def _require_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta], name: str) -> None:

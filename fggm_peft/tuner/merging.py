@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import LossyMergeError
-from ..core.linear import effective_weight
+from ..core.linear import SparseDelta, effective_weight
 from .kept import KeptDeltaHook, keep_beside
 from .merge_report import MergeReport, ModuleMerge, account, total
 
@@ -43,16 +43,22 @@ def merge_dense_(layer: FGGMLayer, names: Sequence[str], safe: bool, keep_origin
     matrix = layer.matrix(weight)
     records = []
     for name in names:
-        delta = layer.delta(name)
-        old = delta.granularity.gather(matrix, delta.indices)
-        new = delta.granularity.added(matrix, delta.indices, delta.values.detach(), delta.scale)
-        delta.granularity.put_(matrix, delta.indices, new)
-        records.append(account(new.float() - old.float(), delta.values.detach() * delta.scale, "added"))
+        record, old = add_to_dense_(matrix, layer.delta(name))
+        records.append(record)
         if keep_originals:
             layer.fggm_originals[name] = old
         _merge_bias_(layer, base, name, keep_originals)
     layer.write_back_(weight, matrix)
     return total(records)
+
+
+def add_to_dense_(matrix: Tensor, delta: SparseDelta) -> tuple[ModuleMerge, Tensor]:
+    """Add a delta to a weight ``[o, i]`` in place; returns what became of it, and the entries as they were."""
+    values = delta.values.detach()
+    old = delta.granularity.gather(matrix, delta.indices)
+    new = delta.granularity.added(matrix, delta.indices, values, delta.scale)
+    delta.granularity.put_(matrix, delta.indices, new)
+    return account(new.float() - old.float(), values * delta.scale, "added"), old
 
 
 def check_dense(layer: FGGMLayer, names: Sequence[str]) -> None:
