@@ -12,7 +12,7 @@ from torch import nn
 
 from ..tuner.layer import FGGMLayer
 from ..tuner.merge_report import MergeReport
-from ..tuner.sharding import plain_name
+from ..tuner.sharding import path_in_base
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ def consolidate(model: Any, adapter_names: Sequence[str] | None = None) -> nn.Mo
     if not isinstance(model, PeftModel):
         raise TypeError(f"consolidate takes a PeftModel with FGGM adapters, not a {type(model).__name__}")
     names = list(model.peft_config) if adapter_names is None else list(adapter_names)
-    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, FGGMLayer)}
+    layers = {path_in_base(name): m for name, m in model.named_modules() if isinstance(m, FGGMLayer)}
     _require_foldable(model, names, layers)
     records = []
     for name, layer in layers.items():
         record = layer.merge(True, names, keep_originals=False, quantized_merge="keep")
         if record is not None:
-            records.append(replace(record, name=name.removeprefix("base_model.model.")))
+            records.append(replace(record, name=name))
     logger.info("%s", MergeReport(records))
     return model.unload()
 

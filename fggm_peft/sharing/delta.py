@@ -29,7 +29,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.file_settings import describe_file
 from ..tuner.saving import UntrainedAdapterWarning, as_trained, encoded, index_shapes
 from ..tuner.support import fggm_layers
-from .files import find_adapter, read_contents
+from .files import contents_of, find_adapter
 from .skeleton import Base, skeleton
 from .verification import load_base
 
@@ -216,8 +216,8 @@ def made_delta(
 
 def _of_file(source: str | Path, base: Base | None) -> SparseDelta:
     adapter = Path(source).expanduser() if Path(source).expanduser().is_dir() else str(source)
-    config, _ = find_adapter(adapter)
-    contents = read_contents(adapter, _base_for(config, str(source), base))
+    config, file = find_adapter(adapter)
+    contents = contents_of(config, file, _base_for(config, str(source), base))
     granularity = GRANULARITIES[config.granularity]
     modules = {name: ModuleDelta(granularity, contents.shapes[name], **d) for name, d in contents.deltas.items()}
     return SparseDelta(_of_values_in_memory(contents.config), modules, contents.others)

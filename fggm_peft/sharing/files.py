@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from ..core.absolute import delta_values
 from ..core.errors import AdapterFileError
 from ..core.fingerprint import sketches_from
-from ..core.granularity import GRANULARITIES, Granularity, Shape
-from ..tuner.adapter_file import DIGEST, MARK, StoredModule, opened, read_modules
-from ..tuner.base_check import dense_weight
+from ..core.granularity import GRANULARITIES, Shape
+from ..tuner.adapter_file import DIGEST, MARK, opened, read_modules
+from ..tuner.base_check import values_as_delta
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import make_layer
-from ..tuner.sharding import plain_name
+from ..tuner.sharding import path_in_base
 
 Delta = dict[str, Tensor]
 
@@ -49,7 +48,7 @@ def read_adapter(
         AdapterFileError: a file is missing or damaged, or does not fit ``model``; names the file and the tensor.
         ValueError: it is an adapter of another method, or it needs ``model``.
     """
-    contents = read_contents(adapter, model, **hub)
+    contents = contents_of(*find_adapter(adapter, **hub), model)
     if contents.config.values == "absolute" and model is None:
         raise ValueError(
             f"{contents.file} holds the new values of the base's entries (values='absolute'), not a delta. Read them "
@@ -79,24 +78,23 @@ class AdapterContents:
     others: dict[str, Tensor]
 
 
-def read_contents(adapter: str | Path, model: nn.Module | None = None, **hub: Any) -> AdapterContents:
-    """All of an adapter, as ``read_adapter`` reads it."""
-    config, file = find_adapter(adapter, **hub)
+def contents_of(config: FGGMConfig, file: Path, model: nn.Module | None = None) -> AdapterContents:
+    """All of the adapter that ``find_adapter`` has found, as ``read_adapter`` reads it."""
     with opened(file) as tensors:
         modules = read_modules(tensors, file)
         others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if MARK not in key}
     for key, tensor in others.items():
         _require_expected(key, tensor, config, file)
-    shape = _shapes(config, model, str(adapter))
+    layers = None if model is None else _layers(model, modules, str(file.parent))
+    shapes = _shapes(config, layers, modules, str(file.parent))
     granularity = GRANULARITIES[config.granularity]
     deltas = {}
     for name, stored in modules.items():
-        delta = deltas[name] = stored.checked(granularity, shape(name), config.values)
-        if DIGEST in stored.tensors and model is not None:
-            layer = weight_layer(module_paths(model), name, stored.where)
-            delta["values"] = _delta_values(stored, layer, granularity, delta)
+        delta = deltas[name] = stored.checked(granularity, shapes[name], config.values)
+        if DIGEST in stored.tensors and layers is not None:
+            delta["values"] = values_as_delta(stored, layers[name], granularity, delta).cpu()
     dtypes = {name: stored.tensors["values"].dtype for name, stored in modules.items()}
-    return AdapterContents(config, file, deltas, {name: shape(name) for name in deltas}, dtypes, others)
+    return AdapterContents(config, file, deltas, shapes, dtypes, others)
 
 
 def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
@@ -116,11 +114,12 @@ def read_supports(
 ) -> tuple[FGGMConfig, dict[str, Tensor]]:
     """As ``read_adapter``, but of the values only the shapes are read: module path -> indices."""
     config, file = find_adapter(adapter, **hub)
-    shape = _shapes(config, model, str(adapter))
     granularity = GRANULARITIES[config.granularity]
     with opened(file) as tensors:
         modules = read_modules(tensors, file, unread=("values", "bias", DIGEST))
-    return config, {name: stored.support(granularity, shape(name)) for name, stored in modules.items()}
+    layers = None if model is None else _layers(model, modules, str(adapter))
+    shapes = _shapes(config, layers, modules, str(adapter))
+    return config, {name: stored.support(granularity, shapes[name]) for name, stored in modules.items()}
 
 
 def find_adapter(adapter: str | Path, subfolder: str | None = None, **hub: Any) -> tuple[FGGMConfig, Path]:
@@ -170,27 +169,30 @@ def _fetched(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping
         raise AdapterFileError(f"{str(adapter)!r} is no folder here, and no {name} is on the Hub: {error}") from error
 
 
-def _shapes(config: FGGMConfig, model: nn.Module | None, where: str) -> Callable[[str], Shape]:
-    """Module path -> ``(o, i)``: of the model if there is one, else as the config says."""
-    modules = None if model is None else module_paths(model)
+def _layers(model: nn.Module, names: Iterable[str], where: str) -> dict[str, FGGMLayer]:
+    """The layers that an adapter adapts, by module path."""
+    modules = module_paths(model)
+    return {name: weight_layer(modules, name, where) for name in names}
+
+
+def _shapes(
+    config: FGGMConfig, layers: Mapping[str, FGGMLayer] | None, names: Iterable[str], where: str
+) -> dict[str, Shape]:
+    """Module path -> ``(o, i)``: of the model's layers if they are known, else as the config says."""
+    if layers is not None:
+        return {name: layers[name].weight_shape for name in names}
     kept = sketches_from(config.base_fingerprint or {})
-
-    def shape(name: str) -> Shape:
-        if modules is not None:
-            return weight_layer(modules, name, where).weight_shape
-        if name not in kept:
-            raise AdapterFileError(
-                f"{where}: the config does not say what shape {name} has, as files of older versions do not. Read it "
-                "with its base: model=..."
-            )
-        return kept[name].shape
-
-    return shape
+    if missing := [name for name in names if name not in kept]:
+        raise AdapterFileError(
+            f"{where}: the config does not say what shape {missing[0]} has, as files of older versions do not. Read it "
+            "with its base: model=..."
+        )
+    return {name: kept[name].shape for name in names}
 
 
 def module_paths(model: nn.Module) -> dict[str, nn.Module]:
     """Module path within the base model -> module, whatever is wrapped around the base."""
-    return {plain_name(path).removeprefix("base_model.model."): module for path, module in model.named_modules()}
+    return {path_in_base(path): module for path, module in model.named_modules()}
 
 
 def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str) -> FGGMLayer:
@@ -207,11 +209,3 @@ def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str) -> FGG
         pass
     what = "no module" if module is None else "no layer with a weight"
     raise AdapterFileError(f"{where}: {name} is {what} of this model. The delta was made for another base model.")
-
-
-def _delta_values(stored: StoredModule, layer: FGGMLayer, granularity: Granularity, delta: Delta) -> Tensor:
-    try:
-        weight = dense_weight(layer).cpu()
-        return delta_values(granularity, weight, delta["indices"], delta["values"], stored.tensors[DIGEST])
-    except ValueError as error:
-        raise stored.error("values", str(error)) from error

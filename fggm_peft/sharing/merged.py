@@ -22,8 +22,8 @@ from ..tuner.kept import keep_beside
 from ..tuner.layer import FGGMLayer
 from ..tuner.merge_report import MergeReport, ModuleMerge, total
 from ..tuner.merging import add_to_dense_
-from ..tuner.sharding import plain_name
 from .delta import ModuleDelta, SparseDelta, moved_to
+from .files import module_paths
 from .skeleton import layer_of
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def plain_layers(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[str, F
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TypeError("the model has adapters: pass the base model itself (model.unload() gives it)")
-    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules = module_paths(model)
     quantization = get_quantization_kwargs(model)
     layers: dict[str, FGGMLayer] = {}
     for delta in deltas:

@@ -15,7 +15,7 @@ from ..core.index_codec import entropy_bytes
 from ..tuner.base_check import require_base
 from ..tuner.config import FGGMConfig
 from ..tuner.file_settings import by_layer_group
-from .files import AdapterContents, find_adapter, module_paths, read_contents, weight_layer
+from .files import AdapterContents, contents_of, find_adapter, module_paths, weight_layer
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
     model = load_base(base) if isinstance(base, str) else base
     config, file = find_adapter(adapter, **hub)
     checked = "not asked" if model is None else _checked_base(config, model, file)
-    contents = read_contents(adapter, model, **hub)
+    contents = contents_of(config, file, model)
     _require_announced(contents)
     return Verification(
         adapter=str(adapter),

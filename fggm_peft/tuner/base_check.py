@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..core.absolute import delta_values
 from ..core.errors import BaseMismatchError
 from ..core.fingerprint import (
     WeightSketch,
@@ -19,10 +20,12 @@ from ..core.fingerprint import (
     sketch_weight,
     sketches_from,
 )
+from .adapter_file import DIGEST, StoredModule
 from .offloading import is_offloaded
 from .sharding import is_shard
 
 if TYPE_CHECKING:
+    from ..core.granularity import Granularity
     from .config import FGGMConfig
     from .layer import FGGMLayer
 
@@ -109,6 +112,26 @@ def dense_weight(layer: FGGMLayer) -> Tensor:
         for name in reversed(layer.merged_adapters):
             layer._restore_(weight, name, layer.fggm_originals[name])
     return layer.matrix(weight)
+
+
+def values_as_delta(
+    stored: StoredModule, layer: FGGMLayer, granularity: Granularity, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """The delta that absolute values of a file stand for on this base, on its device.
+
+    Args:
+        stored: as the file has it, with the digest of the base's entries.
+        tensors: "indices" and "values" of it, checked.
+
+    Raises:
+        AdapterFileError: it is not the base that they were made on, or its entries cannot be had.
+    """
+    try:
+        weight = dense_weight(layer)
+        place = tensors["indices"].to(weight.device), tensors["values"].to(weight.device)
+        return delta_values(granularity, weight, *place, stored.tensors[DIGEST])
+    except ValueError as error:
+        raise stored.error("values", str(error)) from error
 
 
 def _sketch(layer: FGGMLayer, name: str, count: int, costly: set[str]) -> WeightSketch:

@@ -13,6 +13,7 @@ from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils import infer_device, load_peft_weights
 from torch import Tensor, nn
 
+from .adapter_file import MARK, PREFIX
 from .config import FGGMConfig
 from .layer import FGGMLayer
 from .room import make_room_
@@ -117,15 +118,15 @@ def _require_compatible(old: FGGMConfig, new: PeftConfig) -> None:
 
 def _complete_(state_dict: dict[str, Tensor], slot: dict[str, FGGMLayer], adapter_name: str) -> None:
     """Refuse modules that the slot lacks, and give those that the file lacks a delta of zero."""
-    here = {key.rpartition(".fggm_")[0].removeprefix("base_model.model.") for key in state_dict if ".fggm_" in key}
+    here = {key.rpartition(MARK)[0].removeprefix(PREFIX) for key in state_dict if MARK in key}
     if unexpected := sorted(here - set(slot)):
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}. "
             "Load the adapter under a name of its own instead."
         )
     for name in set(slot) - here:
-        layer, key = slot[name], f"base_model.model.{name}"
-        state_dict[f"{key}.fggm_indices"] = layer.fggm_indices[adapter_name].clone()
-        state_dict[f"{key}.fggm_values"] = torch.zeros_like(layer.fggm_values[adapter_name])
+        layer, key = slot[name], f"{PREFIX}{name}{MARK}"
+        state_dict[f"{key}indices"] = layer.fggm_indices[adapter_name].clone()
+        state_dict[f"{key}values"] = torch.zeros_like(layer.fggm_values[adapter_name])
         if adapter_name in layer.fggm_bias:
-            state_dict[f"{key}.fggm_bias"] = torch.zeros_like(layer.fggm_bias[adapter_name])
+            state_dict[f"{key}bias"] = torch.zeros_like(layer.fggm_bias[adapter_name])

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core.absolute import delta_values
 from ..core.errors import AdapterFileError
 from .adapter_file import DIGEST, MARK, PARTS, PREFIX, StoredModule
-from .base_check import dense_weight, require_base
+from .base_check import require_base, values_as_delta
 from .config import FGGMConfig
 from .layer import FGGMLayer
 from .room import fill_up_
@@ -96,12 +95,7 @@ def _checked(layer: FGGMLayer, config: FGGMConfig, adapter_name: str, stored: St
     stored.require("bias", wanted == ("bias" in tensors), problem)
     dtype = layer.fggm_values[adapter_name].dtype
     if DIGEST in stored.tensors:
-        try:
-            weight = dense_weight(layer)
-            place = tensors["indices"].to(weight.device), tensors["values"].to(weight.device)
-            tensors["values"] = delta_values(granularity, weight, *place, stored.tensors[DIGEST])
-        except ValueError as error:
-            raise stored.error("values", str(error)) from error
+        tensors["values"] = values_as_delta(stored, layer, granularity, tensors)
         dtype = torch.promote_types(dtype, tensors["values"].dtype)
     index_type = layer.fggm_indices[adapter_name].dtype
     found = {part: tensor.to(dtype) for part, tensor in tensors.items() if part != "indices"}

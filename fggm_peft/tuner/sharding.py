@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .adapter_file import PREFIX
+
 # they stand in the names of modules but not in those of state dicts
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -14,6 +16,11 @@ def plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def path_in_base(name: str) -> str:
+    """A module's path within the base model, whatever is wrapped around the base."""
+    return plain_name(name).removeprefix(PREFIX)
 
 
 def is_shard(parameter: Tensor) -> bool:

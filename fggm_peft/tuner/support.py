@@ -16,7 +16,7 @@ from ..core.threshold import Forecast, ThresholdPolicy
 from .budget import module_kind, values_per_unit
 from .config import FGGMConfig
 from .layer import FGGMLayer
-from .sharding import plain_name
+from .sharding import path_in_base
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Choice:
 def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, FGGMLayer]:
     """The layers that have the adapter, by module path within the base model."""
     return {
-        plain_name(name).removeprefix("base_model.model."): module
+        path_in_base(name): module
         for name, module in model.named_modules()
         if isinstance(module, FGGMLayer) and adapter_name in module.fggm_values
     }
