@@ -24,7 +24,8 @@ from fggm_peft.selection.pictures import (
     spectrum_picture,
 )
 from fggm_peft.selection.report import AgreementCheck
-from fggm_peft.selection.saved import base_without_weights, saved_adapter, shares_of
+from fggm_peft.selection.saved import saved_adapter, shares_of
+from fggm_peft.sharing.skeleton import skeleton
 from fggm_peft.training.trainer import logged
 from fggm_peft.tuner.support import fggm_layers
 
@@ -191,7 +192,7 @@ def test_shares_of_a_saved_adapter_are_those_of_its_report(granularity, task_typ
     report = select_parameters(model, token_batches(), progress=False)
     model.save_pretrained(tmp_path / "adapter")
     adapter = saved_adapter(str(tmp_path / "adapter"))
-    base = base_without_weights(str(tmp_path / "base"), adapter.config)
+    base = skeleton(str(tmp_path / "base"), adapter.config)
     assert all(parameter.is_meta for parameter in base.parameters())
     assert shares_of(base, adapter.supports(base)) == report.shares()
 

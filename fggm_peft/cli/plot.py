@@ -43,12 +43,16 @@ def run(
         require_adapter(name)
 
     from ..selection.pictures import write_pictures
-    from ..selection.saved import base_without_weights, saved_adapter
+    from ..selection.saved import saved_adapter
+    from ..sharing.skeleton import skeleton
 
     found = [saved_adapter(name) for name in adapters]
     base = model or _common_base(found)
-    skeleton = base_without_weights(base, found[0].config, trust_remote_code)
-    drawing = _Drawing(found, skeleton)
+    try:
+        bare = skeleton(base, found[0].config, trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{error} (here: --model)") from error
+    drawing = _Drawing(found, bare)
     with complete_folder(output) as folder:
         files = write_pictures(drawing.pictures(), folder, format)
     data = {

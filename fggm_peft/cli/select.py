@@ -64,7 +64,6 @@ def run(
     from ..selection import select_parameters
     from ..sharing import save_adapter
     from ..training.base import shard_as_launched, this_process
-    from ..training.texts import with_texts
     from ..tuner.saving import UntrainedAdapterWarning
 
     if data is None and CRITERIA[config.criterion].needs_data:
@@ -73,7 +72,7 @@ def run(
     loader = None
     if data is not None and CRITERIA[config.criterion].needs_data:
         loader = _dataloader(base, data_options, data, config, batch_size)
-    against = with_texts(config.reference, base.base().load_tokenizer()) if config.reference else None
+    against = _reference(base, config)
     model = shard_as_launched(get_peft_model(base.base().load(), config))
     report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=against)
     if not process.is_main_process:
@@ -82,6 +81,13 @@ def run(
         warnings.simplefilter("ignore", UntrainedAdapterWarning)  # values of zero are what this command is for
         save_adapter(model, output)
     return _result(report, base.model, output, None if plots is None else _drawn(report, plots, plots_format))
+
+
+def _reference(base: BaseOptions, config: FGGMConfig) -> Any:
+    """What the config says; a tokenizer is loaded only if there is a text to read with it."""
+    from ..training.texts import has_texts, with_texts
+
+    return with_texts(config.reference, base.base().load_tokenizer() if has_texts(config.reference) else None)
 
 
 def _require_drawable(plots: Path, output: Path, overwrite: bool) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def require_one_of(name: str, value: Any, legal: Collection[Any]) -> None:
+    """Raise ``ValueError`` unless the value is one of the legal ones; for what is no registry."""
+    if value not in legal:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
 
 
 class Registry(Generic[T]):

@@ -134,7 +134,7 @@ def agreement_picture(curves: Mapping[str, Curve], title: str = "") -> Figure:
 
 
 def overlap_picture(
-    names: Sequence[str], jaccard: Sequence[Sequence[Value]], chance: Sequence[Sequence[Value]]
+    names: Sequence[str], jaccard: Sequence[Sequence[Value]], chance: Sequence[Sequence[Value]], title: str = ""
 ) -> Figure:
     """What supports share: below the diagonal their Jaccard index, above it what chance would give.
 
@@ -145,7 +145,7 @@ def overlap_picture(
     both = [[jaccard[i][j] if j <= i else chance[i][j] for j in size] for i in size]
     figure, (axes,) = new_figure(0.2 + heat_map_height(len(names), names))
     heat_map(axes, both, names, names, 0.0, 1.0)
-    titles(axes, x="below: Jaccard index; above: by chance")
+    titles(axes, title, x="below: Jaccard index; above: by chance")
     return figure
 
 

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import AutoConfig
 
 from ..core.spectrum import spectrum
-from ..tuner.card import auto_class_name
+from ..sharing.files import find_adapter
 from ..tuner.config import FGGMConfig
 from ..tuner.history import SCORES_FILE, load_record
 from ..tuner.layer_types import make_layer
@@ -82,39 +78,15 @@ def saved_adapter(name: str) -> SavedAdapter:
     """An adapter by its folder or Hub id.
 
     Raises:
+        AdapterFileError: a file is missing or damaged.
         ValueError: it is no FGGM adapter.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SCORES_FILE]
         folder = Path(snapshot_download(name, allow_patterns=files))
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, FGGMConfig):
-        raise ValueError(f"{name!r} is a {config.peft_type} adapter, not FGGM")
+    config, _ = find_adapter(folder)
     return SavedAdapter(name, folder, config)
-
-
-def base_without_weights(name: str, config: FGGMConfig, trust_remote_code: bool = False) -> nn.Module:
-    """The base model of an adapter on the meta device.
-
-    Args:
-        name: folder or Hub id of the base; of its files only the configuration is read.
-
-    Raises:
-        ValueError: there is none under this name.
-    """
-    try:
-        base = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot read the configuration of the base {name!r}; name it by --model: {reason}") from error
-    # without a task type, PEFT writes down the class of the model that was adapted
-    known = getattr(transformers, (config.auto_mapping or {}).get("base_model_class") or "", None)
-    auto_class = getattr(transformers, auto_class_name(config))
-    with init_empty_weights():
-        if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
-            return known(base)
-        return auto_class.from_config(base, trust_remote_code=trust_remote_code)
 
 
 def shares_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, tuple[float, int]]:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -23,11 +23,8 @@ from ..tuner.merge_report import MergeReport
 from .delta import SparseDelta
 from .merged import apply_deltas, plain_layers
 from .originals import Originals, put_back
-from .overlaps import overlap
+from .overlaps import shared_entries
 from .skeleton import Base
-
-if TYPE_CHECKING:
-    from .overlaps import Shared
 
 FILE = "ledger.json"
 DELTAS = "deltas"
@@ -232,7 +229,7 @@ class Ledger:
             how = put_back(model, layers, deltas, task, originals)
             how = "base" if how == "originals" and base is not None else how
         entries = sum(module.values.numel() for module in target.modules.values())
-        shared = {name: int(_shared(target, delta).both) for name, delta in deltas.items() if name != task}
+        shared = {name: shared_entries(target, delta) for name, delta in deltas.items() if name != task}
         return RollbackReport(task, how, how != "subtraction", entries, shared)
 
     def remove(self, task: str) -> None:
@@ -308,7 +305,3 @@ class Ledger:
         written = {"format": _FORMAT, "next": following, "tasks": [asdict(entry) for entry in entries]}
         write_json(self.folder / FILE, written)
         self._entries, self._next = entries, following
-
-
-def _shared(a: SparseDelta, b: SparseDelta) -> Shared:
-    return overlap(a, b, names=["a", "b"]).total[0][1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class Overlap:
     names: list[str]
     modules: Mapping[str, Sequence[Sequence[Shared]]]
 
-    @property
+    @cached_property
     def total(self) -> list[list[Shared]]:
         """Over all modules, ``[T][T]``."""
         count = range(len(self.names))
@@ -130,15 +131,10 @@ class Overlap:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from .. import plotting
+        from ..plotting import save
+        from ..selection.pictures import overlap_picture
 
-        jaccard, chance = self.matrix("jaccard"), self.matrix("chance")
-        size = range(len(self.names))
-        both = [[jaccard[a][b] if b <= a else chance[a][b] for b in size] for a in size]
-        figure, (axes,) = plotting.new_figure(plotting.heat_map_height(len(self.names), self.names))
-        plotting.heat_map(axes, both, self.names, self.names, 0.0, 1.0)
-        plotting.titles(axes, "Overlap (above: by chance)")
-        plotting.save(figure, file)
+        save(overlap_picture(self.names, self.matrix("jaccard"), self.matrix("chance"), "Overlap"), file)
 
     def __str__(self) -> str:
         lines = [
@@ -217,6 +213,12 @@ def _common(kind_a: Granularity, a: Tensor, kind_b: Granularity, b: Tensor, shap
     if kind_a.name == kind_b.name:
         return len(shared(a, b)[0]) * kind_a.parameters_per_unit(shape)
     return len(shared(kind_a.element_indices(a, shape), kind_b.element_indices(b, shape))[0])
+
+
+def shared_entries(a: SparseDelta, b: SparseDelta) -> int:
+    """How many weight entries both deltas may change."""
+    pairs = [(a.modules[path], b.modules[path]) for path in a.modules.keys() & b.modules.keys()]
+    return sum(_common(x.granularity, x.indices, y.granularity, y.indices, x.shape) for x, y in pairs)
 
 
 def support_overlap(model: nn.Module, folders: Sequence[Path]) -> dict[str, Any] | None:

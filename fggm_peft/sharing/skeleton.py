@@ -10,27 +10,21 @@ from peft import PeftModel
 from torch import nn
 
 from ..core.granularity import Shape
+from ..tuner.card import AUTO_CLASSES
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import make_layer
 from .files import module_paths
 
 Base = nn.Module | str | Path
 
-_CLASSES_BY_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
-
-def skeleton(base: Base, config: Any = None) -> nn.Module:
+def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False) -> nn.Module:
     """The base model, on the meta device unless it is given as a model.
 
     Args:
         base: a model, or the folder or Hub id of one, of which only ``config.json`` is read.
         config: of an adapter for it; says which class of model it was made on.
+        trust_remote_code: run code that comes with it.
 
     Raises:
         ValueError: there is no such model, or none of its class in transformers.
@@ -40,7 +34,7 @@ def skeleton(base: Base, config: Any = None) -> nn.Module:
     import transformers
 
     try:
-        settings = transformers.AutoConfig.from_pretrained(str(base))
+        settings = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -49,8 +43,9 @@ def skeleton(base: Base, config: Any = None) -> nn.Module:
         ) from error
     model_class = _model_class(settings, config)
     with torch.device("meta"):
-        build = model_class.from_config if hasattr(model_class, "from_config") else model_class
-        return build(settings)
+        if hasattr(model_class, "from_config"):
+            return model_class.from_config(settings, trust_remote_code=trust_remote_code)
+        return model_class(settings)
 
 
 def _model_class(settings: Any, config: Any) -> Any:
@@ -58,7 +53,7 @@ def _model_class(settings: Any, config: Any) -> Any:
 
     task = str(getattr(config, "task_type", None)).removeprefix("TaskType.")
     mapped = (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
-    names = [_CLASSES_BY_TASK.get(task), mapped, *(settings.architectures or []), "AutoModel"]
+    names = [AUTO_CLASSES.get(task), mapped, *(settings.architectures or []), "AutoModel"]
     return next(getattr(transformers, name) for name in names if name and hasattr(transformers, name))
 
 

@@ -52,6 +52,15 @@ def text_batches(file: str | Path, tokenizer: PreTrainedTokenizerBase, batch_siz
     return DataLoader(examples, batch_size=batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
 
+def has_texts(sources: Any) -> bool:
+    """Whether a text file is among references."""
+    return any(map(is_text_file, _listed(sources)))
+
+
+def _listed(sources: Any) -> Sequence[Any]:
+    return sources if isinstance(sources, (list, tuple)) else [sources]
+
+
 def with_texts(sources: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """References with every text file in it replaced by its batches; all else as it is.
 
@@ -62,12 +71,11 @@ def with_texts(sources: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
         DataError: a text cannot be read.
         ValueError: there is a text, and no tokenizer.
     """
-    listed: Sequence[Any] = sources if isinstance(sources, (list, tuple)) else [sources]
-    if not any(map(is_text_file, listed)):
+    if not has_texts(sources):
         return sources
     if tokenizer is None:
         raise ValueError("a reference that is a text file needs a tokenizer: give the trainer its processing_class")
-    return [text_batches(source, tokenizer) if is_text_file(source) else source for source in listed]
+    return [text_batches(source, tokenizer) if is_text_file(source) else source for source in _listed(sources)]
 
 
 def reference_of(given: ReferenceData, config: FGGMConfig, tokenizer: PreTrainedTokenizerBase | None) -> ReferenceData:

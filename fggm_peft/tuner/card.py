@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 _HEADING = "## How to Get Started with the Model"
 _NEXT_HEADING = "\n## "
 _BEGIN, _END = "<!-- written by fggm_peft; replaced when the adapter is saved -->", "<!-- end of fggm_peft's part -->"
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+"""PEFT's task type -> the class of transformers that loads the base of its adapters."""
 _PAPER = "[arXiv 2601.18261](https://arxiv.org/abs/2601.18261)"
 
 
@@ -81,7 +83,7 @@ def _is_path(name: str) -> bool:
 
 def auto_class_name(config: FGGMConfig) -> str:
     """The class of transformers that loads the base of an adapter."""
-    return _AUTO_CLASSES.get(str(config.task_type).removeprefix("TaskType."), "AutoModel")
+    return AUTO_CLASSES.get(str(config.task_type).removeprefix("TaskType."), "AutoModel")
 
 
 def _how_to_load(config: FGGMConfig) -> str:

@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 
 from ..core.criteria import CRITERIA
 from ..core.granularity import GRANULARITIES
+from ..core.registry import require_one_of
 from ..core.statistics import STATISTICS
 from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from .adapter_file import require_readable
@@ -322,10 +323,10 @@ class FGGMConfig(PeftConfig):
         self._check_budget()
         GRANULARITIES[self.granularity]
         self._check_criterion()
-        _require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
+        require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
         self._check_estimate()
-        _require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
-        _require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
+        require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
+        require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
         require_file_settings(self)
         if self.bias == "fggm_only" and self.granularity != "row":
             raise ValueError(
@@ -409,7 +410,7 @@ class FGGMConfig(PeftConfig):
                 raise ValueError(f"{name} must be an integer > 1, got {value!r}")
 
     def _check_estimate(self) -> None:
-        _require_one_of("fisher_estimate", self.fisher_estimate, ("exact", "sketch"))
+        require_one_of("fisher_estimate", self.fisher_estimate, ("exact", "sketch"))
         if not isinstance(self.sketch_size, int) or isinstance(self.sketch_size, bool) or self.sketch_size < 1:
             raise ValueError(f"sketch_size must be an integer > 0, got {self.sketch_size!r}")
         if self.fisher_estimate == "exact":
@@ -521,11 +522,6 @@ def score_bytes(value: int | str) -> int:
     if size < 0:
         raise ValueError(f"score_memory must be a number of bytes or a size such as '8GiB', got {value!r}")
     return size
-
-
-def _require_one_of(name: str, value: Any, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
 
 
 def require_protection(value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import AdapterFileError
 from ..core.fingerprint import sketches_from
+from ..core.registry import require_one_of
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def require_file_settings(config: FGGMConfig) -> None:
             f"It was saved by fggm_peft {made}: upgrade the library."
         )
     for name, legal in (("values", VALUES), ("delta_dtype", DELTA_DTYPES), ("check_base", (True, False))):
-        if getattr(config, name) not in legal:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {getattr(config, name)!r}")
+        require_one_of(name, getattr(config, name), legal)
     if config.values == "absolute" and config.delta_dtype is not None:
         raise ValueError(
             f"values='absolute' stores new values in the base's dtype, so delta_dtype={config.delta_dtype!r} has no "
