@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from fggm_peft.cli import app
 from fggm_peft.continual.gate import Gate
 from fggm_peft.continual.methods import FGGM
+from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
 from fggm_peft.continual.runner import Runner, learned
-from fggm_peft.continual.stream import StreamError, read_stream
+from fggm_peft.continual.stream import StreamError
 
 
 @pytest.fixture(scope="module")

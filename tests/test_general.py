@@ -14,8 +14,9 @@ from models import adapted, byte_tokenizer, quantized, text_model
 
 from fggm_peft.continual import lm_eval_tasks
 from fggm_peft.continual.general import GeneralAbility, general_change
+from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
-from fggm_peft.continual.stream import General, StreamError, read_stream
+from fggm_peft.continual.stream import General, StreamError
 
 pytest.importorskip("lm_eval")
 

@@ -23,9 +23,10 @@ from fggm_peft.continual.measures import Measures
 from fggm_peft.continual.memory import ACCELERATOR_MEMORY, MemoryLog
 from fggm_peft.continual.method_comparison import write_method_comparison
 from fggm_peft.continual.methods import METHODS, make_method
+from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.report import report_of
 from fggm_peft.continual.run import run_stream
-from fggm_peft.continual.stream import StreamError, read_stream
+from fggm_peft.continual.stream import StreamError
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "method_comparison"
 DECLARED = runpy.run_path(str(BENCHMARK / "experiments.py"))

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from fggm_peft.cli import app
 from fggm_peft.continual.plan import duration, plan_of
+from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
-from fggm_peft.continual.stream import read_stream
 
 
 @pytest.fixture(scope="module")

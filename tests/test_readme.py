@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 
 from fggm_peft import FGGMConfig
-from fggm_peft.continual.stream import read_stream
+from fggm_peft.continual.reading import read_stream
 from fggm_peft.tuner.support import fggm_layers
 
 ROOT = Path(__file__).parent.parent

@@ -25,9 +25,10 @@ from typer.testing import CliRunner
 
 from fggm_peft.cli import app
 from fggm_peft.continual.methods import METHODS
+from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.runner import Runner
-from fggm_peft.continual.stream import StreamError, read_stream
+from fggm_peft.continual.stream import StreamError
 from fggm_peft.sharing.overlaps import support_overlap
 
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from fggm_peft import FGGMConfig, FGGMTrainer, select_parameters
 from fggm_peft.cli import app
+from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
-from fggm_peft.continual.stream import read_stream
 from fggm_peft.training.data import DataError, Example, TokenizedExamples
 from fggm_peft.training.texts import read_paragraphs, text_batches
 

@@ -53,9 +53,9 @@ def run(
     from ..continual.gate import read_gate
     from ..continual.method_comparison import write_method_comparison
     from ..continual.plan import plan_of
+    from ..continual.reading import read_stream
     from ..continual.report import report_of, write_report
     from ..continual.run import all_results, check_runnable, finished_runs, run_stream, runs_of
-    from ..continual.stream import read_stream
 
     given: dict[str, Any] = {"model": model, "data": data}
     given["seeds"] = None if seeds is None else _numbers(seeds, int, "--seeds")

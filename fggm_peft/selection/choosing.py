@@ -14,9 +14,10 @@ from torch import Tensor
 from ..core.criteria import CRITERIA, Criterion
 from ..core.spectrum import spectrum
 from ..core.statistics import STATISTICS, ones
-from ..tuner.config import FGGMConfig, score_bytes
+from ..tuner.config import FGGMConfig
 from ..tuner.history import Kept, kept_of
 from ..tuner.layer import FGGMLayer
+from ..tuner.selection_settings import score_bytes
 from ..tuner.support import Choice, choose_supports, criterion_scores
 from .agreement import split_half_agreement
 from .fisher_pass import FisherPass, Totals

@@ -18,8 +18,9 @@ from ..core.criteria import CRITERIA
 from ..core.registry import Registry
 from ..core.threshold import Forecast
 from ..tuner.budget import values_per_unit
-from ..tuner.config import FGGMConfig, score_bytes
+from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
+from ..tuner.selection_settings import score_bytes
 from ..tuner.support import fggm_layers, forecast_supports
 from .choosing import running_bytes
 from .fisher_pass import unwrapped

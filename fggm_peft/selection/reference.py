@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA
 from ..core.statistics import STATISTICS, ones
-from ..tuner.config import FGGMConfig, check_reference, require_reference
+from ..tuner.config import FGGMConfig
 from ..tuner.history import TaskRecord, history_of, load_record
 from ..tuner.layer import FGGMLayer
+from ..tuner.selection_settings import check_reference, require_reference
 from .fisher_pass import FisherPass, Totals, unwrapped
 from .log_likelihood import IGNORED, task_type_of
 from .ranks import Ranks

@@ -16,9 +16,10 @@ from torch import nn
 
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
-from ..tuner.config import FGGMConfig, require_num_samples, require_protection
+from ..tuner.config import FGGMConfig
 from ..tuner.history import TaskRecord, remember
 from ..tuner.layer import FGGMLayer
+from ..tuner.selection_settings import require_num_samples, require_protection
 from ..tuner.support import fggm_layers, forecast_supports, write_supports
 from ..version import __version__
 from .agreement import split_half_agreement

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from accelerate.utils.modeling import convert_file_size_to_int
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..core.criteria import CRITERIA
 from ..core.granularity import GRANULARITIES
 from ..core.registry import require_one_of
-from ..core.statistics import STATISTICS
 from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from .adapter_file import require_readable
 from .budget import require_budget
@@ -23,6 +19,13 @@ from .card import complete_card
 from .file_settings import require_file_settings
 from .history import record_of
 from .registration import add_peft_type
+from .selection_settings import (
+    require_criterion_settings,
+    require_density,
+    require_estimate_settings,
+    require_num_samples,
+    score_bytes,
+)
 
 QUANTIZED_MERGES = ("auto", "requantize", "dequantize", "keep")
 DEFAULT_DENSITY = 0.3
@@ -322,9 +325,9 @@ class FGGMConfig(PeftConfig):
         self._resolve_threshold()
         self._check_budget()
         GRANULARITIES[self.granularity]
-        self._check_criterion()
+        require_criterion_settings(self)
         require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
-        self._check_estimate()
+        require_estimate_settings(self)
         require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
         require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
         require_file_settings(self)
@@ -342,7 +345,7 @@ class FGGMConfig(PeftConfig):
             raise ValueError(f"density_pattern must be a dict of module name -> density, got {self.density_pattern!r}")
         self.density_pattern = dict(self.density_pattern or {})
         for pattern, density in self.density_pattern.items():
-            _require_density(f"density_pattern[{pattern!r}]", density)
+            require_density(f"density_pattern[{pattern!r}]", density)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -359,7 +362,7 @@ class FGGMConfig(PeftConfig):
                     raise ValueError(f"give budget ({self.budget!r}) or {name} ({getattr(self, name)!r}), not both")
         elif self.threshold is None:
             self.density = DEFAULT_DENSITY if self.density is None else self.density
-            _require_density("density", self.density)
+            require_density("density", self.density)
         elif not isinstance(self.threshold, ThresholdPolicy):
             raise ValueError(f"threshold must be a ThresholdPolicy or its dict, got {self.threshold!r}")
         elif self.density is not None:
@@ -389,42 +392,6 @@ class FGGMConfig(PeftConfig):
 
     def _as_policy(self, count: int) -> ParameterBudget:
         return ParameterBudget(count, floor=0.0 if self.budget_floor is None else self.budget_floor)
-
-    def _check_criterion(self) -> None:
-        criterion = CRITERIA[self.criterion]
-        kinds = criterion.granularities
-        if kinds is not None and self.granularity not in kinds:
-            raise ValueError(
-                f"criterion {self.criterion!r} has a meaning for granularity={' or '.join(map(repr, kinds))} only, "
-                f"got granularity={self.granularity!r}"
-            )
-        for name in ("history", "protect"):
-            setattr(self, name, _names(name, getattr(self, name)))
-        check_reference(self.criterion, _names("reference", self.reference) or [], self.history or [])
-        require_protection(self.protection)
-        if not _is_finite(self.weight_exponent) or self.weight_exponent < 0:
-            raise ValueError(f"weight_exponent must be a number >= 0, got {self.weight_exponent!r}")
-        for name in ("reference_texts", "reference_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-                raise ValueError(f"{name} must be an integer > 1, got {value!r}")
-
-    def _check_estimate(self) -> None:
-        require_one_of("fisher_estimate", self.fisher_estimate, ("exact", "sketch"))
-        if not isinstance(self.sketch_size, int) or isinstance(self.sketch_size, bool) or self.sketch_size < 1:
-            raise ValueError(f"sketch_size must be an integer > 0, got {self.sketch_size!r}")
-        if self.fisher_estimate == "exact":
-            return
-        if self.granularity == "element":
-            raise ValueError(
-                "fisher_estimate='sketch' estimates sums over rows or columns, and there is none for "
-                "granularity='element'; use fisher_estimate='exact'"
-            )
-        criterion = CRITERIA[self.criterion]
-        if not any(STATISTICS[name].has_sketch for name in (*criterion.task, *criterion.reference)):
-            raise ValueError(
-                f"criterion {self.criterion!r} looks at no Fisher information, which fisher_estimate='sketch' is for"
-            )
 
     @property
     def is_chosen_at_birth(self) -> bool:
@@ -471,69 +438,3 @@ class FGGMConfig(PeftConfig):
             return TopDensity(density=self.density)
         assert isinstance(self.threshold, ThresholdPolicy)
         return self.threshold
-
-
-def check_reference(criterion: str, reference: Sequence[Any], history: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a reference, or names of earlier scores, that would not be looked at."""
-    if reference and not CRITERIA[criterion].reference:
-        names = ", ".join(repr(name) for name in CRITERIA if CRITERIA[name].reference)
-        raise ValueError(f"criterion {criterion!r} looks at no reference; those that do are {names}")
-    if history and not any(isinstance(source, str) and source == "history" for source in reference):
-        raise ValueError("history= names scores that only reference='history' reads; give that too")
-
-
-def require_reference(criterion: str, reference: Any) -> None:
-    """Raise ``ValueError`` if the criterion needs a reference and there is none."""
-    if CRITERIA[criterion].reference and not reference:
-        raise ValueError(
-            f"criterion {criterion!r} weighs the task against a reference, and none was given. Set reference='self' "
-            "(text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on the config, "
-            "or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
-        )
-
-
-def _names(field_name: str, value: Any) -> list[str] | None:
-    """A name or a list of names as a list."""
-    names = [value] if isinstance(value, str) else value
-    if names is None:
-        return None
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{field_name} must be a name or a path, or a list of them, got {value!r}")
-    return list(names)
-
-
-def require_num_samples(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a legal ``num_samples``."""
-    number = isinstance(value, int) and not isinstance(value, bool) and value > 1
-    if not (number or value is None or value == "auto"):
-        raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {value!r}")
-
-
-def score_bytes(value: int | str) -> int:
-    """A ``score_memory`` in bytes.
-
-    Raises:
-        ValueError: it is neither a positive integer nor a size such as "8GiB".
-    """
-    try:
-        size = -1 if isinstance(value, bool) else convert_file_size_to_int(value)
-    except (ValueError, AttributeError, TypeError):
-        size = -1
-    if size < 0:
-        raise ValueError(f"score_memory must be a number of bytes or a size such as '8GiB', got {value!r}")
-    return size
-
-
-def require_protection(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a legal ``protection``."""
-    if not _is_finite(value) or not 0 <= value <= 1:
-        raise ValueError(f"protection must be in [0, 1], got {value!r}")
-
-
-def _require_density(name: str, value: Any) -> None:
-    if not _is_finite(value) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...selection.fisher_pass import FisherPass
 from ...tuner import FGGMConfig
-from ...tuner.config import require_num_samples
+from ...tuner.selection_settings import require_num_samples
 from ...tuner.support import fggm_layers
 from .gradients import PenalizedTrainer, linear_layers
 from .method import Method, train_only_
