@@ -1,4 +1,4 @@
-"""Row and column scores from a few random projections: no dearer than the exact ones, and nearly as good.
+"""Row and column scores from a few random projections: at the default of 16 no dearer than the exact ones.
 
 The squared length of a gradient's row ``v`` ``[i]`` is estimated by ``|v @ S| ** 2 / r`` with random signs ``S``
 ``[i, r]``. That is unbiased, as ``S @ S.mT / r`` is the identity on average, and ``v @ S`` needs no gradient matrix:
