@@ -175,6 +175,17 @@ def test_the_effective_form_keeps_nothing_as_large_as_the_weight(granularity, ma
     assert max(kept) < weight.numel() / 10
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("k, kept", [(0, 0), (7, 7), (16, 16), (17, 48), (48, 48)])
+def test_few_columns_keep_their_own_inputs_only(k, kept, form, make_delta):
+    """The key's and the value's layer have the same input: beyond a third, parts would be more than the whole."""
+    delta = make_delta("column", (64, 48), k)
+    x, sizes = torch.randn(50, 48, requires_grad=True), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.shape) and t, lambda t: t):
+        form(x, torch.randn(64, 48), None, [delta])
+    assert sum(shape[1] for shape in sizes.values() if shape[0] == 50) == kept
+
+
 def test_the_weight_is_asked_for_in_backward_only_if_the_input_wants_a_gradient(make_delta):
     calls = []
 

@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 def resident(size: int) -> mmap.mmap:
-    """Memory straight from the system: an allocator would hand out again what earlier tests freed, which is resident."""
+    """Memory straight from the system: an allocator would hand out again what was freed before."""
     block = mmap.mmap(-1, size)
     block.write(b"1" * size)
     return block

@@ -65,9 +65,13 @@ class Granularity(ABC):
     def put_(self, weight: Tensor, indices: Tensor, entries: Tensor) -> None:
         """Write ``entries`` over the chosen entries of ``weight`` ``[o, i]``."""
 
+    def kept_input(self, x: Tensor, indices: Tensor) -> Tensor:
+        """What ``value_gradient`` will need of ``x`` ``[n, i]``: all of it, or a part that takes less memory."""
+        return x
+
     @abstractmethod
-    def value_gradient(self, x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-        """The chosen entries of ``g.mT @ x``, from ``x`` ``[n, i]`` and ``g`` ``[n, o]``."""
+    def value_gradient(self, kept: Tensor, g: Tensor, indices: Tensor) -> Tensor:
+        """The chosen entries of ``g.mT @ x``, from what was kept of ``x`` ``[n, i]`` and from ``g`` ``[n, o]``."""
 
     @abstractmethod
     def add_product_(self, y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -122,8 +126,8 @@ class Rows(Granularity):
     def put_(self, weight, indices, entries):
         weight.index_copy_(0, indices.long(), entries)
 
-    def value_gradient(self, x, g, indices):
-        return g.index_select(1, indices).mT @ x
+    def value_gradient(self, kept, g, indices):
+        return g.index_select(1, indices).mT @ kept
 
     def add_product_(self, y, x, indices, values):
         y.index_add_(1, indices, x @ values.mT)
@@ -169,8 +173,14 @@ class Columns(Granularity):
     def put_(self, weight, indices, entries):
         weight.index_copy_(1, indices.long(), entries)
 
-    def value_gradient(self, x, g, indices):
-        return g.mT @ x.index_select(1, indices)
+    def kept_input(self, x, indices):
+        # the query, key and value layers share one input, of which each would keep a part of its own
+        return x.index_select(1, indices) if 3 * indices.numel() <= x.shape[1] else x
+
+    def value_gradient(self, kept, g, indices):
+        if kept.shape[1] != indices.numel():
+            kept = kept.index_select(1, indices)
+        return g.mT @ kept
 
     def add_product_(self, y, x, indices, values):
         y.addmm_(x.index_select(1, indices), values.mT)
@@ -221,8 +231,8 @@ class Elements(Granularity):
             width = weight.shape[1]
             weight.index_put_((indices // width, indices % width), entries)
 
-    def value_gradient(self, x, g, indices):
-        return sampled_product(x, g, indices)
+    def value_gradient(self, kept, g, indices):
+        return sampled_product(kept, g, indices)
 
     def add_product_(self, y, x, indices, values):
         rows, columns = indices // x.shape[1], indices % x.shape[1]

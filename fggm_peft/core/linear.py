@@ -89,13 +89,27 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _value_gradients(ctx, first: int, x: Tensor | None, g: Tensor, values: Sequence[Tensor]):
+def _save_for_backward(ctx, first: int, x: Tensor, values: Sequence[Tensor]) -> None:
+    """Keep the values, and of the input what the gradients of those values need that want one."""
+    kept = [
+        delta.granularity.kept_input(x, delta.indices) if ctx.needs_input_grad[first + position] else None
+        for position, delta in enumerate(ctx.deltas)
+    ]
+    ctx.save_for_backward(*values, *kept)
+
+
+def _saved_for_backward(ctx) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """The values, and what was kept of the input for each of them."""
+    saved = ctx.saved_tensors
+    return saved[: len(ctx.deltas)], saved[len(ctx.deltas) :]
+
+
+def _value_gradients(deltas: Sequence[SparseDelta], kept: Sequence[Tensor | None], g: Tensor, values: Sequence[Tensor]):
     """Gradients of the values of every delta that wants one, and None for the others."""
-    for position, (delta, value) in enumerate(zip(ctx.deltas, values, strict=True)):
-        if not ctx.needs_input_grad[first + position]:
+    for delta, x, value in zip(deltas, kept, values, strict=True):
+        if x is None:
             yield None
             continue
-        assert x is not None
         gradient = delta.granularity.value_gradient(x, g, delta.indices).to(value.dtype)
         yield gradient if delta.scale == 1 else gradient.mul_(delta.scale)
 
@@ -117,20 +131,20 @@ class _EffectiveLinear(torch.autograd.Function):
     def forward(ctx, x, bias, weight, deltas, *values):
         dense = effective_weight(weight(), deltas).to(x.dtype)
         ctx.weight, ctx.deltas = weight, deltas
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, *values)
+        _save_for_backward(ctx, 4, x, values)
         return F.linear(x, dense, bias)
 
     @staticmethod
     @once_differentiable
     @_as_given
     def backward(ctx, g):
-        x, *values = ctx.saved_tensors
+        values, kept = _saved_for_backward(ctx)
         gx = gb = None
         if ctx.needs_input_grad[0]:
             gx = g @ effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
         if ctx.needs_input_grad[1]:
             gb = g.sum(0)
-        return (gx, gb, None, None, *_value_gradients(ctx, 4, x, g, values))
+        return (gx, gb, None, None, *_value_gradients(ctx.deltas, kept, g, values))
 
 
 class _AdditiveLinear(torch.autograd.Function):
@@ -138,21 +152,21 @@ class _AdditiveLinear(torch.autograd.Function):
     @_as_given
     def forward(ctx, base_output, x, deltas, *values):
         ctx.deltas, ctx.input_size = deltas, x.shape[1]
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *values)
+        _save_for_backward(ctx, 3, x, values)
         return _with_products(base_output, x, deltas)
 
     @staticmethod
     @once_differentiable
     @_as_given
     def backward(ctx, g):
-        x, *values = ctx.saved_tensors
+        values, kept = _saved_for_backward(ctx)
         gx = None
         if ctx.needs_input_grad[1]:
             gx = g.new_zeros(len(g), ctx.input_size)
             for delta, value in zip(ctx.deltas, values, strict=True):
                 scaled = (value * delta.scale).to(g.dtype)
                 delta.granularity.add_input_gradient_(gx, g, delta.indices, scaled)
-        return (g, gx, None, *_value_gradients(ctx, 3, x, g, values))
+        return (g, gx, None, *_value_gradients(ctx.deltas, kept, g, values))
 
 
 def effective_matrix(weight: WeightSource, deltas: Sequence[SparseDelta]) -> Tensor:

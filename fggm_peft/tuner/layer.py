@@ -308,6 +308,11 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             return self.quantization_backend.supports_merge
         return self.has_plain_forward() and not base.weight.requires_grad
 
+    @property
+    def form(self) -> str:
+        """How deltas enter the product in training: "effective weight" or "additive" (see ``core.linear``)."""
+        return "effective weight" if self.gives_weight() else "additive"
+
     def has_plain_forward(self) -> bool:
         """Whether the base layer computes what its type stands for, and nothing else."""
         return True
@@ -430,7 +435,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             f"{name}={len(self.fggm_indices[name])} {granularity.name}s"
             for name, granularity in self.granularity.items()
         )
-        return ", ".join(part for part in (adapters, quantization_extra_repr(self)) if part)
+        return ", ".join(part for part in (adapters, self.form, quantization_extra_repr(self)) if part)
 
     def __repr__(self) -> str:
         return "fggm." + super().__repr__()

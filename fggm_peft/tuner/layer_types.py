@@ -136,6 +136,10 @@ class FGGMEmbedding(FGGMLayer):
         layer = self.get_base_layer()
         return layer.num_embeddings, layer.embedding_dim
 
+    @property
+    def form(self):
+        return "additive"
+
     def matrix(self, weight):
         return weight
 

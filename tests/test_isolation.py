@@ -1,0 +1,153 @@
+"""Layers share no memory: no thread, no other model and no step that failed can disturb a step."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from models import QUANTIZATIONS, adapted, llama, quantized, token_batches
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fggm_peft.tuner.support import fggm_layers
+
+BATCHES = token_batches(sizes=(3, 2, 4, 3))
+BASES = ["dense", *QUANTIZATIONS[::3]]  # "nf4" and "int8"
+
+
+def small_model(granularity: str, base: str = "dense", seed: int = 0) -> nn.Module:
+    """A Llama with random supports and values, so that every layer's copy of its weight differs from the base."""
+    model = llama() if base == "dense" else quantized(llama(), base)
+    model = adapted(model, granularity, density=0.3, criterion="random", target_modules="all-linear").train()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trained(model):
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients(model: nn.Module, batch: dict) -> list[torch.Tensor]:
+    """Of the loss, without touching ``.grad``."""
+    return list(torch.autograd.grad(model(**batch).loss, trained(model)))
+
+
+def assert_equal(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_threads_that_train_through_one_model_at_once_get_their_own_gradients(base, checkpointing, granularity):
+    model = small_model(granularity, base)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wanted = [gradients(model, batch) for batch in BATCHES]
+    got: dict[int, list] = {}
+
+    def work(number: int) -> None:
+        got[number] = [gradients(model, BATCHES[number]) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(BATCHES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, alone in enumerate(wanted):
+        assert len(got[number]) == 3, "the thread failed"
+        for once in got[number]:
+            assert_equal(once, alone)
+
+
+def test_backward_of_one_layer_may_run_while_the_forward_of_another_does(granularity):
+    """Checkpointing within a layer runs its forward in the middle of the backward of the next one."""
+    model = small_model(granularity)
+    first, second = list(fggm_layers(model, "default").values())[:2]
+    x = torch.randn(5, 64, requires_grad=True)
+
+    def both(x, checkpointed: bool):
+        def run(layer, x):
+            return checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+
+        return (run(first, torch.tanh(run(first, x))) * run(second, x).sum()).square().sum()
+
+    leaves = [x, first.fggm_values["default"], second.fggm_values["default"]]
+    plain, checkpointed = (torch.autograd.grad(both(x, how), leaves) for how in (False, True))
+    assert_equal(checkpointed, plain)
+
+
+def test_two_models_in_turns_are_as_each_alone(granularity):
+    one, other = small_model(granularity), small_model(granularity, seed=1)
+    wanted = gradients(one, BATCHES[0]), gradients(other, BATCHES[1])
+    losses = one(**BATCHES[0]).loss, other(**BATCHES[1]).loss  # same shapes, dtype and device
+    got = torch.autograd.grad(losses[0], trained(one)), torch.autograd.grad(losses[1], trained(other))
+    for mine, alone in zip(got, wanted, strict=True):
+        assert_equal(mine, alone)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_step_that_fails_on_the_way_leaves_the_next_one_as_it_was(base, granularity):
+    model = small_model(granularity, base)
+    wanted = gradients(model, BATCHES[0])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    *_, last = fggm_layers(model, "default").values()
+
+    def fail(*_):
+        raise MemoryError
+
+    for register in (last.register_forward_pre_hook, last.register_full_backward_pre_hook):
+        hook = register(fail)
+        with pytest.raises(MemoryError):
+            model(**BATCHES[1]).loss.backward()
+        hook.remove()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+        assert_equal(gradients(model, BATCHES[0]), wanted)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_nothing_is_left_of_a_model_that_is_gone(base, granularity):
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    gradients(small_model(granularity, base), BATCHES[0])  # what libraries make once
+    before = tensors()
+    model = small_model(granularity, base)
+    gradients(model, BATCHES[0])
+    watched = [weakref.ref(layer) for layer in fggm_layers(model, "default").values()]
+    assert tensors() > before
+    del model
+    assert tensors() == before
+    assert not any(reference() for reference in watched)
+
+
+def test_after_a_cast_or_a_copy_a_model_computes_with_its_own_weights(granularity):
+    model = small_model(granularity)
+    double, duplicate = copy.deepcopy(model).double(), copy.deepcopy(model)
+    wanted = gradients(model, BATCHES[0])
+    for parameter in duplicate.parameters():
+        parameter.data.zero_()
+    for exact, mine in zip(gradients(double, BATCHES[0]), wanted, strict=True):
+        torch.testing.assert_close(mine, exact.float(), rtol=1e-3, atol=1e-5)
+    assert_equal(gradients(model, BATCHES[0]), wanted)
+    assert not any(gradient.any() for gradient in gradients(duplicate, BATCHES[0]))
+
+
+def test_a_layer_says_in_which_form_it_computes(granularity):
+    model = small_model(granularity)
+    layer = next(iter(fggm_layers(model, "default").values()))
+    assert "effective weight" in layer.extra_repr()
+    hook = layer.base_layer.register_forward_hook(lambda *_: None)
+    assert "additive" in layer.extra_repr()
+    hook.remove()
+    assert "effective weight" in layer.extra_repr()
