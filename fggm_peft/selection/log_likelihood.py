@@ -6,12 +6,14 @@ distribution instead of taking the data's (the true Fisher instead of the empiri
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 IGNORED = -100
@@ -84,7 +86,22 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], **extra: Any) -> Tensor:
 
 
 def _causal(model, batch, labels, generator):
-    return _token_sum(_logits(model, batch)[:, :-1], labels[:, 1:], generator)
+    labels = labels[:, 1:]
+    if "logits_to_keep" in batch or not _takes_positions(model):
+        return _token_sum(_logits(model, batch)[:, :-1], labels, generator)
+    # a prompt has no loss, and the head is the widest layer of a small model
+    where = (labels != IGNORED).any(0).nonzero()[:, 0]
+    where = where.cpu() if len(where) else torch.zeros(1, dtype=where.dtype)
+    return _token_sum(_logits(model, batch, logits_to_keep=where), labels[:, where], generator)
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether the model computes the logits of some positions only, with a head whose gradients nobody looks at."""
+    inner: Any = getattr(model, "module", model)  # of DistributedDataParallel
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
+        return False
+    return not isinstance(inner.get_output_embeddings(), BaseTunerLayer)
 
 
 def _sequence_to_sequence(model, batch, labels, generator):
@@ -105,7 +122,7 @@ def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None
     answer = labels != IGNORED
     if not answer.any():
         return logits[..., 0].float().sum(1) * 0  # the likelihood of nothing; FisherPass counts how often
-    rows = logits[answer].float()
+    rows = (logits.flatten(0, 1) if answer.all() else logits[answer]).float()  # nothing is copied if all of it counts
     targets = _checked(labels[answer], rows) if generator is None else _sample(rows, generator)
     tokens = -F.cross_entropy(rows, targets, reduction="none")
     sample = answer.nonzero()[:, 0]
