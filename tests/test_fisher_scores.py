@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from models import (
@@ -20,7 +22,11 @@ from models import (
 from torch import nn
 
 from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.statistics import Batch
+from fggm_peft.selection.collector import ScoreCollector
+from fggm_peft.selection.fisher_pass import unwrapped
 from fggm_peft.selection.log_likelihood import default_log_likelihood
+from fggm_peft.tuner.support import fggm_layers
 
 
 def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelihood=None) -> dict[str, torch.Tensor]:
@@ -128,3 +134,51 @@ def test_sixteen_bit_models_accumulate_in_float32(granularity, dtype):
         assert got[name].dtype == torch.float32
         correlation = torch.corrcoef(torch.stack([got[name].double(), expected[name]]))[0, 1]
         assert correlation > 0.99, name
+
+
+def kept_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
+    """Shapes of what one selection pass keeps for backward beyond what a plain one does."""
+
+    def shapes(forward) -> Counter:
+        found: Counter = Counter()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.update([tuple(t.shape)]) or t, lambda t: t):
+            forward()
+        return found
+
+    layers = fggm_layers(model, "default")
+    collector = ScoreCollector(layers, "default", input_embeddings=model.get_input_embeddings(), **settings)
+    with collector:
+        collector.begin(Batch(torch.zeros(len(batch["input_ids"]), dtype=torch.long)))
+        measured = shapes(lambda: model(**batch))
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return set(measured - shapes(lambda: model(**batch)))
+
+
+def test_a_pass_for_rows_keeps_no_inputs_and_one_for_columns_does(granularity):
+    model, batch = adapted(llama(), granularity).eval(), token_batches()[0]
+    inputs = {(*batch["input_ids"].shape, width) for width in (64, 96)}
+    assert kept_by_layers(model, batch) == inputs
+    assert kept_by_layers(model, batch, digests=True) == (set() if granularity == "row" else inputs)
+
+
+def test_calls_of_one_layer_by_several_forwards_are_summed_before_they_are_squared(granularity):
+    """As a preference loss does it, which compares two forwards; the first batch is begun again for it."""
+
+    def twice(model, batch):
+        likelihood = default_log_likelihood(unwrapped(model), None)
+        return likelihood(model, batch) + 0.5 * likelihood(model, batch | {"input_ids": batch["input_ids"].flip(0)})
+
+    batches = token_batches()
+    got = fisher_scores(adapted(llama(), granularity), batches, twice)
+    expected = dict.fromkeys(got, 0)
+    for batch in batches:
+        for sample in range(len(batch["labels"])):
+            one = llama().eval()
+            twice(one, batch)[sample].backward()
+            for name in got:
+                gradient = one.get_submodule(name).weight.grad.double()
+                expected[name] = expected[name] + GRANULARITIES[granularity].reduce(gradient.square()) / 8
+    for name in got:
+        torch.testing.assert_close(
+            got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
+        )

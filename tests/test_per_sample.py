@@ -14,6 +14,7 @@ from fggm_peft.core import per_sample
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.per_sample import (
     EmbeddingGradients,
+    GramDigest,
     GramMatrix,
     GroupedGradients,
     LinearGradients,
@@ -65,6 +66,21 @@ def test_the_gram_and_the_direct_form_give_the_same(t, monkeypatch):
         gradients = LinearGradients(x, g)
         assert relative_error(gradients.row_scores(), expected.sum(2)) < 1e-12
         assert relative_error(gradients.column_scores(), expected.sum(1)) < 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    t=st.sampled_from([1, 2, 9, 127, 128, 131, 200]),
+    spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
+)
+def test_the_digest_of_an_input_gives_the_scores_whatever_part_of_the_gradient_is_zero(t, spans):
+    x, g = torch.randn(len(spans), t, 5, dtype=torch.float64), torch.randn(len(spans), t, 3, dtype=torch.float64)
+    for sample, (start, end) in enumerate(spans):  # an empty span leaves nothing
+        g[sample, : round(start * t)] = 0
+        g[sample, round(end * t) :] = 0
+    digest = GramDigest(x)
+    assert relative_error(digest.row_scores(g), per_sample_gradients(x, g).square().sum(2)) < 1e-10
+    assert digest.row_scores(g).dtype == torch.float64
 
 
 @given(t=st.integers(1, 5000), o=st.integers(1, 5000), i=st.integers(1, 5000), layers=st.sampled_from([1, 2, 4]))

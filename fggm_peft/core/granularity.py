@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .per_sample import PerSampleGradients
+from .per_sample import PerSampleGradients, RowGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product
 
@@ -26,6 +26,7 @@ class Granularity(ABC):
     name: ClassVar[str]
     unit_dim: ClassVar[int]  # the dimension of the values that counts units
     index_codecs: ClassVar[tuple[str, ...]] = ("plain",)  # what a file may hold the indices in
+    takes_digest: ClassVar[bool] = False  # its scores can do without the layer's input, see ``InputDigest``
 
     @abstractmethod
     def units(self, shape: Shape) -> int:
@@ -101,6 +102,7 @@ class Rows(Granularity):
 
     name = "row"
     unit_dim = 0
+    takes_digest = True
 
     def units(self, shape):
         return shape[0]
@@ -117,7 +119,7 @@ class Rows(Granularity):
     def reduce(self, matrix):
         return matrix.sum(1)
 
-    def accumulate_(self, scores, gradients, half):
+    def accumulate_(self, scores, gradients: RowGradients, half):
         scores.index_add_(0, half, gradients.row_scores().to(scores.dtype))
 
     def gather(self, weight, indices):

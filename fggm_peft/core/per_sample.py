@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PerSampleGradients(ABC):
-    """The gradients of one batch with respect to one weight, one for each sample."""
+class RowGradients(ABC):
+    """What row scores need to know of the gradients of one batch with respect to one weight."""
 
     @abstractmethod
     def row_scores(self) -> Tensor:
         """Squared gradients summed over input features, ``[b, o]`` float32."""
+
+
+class PerSampleGradients(RowGradients):
+    """The gradients of one batch with respect to one weight, one for each sample."""
 
     @abstractmethod
     def column_scores(self) -> Tensor:
@@ -167,24 +171,75 @@ class LinearGradients(PerSampleGradients):
 
 
 def _by_length(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The samples together; or one by one, without the positions at either end where ``g`` is 0, if those are many.
+    """The samples together; or one by one, without the positions at either end where ``g`` is 0, if those are many."""
+    spans = _busy_spans(g)
+    if spans is None:
+        return [(x, g)]
+    return [(x[b : b + 1, start:end], g[b : b + 1, start:end]) for b, (start, end) in enumerate(spans)]
+
+
+def _busy_spans(g: Tensor) -> list[tuple[int, int]] | None:
+    """From the first to behind the last position of each sample where ``g`` is not 0; None if that is nearly all.
 
     Padding is such, and in the last block of a decoder all that precedes the answer: they add nothing. On an
     accelerator many small products and asking for their sizes would cost more than is saved.
     """
     if g.device.type != "cpu":
-        return [(x, g)]
+        return None
     idle, few = g[..., 0] == 0, 0.1 * g[..., 0].numel()  # a look at one feature first
     if idle.sum() <= few:
-        return [(x, g)]
+        return None
     idle[idle.clone()] = ~g[idle].any(1)
     busy = (~idle).byte()
     starts = busy.argmax(1)
     ends = (busy.shape[1] - busy.flip(1).argmax(1)).where(~idle.all(1), 0)
     if idle.numel() - (ends - starts).sum() <= few:
-        return [(x, g)]
-    spans = zip(starts.tolist(), ends.tolist(), strict=True)
-    return [(x[b : b + 1, start:end], g[b : b + 1, start:end]) for b, (start, end) in enumerate(spans)]
+        return None
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+class InputDigest(ABC):
+    """What the row scores of the layers with one input need of it, in the place of that input ``[b, t, i]``."""
+
+    @abstractmethod
+    def row_scores(self, g: Tensor) -> Tensor:
+        """As ``PerSampleGradients.row_scores``, ``[b, o]``, from ``g`` ``[b, t, o]``."""
+
+
+class GramDigest(InputDigest):
+    """``x @ x.mT`` of each sample: ``[t, t]`` in the place of ``[t, i]``, and the scores are exact."""
+
+    def __init__(self, x: Tensor):
+        self.blocks = _gram_blocks(_widened(x))
+
+    def row_scores(self, g):
+        spans = _busy_spans(g)
+        if spans is None:
+            return _quadratic_form(g, self.blocks)
+        parts = [
+            _quadratic_form(g[b : b + 1, start:end], self._between(b, start, end))
+            for b, (start, end) in enumerate(spans)
+        ]
+        return torch.cat(parts)
+
+    def _between(self, sample: int, start: int, end: int) -> list[Block]:
+        """The blocks of one sample for its positions from ``start`` to ``end``."""
+        found = []
+        for block in self.blocks:
+            first, last = max(start, block.start), max(start, min(end, block.end))
+            rows = slice(first - block.start, max(first, last) - block.start)
+            found.append(Block(first - start, last - start, block.products[sample : sample + 1, rows, start:last]))
+        return found
+
+
+class DigestedGradients(RowGradients):
+    """Gradients of a layer of whose input only a digest is left."""
+
+    def __init__(self, digest: InputDigest, g: Tensor):
+        self.digest, self.g = digest, g
+
+    def row_scores(self):
+        return self.digest.row_scores(self.g)
 
 
 _CHUNK_BYTES = 2**20

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .per_sample import LinearGradients, gram_is_cheaper, same_memory
+from .per_sample import InputDigest, LinearGradients, gram_is_cheaper, same_memory
 
 
 def sketch_is_cheaper(positions: int, outputs: int, inputs: int, size: int, shared_by: int = 1) -> bool:
@@ -102,15 +102,31 @@ class SketchedGradients(LinearGradients):
         if not sketch_is_cheaper(positions, outputs, inputs, self.sketch.size, shared):
             return super().row_scores()
         parent = self.name.rpartition(".")[0]
-        return self._lengths(self.g, self.sketch.project(self.x, parent, self.samples, remember=shared > 1))
+        return _lengths(self.g, self.sketch.project(self.x, parent, self.samples, remember=shared > 1))
 
     def column_scores(self) -> Tensor:
         (_, positions, inputs), outputs = self.x.shape, self.g.shape[2]
         if not sketch_is_cheaper(positions, inputs, outputs, self.sketch.size):
             return super().column_scores()
-        return self._lengths(self.x, self.sketch.project(self.g, self.name, self.samples))
+        return _lengths(self.x, self.sketch.project(self.g, self.name, self.samples))
 
-    def _lengths(self, features: Tensor, projected: list[Tensor]) -> Tensor:
-        """``[b, f]``: the mean over projections of the squares of ``features[b].mT @ projected[b]``."""
-        products = [p.mT @ sample.to(p.dtype) for sample, p in zip(features, projected, strict=True)]
-        return torch.stack([product.square_().mean(0) for product in products])
+
+class SketchDigest(InputDigest):
+    """The projections of an input, ``[t, r]`` for each sample: what sketched row scores need of it.
+
+    Args:
+        x: layer input, ``[b, t, i]``.
+        sketch, samples, name: as ``SketchedGradients`` has them.
+    """
+
+    def __init__(self, x: Tensor, sketch: Sketch, samples: Sequence[int], name: str):
+        self.projected = sketch.project(x, name.rpartition(".")[0], samples)
+
+    def row_scores(self, g):
+        return _lengths(g, self.projected)
+
+
+def _lengths(features: Tensor, projected: list[Tensor]) -> Tensor:
+    """``[b, f]``: the mean over projections of the squares of ``features[b].mT @ projected[b]``."""
+    products = [p.mT @ sample.to(p.dtype) for sample, p in zip(features, projected, strict=True)]
+    return torch.stack([product.square_().mean(0) for product in products])

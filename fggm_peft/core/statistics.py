@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .granularity import Granularity, Shape
-from .per_sample import PerSampleGradients
+from .per_sample import RowGradients
 from .registry import Registry
 
 
@@ -67,7 +67,8 @@ class Statistic(ABC):
         looks_at: "gradient" needs a backward pass; "input" and "output" (of the layer) do without.
         per_batch: it is a mean over batches, not samples, and its halves are the even and the odd batches.
         is_kept: it says of a task what later ones may take for a reference; it is not negative then.
-        has_sketch: it looks at the scores of rows and columns, which a sketch can estimate.
+        has_sketch: it looks at the scores of rows and columns only, which a sketch can estimate and, of rows, a digest
+            of the input can give.
     """
 
     looks_at: Literal["gradient", "input", "output"] = "gradient"
@@ -80,7 +81,7 @@ class Statistic(ABC):
         """Length of a running sum for a weight ``(o, i)``."""
 
     @abstractmethod
-    def add_(self, sums: Tensor, granularity: Granularity, seen: PerSampleGradients | Features, batch: Batch) -> None:
+    def add_(self, sums: Tensor, granularity: Granularity, seen: RowGradients | Features, batch: Batch) -> None:
         """Add one batch to ``sums``, ``[2, size]`` float32."""
 
     def mean(self, total: Tensor, count: Count) -> Tensor:

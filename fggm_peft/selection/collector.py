@@ -15,14 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import NonFiniteScoreError
-from ..core.per_sample import GramMatrix, LinearGradients, PerSampleGradients, same_memory
-from ..core.sketch import Sketch, SketchedGradients
+from ..core.per_sample import (
+    DigestedGradients,
+    GramDigest,
+    GramMatrix,
+    InputDigest,
+    LinearGradients,
+    PerSampleGradients,
+    RowGradients,
+    gram_is_cheaper,
+    same_memory,
+)
+from ..core.sketch import Sketch, SketchDigest, SketchedGradients, sketch_is_cheaper
 from ..core.statistics import STATISTICS, Batch, Features, Statistic
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMLinear
 
 Sums = dict[str, dict[str, Tensor]]
 """Module path -> statistic -> ``[2, size]`` float32, a running sum for each half of the samples."""
+
+
+class CalledAgainError(RuntimeError):
+    """A layer of whose input only a digest is left was called once more in one forward: begin the batch again."""
 
 
 class ScoreCollector:
@@ -39,6 +53,8 @@ class ScoreCollector:
             backward unless its input requires grad.
         sketch: estimates row and column scores of layers whose gradients are products of x and g; without, and for
             other layers (embeddings, grouped convolutions), they are exact.
+        digests: keep no more of inputs than row scores need. Whoever sets it catches ``CalledAgainError``: gradients
+            of several calls are summed before they are squared, and digests do not add up.
     """
 
     listens = True  # False lets forward passes by that are no part of the batch
@@ -50,6 +66,7 @@ class ScoreCollector:
         statistics: Sequence[str] = ("fisher",),
         input_embeddings: nn.Module | None = None,
         sketch: Sketch | None = None,
+        digests: bool = False,
     ):
         self.layers, self.adapter_name, self.input_embeddings = layers, adapter_name, input_embeddings
         self.sketch = sketch
@@ -57,6 +74,8 @@ class ScoreCollector:
         self.statistics = entries
         self.of_gradients = {name: entry for name, entry in entries.items() if entry.looks_at == "gradient"}
         self.of_features = {name: entry for name, entry in entries.items() if entry.looks_at != "gradient"}
+        # a batch that is begun again has been counted where it was looked at in forward
+        self.digests = digests and not self.of_features and all(entry.has_sketch for entry in entries.values())
         self.sums: Sums = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # the hooked outputs hang on it, so that there is a graph although every parameter is frozen
@@ -134,6 +153,7 @@ class ScoreCollector:
         self._calls = dict.fromkeys(self.layers, 0)
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
         self._last_input: tuple[Tensor, GramMatrix] | None = None
+        self._last_digest: tuple[Tensor, InputDigest] | None = None
         self._last_cleaned: tuple[Tensor, Tensor] | None = None
         if self.sketch is not None:
             self.sketch.forget()
@@ -148,9 +168,45 @@ class ScoreCollector:
                 self._add_features(name, x, output)
             if not self.needs_backward:
                 return output
+            if (digest := self._digest(name, x, output)) is not None:
+                return _DigestTap.apply(output, self._anchor, self, name, digest)
             return _Tap.apply(output, x, self._anchor, self, name, self._gram_of(x))
 
         return hook
+
+    @torch.no_grad()
+    def _digest(self, name: str, x: Tensor, output: Tensor) -> InputDigest | None:
+        """What will be needed of an input, one for consecutive layers with one input; None if that is all of it."""
+        layer = self.layers[name]
+        takes_digest = isinstance(layer, FGGMLinear) and layer.granularity[self.adapter_name].takes_digest
+        if not (self.digests and takes_digest):
+            return None
+        if self._calls[name] > 1 and not self._in_backward:
+            self.digests = False
+            raise CalledAgainError(f"module {name} is called several times in one forward")
+        if self._last_digest is None or not same_memory(self._last_digest[0], x):
+            with torch.autocast(x.device.type, enabled=False):
+                digest = self._new_digest(name, self._by_sample(name, self._cleaned(layer.input_features(x))), output)
+            self._last_digest = None if digest is None else (x, digest)
+        return None if self._last_digest is None else self._last_digest[1]
+
+    def _new_digest(self, name: str, x: Tensor, output: Tensor) -> InputDigest | None:
+        assert self._batch is not None
+        (_, positions, inputs), outputs = x.shape, output.shape[-1]
+        if self.sketch is not None and sketch_is_cheaper(positions, outputs, inputs, self.sketch.size):
+            return SketchDigest(x, self.sketch, self._samples(), name)
+        return GramDigest(x) if gram_is_cheaper(positions, outputs, inputs) else None
+
+    def record_digest(self, name: str, digest: InputDigest, g: Tensor) -> None:
+        """Take what one call of a layer got as gradient at its output."""
+        with torch.autocast(g.device.type, enabled=False):
+            g = self._by_sample(name, self.layers[name].output_features(self._cleaned(g)))
+            self._add_to(name, self.of_gradients, DigestedGradients(digest, g))
+
+    def _samples(self) -> range:
+        """The numbers of the batch's samples, over all processes."""
+        assert self._batch is not None
+        return range(self._batch.first, self._batch.first + len(self._batch.half))
 
     def _gram_of(self, x: Tensor) -> GramMatrix:
         """The Gram matrix of an input, one for consecutive layers with one input; computed when asked for."""
@@ -176,13 +232,11 @@ class ScoreCollector:
         self._seen[name] = []
 
     def _sketched(self, name: str, gradients: PerSampleGradients) -> PerSampleGradients:
-        assert self._batch is not None
         if self.sketch is None or not isinstance(gradients, LinearGradients):
             return gradients
-        samples = range(self._batch.first, self._batch.first + len(self._batch.half))
-        return SketchedGradients(gradients, self.sketch, samples, name)
+        return SketchedGradients(gradients, self.sketch, self._samples(), name)
 
-    def _add_to(self, name: str, statistics: Mapping[str, Statistic], seen: PerSampleGradients | Features) -> None:
+    def _add_to(self, name: str, statistics: Mapping[str, Statistic], seen: RowGradients | Features) -> None:
         assert self._batch is not None
         if not self._counts:
             return
@@ -245,3 +299,17 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, g):
         ctx.report(ctx.saved_tensors[0], g)
         return g, None, None, None, None, None
+
+
+class _DigestTap(torch.autograd.Function):
+    """The identity; its backward reports the gradient, and no input is kept for it."""
+
+    @staticmethod
+    def forward(ctx, output, anchor, collector, name, digest):
+        ctx.report = lambda g: collector.record_digest(name, digest, g)
+        return output.clone()  # as above
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.report(g)
+        return g, None, None, None, None

@@ -27,7 +27,7 @@ from ..core.statistics import STATISTICS, Batch, Count
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from ..tuner.sharding import is_shard
-from .collector import ScoreCollector
+from .collector import CalledAgainError, ScoreCollector
 from .log_likelihood import LogLikelihood, answer_count, default_log_likelihood
 from .out_of_memory import advised
 from .ranks import Ranks
@@ -188,8 +188,15 @@ class FisherPass:
         return Totals(lambda name, statistic: total[name, statistic], _halves(seen, batches))
 
     def _collector(self, layers: dict[str, FGGMLayer]) -> ScoreCollector:
+        # a checkpointed input is not kept anyway, and a rank that began a batch again would leave the others waiting
+        digests = not _checkpoints(self.model) and self.ranks.size == 1
         return ScoreCollector(
-            layers, self.adapter_name, self.statistics, checkpointed_embeddings(self.model), sketch_of(self.config)
+            layers,
+            self.adapter_name,
+            self.statistics,
+            checkpointed_embeddings(self.model),
+            sketch_of(self.config),
+            digests,
         )
 
     def _rounds(self, limit: int | None) -> Iterator[Round]:
@@ -246,9 +253,14 @@ class FisherPass:
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         answers = self._answers(batch, len(half))
-        collector.begin(Batch(half, padding, round.number, answers, round.first), bool(round.size))
+        about = Batch(half, padding, round.number, answers, round.first)
         with torch.set_grad_enabled(collector.needs_backward):
-            value = log_likelihood(model, batch)
+            try:
+                collector.begin(about, bool(round.size))
+                value = log_likelihood(model, batch)
+            except CalledAgainError:  # from now on inputs are kept whole
+                collector.begin(about, bool(round.size))
+                value = log_likelihood(model, batch)
         if not isinstance(value, Tensor) or value.shape != half.shape:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")
@@ -289,9 +301,13 @@ def sketch_of(config: FGGMConfig) -> Sketch | None:
     return Sketch(config.sketch_size, config.seed) if config.fisher_estimate == "sketch" else None
 
 
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def checkpointed_embeddings(model: nn.Module) -> nn.Module | None:
     """The input embeddings, if the model checkpoints its gradients."""
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if not _checkpoints(model):
         return None
     get = getattr(unwrapped(model), "get_input_embeddings", None)
     try:
