@@ -26,7 +26,11 @@ def own_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return torch.stack(result)
 
 
-@pytest.mark.parametrize("batch", [PROMPTED, EVERYWHERE, NO_ANSWER], ids=["prompted", "everywhere", "no answer"])
+ONE_TOKEN = {"input_ids": torch.tensor([[3], [4]]), "labels": torch.tensor([[3], [4]])}
+BATCHES = {"prompted": PROMPTED, "everywhere": EVERYWHERE, "no answer": NO_ANSWER, "one token": ONE_TOKEN}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=list(BATCHES))
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_it_is_the_models_own_loss_summed_and_so_are_its_gradients(build, batch):
     model = build().eval()

@@ -108,11 +108,7 @@ class _Drawing:
         }
         if curves:
             yield "agreement", agreement_picture(curves)
-        kinds = sorted({adapter.config.granularity for adapter in self.adapters})
-        if len(kinds) > 1:
-            for entry in self.entries:
-                entry["left_out"]["overlap"] = f"units of different kinds are not compared ({', '.join(kinds)})"
-        elif len(self.adapters) > 1:
+        if len(self.adapters) > 1:
             found = support_overlap(self.model, [adapter.folder for adapter in self.adapters])
             assert found is not None  # all are FGGM
             self.overlap = {"names": self.names, **found}

@@ -87,11 +87,10 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], **extra: Any) -> Tensor:
 
 def _causal(model, batch, labels, generator):
     labels = labels[:, 1:]
-    if "logits_to_keep" in batch or not _takes_positions(model):
-        return _token_sum(_logits(model, batch)[:, :-1], labels, generator)
     # a prompt has no loss, and the head is the widest layer of a small model
-    where = (labels != IGNORED).any(0).nonzero()[:, 0]
-    where = where.cpu() if len(where) else torch.zeros(1, dtype=where.dtype)
+    where = (labels != IGNORED).any(0).nonzero()[:, 0].cpu()
+    if not len(where) or "logits_to_keep" in batch or not _takes_positions(model):
+        return _token_sum(_logits(model, batch)[:, :-1], labels, generator)
     return _token_sum(_logits(model, batch, logits_to_keep=where), labels[:, where], generator)
 
 
