@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder, e.g. of SmolLM2-135M, to measure beside the random Llama")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quick", action="store_true", help="a small random model at one length; nothing is written")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     arguments = parser.parse_args()
     dtype, cases, repeats = getattr(torch, arguments.dtype), CASES, arguments.repeats
     models = {"Llama, random weights": functools.partial(llama, 768, 8, dtype)}
@@ -197,8 +197,8 @@ def main() -> None:
             goals[name] = verdicts(figures[name], length, hidden)
             show(name, figures[name])
             show("goals", goals[name])
-    if not arguments.quick:
-        print("written to", write("selection", {"figures": figures, "goals": goals}))
+            if not arguments.quick:  # after each case, so that what is done stays when the rest is given up
+                print("written to", write("selection", {"figures": figures, "goals": goals}))
 
 
 if __name__ == "__main__":
