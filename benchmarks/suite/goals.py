@@ -107,8 +107,8 @@ FROZEN_PASS = "frozen forward and backward"
 PEERS = "naive loop, Opacus, BackPACK, torch.func; the worst"
 EQUAL_LORA, EQUAL_SHIRA = "LoRA with as many trainable values", "SHiRA with as many trainable values"
 DENSER = (
-    "Every entry of the delta is read, added, kept for unmerging and written, which is bound by memory and grows with the "
-    "density; a LoRA's product has the size of the whole weight at every rank."
+    "Every entry of the delta is read, added, kept for unmerging and written, which is bound by memory and grows with "
+    "the density; a LoRA's product has the size of the whole weight at every rank."
 )
 INDICES = "Single entries have an index each, which has to be decoded and checked; a LoRA's factors have none."
 
@@ -164,8 +164,8 @@ GOALS: tuple[Goal, ...] = (
         0.85,
         STEP,
         over(ROWS, "full, masked", when=a_third),
-        "70 % of the weights' gradients are saved, and the optimizer's work on them. They are a third of a step's products; "
-        "the copies of the weights with the chosen rows in them cost a part of that.",
+        "70 % of the weights' gradients are saved, which are a third of a step's products, and the optimizer's work on "
+        "them; the copies of the weights with the chosen rows in them cost a part of that.",
     ),
     Goal(
         f"{STEP}, 30 % rows: peak memory",
