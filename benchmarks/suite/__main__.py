@@ -22,7 +22,7 @@ from .measurements import MEASUREMENTS, measure
 from .report import write_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-SECONDS = {"quick": 8.0, "full": 25.0}
+SECONDS = {"quick": 5.0, "full": 25.0}
 """About how long one timing of a case goes on, unless that is less than three rounds."""
 
 

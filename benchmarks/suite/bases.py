@@ -33,14 +33,15 @@ def quantized(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], n
     """Every linear layer but the head becomes what ``make`` makes of its shape; the rest is bfloat16, as in QLoRA."""
 
     def convert(model: nn.Module) -> nn.Module:
-        model = model.to(torch.bfloat16)
+        model = model.to(DEVICE, torch.bfloat16)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name != "lm_head":
                 layer = make(module)
                 layer.load_state_dict(module.state_dict())
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer)
-        return model.to(DEVICE)
+                # by the layer's own to(), which keeps what quantizing gives beside the weight
+                setattr(model.get_submodule(parent), child, layer.to(DEVICE))
+        return model
 
     return convert
 
@@ -59,4 +60,10 @@ def make_base(hidden: int, layers: int, vocabulary: int, kind: str) -> nn.Module
 
 def sharing_weights(model: nn.Module) -> nn.Module:
     """A copy whose frozen parameters are those of ``model``: many methods fit beside each other in memory."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    shared: list[object] = list(model.parameters())
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state"):  # its first forward takes the scales from the weight, which all share
+            if module.weight.CB is not None:
+                module.init_8bit_state()
+            shared += [module.state.CB, module.state.SCB]
+    return copy.deepcopy(model, {id(each): each for each in shared})

@@ -107,8 +107,8 @@ FROZEN_PASS = "frozen forward and backward"
 PEERS = "naive loop, Opacus, BackPACK, torch.func; the worst"
 EQUAL_LORA, EQUAL_SHIRA = "LoRA with as many trainable values", "SHiRA with as many trainable values"
 DENSER = (
-    "Every entry of the delta is read, added, kept for unmerging and written, which is bound by memory and grows with "
-    "the density; a LoRA's product has the size of the whole weight at every rank."
+    "In small layers the calls take the time, about 0.2 ms a layer. In large ones every entry is read, added, "
+    "kept for unmerging and written, bound by memory; a LoRA's product has the size of the weight at every rank."
 )
 INDICES = "Single entries have an index each, which has to be decoded and checked; a LoRA's factors have none."
 
