@@ -113,6 +113,8 @@ CANNOT_UNMERGE = ("OSF",)
 def methods_for(base: str, parameters: int) -> list[str]:
     """The methods that a case takes: on a quantized base, or a large one, some cannot be had."""
     left_out = set(NEEDS_DENSE if base in ("int8", "nf4") else ())
+    if base == "int8":  # DoRA copies a layer for its norms, and the copy takes the layer's scales with it
+        left_out |= {"DoRA"}
     if parameters > 60e6:
         left_out |= set(NEEDS_TIME)
     if parameters > 300e6:
