@@ -38,11 +38,8 @@ lint: $(VENV)/dev  ## Style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/dev  ## Ratios against the frozen pass, LoRA and SHiRA; ARGS=--quick for a first look.
-	$(BIN)/python benchmarks/selection.py $(ARGS)
-	$(BIN)/python benchmarks/training_step.py $(ARGS)
-	$(BIN)/python benchmarks/merge_drift.py
-	$(BIN)/python benchmarks/file_size.py $(ARGS)
+bench: $(VENV)/dev  ## FGGM beside PEFT's methods, a first look; ARGS=--full measures everything and writes docs/benchmarks.md.
+	PYTHONPATH=benchmarks $(BIN)/python -m suite $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -13,10 +13,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import llama, show, write
+from common import VOCABULARY, llama, show, write
 from peft import get_peft_model
+from suite.bases import make_base
+from suite.methods import FGGM, METHODS, targeted_values, trainable
 from torch import nn
-from training_step import fggm, lora, shira, targeted_values, trainable
 
 from fggm_peft import FGGMConfig
 from fggm_peft.core.index_codec import entropy_bytes
@@ -41,17 +42,12 @@ def saved(model: nn.Module, dtype: torch.dtype) -> tuple[int, int | None]:
 
 
 def measure(hidden: int, layers: int, density: float, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    def build():
-        return llama(hidden, layers, torch.bfloat16).requires_grad_(False)
-
-    base = build()
+    base = make_base(hidden, layers, VOCABULARY, "bfloat16")
     entries = targeted_values(base)
     count = round(entries * density)
-    models = {f"FGGM {kind}s": lambda kind=kind: fggm(build, kind, density) for kind in ("row", "column", "element")}
-    models |= {"LoRA": lambda: lora(build, count), "SHiRA": lambda: shira(build, count)}
     results = {}
-    for name, make in models.items():
-        model = make()
+    for name in (*FGGM, "LoRA", "SHiRA"):
+        model = METHODS[name](base, count)
         size, bound = saved(model, dtype)
         values = trainable(model)
         if bound is None:  # SHiRA chooses elements; the entries of a LoRA are where they are

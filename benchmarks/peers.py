@@ -47,7 +47,9 @@ def naive_loop(model: nn.Module) -> Peer:
     likelihood = default_log_likelihood(model, None)
 
     def run(batch: dict[str, Tensor]) -> Scores:
-        scores = {name: torch.zeros(layer.weight.shape[0]) for name, layer in layers.items()}
+        scores = {
+            name: torch.zeros(layer.weight.shape[0], device=layer.weight.device) for name, layer in layers.items()
+        }
         for sample in range(len(batch["input_ids"])):
             one = {key: value[sample : sample + 1] for key, value in batch.items()}
             gradients = torch.autograd.grad(likelihood(model, one).sum(), [m.weight for m in layers.values()])

@@ -8,6 +8,9 @@ from models import llama, logits, token_batches, train
 from peft import get_peft_model
 
 from fggm_peft import FGGMConfig, MergeReport
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.linear import SparseDelta
+from fggm_peft.tuner import merging
 from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches(sizes=(5, 4, 5))  # enough positions for the effective-weight form
@@ -182,3 +185,32 @@ def test_an_adapter_cannot_be_loaded_over_while_it_is_merged(tmp_path):
         model.load_adapter(tmp_path, "default")
     model.unmerge_adapter()
     assert_same_state(base_state(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granularity, dtype, scale, monkeypatch):
+    monkeypatch.setattr(merging, "PIECE", 7)
+    torch.manual_seed(0)
+    kind = GRANULARITIES[granularity]
+    before = torch.randn(13, 11).to(dtype)
+    indices = torch.arange(0, kind.units((13, 11)), 3, dtype=torch.int32)
+    delta = SparseDelta(kind, indices, 0.1 * torch.randn(kind.values_shape((13, 11), len(indices))), scale)
+    after = before.clone()
+    record, old = merging.add_to_dense_(after, delta)
+    expected = before.clone()
+    kind.add_(expected, indices, delta.values, scale)
+    assert torch.equal(after, expected) and torch.equal(old, kind.gather(before, indices))
+    change, meant = after.double() - before.double(), torch.zeros(13, 11, dtype=torch.float64)
+    kind.add_(meant, indices, delta.values.double(), scale)
+    assert record.delta_norm == pytest.approx(float(meant.norm()), rel=1e-5)
+    assert record.projection == pytest.approx(float((change * meant).sum()), rel=1e-5)
+    assert record.error_norm == pytest.approx(float((change - meant).norm()), rel=1e-3, abs=1e-6)
+
+
+def test_merging_an_empty_delta_changes_nothing(granularity):
+    kind, weight = GRANULARITIES[granularity], torch.randn(5, 4)
+    delta = SparseDelta(kind, torch.zeros(0, dtype=torch.int32), torch.zeros(kind.values_shape((5, 4), 0)), 1.0)
+    after = weight.clone()
+    record, _ = merging.add_to_dense_(after, delta)
+    assert torch.equal(after, weight) and record.delta_norm == record.error_norm == 0 and record.survived == 1

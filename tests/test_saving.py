@@ -177,3 +177,16 @@ def test_the_model_card_says_how_to_load_it_and_keeps_what_its_author_wrote(tmp_
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.count("import fggm_peft") == 1 and "Written by hand." in text
+
+
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_loading_does_not_choose_again_what_no_data_was_needed_for(granularity, by_transformers, tmp_path, monkeypatch):
+    source = get_peft_model(llama(), FGGMConfig(granularity=granularity, criterion="random", init_weights=False))
+    source.save_pretrained(tmp_path)
+    monkeypatch.setattr("fggm_peft.tuner.model.choose_supports", None)
+    loaded = llama()
+    if by_transformers:
+        loaded.load_adapter(str(tmp_path))
+    else:
+        loaded = PeftModel.from_pretrained(loaded, tmp_path)
+    assert torch.equal(logits(loaded, BATCHES[0]), logits(source, BATCHES[0]))

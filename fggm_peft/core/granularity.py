@@ -20,6 +20,12 @@ from .sampled import add_sparse_product_, sampled_product
 Shape = tuple[int, int]  # (o, i)
 
 
+def sum_rounded_once(entries: Tensor, values: Tensor, scale: float) -> Tensor:
+    """``entries + scale * values`` in the dtype of ``entries``: added in float32 at least."""
+    wide = torch.promote_types(torch.promote_types(entries.dtype, values.dtype), torch.float32)
+    return torch.add(entries.to(wide), values.to(wide), alpha=scale).to(entries.dtype)
+
+
 class Granularity(ABC):
     """One kind of unit that may be chosen, and the arithmetic of deltas made of such units."""
 
@@ -88,9 +94,7 @@ class Granularity(ABC):
 
     def added(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> Tensor:
         """The chosen entries after the delta is added: in float32 at least, rounded once."""
-        wide = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
-        entries = self.gather(weight, indices).to(wide)
-        return entries.add_(values.to(wide), alpha=scale).to(weight.dtype)
+        return sum_rounded_once(self.gather(weight, indices), values, scale)
 
     def add_(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
         """``weight += scale * delta`` in place, rounding each touched entry once."""

@@ -3,7 +3,7 @@
 *Effective weight*: the chosen entries are written into a copy of the weight and one product is
 taken; the copy is made again in backward and never kept. It trains exactly what the merge will
 give, rounding included. *Additive*: the delta's own product is added to the base layer's output;
-the weight is never needed. Measured in benchmarks/training_step.py.
+the weight is never needed. Measured in benchmarks/suite.
 """
 
 from __future__ import annotations

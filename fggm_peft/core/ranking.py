@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteScoreError
+from .finite import all_finite
 
 _LOW_BITS = 16
 _BINS = 1 << _LOW_BITS
@@ -31,7 +32,7 @@ def checked(scores: Tensor) -> Tensor:
         NonFiniteScoreError: one is NaN, infinite or negative.
     """
     scores = scores.detach().to("cpu", torch.float32)
-    if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
+    if not all_finite(scores) or bool((scores < 0).any()):
         raise NonFiniteScoreError("scores must be finite and not negative")
     return scores
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import AdapterFileError
 from ..core.fingerprint import sketches_from
+from ..core.finite import all_finite
 from ..core.granularity import GRANULARITIES, Shape
 from ..tuner.adapter_file import DIGEST, MARK, opened, read_modules
 from ..tuner.base_check import values_as_delta
@@ -105,7 +106,7 @@ def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) 
     embedding = parts[-1] == "weight"  # PEFT adds embeddings that are targeted or were resized
     if not (saved_whole or bias or embedding):
         raise AdapterFileError(f"{file}: unknown key {key}")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise AdapterFileError(f"{file}: {key}: a value is NaN or infinite")
 
 

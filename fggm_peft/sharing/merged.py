@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..core.finite import all_finite
 from ..file_integrity import complete_folder, write_json
 from ..tuner.adapter_file import BASE_PART, PREFIX
 from ..tuner.bitsandbytes_guard import guard_four_bit_layers
@@ -132,7 +132,7 @@ def _require_fit(name: str, layer: FGGMLayer, module: ModuleDelta) -> None:
             f"the delta was made for another base: {name} is {list(layer.weight_shape)} here, {list(module.shape)} in "
             "the delta"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for part, tensor in module.tensors.items() if part != "indices"):
+    if not all(all_finite(tensor) for part, tensor in module.tensors.items() if part != "indices"):
         raise ValueError(f"the delta of {name} has a value that is NaN or infinite")
     if module.bias is not None and getattr(layer.get_base_layer(), "bias", None) is None:
         raise ValueError(f"the delta changes the bias of {name}, which has none here")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.absolute import DIGEST_BYTES
 from ..core.errors import AdapterFileError
+from ..core.finite import all_finite
 from ..core.granularity import Granularity, Shape
 from ..core.index_codec import INDEX_PARTS, codec_of, describe
 
@@ -104,7 +105,7 @@ class StoredModule:
             found["bias"] = bias
         for part in ("values", "bias"):
             tensor = found.get(part)
-            legal = tensor is None or tensor.is_meta or bool(torch.isfinite(tensor).all())
+            legal = tensor is None or tensor.is_meta or all_finite(tensor)
             self.require(part, legal, "a value is NaN or infinite")
         absolute = values == "absolute"
         problem = f"this tensor is {'missing' if absolute else 'unexpected'} with values={values!r}"

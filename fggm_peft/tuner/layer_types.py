@@ -23,7 +23,7 @@ from ..core.per_sample import (
 from .layer import FGGMLayer
 
 # Without gradients, copying the weight pays from about this many positions on; a decoding step
-# takes the additive form (measured: benchmarks/training_step.py).
+# takes the additive form (measured: benchmarks/suite).
 _MIN_POSITIONS_TO_COPY = 32
 
 

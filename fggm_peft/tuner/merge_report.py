@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -57,13 +58,19 @@ class MergeReport:
 
 def account(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
     """Compare the actual change of a weight with the delta that was meant, entry by entry."""
-    change, delta = change.flatten().float(), delta.flatten().float()
-    return ModuleMerge(
-        delta_norm=float(delta.norm()),
-        projection=float(change @ delta) if delta.numel() else 0.0,
-        error_norm=float((change - delta).norm()),
-        outcome=outcome,
-    )
+    return from_products([products(change.flatten().float(), delta.flatten().float())], outcome)
+
+
+def products(change: Tensor, delta: Tensor) -> Tensor:
+    """The inner products ``[3]`` in float64 that a record is made of, from vectors; those of parts add up."""
+    error = change - delta
+    return torch.stack([delta.dot(delta), change.dot(delta), error.dot(error)]).double()
+
+
+def from_products(parts: Sequence[Tensor], outcome: str) -> ModuleMerge:
+    """The record of a module from the products of its parts; of none if the delta is empty."""
+    square, projection, error = torch.stack(list(parts)).sum(0).tolist() if parts else (0.0, 0.0, 0.0)
+    return ModuleMerge(square**0.5, projection, error**0.5, outcome)
 
 
 def total(records: Sequence[ModuleMerge]) -> ModuleMerge:

@@ -17,15 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import LossyMergeError
+from ..core.finite import all_finite
+from ..core.granularity import sum_rounded_once
 from ..core.linear import SparseDelta, effective_weight
 from .kept import KeptDeltaHook, keep_beside
-from .merge_report import MergeReport, ModuleMerge, account, total
+from .merge_report import MergeReport, ModuleMerge, account, from_products, products, total
 
 if TYPE_CHECKING:
     from .layer import FGGMLayer
 
 MIN_SURVIVAL = 0.95
 """Share of a delta that must survive requantization for ``quantized_merge="auto"`` to go on."""
+
+PIECE = 2**16
+"""How many entries are added at a time on a CPU."""
 
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -56,9 +61,15 @@ def add_to_dense_(matrix: Tensor, delta: SparseDelta) -> tuple[ModuleMerge, Tens
     """Add a delta to a weight ``[o, i]`` in place; returns what became of it, and the entries as they were."""
     values = delta.values.detach()
     old = delta.granularity.gather(matrix, delta.indices)
-    new = delta.granularity.added(matrix, delta.indices, values, delta.scale)
+    new = torch.empty_like(old, memory_format=torch.contiguous_format)
+    sums = []
+    # what is made on the way stays in the processor's cache, and is not written to fresh memory
+    size = PIECE if old.device.type == "cpu" else max(1, old.numel())
+    for before, after, change in zip(*(t.reshape(-1).split(size) for t in (old, new, values)), strict=True):
+        after.copy_(sum_rounded_once(before, change, delta.scale))
+        sums.append(products(after.float() - before.float(), change.float() * delta.scale))
     delta.granularity.put_(matrix, delta.indices, new)
-    return account(new.float() - old.float(), values * delta.scale, "added"), old
+    return from_products(sums, "added"), old
 
 
 def check_dense(layer: FGGMLayer, names: Sequence[str]) -> None:
@@ -67,9 +78,9 @@ def check_dense(layer: FGGMLayer, names: Sequence[str]) -> None:
     for name in names:
         delta = layer.delta(name)
         new = delta.granularity.added(matrix, delta.indices, delta.values.detach(), delta.scale)
-        finite = torch.isfinite(new).all()
+        finite = all_finite(new)
         if name in layer.fggm_bias:
-            finite &= torch.isfinite(layer.fggm_bias[name]).all()
+            finite = finite and all_finite(layer.fggm_bias[name])
         if not finite:
             raise _not_finite(name)
 
@@ -121,7 +132,7 @@ def _merged_weight(layer: FGGMLayer, names: Sequence[str], safe: bool, before: T
     deltas = [layer.delta(name) for name in names]
     with torch.no_grad():
         after = effective_weight(before.to(wide, copy=True), deltas)
-    if safe and not torch.isfinite(after).all():
+    if safe and not all_finite(after):
         raise _not_finite(names[0])
     return after
 
@@ -184,7 +195,7 @@ def _dequantize(layer, names, safe, dtype):
 
 def _keep(layer, names, safe, dtype):
     deltas = [layer.delta(name) for name in names]
-    if safe and not all(torch.isfinite(delta.values).all() for delta in deltas):
+    if safe and not all(all_finite(delta.values) for delta in deltas):
         raise _not_finite(names[0])
     base = keep_beside(layer.get_base_layer(), deltas)
     square = sum(float((d.values.detach() * d.scale).float().square().sum()) for d in deltas)

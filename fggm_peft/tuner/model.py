@@ -98,11 +98,11 @@ class FGGMModel(BaseTuner):
             raise
 
     def _fill_without_data(self, model: nn.Module, adapter_name: str) -> None:
-        """Choose the support at once if nothing has to be read for it (a loaded adapter brings its own)."""
+        """Choose the support at once if nothing has to be read for it, unless a saved config waits for its file's."""
         config = self.peft_config[adapter_name]
         layers = fggm_layers(model, adapter_name)
         on_meta = any(layer.fggm_values[adapter_name].is_meta for layer in layers.values())
-        if not config.is_chosen_at_birth or on_meta or not layers:
+        if not config.is_chosen_at_birth or on_meta or not layers or config.support_sizes:
             return
         choices = choose_supports(
             layers,

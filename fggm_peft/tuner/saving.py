@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..core.absolute import absolute_values
 from ..core.errors import AdapterFileError
+from ..core.finite import all_finite
 from ..core.granularity import Granularity, Shape
 from ..core.index_codec import ENCODED_PARTS, smallest_codec
 from .adapter_file import DIGEST, PARTS, PREFIX
@@ -126,7 +127,7 @@ def encoded(
         dtype = getattr(torch, config.delta_dtype)
         found = {part: tensor.to(dtype) for part, tensor in found.items()}
     for part, tensor in found.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             rounded = "" if config.delta_dtype is None else f" as {config.delta_dtype}"
             raise AdapterFileError(
                 f"{module}: a number of its {part} is NaN or infinite{rounded}, so the adapter is not saved. Go back "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA, Quantities
 from ..core.errors import NonFiniteScoreError
+from ..core.finite import all_finite
 from ..core.threshold import Forecast, ThresholdPolicy
 from .budget import module_kind, values_per_unit
 from .config import FGGMConfig
@@ -128,7 +129,7 @@ def bounds(names, layers, config, adapter_name) -> tuple[list[int], list[str], i
 def _choose(policy, names: list[str], layers, config, adapter_name, scores, observe) -> dict[str, Choice]:
     vectors = [scores(name) for name in names]
     for name, vector in zip(names, vectors, strict=True):
-        if not torch.isfinite(vector).all():
+        if not all_finite(vector):
             raise NonFiniteScoreError(f"a score of module {name} is NaN or infinite")
         if (vector < 0).any():
             raise NonFiniteScoreError(f"a score of module {name} is negative; the criterion must give scores >= 0")

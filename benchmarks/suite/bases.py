@@ -1,0 +1,69 @@
+"""Base models of the suite: random Llamas of several sizes, dense or quantized by bitsandbytes, and copies of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from common import llama
+from torch import nn
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dense(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: model.to(DEVICE, dtype)
+
+
+def eight_bit(layer: nn.Linear) -> nn.Module:
+    import bitsandbytes
+
+    return bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False)
+
+
+def four_bit(layer: nn.Linear) -> nn.Module:
+    import bitsandbytes
+
+    options = {"quant_type": "nf4", "compress_statistics": True, "compute_dtype": torch.bfloat16}
+    return bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, **options)
+
+
+def quantized(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Every linear layer but the head becomes what ``make`` makes of its shape; the rest is bfloat16, as in QLoRA."""
+
+    def convert(model: nn.Module) -> nn.Module:
+        model = model.to(DEVICE, torch.bfloat16)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                layer = make(module)
+                layer.load_state_dict(module.state_dict())
+                parent, _, child = name.rpartition(".")
+                # by the layer's own to(), which keeps what quantizing gives beside the weight
+                setattr(model.get_submodule(parent), child, layer.to(DEVICE))
+        return model
+
+    return convert
+
+
+BASES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "float32": dense(torch.float32),
+    "bfloat16": dense(torch.bfloat16),
+    "int8": quantized(eight_bit),
+    "nf4": quantized(four_bit),
+}
+
+
+def make_base(hidden: int, layers: int, vocabulary: int, kind: str) -> nn.Module:
+    return BASES[kind](llama(hidden, layers, vocab=vocabulary)).requires_grad_(False)
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy whose frozen parameters are those of ``model``: many methods fit beside each other in memory."""
+    shared: list[object] = list(model.parameters())
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state"):  # its first forward takes the scales from the weight, which all share
+            if module.weight.CB is not None:
+                module.init_8bit_state()
+            shared += [module.state.CB, module.state.SCB]
+    return copy.deepcopy(model, {id(each): each for each in shared})

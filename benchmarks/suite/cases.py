@@ -1,0 +1,90 @@
+"""What is measured: which measurement at which sizes. ``quick`` is a first look, ``full`` everything."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its batch, and how much of it trains.
+
+    Args:
+        hidden, layers, vocabulary: of a Llama of the usual proportions.
+        base: what it is stored as.
+        length, batch: tokens of a sample, samples.
+        density: trainable values over the targeted weights' entries.
+        peers: also measure what others offer for per-sample gradients.
+    """
+
+    hidden: int = 512
+    layers: int = 10
+    vocabulary: int = 16000
+    base: str = "float32"
+    length: int = 128
+    batch: int = 4
+    density: float = 0.05
+    peers: bool = False
+
+    @property
+    def parameters(self) -> int:
+        width, heads = self.hidden, self.hidden // 64
+        attention = 2 * width * width + 2 * width * max(1, width // 256) * (width // heads)
+        feed_forward = 3 * width * (width * 8 // 3 // 64 * 64)
+        return self.layers * (attention + feed_forward) + 2 * self.vocabulary * width
+
+    def text(self) -> str:
+        """The setting in words, a key of the result file."""
+        size = f"{self.parameters / 1e6:.0f} M (hidden {self.hidden} × {self.layers} layers)"
+        return f"{size}, {self.base}, T {self.length}, batch {self.batch}, density {100 * self.density:g} %"
+
+    def as_figures(self) -> dict[str, Any]:
+        return {**asdict(self), "parameters": self.parameters}
+
+
+@dataclass(frozen=True)
+class Case:
+    measurement: str
+    setting: Setting
+
+    @property
+    def key(self) -> str:
+        return f"{self.measurement}: {self.setting.text()}"
+
+
+SMALL = Setting(hidden=256, layers=8, vocabulary=8000)  # 9 M
+MEDIUM = Setting()  # 44 M
+LARGE = Setting(hidden=1024, layers=8, base="bfloat16")  # 0.12 G
+LARGEST = Setting(hidden=1536, layers=16, base="bfloat16", batch=1)  # 0.45 G
+ON_GPU = Setting(hidden=2048, layers=24, vocabulary=32000, base="bfloat16", length=512, batch=8)  # 1.1 G
+
+IMPORT = Case("import", SMALL)
+
+
+def quick() -> list[Case]:
+    small = replace(SMALL, length=64)
+    cases = [Case("training step", replace(small, density=density)) for density in (0.05, 0.3)]
+    cases.append(Case("training step", replace(small, base="nf4")))
+    cases.append(Case("selection pass", replace(small, peers=True)))
+    cases += [Case("adapter", small), IMPORT]
+    return cases
+
+
+def full() -> list[Case]:
+    steps = [replace(MEDIUM, density=density) for density in (0.001, 0.01, 0.05, 0.3)]
+    steps += [replace(MEDIUM, length=length, batch=batch) for length, batch in ((32, 8), (512, 1))]
+    steps += [replace(MEDIUM, base=base) for base in ("bfloat16", "int8", "nf4")]
+    steps += [SMALL, replace(LARGE, batch=2), replace(LARGE, batch=2, density=0.3), LARGEST]
+    passes = [replace(MEDIUM, length=length, batch=batch) for length, batch in ((32, 8), (512, 2))]
+    passes += [replace(MEDIUM, peers=True), replace(LARGE, base="float32", batch=2), SMALL]
+    files = [replace(MEDIUM, density=density) for density in (0.01, 0.05, 0.3)]
+    files += [replace(LARGE, density=0.11), replace(LARGE, base="float32", density=0.11)]  # 10 M values
+    if torch.cuda.is_available():
+        steps += [replace(ON_GPU, density=density) for density in (0.01, 0.05)] + [replace(ON_GPU, base="nf4")]
+        passes.append(ON_GPU)
+        files.append(replace(ON_GPU, density=0.01))
+    listed = {"training step": steps, "selection pass": passes, "adapter": files}
+    return [Case(measurement, setting) for measurement, settings in listed.items() for setting in settings] + [IMPORT]

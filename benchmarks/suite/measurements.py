@@ -1,0 +1,262 @@
+"""What is measured of the methods at one setting. A measurement is one entry.
+
+An entry takes a setting and a limit of seconds, and gives tables: name -> method -> figures. In each table one method
+is the floor, whose figures all others are divided by; a ratio is of minima unless it says median. The noise of a table
+is the floor's median over its minimum: two ratios that are less apart than that are not known to differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import selection as fisher
+import torch
+from common import batches, clock, interleaved, peak_mib, ratios
+from peers import LOOP, peers
+from peft import PeftModel
+from torch import nn
+
+from fggm_peft.core.index_codec import entropy_bytes
+
+from .bases import DEVICE, make_base, sharing_weights
+from .cases import Setting
+from .methods import (
+    ADAPTERS,
+    CANNOT_UNMERGE,
+    ELEMENTS,
+    FGGM,
+    FROZEN,
+    METHODS,
+    held_mib,
+    methods_for,
+    randomize_,
+    spread,
+    targeted_values,
+    trainable,
+)
+
+Figures = dict[str, float]
+Table = dict[str, Any]
+LEAST_ROUNDS, MOST_ROUNDS = 3, 9
+FILE = "adapter_model.safetensors"
+
+
+def timed(calls: dict[str, Callable[[], Any]], floor: str, seconds: float) -> Table:
+    """Rows of ratios over ``floor``: one round to warm up, and then as many as the seconds allow, in turns."""
+    start = time.perf_counter()
+    interleaved(calls, 1, warm_up=0)
+    once = time.perf_counter() - start
+    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(seconds / once)))
+    rows = ratios(interleaved(calls, rounds, warm_up=0), floor)
+    noise = rows.pop("noise")["floor_median_over_min"]
+    return {"floor": floor, "noise": noise, "rounds": rounds, "rows": rows}
+
+
+def add_ratios_(table: Table, figure: str) -> None:
+    """Beside a figure that rows have, its ratio over the floor's."""
+    rows = table["rows"]
+    for row in rows.values():
+        if figure in row and rows[table["floor"]].get(figure):
+            row[f"{figure}_ratio"] = row[figure] / rows[table["floor"]][figure]
+
+
+def base_of(setting: Setting) -> nn.Module:
+    return make_base(setting.hidden, setting.layers, setting.vocabulary, setting.base)
+
+
+def batch_of(setting: Setting) -> dict[str, torch.Tensor]:
+    (batch,) = batches(1, setting.batch, setting.length, setting.vocabulary)
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+# Training step ----------------------------------------------------------------------------------
+
+
+class Step:
+    """Forward, backward and AdamW step of one model on one batch."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]):
+        self.model, self.batch = model.train(), batch
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
+        if self.optimizer is None:  # down to the embeddings' output, as any frozen base costs
+            model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.detach().requires_grad_())
+
+    def __call__(self) -> None:
+        self.model(**self.batch).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def training_step(setting: Setting, seconds: float) -> dict[str, Table]:
+    """A step of each method, and the memory it takes: what is held before it, and the peak of what it allocates."""
+    base, batch = base_of(setting), batch_of(setting)
+    values = round(targeted_values(base) * setting.density)
+    names = methods_for(setting.base, setting.parameters)
+    steps = {name: Step(METHODS[name](base, values), batch) for name in names}
+    table = timed(dict(steps), FROZEN, seconds)
+    for name, step in steps.items():
+        held = held_mib(step.model, step.optimizer)
+        allocated = peak_mib(step)
+        figures = {"trainable": trainable(step.model), "held_mib": held, "peak_mib": held + allocated}
+        table["rows"][name] |= figures
+    add_ratios_(table, "peak_mib")
+    return {"training step": table}
+
+
+# Selection pass ---------------------------------------------------------------------------------
+
+
+def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
+    """A Fisher pass of each kind over one batch, and beside it what others offer for per-sample gradients."""
+    model, batch = base_of(setting), batch_of(setting)
+    ours = fisher.selections(model, batch)
+    calls = {FROZEN: functools.partial(fisher.frozen_pass, sharing_weights(model), batch), **ours}
+    table = timed(dict(calls), FROZEN, seconds)
+    if setting.peers:
+        others = {name: functools.partial(run, batch) for name, run in peers(model).items()}
+        table["rows"] |= timed({FROZEN: calls[FROZEN], **others}, FROZEN, seconds)["rows"]
+        calls |= others
+    for name, call in calls.items():
+        table["rows"][name]["peak_mib"] = peak_mib(call)
+    if setting.peers:  # the loop has one sample in memory at a time, and so is compared with such a pass
+        first = {name: tensor[:1] for name, tensor in batch.items()}
+        alone = fisher.Selection(model, first, granularity="row")
+        table["rows"][LOOP]["ours_mib"] = peak_mib(alone)
+    add_ratios_(table, "peak_mib")
+    return {"selection pass": table}
+
+
+# An adapter's life ------------------------------------------------------------------------------
+
+
+class Adapter:
+    """A method's adapter with random values, in a folder and on a base of its own."""
+
+    def __init__(self, method: str, base: nn.Module, values: int, folder: Path):
+        self.method, self.folder = method, folder / method
+        self.base = base
+        self.own = METHODS[method](base, values)
+        randomize_(self.own)
+        self.values = trainable(self.own)
+        self.save()
+        # merging changes the weights that the others share
+        self.merged = PeftModel.from_pretrained(_own_weights(base), self.folder)
+        self.merged.load_adapter(self.folder, "other")
+
+    def save(self) -> None:
+        self.own.save_pretrained(self.folder, save_embedding_layers=False)
+
+    def load(self) -> float:
+        base = sharing_weights(self.base)
+        start = clock()
+        PeftModel.from_pretrained(base, self.folder)
+        return clock() - start
+
+    def merge(self) -> float:
+        start = clock()
+        self.merged.merge_adapter()
+        seconds = clock() - start
+        self.merged.unmerge_adapter()
+        return seconds
+
+    def merge_and_unmerge(self) -> None:
+        self.merged.merge_adapter()
+        self.merged.unmerge_adapter()
+
+    def switch(self) -> float:
+        """From a model with one task's delta merged to one with another's."""
+        self.merged.merge_adapter(["default"])
+        start = clock()
+        self.merged.unmerge_adapter()
+        self.merged.merge_adapter(["other"])
+        seconds = clock() - start
+        self.merged.unmerge_adapter()
+        return seconds
+
+    def bytes(self) -> int:
+        return (self.folder / FILE).stat().st_size
+
+    def bound_bytes(self) -> float:
+        """The values, and the entropy of where they are."""
+        size = sum(p.numel() * p.element_size() for p in self.own.parameters() if p.requires_grad)
+        if self.method == ELEMENTS:
+            size += entropy_bytes(self.values, spread(self.own))
+        return size
+
+
+OPERATIONS = ("save", "load", "merge", "merge_and_unmerge", "switch")
+
+
+def _own_weights(base: nn.Module) -> nn.Module:
+    model = sharing_weights(base)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    return model
+
+
+def adapter(setting: Setting, seconds: float) -> dict[str, Table]:
+    """Saving, loading, merging and switching, each over LoRA's; and the size of the file."""
+    base = base_of(setting)
+    values = round(targeted_values(base) * setting.density)
+    names = [name for name in methods_for(setting.base, setting.parameters) if name in ADAPTERS]
+    names = [name for name in names if name not in CANNOT_UNMERGE]
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = {name: Adapter(name, base, values, Path(folder)) for name in names}
+        tables = {
+            operation.replace("_", " "): timed(
+                {name: getattr(each, operation) for name, each in adapters.items()}, "LoRA", seconds / len(OPERATIONS)
+            )
+            for operation in OPERATIONS
+        }
+        sizes = {
+            name: {"values": each.values, "bytes": each.bytes(), "bytes_per_value": each.bytes() / each.values}
+            | ({"over_bound": each.bytes() / each.bound_bytes()} if name in FGGM else {})
+            for name, each in adapters.items()
+        }
+    tables["file"] = {"floor": "LoRA", "noise": 1.0, "rows": sizes}
+    add_ratios_(tables["file"], "bytes_per_value")
+    return tables
+
+
+# Import -----------------------------------------------------------------------------------------
+
+
+def import_(setting: Setting, seconds: float) -> dict[str, Table]:
+    """Seconds of a fresh process until a package is there."""
+    return {"import": timed({name: functools.partial(import_seconds, name) for name in IMPORTED}, "peft", seconds)}
+
+
+IMPORTED = ("peft", "fggm_peft")
+
+
+def import_seconds(package: str) -> float:
+    code = f"import time; start = time.process_time(); import {package}; print(time.process_time() - start)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+MEASUREMENTS: dict[str, Callable[[Setting, float], dict[str, Table]]] = {
+    "training step": training_step,
+    "selection pass": selection_pass,
+    "adapter": adapter,
+    "import": import_,
+}
+
+
+def measure(measurement: str, setting: Setting, seconds: float) -> dict[str, Table]:
+    """The tables of one case; ``seconds`` is about how long each of its timings may take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tables = MEASUREMENTS[measurement](setting, seconds)
+    where = {} if measurement == "import" else {"setting": setting.as_figures()}
+    return {name: {**where, **table} for name, table in tables.items()}

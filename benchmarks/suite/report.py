@@ -1,0 +1,129 @@
+"""The suite's results as a page: the goals, a table of each measurement, and a chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fggm_peft.plotting import heat_map, heat_map_height, new_figure, save, titles
+
+from .goals import Results, Verdict, verdicts
+from .methods import FROZEN, METHODS
+
+BEGIN, END = "<!-- written by benchmarks/suite -->", "<!-- end -->"
+CHART_WIDTH = 9.5  # inches: ten methods stand side by side
+FIGURES = {
+    "ratio_min": ("time", "{:.2f}"),
+    "peak_mib_ratio": ("memory", "{:.2f}"),
+    "trainable": ("trainable", "{:,.0f}"),
+    "over_bound": ("over bound", "{:.3f}"),
+    "bytes_per_value_ratio": ("file", "{:.2f}"),
+}
+"""Figures that a table shows: what they are called, and how they are written."""
+
+
+def goals_table(found: list[Verdict]) -> str:
+    lines = ["| what | against | goal | measured | |", "|---|---|---:|---:|---|"]
+    for verdict in found:
+        goal = verdict.goal
+        mark = "not measured" if not verdict.ratios else "met" if verdict.met else "**missed**"
+        lines.append(f"| {goal.what} | {goal.against} | ≤ {goal.limit:g}× | {_measured(verdict)} | {mark} |")
+    return "\n".join(lines)
+
+
+def _measured(verdict: Verdict) -> str:
+    if not verdict.ratios:
+        return "–"
+    low, high = min(verdict.ratios.values()), max(verdict.ratios.values())
+    return f"{high:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} – {high:.2f}"
+
+
+def missed_text(found: list[Verdict]) -> str:
+    """Of each goal that is missed: where, by how much, and what the limit is."""
+    lines = []
+    for verdict in found:
+        goal, missed = verdict.goal, {key: r for key, r in verdict.ratios.items() if r > verdict.goal.limit}
+        if missed:
+            worst = max(missed, key=missed.__getitem__)
+            where = f"missed in {len(missed)} of {len(verdict.ratios)} cases, at worst {missed[worst]:.2f}"
+            place = worst.partition(": ")[2]
+            lines.append(f"- **{goal.what}**: {where}{f' ({place})' if place else ''}. {goal.reason}".rstrip())
+    return "\n".join(lines) if lines else "None."
+
+
+def measurement_tables(results: Results) -> str:
+    """One table for each measurement: settings as rows, methods as columns."""
+    parts = []
+    for name in dict.fromkeys(key.partition(": ")[0] for key in results):
+        tables = {key.partition(": ")[2]: t for key, t in results.items() if key.partition(": ")[0] == name}
+        floor = next(iter(tables.values()))["floor"]
+        parts += [f"### {name.capitalize()}", "", f"Ratios over {floor}.", "", _table(tables), ""]
+    return "\n".join(parts).rstrip()
+
+
+def _table(tables: dict[str, dict[str, Any]]) -> str:
+    methods = list(dict.fromkeys(method for table in tables.values() for method in table["rows"]))
+    methods.sort(key=lambda method: list(METHODS).index(method) if method in METHODS else -1)
+    lines = [f"| | {' | '.join(['', *methods])} | noise |", f"|---|---|{'---:|' * (len(methods) + 1)}"]
+    for setting, table in tables.items():
+        for figure, (title, form) in FIGURES.items():
+            if not any(figure in row for row in table["rows"].values()):
+                continue
+            rows = [table["rows"].get(method, {}) for method in methods]
+            cells = [form.format(row[figure]) if figure in row else "" for row in rows]
+            noise = f"{table['noise']:.2f}" if figure == "ratio_min" else ""
+            lines.append(f"| {setting} | {title} | {' | '.join(cells)} | {noise} |")
+    return "\n".join(lines)
+
+
+def machine_text(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    device = machine["cuda"] or machine["cpu"]
+    return f"{machine['date']}, {device}, {machine['threads']} threads, {machine['clock']}; {versions}."
+
+
+def draw(results: Results, path: Path) -> None:
+    """A step's time and peak memory over the frozen model's, method by method and setting by setting."""
+    steps = {k.partition(": ")[2]: t for k, t in results.items() if k.startswith("training step: ")}
+    methods = [name for name in METHODS if name != FROZEN and any(name in table["rows"] for table in steps.values())]
+    names = [_brief(table["setting"]) for table in steps.values()]
+    height = 2 * heat_map_height(len(names), methods) + 0.4
+    figure, axes = new_figure(height, CHART_WIDTH, rows=2)
+    for place, (key, title) in zip(axes, (("ratio_min", "time"), ("peak_mib_ratio", "peak memory")), strict=True):
+        grid = [[table["rows"].get(method, {}).get(key) for method in methods] for table in steps.values()]
+        heat_map(place, grid, names, methods, low=1.0)
+        titles(place, f"{title} of a training step over a frozen forward and backward")
+    save(figure, path)
+
+
+def _brief(setting: dict[str, Any]) -> str:
+    base = {"float32": "f32", "bfloat16": "bf16"}.get(setting["base"], setting["base"])
+    return f"{setting['parameters'] / 1e6:.0f}M {base} {100 * setting['density']:g}% {setting['length']}"
+
+
+def page_text(contents: dict[str, Any], chart: str) -> str:
+    """What stands between the marks of the page."""
+    found = verdicts(contents["results"])
+    return "\n\n".join(
+        [
+            goals_table(found),
+            "Of several settings the least and the greatest ratio are shown, and the greatest counts.",
+            "### Missed, and why",
+            missed_text(found),
+            "## All ratios",
+            f"![Time and peak memory of a training step]({chart})",
+            f"In the chart: parameters, base, density, tokens of a sample. {machine_text(contents['machine'])}",
+            measurement_tables(contents["results"]),
+        ]
+    )
+
+
+def write_page(contents: dict[str, Any], page: Path) -> None:
+    """Put the results between the page's marks, and the chart beside it."""
+    chart = page.with_suffix(".png")
+    if any(key.startswith("training step: ") for key in contents["results"]):
+        draw(contents["results"], chart)
+    head, begin, rest = page.read_text().partition(BEGIN)
+    if not begin:
+        raise ValueError(f"{page} has no mark {BEGIN} to write behind")
+    page.write_text(f"{head}{BEGIN}\n{page_text(contents, chart.name)}\n{END}{rest.partition(END)[2]}")

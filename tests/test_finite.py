@@ -1,0 +1,37 @@
+"""What is finite and what is not, wherever it stands and whatever it is stored as."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fggm_peft.core.finite import all_finite
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0), (3, 5), (6, 8)])
+def test_one_entry_is_enough(dtype, what, place):
+    tensor = torch.randn(7, 9).to(dtype)
+    assert all_finite(tensor)
+    tensor[place] = what
+    assert not all_finite(tensor)
+    assert not all_finite(tensor.mT)
+
+
+@DTYPES
+def test_the_largest_numbers_of_a_dtype_are_finite(dtype):
+    limits = torch.finfo(dtype)
+    assert all_finite(torch.tensor([limits.min, 0.0, limits.max], dtype=torch.float64).to(dtype))
+
+
+def test_nothing_is_finite():
+    assert all_finite(torch.empty(0, 4))
+
+
+def test_a_parameter_may_be_asked():
+    assert all_finite(torch.nn.Parameter(torch.ones(3)))
