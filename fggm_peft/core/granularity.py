@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from . import kernels
 from .per_sample import PerSampleGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product
@@ -123,6 +124,8 @@ class Rows(Granularity):
         weight.index_copy_(0, indices.long(), entries)
 
     def value_gradient(self, x, g, indices):
+        if kernels.gathers(g, x, indices):
+            return kernels.gathered_product(g, x, indices)
         return g.index_select(1, indices).mT @ x
 
     def add_product_(self, y, x, indices, values):
@@ -170,6 +173,8 @@ class Columns(Granularity):
         weight.index_copy_(1, indices.long(), entries)
 
     def value_gradient(self, x, g, indices):
+        if kernels.gathers(x, g, indices):
+            return kernels.gathered_product(x, g, indices, True)
         return g.mT @ x.index_select(1, indices)
 
     def add_product_(self, y, x, indices, values):
@@ -220,6 +225,12 @@ class Elements(Granularity):
         else:
             width = weight.shape[1]
             weight.index_put_((indices // width, indices % width), entries)
+
+    def add_(self, weight, indices, values, scale=1.0):
+        if kernels.adds(weight, values):
+            kernels.add_elements_(weight, indices, values, scale)
+        else:
+            super().add_(weight, indices, values, scale)
 
     def value_gradient(self, x, g, indices):
         return sampled_product(x, g, indices)
