@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,7 +117,7 @@ def gathered(x, g, indices, transposed):
 @each_dtype
 @pytest.mark.parametrize("product", [elements.sampled_dots, elements.sampled_tiles])
 def test_sampled_entries_of_a_product_agree_with_dense(product, dtype, index_dtype, strided):
-    most = 700 if product is elements.sampled_dots else None  # the interpreter takes long for each block of entries
+    most = 300 if product is elements.sampled_dots else None  # the interpreter takes long for each block of entries
     for n, o, i in SHAPES:
         x, g = matrix(n, i, dtype, strided), matrix(n, o, dtype, strided)
         dense = (g.double().T @ x.double()).reshape(-1)
@@ -269,3 +271,15 @@ def test_the_operators_keep_their_word():
         torch.library.opcheck(operators.gathered_product.default, (g, x, some(20, 7, torch.int32), transposed))
     weight, indices = matrix(20, 30, torch.bfloat16), some(600, 7, torch.int32)
     torch.library.opcheck(operators.add_elements_.default, (weight, indices, torch.randn(7, device=DEVICE), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["scatter", "sampled product", "gathered rows", "gathered columns"])
+def test_what_the_benchmark_compares_computes_the_same(name, dtype, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    import kernels as benchmark
+
+    compare, densities = benchmark.COMPARED[name]
+    for density in (densities[1], densities[-1]):
+        benchmark.check(compare(matrix(40, 30, dtype), matrix(40, 20, dtype), density))

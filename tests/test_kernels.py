@@ -162,3 +162,10 @@ def test_every_kernel_compiles_for_a_device_that_is_not_there(capability):
         assert program.asm["cubin"] and program.metadata.shared <= SHARED_MEMORY[capability] * 1024
         assert "__local_depot" not in program.asm["ptx"], "registers were spilled"
         assert ("BLOCK_COLUMNS" in constants) == (with_tensor_cores in program.asm["ptx"])
+
+
+def test_the_benchmark_says_that_it_needs_a_device():
+    command = [sys.executable, str(TESTS.parent / "benchmarks" / "kernels.py")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS.parent)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "This needs a CUDA device" in result.stderr
