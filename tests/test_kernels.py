@@ -165,7 +165,19 @@ def test_every_kernel_compiles_for_a_device_that_is_not_there(capability):
 
 
 def test_the_benchmark_says_that_it_needs_a_device():
-    command = [sys.executable, str(TESTS.parent / "benchmarks" / "kernels.py")]
+    command = [sys.executable, str(TESTS.parent / "benchmarks" / "gpu_kernels.py")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS.parent)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "This needs a CUDA device" in result.stderr
+
+
+def test_the_page_on_gpus_has_the_switch_and_its_points(monkeypatch):
+    monkeypatch.setattr(kernels, "_mode", "1")
+    page = (TESTS.parent / "docs" / "gpu.md").read_text()
+    names: dict = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "gpu.md", "exec"), names)
+    assert names["before"] == "1" == kernels._mode
+    for dtype, limit in kernels._DOTS_MAX_DENSITY.items():
+        assert f"{100 * limit:g} %" in page, dtype
+    assert f"at most {kernels._GATHERED_MAX_WIDTH} wide" in page and kernels._GATHERED_MIN_ENTRIES == 2**20

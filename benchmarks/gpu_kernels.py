@@ -4,7 +4,7 @@ Every way to compute one thing is checked against the others, then all are timed
 the switch points in fggm_peft/core/kernels.py: the density up to which one dot product an entry is the fastest, and
 the width up to which a gathered product is.
 
-python benchmarks/kernels.py [--quick] [--repeats N]
+python benchmarks/gpu_kernels.py [--quick] [--repeats N]
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def scatter(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tens
 
         return way
 
-    return {PYTORCH: by(functools.partial(Granularity.add_, GRANULARITIES["element"])), "Triton": by(kernels.add_elements_)}
+    return {
+        PYTORCH: by(functools.partial(Granularity.add_, GRANULARITIES["element"])),
+        "Triton": by(kernels.add_elements_),
+    }
 
 
 def sampled_product(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
@@ -146,7 +149,7 @@ def main() -> None:
         sys.exit("This needs a CUDA device, and torch sees none: on a CPU the kernels only run in an interpreter.")
     results = measure(arguments.quick, 3 if arguments.quick else arguments.repeats)
     if not arguments.quick:
-        print("written to", write("kernels", results))
+        print("written to", write("gpu_kernels", results))
 
 
 if __name__ == "__main__":
