@@ -38,8 +38,8 @@ def _checked(mode: str) -> str:
 
 
 _mode = _checked(os.environ.get(_VARIABLE, "1"))
-# torch 2.8 brings Triton 3.4, the oldest that the kernels were tried with
-_installed = torch.__version__ >= (2, 8) and importlib.util.find_spec("triton") is not None
+# torch 2.8 brings Triton 3.4, the oldest that the kernels were compiled with
+_installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") is not None
 
 
 def use_triton(mode: str) -> str:
