@@ -75,7 +75,7 @@ def sampled_dots_kernel(
         mask = inside[:, None] & (position < n)[None, :]
         a = tl.load(left_row + position[None, :], mask=mask, other=0).to(tl.float32)
         b = tl.load(right_row + position[None, :], mask=mask, other=0).to(tl.float32)
-        total += a * b
+        total = tl.fma(a, b, total)  # said, as versions of Triton differ in whether they fuse by themselves
     tl.store(result + entry, tl.sum(total, 1).to(result.dtype.element_ty), mask=inside)
 
 
@@ -129,11 +129,9 @@ def sampled_tiles(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
         return result
     indices, (height, width) = indices.contiguous(), (g.shape[1], x.shape[1])
     tiles = triton.cdiv(width, _TILE_COLUMNS)
-    edges = torch.arange(height, device=x.device)[:, None] * width + torch.arange(
-        0, width, _TILE_COLUMNS, device=x.device
-    )
+    first_columns = torch.arange(0, width, _TILE_COLUMNS, device=x.device)
+    edges = torch.arange(height, device=x.device)[:, None] * width + first_columns
     starts = x.new_empty(height * tiles + 1, dtype=torch.int64)
-    # no edge but the weight's end, which is all of them, can be beyond what the dtype of the indices holds
     torch.searchsorted(indices, edges.flatten().to(indices.dtype), out=starts[:-1])
     starts[-1] = indices.numel()
     with torch.cuda.device_of(x):
