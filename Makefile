@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-gpu lint bench clean
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(VENV)/dev  ## Everything but what is marked slow.
 
 test-slow: $(VENV)/dev  ## PEFT's own tests on our config; downloads PEFT's source distribution.
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/dev  ## What needs a CUDA device; skipped where there is none.
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(VENV)/dev  ## Style and types.
 	$(BIN)/ruff check .

@@ -117,8 +117,8 @@ def logits(model: nn.Module, batch: dict) -> torch.Tensor:
 QUANTIZATIONS = ("nf4", "nf4 double", "fp4", "int8")
 
 
-def quantized_layer(layer: nn.Linear, kind: str) -> nn.Module:
-    """The layer as a bitsandbytes layer, quantized on the CPU."""
+def quantized_layer(layer: nn.Linear, kind: str, device: str = "cpu") -> nn.Module:
+    """The layer as a bitsandbytes layer, quantized on the device."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     bias = layer.bias is not None
     if kind == "int8":
@@ -133,16 +133,16 @@ def quantized_layer(layer: nn.Linear, kind: str) -> nn.Module:
             compress_statistics=kind.endswith("double"),
         )
     result.load_state_dict(layer.state_dict())
-    return result.to("cpu").requires_grad_(False)
+    return result.to(device).requires_grad_(False)
 
 
-def quantized(model: nn.Module, kind: str) -> nn.Module:
+def quantized(model: nn.Module, kind: str, device: str = "cpu") -> nn.Module:
     """Replace every linear layer but the head by its quantized form, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantized_layer(module, kind))
-    return model
+            setattr(model.get_submodule(parent), child, quantized_layer(module, kind, device))
+    return model.to(device)
 
 
 class Twice(nn.Module):

@@ -30,6 +30,6 @@ def test_the_core_stands_alone_as_a_package_of_its_own(loaded):
     assert {"core", "torch"} <= loaded
 
 
-@pytest.mark.parametrize("library", ["peft", "transformers", "accelerate", "bitsandbytes", "fggm_peft"])
+@pytest.mark.parametrize("library", ["peft", "transformers", "accelerate", "bitsandbytes", "triton", "fggm_peft"])
 def test_importing_the_core_does_not_load(library, loaded):
     assert library not in loaded

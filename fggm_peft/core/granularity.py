@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from . import kernels
 from .per_sample import PerSampleGradients, RowGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product
@@ -133,6 +134,8 @@ class Rows(Granularity):
         weight.index_copy_(0, indices.long(), entries)
 
     def value_gradient(self, kept, g, indices):
+        if kernels.gathers(g, kept, indices):
+            return kernels.gathered_product(g, kept, indices)
         return g.index_select(1, indices).mT @ kept
 
     def add_product_(self, y, x, indices, values):
@@ -184,9 +187,11 @@ class Columns(Granularity):
         return x.index_select(1, indices) if 3 * indices.numel() <= x.shape[1] else x
 
     def value_gradient(self, kept, g, indices):
-        if kept.shape[1] != indices.numel():
-            kept = kept.index_select(1, indices)
-        return g.mT @ kept
+        if kept.shape[1] == indices.numel():
+            return g.mT @ kept
+        if kernels.gathers(kept, g, indices):
+            return kernels.gathered_product(kept, g, indices, True)
+        return g.mT @ kept.index_select(1, indices)
 
     def add_product_(self, y, x, indices, values):
         y.addmm_(x.index_select(1, indices), values.mT)
@@ -236,6 +241,12 @@ class Elements(Granularity):
         else:
             width = weight.shape[1]
             weight.index_put_((indices // width, indices % width), entries)
+
+    def add_(self, weight, indices, values, scale=1.0):
+        if kernels.adds(weight, values):
+            kernels.add_elements_(weight, indices, values, scale)
+        else:
+            super().add_(weight, indices, values, scale)
 
     def value_gradient(self, kept, g, indices):
         return sampled_product(kept, g, indices)

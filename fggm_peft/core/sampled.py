@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
+
 # Above these densities the dense product in row chunks is the faster one (benchmarks/suite).
 _SAMPLED_MAX_DENSITY = {torch.float32: 0.05, torch.float64: 0.05}
 _SAMPLED_MAX_DENSITY_16_BIT = 0.03
@@ -49,8 +51,10 @@ def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
         indices: ``[k]`` integers.
 
     Returns:
-        ``[k]`` in the dtype of ``x``. Which algorithm computed it depends on the density alone.
+        ``[k]`` in the dtype of ``x``. Which algorithm computed it depends on the device, the dtype and the density.
     """
+    if kernels.samples(x, g, indices):
+        return kernels.sampled_product(x, g, indices)
     density = indices.numel() / (g.shape[1] * x.shape[1])
     if density > _SAMPLED_MAX_DENSITY.get(x.dtype, _SAMPLED_MAX_DENSITY_16_BIT):
         return dense_chunks(x, g, indices)

@@ -1,0 +1,181 @@
+"""Which parts of the training step run as Triton kernels, decided here alone: where, in which dtype, at which size.
+
+``adds``, ``samples`` and ``gathers`` ask; the functions beside them run the kernel. Whoever asks has the same in
+PyTorch's own operators for every other case. Triton is imported when the first kernel runs, and never without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, *_HALF)
+_OLDEST = (8, 0)  # compute capability: Ampere is the first that multiplies bfloat16
+
+# Estimates from what a kernel reads and multiplies; none has been measured (docs/gpu.md).
+_DOTS_MAX_DENSITY = {torch.float32: 0.05, torch.bfloat16: 0.015, torch.float16: 0.015}
+_GATHERED_MAX_WIDTH = 2048  # beyond, the product takes so long that gathering its operand is no great part of it
+_GATHERED_MIN_ENTRIES = 1 << 20  # below, too few tiles for every part of the device to have one
+
+_VARIABLE = "FGGM_PEFT_TRITON"
+_MODES = ("0", "1", "always")
+
+
+def _checked(mode: str) -> str:
+    if mode not in _MODES:
+        raise ValueError(
+            f"{mode!r} says nothing about Triton kernels: set {_VARIABLE} or use_triton() to '0' (never), "
+            "'1' (where they are expected to be faster) or 'always' (wherever they can run)"
+        )
+    return mode
+
+
+_mode = _checked(os.environ.get(_VARIABLE, "1"))
+# torch 2.8 brings Triton 3.4, the oldest that the kernels were compiled with
+_installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") is not None
+
+
+def use_triton(mode: str) -> str:
+    """Choose where kernels run in this process, as the environment variable ``FGGM_PEFT_TRITON`` does from its start.
+
+    Args:
+        mode: ``"0"`` for never, ``"1"`` for where they are expected to be faster, ``"always"`` for wherever they can.
+
+    Returns:
+        What was chosen before.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    global _mode
+    before, _mode = _mode, _checked(mode)
+    return before
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    if not tensor.is_cuda:
+        return False
+    device = torch.cuda.get_device_properties(tensor.get_device())  # a constant to torch.compile, unlike the capability
+    return (device.major, device.minor) >= _OLDEST
+
+
+def _can_run(*tensors: Tensor) -> bool:
+    """Plain tensors on a GPU, of dtypes that kernels have, and no gradient to record nor program to export."""
+    return (
+        _mode != "0"
+        and _installed
+        and _on_gpu(tensors[0])
+        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _DTYPES for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not torch.compiler.is_exporting()
+    )
+
+
+def adds(weight: Tensor, values: Tensor) -> bool:
+    """Whether ``add_elements_`` takes these: its one pass over the entries is expected to win everywhere."""
+    return _can_run(weight, values)
+
+
+def samples(x: Tensor, g: Tensor, indices: Tensor) -> bool:
+    """Whether ``sampled_product`` takes these.
+
+    Float32 has no tensor cores unless it is rounded, and PyTorch's product is the better one of those without.
+    """
+    if not (_can_run(x, g) and x.dtype == g.dtype):
+        return False
+    return _mode == "always" or x.dtype in _HALF or _few(x, g, indices)
+
+
+def gathers(chosen: Tensor, other: Tensor, indices: Tensor) -> bool:
+    """Whether ``gathered_product`` takes these: where gathering is a good part of the work."""
+    if not (_can_run(chosen, other) and chosen.dtype == other.dtype):
+        return False
+    width = other.shape[1]
+    wins = width <= _GATHERED_MAX_WIDTH and indices.numel() * width >= _GATHERED_MIN_ENTRIES
+    return _mode == "always" or (wins and chosen.dtype in _HALF)
+
+
+def _few(x: Tensor, g: Tensor, indices: Tensor) -> bool:
+    return indices.numel() <= _DOTS_MAX_DENSITY[x.dtype] * g.shape[1] * x.shape[1]
+
+
+def _operator(schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """An operator under torch.compile, which keeps its graph in one piece; called plainly otherwise.
+
+    An operator costs 20 to 160 microseconds a call (measured on a CPU), which is as long as some of the kernels take.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        name = f"fggm_peft::{function.__name__}"
+        operator = torch.library.custom_op(name, function, mutates_args=mutates, schema=schema)
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*arguments):
+            return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+        return call
+
+    return decorate
+
+
+@_operator("(Tensor(a!) weight, Tensor indices, Tensor values, float scale) -> ()", lambda *_: None, ("weight",))
+def add_elements_(weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> None:
+    """``weight.view(-1)[indices] += scale * values``, added in float32 and rounded once.
+
+    Args:
+        weight: ``[o, i]`` of any strides, changed in place.
+        indices: ``[k]`` integers, unique.
+        values: ``[k]``.
+    """
+    from .triton import elements
+
+    elements.add_elements_(weight, indices, values, scale)
+
+
+def _vector(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
+    return x.new_empty(indices.numel())
+
+
+@_operator("(Tensor x, Tensor g, Tensor indices) -> Tensor", _vector)
+def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
+    """The entries ``indices`` of ``g.mT @ x``, summed in float32; see ``sampled.sampled_product``.
+
+    A dot product for each entry where they are few; tiles of the whole product, of which entries are picked while a
+    tile is in registers, where they are many.
+    """
+    from .triton import elements
+
+    return (elements.sampled_dots if _few(x, g, indices) else elements.sampled_tiles)(x, g, indices)
+
+
+def _matrix(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = False) -> Tensor:
+    shape = indices.numel(), other.shape[1]
+    return other.new_empty(shape[::-1] if transposed else shape)
+
+
+@_operator("(Tensor chosen, Tensor other, Tensor indices, bool transposed=False) -> Tensor", _matrix)
+def gathered_product(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = False) -> Tensor:
+    """``chosen[:, indices].mT @ other``, summed in float32, without a copy of the chosen columns.
+
+    Args:
+        chosen: ``[n, units]``.
+        other: ``[n, width]``.
+        indices: ``[k]`` integers.
+        transposed: whether the result is wanted as ``[width, k]``.
+
+    Returns:
+        ``[k, width]`` in the dtype of both, or its transpose; contiguous.
+    """
+    from .triton import tiles
+
+    result = _matrix(chosen, other, indices, transposed)
+    tiles.gathered_product_(result.mT if transposed else result, chosen, other, indices)
+    return result
