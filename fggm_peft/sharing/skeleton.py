@@ -18,13 +18,14 @@ from .files import module_paths
 Base = nn.Module | str | Path
 
 
-def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False, revision: str | None = None) -> nn.Module:
     """The base model, on the meta device unless it is given as a model.
 
     Args:
         base: a model, or the folder or Hub id of one, of which only ``config.json`` is read.
         config: of an adapter for it; says which class of model it was made on.
         trust_remote_code: run code that comes with it.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         ValueError: there is no such model, or none of its class in transformers.
@@ -34,7 +35,9 @@ def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False) ->
     import transformers
 
     try:
-        settings = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
+        settings = transformers.AutoConfig.from_pretrained(
+            str(base), trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -94,17 +94,26 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
     )
 
 
-def load_base(name: str) -> nn.Module:
+def load_base(name: str, revision: str | None = None) -> nn.Module:
     """A base model in the dtype and the class of its checkpoint.
 
+    Args:
+        name: a folder or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
     Raises:
-        ValueError: the checkpoint does not say which class it is of.
+        ValueError: there is no such model, or its checkpoint does not say which class it is of.
     """
-    config = transformers.AutoConfig.from_pretrained(name)
+    at = {"revision": revision or "main"}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **at)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"there is no base model {name!r} ({reason}). Name its folder or Hub id.") from error
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:
         raise ValueError(f"the config of {name} names no class of transformers; pass the model itself")
-    return model_class.from_pretrained(name, dtype="auto")
+    return model_class.from_pretrained(name, dtype="auto", **at)
 
 
 def _require_announced(contents: AdapterContents) -> None:
