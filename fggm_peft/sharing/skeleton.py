@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from ..core.granularity import Shape
@@ -74,5 +75,5 @@ def layer_of(module: nn.Module | None, name: str, **quantization: Any) -> FGGMLa
 
 def weight_shapes(model: nn.Module, names: Any) -> dict[str, Shape]:
     """Module path -> ``(o, i)`` of its weight, for the given paths."""
-    modules = module_paths(model)
-    return {name: layer_of(modules.get(name), name).weight_shape for name in names}
+    modules, quantization = module_paths(model), get_quantization_kwargs(model)
+    return {name: layer_of(modules.get(name), name, **quantization).weight_shape for name in names}

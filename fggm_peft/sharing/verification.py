@@ -15,7 +15,7 @@ from ..core.index_codec import entropy_bytes
 from ..tuner.base_check import require_base
 from ..tuner.config import FGGMConfig
 from ..tuner.file_settings import by_layer_group
-from .files import AdapterContents, contents_of, find_adapter, module_paths, weight_layer
+from .files import AdapterContents, adapted_layers, contents_of, find_adapter
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,7 @@ def _densities(contents: AdapterContents) -> dict[str, float]:
 def _checked_base(config: FGGMConfig, model: nn.Module, file: Path) -> str:
     if not config.base_fingerprint:
         return "has no fingerprint"
-    modules = module_paths(model)
-    layers = {name: weight_layer(modules, name, str(file)) for name in config.base_fingerprint}
-    require_base(layers, config)
+    require_base(adapted_layers(model, config.base_fingerprint, str(file)), config)
     return "matches"
 
 

@@ -22,6 +22,7 @@ from .config import FGGMConfig
 from .indices import await_support_, entry_within
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
+from .linear_targets import include_quantized_layers_
 from .loading import fit_layers_to_state_dict
 from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
@@ -64,6 +65,7 @@ class FGGMModel(BaseTuner):
         require_unsharded(model)
         require_offloading_in_place(model)
         guard_four_bit_layers(model)
+        include_quantized_layers_(peft_config, model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
