@@ -15,7 +15,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .base_check import fingerprint
+from .base_check import BaseCheck, fingerprint
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
@@ -118,9 +118,10 @@ class FGGMModel(BaseTuner):
         """Give the adapter of a saved config the sizes that it was saved with, for loaders that go by shapes."""
         config = self.peft_config[adapter_name]
         sizes, shapes = config.support_sizes or {}, config.index_shapes or {}
+        check = BaseCheck(layers, config)
         for name, layer in layers.items():
             if sizes and not layer.selected[adapter_name]:
-                await_support_(layer, adapter_name, entry_within(sizes, name) or 0, entry_within(shapes, name))
+                await_support_(layer, adapter_name, entry_within(sizes, name) or 0, entry_within(shapes, name), check)
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
