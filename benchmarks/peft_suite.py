@@ -43,8 +43,9 @@ def count(suite: str, method: str, granularity: str = "row") -> dict[str, Any]:
 
 def measure(suite: str) -> dict[str, dict[str, Any]]:
     """The counts of FGGM over all granularities, and of PEFT's methods."""
-    if suite == "custom models":  # its cases name the granularities
-        return {method: count(suite, method) for method in ("fggm", "lora", "shira")}
+    methods = {"custom models": ("fggm", "lora", "shira"), "quantization": ("fggm", "lora", "shira")}
+    if suite in methods:  # their cases name the granularities
+        return {method: count(suite, method) for method in methods[suite]}
     total: Counter = Counter()
     failed: list[str] = []
     for granularity in GRANULARITIES:

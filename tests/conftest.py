@@ -6,8 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import huggingface_hub
 import pytest
 import torch
+from hub_stand_in import HubStandIn
 from peft import get_peft_model
 from processes import Processes
 from reference import seeded, units
@@ -102,6 +104,15 @@ def processes() -> Iterator[Processes]:
     processes = Processes()
     yield processes
     processes.stop()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[HubStandIn]:
+    """An empty Hub, for this process."""
+    with HubStandIn() as hub:
+        hub.stand_in(monkeypatch, tmp_path / "hub")
+        yield hub
+        huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="session")

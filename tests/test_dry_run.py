@@ -196,9 +196,9 @@ def test_values_and_file_of_a_density_are_exact(config, granularity, tmp_path):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.trainable_values == found.least_values == trainable and not found.depends_on_scores
     model.save_pretrained(tmp_path)
-    assert found.adapter_bytes == unencoded_bytes(model)
     saved = data_bytes(tmp_path / "adapter_model.safetensors")
-    assert saved < found.adapter_bytes if granularity == "element" else saved == found.adapter_bytes
+    assert saved <= found.adapter_bytes <= (1.05 * saved + 200 if granularity == "element" else saved)
+    assert found.value_bytes == unencoded_bytes(model)
 
 
 def unencoded_bytes(model) -> int:

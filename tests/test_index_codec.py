@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fggm_peft.core.granularity import GRANULARITIES
-from fggm_peft.core.index_codec import INDEX_CODECS, INDEX_PARTS, codec_of, entropy_bytes, index_dtype, smallest_codec
+from fggm_peft.core.index_codec import (
+    INDEX_CODECS,
+    INDEX_PARTS,
+    codec_of,
+    entropy_bytes,
+    index_dtype,
+    most_index_bytes,
+    smallest_codec,
+)
 
 
 def support(k: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -34,6 +42,26 @@ def test_every_codec_gives_back_what_it_got_and_knows_its_size(data):
         assert size(encoded) == codec.nbytes(indices, n)
         decoded = codec.decode(encoded, len(indices), n)
         assert decoded.dtype == torch.int32 and torch.equal(decoded.long(), indices)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_supports_take_more_than_the_most_for_as_many_indices(data):
+    sizes = data.draw(st.lists(st.integers(1, 2000), min_size=1, max_size=4))
+    supports = [torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1)))), dtype=torch.int64) for n in sizes]
+    k = sum(map(len, supports))
+    for names in (["plain"], ["golomb_rice"], list(INDEX_CODECS)):
+        codecs = [smallest_codec(names, x, n) for x, n in zip(supports, sizes, strict=True)]
+        taken = sum(codec.nbytes(x, n) for codec, x, n in zip(codecs, supports, sizes, strict=True))
+        assert taken <= most_index_bytes(names, k, sizes)
+
+
+@pytest.mark.parametrize("density", [1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
+def test_the_most_is_near_what_random_supports_take(density):
+    sizes = [100_000, 400_000, 500_000]
+    taken = sum(INDEX_CODECS["golomb_rice"].nbytes(support(int(density * n), n), n) for n in sizes)
+    most = most_index_bytes(INDEX_CODECS, int(density * sum(sizes)), sizes)
+    assert taken <= most <= 1.08 * taken + 40
 
 
 def bits(stream: torch.Tensor) -> list[int]:

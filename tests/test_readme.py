@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from fggm_peft import FGGMConfig
 from fggm_peft.continual.reading import read_stream
+from fggm_peft.sharing import SparseDelta
 from fggm_peft.tuner.support import fggm_layers
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def test_the_snippets_on_selection_run(tmp_path, monkeypatch, capsys):
     assert all(f"`{name}`" in rows for name in names["CRITERIA"])
 
 
-def test_the_snippets_on_sharing_run(tmp_path, monkeypatch):
+def test_the_snippets_on_sharing_run(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     text_model().save_pretrained("base-model")
     tuned = text_model()
@@ -93,6 +94,8 @@ def test_the_snippets_on_sharing_run(tmp_path, monkeypatch):
         exec(compile(snippet, "sharing.md", "exec"), names)
     assert names["ledger"].tasks == ["delta-b", "delta-c"] and names["small"].error > 0
     assert Path("overlap.svg").exists() and Path("both").is_dir()
+    assert names["published"].modules.keys() == SparseDelta.read("delta-a").modules.keys()
+    assert hub.files("me/delta-a")["README.md"] == Path("delta-a/README.md").read_bytes()
 
 
 def test_the_snippet_on_choosing_runs(capsys):

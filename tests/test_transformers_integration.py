@@ -12,7 +12,14 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from fggm_peft import AdapterFileError, AdapterNotSelectedError, FGGMConfig, ScoreMass, select_parameters
+from fggm_peft import (
+    AdapterFileError,
+    AdapterNotSelectedError,
+    BaseMismatchError,
+    FGGMConfig,
+    ScoreMass,
+    select_parameters,
+)
 from fggm_peft.tuner.saving import UntrainedAdapterWarning
 from fggm_peft.tuner.support import fggm_layers
 
@@ -173,6 +180,19 @@ def test_new_values_of_entries_are_not_taken_for_differences(tmp_path, granulari
     with pytest.raises(AdapterFileError, match=r"PeftModel\.from_pretrained"):
         llama(torch.bfloat16).load_adapter(str(tmp_path))
     assert fggm_layers(PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path), "default")
+
+
+def test_another_base_is_refused_by_transformers_loader_too(tmp_path, granularity):
+    trained(granularity).save_pretrained(tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight *= 1.01  # the last weight of all
+    with pytest.raises(BaseMismatchError, match=r"layers\.1\.mlp\.down_proj differs"):
+        other.load_adapter(str(tmp_path))
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.check_base = False
+    with pytest.warns(UserWarning, match="made for another base"):
+        other.load_adapter(str(tmp_path), peft_config=config, adapter_name="anyway")
 
 
 def test_what_waits_for_a_file_is_copied_saved_and_loaded(tmp_path, granularity):

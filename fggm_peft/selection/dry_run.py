@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.criteria import CRITERIA
+from ..core.index_codec import most_index_bytes
 from ..core.registry import Registry
 from ..core.threshold import Forecast
 from ..tuner.budget import values_per_unit
@@ -49,7 +50,7 @@ class CostEstimate:
         trainable_values: of the adapter, and of modules that train whole.
         least_values: equal to it where the number does not depend on scores.
         adapter_bytes: the tensors of the saved file, those of single elements at most: how far their indices can be
-            encoded depends on which they are. Its header adds some 100 bytes for each tensor.
+            encoded depends a little on which they are. Its header adds some 100 bytes for each tensor.
         base_bytes: the base's weights, quantized ones as they are stored, with buffers.
         value_bytes: the trainable values and their indices.
         gradient_bytes: their gradients.
@@ -234,15 +235,19 @@ def _sizes(
     laid_out = _count(values)
     most, least = (laid_out, laid_out) if plan is None else (plan.most, plan.least)
     share = most / laid_out  # a plan may leave a part of a unit
-    index_bytes = _bytes(indices)
+    index_bytes, units = _bytes(indices), _count(indices)
     if least < most:  # the cheapest units have the most indices
         costs = [values_per_unit(layer, adapter_name) for layer in layers.values()]
+        units = max(units, most // min(costs))
         index_bytes = max(index_bytes, most // min(costs) * max(tensor.element_size() for tensor in indices))
+    kinds = [layer.granularity[adapter_name] for layer in layers.values()]
+    sizes = [kind.units(layer.weight_shape) for kind, layer in zip(kinds, layers.values(), strict=True)]
+    encoded = min(index_bytes, most_index_bytes(kinds[0].index_codecs, min(units, sum(sizes)), sizes))
     gradients = round(_bytes(values) * share) + _bytes(others)
     return {
         "trainable_values": most + _count(others),
         "least_values": least + _count(others),
-        "adapter_bytes": gradients + index_bytes,
+        "adapter_bytes": gradients + encoded,
         "base_bytes": _base_bytes(model, {*own, *map(id, others)}),
         "value_bytes": gradients + index_bytes,
         "gradient_bytes": gradients,

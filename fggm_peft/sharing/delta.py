@@ -99,7 +99,7 @@ class SparseDelta:
     others: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, source: Any, base: Base | None = None, adapter_name: str | None = None) -> SparseDelta:
+    def read(cls, source: Any, base: Base | None = None, adapter_name: str | None = None, **hub: Any) -> SparseDelta:
         """Read a delta, checked as on loading.
 
         Args:
@@ -107,6 +107,7 @@ class SparseDelta:
             base: the base model, or its folder or Hub id, for the shapes of its weights; by default the one that the
                 adapter's config names. Not needed where the file or the model tells them.
             adapter_name: which adapter of a ``PeftModel``; the active one by default.
+            hub: ``revision``, ``token``, ``subfolder`` and the like, for a delta on the Hub.
 
         Raises:
             AdapterFileError: a file is damaged, or does not fit the base.
@@ -118,7 +119,7 @@ class SparseDelta:
             return _of_model(source, adapter_name)
         if not isinstance(source, (str, Path)):
             raise TypeError(f"a delta is read from a folder, a Hub id or a PeftModel, not a {type(source).__name__}")
-        return _of_file(source, base)
+        return _of_file(source, base, hub)
 
     def save(self, folder: str | Path) -> Path:
         """Write the three files of a PEFT adapter, whole or not at all; ``PeftModel.from_pretrained`` loads them."""
@@ -214,9 +215,9 @@ def made_delta(
     return delta
 
 
-def _of_file(source: str | Path, base: Base | None) -> SparseDelta:
+def _of_file(source: str | Path, base: Base | None, hub: Mapping[str, Any]) -> SparseDelta:
     adapter = Path(source).expanduser() if Path(source).expanduser().is_dir() else str(source)
-    config, file = find_adapter(adapter)
+    config, file = find_adapter(adapter, **hub)
     contents = contents_of(config, file, _base_for(config, str(source), base))
     granularity = GRANULARITIES[config.granularity]
     modules = {name: ModuleDelta(granularity, contents.shapes[name], **d) for name, d in contents.deltas.items()}
@@ -231,13 +232,16 @@ def _base_for(config: FGGMConfig, where: str, base: Base | None) -> nn.Module | 
     absolute = config.values == "absolute"
     if base is None and config.base_fingerprint and not absolute:
         return None  # it says the shapes
+    revision = None if base is not None else config.revision
     base = base if base is not None else config.base_model_name_or_path
     if not base:
         raise ValueError(
             f"{where} says neither the shapes of the weights nor a base model that could: pass the base model, or its "
             "folder or Hub id, as base="
         )
-    return load_base(str(base)) if absolute and not isinstance(base, nn.Module) else skeleton(base, config)
+    if absolute and not isinstance(base, nn.Module):
+        return load_base(str(base), revision)
+    return skeleton(base, config, revision=revision)
 
 
 def _of_values_in_memory(config: FGGMConfig) -> FGGMConfig:

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..core.errors import AdapterFileError
@@ -86,7 +86,7 @@ def contents_of(config: FGGMConfig, file: Path, model: nn.Module | None = None) 
         others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if MARK not in key}
     for key, tensor in others.items():
         _require_expected(key, tensor, config, file)
-    layers = None if model is None else _layers(model, modules, str(file.parent))
+    layers = None if model is None else adapted_layers(model, modules, str(file.parent))
     shapes = _shapes(config, layers, modules, str(file.parent))
     granularity = GRANULARITIES[config.granularity]
     deltas = {}
@@ -118,7 +118,7 @@ def read_supports(
     granularity = GRANULARITIES[config.granularity]
     with opened(file) as tensors:
         modules = read_modules(tensors, file, unread=("values", "bias", DIGEST))
-    layers = None if model is None else _layers(model, modules, str(adapter))
+    layers = None if model is None else adapted_layers(model, modules, str(adapter))
     shapes = _shapes(config, layers, modules, str(adapter))
     return config, {name: stored.support(granularity, shapes[name]) for name, stored in modules.items()}
 
@@ -170,10 +170,10 @@ def _fetched(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping
         raise AdapterFileError(f"{str(adapter)!r} is no folder here, and no {name} is on the Hub: {error}") from error
 
 
-def _layers(model: nn.Module, names: Iterable[str], where: str) -> dict[str, FGGMLayer]:
+def adapted_layers(model: nn.Module, names: Iterable[str], where: str) -> dict[str, FGGMLayer]:
     """The layers that an adapter adapts, by module path."""
-    modules = module_paths(model)
-    return {name: weight_layer(modules, name, where) for name in names}
+    modules, quantization = module_paths(model), get_quantization_kwargs(model)
+    return {name: weight_layer(modules, name, where, **quantization) for name in names}
 
 
 def _shapes(
@@ -196,7 +196,7 @@ def module_paths(model: nn.Module) -> dict[str, nn.Module]:
     return {path_in_base(path): module for path, module in model.named_modules()}
 
 
-def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str) -> FGGMLayer:
+def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str, **quantization: Any) -> FGGMLayer:
     """The layer that an adapter adapts, or would adapt, at a path.
 
     Raises:
@@ -205,7 +205,7 @@ def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str) -> FGG
     module = modules.get(name)
     try:
         if module is not None:
-            return module if isinstance(module, FGGMLayer) else make_layer(module, name)
+            return module if isinstance(module, FGGMLayer) else make_layer(module, name, **quantization)
     except TypeError:
         pass
     what = "no module" if module is None else "no layer with a weight"

@@ -140,8 +140,7 @@ def _require_fit(name: str, layer: FGGMLayer, module: ModuleDelta) -> None:
 
 def add_module_(model: nn.Module, name: str, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleMerge:
     """Add deltas to one layer of the model: into its weight, or beside it if it is quantized."""
-    device = layer.get_base_layer().weight.device
-    deltas = [moved_to(delta, device) for delta in deltas]
+    deltas = [moved_to(delta, layer.device) for delta in deltas]
     if layer.quantization_backend is not None:
         record = _keep_(model, name, layer, deltas)
     else:

@@ -229,7 +229,7 @@ def _restore_(layer: FGGMLayer, kept: Kept, deltas: Sequence[ModuleDelta]) -> No
 
 
 def _subtract_(layer: FGGMLayer, delta: ModuleDelta) -> None:
-    here = moved_to(delta, layer.get_base_layer().weight.device)
+    here = moved_to(delta, layer.device)
     change_weight_(layer, lambda weight: delta.granularity.add_(weight, here.indices, here.values, -1.0))
     _take_bias_(layer, delta)
 

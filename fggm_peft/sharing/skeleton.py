@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from ..core.granularity import Shape
@@ -18,13 +19,14 @@ from .files import module_paths
 Base = nn.Module | str | Path
 
 
-def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False, revision: str | None = None) -> nn.Module:
     """The base model, on the meta device unless it is given as a model.
 
     Args:
         base: a model, or the folder or Hub id of one, of which only ``config.json`` is read.
         config: of an adapter for it; says which class of model it was made on.
         trust_remote_code: run code that comes with it.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         ValueError: there is no such model, or none of its class in transformers.
@@ -34,7 +36,9 @@ def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False) ->
     import transformers
 
     try:
-        settings = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
+        settings = transformers.AutoConfig.from_pretrained(
+            str(base), trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -71,5 +75,5 @@ def layer_of(module: nn.Module | None, name: str, **quantization: Any) -> FGGMLa
 
 def weight_shapes(model: nn.Module, names: Any) -> dict[str, Shape]:
     """Module path -> ``(o, i)`` of its weight, for the given paths."""
-    modules = module_paths(model)
-    return {name: layer_of(modules.get(name), name).weight_shape for name in names}
+    modules, quantization = module_paths(model), get_quantization_kwargs(model)
+    return {name: layer_of(modules.get(name), name, **quantization).weight_shape for name in names}

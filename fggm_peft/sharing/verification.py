@@ -15,7 +15,7 @@ from ..core.index_codec import entropy_bytes
 from ..tuner.base_check import require_base
 from ..tuner.config import FGGMConfig
 from ..tuner.file_settings import by_layer_group
-from .files import AdapterContents, contents_of, find_adapter, module_paths, weight_layer
+from .files import AdapterContents, adapted_layers, contents_of, find_adapter
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,26 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
     )
 
 
-def load_base(name: str) -> nn.Module:
+def load_base(name: str, revision: str | None = None) -> nn.Module:
     """A base model in the dtype and the class of its checkpoint.
 
+    Args:
+        name: a folder or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
     Raises:
-        ValueError: the checkpoint does not say which class it is of.
+        ValueError: there is no such model, or its checkpoint does not say which class it is of.
     """
-    config = transformers.AutoConfig.from_pretrained(name)
+    at = {"revision": revision or "main"}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **at)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"there is no base model {name!r} ({reason}). Name its folder or Hub id.") from error
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:
         raise ValueError(f"the config of {name} names no class of transformers; pass the model itself")
-    return model_class.from_pretrained(name, dtype="auto")
+    return model_class.from_pretrained(name, dtype="auto", **at)
 
 
 def _require_announced(contents: AdapterContents) -> None:
@@ -130,9 +139,7 @@ def _densities(contents: AdapterContents) -> dict[str, float]:
 def _checked_base(config: FGGMConfig, model: nn.Module, file: Path) -> str:
     if not config.base_fingerprint:
         return "has no fingerprint"
-    modules = module_paths(model)
-    layers = {name: weight_layer(modules, name, str(file)) for name in config.base_fingerprint}
-    require_base(layers, config)
+    require_base(adapted_layers(model, config.base_fingerprint, str(file)), config)
     return "matches"
 
 

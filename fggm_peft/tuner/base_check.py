@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +67,24 @@ def require_base(layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:
         f"the adapter was made for another base: {problem}. Load the base model that its config names{base}, with the "
         "deltas merged that came before it, or pass check_base=False."
     )
+
+
+@dataclass
+class BaseCheck:
+    """``require_base`` for a loader that brings one tensor after another: at the first of them, once.
+
+    Args:
+        layers: module path -> layer, all that the adapter has.
+    """
+
+    layers: Mapping[str, FGGMLayer]
+    config: FGGMConfig
+    is_done: bool = False
+
+    def __call__(self) -> None:
+        if not self.is_done:
+            require_base(self.layers, self.config)
+            self.is_done = True
 
 
 def base_difference(layers: Mapping[str, FGGMLayer], kept: Mapping[str, str]) -> str | None:

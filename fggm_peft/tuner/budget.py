@@ -5,12 +5,19 @@ A form is one function in ``_FORMS``. The number is known once the targeted laye
 
 from __future__ import annotations
 
+import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils.modeling import convert_file_size_to_int
+
+from ..core.absolute import DIGEST_BYTES
+from ..core.index_codec import INDEX_CODECS, most_index_bytes
+from .adapter_file import DIGEST, MARK, PREFIX
 
 if TYPE_CHECKING:
     from .config import FGGMConfig
@@ -39,32 +46,71 @@ def lora_values(layer: FGGMLayer, rank: int) -> int:
     return rank * i * groups + o * rank // groups
 
 
-def _of_bytes(text: re.Match, layers: Layers, adapter_name: str) -> int:
-    """The most values that surely fit, with their indices, wherever they are chosen.
+def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
+    """The most values with which the file surely is no larger, wherever they are chosen.
 
-    Values count as they are trained: in float32, or wider where the base is; indices as they are in memory. The file
-    of single elements is smaller, as it encodes them.
+    Counted are the values as the file has them (as they are trained: in float32, or wider where the base is; unless
+    ``delta_dtype`` or ``values="absolute"`` says otherwise), their indices at what the codec needs at most, and the
+    header.
     """
     size = convert_file_size_to_int(text[0].replace(" ", ""))
-    per_value = []
-    for layer in layers.values():
-        values = values_per_unit(layer, adapter_name)
-        # PEFT's autocast_adapter_dtype makes values of half precision float32, after they are made here
-        width = max(4, layer.fggm_values[adapter_name].element_size())
-        per_value.append(Fraction(values * width + layer.fggm_indices[adapter_name].element_size(), values))
-    return int(size / max(per_value))
+    codecs = next(iter(layers.values())).granularity[adapter_name].index_codecs
+    width = max(_width(layer, adapter_name, config) for layer in layers.values())
+    least = min(values_per_unit(layer, adapter_name) for layer in layers.values())
+    sizes = [layer.granularity[adapter_name].units(layer.weight_shape) for layer in layers.values()]
+    room = size - _header_bytes(layers, adapter_name, config, size)
+    if config.values == "absolute":
+        room -= DIGEST_BYTES * len(layers)
+
+    def fits(values: int) -> bool:
+        units = min(values // least, sum(sizes))
+        return values * width + most_index_bytes(codecs, units, sizes) <= room
+
+    # the first number that does not fit; what a file takes never falls as values are added
+    return bisect_left(range(max(0, room) // width + 1), True, lo=1, key=lambda values: not fits(values)) - 1
 
 
-def _of_share(text: re.Match, layers: Layers, adapter_name: str) -> int:
+def _width(layer: FGGMLayer, adapter_name: str, config: FGGMConfig) -> int:
+    """Bytes of a value in a file."""
+    if config.delta_dtype is not None:
+        return getattr(torch, config.delta_dtype).itemsize
+    trained = layer.fggm_values[adapter_name].element_size()
+    if config.values == "absolute" and layer.quantization_backend is None:
+        return layer.get_base_layer().weight.element_size()
+    # PEFT's autocast_adapter_dtype makes values of half precision float32, after they are made here
+    return max(4, trained)
+
+
+def _header_bytes(layers: Layers, adapter_name: str, config: FGGMConfig, size: int) -> int:
+    """What a safetensors header says of the tensors of an adapter, with numbers as long as they can be."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    codecs = next(iter(layers.values())).granularity[adapter_name].index_codecs
+    parts = max((INDEX_CODECS[name].parts for name in codecs), key=len)
+    for name, layer in layers.items():
+        granularity, (o, i) = layer.granularity[adapter_name], layer.weight_shape
+        values = granularity.values_shape((o, i), granularity.units((o, i)))
+        shapes = {"values": values, **dict.fromkeys(parts, (o * i, 99))}
+        if adapter_name in layer.fggm_bias:
+            shapes["bias"] = (o,)
+        if config.values == "absolute":
+            shapes[DIGEST] = (DIGEST_BYTES,)
+        for part, shape in shapes.items():
+            entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
+            entries[f"{PREFIX}{name}{MARK}{part}"] = entry
+    length = len(json.dumps(entries, separators=(",", ":")).encode())
+    return 8 + length + 7  # its own length before it, and blanks behind it, to a multiple of 8
+
+
+def _of_share(text: re.Match, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
     total = sum(layer.weight_shape[0] * layer.weight_shape[1] for layer in layers.values())
     return int(Fraction(text[1]) / 100 * total)
 
 
-def _of_lora(text: re.Match, layers: Layers, adapter_name: str) -> int:
+def _of_lora(text: re.Match, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
     return sum(lora_values(layer, int(text[1])) for layer in layers.values())
 
 
-_FORMS: list[tuple[str, Callable[[re.Match, Layers, str], int]]] = [
+_FORMS: list[tuple[str, Callable[[re.Match, Layers, str, FGGMConfig], int]]] = [
     (r"\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB)", _of_bytes),
     (r"(\d+(?:\.\d+)?) ?%", _of_share),
     (r"lora:r=(\d+)", _of_lora),
@@ -91,7 +137,7 @@ def resolve_budget_(config: FGGMConfig, layers: Layers, adapter_name: str) -> No
     """
     if config.budget is None or not layers:
         return
-    config.resolved_budget = _count(config.budget, layers, adapter_name)
+    config.resolved_budget = _count(config.budget, layers, adapter_name, config)
     units = [layer.granularity[adapter_name].units(layer.weight_shape) for layer in layers.values()]
     costs = [values_per_unit(layer, adapter_name) for layer in layers.values()]
     most = sum(min(n, config.max_rows or n) * cost for n, cost in zip(units, costs, strict=True))
@@ -103,12 +149,12 @@ def resolve_budget_(config: FGGMConfig, layers: Layers, adapter_name: str) -> No
         )
 
 
-def _count(budget: int | str, layers: Layers, adapter_name: str) -> int:
+def _count(budget: int | str, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
     if isinstance(budget, int):
         return budget
     for pattern, count in _FORMS:
         if match := re.fullmatch(pattern, budget):
-            return count(match, layers, adapter_name)
+            return count(match, layers, adapter_name, config)
     raise AssertionError(f"require_budget has let {budget!r} pass")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,6 +67,7 @@ class SupportIndices(BufferDict):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self.__dict__.get("awaited", {}):
+            self.awaited[name].check()
             self._arrived(name)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -89,6 +90,7 @@ class SupportIndices(BufferDict):
                 f"fggm_{DIGEST}.{name}: the file holds new values of the base's entries (values='absolute'), which "
                 "transformers' own loader would take for differences. Load it with PeftModel.from_pretrained."
             )
+        what.check()
         what.come.add(part)
         tensors = {part: self.parts[part][name] for part in what.shapes}
         if what.come < tensors.keys() or any(tensor.is_meta for tensor in tensors.values()):
@@ -121,12 +123,14 @@ class Awaited:
         granularity: of the support.
         units: there are to choose from.
         shapes: part -> shape, of the tensors that encode the indices; empty where they come as they are.
+        check: raises if the adapter was made for another base.
         come: the parts that have come.
     """
 
     granularity: Granularity
     units: int
     shapes: dict[str, tuple[int, ...]]
+    check: Callable[[], None]
     come: set[str] = field(default_factory=set)
 
 
@@ -154,11 +158,14 @@ def are_legal(indices: Tensor, units: int) -> bool:
     return bool((indices[0] >= 0) & (indices[-1] < units) & (indices[1:] > indices[:-1]).all())
 
 
-def await_support_(layer: FGGMLayer, adapter_name: str, k: int, shapes: Mapping[str, Any] | None = None) -> None:
+def await_support_(
+    layer: FGGMLayer, adapter_name: str, k: int, shapes: Mapping[str, Any] | None, check: Callable[[], None]
+) -> None:
     """Make room in a layer for a support of ``k`` units that a loader will bring; until then there is none.
 
     Args:
         shapes: part -> shape, of the tensors that will bring it encoded.
+        check: raises if the adapter was made for another base; called when they come from a loader that does not ask.
 
     Raises:
         ValueError: there are fewer units than that, or the shapes are none of encoded indices.
@@ -167,7 +174,8 @@ def await_support_(layer: FGGMLayer, adapter_name: str, k: int, shapes: Mapping[
     units = granularity.units(layer.weight_shape)
     if not isinstance(k, int) or not 0 <= k <= units:
         raise ValueError(f"a support of {k!r} units does not fit the {units} that are there")
-    what = Awaited(granularity, units, {part: _legal(part, shape, units) for part, shape in (shapes or {}).items()})
+    legal = {part: _legal(part, shape, units) for part, shape in (shapes or {}).items()}
+    what = Awaited(granularity, units, legal, check)
     layer.resize_(adapter_name, k)
     for parameter in layer.trained(adapter_name):  # the loader casts to what it finds, and float32 holds them all
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

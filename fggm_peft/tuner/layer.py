@@ -36,6 +36,9 @@ from .sharding import whole
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+# torchao's names for it, of its two families of tensors
+_INPUT_QUANTIZATION = ("act_quant_kwargs", "activation_quantization")
+
 Calls = list[tuple[Tensor, Tensor]]
 
 
@@ -69,6 +72,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.fggm_indices = SupportIndices(self.selected)
         for part, places in self.fggm_indices.parts.items():
             setattr(self, f"fggm_{part}", places)
+        self._quantization_kwargs = quantization_kwargs
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self.room: dict[str, int] = {}  # units that a support is filled up to
         # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
@@ -270,7 +274,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         deltas = self._active_deltas()
-        if not deltas:
+        if not deltas and not self.needs_weight_for_gradients(x):
             return self.base_layer(x, *args, **kwargs)
         return self.adapted_forward(deltas, x, *args, **kwargs)
 
@@ -312,6 +316,12 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     def form(self) -> str:
         """How deltas enter the product in training: "effective weight" or "additive" (see ``core.linear``)."""
         return "effective weight" if self.gives_weight() else "additive"
+
+    def needs_weight_for_gradients(self, x: Tensor) -> bool:
+        """Whether the base layer's own output would not depend on ``x`` for autograd: it quantizes its inputs."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        quantizes_inputs = any(getattr(weight, name, None) is not None for name in _INPUT_QUANTIZATION)
+        return quantizes_inputs and x.requires_grad and torch.is_grad_enabled() and self.gives_weight()
 
     def has_plain_forward(self) -> bool:
         """Whether the base layer computes what its type stands for, and nothing else."""
@@ -394,11 +404,8 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             weight.copy_(self.unmatrix(matrix))
 
     def _set_base(self, base_layer: nn.Module) -> None:
-        kwargs = {}
-        if (tensor_subclass := getattr(self.quantization_backend, "get_apply_tensor_subclass", None)) is not None:
-            kwargs["get_apply_tensor_subclass"] = tensor_subclass
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(base_layer, **kwargs)
+        self.quantization_backend = resolve_quantization_backend(base_layer, **self._quantization_kwargs)
 
     # Torch and PEFT -----------------------------------------------------------------------------
 
@@ -408,11 +415,21 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         return super()._apply(fn, recurse)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        """As PEFT's; the device of an offloaded layer, whose weight is on none, is where it computes."""
+        """As PEFT's; the device of an offloaded layer, whose weight is on none, is where it computes.
+
+        PEFT knows no device of a layer whose weight has another name, as HQQ's.
+        """
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None:
+            device = next((parameter.device for parameter in base_layer.parameters()), None)
         if is_offloaded(base_layer):
             device = execution_device(base_layer)
         return device, dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the base layer computes."""
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
 
     def get_base_weight(self) -> Tensor:
         """As PEFT's; of an offloaded layer the weight that is kept on the CPU or the disk, to be read only."""

@@ -15,13 +15,14 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .base_check import fingerprint
+from .base_check import BaseCheck, fingerprint
 from .bitsandbytes_guard import guard_four_bit_layers
 from .budget import resolve_budget_
 from .config import FGGMConfig
 from .indices import await_support_, entry_within
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
+from .linear_targets import include_quantized_layers_
 from .loading import fit_layers_to_state_dict
 from .merge_report import MergeReport
 from .merging import commit_mode, pending, preview_merge
@@ -64,6 +65,7 @@ class FGGMModel(BaseTuner):
         require_unsharded(model)
         require_offloading_in_place(model)
         guard_four_bit_layers(model)
+        include_quantized_layers_(peft_config, model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -116,9 +118,10 @@ class FGGMModel(BaseTuner):
         """Give the adapter of a saved config the sizes that it was saved with, for loaders that go by shapes."""
         config = self.peft_config[adapter_name]
         sizes, shapes = config.support_sizes or {}, config.index_shapes or {}
+        check = BaseCheck(layers, config)
         for name, layer in layers.items():
             if sizes and not layer.selected[adapter_name]:
-                await_support_(layer, adapter_name, entry_within(sizes, name) or 0, entry_within(shapes, name))
+                await_support_(layer, adapter_name, entry_within(sizes, name) or 0, entry_within(shapes, name), check)
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.

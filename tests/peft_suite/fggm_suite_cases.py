@@ -75,3 +75,13 @@ MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = {
         for kind, first, second in (("same", _ONE, _ONE), ("different", _ONE, _BOTH))
     ],
 }
+
+_ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+QUANTIZATION_TEST_CASES = {
+    "fggm": [
+        (FGGMConfig, {**_ATTENTION, "criterion": "random", "granularity": granularity, "density": 0.05})
+        for granularity in _GRANULARITIES
+    ],
+    "lora": [(LoraConfig, _ATTENTION)],
+    "shira": [(ShiraConfig, {"r": 8, "random_seed": 42, **_ATTENTION})],
+}

@@ -30,7 +30,7 @@ class Suite:
     Args:
         file: PEFT's test module.
         select: pytest's ``-k``.
-        cases: assignments whose value ``fggm_suite_cases`` gives for each method.
+        cases: assignments whose value ``fggm_suite_cases`` gives for each method, and the names there.
         names: names that ``stand_ins`` replaces when FGGM is tested, and the names there.
         always: the same for every method, because the original needs a network.
         strings: parts of strings, such as the prefix of parameters, that change with the names.
@@ -39,7 +39,7 @@ class Suite:
 
     file: str
     select: str
-    cases: tuple[str, ...] = ()
+    cases: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     always: Mapping[str, str] = field(default_factory=dict)
     strings: Mapping[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ SUITES = {
     "custom models": Suite(
         "test_custom_models.py",
         "TestPeftCustomModel or TestMultipleActiveAdapters",
-        cases=("TEST_CASES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES"),
+        cases={name: name for name in ("TEST_CASES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES")},
     ),
     # DoRA is of LoRA alone, attention that never calls its projection is refused by FGGM, and the timing needs the Hub
     "mixed batches": Suite(
@@ -82,7 +82,17 @@ SUITES = {
         strings={".lokr": ".fggm"},
         theirs="lokr",
     ),
+    # bitsandbytes and torchao; GPTQ's models are on the Hub and need a GPU
+    "quantization": Suite(
+        "test_quantization.py",
+        "TestQuantization",
+        cases={"TEST_CASES": "QUANTIZATION_TEST_CASES"},
+        always={"AutoModelForCausalLM": "AutoModelOfTwelveLayers"},
+        theirs="shira",
+    ),
 }
+_LOADERS = ("Bnb", "TorchAo")
+"""How the classes begin that load the models of PEFT's tests of quantization."""
 CONFTEST = """
 import os
 import torch
@@ -151,13 +161,15 @@ def write_suite(tests: Path, method: str, suite: Suite) -> Path:
         if name == "TEST_CASES" and name not in suite.cases:
             node.value = ast.List([], ast.Load())  # thousands of tests, which need not be collected
         if name in suite.cases:
-            node.value = ast.parse(f"__import__('fggm_suite_cases').{name}[{method!r}]", mode="eval").body
+            node.value = ast.parse(f"__import__('fggm_suite_cases').{suite.cases[name]}[{method!r}]", mode="eval").body
             replaced += 1
     if replaced != len(suite.cases):
-        raise RuntimeError(f"PEFT's test module no longer defines {suite.cases}; adapt {Path(__file__).name}")
+        raise RuntimeError(f"PEFT's test module no longer defines {list(suite.cases)}; adapt {Path(__file__).name}")
     ours = method == "fggm"
     names = {**suite.always, **(suite.names if ours else {})}
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.startswith("Test")]
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.startswith(("Test", *_LOADERS))
+    ]
     if names or (ours and suite.strings):
         for node in classes:
             StandIns(names, suite.strings if ours else {}).visit(node)

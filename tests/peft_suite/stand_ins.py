@@ -54,13 +54,28 @@ class AutoModelForCausalLM:
         return Auto.from_pretrained(name if Path(name).exists() else _small_opt(), **kwargs)
 
 
+class AutoModelOfTwelveLayers:
+    """The same with as many layers as opt-125m, of widths that bitsandbytes can repack."""
+
+    @staticmethod
+    def from_pretrained(name: Any, **kwargs: Any):
+        return Auto.from_pretrained(_small_opt(layers=12, width=64, ffn_dim=128, vocab_size=1000), **kwargs)
+
+
 @functools.cache
-def _small_opt() -> str:
+def _small_opt(layers: int = 5, width: int = 16, **config: int) -> str:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "ffn_dim": 4, "num_hidden_layers": 5, "num_attention_heads": 4}
+    sizes = {"hidden_size": width, "ffn_dim": 4, "num_hidden_layers": layers, "num_attention_heads": 4}
     folder = tempfile.mkdtemp()
-    OPTForCausalLM(OPTConfig(word_embed_proj_dim=16, **sizes)).save_pretrained(folder)
+    OPTForCausalLM(OPTConfig(word_embed_proj_dim=width, **{**sizes, **config})).save_pretrained(folder)
     return folder
 
 
-__all__ = ["AutoModelForCausalLM", "FGGMLayer", "attention_config", "config", "hotswap_adapter"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoModelOfTwelveLayers",
+    "FGGMLayer",
+    "attention_config",
+    "config",
+    "hotswap_adapter",
+]
