@@ -272,7 +272,7 @@ def parts_table(results: dict[str, Any]) -> str:
     rows = []
     for name, found in results.items():
         for kind, steps in found["steps"].items():
-            for method in ("FGGM", "LoRA", "full"):
+            for method in ("FGGM", "LoRA", "full") if kind == "plain" else ("FGGM",):
                 step = steps[method]
                 parts = [step[part] for part in ("values", "gradients", "optimizer", "activations")]
                 total = found["base"]["bf16"] + beside(step)
