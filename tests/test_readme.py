@@ -52,15 +52,21 @@ def test_the_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
     }
 
 
-def test_the_snippet_on_training_runs(tmp_path):
+def test_the_snippets_on_training_run(tmp_path):
     page = (ROOT / "docs" / "training.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    snippet, narrow = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     sums = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(40)]
     names = {"model": text_model(), "dataset": datasets.Dataset.from_list(sums), "tokenizer": byte_tokenizer()}
     snippet = snippet.replace('output_dir="run"', f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False")
     exec(compile(snippet, "training.md", "exec"), names)
     assert names["trainer"].state.global_step == 4
     assert names["trainer"].selection_report.samples == 16
+    pytest.importorskip("torchao")
+    names["model"] = text_model()
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles for every shape otherwise
+        narrow = narrow.replace('output_dir="run"', f"output_dir={str(tmp_path)!r}, use_cpu=True")
+        exec(compile(narrow, "training.md", "exec"), names)
+    assert {p.dtype for p in names["model"].parameters() if p.requires_grad} == {torch.bfloat16}
 
 
 def test_the_snippets_on_selection_run(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,17 +13,24 @@ from ..tuner.layer import FGGMLayer
 from ..tuner.support import fggm_layers
 
 
-def keep_values_wide_(model: nn.Module) -> None:
+def keep_values_wide_(model: Any) -> None:
     """Undo TRL's rounding of a quantized model's trainable parameters to bfloat16.
 
-    That follows QLoRA, whose factors are of the size of weights. A delta starts at zero and grows by steps
-    that bfloat16 cannot add: of 200 steps of 1e-5 it keeps 14 % of the movement.
+    That follows QLoRA, whose factors are of the size of weights. bfloat16 adds nothing to a value that is 256 to
+    512 steps long: of 1000 equal steps 39 to 50 % arrive. An adapter whose config asks for bfloat16
+    (``training_dtype``), for an optimizer that rounds stochastically, keeps it.
     """
     for layer in model.modules():
         if isinstance(layer, FGGMLayer) and layer.quantization_backend is not None:
-            for values in (values for name in layer.fggm_values for values in layer.trained(name)):
-                if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
-                    values.data = values.data.float()
+            for name in layer.fggm_values:
+                if model.peft_config[name].training_dtype != "bfloat16":
+                    _widen_(layer.trained(name))
+
+
+def _widen_(parameters: Iterable[nn.Parameter]) -> None:
+    for values in parameters:
+        if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
+            values.data = values.data.float()
 
 
 def fill_reference_(model: Any) -> None:

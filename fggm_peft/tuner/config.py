@@ -278,6 +278,14 @@ class FGGMConfig(PeftConfig):
             "same loaders."
         },
     )
+    training_dtype: Optional[Literal["float32", "bfloat16"]] = field(
+        default=None,
+        metadata={
+            "help": "What the values are trained in, whatever the base's dtype or quantization: 'float32', or "
+            "'bfloat16' for half the memory, with an optimizer that rounds stochastically. None: PEFT's "
+            "`autocast_adapter_dtype` decides, which is float32 unless it is False."
+        },
+    )
     values: Literal["delta", "absolute"] = field(
         default="delta",
         metadata={
@@ -330,6 +338,7 @@ class FGGMConfig(PeftConfig):
         require_estimate_settings(self)
         require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
         require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
+        require_one_of("training_dtype", self.training_dtype, (None, "float32", "bfloat16"))
         require_file_settings(self)
         if self.bias == "fggm_only" and self.granularity != "row":
             raise ValueError(

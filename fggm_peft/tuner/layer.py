@@ -136,6 +136,8 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """Add an adapter with an empty support: it changes nothing, trains nothing and costs nothing."""
         granularity = GRANULARITIES[config.granularity]
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if config.training_dtype is not None:
+            dtype = getattr(torch, config.training_dtype)
         floating = dtype is not None and dtype.is_floating_point
         options: dict[str, Any] = {"device": device, "dtype": dtype if floating else torch.float32}
         o, i = self.weight_shape

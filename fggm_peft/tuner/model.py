@@ -99,6 +99,15 @@ class FGGMModel(BaseTuner):
             _take_out(model, adapter_name)  # PEFT stops at the first bad module, with others wrapped by then
             raise
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's, but values whose dtype the config names keep it."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        dtype = self.peft_config[adapter_name].training_dtype
+        if dtype is not None:
+            for layer in fggm_layers(self.model, adapter_name).values():
+                for parameter in layer.trained(adapter_name):
+                    parameter.data = parameter.data.to(getattr(torch, dtype))
+
     def _fill_without_data(self, model: nn.Module, adapter_name: str) -> None:
         """Choose the support at once if nothing has to be read for it, unless a saved config waits for its file's."""
         config = self.peft_config[adapter_name]

@@ -1,0 +1,376 @@
+"""Memory and operations of selection and training at 1.5, 7 and 70 billion weights, on paper.
+
+Models are built on the meta device from their shapes, so nothing is downloaded and nothing computed: the dry run
+(``fggm_peft.estimate``) counts the tensors of a step. What it cannot count there, quantized weights and shards, are
+formulas here; tests/test_scaling.py compares all of them with what small models allocate.
+
+python benchmarks/scaling.py           # writes results/scaling.json and the tables of docs/scaling.md
+python benchmarks/scaling.py --tables  # writes the tables again, from the result file
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, write
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from fggm_peft import FGGMConfig, estimate
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.per_sample import gram_is_cheaper
+from fggm_peft.selection.memory_probe import step_memory
+
+GIB = 2**30
+PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+DENSITY, LENGTH = 0.1, 2048
+CONTEXT = GIB // 2
+"""What a CUDA context and its libraries take, by common experience; not measured here."""
+SHARES = {"bf16": 2.0, "8-bit": 1.0, "4-bit": 0.5}
+DEVICES = (24, 80, 141)
+
+MODELS: dict[str, PretrainedConfig] = {
+    "1.5 B": Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        use_cache=False,
+    ),
+    "7 B": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+        use_cache=False,
+    ),
+    "70 B": LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        use_cache=False,
+    ),
+}
+
+
+def on_paper(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The frozen model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """What "all-linear" adapts and bitsandbytes quantizes."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
+
+
+# Formulas -----------------------------------------------------------------------------------------
+
+
+def base_bytes(model: nn.Module, precision: str) -> int:
+    """The frozen weights: embeddings, norms and head as they are, linear layers as bitsandbytes stores them.
+
+    8-bit: a byte an entry and 4 for each row. 4-bit (nf4, double): half a byte, a byte for each 64, 4 for each 256
+    of those.
+    """
+    entries = sum(layer.weight.numel() for layer in linears(model).values())
+    others = sum(p.nbytes for p in model.parameters()) - sum(layer.weight.nbytes for layer in linears(model).values())
+    if precision == "bf16":
+        return others + 2 * entries
+    if precision == "8-bit":
+        return others + entries + 4 * sum(layer.out_features for layer in linears(model).values())
+    tables = 4 * (16 + 256 + 1) * len(linears(model))
+    return round(others + entries / 2 + entries / 64 + 4 * entries / 64 / 256 + tables)
+
+
+def score_bytes(model: nn.Module, granularity: str) -> int:
+    """Running sums of the Fisher pass: float32, for two halves of the samples."""
+    return 8 * sum(GRANULARITIES[granularity].units(tuple(m.weight.shape)) for m in linears(model).values())
+
+
+def equal_rank(model: nn.Module, values: int) -> int:
+    """Of the LoRA that trains as many values."""
+    return max(1, round(values / sum(layer.in_features + layer.out_features for layer in linears(model).values())))
+
+
+def training_multiple(method: str, density: float, checkpointing: bool) -> float:
+    """Operations of a step over those of a frozen forward and backward, in the linear layers.
+
+    Of 4 units (2 forward, 2 for the gradient of the input) FGGM adds 2 for each value, full fine-tuning 2 for each
+    weight, LoRA 6 (two thin products, thrice); checkpointing computes the forward again.
+    """
+    per_value = {"FGGM": 2, "full": 2, "LoRA": 6}[method]
+    again = 2 + (2 * density if method == "LoRA" else 0)
+    return (4 + per_value * (1.0 if method == "full" else density) + (again if checkpointing else 0)) / 4
+
+
+def selection_multiple(model: nn.Module, length: int) -> float:
+    """Operations of the exact pass for rows over those of a frozen forward and backward, in the linear layers.
+
+    A Gram matrix of inputs is shared by q, k and v and by gate and up; where it is dearer, each sample's gradient is
+    formed.
+    """
+    blocks = 4 if length >= 128 else 1
+    share = (blocks + 1) / (2 * blocks)
+    work = scores = 0.0
+    for name, layer in linears(model).items():
+        o, i = layer.weight.shape
+        shared = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "gate_proj": 2, "up_proj": 2}.get(name.rpartition(".")[2], 1)
+        work += 4 * o * i
+        scores += 2 * share * length * (i / shared + o) if gram_is_cheaper(length, o, i, shared) else 2 * o * i
+    return 1 + scores / work
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes of a step: what stands (values with indices, states), and what comes and goes."""
+
+    values: int
+    gradients: int
+    optimizer: int
+    activations: int
+    file: int
+
+    @property
+    def beside_the_base(self) -> int:
+        return self.values + self.gradients + self.optimizer + self.activations
+
+
+def fggm_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
+    """Rows at the density of this page, AdamW; values in float32."""
+    config = FGGMConfig(density=DENSITY)
+    found = estimate(model, config, batch_size=size, sequence_length=length, checkpointing=checkpointing)
+    moving = found.value_bytes, found.gradient_bytes, found.optimizer_bytes
+    return Step(*moving, found.activation_bytes, found.adapter_bytes)
+
+
+def lora_step(model: nn.Module, values: int, size: int, length: int, checkpointing: bool) -> Step:
+    """LoRA with as many values on the same layers, in float32."""
+    config = LoraConfig(r=equal_rank(model, values), target_modules=list(linears(model)))
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    try:
+        found = step_memory(adapted, tokens, size, length, checkpointing)
+        count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    finally:
+        adapted.unload()
+    return Step(4 * count, 4 * count, 8 * count, found.activations, 4 * count)
+
+
+def full_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
+    """Full fine-tuning in mixed precision: bfloat16 weights and gradients, float32 masters and states."""
+    model.requires_grad_(True)
+    try:
+        found = step_memory(model, tokens, size, length, checkpointing)
+    finally:
+        model.requires_grad_(False)
+    count = sum(p.numel() for p in model.parameters())
+    return Step(4 * count, 2 * count, 8 * count, found.activations, 2 * count)
+
+
+def tokens(size: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.ones(size, length, dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}
+
+
+def largest_batch(room: float, two: int, three: int) -> int:
+    """How many samples fit: memory is a line in the batch size, known at two samples and at three."""
+    return max(0, int(2 + (room - two) // (three - two)))
+
+
+def shard_bytes(standing: float, block: float, activations: float, devices: int) -> float:
+    """On each device under FSDP: a share of what stands, two gathered blocks (one is fetched ahead), activations."""
+    return standing / devices + 2 * block + activations
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def shallow(config: PretrainedConfig, layers: int) -> nn.Module:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return on_paper(config)
+
+
+def deepened(config: PretrainedConfig, step: Callable[[nn.Module], Step]) -> int:
+    """Activations at full depth, from 2 and 4 layers: with checkpointing a layer adds its input.
+
+    The dry run undercounts checkpointed models of 16 layers and more on the meta device.
+    """
+    two, four = (step(shallow(config, layers)).activations for layers in (2, 4))
+    return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
+
+
+def checkpointed(config: PretrainedConfig, values: int) -> dict[str, int]:
+    """Method -> activations with checkpointing."""
+    rank_values = values // config.num_hidden_layers
+    lora = lambda model: lora_step(model, rank_values * len(model.model.layers), 2, LENGTH, True)  # noqa: E731
+    return {
+        "FGGM": deepened(config, lambda model: fggm_step(model, 2, LENGTH, True)),
+        "LoRA": deepened(config, lora),
+        "full": deepened(config, lambda model: full_step(model, 2, LENGTH, True)),
+        "FGGM, 3 samples": deepened(config, lambda model: fggm_step(model, 3, LENGTH, True)),
+    }
+
+
+def measure(config: PretrainedConfig) -> dict[str, Any]:
+    model = on_paper(config)
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    result: dict[str, Any] = {"base": {p: base_bytes(model, p) for p in SHARES}, "block": block, "steps": {}}
+    result["largest_weight"] = max(layer.weight.nbytes for layer in linears(model).values())
+    for checkpointing in (False, True):
+        two, three = (fggm_step(model, size, LENGTH, checkpointing) for size in (2, 3))
+        values = two.values // 4
+        steps = {
+            "FGGM": two,
+            "LoRA": lora_step(model, values, 2, LENGTH, checkpointing),
+            "full": full_step(model, 2, LENGTH, checkpointing),
+        }
+        key = "checkpointing" if checkpointing else "plain"
+        result["steps"][key] = {name: vars(step) for name, step in steps.items()} | {"FGGM, 3 samples": vars(three)}
+    for name, activations in checkpointed(config, values).items():
+        result["steps"]["checkpointing"][name] = {**result["steps"]["checkpointing"][name], "activations": activations}
+    result["rank"] = equal_rank(model, values)
+    result["scores"] = {name: score_bytes(model, name) for name in GRANULARITIES}
+    result["selection_multiple"] = {length: selection_multiple(model, length) for length in (128, 512, 2048)}
+    return result
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB / 20 else f"{size / GIB:.4f}"
+
+
+def beside(step: dict[str, int]) -> int:
+    return Step(**step).beside_the_base
+
+
+def rows_of(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parts_table(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        for kind, steps in found["steps"].items():
+            for method in ("FGGM", "LoRA", "full") if kind == "plain" else ("FGGM",):
+                step = steps[method]
+                parts = [step[part] for part in ("values", "gradients", "optimizer", "activations")]
+                total = found["base"]["bf16"] + beside(step)
+                label = f"{method}, r = {found['rank']}" if method == "LoRA" else method
+                rows.append([name, kind, label, *map(gib, (found["base"]["bf16"], *parts, total))])
+    header = ["model", "activations", "method", "weights", "values", "gradients", "optimizer", "activations", "sum"]
+    return rows_of(header, rows)
+
+
+def selection_table(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        for kind, steps in found["steps"].items():
+            peaks = [found["base"][p] + steps["FGGM"]["activations"] + found["scores"]["row"] for p in SHARES]
+            rows.append([name, kind, *map(gib, (*peaks, *found["scores"].values()))])
+    header = ["model", "activations", *(f"peak, {p} base" for p in SHARES)]
+    return rows_of([*header, "scores of rows", "of columns", "of elements"], rows)
+
+
+def fits_table(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        for precision in SHARES:
+            cells = []
+            for steps in found["steps"].values():
+                two, three = beside(steps["FGGM"]), beside(steps["FGGM, 3 samples"])
+                for device in DEVICES:
+                    room = device * GIB - CONTEXT - found["base"][precision]
+                    cells.append(str(largest_batch(room, two, three) or "–"))
+            rows.append([name, precision, gib(found["base"][precision]), *cells])
+    heads = [f"{device} GiB{tail}" for tail in ("", ", checkpointing") for device in DEVICES]
+    return rows_of(["model", "base", "weights", *heads], rows)
+
+
+def sharded_table(results: dict[str, Any]) -> str:
+    found, rows = results["70 B"], []
+    for devices in (2, 4, 8, 16):
+        cells = []
+        for device in DEVICES[1:]:
+            sizes = []
+            for method in ("FGGM", "FGGM, 3 samples"):
+                step = found["steps"]["checkpointing"][method]
+                standing = found["base"]["bf16"] + beside(step) - step["activations"]
+                sizes.append(shard_bytes(standing, found["block"], step["activations"], devices))
+            cells.append(str(largest_batch(device * GIB - CONTEXT, *sizes) or "–"))
+        share = (found["base"]["bf16"] + beside(step) - step["activations"]) / devices
+        rows.append([str(devices), gib(share), gib(2 * found["block"]), *cells])
+    return rows_of(["devices", "share of what stands", "two blocks", *(f"{d} GiB each" for d in DEVICES[1:])], rows)
+
+
+def operations_table(results: dict[str, Any]) -> str:
+    rows = []
+    for checkpointing in (False, True):
+        multiples = [training_multiple(method, DENSITY, checkpointing) for method in ("FGGM", "LoRA", "full")]
+        name = "a training step" + (", checkpointing" if checkpointing else "")
+        rows.append([name, *(f"{multiple:.2f}" for multiple in multiples)])
+    for name, found in results.items():
+        for length, multiple in found["selection_multiple"].items():
+            rows.append([f"a selection pass of {name}, {length} tokens", f"{multiple:.2f}", "", ""])
+    return rows_of(["", "FGGM", "LoRA", "full"], rows)
+
+
+def file_table(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        steps = found["steps"]["plain"]
+        values = steps["FGGM"]["gradients"] // 4
+        sizes = [steps["FGGM"]["file"], 2 * values, steps["LoRA"]["file"], steps["full"]["file"]]
+        rows.append([name, f"{values:,}", *map(gib, sizes)])
+    return rows_of(["model", "values", "FGGM, float32", "FGGM, bfloat16", "LoRA, float32", "whole model"], rows)
+
+
+TABLES = {
+    "parts": parts_table,
+    "selection": selection_table,
+    "fits": fits_table,
+    "sharded": sharded_table,
+    "operations": operations_table,
+    "files": file_table,
+}
+
+
+def with_tables(page: str, results: dict[str, Any]) -> str:
+    """The page with every table between its marks made anew."""
+    for name, table in TABLES.items():
+        mark = f"<!-- table: {name} -->"
+        page = re.sub(rf"{mark}\n.*?(?=\n\n)", lambda _, m=mark, t=table: f"{m}\n{t(results)}", page, flags=re.DOTALL)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", action="store_true", help="from the result file")
+    if not parser.parse_args().tables:
+        write("scaling", {name: measure(config) for name, config in tqdm(MODELS.items(), desc="models", disable=None)})
+    results = json.loads((RESULTS / "scaling.json").read_text())["results"]
+    PAGE.write_text(with_tables(PAGE.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()

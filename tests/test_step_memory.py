@@ -1,0 +1,54 @@
+"""A training step allocates no more than LoRA's with as many trainable values, on dense and on 4-bit bases."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import quantized
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import common
+import training_step
+
+MIB = 2**20
+HIDDEN, LAYERS, VOCABULARY = 256, 2, 512
+
+
+def peaks(kind: str, density: float, size: int, length: int, checkpointing: bool = False) -> tuple[float, float]:
+    """MiB that a step of rows and one of LoRA (QLoRA, on a 4-bit base) allocate at their peak."""
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+
+    def build():
+        model = common.llama(HIDDEN, LAYERS, dtype, VOCABULARY)
+        model = quantized(model, kind) if kind == "nf4" else model
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.requires_grad_(False)
+
+    rows = training_step.fggm(build, "row", density)
+    lora = training_step.lora(build, training_step.trainable(rows))
+    assert training_step.trainable(rows) == pytest.approx(training_step.trainable(lora), rel=0.08)
+    found = []
+    for model in (rows, lora):
+        step = training_step.Step(model, common.batches(1, size, length, VOCABULARY)[0])
+        step()  # the optimizer's states are made by the first
+        found.append(common.peak_mib(step))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("density", "checkpointing"), [(0.3, False), (0.05, False), (0.05, True)])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
+def test_a_step_on_rows_takes_no_more_memory_than_lora(kind, density, checkpointing):
+    rows, lora = peaks(kind, density, 4, 128, checkpointing)
+    assert rows <= 1.05 * lora
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
+def test_with_few_positions_it_is_at_most_a_copy_of_the_largest_weight_more(kind):
+    """Of a dense base there is one copy at a time, of a 4-bit base the dequantized weight, as in QLoRA."""
+    rows, lora = peaks(kind, 0.05, 1, 24)
+    copy = 0 if kind == "nf4" else HIDDEN * (HIDDEN * 8 // 3 // 64 * 64) * (4 if kind == "float32" else 2) / MIB
+    assert rows <= 1.05 * lora + copy
