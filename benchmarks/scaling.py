@@ -11,10 +11,10 @@ python benchmarks/scaling.py --tables  # writes the tables again, from the resul
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 DENSITY, LENGTH = 0.1, 2048
 CONTEXT = GIB // 2
 """What a CUDA context and its libraries take, by common experience; not measured here."""
+SIZES = (2, 3, 64, 65)
+"""Batches that are counted: two lines, one for few samples and one for many."""
 SHARES = {"bf16": 2.0, "8-bit": 1.0, "4-bit": 0.5}
 DEVICES = (24, 80, 141)
 
@@ -141,13 +143,19 @@ def selection_multiple(model: nn.Module, length: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes of a step: what stands (values with indices, states), and what comes and goes."""
+    """Bytes of a step: what stands (values with indices, states), and what there is at the peak.
+
+    That is either where the logits are, with all that backward needs and no gradient of values yet, or near the end of
+    backward, with all gradients and little else.
+    """
 
     values: int
     gradients: int
     optimizer: int
     activations: int
     file: int
+    count: int
+    most_activations: int
 
     @property
     def beside_the_base(self) -> int:
@@ -158,8 +166,17 @@ def fggm_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> 
     """Rows at the density of this page, AdamW; values in float32."""
     config = FGGMConfig(density=DENSITY)
     found = estimate(model, config, batch_size=size, sequence_length=length, checkpointing=checkpointing)
-    moving = found.value_bytes, found.gradient_bytes, found.optimizer_bytes
-    return Step(*moving, found.activation_bytes, found.adapter_bytes)
+    standing = found.base_bytes + found.value_bytes + found.optimizer_bytes
+    gradients = found.peak_bytes - standing - found.activation_bytes
+    return Step(
+        found.value_bytes,
+        gradients,
+        found.optimizer_bytes,
+        found.activation_bytes,
+        found.adapter_bytes,
+        found.trainable_values,
+        found.selection_bytes - found.base_bytes - found.score_bytes,
+    )
 
 
 def lora_step(model: nn.Module, values: int, size: int, length: int, checkpointing: bool) -> Step:
@@ -171,7 +188,7 @@ def lora_step(model: nn.Module, values: int, size: int, length: int, checkpointi
         count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     finally:
         adapted.unload()
-    return Step(4 * count, 4 * count, 8 * count, found.activations, 4 * count)
+    return Step(4 * count, found.gradients, 8 * count, found.activations, 4 * count, count, found.most_activations)
 
 
 def full_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
@@ -182,7 +199,7 @@ def full_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> 
     finally:
         model.requires_grad_(False)
     count = sum(p.numel() for p in model.parameters())
-    return Step(4 * count, 2 * count, 8 * count, found.activations, 2 * count)
+    return Step(4 * count, found.gradients, 8 * count, found.activations, 2 * count, count, found.most_activations)
 
 
 def tokens(size: int, length: int) -> dict[str, torch.Tensor]:
@@ -190,9 +207,15 @@ def tokens(size: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def largest_batch(room: float, two: int, three: int) -> int:
-    """How many samples fit: memory is a line in the batch size, known at two samples and at three."""
-    return max(0, int(2 + (room - two) // (three - two)))
+def largest_batch(room: float, known: Mapping[int, float]) -> int:
+    """How many samples fit. At every moment of a step memory is a line in the batch size, so the peak is the highest
+    of several lines: those through the known sizes 2 and 3, and 64 and 65."""
+    first, second, third, fourth = sorted(known)
+    fits = []
+    for size, following in ((first, second), (third, fourth)):
+        slope = (known[following] - known[size]) / (following - size)
+        fits.append(math.floor(size + (room - known[size]) / slope) if slope else math.inf)
+    return max(0, min(fits))
 
 
 def shard_bytes(standing: float, block: float, activations: float, devices: int) -> float:
@@ -203,52 +226,28 @@ def shard_bytes(standing: float, block: float, activations: float, devices: int)
 # Tables -------------------------------------------------------------------------------------------
 
 
-def shallow(config: PretrainedConfig, layers: int) -> nn.Module:
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    return on_paper(config)
-
-
-def deepened(config: PretrainedConfig, step: Callable[[nn.Module], Step]) -> int:
-    """Activations at full depth, from 2 and 4 layers: with checkpointing a layer adds its input.
-
-    The dry run undercounts checkpointed models of 16 layers and more on the meta device.
-    """
-    two, four = (step(shallow(config, layers)).activations for layers in (2, 4))
-    return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
-
-
-def checkpointed(config: PretrainedConfig, values: int) -> dict[str, int]:
-    """Method -> activations with checkpointing."""
-    rank_values = values // config.num_hidden_layers
-    lora = lambda model: lora_step(model, rank_values * len(model.model.layers), 2, LENGTH, True)  # noqa: E731
-    return {
-        "FGGM": deepened(config, lambda model: fggm_step(model, 2, LENGTH, True)),
-        "LoRA": deepened(config, lora),
-        "full": deepened(config, lambda model: full_step(model, 2, LENGTH, True)),
-        "FGGM, 3 samples": deepened(config, lambda model: fggm_step(model, 3, LENGTH, True)),
-    }
-
-
 def measure(config: PretrainedConfig) -> dict[str, Any]:
     model = on_paper(config)
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
-    result: dict[str, Any] = {"base": {p: base_bytes(model, p) for p in SHARES}, "block": block, "steps": {}}
+    result: dict[str, Any] = {
+        "base": {p: base_bytes(model, p) for p in SHARES},
+        "block": block,
+        "steps": {},
+        "peaks": {},
+    }
     result["largest_weight"] = max(layer.weight.nbytes for layer in linears(model).values())
     for checkpointing in (False, True):
-        two, three = (fggm_step(model, size, LENGTH, checkpointing) for size in (2, 3))
-        values = two.values // 4
+        sizes = {size: fggm_step(model, size, LENGTH, checkpointing) for size in SIZES}
         steps = {
-            "FGGM": two,
-            "LoRA": lora_step(model, values, 2, LENGTH, checkpointing),
+            "FGGM": sizes[2],
+            "LoRA": lora_step(model, sizes[2].count, 2, LENGTH, checkpointing),
             "full": full_step(model, 2, LENGTH, checkpointing),
         }
         key = "checkpointing" if checkpointing else "plain"
-        result["steps"][key] = {name: vars(step) for name, step in steps.items()} | {"FGGM, 3 samples": vars(three)}
-    for name, activations in checkpointed(config, values).items():
-        result["steps"]["checkpointing"][name] = {**result["steps"]["checkpointing"][name], "activations": activations}
+        result["steps"][key] = {name: vars(step) for name, step in steps.items()}
+        result["peaks"][key] = {size: step.beside_the_base for size, step in sizes.items()}
+        result["activations"] = {size: step.most_activations for size, step in sizes.items()}
+    values = steps["FGGM"].count
     result["rank"] = equal_rank(model, values)
     result["scores"] = {name: score_bytes(model, name) for name in GRANULARITIES}
     result["selection_multiple"] = {length: selection_multiple(model, length) for length in (128, 512, 2048)}
@@ -263,6 +262,11 @@ def beside(step: dict[str, int]) -> int:
     return Step(**step).beside_the_base
 
 
+def numbered(sizes: Mapping[str, int]) -> dict[int, int]:
+    """Keys of JSON as the batch sizes that they are."""
+    return {int(size): value for size, value in sizes.items()}
+
+
 def rows_of(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -272,8 +276,7 @@ def parts_table(results: dict[str, Any]) -> str:
     rows = []
     for name, found in results.items():
         for kind, steps in found["steps"].items():
-            for method in ("FGGM", "LoRA", "full") if kind == "plain" else ("FGGM",):
-                step = steps[method]
+            for method, step in steps.items():
                 parts = [step[part] for part in ("values", "gradients", "optimizer", "activations")]
                 total = found["base"]["bf16"] + beside(step)
                 label = f"{method}, r = {found['rank']}" if method == "LoRA" else method
@@ -286,7 +289,7 @@ def selection_table(results: dict[str, Any]) -> str:
     rows = []
     for name, found in results.items():
         for kind, steps in found["steps"].items():
-            peaks = [found["base"][p] + steps["FGGM"]["activations"] + found["scores"]["row"] for p in SHARES]
+            peaks = [found["base"][p] + steps["FGGM"]["most_activations"] + found["scores"]["row"] for p in SHARES]
             rows.append([name, kind, *map(gib, (*peaks, *found["scores"].values()))])
     header = ["model", "activations", *(f"peak, {p} base" for p in SHARES)]
     return rows_of([*header, "scores of rows", "of columns", "of elements"], rows)
@@ -297,29 +300,27 @@ def fits_table(results: dict[str, Any]) -> str:
     for name, found in results.items():
         for precision in SHARES:
             cells = []
-            for steps in found["steps"].values():
-                two, three = beside(steps["FGGM"]), beside(steps["FGGM, 3 samples"])
+            for peaks in found["peaks"].values():
                 for device in DEVICES:
                     room = device * GIB - CONTEXT - found["base"][precision]
-                    cells.append(str(largest_batch(room, two, three) or "–"))
+                    cells.append(str(largest_batch(room, numbered(peaks)) or "–"))
             rows.append([name, precision, gib(found["base"][precision]), *cells])
     heads = [f"{device} GiB{tail}" for tail in ("", ", checkpointing") for device in DEVICES]
     return rows_of(["model", "base", "weights", *heads], rows)
 
 
 def sharded_table(results: dict[str, Any]) -> str:
+    """What stands is shared, and gradients too, so that a device's peak is where its own activations are the most."""
     found, rows = results["70 B"], []
+    step = found["steps"]["checkpointing"]["FGGM"]
+    standing = found["base"]["bf16"] + step["values"] + step["optimizer"] + 4 * step["count"]
+    sizes = numbered(found["activations"])
     for devices in (2, 4, 8, 16):
-        cells = []
-        for device in DEVICES[1:]:
-            sizes = []
-            for method in ("FGGM", "FGGM, 3 samples"):
-                step = found["steps"]["checkpointing"][method]
-                standing = found["base"]["bf16"] + beside(step) - step["activations"]
-                sizes.append(shard_bytes(standing, found["block"], step["activations"], devices))
-            cells.append(str(largest_batch(device * GIB - CONTEXT, *sizes) or "–"))
-        share = (found["base"]["bf16"] + beside(step) - step["activations"]) / devices
-        rows.append([str(devices), gib(share), gib(2 * found["block"]), *cells])
+        known = {
+            size: shard_bytes(standing, found["block"], activations, devices) for size, activations in sizes.items()
+        }
+        cells = [str(largest_batch(device * GIB - CONTEXT, known) or "–") for device in DEVICES[1:]]
+        rows.append([str(devices), gib(standing / devices), gib(2 * found["block"]), *cells])
     return rows_of(["devices", "share of what stands", "two blocks", *(f"{d} GiB each" for d in DEVICES[1:])], rows)
 
 
@@ -339,7 +340,7 @@ def file_table(results: dict[str, Any]) -> str:
     rows = []
     for name, found in results.items():
         steps = found["steps"]["plain"]
-        values = steps["FGGM"]["gradients"] // 4
+        values = steps["FGGM"]["count"]
         sizes = [steps["FGGM"]["file"], 2 * values, steps["LoRA"]["file"], steps["full"]["file"]]
         rows.append([name, f"{values:,}", *map(gib, sizes)])
     return rows_of(["model", "values", "FGGM, float32", "FGGM, bfloat16", "LoRA, float32", "whole model"], rows)

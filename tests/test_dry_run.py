@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,7 +111,10 @@ def test_every_granularity_and_a_selected_adapter_is_counted(granularity, dtype)
     unselected = estimate(model, **size)
     select_parameters(model, token_batches(), progress=False)
     after = estimate(model, **size)
-    assert before == unselected == after
+    assert before == unselected
+    # of an adapter that has its columns, the supports are left alone, and a selection pass counted as a step
+    assert after.selection_bytes <= before.selection_bytes
+    assert before == replace(after, selection_bytes=before.selection_bytes)
     peak, state = step_peak(model, batch_of(5, 120))
     assert after.peak_bytes == pytest.approx(standing(model) + state + peak, rel=0.02)
 

@@ -17,7 +17,8 @@ from fggm_peft import FGGMConfig, estimate, select_parameters
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import common
 import scaling
-import training_step
+from suite.measurements import Step
+from suite.methods import targeted_values
 
 MIB = 2**20
 SIZES = [(128, 2, 8, 64), (256, 2, 2, 160), (192, 3, 4, 96)]
@@ -33,7 +34,7 @@ def model_of(hidden: int, layers: int, dtype: torch.dtype = torch.float32, check
 
 def step_peak(model, size: int, length: int) -> float:
     """MiB that the second step allocates, measured."""
-    step = training_step.Step(model, common.batches(1, size, length, 512)[0])
+    step = Step(model, common.batches(1, size, length, 512)[0])
     step()
     return common.peak_mib(step)
 
@@ -56,7 +57,9 @@ def test_the_selection_pass_allocates_what_the_dry_run_says(case, checkpointing,
     data = common.batches(1, size, length, 512)
     peak = common.peak_mib(lambda: select_parameters(model, data, progress=False))
     measured = found.base_bytes + peak * MIB
-    assert found.selection_bytes == pytest.approx(measured, rel=0.1)
+    assert measured <= 1.1 * found.selection_bytes
+    if granularity != "row" or checkpointing:  # rows keep less than the inputs that are counted
+        assert found.selection_bytes == pytest.approx(measured, rel=0.1)
     assert found.score_bytes == scaling.score_bytes(model_of(hidden, layers), granularity)
 
 
@@ -89,14 +92,25 @@ def test_a_quantized_base_takes_its_own_bytes_and_a_dense_models_activations(cas
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_a_line_in_the_batch_size(checkpointing):
+def test_the_largest_batch_fits_and_one_more_does_not(checkpointing):
     config = llama(hidden_size=128, max_position_embeddings=512).config
-    two, three, nine = (
-        scaling.fggm_step(scaling.on_paper(config), size, 512, checkpointing).beside_the_base for size in (2, 3, 9)
-    )
-    assert two + 7 * (three - two) == pytest.approx(nine, rel=0.01)
-    assert scaling.largest_batch(nine + 1000, two, three) == 9
-    assert scaling.largest_batch(two - 2 * (three - two), two, three) == 0
+
+    def peak(size: int) -> int:
+        return scaling.fggm_step(scaling.on_paper(config), size, 512, checkpointing).beside_the_base
+
+    known = {size: peak(size) for size in scaling.SIZES}
+    for wanted in (1, 2, 9, 40):
+        assert scaling.largest_batch(peak(wanted) + 1, known) == wanted
+    assert scaling.largest_batch(peak(1) - 1, known) == 0
+
+
+def test_the_peak_may_move_from_one_moment_to_another_as_batches_grow():
+    """Gradients at the end of backward are the same for every batch; what a batch saves is not."""
+    moments = [lambda b: 100 + b, lambda b: 10 + 5 * b]
+    known = {size: max(moment(size) for moment in moments) for size in (2, 3, 64, 65)}
+    for room in range(101, 400):
+        exact = max(b for b in range(100) if max(moment(b) for moment in moments) <= room)
+        assert scaling.largest_batch(room, known) == exact
 
 
 def test_lora_on_paper_is_lora():
@@ -121,7 +135,7 @@ def operations(call) -> int:
 def frozen() -> int:
     """Of a forward and backward with everything frozen; head and attention are small here."""
     model = small()
-    return operations(training_step.Step(model, common.batches(1, 2, 32, 64)[0]))
+    return operations(Step(model, common.batches(1, 2, 32, 64)[0]))
 
 
 def small():
@@ -137,20 +151,20 @@ def test_a_step_takes_so_many_operations(method, checkpointing, frozen):
     if method == "FGGM":
         model = get_peft_model(model, FGGMConfig(density=density, criterion="random"))
     elif method == "LoRA":
-        values = round(density * training_step.targeted_values(model))
+        values = round(density * targeted_values(model))
         rank = scaling.equal_rank(model, values)
         model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
     else:
         for layer in scaling.linears(model).values():
             layer.requires_grad_(True)
-    counted = operations(training_step.Step(model, common.batches(1, 2, 32, 64)[0]))
+    counted = operations(Step(model, common.batches(1, 2, 32, 64)[0]))
     assert counted / frozen == pytest.approx(scaling.training_multiple(method, density, checkpointing), rel=0.1)
 
 
 @pytest.mark.parametrize("length", [32, 128, 256])
 def test_a_selection_pass_takes_so_many_operations(length):
     batch = common.batches(1, 2, length, 64)
-    floor = operations(training_step.Step(small(), batch[0]))
+    floor = operations(Step(small(), batch[0]))
     model = get_peft_model(small(), FGGMConfig(num_samples=2))
     counted = operations(lambda: select_parameters(model, batch, progress=False))
     assert counted / floor == pytest.approx(scaling.selection_multiple(small(), length), rel=0.1)

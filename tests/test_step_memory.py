@@ -11,7 +11,8 @@ from models import quantized
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import common
-import training_step
+from suite.measurements import Step
+from suite.methods import METHODS, targeted_values, trainable
 
 MIB = 2**20
 HIDDEN, LAYERS, VOCABULARY = 256, 2, 512
@@ -21,19 +22,16 @@ def peaks(kind: str, density: float, size: int, length: int, checkpointing: bool
     """MiB that a step of rows and one of LoRA (QLoRA, on a 4-bit base) allocate at their peak."""
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
 
-    def build():
-        model = common.llama(HIDDEN, LAYERS, dtype, VOCABULARY)
-        model = quantized(model, kind) if kind == "nf4" else model
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.requires_grad_(False)
-
-    rows = training_step.fggm(build, "row", density)
-    lora = training_step.lora(build, training_step.trainable(rows))
-    assert training_step.trainable(rows) == pytest.approx(training_step.trainable(lora), rel=0.08)
+    base = common.llama(HIDDEN, LAYERS, dtype, VOCABULARY).requires_grad_(False)
+    base = quantized(base, kind) if kind == "nf4" else base
+    values = round(density * targeted_values(base))
+    rows, lora = (METHODS[name](base, values) for name in ("FGGM rows", "LoRA"))
+    assert trainable(rows) == pytest.approx(trainable(lora), rel=0.08)
     found = []
     for model in (rows, lora):
-        step = training_step.Step(model, common.batches(1, size, length, VOCABULARY)[0])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        step = Step(model, common.batches(1, size, length, VOCABULARY)[0])
         step()  # the optimizer's states are made by the first
         found.append(common.peak_mib(step))
     return found[0], found[1]

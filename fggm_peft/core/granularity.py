@@ -33,6 +33,7 @@ class Granularity(ABC):
     name: ClassVar[str]
     unit_dim: ClassVar[int]  # the dimension of the values that counts units
     index_codecs: ClassVar[tuple[str, ...]] = ("plain",)  # what a file may hold the indices in
+    keeps_part: ClassVar[bool] = False  # of its inputs a step keeps a part where few units are chosen
     takes_digest: ClassVar[bool] = False  # its scores can do without the layer's input, see ``InputDigest``
 
     @abstractmethod
@@ -157,6 +158,7 @@ class Columns(Granularity):
 
     name = "column"
     unit_dim = 1
+    keeps_part = True
 
     def units(self, shape):
         return shape[1]

@@ -11,6 +11,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
 
@@ -88,6 +89,14 @@ def gathered_dots(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor
     return torch.cat(parts).to(x.dtype) if parts else x.new_empty(0)
 
 
+def _bounds(indices: Tensor, edges: Tensor) -> list[int]:
+    """How many of the sorted indices are below each edge; without data (a dry run) they are taken to lie evenly."""
+    if indices.is_meta or isinstance(indices, FakeTensor):
+        count = max(1, len(edges) - 1)
+        return [indices.numel() * part // count for part in range(len(edges))]
+    return torch.searchsorted(indices, edges.to(indices.dtype)).tolist()
+
+
 def dense_chunks(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
     """The same by the dense product of a few rows at a time, of which the entries are taken."""
     width = x.shape[1]
@@ -95,7 +104,7 @@ def dense_chunks(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
     result = x.new_empty(indices.numel())
     # the last edge stays below 2**31 wherever the indices are int32
     edges = torch.arange(0, g.shape[1] + step, step, device=indices.device).clamp_(max=g.shape[1]) * width
-    bounds = torch.searchsorted(indices, edges.to(indices.dtype)).tolist()
+    bounds = _bounds(indices, edges)
     for chunk, (first, last) in enumerate(itertools.pairwise(bounds)):
         if first == last:
             continue

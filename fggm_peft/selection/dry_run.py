@@ -60,6 +60,9 @@ class CostEstimate:
             their gradients, temporary copies of weights.
         peak_bytes: all that is there at the peak of a training step. By then not all gradients need be there, so
             that it may be less than the sum of its parts.
+        selection_bytes: all that is there at the peak of a selection pass over batches of the same size, 0 if selection
+            needs no data. Taken as what a training step has of activations: within 10 % of what a CPU allocates, and
+            an upper bound for rows, of which less than the inputs is kept.
         batch_size: samples of a step.
         sequence_length: tokens of each.
         optimizer: its name.
@@ -76,6 +79,7 @@ class CostEstimate:
     score_bytes: int
     activation_bytes: int
     peak_bytes: int
+    selection_bytes: int
     batch_size: int
     sequence_length: int
     optimizer: str
@@ -86,18 +90,9 @@ class CostEstimate:
         """Whether the number of values is known only once there are scores."""
         return self.least_values < self.trainable_values
 
-    @property
-    def selection_bytes(self) -> int:
-        """The peak of a selection pass over batches of the same size; 0 if selection needs no data.
-
-        The pass keeps the inputs that a training step keeps, and sums of scores. Its own temporaries, and the copies of
-        weights that a step has and a pass has not, are taken as equal: within 10 % of what a CPU allocates.
-        """
-        return self.base_bytes + self.activation_bytes + self.score_bytes if self.score_bytes else 0
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, ready for JSON."""
-        derived = {"selection_bytes": self.selection_bytes, "depends_on_scores": self.depends_on_scores}
+        derived = {"depends_on_scores": self.depends_on_scores}
         return {**asdict(self), **derived}
 
     def to_table(self) -> Table:
@@ -187,7 +182,12 @@ def estimate(
         with nullcontext() if plan is None else probed_supports(layers, adapter_name, plan.units):
             sizes = _sizes(adapted, layers, adapter_name, plan, make_optimizer)
             make_batch = make_batch or _token_batches(adapted, config)
-            step = step_memory(adapted, make_batch, batch_size, sequence_length, checkpointing)
+            size = batch_size, sequence_length, checkpointing
+            step = step_memory(adapted, make_batch, *size)
+        selecting = step.most_activations
+        if plan is not None and any(layer.granularity[adapter_name].keeps_part for layer in layers.values()):
+            with probed_supports(layers, adapter_name, _whole(layers, adapter_name)):
+                selecting = step_memory(adapted, make_batch, *size).most_activations
         scores = _score_bytes(layers, config, adapter_name)
     standing = sizes["base_bytes"] + sizes["value_bytes"] + sizes["optimizer_bytes"]
     return CostEstimate(
@@ -195,6 +195,7 @@ def estimate(
         score_bytes=scores,
         activation_bytes=step.activations,
         peak_bytes=standing + step.activations + step.gradients,
+        selection_bytes=sizes["base_bytes"] + selecting + scores if scores else 0,
         batch_size=batch_size,
         sequence_length=sequence_length,
         optimizer=optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "optimizer"),
@@ -229,6 +230,11 @@ def _plan(layers: Mapping[str, FGGMLayer], config: FGGMConfig, adapter_name: str
     if not any(plan.units):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
     return plan
+
+
+def _whole(layers: Mapping[str, FGGMLayer], adapter_name: str) -> list[int]:
+    """All units of every layer: a step then keeps whole inputs, as the selection pass does."""
+    return [layer.granularity[adapter_name].units(layer.weight_shape) for layer in layers.values()]
 
 
 def _sizes(

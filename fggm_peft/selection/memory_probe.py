@@ -40,10 +40,13 @@ class StepMemory:
     Args:
         activations: bytes of saved activations, logits, gradients of activations and temporaries at the peak.
         gradients: bytes of the trainable values' gradients that are there at the peak.
+        most_activations: the most that ``activations`` are at any moment, which need not be the peak: with many
+            trainable values that is where all their gradients are there.
     """
 
     activations: int
     gradients: int
+    most_activations: int
 
 
 def step_memory(
@@ -59,15 +62,15 @@ def step_memory(
     with _as_in_training(model, checkpointing), _weightless(model):
         steps = [_history(model, make_batch(*size)) for size in sizes]
     histories = [torch.tensor(step, dtype=torch.float64) for step in steps]
-    if len({len(history) for history in histories}) > 1:  # other operators at another size: extend the peak alone
-        histories = [history[history.sum(1).argmax()][None] for history in histories]
+    if len({len(history) for history in histories}) > 1:  # other operators at another size: extend the peaks alone
+        histories = [history[[int(history.sum(1).argmax()), int(history[:, 0].argmax())]] for history in histories]
     weights = [
         _weight(batch_size, b, [size[0] for size in sizes]) * _weight(sequence_length, t, [size[1] for size in sizes])
         for b, t in sizes
     ]
     history = (torch.stack(histories) * torch.tensor(weights, dtype=torch.float64)[:, None, None]).sum(0)
     activations, gradients = history[history.sum(1).argmax()].round().long().tolist()
-    return StepMemory(activations, gradients)
+    return StepMemory(activations, gradients, round(float(history[:, 0].max())))
 
 
 def _probed(wanted: int, sizes: Sequence[int]) -> Sequence[int]:
