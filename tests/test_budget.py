@@ -78,7 +78,10 @@ def test_a_size_is_that_of_the_file_at_most(size, dtype, granularity, tmp_path):
     assert_within(model, {"20KiB": 20480, "33.3KB": 33300, "80KiB": 81920, "150KB": 150000}[size], tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"delta_dtype": "bfloat16"}, {"delta_dtype": "float16"}, {"values": "absolute"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"delta_dtype": "bfloat16"}, {"delta_dtype": "float16"}, {"values": "absolute"}, {"training_dtype": "bfloat16"}],
+)
 @pytest.mark.parametrize("size", [30000, 90000])
 def test_a_size_is_of_the_values_as_the_file_has_them(size, settings, granularity, tmp_path):
     model = adapted(llama(torch.bfloat16), granularity, budget=f"{size / 1000}KB", criterion="random", **settings)

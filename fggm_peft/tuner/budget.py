@@ -77,6 +77,8 @@ def _width(layer: FGGMLayer, adapter_name: str, config: FGGMConfig) -> int:
     trained = layer.fggm_values[adapter_name].element_size()
     if config.values == "absolute" and layer.quantization_backend is None:
         return layer.get_base_layer().weight.element_size()
+    if config.training_dtype is not None:
+        return trained
     # PEFT's autocast_adapter_dtype makes values of half precision float32, after they are made here
     return max(4, trained)
 
