@@ -182,3 +182,74 @@ def test_calls_of_one_layer_by_several_forwards_are_summed_before_they_are_squar
         torch.testing.assert_close(
             got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
         )
+
+
+class InPlace(nn.Module):
+    """Writes into what its layers return, in one of several ways."""
+
+    def __init__(self, bias: bool, flat: bool, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 8)
+        self.first, self.second = nn.Linear(8, 8, bias), nn.Linear(8, 8, bias)
+        self.head = nn.Linear(8, 4)
+        self.flat, self.write = flat, write
+
+    def forward(self, input_ids, **_):
+        hidden = self.embed(input_ids)
+        hidden = hidden.mean(1) if self.flat else hidden
+        for layer in (self.first, self.second):
+            hidden = self.write(layer(hidden), hidden)
+        hidden = self.head(hidden)
+        return hidden if self.flat else hidden.mean(1)
+
+
+def write_part(y, x):
+    y[..., :3] = 0.5 * x[..., :3]
+    y[..., 3].mul_(2.0)
+    return y
+
+
+WRITES = {
+    "relu_": lambda y, x: torch.relu_(y),
+    "add_": lambda y, x: y.add_(x).mul_(0.7),
+    "part": write_part,
+    "view": lambda y, x: torch.sigmoid_(y.view(-1, 2)).view(y.shape) + y,
+    "chunk": lambda y, x: torch.cat([y.chunk(2, -1)[0].tanh(), y.chunk(2, -1)[1] * 2], -1),
+    "twice": lambda y, x: y + y.tanh(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_may_write_into_what_a_layer_returns(bias, flat, write, granularity):
+    """With a bias, a linear layer's output of three dimensions is a view of its product."""
+
+    def build():
+        return InPlace(bias, flat, WRITES[write])
+
+    batches = class_batches()
+    got = fisher_scores(
+        adapted(build(), granularity, target_modules=["first", "second"]), batches, class_log_likelihood
+    )
+    expected = naive_scores(build(), batches, ["first", "second"], granularity, class_log_likelihood)
+    for name in got:
+        torch.testing.assert_close(
+            got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
+        )
+
+
+class WritesIntoInput(InPlace):
+    def forward(self, input_ids, **_):
+        hidden = torch.tanh_(self.first(self.embed(input_ids)))
+        self.second(hidden).sum()
+        y = self.second(hidden)
+        hidden += 1
+        return self.head(y + hidden).mean(1)
+
+
+def test_an_input_that_is_written_into_is_an_error_and_never_another_score(granularity):
+    model = adapted(WritesIntoInput(True, False, None), granularity, target_modules=["second"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fisher_scores(model, class_batches(), class_log_likelihood)

@@ -8,7 +8,7 @@ sample twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,6 +30,9 @@ from ..core.sketch import Sketch, SketchDigest, SketchedGradients, sketch_is_che
 from ..core.statistics import STATISTICS, Batch, Features, Statistic
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMLinear
+
+Report = Callable[[Tensor | None, Tensor], None]
+"""What takes what was kept of an input, and the gradient at the output."""
 
 Sums = dict[str, dict[str, Tensor]]
 """Module path -> statistic -> ``[2, size]`` float32, a running sum for each half of the samples."""
@@ -53,6 +56,7 @@ class ScoreCollector:
             backward unless its input requires grad.
         sketch: estimates row and column scores of layers whose gradients are products of x and g; without, and for
             other layers (embeddings, grouped convolutions), they are exact.
+        hooks_tensors: no block is checkpointed, so that hooks may hold on to inputs; that saves a copy of every output.
         digests: keep no more of inputs than row scores need. Whoever sets it catches ``CalledAgainError``: gradients
             of several calls are summed before they are squared, and digests do not add up.
     """
@@ -66,10 +70,11 @@ class ScoreCollector:
         statistics: Sequence[str] = ("fisher",),
         input_embeddings: nn.Module | None = None,
         sketch: Sketch | None = None,
+        hooks_tensors: bool = False,
         digests: bool = False,
     ):
         self.layers, self.adapter_name, self.input_embeddings = layers, adapter_name, input_embeddings
-        self.sketch = sketch
+        self.sketch, self.hooks_tensors = sketch, hooks_tensors
         entries = {name: STATISTICS[name] for name in statistics}
         self.statistics = entries
         self.of_gradients = {name: entry for name, entry in entries.items() if entry.looks_at == "gradient"}
@@ -168,11 +173,34 @@ class ScoreCollector:
                 self._add_features(name, x, output)
             if not self.needs_backward:
                 return output
-            if (digest := self._digest(name, x, output)) is not None:
-                return _DigestTap.apply(output, self._anchor, self, name, digest)
-            return _Tap.apply(output, x, self._anchor, self, name, self._gram_of(x))
+            return self._tapped(name, output, *self._reporter(name, x, output))
 
         return hook
+
+    def _reporter(self, name: str, x: Tensor, output: Tensor) -> tuple[Tensor | None, Report]:
+        """What of an input has to be kept for backward, and what takes that and the gradient at the output."""
+        digest = self._digest(name, x, output)
+        if digest is not None:
+            return None, lambda _, g: self.record_digest(name, digest, g)
+        gram = self._gram_of(x)
+        return x, lambda x, g: self.record(name, x, g, gram)
+
+    def _tapped(self, name: str, output: Tensor, kept: Tensor | None, report: Report) -> Tensor:
+        """The output, whose gradient will be reported together with what is kept."""
+        held = _whole(output) if self.hooks_tensors and output.requires_grad else None
+        if held is None:
+            return _Tap.apply(output, kept, self._anchor, report)
+        shape, version = output.shape, None if kept is None else kept._version
+
+        def on_gradient(g: Tensor) -> None:
+            if kept is not None and kept._version != version:
+                raise RuntimeError(
+                    "the input of a layer has been modified by an inplace operation after the layer read it"
+                )
+            report(kept, g.reshape(shape))
+
+        held.register_hook(on_gradient)
+        return output
 
     @torch.no_grad()
     def _digest(self, name: str, x: Tensor, output: Tensor) -> InputDigest | None:
@@ -286,30 +314,33 @@ class ScoreCollector:
         return cleaned
 
 
+def _whole(output: Tensor) -> Tensor | None:
+    """What a hook on a layer's output is put on, so that it sees the gradient at the output as the layer left it.
+
+    A linear layer's output may be a view of its product; the model may then write into it, and with it into the
+    product, whose gradient from before that is the one to see. None for a view of anything but the output alone.
+    """
+    base = output._base
+    if base is None:
+        return output
+    if not (base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()):
+        return None
+    # of an autograd function that returns a view, the gradient does not pass through the view's base
+    before, view = base.grad_fn, output.grad_fn
+    through = before is not None and view is not None and any(node is before for node, _ in view.next_functions)
+    return base if through else None
+
+
 class _Tap(torch.autograd.Function):
-    """The identity; its backward reports the gradient."""
+    """The identity; its backward reports ``(x, gradient)``."""
 
     @staticmethod
-    def forward(ctx, output, x, anchor, collector, name, gram):
-        ctx.report = lambda x, g: collector.record(name, x, g, gram)
+    def forward(ctx, output, x, anchor, report):
+        ctx.report = report
         ctx.save_for_backward(x)
         return output.clone()  # a view could not be modified in place, as ReLU(inplace=True) does
 
     @staticmethod
     def backward(ctx, g):
         ctx.report(ctx.saved_tensors[0], g)
-        return g, None, None, None, None, None
-
-
-class _DigestTap(torch.autograd.Function):
-    """The identity; its backward reports the gradient, and no input is kept for it."""
-
-    @staticmethod
-    def forward(ctx, output, anchor, collector, name, digest):
-        ctx.report = lambda g: collector.record_digest(name, digest, g)
-        return output.clone()  # as above
-
-    @staticmethod
-    def backward(ctx, g):
-        ctx.report(g)
-        return g, None, None, None, None
+        return g, None, None, None

@@ -188,15 +188,16 @@ class FisherPass:
         return Totals(lambda name, statistic: total[name, statistic], _halves(seen, batches))
 
     def _collector(self, layers: dict[str, FGGMLayer]) -> ScoreCollector:
-        # a checkpointed input is not kept anyway, and a rank that began a batch again would leave the others waiting
-        digests = not _checkpoints(self.model) and self.ranks.size == 1
+        plain = not _checkpoints(self.model)
         return ScoreCollector(
             layers,
             self.adapter_name,
             self.statistics,
             checkpointed_embeddings(self.model),
             sketch_of(self.config),
-            digests,
+            hooks_tensors=plain,
+            # a checkpointed input is not kept anyway; a rank that began a batch again would leave the others waiting
+            digests=plain and self.ranks.size == 1,
         )
 
     def _rounds(self, limit: int | None) -> Iterator[Round]:
