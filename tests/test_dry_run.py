@@ -280,7 +280,10 @@ def test_running_scores_are_those_of_the_pass(criterion, granularity, monkeypatc
     known = CRITERIA[criterion]
     if known.granularities is not None and granularity not in known.granularities:
         pytest.skip("the config refuses this granularity")
-    found = estimate(llama(), FGGMConfig(criterion=criterion, granularity=granularity), **SMALL)
+    config = FGGMConfig(criterion=criterion, granularity=granularity)
+    found = estimate(llama(), config, **SMALL)
+    if known.reference:
+        assert estimate(llama(), replace(config, reference="self"), **SMALL) == found
     if not known.needs_data:
         assert found.score_bytes == 0
         return

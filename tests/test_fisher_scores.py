@@ -253,3 +253,79 @@ def test_an_input_that_is_written_into_is_an_error_and_never_another_score(granu
     model = adapted(WritesIntoInput(True, False, None), granularity, target_modules=["second"])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         fisher_scores(model, class_batches(), class_log_likelihood)
+
+
+class Between(nn.Module):
+    """Three layers of which one reads what the model has written over since the one before read it."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(50, 64), nn.Linear(64, 4)
+        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+        self.between = forward
+
+    def forward(self, input_ids, **_):
+        return self.head(self.between(self, self.embed(input_ids))).mean(1)
+
+
+def residual(m, h):
+    h = h.clone()
+    for layer in (m.a, m.b, m.c):
+        h += layer(h)
+    return h
+
+
+def scaled(m, h):
+    h = m.a(h) + 0
+    y = m.b(h)
+    h.mul_(2).add_(1)
+    return y.tanh() + m.c(h)
+
+
+def shifted(m, h):
+    h = m.a(h) + 0
+    y = m.b(h).tanh()
+    h[:, 1:] = 0.5 * h[:, :-1].clone()
+    return y + m.c(h)
+
+
+@pytest.mark.parametrize("forward", [residual, scaled, shifted])
+def test_rows_see_an_input_as_it_was_when_each_layer_read_it(forward):
+    batches = class_batches()
+    model = adapted(Between(forward), "row", target_modules=["a", "b", "c"])
+    got = fisher_scores(model, batches, class_log_likelihood)
+    expected = naive_written_over(forward, batches)
+    for name in got:
+        torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-3, atol=1e-6)
+
+
+def naive_written_over(forward, batches) -> dict[str, torch.Tensor]:
+    """Rows' squared gradients of each sample alone, with layers that read a copy of their input."""
+    expected = {name: torch.zeros(64, dtype=torch.float64) for name in "abc"}
+    for batch in batches:
+        for sample in range(len(batch["labels"])):
+            model = Between(forward).double()
+            for name in "abc":
+                model.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+            one = {key: value[sample : sample + 1] for key, value in batch.items()}
+            class_log_likelihood(model, one).sum().backward()
+            for name in "abc":
+                expected[name] += model.get_submodule(name).weight.grad.square().sum(1) / 8
+    return expected
+
+
+def test_a_likelihood_that_differentiates_within_itself_is_refused(granularity):
+    def penalised(model, batch):
+        value = class_log_likelihood(model, batch)
+        (slope,) = torch.autograd.grad(value.sum(), [model.get_base_model().penalised], create_graph=True)
+        return value - slope.square().sum()
+
+    class Penalised(Between):
+        def forward(self, input_ids, **_):
+            self.penalised = self.embed(input_ids).detach().requires_grad_()
+            return self.head(self.c(self.penalised).tanh()).mean(1)
+
+    model = adapted(Penalised(None), granularity, target_modules=["c"])
+    with pytest.raises(RuntimeError, match="differentiates within itself"):
+        fisher_scores(model, class_batches(), penalised)

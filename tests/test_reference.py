@@ -140,6 +140,16 @@ def test_a_model_that_cannot_write_is_told_what_to_pass_instead():
         select(classifier, batches=batches)
 
 
+def test_text_that_the_model_has_no_room_or_no_token_for_is_refused():
+    model = llama(max_position_embeddings=16)
+    with pytest.raises(ValueError, match="reference_length=17: the model has no more than 16 positions"):
+        written_batches(model, 2, 17, seed=0)
+    assert written_batches(model, 2, 16, seed=0)[0]["input_ids"].shape[1] <= 16
+    model.generation_config.bos_token_id = 50
+    with pytest.raises(ValueError, match="start token of the model's config is 50, but its vocabulary has 50"):
+        written_batches(model, 2, 8, seed=0)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("reference", ["self", GENERAL], ids=["self", "text"])
 def test_a_quantized_base_is_weighed_and_left_as_it_was(kind, reference):

@@ -48,6 +48,13 @@ def test_a_sound_adapter_is_described(adapter, base):
     json.dumps(found.to_dict())
 
 
+def test_more_than_ten_layers_are_in_another_order_in_the_file(tmp_path):
+    model = adapted(llama(layers=11, hidden_size=16, intermediate_size=16), density=0.1)
+    select_parameters(model, BATCHES, progress=False)
+    model.save_pretrained(tmp_path)
+    assert verify(tmp_path).modules == 11 * 7
+
+
 def test_another_base_and_damage_are_errors(adapter, tmp_path):
     other = llama()
     other.model.layers[0].mlp.up_proj.weight.data += 0.01

@@ -158,7 +158,7 @@ class ScoreCollector:
         self._calls = dict.fromkeys(self.layers, 0)
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
         self._last_input: tuple[Tensor, GramMatrix] | None = None
-        self._last_digest: tuple[Tensor, InputDigest] | None = None
+        self._last_digest: tuple[Tensor, int | None, InputDigest] | None = None
         self._last_cleaned: tuple[Tensor, Tensor] | None = None
         if self.sketch is not None:
             self.sketch.forget()
@@ -212,11 +212,12 @@ class ScoreCollector:
         if self._calls[name] > 1 and not self._in_backward:
             self.digests = False
             raise CalledAgainError(f"module {name} is called several times in one forward")
-        if self._last_digest is None or not same_memory(self._last_digest[0], x):
+        last, version = self._last_digest, _version(x)
+        if last is None or not same_memory(last[0], x) or last[1] != version:
             with torch.autocast(x.device.type, enabled=False):
                 digest = self._new_digest(name, self._by_sample(name, self._cleaned(layer.input_features(x))), output)
-            self._last_digest = None if digest is None else (x, digest)
-        return None if self._last_digest is None else self._last_digest[1]
+            self._last_digest = None if digest is None else (x, version, digest)
+        return None if self._last_digest is None else self._last_digest[2]
 
     def _new_digest(self, name: str, x: Tensor, output: Tensor) -> InputDigest | None:
         assert self._batch is not None
@@ -227,6 +228,7 @@ class ScoreCollector:
 
     def record_digest(self, name: str, digest: InputDigest, g: Tensor) -> None:
         """Take what one call of a layer got as gradient at its output."""
+        _require_first_order(name, g)
         with torch.autocast(g.device.type, enabled=False):
             g = self._by_sample(name, self.layers[name].output_features(self._cleaned(g)))
             self._add_to(name, self.of_gradients, DigestedGradients(digest, g))
@@ -245,6 +247,7 @@ class ScoreCollector:
 
     def record(self, name: str, x: Tensor, g: Tensor, gram: GramMatrix) -> None:
         """Take what one call of a layer got as input and as gradient at its output."""
+        _require_first_order(name, g)
         self._seen[name].append((self._cleaned(x, cache=True), self._cleaned(g)))
         # a layer called twice (shared weights) sums its gradients before they are squared
         if len(self._seen[name]) == self._calls[name]:
@@ -312,6 +315,19 @@ class ScoreCollector:
         if cache:
             self._last_cleaned = tensor, cleaned
         return cleaned
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written into; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _require_first_order(name: str, g: Tensor) -> None:
+    if torch.is_grad_enabled() and g.requires_grad:
+        raise RuntimeError(
+            f"module {name}: the log-likelihood differentiates within itself (create_graph=True), of which no "
+            "per-sample gradients can be had. Leave that term out of it."
+        )
 
 
 def _whole(output: Tensor) -> Tensor | None:

@@ -216,10 +216,10 @@ def _with_adapter(
         raise ValueError("the model has an adapter already; leave config out, or pass the base model")
     name = adapter_name or "default"
     # born empty, whatever the criterion: nothing is chosen, and no weight is read
-    twin = replace(config, criterion="fisher", init_weights=True, selection=None)
+    twin = replace(config, criterion="fisher", reference=None, init_weights=True, selection=None)
     with as_it_was(model):
         adapted = get_peft_model(model, twin, adapter_name=name)  # type: ignore[arg-type]
-        yield adapted, replace(twin, criterion=config.criterion), name
+        yield adapted, replace(twin, criterion=config.criterion, reference=config.reference), name
 
 
 def _plan(layers: Mapping[str, FGGMLayer], config: FGGMConfig, adapter_name: str) -> Forecast | None:

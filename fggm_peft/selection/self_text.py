@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,9 +28,10 @@ def written_batches(model: nn.Module, count: int, length: int, seed: int) -> lis
         length: tokens of each at most, the start token included.
 
     Raises:
-        ValueError: the model is no decoder, or has no start token.
+        ValueError: the model is no decoder, has no start token, or no room for that many tokens.
     """
     start, ends = _special_tokens(unwrapped(model))
+    _require_room(unwrapped(model).config, start, length)
     # a wrapper that FSDP2 has made the root of its shards gathers them in its own forward
     call = model if isinstance(model, FSDPModule) else unwrapped(model)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -64,6 +67,17 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
             "to write from. Set one, or pass a dataloader of general text as reference=."
         )
     return start, ends
+
+
+def _require_room(config: Any, start: int, length: int) -> None:
+    vocabulary, positions = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    if vocabulary is not None and not 0 <= start < vocabulary:
+        raise ValueError(
+            f"reference='self': the start token of the model's config is {start}, but its vocabulary has {vocabulary} "
+            "tokens. Set bos_token_id, or pass a dataloader of general text as reference=."
+        )
+    if positions is not None and length > positions:
+        raise ValueError(f"reference_length={length}: the model has no more than {positions} positions")
 
 
 @torch.no_grad()

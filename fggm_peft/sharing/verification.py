@@ -14,7 +14,7 @@ from ..core.granularity import GRANULARITIES
 from ..core.index_codec import entropy_bytes
 from ..tuner.base_check import require_base
 from ..tuner.config import FGGMConfig
-from ..tuner.file_settings import by_layer_group
+from ..tuner.file_settings import by_layer_group, from_layer_groups
 from .files import AdapterContents, adapted_layers, contents_of, find_adapter
 
 
@@ -120,7 +120,8 @@ def _require_announced(contents: AdapterContents) -> None:
     """Raise unless densities and dtypes are those that the config announces."""
     config = contents.config
     wanted = config.density_by_module
-    if wanted is not None and wanted != by_layer_group(_densities(contents)):
+    # parsed, as the order of modules in a file is another one than in a model
+    if wanted is not None and from_layer_groups(wanted) != from_layer_groups(by_layer_group(_densities(contents))):
         raise AdapterFileError(f"{contents.file}: the densities are not those that the config announces")
     for name in contents.deltas:
         dtype = str(contents.dtypes[name])[6:]
