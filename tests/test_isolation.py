@@ -127,7 +127,7 @@ def test_nothing_is_left_of_a_model_that_is_gone(base, granularity):
     watched = [weakref.ref(layer) for layer in fggm_layers(model, "default").values()]
     assert tensors() > before
     del model
-    assert tensors() == before
+    assert tensors() <= before  # less where something of an earlier test goes in between
     assert not any(reference() for reference in watched)
 
 
