@@ -58,12 +58,6 @@ def peak_mib(call: Callable[[], Any]) -> float:
     return peak / 2**20
 
 
-def case_name(hidden: int, layers: int, length: int, size: int, dtype: torch.dtype) -> str:
-    """What was measured, as a key of the result file."""
-    kind = str(dtype).removeprefix("torch.")
-    return f"vocabulary {VOCABULARY}, hidden {hidden} x {layers} layers, T {length}, batch {size}, {kind}"
-
-
 def batches(count: int, size: int, length: int, vocab: int = VOCABULARY) -> list[dict[str, torch.Tensor]]:
     """Random token batches without padding, with labels everywhere."""
     generator = torch.Generator().manual_seed(0)

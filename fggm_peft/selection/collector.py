@@ -190,12 +190,13 @@ class ScoreCollector:
         held = _whole(output) if self.hooks_tensors and output.requires_grad else None
         if held is None:
             return _Tap.apply(output, kept, self._anchor, report)
-        shape, version = output.shape, None if kept is None else kept._version
+        shape, version = output.shape, None if kept is None else _version(kept)
 
         def on_gradient(g: Tensor) -> None:
-            if kept is not None and kept._version != version:
+            if kept is not None and _version(kept) != version:
                 raise RuntimeError(
-                    "the input of a layer has been modified by an inplace operation after the layer read it"
+                    f"module {name}: its input was modified by an inplace operation after it was read. Leave the "
+                    "module out with exclude_modules, or choose rows"
                 )
             report(kept, g.reshape(shape))
 

@@ -92,8 +92,7 @@ class CostEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, ready for JSON."""
-        derived = {"depends_on_scores": self.depends_on_scores}
-        return {**asdict(self), **derived}
+        return {**asdict(self), "depends_on_scores": self.depends_on_scores}
 
     def to_table(self) -> Table:
         """For rich to print."""

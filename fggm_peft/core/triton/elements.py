@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import TILES, configs, tile_product
+from .tiles import TILE_COLUMNS, TILES, configs, tile_product
 
 _ADDED_ENTRIES = 1024
 _DOT_POSITIONS = 256  # a warp reads 512 bytes of one feature at a time
-_TILE_COLUMNS = 128
 
 
 @triton.jit
@@ -128,14 +127,14 @@ def sampled_tiles(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
     if indices.numel() == 0:
         return result
     indices, (height, width) = indices.contiguous(), (g.shape[1], x.shape[1])
-    tiles = triton.cdiv(width, _TILE_COLUMNS)
-    first_columns = torch.arange(0, width, _TILE_COLUMNS, device=x.device)
+    tiles = triton.cdiv(width, TILE_COLUMNS)
+    first_columns = torch.arange(0, width, TILE_COLUMNS, device=x.device)
     edges = torch.arange(height, device=x.device)[:, None] * width + first_columns
     starts = x.new_empty(height * tiles + 1, dtype=torch.int64)
     torch.searchsorted(indices, edges.flatten().to(indices.dtype), out=starts[:-1])
     starts[-1] = indices.numel()
     with torch.cuda.device_of(x):
         sampled_tiles_kernel[lambda meta: (triton.cdiv(height, meta["BLOCK_ROWS"]), tiles)](
-            g, x, indices, starts, result, len(x), height, width, *g.stride(), *x.stride(), BLOCK_COLUMNS=_TILE_COLUMNS
+            g, x, indices, starts, result, len(x), height, width, *g.stride(), *x.stride(), BLOCK_COLUMNS=TILE_COLUMNS
         )
     return result

@@ -15,7 +15,7 @@ TILES = [
     triton.Config({"BLOCK_ROWS": rows, "BLOCK_N": 64}, num_warps=warps, num_stages=stages)
     for rows, warps, stages in ((64, 4, 2), (64, 4, 3), (128, 8, 3), (128, 8, 4))
 ]
-_TILE_COLUMNS = 128
+TILE_COLUMNS = 128
 
 
 def configs(choices: list[triton.Config]) -> list[triton.Config]:
@@ -71,10 +71,10 @@ def gathered_product_(result: Tensor, chosen: Tensor, other: Tensor, indices: Te
         return
 
     def grid(meta):
-        return triton.cdiv(count, meta["BLOCK_ROWS"]), triton.cdiv(width, _TILE_COLUMNS)
+        return triton.cdiv(count, meta["BLOCK_ROWS"]), triton.cdiv(width, TILE_COLUMNS)
 
     with torch.cuda.device_of(result):
         gathered_product_kernel[grid](
             chosen, other, indices.contiguous(), result, len(chosen), count, width,
-            *chosen.stride(), *other.stride(), *result.stride(), BLOCK_COLUMNS=_TILE_COLUMNS,
+            *chosen.stride(), *other.stride(), *result.stride(), BLOCK_COLUMNS=TILE_COLUMNS,
         )  # fmt: skip
