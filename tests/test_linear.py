@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from reference import TOLERANCE, dense_delta, linear, relative_error, units
 
 from fggm_peft.core.granularity import GRANULARITIES
-from fggm_peft.core.linear import additive_linear, effective_linear, effective_matrix, effective_weight
+from fggm_peft.core.linear import (
+    additive_linear,
+    effective_linear,
+    effective_matrix,
+    effective_weight,
+    pays_to_split,
+    split_linear,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(5, 7), (8, 3), (1, 6), (6, 1), (16, 16)]
@@ -25,7 +32,16 @@ def run_additive(x, weight, bias, deltas):
     return additive_linear(F.linear(x, weight, bias), x, deltas)
 
 
+def run_split(x, weight, bias, deltas):
+    (delta,) = deltas
+    if delta.granularity.weight_dim is None:
+        pytest.skip("single entries are no slices of a weight")
+    return split_linear(x, lambda: weight, bias, delta)
+
+
 FORMS = [run_effective, run_additive]
+FORMS_OF_ONE = [*FORMS, run_split]
+SLICES = [name for name in GRANULARITIES if GRANULARITIES[name].weight_dim is not None]
 
 
 def counts(name, shape):
@@ -59,7 +75,7 @@ def assert_like_dense(form, x, weight, bias, deltas):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_ONE)
 def test_forward_and_every_gradient_agree_with_dense(form, dtype, granularity, make_delta):
     values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for shape in SHAPES:
@@ -70,13 +86,13 @@ def test_forward_and_every_gradient_agree_with_dense(form, dtype, granularity, m
 
 
 @pytest.mark.parametrize("before", INPUTS, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_ONE)
 def test_the_input_may_have_any_number_of_dimensions(form, before, granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3)
     assert_like_dense(form, torch.randn(*before, 7), torch.randn(5, 7), torch.randn(5), [delta])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_ONE)
 def test_input_weight_and_output_gradient_may_be_strided(form, granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3, torch.float64)
     x = torch.randn(7, 4, 2, dtype=torch.float64).permute(2, 1, 0)  # not even viewable as [n, i]
@@ -125,6 +141,19 @@ def test_random_shapes_and_supports_agree_with_dense(form, data, make_delta):
     assert_like_dense(form, x, weight, bias, deltas)
 
 
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_random_shapes_and_supports_agree_with_dense_where_the_product_is_split(data, make_delta):
+    shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    name, dtype = data.draw(st.sampled_from(SLICES)), data.draw(st.sampled_from(DTYPES))
+    values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    k, scale = data.draw(st.integers(0, units(name, shape))), data.draw(st.sampled_from([1.0, -0.25, 0.0]))
+    delta = make_delta(name, shape, k, values_dtype, scale=scale, seed=data.draw(st.integers(0, 99)))
+    x = torch.randn(data.draw(st.integers(0, 5)), shape[1]).to(dtype)
+    bias = torch.randn(shape[0]).to(dtype) if data.draw(st.booleans()) else None
+    assert_like_dense(run_split, x, torch.randn(shape).to(dtype), bias, [delta])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_effective_matrix_is_the_dense_sum_and_gives_the_values_their_entries(
@@ -157,6 +186,31 @@ def test_the_effective_form_computes_exactly_what_the_merged_weight_gives(dtype,
     assert torch.equal(effective_linear(x, weight.clone, bias, deltas), F.linear(x, merged, bias))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SLICES)
+def test_a_split_product_is_taken_with_the_entries_of_the_merged_weight(name, dtype, make_delta):
+    """With unit vectors every sum has one term, so nothing but the entries themselves can differ."""
+    delta = make_delta(name, (16, 12), 5, scale=0.01)
+    weight = torch.randn(16, 12).to(dtype)
+    before, x = weight.clone(), torch.eye(12, dtype=dtype)
+    with torch.no_grad():
+        merged = effective_weight(weight.clone(), [delta])
+    assert torch.equal(split_linear(x, lambda: weight, None, delta), merged.mT)
+    zeros = torch.zeros(16, 12, dtype=dtype, requires_grad=True)
+    split_linear(zeros, lambda: weight, None, delta).backward(torch.eye(16, dtype=dtype))
+    assert torch.equal(zeros.grad, merged)
+    assert torch.equal(weight, before)
+
+
+def test_splitting_pays_for_few_positions_on_few_units_and_never_for_single_entries(make_delta):
+    shape, few = (512, 512), 26  # 5 %
+    row, column, element = (make_delta(name, shape, few) for name in ("row", "column", "element"))
+    assert pays_to_split(row, shape, 128) and pays_to_split(column, shape, 128)
+    assert not pays_to_split(row, shape, 1024)
+    assert not pays_to_split(make_delta("row", shape, 400), shape, 128)
+    assert not pays_to_split(element, shape, 1)
+
+
 def test_a_weight_that_is_wider_or_narrower_than_the_input_is_taken_in_the_inputs_dtype(granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3)
     x, weight = torch.randn(4, 7).bfloat16(), torch.randn(5, 7)
@@ -175,7 +229,7 @@ def test_the_effective_form_keeps_nothing_as_large_as_the_weight(granularity, ma
     assert max(kept) < weight.numel() / 10
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_ONE)
 @pytest.mark.parametrize("k, kept", [(0, 0), (7, 7), (16, 16), (17, 48), (48, 48)])
 def test_few_columns_keep_their_own_inputs_only(k, kept, form, make_delta):
     """The key's and the value's layer have the same input: beyond a third, parts would be more than the whole."""
@@ -201,7 +255,7 @@ def test_the_weight_is_asked_for_in_backward_only_if_the_input_wants_a_gradient(
         assert delta.values.grad is not None
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_OF_ONE)
 def test_a_frozen_delta_counts_but_gets_no_gradient_and_keeps_no_input(form, granularity, make_delta):
     delta = make_delta(granularity, (64, 48), 3)
     delta.values.requires_grad_(False)
@@ -231,6 +285,7 @@ def test_differentiating_twice_is_refused(granularity, make_delta):
     for y in (
         run_effective(x, weight, None, [delta]),
         run_additive(x, weight, None, [delta]),
+        *([run_split(x, weight, None, [delta])] if granularity in SLICES else []),
         effective_matrix(weight.clone, [delta]),
     ):
         (gradient,) = torch.autograd.grad(y.square().sum(), delta.values, create_graph=True)

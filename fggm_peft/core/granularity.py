@@ -32,6 +32,7 @@ class Granularity(ABC):
 
     name: ClassVar[str]
     unit_dim: ClassVar[int]  # the dimension of the values that counts units
+    weight_dim: ClassVar[int | None] = None  # the dimension of a weight that units are slices along, if they are
     index_codecs: ClassVar[tuple[str, ...]] = ("plain",)  # what a file may hold the indices in
     keeps_part: ClassVar[bool] = False  # of its inputs a step keeps a part where few units are chosen
     takes_digest: ClassVar[bool] = False  # its scores can do without the layer's input, see ``InputDigest``
@@ -108,6 +109,7 @@ class Rows(Granularity):
 
     name = "row"
     unit_dim = 0
+    weight_dim = 0
     takes_digest = True
 
     def units(self, shape):
@@ -158,6 +160,7 @@ class Columns(Granularity):
 
     name = "column"
     unit_dim = 1
+    weight_dim = 1
     keeps_part = True
 
     def units(self, shape):

@@ -1,9 +1,10 @@
 """``x @ (weight + deltas).mT`` for sparse deltas, forward and backward, in two forms of one meaning.
 
-*Effective weight*: the chosen entries are written into a copy of the weight and one product is
-taken; the copy is made again in backward and never kept. It trains exactly what the merge will
-give, rounding included. *Additive*: the delta's own product is added to the base layer's output;
-the weight is never needed. Measured in benchmarks/suite.
+*Effective weight*: the product is taken with the entries that the merge will give, rounding included.
+They are written into a copy of the weight, which is made again in backward and never kept; or, where
+few positions would have to pay for the copy, chosen rows or columns are multiplied by themselves.
+*Additive*: the delta's own product is added to the base layer's output; the weight is never needed.
+Measured in benchmarks/forms.py and benchmarks/suite.
 """
 
 from __future__ import annotations
@@ -54,6 +55,41 @@ def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta
     # flat inside the function: a view that it returned could not be modified in place by the model
     flat = _EffectiveLinear.apply(_flat(x), bias, weight, tuple(deltas), *(d.values for d in deltas))
     return flat.view(*x.shape[:-1], flat.shape[-1])
+
+
+def split_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta: SparseDelta) -> Tensor:
+    """As ``effective_linear`` for one delta of rows or columns, in two products and without a copy of the weight.
+
+    Args:
+        x: ``[..., i]``.
+        weight: called here and in backward; what it gives is only read.
+        bias: ``[o]`` or None.
+        delta: its values get gradients in their own dtype.
+    """
+    flat = _SplitLinear.apply(_flat(x), bias, weight, delta, delta.values)
+    return flat.view(*x.shape[:-1], flat.shape[-1])
+
+
+_SPLIT_POSITIONS = 32
+"""Positions × density up to which multiplying chosen units by themselves is cheaper than two copies of the weight."""
+
+
+def pays_to_split(delta: SparseDelta, shape: tuple[int, int], positions: int) -> bool:
+    """Whether ``split_linear`` takes less time than ``effective_linear`` with a weight that has to be copied.
+
+    It multiplies with the chosen units once more, and copies the input (or, in backward, the output's gradient). Where
+    the two meet was measured on a CPU, in float32 and bfloat16 (benchmarks/forms.py).
+
+    Args:
+        delta: any.
+        shape: the weight's.
+        positions: rows of the input ``[n, i]``.
+    """
+    dim = delta.granularity.weight_dim
+    if dim is None:
+        return False
+    density = delta.indices.numel() / shape[dim]
+    return positions * (density / _SPLIT_POSITIONS + 1 / shape[1 - dim]) < 1
 
 
 def effective_weight(weight: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
@@ -145,6 +181,45 @@ class _EffectiveLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gb = g.sum(0)
         return (gx, gb, None, None, *_value_gradients(ctx.deltas, kept, g, values))
+
+
+class _SplitLinear(torch.autograd.Function):
+    @staticmethod
+    @_as_given
+    def forward(ctx, x, bias, weight, delta, values):
+        ctx.weight, ctx.deltas = weight, (delta,)
+        _save_for_backward(ctx, 4, x, (values,))
+        matrix = weight()
+        units = _merged_units(matrix, delta, values).to(x.dtype)
+        return _split_product(x, matrix.to(x.dtype), bias, units, delta.indices, delta.granularity.weight_dim)
+
+    @staticmethod
+    @once_differentiable
+    @_as_given
+    def backward(ctx, g):
+        values, kept = _saved_for_backward(ctx)
+        gx = gb = None
+        if ctx.needs_input_grad[0]:
+            (delta,), matrix = ctx.deltas, ctx.weight()
+            units = _merged_units(matrix, delta, values[0]).to(g.dtype)
+            dim = 1 - delta.granularity.weight_dim  # of the transposed weight
+            gx = _split_product(g, matrix.to(g.dtype).mT, None, units.mT, delta.indices, dim)
+        if ctx.needs_input_grad[1]:
+            gb = g.sum(0)
+        return (gx, gb, None, None, *_value_gradients(ctx.deltas, kept, g, values))
+
+
+def _merged_units(weight: Tensor, delta: SparseDelta, values: Tensor) -> Tensor:
+    return delta.granularity.added(weight, delta.indices, values, delta.scale)
+
+
+def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor, indices: Tensor, dim: int) -> Tensor:
+    """``x @ weight.mT + bias`` with ``units`` in the place of the slices ``indices`` of ``weight`` along ``dim``."""
+    indices = indices.long()
+    if dim == 0:
+        bias_of_units = None if bias is None else bias.index_select(0, indices)
+        return F.linear(x, weight, bias).index_copy_(1, indices, F.linear(x, units, bias_of_units))
+    return F.linear(x.index_fill(1, indices, 0), weight, bias).addmm_(x.index_select(1, indices), units.mT)
 
 
 class _AdditiveLinear(torch.autograd.Function):

@@ -329,12 +329,16 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """Whether the base layer computes what its type stands for, and nothing else."""
         return True
 
+    def dense_weight(self) -> Tensor:
+        """The weight of a dense base as ``[o, i]``, to be read only."""
+        return self.matrix(whole(self.get_base_weight().detach()))
+
     def weight_copy(self) -> Tensor:
         """The base weight ``[o, i]`` in memory of its own: a copy, or the dequantized weight."""
+        if self.quantization_backend is None:
+            return self.dense_weight().clone()
         recover_quantization_state(self.get_base_layer())
         weight = self.get_base_weight().detach()
-        if self.quantization_backend is None:
-            return self.matrix(whole(weight).clone())
         kept = getattr(self.get_base_layer(), KEPT, None)
         return weight if kept is None else effective_weight(weight, kept.deltas)
 

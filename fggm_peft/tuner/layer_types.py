@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..core.linear import SparseDelta, additive_linear, effective_linear, effective_matrix
+from ..core.linear import SparseDelta, additive_linear, effective_linear, effective_matrix, pays_to_split, split_linear
 from ..core.per_sample import (
     EmbeddingGradients,
     GroupedGradients,
@@ -58,8 +58,17 @@ class FGGMLinear(FGGMLayer):
             return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
         bias = self.bias_with_deltas(self.base_layer.bias)
         bias = None if bias is None else bias.to(dtype)
-        output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
+        if self._splits(deltas, x):
+            output = split_linear(x.to(dtype), self.dense_weight, bias, deltas[0])
+        else:
+            output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
         return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
+
+    def _splits(self, deltas: list[SparseDelta], x: Tensor) -> bool:
+        """Whether the weight can be left where it is; a dequantized one is a copy already."""
+        if self.quantization_backend is not None or len(deltas) != 1:
+            return False
+        return pays_to_split(deltas[0], self.weight_shape, self.positions(x))
 
     def with_deltas(self, output, adapter_names, x):
         output = additive_linear(output, x.to(output.dtype), self.deltas(adapter_names))
