@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import llama, logits, token_batches, train
 from peft import get_peft_model
+from reference import TOLERANCE, relative_error
 
 from fggm_peft import FGGMConfig, MergeReport
 from fggm_peft.core.granularity import GRANULARITIES
@@ -42,7 +43,11 @@ def test_the_merged_model_computes_what_was_trained(granularity, dtype):
     model.eval()
     before = logits(model, BATCHES[0])
     merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged, BATCHES[0]), before, rtol=1e-5, atol=1e-6)
+    after = logits(merged, BATCHES[0])
+    if granularity == "column" and dtype == torch.bfloat16:  # the sum of two products is rounded twice
+        assert relative_error(after, before) < TOLERANCE[dtype]
+    else:
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
     assert not any("fggm" in name for name, _ in merged.named_modules())
 
 
@@ -197,10 +202,13 @@ def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granul
     indices = torch.arange(0, kind.units((13, 11)), 3, dtype=torch.int32)
     delta = SparseDelta(kind, indices, 0.1 * torch.randn(kind.values_shape((13, 11), len(indices))), scale)
     after = before.clone()
-    record, old = merging.add_to_dense_(after, delta)
+    record, old = merging.add_to_dense_(after, delta, True)
     expected = before.clone()
     kind.add_(expected, indices, delta.values, scale)
     assert torch.equal(after, expected) and torch.equal(old, kind.gather(before, indices))
+    for_good = before.clone()
+    assert merging.add_to_dense_(for_good, delta, False) == (record, None)
+    assert torch.equal(for_good, expected)
     change, meant = after.double() - before.double(), torch.zeros(13, 11, dtype=torch.float64)
     kind.add_(meant, indices, delta.values.double(), scale)
     assert record.delta_norm == pytest.approx(float(meant.norm()), rel=1e-5)
@@ -212,5 +220,5 @@ def test_merging_an_empty_delta_changes_nothing(granularity):
     kind, weight = GRANULARITIES[granularity], torch.randn(5, 4)
     delta = SparseDelta(kind, torch.zeros(0, dtype=torch.int32), torch.zeros(kind.values_shape((5, 4), 0)), 1.0)
     after = weight.clone()
-    record, _ = merging.add_to_dense_(after, delta)
+    record, _ = merging.add_to_dense_(after, delta, True)
     assert torch.equal(after, weight) and record.delta_norm == record.error_norm == 0 and record.survived == 1

@@ -8,6 +8,8 @@ granularity is one class and one line in the registry.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import ClassVar
 
 import torch
@@ -94,6 +96,27 @@ class Granularity(ABC):
     @abstractmethod
     def delta_rows(self, rows: Tensor, indices: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """The given rows of the delta, dense ``[n, i]``; differentiable in ``values``."""
+
+    def pieces(
+        self, weight: Tensor, indices: Tensor, tensors: Sequence[Tensor], size: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """A delta in parts of about ``size`` entries, each with the part of the weight that it is a delta of.
+
+        Args:
+            weight: ``[o, i]``.
+            indices: ``[k]``.
+            tensors: each ``values_shape(shape, k)``, not empty.
+            size: a part has more where a single unit, or a line of columns, is more.
+
+        Returns:
+            Of each part a view of the weight, the indices into that, and its part of every tensor.
+        """
+        step = max(1, size * len(tensors[0]) // tensors[0].numel())
+        yield from zip(*self._parts(weight, indices, step), *(t.split(step) for t in tensors), strict=False)
+
+    def _parts(self, weight: Tensor, indices: Tensor, step: int) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+        """Views of the weight, and indices into each, for ``step`` lines of the values at a time."""
+        return repeat(weight), indices.split(step)
 
     def added(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> Tensor:
         """The chosen entries after the delta is added: in float32 at least, rounded once."""
@@ -186,6 +209,9 @@ class Columns(Granularity):
 
     def put_(self, weight, indices, entries):
         weight.index_copy_(1, indices.long(), entries)
+
+    def _parts(self, weight, indices, step):
+        return weight.split(step), repeat(indices)
 
     def kept_input(self, x, indices):
         # the query, key and value layers share one input, of which each would keep a part of its own

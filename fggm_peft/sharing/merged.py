@@ -145,7 +145,7 @@ def add_module_(model: nn.Module, name: str, layer: FGGMLayer, deltas: Sequence[
         record = _keep_(model, name, layer, deltas)
     else:
         record = change_weight_(
-            layer, lambda matrix: total([add_to_dense_(matrix, delta.scaled())[0] for delta in deltas])
+            layer, lambda matrix: total([add_to_dense_(matrix, delta.scaled(), False)[0] for delta in deltas])
         )
     bias = getattr(layer.get_base_layer(), "bias", None)
     for delta in deltas:

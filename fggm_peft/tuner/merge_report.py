@@ -58,18 +58,19 @@ class MergeReport:
 
 def account(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
     """Compare the actual change of a weight with the delta that was meant, entry by entry."""
-    return from_products([products(change.flatten().float(), delta.flatten().float())], outcome)
+    return from_products(products(change.float(), delta.float()), outcome)
 
 
-def products(change: Tensor, delta: Tensor) -> Tensor:
-    """The inner products ``[3]`` in float64 that a record is made of, from vectors; those of parts add up."""
-    error = change - delta
-    return torch.stack([delta.dot(delta), change.dot(delta), error.dot(error)]).double()
+def products(change: Tensor, delta: Tensor) -> list[Tensor]:
+    """The three inner products that a record is made of, from tensors of one shape; those of parts add up."""
+    change, delta = change.flatten(), delta.flatten()
+    projection, error = change.dot(delta), change - delta
+    return [delta.dot(delta), projection, error.dot(error)]
 
 
 def from_products(parts: Sequence[Tensor], outcome: str) -> ModuleMerge:
-    """The record of a module from the products of its parts; of none if the delta is empty."""
-    square, projection, error = torch.stack(list(parts)).sum(0).tolist() if parts else (0.0, 0.0, 0.0)
+    """The record of a module from the products of its parts, one after another; of none if the delta is empty."""
+    square, projection, error = torch.stack(list(parts)).double().view(-1, 3).sum(0).tolist() if parts else (0.0,) * 3
     return ModuleMerge(square**0.5, projection, error**0.5, outcome)
 
 

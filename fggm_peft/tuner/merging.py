@@ -48,27 +48,31 @@ def merge_dense_(layer: FGGMLayer, names: Sequence[str], safe: bool, keep_origin
     matrix = layer.matrix(weight)
     records = []
     for name in names:
-        record, old = add_to_dense_(matrix, layer.delta(name))
+        record, old = add_to_dense_(matrix, layer.delta(name), keep_originals)
         records.append(record)
-        if keep_originals:
+        if old is not None:
             layer.fggm_originals[name] = old
         _merge_bias_(layer, base, name, keep_originals)
     layer.write_back_(weight, matrix)
     return total(records)
 
 
-def add_to_dense_(matrix: Tensor, delta: SparseDelta) -> tuple[ModuleMerge, Tensor]:
+def add_to_dense_(matrix: Tensor, delta: SparseDelta, keep_originals: bool) -> tuple[ModuleMerge, Tensor | None]:
     """Add a delta to a weight ``[o, i]`` in place; returns what became of it, and the entries as they were."""
-    values = delta.values.detach()
-    old = delta.granularity.gather(matrix, delta.indices)
-    new = torch.empty_like(old, memory_format=torch.contiguous_format)
-    sums = []
+    kind, values = delta.granularity, delta.values.detach()
+    old = values.new_empty(values.shape, dtype=matrix.dtype) if keep_originals else None
     # what is made on the way stays in the processor's cache, and is not written to fresh memory
-    size = PIECE if old.device.type == "cpu" else max(1, old.numel())
-    for before, after, change in zip(*(t.reshape(-1).split(size) for t in (old, new, values)), strict=True):
-        after.copy_(sum_rounded_once(before, change, delta.scale))
-        sums.append(products(after.float() - before.float(), change.float() * delta.scale))
-    delta.granularity.put_(matrix, delta.indices, new)
+    size = PIECE if matrix.device.type == "cpu" else values.numel()
+    tensors = [values] if old is None else [values, old]
+    sums: list[Tensor] = []
+    for part, indices, change, *kept in kind.pieces(matrix, delta.indices, tensors, size) if values.numel() else ():
+        before = kind.gather(part, indices)
+        after = sum_rounded_once(before, change, delta.scale)
+        kind.put_(part, indices, after)
+        meant = change.float() if delta.scale == 1 else change.float() * delta.scale
+        sums += products(after.float() - before.float(), meant)
+        for entries in kept:
+            entries.copy_(before)
     return from_products(sums, "added"), old
 
 
