@@ -60,7 +60,10 @@ def step_memory(
     if batch_size * sequence_length > _FEW_POSITIONS and next(model.parameters()).device.type != "meta":
         sizes = list(itertools.product(_probed(batch_size, _BATCH_SIZES), _probed(sequence_length, _LENGTHS)))
     with _as_in_training(model, checkpointing), _weightless(model):
-        steps = [_history(model, make_batch(*size)) for size in sizes]
+        steps = []
+        for b, t in sizes:
+            _take_forms_of_(model, batch_size * sequence_length / (b * t))
+            steps.append(_history(model, make_batch(b, t)))
     histories = [torch.tensor(step, dtype=torch.float64) for step in steps]
     if len({len(history) for history in histories}) > 1:  # other operators at another size: extend the peaks alone
         histories = [history[[int(history.sum(1).argmax()), int(history[:, 0].argmax())]] for history in histories]
@@ -71,6 +74,16 @@ def step_memory(
     history = (torch.stack(histories) * torch.tensor(weights, dtype=torch.float64)[:, None, None]).sum(0)
     activations, gradients = history[history.sum(1).argmax()].round().long().tolist()
     return StepMemory(activations, gradients, round(float(history[:, 0].max())))
+
+
+def _take_forms_of_(model: nn.Module, more: float) -> None:
+    """Let layers take their product in the form that they would have at ``more`` times as many positions.
+
+    Those are attributes, which ``as_it_was`` takes away.
+    """
+    for module in model.modules():
+        if isinstance(module, FGGMLayer):
+            vars(module)["positions"] = lambda x, layer=module: more * type(layer).positions(layer, x)
 
 
 def _probed(wanted: int, sizes: Sequence[int]) -> Sequence[int]:
