@@ -310,7 +310,7 @@ def test_scores_come_back_as_they_were_saved(granularity, tmp_path):
     assert file == tmp_path / SCORES_FILE and not list(tmp_path.glob("*.partial"))
     record = load_record(tmp_path)
     assert (record.granularity, record.samples, record.base) == (granularity, 8, "some/model")
-    expected = fisher_scores(model, token_batches())
+    expected = fisher_scores(adapted(llama(), granularity), token_batches())
     for name, layer in fggm_layers(model, "default").items():
         values = record.values("fisher", name, GRANULARITIES[granularity], layer.weight_shape)
         assert values.dtype == torch.float32 and len(values) == units(granularity, layer.weight_shape)

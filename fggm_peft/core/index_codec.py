@@ -159,7 +159,7 @@ class GolombRice(IndexCodec):
 
     def _low(self, low: Tensor, k: int) -> numpy.ndarray:
         """The low bits of every gap, in a small dtype that holds them: less to read and write."""
-        gaps = numpy.zeros(k, dtype=numpy.uint8 if len(low) <= 8 else numpy.int64)
+        gaps: numpy.ndarray = numpy.zeros(k, dtype=numpy.uint8 if len(low) <= 8 else numpy.int64)
         for plane, stream in enumerate(low):
             bits = _bits(stream)
             if bits[k:].any():
