@@ -1,0 +1,71 @@
+"""Forward and backward of one layer on rows or columns: two products without a copy of the weight, over one with it.
+
+Where the two cost the same is what ``core.linear.pays_to_split`` goes by.
+
+python benchmarks/forms.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+
+import torch
+from common import interleaved, ratios, show, write
+from torch import Tensor
+
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.linear import SparseDelta, effective_linear, pays_to_split, split_linear
+
+SHAPES = [(512, 512), (1536, 512), (1024, 1024), (4096, 1536)]
+POSITIONS = [32, 64, 128, 256, 512, 1024]
+DENSITIES = [0.01, 0.05, 0.1, 0.3]
+COPIED, SPLIT = "copied", "split"
+
+
+def measure(shape: tuple[int, int], positions: int, density: float, name: str, dtype: torch.dtype) -> dict[str, float]:
+    """Time of the split form over the copying one, and what the choice between them loses."""
+    generator = torch.Generator().manual_seed(0)
+    kind = GRANULARITIES[name]
+    units = kind.units(shape)
+    indices = torch.randperm(units, generator=generator)[: max(1, round(units * density))].sort().values.int()
+    values = torch.nn.Parameter(torch.randn(kind.values_shape(shape, len(indices)), generator=generator) * 1e-3)
+    delta = SparseDelta(kind, indices, values)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    x = torch.randn(positions, shape[1], generator=generator).to(dtype).requires_grad_()
+    g = torch.randn(positions, shape[0], generator=generator).to(dtype)
+
+    def step(y: Tensor) -> None:
+        torch.autograd.grad(y, (x, values), g)
+
+    calls = {
+        COPIED: lambda: step(effective_linear(x, weight.clone, None, [delta])),
+        SPLIT: lambda: step(split_linear(x, lambda: weight, None, delta)),
+    }
+    split = ratios(interleaved(calls, 9, warm_up=2), COPIED)[SPLIT]["ratio_min"]
+    chosen = split if pays_to_split(delta, shape, positions) else 1.0
+    return {"split_over_copied": split, "chosen_over_copied": chosen, "chosen_over_best": chosen / min(split, 1.0)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one shape and dtype")
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    settings = list(itertools.product((torch.float32, torch.bfloat16), SHAPES))
+    results = {}
+    for dtype, shape in settings[:1] if arguments.quick else settings:
+        rows = {
+            f"{name}, {positions} positions, {density:.0%}": measure(shape, positions, density, name, dtype)
+            for name, positions, density in itertools.product(("row", "column"), POSITIONS, DENSITIES)
+        }
+        title = f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}"
+        show(title, rows)
+        results[title] = rows
+    if not arguments.quick:
+        print("written to", write("forms", results))
+
+
+if __name__ == "__main__":
+    main()
