@@ -17,7 +17,7 @@ from . import kernels
 
 # Above these densities the dense product in row chunks is the faster one (benchmarks/suite).
 _SAMPLED_MAX_DENSITY = {torch.float32: 0.05, torch.float64: 0.05}
-_SAMPLED_MAX_DENSITY_16_BIT = 0.03
+_SAMPLED_MAX_DENSITY_16_BIT = 0.01
 _CHUNK_ENTRIES = 1 << 20  # 4 MiB of float32; smaller chunks cost 5-10 % more
 _GATHER_ENTRIES = 1 << 22
 
