@@ -101,9 +101,9 @@ def test_products_and_their_gradients_agree_with_the_dense_delta(granularity, in
             dense = dense_delta(granularity, shape, delta.indices, values)
             x, g = torch.randn(4, shape[1], dtype=torch.float64), torch.randn(4, shape[0], dtype=torch.float64)
             y, gx = torch.randn_like(g), torch.randn_like(x)
-            expected_y, expected_gx = y + x @ dense.T, gx + g @ dense
-            delta.granularity.add_product_(y, x, delta.indices, values)
-            delta.granularity.add_input_gradient_(gx, g, delta.indices, values)
+            expected_y, expected_gx = y - 0.5 * x @ dense.T, gx - 0.5 * g @ dense
+            delta.granularity.add_product_(y, x, delta.indices, values, -0.5)
+            delta.granularity.add_input_gradient_(gx, g, delta.indices, values, -0.5)
             gradient = delta.granularity.value_gradient(x, g, delta.indices)
             assert relative_error(y, expected_y) < TOLERANCE[torch.float64]
             assert relative_error(gx, expected_gx) < TOLERANCE[torch.float64]

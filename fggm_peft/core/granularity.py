@@ -29,6 +29,20 @@ def sum_rounded_once(entries: Tensor, values: Tensor, scale: float) -> Tensor:
     return torch.add(entries.to(wide), values.to(wide), alpha=scale).to(entries.dtype)
 
 
+def _add_matrix_product_(y: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """``y += scale * a @ b``, rounded once also where ``a`` and ``b`` are wider than ``y``."""
+    if a.dtype == y.dtype:
+        y.addmm_(a, b, alpha=scale)
+    else:
+        y.add_(a @ b, alpha=scale)
+
+
+def _starts(indices: Tensor, bounds: Tensor) -> Tensor:
+    """How many of the sorted ``indices`` are below each of ``bounds``, in their own dtype."""
+    is_int32 = indices.dtype == torch.int32
+    return torch.searchsorted(indices, bounds.to(indices.dtype), out_int32=is_int32)
+
+
 class Granularity(ABC):
     """One kind of unit that may be chosen, and the arithmetic of deltas made of such units."""
 
@@ -86,12 +100,12 @@ class Granularity(ABC):
         """The chosen entries of ``g.mT @ x``, from what was kept of ``x`` ``[n, i]`` and from ``g`` ``[n, o]``."""
 
     @abstractmethod
-    def add_product_(self, y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> None:
-        """``y += x @ delta.mT`` for ``y`` ``[n, o]`` and ``x`` ``[n, i]``."""
+    def add_product_(self, y: Tensor, x: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
+        """``y += scale * x @ delta.mT`` for ``y`` ``[n, o]`` and ``x`` ``[n, i]`` in the dtype of the values."""
 
     @abstractmethod
-    def add_input_gradient_(self, gx: Tensor, g: Tensor, indices: Tensor, values: Tensor) -> None:
-        """``gx += g @ delta`` for ``gx`` ``[n, i]`` and ``g`` ``[n, o]``."""
+    def add_input_gradient_(self, gx: Tensor, g: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
+        """``gx += scale * g @ delta`` for ``gx`` ``[n, i]`` and ``g`` ``[n, o]`` in the dtype of the values."""
 
     @abstractmethod
     def delta_rows(self, rows: Tensor, indices: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -164,11 +178,11 @@ class Rows(Granularity):
             return kernels.gathered_product(g, kept, indices)
         return g.index_select(1, indices).mT @ kept
 
-    def add_product_(self, y, x, indices, values):
-        y.index_add_(1, indices, x @ values.mT)
+    def add_product_(self, y, x, indices, values, scale=1.0):
+        y.index_add_(1, indices, (x @ values.mT).to(y.dtype), alpha=scale)
 
-    def add_input_gradient_(self, gx, g, indices, values):
-        gx.addmm_(g.index_select(1, indices), values)
+    def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
+        _add_matrix_product_(gx, g.index_select(1, indices), values, scale)
 
     def delta_rows(self, rows, indices, values, shape):
         if indices.numel() == 0:
@@ -224,11 +238,11 @@ class Columns(Granularity):
             return kernels.gathered_product(kept, g, indices, True)
         return g.mT @ kept.index_select(1, indices)
 
-    def add_product_(self, y, x, indices, values):
-        y.addmm_(x.index_select(1, indices), values.mT)
+    def add_product_(self, y, x, indices, values, scale=1.0):
+        _add_matrix_product_(y, x.index_select(1, indices), values.mT, scale)
 
-    def add_input_gradient_(self, gx, g, indices, values):
-        gx.index_add_(1, indices, g @ values)
+    def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
+        gx.index_add_(1, indices, (g @ values).to(gx.dtype), alpha=scale)
 
     def delta_rows(self, rows, indices, values, shape):
         zeros = values.new_zeros(len(rows), shape[1])
@@ -282,14 +296,15 @@ class Elements(Granularity):
     def value_gradient(self, kept, g, indices):
         return sampled_product(kept, g, indices)
 
-    def add_product_(self, y, x, indices, values):
-        rows, columns = indices // x.shape[1], indices % x.shape[1]
-        add_sparse_product_(y, x, rows, columns, values)
+    def add_product_(self, y, x, indices, values, scale=1.0):
+        starts = _starts(indices, torch.arange(y.shape[1], device=y.device) * x.shape[1])
+        add_sparse_product_(y, x, starts, indices % x.shape[1], values, scale)
 
-    def add_input_gradient_(self, gx, g, indices, values):
+    def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
         rows, columns = indices // gx.shape[1], indices % gx.shape[1]
         columns, order = columns.sort(stable=True)
-        add_sparse_product_(gx, g, columns, rows[order], values[order])
+        starts = _starts(columns, torch.arange(gx.shape[1], device=gx.device))
+        add_sparse_product_(gx, g, starts, rows[order], values[order], scale)
 
     def delta_rows(self, rows, indices, values, shape):
         if torch.compiler.is_exporting():  # no size in an exported program may depend on data

@@ -107,7 +107,8 @@ def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta
         x: ``[..., i]``.
         deltas: their values get gradients in their own dtype.
     """
-    if torch.compiler.is_exporting():  # an exported program holds operators, and an autograd function is none
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    if plain or torch.compiler.is_exporting():  # an exported program holds operators, and an autograd function is none
         return _with_products(_flat(base_output), _flat(x), deltas).view(base_output.shape)
     flat = _AdditiveLinear.apply(_flat(base_output), _flat(x), tuple(deltas), *(d.values for d in deltas))
     return flat.view(base_output.shape)
@@ -116,9 +117,19 @@ def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta
 def _with_products(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
     y = base_output.clone()  # the base layer's own backward may need it as it is
     for delta in deltas:
-        scaled = (delta.values * delta.scale).to(x.dtype)
-        delta.granularity.add_product_(y, x, delta.indices, scaled)
+        inputs, values = _of_one_dtype(x, delta.values)
+        delta.granularity.add_product_(y, inputs, delta.indices, values, delta.scale)
     return y
+
+
+_FEW_POSITIONS = 16
+"""Up to so many, a product in float32 takes less time than rounding the values to 16 bits for it."""
+
+
+def _of_one_dtype(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of ``x``; with few positions in the wider of the two, which leaves wide values as they are."""
+    dtype = torch.promote_types(x.dtype, values.dtype) if len(x) < _FEW_POSITIONS else x.dtype
+    return x.to(dtype), values.to(dtype)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -239,8 +250,8 @@ class _AdditiveLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gx = g.new_zeros(len(g), ctx.input_size)
             for delta, value in zip(ctx.deltas, values, strict=True):
-                scaled = (value * delta.scale).to(g.dtype)
-                delta.granularity.add_input_gradient_(gx, g, delta.indices, scaled)
+                gradient, value = _of_one_dtype(g, value)
+                delta.granularity.add_input_gradient_(gx, gradient, delta.indices, value, delta.scale)
         return (g, gx, None, *_value_gradients(ctx.deltas, kept, g, values))
 
 

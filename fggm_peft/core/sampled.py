@@ -26,21 +26,22 @@ def _row_starts(rows: Tensor, count: int) -> Tensor:
     return torch.searchsorted(rows, torch.arange(count, device=rows.device, dtype=rows.dtype))
 
 
-def add_sparse_product_(y: Tensor, x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-    """``y[:, rows[k]] += x[:, columns[k]] * values[k]`` for every ``k``.
+def add_sparse_product_(
+    y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, scale: float = 1.0
+) -> None:
+    """``y[:, row] += scale * x[:, columns[k]] * values[k]`` for every ``k`` from ``starts[row]`` to the next start.
 
     Args:
         y: ``[n, o]``, changed in place.
         x: ``[n, i]``.
-        rows: ``[k]`` integers, sorted.
+        starts: ``[o]`` integers of the dtype of ``columns``.
         columns: ``[k]`` integers.
         values: ``[k]`` in the dtype of ``x``.
     """
-    if rows.numel() == 0:
+    if columns.numel() == 0:
         return
-    starts = _row_starts(rows, y.shape[1])
-    bags = F.embedding_bag(columns.long(), x.mT.contiguous(), starts.long(), per_sample_weights=values, mode="sum")
-    y.add_(bags.mT)
+    bags = F.embedding_bag(columns, x.mT.contiguous(), starts, per_sample_weights=values, mode="sum")
+    y.add_(bags.mT, alpha=scale)
 
 
 def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
