@@ -82,6 +82,11 @@ def test_a_step_on_a_quantized_base_is_measured_for_what_can_be_had_there(base):
     assert {"LoRA", "FGGM rows", "FGGM elements"} <= set(result["rows"]) and "full" not in result["rows"]
 
 
+def test_decoding_is_measured_of_adapters_that_are_not_merged():
+    (result,) = measure("decoding", TINY, 0).values()
+    assert list(result["rows"]) == ["frozen", *ADAPTERS]
+
+
 def test_the_selection_pass_is_measured_beside_its_peers():
     (result,) = measure("selection pass", cases.Setting(**{**vars(TINY), "peers": True}), 0).values()
     assert {"frozen", "rows, exact", "rows, sketch", "elements, exact", "naive one-sample loop"} <= set(result["rows"])

@@ -68,6 +68,7 @@ def quick() -> list[Case]:
     small = replace(SMALL, length=64)
     cases = [Case("training step", replace(small, density=density)) for density in (0.05, 0.3)]
     cases.append(Case("training step", replace(small, base="nf4")))
+    cases.append(Case("decoding", replace(small, length=1, batch=1)))
     cases.append(Case("selection pass", replace(small, peers=True)))
     cases += [Case("adapter", small), IMPORT]
     return cases
@@ -78,6 +79,8 @@ def full() -> list[Case]:
     steps += [replace(MEDIUM, length=length, batch=batch) for length, batch in ((32, 8), (512, 1))]
     steps += [replace(MEDIUM, base=base) for base in ("bfloat16", "int8", "nf4")]
     steps += [SMALL, replace(LARGE, batch=2), replace(LARGE, batch=2, density=0.3), LARGEST]
+    tokens = [MEDIUM, replace(MEDIUM, base="nf4"), LARGE]
+    tokens = [replace(setting, length=1, batch=batch) for setting in tokens for batch in (1, 4)]
     passes = [replace(MEDIUM, length=length, batch=batch) for length, batch in ((32, 8), (512, 2))]
     passes += [replace(MEDIUM, peers=True), replace(LARGE, base="float32", batch=2), SMALL]
     files = [replace(MEDIUM, density=density) for density in (0.01, 0.05, 0.3)]
@@ -86,5 +89,5 @@ def full() -> list[Case]:
         steps += [replace(ON_GPU, density=density) for density in (0.01, 0.05)] + [replace(ON_GPU, base="nf4")]
         passes.append(ON_GPU)
         files.append(replace(ON_GPU, density=0.01))
-    listed = {"training step": steps, "selection pass": passes, "adapter": files}
+    listed = {"training step": steps, "decoding": tokens, "selection pass": passes, "adapter": files}
     return [Case(measurement, setting) for measurement, settings in listed.items() for setting in settings] + [IMPORT]

@@ -113,6 +113,19 @@ def training_step(setting: Setting, seconds: float) -> dict[str, Table]:
     return {"training step": table}
 
 
+# Decoding ---------------------------------------------------------------------------------------
+
+
+def decoding(setting: Setting, seconds: float) -> dict[str, Table]:
+    """The next token of each sample, adapters unmerged; without a context, of which all have the same."""
+    base, tokens = base_of(setting), batch_of(setting)["input_ids"][:, :1]
+    values = round(targeted_values(base) * setting.density)
+    names = [name for name in methods_for(setting.base, setting.parameters) if name in (FROZEN, *ADAPTERS)]
+    models = {name: METHODS[name](base, values).eval() for name in names}
+    with torch.no_grad():
+        return {"decoding": timed({name: functools.partial(m, tokens) for name, m in models.items()}, FROZEN, seconds)}
+
+
 # Selection pass ---------------------------------------------------------------------------------
 
 
@@ -247,6 +260,7 @@ def import_seconds(package: str) -> float:
 
 MEASUREMENTS: dict[str, Callable[[Setting, float], dict[str, Table]]] = {
     "training step": training_step,
+    "decoding": decoding,
     "selection pass": selection_pass,
     "adapter": adapter,
     "import": import_,
