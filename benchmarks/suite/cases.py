@@ -85,6 +85,7 @@ def full() -> list[Case]:
     passes += [replace(MEDIUM, peers=True), replace(LARGE, base="float32", batch=2), SMALL]
     files = [replace(MEDIUM, density=density) for density in (0.01, 0.05, 0.3)]
     files += [replace(LARGE, density=0.11), replace(LARGE, base="float32", density=0.11)]  # 10 M values
+    files.append(LARGEST)
     if torch.cuda.is_available():
         steps += [replace(ON_GPU, density=density) for density in (0.01, 0.05)] + [replace(ON_GPU, base="nf4")]
         passes.append(ON_GPU)
