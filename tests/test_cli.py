@@ -375,6 +375,12 @@ def test_errors_are_one_line_and_say_what_to_do(folder, selected, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("budget", ["150%", "0%", "0MiB", "lora:r=0", "-5MiB", "-3", "plenty"])
+def test_a_budget_that_no_model_could_meet_is_refused_before_one_is_loaded(budget, tmp_path):
+    message = fail("select", tmp_path / "no model", "--data", "none", "--output", tmp_path / "out", "--budget", budget)
+    assert " must be " in message and message.endswith(repr(budget))
+
+
 def test_training_that_fails_before_its_first_checkpoint_leaves_no_folder(folder, tmp_path):
     arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out")
     assert "chooses nothing" in fail(*arguments, "--threshold", '{"policy": "absolute_score", "value": 1e30}')
