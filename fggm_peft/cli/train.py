@@ -23,6 +23,7 @@ from .output import (
     require_adapter,
     require_checkpoint,
     require_free,
+    require_protected,
 )
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ def run(
     if resume:
         require_checkpoint(output)
         config = _resumed_config(output / CHECKPOINTS, selection, config)
+    else:
+        require_protected(config)
     arguments = training.arguments(output / CHECKPOINTS, config.seed)
     tokenizer = base.base().load_tokenizer()
     train_examples = data_options.examples(data, data_options.split or "train", tokenizer, config.seed)
