@@ -199,9 +199,13 @@ def _are_upright(columns: Sequence[str]) -> bool:
 
 
 def _brief(value: float) -> str:
-    """Two digits and no zero before the point: .59, 1.0, 42.5"""
+    """Two digits and no zero before the point: .59, 1.0, 42.5; what would round to zero is <.01, and zero is 0."""
+    if not value:
+        return "0"
     if abs(value) >= 0.995:
         return f"{value:.1f}"
+    if abs(value) < 0.005:
+        return "<.01" if value > 0 else ">-.01"
     return f"{value:.2f}".replace("0.", ".", 1)
 
 

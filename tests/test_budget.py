@@ -111,6 +111,16 @@ def assert_within(model: nn.Module, size: int, folder, least: float = 0.97) -> N
     assert least * size - digits - 96 * 8 < saved <= size
 
 
+@pytest.mark.parametrize(
+    ("written", "as_in_the_docs"),
+    [("30kib", "30KiB"), ("30KIB", "30KiB"), ("0.03mb", "30KB"), ("0.03 Mb", "30KB"), ("LoRA:R=2", "lora:r=2")],
+)
+def test_the_case_of_a_budget_does_not_matter(written, as_in_the_docs):
+    values = [adapted(llama(), budget=budget).peft_config["default"] for budget in (written, as_in_the_docs)]
+    assert values[0].resolved_budget == values[1].resolved_budget
+    assert values[0].budget == written
+
+
 def test_a_number_is_the_same_as_a_parameter_budget(granularity):
     models = [
         adapted(llama(), granularity, criterion="random", **config)
@@ -219,17 +229,23 @@ BAD = [
             "",
             "5",
             "MiB",
-            "-1%",
             "1 %%",
             "nan%",
-            "50Mb",
             "200B",
             "lora:16",
-            "lora:r=-1",
             "lora:r=1.5",
             "1e6",
             " 1%",
         )
+    ],
+    *[
+        ({"budget": v}, f"must be {rule}, for instance '.*', got budget={re.escape(repr(v))}")
+        for rule, values in (
+            ("at least a byte", ("0MiB", "0.0 kb", "0.0001KB", "-5MiB")),
+            ("above 0% and at most 100%", ("0%", "0.00%", "-1%", "150%", "100.1 %")),
+            ("at least 1", ("lora:r=0", "lora:r=-1", "LoRA:r=0")),
+        )
+        for v in values
     ],
     ({"budget": "1%", "density": 0.1}, r"give budget \('1%'\) or density \(0.1\), not both"),
     ({"budget": "1%", "threshold": ScoreMass()}, r"give budget \('1%'\) or threshold \(ScoreMass.*not both"),

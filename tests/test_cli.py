@@ -375,6 +375,12 @@ def test_errors_are_one_line_and_say_what_to_do(folder, selected, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("budget", ["150%", "0%", "0MiB", "lora:r=0", "-5MiB", "-3", "plenty"])
+def test_a_budget_that_no_model_could_meet_is_refused_before_one_is_loaded(budget, tmp_path):
+    message = fail("select", tmp_path / "no model", "--data", "none", "--output", tmp_path / "out", "--budget", budget)
+    assert " must be " in message and message.endswith(repr(budget))
+
+
 def test_training_that_fails_before_its_first_checkpoint_leaves_no_folder(folder, tmp_path):
     arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out")
     assert "chooses nothing" in fail(*arguments, "--threshold", '{"policy": "absolute_score", "value": 1e30}')
@@ -413,6 +419,40 @@ def test_an_adapter_is_not_selected_anew(folder, selected, tmp_path):
     arguments = ("--data", folder / "data", "--output", tmp_path / "out", "--adapter", selected, "--density", 0.1)
     result = fggm("train", folder / "model", *arguments)
     assert result.code == 2 and "--density" in result.err
+
+
+@pytest.mark.parametrize("option", ["--training-dtype", "--delta-dtype"])
+def test_what_values_are_kept_in_is_one_of_a_few(option, tmp_path):
+    result = fggm("select", "model", "--data", "d", "--output", tmp_path / "out", option, "int8")
+    assert result.code == 2 and "'float32', 'bfloat16'" in " ".join(result.err.split())
+
+
+def test_select_says_what_values_are_trained_in_and_train_keeps_to_it(folder, tmp_path):
+    chosen, arguments = tmp_path / "chosen", ("--data", folder / "data", "--output", tmp_path / "out")
+    dtypes = ("--training-dtype", "bfloat16", "--delta-dtype", "float16")
+    succeed("select", folder / "model", "-o", chosen, "--criterion", "random", *dtypes)
+    saved = json.loads((chosen / "adapter_config.json").read_text())
+    assert (saved["training_dtype"], saved["delta_dtype"]) == ("bfloat16", "float16")
+    succeed("train", folder / "model", *arguments, "--adapter", chosen, "--max-steps", 1)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["training_dtype"] == "bfloat16"
+    assert value_dtypes(tmp_path / "out") == {torch.float16}
+
+
+def test_the_files_dtype_is_for_each_training_to_say(folder, selected, tmp_path):
+    arguments = ("train", folder / "model", "--data", folder / "data", "--delta-dtype", "bfloat16")
+    succeed(*arguments, "--output", tmp_path / "a", "--max-steps", 1, "--adapter", selected)
+    assert value_dtypes(tmp_path / "a") == {torch.bfloat16}
+    own = (*arguments, "--output", tmp_path / "b", "--density", 0.1, "--set", "save_steps=1")
+    succeed(*own, "--max-steps", 1)
+    succeed(*own, "--max-steps", 2, "--resume")
+    assert value_dtypes(tmp_path / "b") == {torch.bfloat16}
+    result = fggm(*arguments, "--output", tmp_path / "c", "--adapter", selected, "--training-dtype", "bfloat16")
+    assert result.code == 2 and "--training-dtype" in result.err
+
+
+def value_dtypes(folder: Path) -> set[torch.dtype]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {tensor.dtype for name, tensor in tensors.items() if name.endswith("values")}
 
 
 def test_debug_shows_the_traceback(folder):

@@ -140,6 +140,23 @@ def test_compiled_layers_train_as_they_do_eagerly(backend, granularity, adapt):
     assert losses[4:] == pytest.approx(losses[:4], rel=1e-4) and losses[3] < losses[0]
 
 
+def test_what_is_compiled_is_not_compiled_for_the_selection(granularity):
+    """Eight layers are dynamo's limit of one function; each would be compiled anew for its hooks."""
+    base, batches = llama(layers=2), token_batches()
+    uncompiled = select_parameters(adapted(llama(layers=2), granularity), batches, progress=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    base.compile(backend="eager")
+    model = adapted(base, granularity)
+    report = select_parameters(model, batches, progress=False)
+    assert not torch._dynamo.utils.counters["stats"]
+    assert report.parameters == uncompiled.parameters
+    if granularity != "element":  # which are several graphs a layer
+        model(**batches[0]).loss.backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_the_trainer_selects_before_it_compiles(tmp_path, eager, monkeypatch):
     torch._dynamo.reset()
     compiled, compile = [], torch.compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 
@@ -107,6 +108,13 @@ def test_a_heat_map_has_its_values_in_its_cells_and_nothing_where_one_is_missing
     svg = to_svg(figure)
     assert [text for text in texts(svg) if text not in "rscd"] == [".12", "1.0", "-.50"]
     assert svg.count("fill: none") >= 1
+
+
+def test_a_small_value_in_a_cell_is_not_taken_for_zero():
+    figure, (axes,) = new_figure(2.5)
+    heat_map(axes, [[0.004, 0.0], [-0.004, 0.005], [1e-9, -0.0]], ["r", "s", "t"], ["c", "d"])
+    found = [text for text in texts(to_svg(figure)) if text not in "rstcd"]
+    assert [html.unescape(text) for text in found] == ["<.01", "0", ">-.01", ".01", "<.01", "0"]
 
 
 def test_a_heat_map_of_many_columns_has_a_colour_bar_instead():

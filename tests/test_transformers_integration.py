@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from models import llama, logits, token_batches, train
+from models import adapted, llama, logits, token_batches, train
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -58,6 +58,22 @@ def test_load_adapter_brings_every_bit(granularity, dtype, tmp_path):
     assert torch.equal(logits(plain, BATCHES[0]), logits(model, BATCHES[0]))
     plain.delete_adapter("default")
     assert not fggm_layers(plain, "default")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
+def test_values_keep_the_dtype_that_their_config_names(dtype, trains, tmp_path):
+    base = torch.bfloat16 if dtype == "float32" else torch.float32
+    model = adapted(llama(base), bias="fggm_only", training_dtype=dtype)
+    select_parameters(model, BATCHES, progress=False)
+    train(model, BATCHES, steps=1)
+    model.save_pretrained(tmp_path)
+    plain, wrapped = llama(base), PeftModel.from_pretrained(llama(base), tmp_path, is_trainable=trains)
+    plain.load_adapter(str(tmp_path), is_trainable=trains)
+    assert_same_adapter(wrapped, plain)
+    for layer in fggm_layers(plain, "default").values():
+        for parameter in layer.trained("default"):
+            assert parameter.dtype == getattr(torch, dtype or "float32") and parameter.requires_grad == trains
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

@@ -188,11 +188,20 @@ class SelectionOptions:
         Optional[Literal["auto", "requantize", "dequantize", "keep"]],
         typer.Option(help="How a delta goes into a quantized base (default: auto)."),
     ] = None
+    training_dtype: Annotated[
+        Optional[Literal["float32", "bfloat16"]],
+        typer.Option(help="What the values are trained in (default: float32); bfloat16 asks for an optimizer."),
+    ] = None
+    delta_dtype: Annotated[
+        Optional[Literal["float32", "bfloat16", "float16"]],
+        typer.Option(help="What the values are rounded to in the file (default: as they are trained)."),
+    ] = None
     seed: Annotated[Optional[int], typer.Option(help="Of the order of the data and whatever is drawn.")] = None
 
     def given(self) -> list[str]:
-        """The options that were given, as they are written on the command line; the seed is not about selection."""
-        names = [field.name for field in fields(self) if field.name != "seed" and getattr(self, field.name)]
+        """The options that were given, as they are written on the command line, but for those of every training."""
+        apart = {"seed", "delta_dtype"}
+        names = [field.name for field in fields(self) if field.name not in apart and getattr(self, field.name)]
         return ["--" + name.replace("_", "-") for name in names]
 
     def fggm_config(self) -> FGGMConfig:

@@ -1,4 +1,4 @@
-"""The folder that a command writes: refused if it would overwrite what is there."""
+"""The folders that a command reads and writes: refused if nothing is there, or if it would overwrite what is there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..tuner.config import FGGMConfig
 
 CHECKPOINTS = "checkpoints"
 MERGED = "merged"
@@ -46,7 +50,17 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 def require_adapter(folder: str) -> None:
     """Raise ``FileNotFoundError`` if ``folder`` is a path without an adapter in it; a Hub id is left to PEFT."""
+    from ..folder_or_hub import may_be_hub_id, not_here
+
     path = Path(folder).expanduser()
-    is_path = path.exists() or folder.startswith((".", "/", "~")) or folder.count("/") != 1
-    if is_path and not (path / "adapter_config.json").is_file():
+    if not path.exists() and ("/" not in folder or not may_be_hub_id(folder)):  # an adapter's id has an owner
+        raise FileNotFoundError(f"no adapter in {folder!r}: {not_here(folder)}")
+    if path.exists() and not (path / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter in {folder!r}: it has no adapter_config.json")
+
+
+def require_protected(config: FGGMConfig) -> None:
+    """The same of the earlier deltas that a selection is to keep out of."""
+    for name in config.protect or []:
+        if name != "history":
+            require_adapter(name)

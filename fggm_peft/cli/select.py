@@ -12,7 +12,7 @@ import typer
 from ..file_integrity import complete_folder
 from .command import Result
 from .options import BaseOptions, DataOptions, DryRunOptions, SelectionOptions
-from .output import ADAPTER_FILE, require_free
+from .output import ADAPTER_FILE, require_free, require_protected
 
 if TYPE_CHECKING:
     from ..selection import SelectionReport
@@ -55,6 +55,7 @@ def run(
     if output is None:
         raise typer.BadParameter("name a folder for the adapter", param_hint="--output")
     require_free(output, overwrite)
+    require_protected(config)
     if plots is not None:
         _require_drawable(plots, output, overwrite)
 

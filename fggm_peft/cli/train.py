@@ -23,6 +23,7 @@ from .output import (
     require_adapter,
     require_checkpoint,
     require_free,
+    require_protected,
 )
 
 if TYPE_CHECKING:
@@ -156,12 +157,14 @@ def run(
     if adapter is not None:
         require_adapter(adapter)
         if selection.given():
-            raise typer.BadParameter("selects anew, which --adapter has done", param_hint=", ".join(selection.given()))
+            raise typer.BadParameter("is for fggm select, which made it", param_hint=", ".join(selection.given()))
     config = selection.fggm_config()
     require_free(output, overwrite or resume)
     if resume:
         require_checkpoint(output)
         config = _resumed_config(output / CHECKPOINTS, selection, config)
+    else:
+        require_protected(config)
     arguments = training.arguments(output / CHECKPOINTS, config.seed)
     tokenizer = base.base().load_tokenizer()
     train_examples = data_options.examples(data, data_options.split or "train", tokenizer, config.seed)
@@ -199,7 +202,8 @@ def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMC
     config = FGGMConfig.from_pretrained(str(last_complete_checkpoint(checkpoints)))
     for field in fields(selection) if selection.given() else ():
         asked, there = (getattr(one, field.name, None) for one in (given, config))
-        if asked != there and field.name not in ("config", "seed", "target_modules"):  # PEFT resolves target modules
+        # PEFT resolves target modules; what the file has is in no checkpoint
+        if asked != there and field.name not in ("config", "seed", "target_modules", "delta_dtype"):
             raise ValueError(
                 f"--resume goes on with what the checkpoint has selected by {field.name}={there!r}, not {asked!r}. "
                 "Leave the option out, or start anew with --overwrite"
@@ -212,10 +216,18 @@ def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMC
 def _adapted(base: BaseOptions, adapter: str | None, config: FGGMConfig) -> Any:
     from peft import PeftModel, get_peft_model
 
+    from ..selection.select import active_adapter
+    from ..tuner.file_settings import require_file_settings
+
     model = base.base().load()
     if adapter is None:
         return get_peft_model(model, config)
-    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    if config.delta_dtype is not None:
+        _, loaded = active_adapter(adapted, None)
+        loaded.delta_dtype = config.delta_dtype
+        require_file_settings(loaded)
+    return adapted
 
 
 def _trainer(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..folder_or_hub import may_be_hub_id
 from ..training.base import DTYPES, QUANTIZATIONS, BaseModel
 from .gate import Gate
 from .general import General
@@ -99,7 +100,7 @@ def _model(value: Any, folder: Path) -> BaseModel:
     path = _path(model.name, folder, "model")
     if path.is_dir():
         return replace(model, name=str(path))
-    if model.name.startswith((".", "/", "~")):
+    if not may_be_hub_id(model.name):
         raise StreamError(f"model: no folder {path}")
     return model
 

@@ -10,7 +10,9 @@ from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from ..core.errors import AdapterFileError
 from ..core.spectrum import spectrum
+from ..folder_or_hub import from_hub
 from ..sharing.files import find_adapter
 from ..tuner.config import FGGMConfig
 from ..tuner.history import SCORES_FILE, load_record
@@ -84,7 +86,8 @@ def saved_adapter(name: str) -> SavedAdapter:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SCORES_FILE]
-        folder = Path(snapshot_download(name, allow_patterns=files))
+        with from_hub(name, "adapter", AdapterFileError):
+            folder = Path(snapshot_download(name, allow_patterns=files))
     config, _ = find_adapter(folder)
     return SavedAdapter(name, folder, config)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -108,9 +109,19 @@ def select_parameters(
         raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
     data = [] if dataloader is None else dataloader
     task = FisherPass(model, config, adapter_name, data, log_likelihood, progress, Ranks(), criterion.task)
-    chooser = prepare(task, reference, history, protect, protection, reset)
-    outcome = chooser.from_data(task, num_samples, score_memory) if criterion.needs_data else chooser.without_data()
+    with _without_compiling():
+        chooser = prepare(task, reference, history, protect, protection, reset)
+        outcome = chooser.from_data(task, num_samples, score_memory) if criterion.needs_data else chooser.without_data()
     return settle(task, chooser, outcome, start)
+
+
+def _without_compiling() -> AbstractContextManager[Any]:
+    """Within it, what is compiled runs as it was written.
+
+    Dynamo would compile it again for every layer's hooks, up to its limit, and then leave it alone for good: also when
+    it is trained. A torch before 2.6 cannot be told.
+    """
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 def prepare(

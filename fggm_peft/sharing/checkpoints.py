@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..folder_or_hub import from_hub
 from .skeleton import Base
 
 INDEX = "model.safetensors.index.json"
@@ -72,7 +73,8 @@ class FileWeights(Weights):
     def __init__(self, source: str | Path):
         folder = Path(source).expanduser()
         if not folder.is_dir():
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+            with from_hub(str(source), "checkpoint", FileNotFoundError):
+                folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
         self.where = str(source)
         self._files: dict[str, Path] = {}
         if (folder / INDEX).is_file():

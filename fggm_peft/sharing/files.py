@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_quantization_kwargs
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from ..core.errors import AdapterFileError
 from ..core.fingerprint import sketches_from
 from ..core.finite import all_finite
 from ..core.granularity import GRANULARITIES, Shape
+from ..folder_or_hub import from_hub
 from ..tuner.adapter_file import DIGEST, MARK, opened, read_modules
 from ..tuner.base_check import values_as_delta
 from ..tuner.config import FGGMConfig
@@ -158,16 +158,14 @@ def read_config(file: Path) -> FGGMConfig:
 
 
 def _fetched(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
-    folder = Path(adapter)
+    folder = Path(adapter).expanduser()
     if folder.is_dir():
         file = folder / (subfolder or "") / name
         if file.is_file():
             return file
         raise AdapterFileError(f"{str(adapter)!r} has no {name}. Adapters are read from safetensors alone.")
-    try:
+    with from_hub(str(adapter), "adapter", AdapterFileError):
         return Path(hf_hub_download(str(adapter), name, subfolder=subfolder, **hub))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        raise AdapterFileError(f"{str(adapter)!r} is no folder here, and no {name} is on the Hub: {error}") from error
 
 
 def adapted_layers(model: nn.Module, names: Iterable[str], where: str) -> dict[str, FGGMLayer]:

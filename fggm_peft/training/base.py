@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..folder_or_hub import may_be_hub_id
+
 if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +123,7 @@ class BaseModel:
         return tokenizer
 
     def _load(self, auto_class: Any, **options: Any) -> Any:
-        if not Path(self.name).is_dir() and (self.name.startswith((".", "/", "~")) or self.name.count("/") > 1):
+        if not Path(self.name).is_dir() and not may_be_hub_id(self.name):
             raise BaseModelError(f"no folder {self.name!r}; give a model's folder or a Hub id")
         try:
             return auto_class.from_pretrained(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from ..folder_or_hub import may_be_hub_id
 from ..selection.log_likelihood import IGNORED
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def load_rows(source: DataSource) -> Rows:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or Path(name).suffix in FILE_READERS or name.count("/") > 1
+    return not may_be_hub_id(name) or Path(name).suffix in FILE_READERS
 
 
 def _read_file(path: Path) -> Rows:

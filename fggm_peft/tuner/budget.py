@@ -53,7 +53,7 @@ def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMCon
     ``delta_dtype`` or ``values="absolute"`` says otherwise), their indices at what the codec needs at most, and the
     header.
     """
-    size = convert_file_size_to_int(text[0].replace(" ", ""))
+    size = _bytes(text)
     codecs = next(iter(layers.values())).granularity[adapter_name].index_codecs
     width = max(_width(layer, adapter_name, config) for layer in layers.values())
     least = min(values_per_unit(layer, adapter_name) for layer in layers.values())
@@ -68,6 +68,11 @@ def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMCon
 
     # the first number that does not fit; what a file takes never falls as values are added
     return bisect_left(range(max(0, room) // width + 1), True, lo=1, key=lambda values: not fits(values)) - 1
+
+
+def _bytes(text: re.Match) -> int:
+    # in upper case, since to accelerate "50mb" are bits
+    return convert_file_size_to_int(text[0].replace(" ", "").upper())
 
 
 def _width(layer: FGGMLayer, adapter_name: str, config: FGGMConfig) -> int:
@@ -112,19 +117,38 @@ def _of_lora(text: re.Match, layers: Layers, adapter_name: str, config: FGGMConf
     return sum(lora_values(layer, int(text[1])) for layer in layers.values())
 
 
-_FORMS: list[tuple[str, Callable[[re.Match, Layers, str, FGGMConfig], int]]] = [
-    (r"\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB)", _of_bytes),
-    (r"(\d+(?:\.\d+)?) ?%", _of_share),
-    (r"lora:r=(\d+)", _of_lora),
+# pattern, how it is counted, whether any model could meet it, and the rule that says so
+_FORMS: list[tuple[str, Callable[..., int], Callable[[re.Match], bool], str]] = [
+    (
+        r"-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB)",
+        _of_bytes,
+        lambda text: text[0][0] != "-" and _bytes(text) > 0,
+        "a file size must be at least a byte, for instance '50MiB'",
+    ),
+    (
+        r"(-?\d+(?:\.\d+)?) ?%",
+        _of_share,
+        lambda text: 0 < Fraction(text[1]) <= 100,
+        "a share of the targeted weights must be above 0% and at most 100%, for instance '1%'",
+    ),
+    (
+        r"lora:r=(-?\d+)",
+        _of_lora,
+        lambda text: int(text[1]) > 0,
+        "the rank of a LoRA must be at least 1, for instance 'lora:r=16'",
+    ),
 ]
 
 
 def require_budget(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a budget in one of its forms."""
+    """Raise ``ValueError`` unless ``value`` is a budget in one of its forms, and one that some model could meet."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return
-    if isinstance(value, str) and any(re.fullmatch(pattern, value) for pattern, _ in _FORMS):
-        return
+    for pattern, _, can_be_met, rule in _FORMS if isinstance(value, str) else []:
+        if match := re.fullmatch(pattern, value, re.IGNORECASE):
+            if can_be_met(match):
+                return
+            raise ValueError(f"{rule}, got budget={value!r}")
     raise ValueError(
         f"budget must be a number of values (an integer > 0), a file size such as '50MiB', a share of the targeted "
         f"weights such as '1%', or the size of a LoRA such as 'lora:r=16', got {value!r}"
@@ -154,8 +178,8 @@ def resolve_budget_(config: FGGMConfig, layers: Layers, adapter_name: str) -> No
 def _count(budget: int | str, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
     if isinstance(budget, int):
         return budget
-    for pattern, count in _FORMS:
-        if match := re.fullmatch(pattern, budget):
+    for pattern, count, _, _ in _FORMS:
+        if match := re.fullmatch(pattern, budget, re.IGNORECASE):
             return count(match, layers, adapter_name, config)
     raise AssertionError(f"require_budget has let {budget!r} pass")
 

@@ -159,13 +159,19 @@ def are_legal(indices: Tensor, units: int) -> bool:
 
 
 def await_support_(
-    layer: FGGMLayer, adapter_name: str, k: int, shapes: Mapping[str, Any] | None, check: Callable[[], None]
+    layer: FGGMLayer,
+    adapter_name: str,
+    k: int,
+    shapes: Mapping[str, Any] | None,
+    check: Callable[[], None],
+    keep_dtype: bool = False,
 ) -> None:
     """Make room in a layer for a support of ``k`` units that a loader will bring; until then there is none.
 
     Args:
         shapes: part -> shape, of the tensors that will bring it encoded.
         check: raises if the adapter was made for another base; called when they come from a loader that does not ask.
+        keep_dtype: the values have the dtype that the config names; else they get one that holds whatever comes.
 
     Raises:
         ValueError: there are fewer units than that, or the shapes are none of encoded indices.
@@ -177,7 +183,8 @@ def await_support_(
     legal = {part: _legal(part, shape, units) for part, shape in (shapes or {}).items()}
     what = Awaited(granularity, units, legal, check)
     layer.resize_(adapter_name, k)
-    for parameter in layer.trained(adapter_name):  # the loader casts to what it finds, and float32 holds them all
+    # the loader casts to what it finds, and float32 holds them all
+    for parameter in [] if keep_dtype else layer.trained(adapter_name):
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     layer.fggm_indices.await_(adapter_name, k, what)
 

@@ -127,10 +127,11 @@ class FGGMModel(BaseTuner):
         """Give the adapter of a saved config the sizes that it was saved with, for loaders that go by shapes."""
         config = self.peft_config[adapter_name]
         sizes, shapes = config.support_sizes or {}, config.index_shapes or {}
-        check = BaseCheck(layers, config)
+        check, keep_dtype = BaseCheck(layers, config), config.training_dtype is not None
         for name, layer in layers.items():
             if sizes and not layer.selected[adapter_name]:
-                await_support_(layer, adapter_name, entry_within(sizes, name) or 0, entry_within(shapes, name), check)
+                k, encoded = entry_within(sizes, name) or 0, entry_within(shapes, name)
+                await_support_(layer, adapter_name, k, encoded, check, keep_dtype)
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
