@@ -15,6 +15,7 @@ from fggm_peft import FGGMConfig, ScoreMass, TopDensity
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.threshold import POLICIES
+from fggm_peft.tuner.selection_settings import score_bytes
 
 unit_interval = r"in \(0, 1\]"
 merges = "one of 'auto', 'requantize', 'dequantize', 'keep'"
@@ -188,3 +189,8 @@ def test_a_wrong_fan_in_fan_out_is_corrected_with_a_warning(wrong, layer, layer_
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = adapt(layer_examples[layer].layer(), fan_in_fan_out=wrong)
     assert model.peft_config["default"].fan_in_fan_out is not wrong
+
+
+@pytest.mark.parametrize(("size", "count"), [(1000, 1000), ("8GiB", 2**33), ("8 gib", 2**33), ("8gb", 8 * 10**9)])
+def test_a_size_is_in_bytes_however_its_unit_is_written(size, count):
+    assert score_bytes(size) == count

@@ -24,9 +24,8 @@ from torch import nn
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.statistics import Batch
 from fggm_peft.selection.collector import ScoreCollector
-from fggm_peft.selection.fisher_pass import unwrapped
 from fggm_peft.selection.log_likelihood import default_log_likelihood
-from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.support import fggm_layers, unwrapped
 
 
 def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelihood=None) -> dict[str, torch.Tensor]:

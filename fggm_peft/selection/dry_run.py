@@ -22,9 +22,8 @@ from ..tuner.budget import values_per_unit
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from ..tuner.selection_settings import score_bytes
-from ..tuner.support import fggm_layers, forecast_supports
+from ..tuner.support import fggm_layers, forecast_supports, unwrapped
 from .choosing import running_bytes
-from .fisher_pass import unwrapped
 from .log_likelihood import task_type_of
 from .memory_probe import MakeBatch, as_it_was, probed_supports, step_memory
 from .select import active_adapter

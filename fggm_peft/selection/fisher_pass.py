@@ -27,6 +27,7 @@ from ..core.statistics import STATISTICS, Batch, Count
 from ..tuner.config import FGGMConfig
 from ..tuner.layer import FGGMLayer
 from ..tuner.sharding import is_shard
+from ..tuner.support import unwrapped
 from .collector import CalledAgainError, ScoreCollector
 from .log_likelihood import LogLikelihood, answer_count, default_log_likelihood
 from .out_of_memory import advised
@@ -345,10 +346,3 @@ def _cut(batch: Mapping[str, Any] | None, size: int, room: int) -> tuple[Mapping
         for key, value in batch.items()
     }
     return cut, room
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, out of a ``PeftModel``; its FGGM layers stay in it."""
-    while callable(get := getattr(model, "get_base_model", None)):
-        model = get()
-    return model

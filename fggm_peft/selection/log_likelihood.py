@@ -16,6 +16,8 @@ from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..tuner.support import unwrapped
+
 IGNORED = -100
 
 LogLikelihood = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -96,8 +98,7 @@ def _causal(model, batch, labels, generator):
 
 def _takes_positions(model: nn.Module) -> bool:
     """Whether the model computes the logits of some positions only, with a head whose gradients nobody looks at."""
-    inner: Any = getattr(model, "module", model)  # of DistributedDataParallel
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner: Any = unwrapped(getattr(model, "module", model))  # of DistributedDataParallel
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return False
     return not isinstance(inner.get_output_embeddings(), BaseTunerLayer)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..tuner.layer import FGGMLayer
-from .fisher_pass import unwrapped
+from ..tuner.support import unwrapped
 from .untouched import same_random_state
 
 _FEW_POSITIONS = 512  # a step this small is taken itself

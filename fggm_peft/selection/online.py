@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..core.criteria import CRITERIA, Criterion
 from ..core.statistics import STATISTICS, Batch, Count
 from ..tuner.config import FGGMConfig
+from ..tuner.support import unwrapped
 from .collector import ScoreCollector
-from .fisher_pass import FisherPass, Totals, batch_size, checkpointed_embeddings, sketch_of, unwrapped
+from .fisher_pass import FisherPass, Totals, batch_size, checkpointed_embeddings, sketch_of
 from .log_likelihood import LogLikelihood, answer_count, task_type_of
 from .ranks import Ranks
 from .reference import ReferenceData

@@ -18,8 +18,7 @@ from ..core.granularity import GRANULARITIES, Granularity
 from ..tuner.config import FGGMConfig
 from ..tuner.history import history_of
 from ..tuner.layer import FGGMLayer
-from ..tuner.support import bounds, fggm_layers
-from .fisher_pass import unwrapped
+from ..tuner.support import bounds, fggm_layers, unwrapped
 
 Support = tuple[Granularity, Tensor]
 

@@ -23,7 +23,8 @@ from ..tuner.config import FGGMConfig
 from ..tuner.history import TaskRecord, history_of, load_record
 from ..tuner.layer import FGGMLayer
 from ..tuner.selection_settings import check_reference, require_reference
-from .fisher_pass import FisherPass, Totals, unwrapped
+from ..tuner.support import unwrapped
+from .fisher_pass import FisherPass, Totals
 from .log_likelihood import IGNORED, task_type_of
 from .ranks import Ranks
 from .self_text import written_batches

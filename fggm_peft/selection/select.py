@@ -21,11 +21,11 @@ from ..tuner.config import FGGMConfig
 from ..tuner.history import TaskRecord, remember
 from ..tuner.layer import FGGMLayer
 from ..tuner.selection_settings import require_num_samples, require_protection
-from ..tuner.support import fggm_layers, forecast_supports, write_supports
+from ..tuner.support import fggm_layers, forecast_supports, unwrapped, write_supports
 from ..version import __version__
 from .agreement import split_half_agreement
 from .choosing import MAX_SAMPLES, Chooser, Outcome, costs
-from .fisher_pass import FisherPass, unwrapped
+from .fisher_pass import FisherPass
 from .log_likelihood import LogLikelihood
 from .protection import Protection, earlier_supports
 from .ranks import Ranks, digest

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .fisher_pass import unwrapped
+from ..tuner.support import unwrapped
 from .log_likelihood import IGNORED
 
 _WRITTEN_TOGETHER = 32  # each step reads all weights once, however many texts grow by it

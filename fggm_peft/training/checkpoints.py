@@ -13,13 +13,12 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..selection.fisher_pass import unwrapped
 from ..selection.protection import supports_in_file
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.history import SCORES_FILE, TaskRecord, load_record, remember
 from ..tuner.saving import as_trained
-from ..tuner.support import fggm_layers
+from ..tuner.support import fggm_layers, unwrapped
 
 
 def last_complete_checkpoint(folder: Path) -> Path:

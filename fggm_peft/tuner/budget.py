@@ -13,11 +13,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 
 from ..core.absolute import DIGEST_BYTES
 from ..core.index_codec import INDEX_CODECS, most_index_bytes
 from .adapter_file import DIGEST, MARK, PREFIX
+from .selection_settings import size_in_bytes
 
 if TYPE_CHECKING:
     from .config import FGGMConfig
@@ -53,7 +53,7 @@ def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMCon
     ``delta_dtype`` or ``values="absolute"`` says otherwise), their indices at what the codec needs at most, and the
     header.
     """
-    size = _bytes(text)
+    size = size_in_bytes(text[0])
     codecs = next(iter(layers.values())).granularity[adapter_name].index_codecs
     width = max(_width(layer, adapter_name, config) for layer in layers.values())
     least = min(values_per_unit(layer, adapter_name) for layer in layers.values())
@@ -68,11 +68,6 @@ def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMCon
 
     # the first number that does not fit; what a file takes never falls as values are added
     return bisect_left(range(max(0, room) // width + 1), True, lo=1, key=lambda values: not fits(values)) - 1
-
-
-def _bytes(text: re.Match) -> int:
-    # in upper case, since to accelerate "50mb" are bits
-    return convert_file_size_to_int(text[0].replace(" ", "").upper())
 
 
 def _width(layer: FGGMLayer, adapter_name: str, config: FGGMConfig) -> int:
@@ -122,7 +117,7 @@ _FORMS: list[tuple[str, Callable[..., int], Callable[[re.Match], bool], str]] = 
     (
         r"-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB)",
         _of_bytes,
-        lambda text: text[0][0] != "-" and _bytes(text) > 0,
+        lambda text: text[0][0] != "-" and size_in_bytes(text[0]) > 0,
         "a file size must be at least a byte, for instance '50MiB'",
     ),
     (

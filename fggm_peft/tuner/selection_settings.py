@@ -92,6 +92,12 @@ def require_num_samples(value: Any) -> None:
         raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {value!r}")
 
 
+def size_in_bytes(value: int | str) -> int:
+    """A number of bytes, or a size such as "8GiB", "8 gib" or "8GB"; ``ValueError`` if it is none."""
+    # in upper case, since to accelerate "8gb" are bits
+    return convert_file_size_to_int(value.replace(" ", "").upper() if isinstance(value, str) else value)
+
+
 def score_bytes(value: int | str) -> int:
     """A ``score_memory`` in bytes.
 
@@ -99,7 +105,7 @@ def score_bytes(value: int | str) -> int:
         ValueError: it is neither a positive integer nor a size such as "8GiB".
     """
     try:
-        size = -1 if isinstance(value, bool) else convert_file_size_to_int(value)
+        size = -1 if isinstance(value, bool) else size_in_bytes(value)
     except (ValueError, AttributeError, TypeError):
         size = -1
     if size < 0:

@@ -37,6 +37,13 @@ class Choice:
     is_zero: bool = False
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of a ``PeftModel``; its FGGM layers stay in it."""
+    while callable(get := getattr(model, "get_base_model", None)):
+        model = get()
+    return model
+
+
 def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, FGGMLayer]:
     """The layers that have the adapter, by module path within the base model."""
     return {
