@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import interleaved, ratios, show, write
@@ -21,6 +24,7 @@ from fggm_peft.core.linear import SparseDelta, effective_linear, pays_to_split, 
 SHAPES = [(512, 512), (1536, 512), (1024, 1024), (4096, 1536)]
 POSITIONS = [32, 64, 128, 256, 512, 1024]
 DENSITIES = [0.01, 0.05, 0.1, 0.3]
+TOGETHER = 2**28  # bytes of the layers that take turns
 COPIED, SPLIT = "copied", "split"
 
 
@@ -30,21 +34,26 @@ def measure(shape: tuple[int, int], positions: int, density: float, name: str, d
     kind = GRANULARITIES[name]
     units = kind.units(shape)
     indices = torch.randperm(units, generator=generator)[: max(1, round(units * density))].sort().values.int()
-    values = torch.nn.Parameter(torch.randn(kind.values_shape(shape, len(indices)), generator=generator) * 1e-3)
-    delta = SparseDelta(kind, indices, values)
+    values = torch.randn(kind.values_shape(shape, len(indices)), generator=generator) * 1e-3
     weight = torch.randn(shape, generator=generator).to(dtype)
+    # of a model's weights none is in a cache when its turn comes
+    count = math.ceil(TOGETHER / (weight.nbytes + values.nbytes))
+    deltas = [SparseDelta(kind, indices, torch.nn.Parameter(values.clone())) for _ in range(count)]
+    layers = [(weight.clone(), delta) for delta in deltas]
     x = torch.randn(positions, shape[1], generator=generator).to(dtype).requires_grad_()
     g = torch.randn(positions, shape[0], generator=generator).to(dtype)
 
-    def step(y: Tensor) -> None:
-        torch.autograd.grad(y, (x, values), g)
+    def model(product: Callable[[Tensor, SparseDelta], Tensor]) -> None:
+        outputs = [product(weight, delta) for weight, delta in layers]
+        for y, (_, delta) in zip(reversed(outputs), reversed(layers), strict=True):
+            torch.autograd.grad(y, (x, delta.values), g)
 
     calls = {
-        COPIED: lambda: step(effective_linear(x, weight.clone, None, [delta])),
-        SPLIT: lambda: step(split_linear(x, lambda: weight, None, delta)),
+        COPIED: partial(model, lambda weight, delta: effective_linear(x, weight.clone, None, [delta])),
+        SPLIT: partial(model, lambda weight, delta: split_linear(x, lambda: weight, None, delta)),
     }
-    split = ratios(interleaved(calls, 9, warm_up=2), COPIED)[SPLIT]["ratio_min"]
-    chosen = split if pays_to_split(delta, shape, positions) else 1.0
+    split = ratios(interleaved(calls, 3), COPIED)[SPLIT]["ratio_min"]
+    chosen = split if pays_to_split(deltas[0], shape, positions) else 1.0
     return {"split_over_copied": split, "chosen_over_copied": chosen, "chosen_over_best": chosen / min(split, 1.0)}
 
 

@@ -205,8 +205,8 @@ def test_a_split_product_is_taken_with_the_entries_of_the_merged_weight(name, dt
 def test_splitting_pays_for_few_positions_on_few_units_and_never_for_single_entries(make_delta):
     shape, few = (512, 512), 26  # 5 %
     row, column, element = (make_delta(name, shape, few) for name in ("row", "column", "element"))
-    assert pays_to_split(row, shape, 128) and pays_to_split(column, shape, 128)
-    assert not pays_to_split(row, shape, 1024)
+    assert pays_to_split(row, shape, 100) and pays_to_split(column, shape, 100)
+    assert not pays_to_split(row, shape, 300)
     assert not pays_to_split(make_delta("row", shape, 400), shape, 128)
     assert not pays_to_split(element, shape, 1)
 

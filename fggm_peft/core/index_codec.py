@@ -145,7 +145,7 @@ class GolombRice(IndexCodec):
         if not _bytes(k) <= len(high) <= _bytes(k + (n >> low_bits)):
             raise ValueError(f"indices_hi: {len(high)} bytes cannot hold {k} indices below {n}")
         ones = numpy.flatnonzero(_bits(high).view(bool))  # of booleans it is faster than of bytes
-        if len(ones) != k or (k and _bytes(ones[-1] + 1) != len(high)):
+        if len(ones) != k or _bytes(ones[-1] + 1 if k else 0) != len(high):
             raise ValueError(f"indices_hi: {len(ones)} bits are set for {k} values, or bytes follow the last")
         # the gaps before an index add up to what the zeros before its one stand for, and the sum of the low bits
         largest = (8 * len(high) << low_bits) + (k << low_bits)

@@ -70,10 +70,6 @@ def split_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta: Sp
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
-_SPLIT_POSITIONS = 32
-"""Positions × density up to which multiplying chosen units by themselves is cheaper than two copies of the weight."""
-
-
 def pays_to_split(delta: SparseDelta, shape: tuple[int, int], positions: int) -> bool:
     """Whether ``split_linear`` takes less time than ``effective_linear`` with a weight that has to be copied.
 
@@ -86,10 +82,10 @@ def pays_to_split(delta: SparseDelta, shape: tuple[int, int], positions: int) ->
         positions: rows of the input ``[n, i]``.
     """
     dim = delta.granularity.weight_dim
-    if dim is None:
+    if dim is None or torch.compiler.is_compiling():  # each size at which a layer changes would be compiled for
         return False
     density = delta.indices.numel() / shape[dim]
-    return positions * (density / _SPLIT_POSITIONS + 1 / shape[1 - dim]) < 1
+    return positions * (density / 24 + 3 / shape[1 - dim]) < 1
 
 
 def effective_weight(weight: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
@@ -107,11 +103,19 @@ def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta
         x: ``[..., i]``.
         deltas: their values get gradients in their own dtype.
     """
-    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    plain = not torch.is_grad_enabled() and not is_autocast(x)
     if plain or torch.compiler.is_exporting():  # an exported program holds operators, and an autograd function is none
         return _with_products(_flat(base_output), _flat(x), deltas).view(base_output.shape)
     flat = _AdditiveLinear.apply(_flat(base_output), _flat(x), tuple(deltas), *(d.values for d in deltas))
     return flat.view(base_output.shape)
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast would choose another dtype for a product with ``x``; of float64 it never does."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)
 
 
 def _with_products(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
@@ -166,6 +170,8 @@ def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapper(ctx, first: Tensor, *rest):
+        if not torch.amp.is_autocast_available(first.device.type):  # the meta device
+            return method(ctx, first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return method(ctx, first, *rest)
 

@@ -9,6 +9,7 @@ steps determine exactly.
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,10 +61,9 @@ def step_memory(
     if batch_size * sequence_length > _FEW_POSITIONS and next(model.parameters()).device.type != "meta":
         sizes = list(itertools.product(_probed(batch_size, _BATCH_SIZES), _probed(sequence_length, _LENGTHS)))
     with _as_in_training(model, checkpointing), _weightless(model):
-        steps = []
-        for b, t in sizes:
-            _take_forms_of_(model, batch_size * sequence_length / (b * t))
-            steps.append(_history(model, make_batch(b, t)))
+        if len(sizes) > 1:
+            _copy_weights_(model)
+        steps = [_history(model, make_batch(*size)) for size in sizes]
     histories = [torch.tensor(step, dtype=torch.float64) for step in steps]
     if len({len(history) for history in histories}) > 1:  # other operators at another size: extend the peaks alone
         histories = [history[[int(history.sum(1).argmax()), int(history[:, 0].argmax())]] for history in histories]
@@ -76,14 +76,15 @@ def step_memory(
     return StepMemory(activations, gradients, round(float(history[:, 0].max())))
 
 
-def _take_forms_of_(model: nn.Module, more: float) -> None:
-    """Let layers take their product in the form that they would have at ``more`` times as many positions.
+def _copy_weights_(model: nn.Module) -> None:
+    """Let layers copy their weights, as with many positions, whatever the size of the step.
 
-    Those are attributes, which ``as_it_was`` takes away.
+    With few they would do other operators, and no step could be extended to another. A step that is asked for with few
+    is counted with the copy of a weight too much. ``as_it_was`` takes the attributes away.
     """
     for module in model.modules():
         if isinstance(module, FGGMLayer):
-            vars(module)["positions"] = lambda x, layer=module: more * type(layer).positions(layer, x)
+            vars(module)["positions"] = lambda x: math.inf
 
 
 def _probed(wanted: int, sizes: Sequence[int]) -> Sequence[int]:

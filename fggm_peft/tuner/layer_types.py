@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..core.linear import SparseDelta, additive_linear, effective_linear, effective_matrix, pays_to_split, split_linear
+from ..core.linear import (
+    SparseDelta,
+    additive_linear,
+    effective_linear,
+    effective_matrix,
+    is_autocast,
+    pays_to_split,
+    split_linear,
+)
 from ..core.per_sample import (
     EmbeddingGradients,
     GroupedGradients,
@@ -62,7 +70,7 @@ class FGGMLinear(FGGMLayer):
             output = split_linear(x.to(dtype), self.dense_weight, bias, deltas[0])
         else:
             output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
-        return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
+        return output if is_autocast(x) else output.to(x.dtype)
 
     def _splits(self, deltas: list[SparseDelta], x: Tensor) -> bool:
         """Whether the weight can be left where it is; a dequantized one is a copy already."""
@@ -77,7 +85,7 @@ class FGGMLinear(FGGMLayer):
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype the base layer would compute in; None if it would refuse ``x``."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x):
             return torch.get_autocast_dtype(x.device.type)
         if self.quantization_backend is not None:
             return getattr(self.base_layer, "compute_dtype", None) or x.dtype

@@ -64,13 +64,14 @@ def add_to_dense_(matrix: Tensor, delta: SparseDelta, keep_originals: bool) -> t
     # what is made on the way stays in the processor's cache, and is not written to fresh memory
     size = PIECE if matrix.device.type == "cpu" else values.numel()
     tensors = [values] if old is None else [values, old]
+    wide = torch.promote_types(matrix.dtype, torch.float32)
     sums: list[Tensor] = []
     for part, indices, change, *kept in kind.pieces(matrix, delta.indices, tensors, size) if values.numel() else ():
         before = kind.gather(part, indices)
         after = sum_rounded_once(before, change, delta.scale)
         kind.put_(part, indices, after)
-        meant = change.float() if delta.scale == 1 else change.float() * delta.scale
-        sums += products(after.float() - before.float(), meant)
+        meant = change.to(wide) if delta.scale == 1 else change.to(wide) * delta.scale
+        sums += products(after.to(wide) - before.to(wide), meant)
         for entries in kept:
             entries.copy_(before)
     return from_products(sums, "added"), old
@@ -99,8 +100,8 @@ def _merge_bias_(layer: FGGMLayer, base: nn.Module, name: str, keep_original: bo
     bias, indices = base.bias.data, layer.fggm_indices[name].long()
     if keep_original:
         layer.fggm_original_bias[name] = bias[indices]
-    added = bias[indices].float() + layer.fggm_bias[name].detach().float() * layer.scaling[name]
-    bias.index_copy_(0, indices, added.to(bias.dtype))
+    added = sum_rounded_once(bias[indices], layer.fggm_bias[name].detach(), layer.scaling[name])
+    bias.index_copy_(0, indices, added)
 
 
 # Quantized bases --------------------------------------------------------------------------------
