@@ -72,6 +72,19 @@ def test_the_folder_is_named_where_the_hub_cannot_be_reached(read, no_network, t
     assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, nor is it on the Hub" in str(caught.value)
 
 
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_a_command_says_so_before_it_loads_anything(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = fail(command, *(argument.format("runs/nothere") for argument in COMMANDS[command]))
+    assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, nor is it on the Hub" in message
+
+
+def test_a_card_is_written_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no folder 'me/delta'" in fail("card", "me/delta")
+
+
 def test_a_folder_may_be_given_from_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "delta").mkdir()

@@ -18,6 +18,8 @@ def run(
 
     What its author has written is kept. A card of an older version gets the part under "How to Get Started".
     """
+    if not adapter.is_dir():
+        raise FileNotFoundError(f"no folder {str(adapter)!r}; a card is written into an adapter's own")
     require_adapter(str(adapter))
 
     from ..sharing.files import read_config

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 MERGED = "merged"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -49,14 +50,20 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 
 def require_adapter(folder: str) -> None:
-    """Raise ``FileNotFoundError`` if ``folder`` is a path without an adapter in it; a Hub id is left to PEFT."""
-    from ..folder_or_hub import may_be_hub_id, not_here
+    """Raise ``FileNotFoundError`` if there is no adapter under this name, neither here nor on the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    from ..folder_or_hub import from_hub, may_be_hub_id, not_here
 
     path = Path(folder).expanduser()
-    if not path.exists() and ("/" not in folder or not may_be_hub_id(folder)):  # an adapter's id has an owner
+    if path.exists():
+        if not (path / ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"no adapter in {folder!r}: it has no {ADAPTER_CONFIG}")
+    elif "/" not in folder or not may_be_hub_id(folder):  # an adapter's id has an owner
         raise FileNotFoundError(f"no adapter in {folder!r}: {not_here(folder)}")
-    if path.exists() and not (path / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"no adapter in {folder!r}: it has no adapter_config.json")
+    else:  # asked now, and not after a base has been loaded and evaluated
+        with from_hub(folder, "adapter", FileNotFoundError):
+            hf_hub_download(folder, ADAPTER_CONFIG)
 
 
 def require_protected(config: FGGMConfig) -> None:
