@@ -21,10 +21,10 @@ from torch import Tensor
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.linear import SparseDelta, effective_linear, pays_to_split, split_linear
 
-SHAPES = [(512, 512), (1536, 512), (1024, 1024), (4096, 1536)]
-POSITIONS = [32, 64, 128, 256, 512, 1024]
-DENSITIES = [0.01, 0.05, 0.1, 0.3]
-TOGETHER = 2**28  # bytes of the layers that take turns
+SHAPES = [(512, 512), (1024, 1024), (4096, 1536)]
+POSITIONS = [32, 128, 256, 512]
+DENSITIES = [0.01, 0.05, 0.3]
+TOGETHER = 2**27  # bytes of the layers that take turns
 COPIED, SPLIT = "copied", "split"
 
 

@@ -49,7 +49,7 @@ def t5() -> T5ForConditionalGeneration:
 def bert(head: type, **config) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    return head(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **sizes, **config))
+    return head(BertConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 32} | sizes | config))
 
 
 BERT_HEADS = {

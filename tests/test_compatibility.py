@@ -207,6 +207,22 @@ def test_rows_and_columns_compile_into_one_graph_forward_and_backward(kind, posi
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("kind", [name for name in GRANULARITIES if name != "element"])
+def test_lengths_do_not_compile_a_model_anew(kind):
+    """Not compiled, each layer takes its product in another form from another length on."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
+    model = get_peft_model(model, random(kind, target_modules=["0", "2"], density_pattern={"2": 0.1}))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for positions in (3, 9, 20, 31, 60, 200):
+        x = torch.randn(positions, 64)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[0]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_adapted_layer_is_exported_as_plain_operators(strict, example, granularity, adapt):
     model, x = adapt(example.layer(), granularity=granularity).eval(), example.x()

@@ -128,15 +128,30 @@ def test_every_granularity_and_a_selected_adapter_is_counted(granularity, dtype)
         (lambda: bert(BERT_HEADS["token"]), "all-linear"),
     ],
 )
-def test_other_kinds_of_models_are_counted(build, targets):
+@pytest.mark.parametrize("size", [(20, 30), (40, 30)], ids=str)
+def test_other_kinds_of_models_are_counted(build, targets, size):
     config = FGGMConfig(target_modules=targets, density=0.3)
-    found = estimate(build(), config, batch_size=20, sequence_length=30)
+    found = estimate(build(), config, batch_size=size[0], sequence_length=size[1])
     model = adapted(build(), target_modules=targets, density=0.3, criterion="random")
-    batch = batch_of(20, 30)
+    batch = batch_of(*size)
     batch["labels"] = torch.zeros_like(batch["labels"])
     if isinstance(build(), BERT_HEADS["sequence"]):
         batch["labels"] = batch["labels"][:, 0]
     peak, state = step_peak(model, batch)
+    assert found.peak_bytes == pytest.approx(standing(model) + state + peak, rel=0.02)
+
+
+def test_a_layer_that_sees_samples_and_not_positions_is_counted():
+    """BERT's pooler: with few samples it leaves its weight uncopied, whatever the length."""
+    config = {"density": 0.6, "task_type": "SEQ_CLS"}
+    wide = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256, "max_position_embeddings": 512}
+
+    def build():
+        return bert(BERT_HEADS["sequence"], hidden_dropout_prob=0, attention_probs_dropout_prob=0, **wide)
+
+    found = estimate(build(), FGGMConfig(**config), batch_size=2, sequence_length=500)
+    model = adapted(build(), criterion="random", **config)
+    peak, state = step_peak(model, {**batch_of(2, 500), "labels": torch.zeros(2, dtype=torch.int64)})
     assert found.peak_bytes == pytest.approx(standing(model) + state + peak, rel=0.02)
 
 

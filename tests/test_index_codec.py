@@ -188,3 +188,10 @@ def test_parts_name_the_codec_that_wrote_them():
         with pytest.raises(ValueError, match="no encoding"):
             codec_of(INDEX_CODECS, parts)
     assert len(set(INDEX_PARTS)) == len(INDEX_PARTS)
+
+
+def test_no_indices_have_no_bytes():
+    with pytest.raises(ValueError, match="bytes follow the last"):
+        INDEX_CODECS["golomb_rice"].decode(
+            (torch.zeros(1, dtype=torch.uint8), torch.zeros(1, 0, dtype=torch.uint8)), 0, 63
+        )

@@ -187,6 +187,21 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_values(example, granul
     assert adapted(model).fggm_values["default"].dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(granularity, adapt):
+    base, x = nn.Linear(7, 5, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    model = adapt(copy.deepcopy(base), granularity=granularity)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = assert_like_dense(model, base, x, torch.float64)
+    assert y is None or y.dtype == torch.float64
+
+
+def test_a_layer_on_the_meta_device_gives_the_shape(granularity, adapt):
+    model = adapt(nn.Linear(7, 5), granularity=granularity).to("meta")
+    x = torch.empty(4, 7, device="meta", requires_grad=True)
+    for positions in (x, x.expand(40, 4, 7)):
+        assert model(positions).shape == (*positions.shape[:-1], 5)
+
+
 # Where the base layer must run itself ---------------------------------------------------------------
 
 

@@ -216,6 +216,22 @@ def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granul
     assert record.error_norm == pytest.approx(float((change - meant).norm()), rel=1e-3, abs=1e-6)
 
 
+def test_a_delta_below_float32_is_merged_into_float64_and_accounted_for(granularity):
+    kind, weight = GRANULARITIES[granularity], torch.randn(5, 4, dtype=torch.float64)
+    indices = torch.tensor([1, 3], dtype=torch.int32)
+    values = torch.full(kind.values_shape((5, 4), 2), 1e-10, dtype=torch.float64)
+    record, _ = merging.add_to_dense_(weight, SparseDelta(kind, indices, values, 1.0), False)
+    assert record.survived == pytest.approx(1, abs=1e-4)
+
+
+def test_a_bias_in_float64_is_merged_in_float64(adapt):
+    layer = torch.nn.Linear(4, 5, dtype=torch.float64)
+    model, x = adapt(layer, bias="fggm_only", training_dtype="float32"), torch.randn(3, 4, dtype=torch.float64)
+    before = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-13)
+
+
 def test_merging_an_empty_delta_changes_nothing(granularity):
     kind, weight = GRANULARITIES[granularity], torch.randn(5, 4)
     delta = SparseDelta(kind, torch.zeros(0, dtype=torch.int32), torch.zeros(kind.values_shape((5, 4), 0)), 1.0)

@@ -152,9 +152,11 @@ def estimate(
     Not covered are what kernels allocate inside, what the allocator rounds up or leaves unused, the device's
     context, temporaries of the optimizer's step, and the batch itself. Measured on a CPU against torch's profiler
     (tests/test_dry_run.py) the peak of a small Llama was exact to the byte, dense and 4-bit; with checkpointing up
-    to 5056 bytes a layer too low, the random states that it keeps. GPT-2, T5, BERT and bfloat16 were within 2 %.
+    to 5056 bytes a layer too low, the random states that it keeps. GPT-2, T5, BERT and bfloat16 were within 2 %,
+    bfloat16 with checkpointing and few positions up to 12 % too low, by the buffers of the kernels there.
     Nothing has been measured on a CUDA device. Attention over a sliding window, and whatever else changes its
-    operators with the length, is not extended exactly.
+    operators with the length, is not extended exactly; rows and columns that leave weights uncopied, with few
+    positions, are then counted with the copy of one too much.
 
     Args:
         model: a base model, on any device, or one that has an FGGM adapter.
