@@ -53,6 +53,12 @@ def verdict(results: dict, what: str):
 # Measuring --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch):
+    """Each collects garbage, which takes long after many other tests."""
+    monkeypatch.setattr(measurements, "LEAST_ROUNDS", 1)
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "frozen"])
 def test_every_method_makes_about_as_many_trainable_values_and_leaves_the_base_alone(name):
     base = make_base(64, 1, 50, "float32")
