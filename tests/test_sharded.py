@@ -202,7 +202,7 @@ def test_the_trainer_selects_shards_trains_saves_and_resumes(case, processes, tm
     folder = str(tmp_path / "two")
     (values, sharded_losses, selected), _ = processes(run_trainer, folder, fsdp, options)
     assert selected
-    assert_close(values, expected)
+    assert_close(values, expected, tolerance=1e-4)  # AdamW divides rounding by the size of tiny gradients
     assert sharded_losses == pytest.approx(losses, rel=1e-4)
     loaded = PeftModel.from_pretrained(llama(), folder + "/final", is_trainable=True)
     assert_close(trained(loaded), values, tolerance=0)
