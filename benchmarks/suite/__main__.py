@@ -1,7 +1,7 @@
 """FGGM beside PEFT's methods and full fine-tuning: time and memory of a step, selection, files, merging, import.
 
-Quick by default (about three minutes; nothing is written unless --output says where). ``--full`` takes about half an hour
-on two quiet cores and writes benchmarks/results/suite.json, case by case, and then docs/benchmarks.md and its chart.
+Quick by default (about three minutes; nothing is written unless --output says where). ``--full`` takes half an hour
+on a quiet core and writes benchmarks/results/suite.json, case by case, and then docs/benchmarks.md and its chart.
 
 PYTHONPATH=benchmarks python -m suite [--full] [--only NAME ...] [--output FILE] [--page]
 """
