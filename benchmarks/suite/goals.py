@@ -107,7 +107,7 @@ FROZEN_PASS = "frozen forward and backward"
 PEERS = "naive loop, Opacus, BackPACK, torch.func; the worst"
 EQUAL_LORA, EQUAL_SHIRA = "LoRA with as many trainable values", "SHiRA with as many trainable values"
 DENSER = (
-    "In small layers the calls take the time, about 0.15 ms a layer. In large ones every entry is read, added, "
+    "In small layers the calls take the time, about 0.2 ms a layer. In large ones every entry is read, added, "
     "compared with what was meant (the report, a quarter of the time), kept for unmerging and written, bound by "
     "memory; a LoRA's product has the size of the weight at every rank, and costs least where weights are small."
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import kernels
 from .per_sample import PerSampleGradients, RowGradients
 from .registry import Registry
-from .sampled import add_sparse_product_, sampled_product
+from .sampled import add_sparse_product_, sampled_product, starts_of
 
 Shape = tuple[int, int]  # (o, i)
 
@@ -35,12 +35,6 @@ def _add_matrix_product_(y: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         y.addmm_(a, b, alpha=scale)
     else:
         y.add_(a @ b, alpha=scale)
-
-
-def _starts(indices: Tensor, bounds: Tensor) -> Tensor:
-    """How many of the sorted ``indices`` are below each of ``bounds``, in their own dtype."""
-    is_int32 = indices.dtype == torch.int32
-    return torch.searchsorted(indices, bounds.to(indices.dtype), out_int32=is_int32)
 
 
 class Granularity(ABC):
@@ -297,13 +291,13 @@ class Elements(Granularity):
         return sampled_product(kept, g, indices)
 
     def add_product_(self, y, x, indices, values, scale=1.0):
-        starts = _starts(indices, torch.arange(y.shape[1], device=y.device) * x.shape[1])
+        starts = starts_of(indices, torch.arange(y.shape[1], device=y.device) * x.shape[1])
         add_sparse_product_(y, x, starts, indices % x.shape[1], values, scale)
 
     def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
         rows, columns = indices // gx.shape[1], indices % gx.shape[1]
         columns, order = columns.sort(stable=True)
-        starts = _starts(columns, torch.arange(gx.shape[1], device=gx.device))
+        starts = starts_of(columns, torch.arange(gx.shape[1], device=gx.device))
         add_sparse_product_(gx, g, starts, rows[order], values[order], scale)
 
     def delta_rows(self, rows, indices, values, shape):

@@ -53,7 +53,7 @@ def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta
         deltas: their values get gradients in their own dtype.
     """
     # flat inside the function: a view that it returned could not be modified in place by the model
-    flat = _EffectiveLinear.apply(_flat(x), bias, weight, tuple(deltas), *(d.values for d in deltas))
+    flat = _EffectiveLinear.apply(_flat(x), bias, weight, tuple(deltas), False, *(d.values for d in deltas))
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
@@ -66,7 +66,7 @@ def split_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta: Sp
         bias: ``[o]`` or None.
         delta: its values get gradients in their own dtype.
     """
-    flat = _SplitLinear.apply(_flat(x), bias, weight, delta, delta.values)
+    flat = _EffectiveLinear.apply(_flat(x), bias, weight, (delta,), True, delta.values)
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
@@ -181,11 +181,12 @@ def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
 class _EffectiveLinear(torch.autograd.Function):
     @staticmethod
     @_as_given
-    def forward(ctx, x, bias, weight, deltas, *values):
-        dense = effective_weight(weight(), deltas).to(x.dtype)
-        ctx.weight, ctx.deltas = weight, deltas
-        _save_for_backward(ctx, 4, x, values)
-        return F.linear(x, dense, bias)
+    def forward(ctx, x, bias, weight, deltas, splits, *values):
+        ctx.weight, ctx.deltas, ctx.splits = weight, deltas, splits
+        _save_for_backward(ctx, 5, x, values)
+        if splits:
+            return _split_product(x, weight(), bias, deltas[0])
+        return F.linear(x, effective_weight(weight(), deltas).to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -194,45 +195,25 @@ class _EffectiveLinear(torch.autograd.Function):
         values, kept = _saved_for_backward(ctx)
         gx = gb = None
         if ctx.needs_input_grad[0]:
-            gx = g @ effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
+            if ctx.splits:
+                gx = _split_product(g, ctx.weight(), None, ctx.deltas[0], transposed=True)
+            else:
+                gx = g @ effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
         if ctx.needs_input_grad[1]:
             gb = g.sum(0)
-        return (gx, gb, None, None, *_value_gradients(ctx.deltas, kept, g, values))
+        return (gx, gb, None, None, None, *_value_gradients(ctx.deltas, kept, g, values))
 
 
-class _SplitLinear(torch.autograd.Function):
-    @staticmethod
-    @_as_given
-    def forward(ctx, x, bias, weight, delta, values):
-        ctx.weight, ctx.deltas = weight, (delta,)
-        _save_for_backward(ctx, 4, x, (values,))
-        matrix = weight()
-        units = _merged_units(matrix, delta, values).to(x.dtype)
-        return _split_product(x, matrix.to(x.dtype), bias, units, delta.indices, delta.granularity.weight_dim)
-
-    @staticmethod
-    @once_differentiable
-    @_as_given
-    def backward(ctx, g):
-        values, kept = _saved_for_backward(ctx)
-        gx = gb = None
-        if ctx.needs_input_grad[0]:
-            (delta,), matrix = ctx.deltas, ctx.weight()
-            units = _merged_units(matrix, delta, values[0]).to(g.dtype)
-            dim = 1 - delta.granularity.weight_dim  # of the transposed weight
-            gx = _split_product(g, matrix.to(g.dtype).mT, None, units.mT, delta.indices, dim)
-        if ctx.needs_input_grad[1]:
-            gb = g.sum(0)
-        return (gx, gb, None, None, *_value_gradients(ctx.deltas, kept, g, values))
-
-
-def _merged_units(weight: Tensor, delta: SparseDelta, values: Tensor) -> Tensor:
-    return delta.granularity.added(weight, delta.indices, values, delta.scale)
-
-
-def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor, indices: Tensor, dim: int) -> Tensor:
-    """``x @ weight.mT + bias`` with ``units`` in the place of the slices ``indices`` of ``weight`` along ``dim``."""
-    indices = indices.long()
+def _split_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, delta: SparseDelta, transposed: bool = False
+) -> Tensor:
+    """``x @ (weight + delta).mT + bias``, or with the transposed weight, the chosen units multiplied by themselves."""
+    units = delta.granularity.added(weight, delta.indices, delta.values, delta.scale).to(x.dtype)
+    weight, indices = weight.to(x.dtype), delta.indices.long()
+    dim = delta.granularity.weight_dim
+    assert dim is not None
+    if transposed:
+        weight, units, dim = weight.mT, units.mT, 1 - dim
     if dim == 0:
         bias_of_units = None if bias is None else bias.index_select(0, indices)
         return F.linear(x, weight, bias).index_copy_(1, indices, F.linear(x, units, bias_of_units))

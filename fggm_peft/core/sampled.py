@@ -22,8 +22,9 @@ _CHUNK_ENTRIES = 1 << 20  # 4 MiB of float32; smaller chunks cost 5-10 % more
 _GATHER_ENTRIES = 1 << 22
 
 
-def _row_starts(rows: Tensor, count: int) -> Tensor:
-    return torch.searchsorted(rows, torch.arange(count, device=rows.device, dtype=rows.dtype))
+def starts_of(indices: Tensor, bounds: Tensor) -> Tensor:
+    """How many of the sorted ``indices`` are below each of ``bounds``, in their own dtype, int32 or int64."""
+    return torch.searchsorted(indices, bounds.to(indices.dtype), out_int32=indices.dtype == torch.int32)
 
 
 def add_sparse_product_(
@@ -72,7 +73,7 @@ def bag_sampled_product(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> 
         g.mT.contiguous(),
         x.mT.contiguous(),
         columns.long(),
-        _row_starts(rows, g.shape[1]).long(),
+        starts_of(rows, torch.arange(g.shape[1], device=g.device)).long(),
         rows.long(),
         0,  # mode "sum"
     )
