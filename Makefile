@@ -36,10 +36,11 @@ test-slow: $(VENV)/dev  ## PEFT's own tests on our config; downloads PEFT's sour
 test-gpu: $(VENV)/dev  ## What needs a CUDA device; skipped where there is none.
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: $(VENV)/dev  ## Style and types.
+lint: $(VENV)/dev  ## Style, types, and the layers of the package.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/dev  ## FGGM beside PEFT's methods, a first look; ARGS=--full measures everything and writes docs/benchmarks.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m suite $(ARGS)

@@ -24,12 +24,12 @@ from transformers import DataCollatorForSeq2Seq
 from fggm_peft import FGGMConfig, online_selection
 from fggm_peft.core.sketch import Sketch
 from fggm_peft.core.statistics import Batch
-from fggm_peft.selection.collector import ScoreCollector
-from fggm_peft.selection.fisher_pass import FisherPass
-from fggm_peft.selection.log_likelihood import default_log_likelihood
+from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.selection.hooks import ScoreCollector
+from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.training.base import BaseModel
 from fggm_peft.training.data import DataSource, TokenizedExamples, load_examples
-from fggm_peft.tuner.history import record_of
+from fggm_peft.tuner.files.task_scores import record_of
 from fggm_peft.tuner.support import fggm_layers
 
 SIZES = (4, 8, 16, 32)

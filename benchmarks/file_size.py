@@ -21,7 +21,7 @@ from torch import nn
 
 from fggm_peft import FGGMConfig
 from fggm_peft.core.index_codec import entropy_bytes
-from fggm_peft.sharing import verify
+from fggm_peft.deltas import verify
 
 FILE = "adapter_model.safetensors"
 

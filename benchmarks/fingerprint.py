@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fggm_peft import FGGMConfig
 from fggm_peft.core.fingerprint import exact_difference, relative_distance, sketches_from
-from fggm_peft.tuner.base_check import base_difference, fingerprint
+from fggm_peft.tuner.files.base_check import base_difference, fingerprint
 from fggm_peft.tuner.support import fggm_layers
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

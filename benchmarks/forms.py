@@ -19,7 +19,8 @@ from common import interleaved, ratios, show, write
 from torch import Tensor
 
 from fggm_peft.core.granularity import GRANULARITIES
-from fggm_peft.core.linear import SparseDelta, effective_linear, pays_to_split, split_linear
+from fggm_peft.core.linear import effective_linear, pays_to_split, split_linear
+from fggm_peft.core.weight_delta import WeightDelta
 
 SHAPES = [(512, 512), (1024, 1024), (4096, 1536)]
 POSITIONS = [32, 128, 256, 512]
@@ -38,12 +39,12 @@ def measure(shape: tuple[int, int], positions: int, density: float, name: str, d
     weight = torch.randn(shape, generator=generator).to(dtype)
     # of a model's weights none is in a cache when its turn comes
     count = math.ceil(TOGETHER / (weight.nbytes + values.nbytes))
-    deltas = [SparseDelta(kind, indices, torch.nn.Parameter(values.clone())) for _ in range(count)]
+    deltas = [WeightDelta(kind, indices, torch.nn.Parameter(values.clone())) for _ in range(count)]
     layers = [(weight.clone(), delta) for delta in deltas]
     x = torch.randn(positions, shape[1], generator=generator).to(dtype).requires_grad_()
     g = torch.randn(positions, shape[0], generator=generator).to(dtype)
 
-    def model(product: Callable[[Tensor, SparseDelta], Tensor]) -> None:
+    def model(product: Callable[[Tensor, WeightDelta], Tensor]) -> None:
         outputs = [product(weight, delta) for weight, delta in layers]
         for y, (_, delta) in zip(reversed(outputs), reversed(layers), strict=True):
             torch.autograd.grad(y, (x, delta.values), g)

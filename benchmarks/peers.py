@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fggm_peft.selection.log_likelihood import default_log_likelihood
+from fggm_peft.selection.likelihood import default_log_likelihood
 
 Scores = dict[str, Tensor]
 LOOP = "naive one-sample loop"

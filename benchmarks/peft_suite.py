@@ -19,7 +19,7 @@ from typing import Any
 from common import RESULTS, write
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "peft_suite"))
+sys.path.insert(0, str(ROOT / "tests" / "integration" / "peft_suite"))
 import run as peft_suite  # noqa: E402
 
 PAGE = ROOT / "docs" / "compatibility.md"

@@ -33,10 +33,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import GRANULARITIES, Rows
-from fggm_peft.plotting import doubling, legend, lines, looks, new_figure, save, titles
+from fggm_peft.plots import doubling, legend, lines, looks, new_figure, save, titles
 from fggm_peft.selection.agreement import split_half_agreement
-from fggm_peft.selection.choosing import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT
-from fggm_peft.selection.fisher_pass import FisherPass, Totals
+from fggm_peft.selection.data_pass import FisherPass, Totals
+from fggm_peft.selection.scoring import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT
 from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples
 from fggm_peft.tuner.layer import FGGMLayer
 from fggm_peft.tuner.support import Choice, fggm_layers

@@ -2,7 +2,7 @@
 
 Models are built on the meta device from their shapes, so nothing is downloaded and nothing computed: the dry run
 (``fggm_peft.estimate``) counts the tensors of a step. What it cannot count there, quantized weights and shards, are
-formulas here; tests/test_scaling.py compares all of them with what small models allocate.
+formulas here; tests/integration/test_scaling.py compares all of them with what small models allocate.
 
 python benchmarks/scaling.py           # writes results/scaling.json and the tables of docs/scaling.md
 python benchmarks/scaling.py --tables  # writes the tables again, from the result file
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from fggm_peft import FGGMConfig, estimate
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.per_sample import gram_is_cheaper
-from fggm_peft.selection.memory_probe import step_memory
+from fggm_peft.memory_probe import step_memory
 
 GIB = 2**30
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"

@@ -21,8 +21,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fggm_peft import FGGMConfig
-from fggm_peft.selection.fisher_pass import FisherPass
-from fggm_peft.selection.log_likelihood import default_log_likelihood
+from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.tuner.support import fggm_layers
 
 CASES = ((32, 4), (128, 4), (512, 2))  # positions, samples

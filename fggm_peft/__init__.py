@@ -5,7 +5,7 @@ Importing the package registers FGGM with PEFT, so that ``PeftModel.from_pretrai
 
 from typing import TYPE_CHECKING, Any
 
-from . import sharing, training
+from . import deltas, training
 from .core.criteria import CRITERIA, Criterion
 from .core.errors import (
     AdapterFileError,
@@ -16,27 +16,13 @@ from .core.errors import (
     NonFiniteScoreError,
     ScoreFileError,
 )
-from .core.threshold import (
-    AbsoluteScore,
-    MeanPlusStd,
-    ParameterBudget,
-    ScoreMass,
-    ThresholdPolicy,
-    TopDensity,
-)
+from .core.threshold import AbsoluteScore, MeanPlusStd, ParameterBudget, ScoreMass, ThresholdPolicy, TopDensity
 from .selection import CostEstimate, SelectionReport, estimate, online_selection, select_parameters
-from .tuner import (
-    FGGMConfig,
-    FGGMLayer,
-    FGGMModel,
-    MergeReport,
-    hotswap_adapter,
-    prepare_model_for_compiled_hotswap,
-)
+from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport, hotswap_adapter, prepare_model_for_compiled_hotswap
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .sharing import Ledger, SparseDelta, compose, consolidate, diff, export_lora, overlap, prune, subtract
+    from .deltas import Ledger, SparseDelta, compose, consolidate, diff, export_lora, overlap, prune, subtract
     from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 __all__ = [
@@ -83,7 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for room in (training, sharing):
-        if name in room.__all__:
-            return getattr(room, name)
+    for package in (training, deltas):
+        if name in package.__all__:
+            return getattr(package, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import huggingface_hub
 import pytest
 import torch
+from command_line import folder, selected, trained  # noqa: F401
 from hub_stand_in import HubStandIn
 from peft import get_peft_model
 from processes import Processes
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fggm_peft import FGGMConfig
 from fggm_peft.core.granularity import GRANULARITIES
-from fggm_peft.core.linear import SparseDelta
+from fggm_peft.core.weight_delta import WeightDelta
 
 
 def pytest_configure():
@@ -38,14 +39,14 @@ def granularity(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_delta() -> Callable[..., SparseDelta]:
+def make_delta() -> Callable[..., WeightDelta]:
     """A random delta of ``k`` units, its values a leaf that requires grad."""
 
     def make(name, shape, k, dtype=torch.float32, scale=1.0, seed=0, index_dtype=torch.int32):
         generator = seeded(seed)
         indices = torch.randperm(units(name, shape), generator=generator)[:k].sort().values.to(index_dtype)
         values = torch.randn(GRANULARITIES[name].values_shape(shape, k), generator=generator, dtype=torch.float64)
-        return SparseDelta(GRANULARITIES[name], indices, values.to(dtype).requires_grad_(), scale)
+        return WeightDelta(GRANULARITIES[name], indices, values.to(dtype).requires_grad_(), scale)
 
     return make
 

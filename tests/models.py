@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -23,7 +26,7 @@ from transformers import (
 )
 
 from fggm_peft import FGGMConfig
-from fggm_peft.selection.fisher_pass import FisherPass
+from fggm_peft.selection.data_pass import FisherPass
 from fggm_peft.tuner.support import fggm_layers
 
 VOCABULARY = 50
@@ -181,3 +184,17 @@ def fisher_scores(model: nn.Module, batches, log_likelihood=None) -> dict[str, t
     layers = fggm_layers(model, "default")
     totals = fisher_pass.run(layers, None, None, 1, "")
     return {name: totals.mean(name, "fisher") for name in layers}
+
+
+def trace(model):
+    """Everything that a selection must leave as it was."""
+    return (
+        [module.training for module in model.modules()],
+        [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        torch.random.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        model.config.use_cache,
+        [layer.scaling["default"] for layer in fggm_layers(model, "default").values()],
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fggm_peft.plotting import heat_map, heat_map_height, new_figure, save, titles
+from fggm_peft.plots import heat_map, heat_map_height, new_figure, save, titles
 
 from .goals import Results, Verdict, verdicts
 from .methods import FROZEN, METHODS

@@ -22,8 +22,8 @@ def run(
         raise FileNotFoundError(f"no folder {str(adapter)!r}; a card is written into an adapter's own")
     require_adapter(str(adapter))
 
-    from ..sharing.files import read_config
-    from ..tuner.card import write_card
+    from ..tuner.files.model_card import write_card
+    from ..tuner.files.reading import read_config
 
     path = write_card(adapter, read_config(adapter / "adapter_config.json"))
     return Result({"card": str(path)}, f"Written: {path}. Put its license into the header.")

@@ -36,7 +36,7 @@ def run(
     comparison = compare([read_source(path) for path in runs])
     if files:
         from ..continual.report.page import comparison_page
-        from ..file_integrity import write_whole
+        from ..tuner.files.atomic import write_whole
 
         page, data = files
         write_whole(page, comparison_page(comparison))

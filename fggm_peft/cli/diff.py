@@ -28,7 +28,7 @@ def run(
     Both are read from safetensors files, one tensor at a time. Norms that have changed go along whole.
     """
     require_free(output, overwrite)
-    from ..sharing import diff
+    from ..deltas import diff
 
     delta = diff(base, tuned, granularity, progress=True)
     delta.save(output)

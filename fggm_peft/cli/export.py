@@ -13,7 +13,7 @@ from .output import require_adapter, require_free
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from ..sharing.lora import LoraExport
+    from ..deltas.to_lora import LoraExport
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     require_adapter(adapter)
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write, or --dry-run to see the ranks", param_hint="--output")
-    from ..sharing import export_lora, lora_ranks
+    from ..deltas import export_lora, lora_ranks
 
     if dry_run or output is None:
         found = lora_ranks(adapter, max_rank, base)

@@ -12,7 +12,7 @@ from .output import require_adapter
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from ..sharing.delta import SparseDelta
+    from ..deltas.delta import SparseDelta
 
 
 def run(
@@ -23,7 +23,7 @@ def run(
 ) -> Result:
     """Show what an adapter has changed: of each module how much, and the rank that it needs as a LoRA."""
     require_adapter(adapter)
-    from ..sharing import SparseDelta
+    from ..deltas import SparseDelta
 
     delta = SparseDelta.read(adapter, base)
     modules = {name: _figures(delta, name) for name in delta.modules}
@@ -45,7 +45,7 @@ def run(
 
 
 def _figures(delta: SparseDelta, name: str) -> dict[str, Any]:
-    from ..sharing.lora import required_rank
+    from ..deltas.to_lora import required_rank
 
     module = delta.modules[name]
     o, i = module.shape

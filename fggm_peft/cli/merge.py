@@ -14,7 +14,7 @@ from .output import require_adapter, require_free
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from ..tuner.merge_report import MergeReport
+    from ..tuner.merging.report import MergeReport
 
 
 def run(
@@ -39,8 +39,8 @@ def run(
     require_free(output, overwrite)
     if ledger is not None:
         require_free(ledger, overwrite=False)
-    from ..sharing import Ledger, apply_deltas
-    from ..sharing.merged import require_dense, save_merged
+    from ..deltas import Ledger, apply_deltas
+    from ..deltas.apply import require_dense, save_merged
 
     if base.quantize is not None:
         raise typer.BadParameter("a merged checkpoint of it would lose part of the deltas", param_hint="--quantize")

@@ -211,7 +211,7 @@ class SelectionOptions:
             ValueError: the file cannot be read, a field is unknown, or a value is out of its range.
         """
         from ..tuner.config import FGGMConfig
-        from ..tuner.selection_settings import require_reference
+        from ..tuner.settings.selection import require_reference
 
         settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
         settings |= {} if self.config is None else _read_config(self.config)

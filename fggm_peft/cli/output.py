@@ -53,7 +53,7 @@ def require_adapter(folder: str) -> None:
     """Raise ``FileNotFoundError`` if there is no adapter under this name, neither here nor on the Hub."""
     from huggingface_hub import hf_hub_download
 
-    from ..folder_or_hub import from_hub, may_be_hub_id, not_here
+    from ..tuner.files.hub import from_hub, may_be_hub_id, not_here
 
     path = Path(folder).expanduser()
     if path.exists():

@@ -35,7 +35,7 @@ def run(
         raise typer.BadParameter(f"{plot} is none of {', '.join(PICTURES)}", param_hint="--plot")
     if plot is not None and plot.exists() and not overwrite:
         raise FileExistsError(f"{plot} is there already; name another file, or pass --overwrite")
-    from ..sharing import overlap
+    from ..deltas import overlap
 
     found = overlap(*adapters, base=base)
     if plot is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from ..file_integrity import complete_folder
+from ..tuner.files.atomic import complete_folder
 from .command import Result
 from .output import require_adapter, require_free
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from ..selection.saved import SavedAdapter
+    from ..deltas.saved_selection import SavedAdapter
 
 
 def run(
@@ -42,9 +42,9 @@ def run(
     for name in adapters:
         require_adapter(name)
 
-    from ..selection.pictures import write_pictures
-    from ..selection.saved import saved_adapter
-    from ..sharing.skeleton import skeleton
+    from ..deltas.meta_base import skeleton
+    from ..deltas.saved_selection import saved_adapter
+    from ..selection_plots import write_pictures
 
     found = [saved_adapter(name) for name in adapters]
     base = model or _common_base(found)
@@ -96,8 +96,8 @@ class _Drawing:
 
     def pictures(self) -> Iterator[tuple[str, Figure]]:
         """Name and figure of each picture."""
-        from ..selection.pictures import agreement_picture, overlap_picture
-        from ..sharing.overlaps import support_overlap
+        from ..deltas.overlaps import support_overlap
+        from ..selection_plots import agreement_picture, overlap_picture
 
         for name, adapter in zip(self.names, self.adapters, strict=True):
             yield from self._of_one(name, adapter)
@@ -115,8 +115,8 @@ class _Drawing:
             yield "overlap", overlap_picture(self.names, found["jaccard"], found["chance"])
 
     def _of_one(self, name: str, adapter: SavedAdapter) -> Iterator[tuple[str, Figure]]:
-        from ..selection.pictures import density_picture, file_name, spectrum_picture
-        from ..selection.saved import shares_of
+        from ..deltas.saved_selection import shares_of
+        from ..selection_plots import density_picture, file_name, spectrum_picture
 
         several = len(self.adapters) > 1
         suffix, title = (f"-{file_name(name)}", name) if several else ("", "")

@@ -14,7 +14,7 @@ from .output import require_free
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..sharing.ledger import RollbackReport
+    from ..deltas.ledger import RollbackReport
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
     With the originals that the ledger has kept, or with --base, the result is bit for bit the model without the task,
     whatever the other tasks have changed. Otherwise the delta is subtracted, which leaves rounding.
     """
-    from ..sharing.ledger import FILE, Ledger
+    from ..deltas.ledger import FILE, Ledger
 
     if not (ledger / FILE).is_file():
         raise FileNotFoundError(f"no ledger in {str(ledger)!r}: it has no {FILE}")
@@ -57,8 +57,8 @@ def run(
 
 
 def _taken_out(kept: Any, task: str, model: str, output: Path, base: str | None) -> RollbackReport:
-    from ..file_integrity import complete_folder
     from ..training.base import BaseModel, BaseModelError
+    from ..tuner.files.atomic import complete_folder
 
     source = BaseModel(name=model)
     merged = source.load()

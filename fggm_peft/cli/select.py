@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from ..file_integrity import complete_folder
+from ..tuner.files.atomic import complete_folder
 from .command import Result
 from .options import BaseOptions, DataOptions, DryRunOptions, SelectionOptions
 from .output import ADAPTER_FILE, require_free, require_protected
@@ -62,10 +62,10 @@ def run(
     from peft import get_peft_model
 
     from ..core.criteria import CRITERIA
+    from ..deltas import save_adapter
     from ..selection import select_parameters
-    from ..sharing import save_adapter
     from ..training.base import shard_as_launched, this_process
-    from ..tuner.saving import UntrainedAdapterWarning
+    from ..tuner.files.saving import UntrainedAdapterWarning
 
     if data is None and CRITERIA[config.criterion].needs_data:
         raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
@@ -93,7 +93,7 @@ def _reference(base: BaseOptions, config: FGGMConfig) -> Any:
 
 def _require_drawable(plots: Path, output: Path, overwrite: bool) -> None:
     """Raise before the model is loaded if pictures could not be drawn, or would get among the adapter's files."""
-    from ..plotting import style
+    from ..plots import style
 
     if plots.absolute() == output.absolute():
         raise typer.BadParameter("name another folder than that of the adapter", param_hint="--plots")
@@ -104,7 +104,7 @@ def _require_drawable(plots: Path, output: Path, overwrite: bool) -> None:
 
 def _drawn(report: SelectionReport, folder: Path, format: str) -> list[str]:
     """The files of the pictures that were drawn."""
-    from ..selection.pictures import report_pictures, write_pictures
+    from ..selection_plots import report_pictures, write_pictures
 
     with complete_folder(folder) as temporary:
         files = write_pictures(report_pictures(report), temporary, format)

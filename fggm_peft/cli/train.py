@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..file_integrity import complete_folder
+from ..tuner.files.atomic import complete_folder
 from .command import Result
 from .options import BaseOptions, DataOptions, SelectionOptions
 from .output import (
@@ -152,7 +152,7 @@ def run(
     Without --adapter, what may move is selected first, from the same data. Runs on several devices under accelerate
     launch or torchrun.
     """
-    from ..sharing import save_adapter
+    from ..deltas import save_adapter
 
     if adapter is not None:
         require_adapter(adapter)
@@ -217,7 +217,7 @@ def _adapted(base: BaseOptions, adapter: str | None, config: FGGMConfig) -> Any:
     from peft import PeftModel, get_peft_model
 
     from ..selection.select import active_adapter
-    from ..tuner.file_settings import require_file_settings
+    from ..tuner.settings.file import require_file_settings
 
     model = base.base().load()
     if adapter is None:

@@ -12,7 +12,7 @@ from .output import require_adapter
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..sharing import Verification
+    from ..deltas import Verification
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     """
     require_adapter(adapter)
 
-    from ..sharing import verify
+    from ..deltas import verify
 
     found = verify(adapter, base)
     return Result(found.to_dict(), _table(found))

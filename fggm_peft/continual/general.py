@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..file_integrity import digest_of_folder
-from ..selection.untouched import same_random_state
+from ..selection.frozen_model import same_random_state
 from ..training.data import DataError, TokenizedExamples
 from ..training.evaluation import score_answers
 from ..training.texts import PARAGRAPH_LENGTH, read_paragraphs
-from ..tuner.bitsandbytes_guard import four_bit_layers_as_they_are
+from ..tuner.files.atomic import digest_of_folder
+from ..tuner.hosts.bitsandbytes import four_bit_layers_as_they_are
 from .lm_eval_tasks import TaskScore, require_data, require_tasks, task_scores
 from .settings import StreamError
 

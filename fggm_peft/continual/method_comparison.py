@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..file_integrity import digest_of_folder, write_whole
+from ..tuner.files.atomic import digest_of_folder, write_whole
 from .memory import ACCELERATOR_MEMORY, accelerator
 from .methods import Method, make_method
 from .methods.fine_tuning import FineTuning

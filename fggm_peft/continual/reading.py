@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..folder_or_hub import may_be_hub_id
 from ..training.base import DTYPES, QUANTIZATIONS, BaseModel
+from ..tuner.files.hub import may_be_hub_id
 from .gate import Gate
 from .general import General
 from .metrics import METRICS, MetricError, load_metric

@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..file_integrity import write_json
+from ..tuner.files.atomic import write_json
 from .report import require_report_packages
 from .runner import Runner, made
 from .stream import Method, Order, Stream, StreamError

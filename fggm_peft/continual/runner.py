@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from ..file_integrity import digest_of_folder, write_json
-from ..sharing.overlaps import support_overlap
+from ..deltas.overlaps import support_overlap
 from ..training.base import this_process
 from ..training.checkpoints import last_complete_checkpoint
 from ..training.evaluation import written_answers
+from ..tuner.files.atomic import digest_of_folder, write_json
 from .gate import Gate
 from .general import GeneralAbility
 from .memory import MemoryLog, PeakMemory, TrainingBegins, return_freed_memory

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..file_integrity import digest_of_folder
 from ..training.base import BaseModel, computes_bfloat16
+from ..tuner.files.atomic import digest_of_folder
 from .fingerprint import differences, plain
 from .gate import Gate
 from .general import General

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..file_integrity import digest_of_files, digest_of_folder
 from ..training.data import (
     FILE_READERS,
     DataError,
@@ -24,6 +23,7 @@ from ..training.data import (
     read_example,
     row_format,
 )
+from ..tuner.files.atomic import digest_of_files, digest_of_folder
 from .settings import StreamError
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .granularity import Granularity
-
-
-@dataclass(frozen=True)
-class SparseDelta:
-    """One task's change of one weight: a support and the trained values on it.
-
-    Args:
-        granularity: kind of unit.
-        indices: ``[k]`` integers, sorted, unique.
-        values: ``granularity.values_shape(shape, k)``.
-        scale: the delta counts ``scale`` times.
-    """
-
-    granularity: Granularity
-    indices: Tensor
-    values: Tensor
-    scale: float = 1.0
-
+from .weight_delta import WeightDelta
 
 WeightSource = Callable[[], Tensor]
 """Gives a weight ``[o, i]`` that the caller may overwrite: a copy, or a dequantized temporary."""
 
 
-def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, deltas: Sequence[SparseDelta]) -> Tensor:
+def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, deltas: Sequence[WeightDelta]) -> Tensor:
     """``x @ (weight + sum of deltas).mT + bias`` in the form of one product.
 
     Args:
@@ -57,7 +38,7 @@ def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
-def split_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta: SparseDelta) -> Tensor:
+def split_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta: WeightDelta) -> Tensor:
     """As ``effective_linear`` for one delta of rows or columns, in two products and without a copy of the weight.
 
     Args:
@@ -70,7 +51,7 @@ def split_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, delta: Sp
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
-def pays_to_split(delta: SparseDelta, shape: tuple[int, int], positions: int) -> bool:
+def pays_to_split(delta: WeightDelta, shape: tuple[int, int], positions: int) -> bool:
     """Whether ``split_linear`` takes less time than ``effective_linear`` with a weight that has to be copied.
 
     It multiplies with the chosen units once more, and copies the input (or, in backward, the output's gradient). Where
@@ -88,14 +69,14 @@ def pays_to_split(delta: SparseDelta, shape: tuple[int, int], positions: int) ->
     return positions * (density / 24 + 3 / shape[1 - dim]) < 1
 
 
-def effective_weight(weight: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+def effective_weight(weight: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
     """Add the deltas to ``weight`` ``[o, i]`` in place, one after another, and return it."""
     for delta in deltas:
         delta.granularity.add_(weight, delta.indices, delta.values, delta.scale)
     return weight
 
 
-def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
     """``base_output + x @ (sum of deltas).mT`` without any weight.
 
     Args:
@@ -118,7 +99,7 @@ def is_autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind)
 
 
-def _with_products(base_output: Tensor, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+def _with_products(base_output: Tensor, x: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
     y = base_output.clone()  # the base layer's own backward may need it as it is
     for delta in deltas:
         inputs, values = _of_one_dtype(x, delta.values)
@@ -155,7 +136,7 @@ def _saved_for_backward(ctx) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]
     return saved[: len(ctx.deltas)], saved[len(ctx.deltas) :]
 
 
-def _value_gradients(deltas: Sequence[SparseDelta], kept: Sequence[Tensor | None], g: Tensor, values: Sequence[Tensor]):
+def _value_gradients(deltas: Sequence[WeightDelta], kept: Sequence[Tensor | None], g: Tensor, values: Sequence[Tensor]):
     """Gradients of the values of every delta that wants one, and None for the others."""
     for delta, x, value in zip(deltas, kept, values, strict=True):
         if x is None:
@@ -205,7 +186,7 @@ class _EffectiveLinear(torch.autograd.Function):
 
 
 def _split_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, delta: SparseDelta, transposed: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, delta: WeightDelta, transposed: bool = False
 ) -> Tensor:
     """``x @ (weight + delta).mT + bias``, or with the transposed weight, the chosen units multiplied by themselves."""
     units = delta.granularity.added(weight, delta.indices, delta.values, delta.scale).to(x.dtype)
@@ -242,7 +223,7 @@ class _AdditiveLinear(torch.autograd.Function):
         return (g, gx, None, *_value_gradients(ctx.deltas, kept, g, values))
 
 
-def effective_matrix(weight: WeightSource, deltas: Sequence[SparseDelta]) -> Tensor:
+def effective_matrix(weight: WeightSource, deltas: Sequence[WeightDelta]) -> Tensor:
     """``weight + sum of deltas`` itself, ``[o, i]``, for layers whose product is not a plain one.
 
     The gradient at the result may be dense; the values get their entries of it.

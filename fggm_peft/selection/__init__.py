@@ -1,6 +1,6 @@
 """The Fisher pass: which weights does the new task's data ask for?"""
 
-from .dry_run import CostEstimate, estimate
+from ..cost import CostEstimate, estimate
 from .online import online_selection
 from .report import SelectionReport
 from .select import select_parameters

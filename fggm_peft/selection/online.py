@@ -22,10 +22,10 @@ from ..core.criteria import CRITERIA, Criterion
 from ..core.statistics import STATISTICS, Batch, Count
 from ..tuner.config import FGGMConfig
 from ..tuner.support import unwrapped
-from .collector import ScoreCollector
-from .fisher_pass import FisherPass, Totals, batch_size, checkpointed_embeddings, sketch_of
-from .log_likelihood import LogLikelihood, answer_count, task_type_of
-from .ranks import Ranks
+from .data_pass import FisherPass, Totals, batch_size, checkpointed_embeddings, sketch_of
+from .hooks import ScoreCollector
+from .likelihood import LogLikelihood, answer_count, task_type_of
+from .processes import Ranks
 from .reference import ReferenceData
 from .report import SelectionReport
 from .select import active_adapter, prepare, settle

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.granularity import GRANULARITIES, Granularity
 from ..tuner.config import FGGMConfig
-from ..tuner.history import history_of
+from ..tuner.files.task_scores import history_of
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import bounds, fggm_layers, unwrapped
 
@@ -142,7 +142,7 @@ def supports_in_file(model: nn.Module, name: str) -> list[tuple[str, Support]]:
     Args:
         name: a folder or a Hub id.
     """
-    from ..sharing.files import read_supports  # of no use to most, so the package is imported without it
+    from ..tuner.files.reading import read_supports  # of no use to most, so the package is imported without it
 
     config, supports = read_supports(name, model)
     granularity = GRANULARITIES[config.granularity]

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ..core.criteria import CRITERIA
 from ..core.statistics import STATISTICS, ones
 from ..tuner.config import FGGMConfig
-from ..tuner.history import TaskRecord, history_of, load_record
+from ..tuner.files.task_scores import TaskRecord, history_of, load_record
 from ..tuner.layer import FGGMLayer
-from ..tuner.selection_settings import check_reference, require_reference
+from ..tuner.settings.selection import check_reference, require_reference
 from ..tuner.support import unwrapped
-from .fisher_pass import FisherPass, Totals
-from .log_likelihood import IGNORED, task_type_of
-from .ranks import Ranks
+from .data_pass import FisherPass, Totals
+from .likelihood import IGNORED, task_type_of
+from .processes import Ranks
 from .self_text import written_batches
 
 Layers = Mapping[str, FGGMLayer]

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..tuner.layout import GROUPS, density_grid
+from ..tuner.module_paths import GROUPS, density_grid
 
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
 
-    from ..tuner.history import TaskRecord
+    from ..tuner.files.task_scores import TaskRecord
 
 
 @dataclass(frozen=True)

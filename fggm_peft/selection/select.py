@@ -18,19 +18,19 @@ from torch import nn
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig
-from ..tuner.history import TaskRecord, remember
+from ..tuner.files.task_scores import TaskRecord, remember
 from ..tuner.layer import FGGMLayer
-from ..tuner.selection_settings import require_num_samples, require_protection
+from ..tuner.settings.selection import require_num_samples, require_protection
 from ..tuner.support import fggm_layers, forecast_supports, unwrapped, write_supports
 from ..version import __version__
 from .agreement import split_half_agreement
-from .choosing import MAX_SAMPLES, Chooser, Outcome, costs
-from .fisher_pass import FisherPass
-from .log_likelihood import LogLikelihood
+from .data_pass import FisherPass
+from .likelihood import LogLikelihood
+from .processes import Ranks, digest
 from .protection import Protection, earlier_supports
-from .ranks import Ranks, digest
 from .reference import ReferenceData, find_reference
 from .report import ModuleSelection, SelectionReport
+from .scoring import MAX_SAMPLES, Chooser, Outcome, costs
 
 __all__ = ["MAX_SAMPLES", "active_adapter", "active_adapters", "select_parameters"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..tuner.support import unwrapped
-from .log_likelihood import IGNORED
+from .likelihood import IGNORED
 
 _WRITTEN_TOGETHER = 32  # each step reads all weights once, however many texts grow by it
 _BATCH = 8  # of the pass over them

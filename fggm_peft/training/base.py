@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..folder_or_hub import may_be_hub_id
+from ..tuner.files.hub import may_be_hub_id
 
 if TYPE_CHECKING:
     from accelerate import PartialState

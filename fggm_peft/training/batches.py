@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..selection.log_likelihood import IGNORED
+from ..selection.likelihood import IGNORED
 
 # what TRL's preference trainers put beside the inputs of the model
 _NOT_INPUTS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")

@@ -16,8 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..selection.protection import supports_in_file
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.config import FGGMConfig
-from ..tuner.history import SCORES_FILE, TaskRecord, load_record, remember
-from ..tuner.saving import as_trained
+from ..tuner.files.saving import as_trained
+from ..tuner.files.task_scores import SCORES_FILE, TaskRecord, load_record, remember
 from ..tuner.support import fggm_layers, unwrapped
 
 

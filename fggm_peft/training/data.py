@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from ..folder_or_hub import may_be_hub_id
-from ..selection.log_likelihood import IGNORED
+from ..selection.likelihood import IGNORED
+from ..tuner.files.hub import may_be_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

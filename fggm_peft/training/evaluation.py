@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..selection.log_likelihood import IGNORED
-from ..tuner.bitsandbytes_guard import four_bit_layers_as_they_are
+from ..selection.likelihood import IGNORED
+from ..tuner.hosts.bitsandbytes import four_bit_layers_as_they_are
 from .data import TokenizedExamples
 
 if TYPE_CHECKING:

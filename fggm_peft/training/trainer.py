@@ -20,21 +20,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..file_integrity import complete_folder
+from ..deltas.saving import keep_card
 from ..selection import SelectionReport, select_parameters
-from ..selection.log_likelihood import LogLikelihood
+from ..selection.likelihood import LogLikelihood
 from ..selection.reference import ReferenceData
 from ..selection.select import active_adapter
-from ..sharing.saving import keep_card
-from ..tuner.card import complete_card
-from ..tuner.saving import as_trained
+from ..tuner.files.atomic import complete_folder
+from ..tuner.files.model_card import complete_card
+from ..tuner.files.saving import as_trained
 from .batches import Prompts, selection_batch
-from .checkpoints import (
-    last_complete_checkpoint,
-    load_before_sharding_,
-    recall_selection_,
-    unselected_adapters,
-)
+from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
 from .online import OnlineWindow, require_share
 from .texts import reference_of
 from .trl import fill_reference_, keep_values_wide_

@@ -1,11 +1,11 @@
 """FGGM as a PEFT method: config, model, layers and merging."""
 
 from .config import FGGMConfig
-from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .layer import FGGMLayer
-from .merge_report import MergeReport, ModuleMerge
+from .merging.report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
+from .several.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 register(FGGMConfig, FGGMModel)
 

@@ -13,13 +13,13 @@ from ..core.criteria import CRITERIA
 from ..core.granularity import GRANULARITIES
 from ..core.registry import require_one_of
 from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
-from .adapter_file import require_readable
-from .budget import require_budget
-from .card import complete_card
-from .file_settings import require_file_settings
-from .history import record_of
+from .files.model_card import complete_card
+from .files.task_scores import record_of
+from .files.tensors import require_readable
 from .registration import add_peft_type
-from .selection_settings import (
+from .settings.budget import require_budget
+from .settings.file import require_file_settings
+from .settings.selection import (
     require_criterion_settings,
     require_density,
     require_estimate_settings,

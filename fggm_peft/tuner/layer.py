@@ -22,17 +22,18 @@ from torch.distributed.tensor import DTensor
 from ..core.errors import AdapterNotSelectedError
 from ..core.granularity import GRANULARITIES, Granularity, Shape
 from ..core.index_codec import index_dtype
-from ..core.linear import SparseDelta, effective_weight
+from ..core.linear import effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
-from .bitsandbytes_guard import recover_quantization_state
+from ..core.weight_delta import WeightDelta
 from .config import FGGMConfig
-from .indices import SupportIndices
-from .kept import KEPT, KeptDeltaHook
-from .merge_report import ModuleMerge
-from .merging import merge_dense_, merge_quantized
-from .mixed_batches import mixed_batch_forward
-from .offloading import execution_device, is_offloaded, kept_weight
-from .sharding import whole
+from .files.indices import SupportIndices
+from .hosts.bitsandbytes import recover_quantization_state
+from .hosts.offloading import execution_device, is_offloaded, kept_weight
+from .hosts.sharding import whole
+from .merging.merge import merge_dense_, merge_quantized
+from .merging.report import ModuleMerge
+from .merging.sidecar import KEPT, KeptDeltaHook
+from .several.mixed_batches import mixed_batch_forward
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -101,7 +102,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         """The inverse of ``matrix``: ``[o, i]`` in the orientation the base layer stores."""
 
     @abstractmethod
-    def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
+    def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
         """What the base layer would compute if the deltas were part of its weight."""
 
     @abstractmethod
@@ -227,9 +228,9 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         if adapter in self.scaling:
             self.scaling[adapter] = float(scale)
 
-    def delta(self, adapter_name: str) -> SparseDelta:
+    def delta(self, adapter_name: str) -> WeightDelta:
         """The sparse delta of one adapter."""
-        return SparseDelta(
+        return WeightDelta(
             self.granularity[adapter_name],
             self.fggm_indices[adapter_name],
             self.fggm_values[adapter_name],
@@ -243,7 +244,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         delta.granularity.add_(dense, delta.indices, delta.values.detach(), delta.scale)
         return self.unmatrix(dense)
 
-    def deltas(self, adapter_names: Sequence[str]) -> list[SparseDelta]:
+    def deltas(self, adapter_names: Sequence[str]) -> list[WeightDelta]:
         """The deltas of those adapters that have one here which is not empty."""
         # the indices are asked, because DeepSpeed's ZeRO-3 fetches a parameter that is touched
         return [self.delta(n) for n in adapter_names if self.selected.get(n) and self.fggm_indices[n].numel()]
@@ -280,7 +281,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         return self.adapted_forward(deltas, x, *args, **kwargs)
 
-    def _active_deltas(self) -> list[SparseDelta]:
+    def _active_deltas(self) -> list[WeightDelta]:
         names = [name for name in self.active_adapters if name in self.fggm_values]
         for name in names:
             if not self.selected[name] and self.training and torch.is_grad_enabled():

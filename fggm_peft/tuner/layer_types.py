@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..core.linear import (
-    SparseDelta,
+    WeightDelta,
     additive_linear,
     effective_linear,
     effective_matrix,
@@ -22,12 +22,7 @@ from ..core.linear import (
     pays_to_split,
     split_linear,
 )
-from ..core.per_sample import (
-    EmbeddingGradients,
-    GroupedGradients,
-    LinearGradients,
-    unfold_convolution,
-)
+from ..core.per_sample import EmbeddingGradients, GroupedGradients, LinearGradients, unfold_convolution
 from .layer import FGGMLayer
 
 # Without gradients, copying the weight pays from about this many positions on; a decoding step
@@ -58,7 +53,7 @@ class FGGMLinear(FGGMLayer):
     def has_plain_forward(self):
         return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
-    def adapted_forward(self, deltas: list[SparseDelta], x: Tensor, *args, **kwargs) -> Tensor:
+    def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
         dtype = self._compute_dtype(x)
         decoding = not torch.is_grad_enabled() and self.positions(x) < _MIN_POSITIONS_TO_COPY
         additive = decoding or torch.compiler.is_exporting()  # the form that is made of plain operators
@@ -72,7 +67,7 @@ class FGGMLinear(FGGMLayer):
             output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
         return output if is_autocast(x) else output.to(x.dtype)
 
-    def _splits(self, deltas: list[SparseDelta], x: Tensor) -> bool:
+    def _splits(self, deltas: list[WeightDelta], x: Tensor) -> bool:
         """Whether the weight can be left where it is; a dequantized one is a copy already."""
         if self.quantization_backend is not None or len(deltas) != 1:
             return False

@@ -15,23 +15,23 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .base_check import BaseCheck, fingerprint
-from .bitsandbytes_guard import guard_four_bit_layers
-from .budget import resolve_budget_
 from .config import FGGMConfig
-from .indices import await_support_, entry_within
+from .files.base_check import BaseCheck, fingerprint
+from .files.indices import await_support_, entry_within
+from .files.loading import fit_layers_to_state_dict
+from .files.saving import encode_for_file_
+from .hosts.bitsandbytes import guard_four_bit_layers
+from .hosts.offloading import require_offloading_in_place
+from .hosts.quantized_targets import include_quantized_layers_
+from .hosts.sharding import require_unsharded
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
-from .linear_targets import include_quantized_layers_
-from .loading import fit_layers_to_state_dict
-from .merge_report import MergeReport
-from .merging import commit_mode, pending, preview_merge
-from .mixed_batches import adapter_of_each_sample
-from .offloading import require_offloading_in_place
-from .saving import encode_for_file_
-from .sharding import require_unsharded
+from .merging.merge import commit_mode, pending, preview_merge
+from .merging.report import MergeReport
+from .settings.budget import resolve_budget_
+from .several.mixed_batches import adapter_of_each_sample
+from .several.weighted import WeightedSum, add_weighted_adapter
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
-from .weighted import WeightedSum, add_weighted_adapter
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from ..core.criteria import CRITERIA, Quantities
 from ..core.errors import NonFiniteScoreError
 from ..core.finite import all_finite
 from ..core.threshold import Forecast, ThresholdPolicy
-from .budget import module_kind, values_per_unit
 from .config import FGGMConfig
+from .hosts.sharding import path_in_base
 from .layer import FGGMLayer
-from .sharding import path_in_base
+from .settings.budget import module_kind, values_per_unit
 
 
 @dataclass(frozen=True)

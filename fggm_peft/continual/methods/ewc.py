@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
-from ...selection.fisher_pass import FisherPass
+from ...selection.data_pass import FisherPass
 from ...tuner import FGGMConfig
-from ...tuner.selection_settings import require_num_samples
+from ...tuner.settings.selection import require_num_samples
 from ...tuner.support import fggm_layers
 from .gradients import PenalizedTrainer, linear_layers
 from .method import Method, train_only_

@@ -15,8 +15,8 @@ from ...selection.online import require_online
 from ...training import FGGMTrainer
 from ...training.online import require_share
 from ...tuner import FGGMConfig
-from ...tuner.history import HISTORY, TaskRecord, history_of, scores_from
-from ...tuner.selection_settings import require_protection, require_reference
+from ...tuner.files.task_scores import HISTORY, TaskRecord, history_of, scores_from
+from ...tuner.settings.selection import require_protection, require_reference
 from ...tuner.support import unwrapped
 from .method import train_all_
 from .peft_method import PeftMethod

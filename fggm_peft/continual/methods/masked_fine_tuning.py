@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from ...training import FGGMTrainer
-from ...tuner.history import history_of
+from ...tuner.files.task_scores import history_of
 from ...tuner.support import fggm_layers
 from .fggm import FGGM
 from .gradients import GradientTrainer

@@ -12,7 +12,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
-from ...sharing import save_adapter
+from ...deltas import save_adapter
 from .method import Examples, Method
 
 WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}

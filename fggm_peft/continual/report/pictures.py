@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...plotting import (
+from ...plots import (
     FAINT,
     Look,
     Spot,
@@ -21,7 +21,7 @@ from ...plotting import (
     titles,
     to_svg,
 )
-from ...selection.pictures import overlap_picture
+from ...selection_plots import overlap_picture
 from .comparison import letters, pairing_name
 from .contents import COLUMNS, COMPARED, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
 from .tables import HEADINGS, PHASES, UNITS, signed

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...file_integrity import write_whole
+from ...tuner.files.atomic import write_whole
 from .contents import report_of
 
 PACKAGES = ("jinja2", "matplotlib", "scipy")

@@ -1,0 +1,103 @@
+"""``Target``: a weight that an adapter may change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..core.granularity import Granularity, Shape
+from ..core.weight_delta import WeightDelta
+from .hosts.sharding import path_in_base
+
+if TYPE_CHECKING:
+    from .layer import FGGMLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight of the base model, as one adapter sees it.
+
+    A layer may have several adapters, so that a layer and the name of an adapter always go together. This class holds
+    the two, with the layer's module path.
+
+    Args:
+        path: module path of the layer in the base model.
+        layer: the adapted layer.
+        adapter_name: the adapter.
+    """
+
+    path: str
+    layer: FGGMLayer
+    adapter_name: str
+
+    @property
+    def shape(self) -> Shape:
+        """``(o, i)`` of the weight as a matrix."""
+        return self.layer.weight_shape
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.layer.granularity[self.adapter_name]
+
+    @property
+    def units(self) -> int:
+        """Number of units to choose from."""
+        return self.granularity.units(self.shape)
+
+    @property
+    def indices(self) -> Tensor:
+        """``[k]`` sorted indices of the units that may change."""
+        return self.layer.fggm_indices[self.adapter_name]
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The trainable values on the support, ``granularity.values_shape(shape, k)``."""
+        return self.layer.fggm_values[self.adapter_name]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """``[k]`` trainable bias entries of the chosen rows; None without ``bias="fggm_only"``."""
+        return self.layer.fggm_bias.get(self.adapter_name, None)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the adapter trains in this layer: the values and, if present, the bias entries."""
+        return self.layer.trained(self.adapter_name)
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether the support is known."""
+        return self.layer.selected[self.adapter_name]
+
+    @property
+    def is_merged(self) -> bool:
+        return self.adapter_name in self.layer.merged_adapters
+
+    @property
+    def scale(self) -> float:
+        return self.layer.scaling[self.adapter_name]
+
+    def delta(self) -> WeightDelta:
+        """The support, values and scale as a sparse delta of the weight."""
+        return self.layer.delta(self.adapter_name)
+
+
+Targets = dict[str, Target]
+"""Module path -> target, in the order of the model."""
+
+
+def find_targets(model: nn.Module, adapter_name: str) -> Targets:
+    """The weights that an adapter may change, by module path in the base model.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected FGGM layers.
+        adapter_name: the adapter. If no layer has it, the result is empty.
+    """
+    from .layer import FGGMLayer
+
+    paths = {path_in_base(name): module for name, module in model.named_modules() if isinstance(module, FGGMLayer)}
+    return {
+        path: Target(path, layer, adapter_name) for path, layer in paths.items() if adapter_name in layer.fggm_values
+    }

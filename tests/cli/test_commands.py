@@ -1,0 +1,496 @@
+"""The commands of ``fggm``, on a small model in a folder, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+import yaml
+from command_line import PAIRS, fail, fggm, succeed
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fggm_peft
+from fggm_peft import FGGMConfig
+from fggm_peft.cli.app import build
+from fggm_peft.cli.options import SelectionOptions
+
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+# --- select --------------------------------------------------------------------------------------
+
+
+def test_select_saves_an_adapter_of_zero_values(folder, tmp_path):
+    output = tmp_path / "new" / "adapter"
+    found = succeed(
+        *("select", folder / "model", "-d", folder / "data", "-o", output, "--granularity", "column"),
+        *("--density", 0.25, "--target-modules", "q_proj", "--target-modules", "v_proj", "--num-samples", "all"),
+    )
+    assert {path.name for path in output.iterdir()} == ADAPTER_FILES
+    assert [path.name for path in output.parent.iterdir()] == ["adapter"]  # no temporary folder is left
+    tensors = load_file(output / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in tensors.items() if "values" in name)
+    assert (found["granularity"], found["samples"], found["density"]) == ("column", 32, 0.25)
+    assert found["bytes"] == (output / "adapter_model.safetensors").stat().st_size
+    assert {module["name"].split(".")[-1] for module in found["modules"]} == {"q_proj", "v_proj"}
+
+
+def test_select_prints_a_table(folder, tmp_path):
+    result = fggm("select", folder / "model", "--data", folder / "data", "--output", tmp_path / "a")
+    assert result.code == 0
+    assert "trainable values" in result.out and "Saved to" in result.out
+
+
+def test_select_with_a_criterion_that_needs_no_data(folder, tmp_path):
+    found = succeed("select", folder / "model", "--criterion", "random", "--output", tmp_path / "a")
+    assert found["samples"] == 0 and found["parameters"] > 0
+    assert fggm("select", folder / "model", "--output", tmp_path / "b").code == 2
+
+
+def test_select_of_a_4_bit_base(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arguments = ("--data", folder / "data", "--output", tmp_path / "a", "--quantize", "4bit")
+    assert succeed("select", folder / "model", *arguments)["samples"] == 32
+    found = succeed("eval", folder / "model", "--data", folder / "data", "--quantize", "4bit", "-a", tmp_path / "a")
+    base, adapted = found["results"]
+    assert base["loss"] == pytest.approx(adapted["loss"], rel=0.01)  # the adapter is zero
+
+
+def test_a_dry_run_shows_what_it_would_cost_without_data(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("select", folder / "model", "--dry-run", "--batch-size", 4, "--max-length", 32)
+    found = succeed(*arguments, "--budget", "lora:r=2", "--gradient-checkpointing", "--optimizer", "sgd")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    size = {"batch_size": 4, "sequence_length": 32, "optimizer": "sgd", "checkpointing": True}
+    expected = fggm_peft.estimate(base, FGGMConfig(budget="lora:r=2", task_type="CAUSAL_LM"), **size)
+    assert found == {"model": str(folder / "model"), **expected.to_dict()}
+    shown = fggm(*arguments, "--data", "not-read.json", "--threshold", '{"policy": "score_mass"}')
+    assert shown.code == 0 and "peak of a training step" in shown.out and "depending on scores" in shown.out
+    assert "unknown optimizer 'adm'" in fail(*arguments, "--optimizer", "adm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_select_within_a_budget(folder, tmp_path):
+    found = succeed(
+        *("select", folder / "model", "--criterion", "random", "--output", tmp_path / "a", "--budget", "5%"),
+        *("--budget-floor", '{"q_proj": 0.05}', "--max-rows", 6),
+    )
+    saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert saved["budget"] == "5%" and saved["resolved_budget"] - 96 < found["parameters"] <= saved["resolved_budget"]
+    assert all(m["chosen"] <= 6 and ("q_proj" not in m["name"] or m["chosen"] >= 4) for m in found["modules"])
+    assert "at least 64" in fail(
+        "select", folder / "model", "--criterion", "random", "-o", tmp_path / "b", "--budget", 9
+    )
+    # an option replaces what the file says, with what belongs to it
+    again = SelectionOptions(config=tmp_path / "a" / "adapter_config.json", density=0.2).fggm_config()
+    assert (again.density, again.budget, again.budget_floor, again.resolved_budget) == (0.2, None, None, None)
+
+
+# --- eval ----------------------------------------------------------------------------------------
+
+
+def loss_by_hand(model, tokenizer, rows: list[dict]) -> tuple[float, int]:
+    """Mean negative log-likelihood of the answers and the number of their tokens, one row at a time."""
+    total, tokens = 0.0, 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0]
+        log_probabilities = logits.log_softmax(-1)
+        total -= sum(float(log_probabilities[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+        tokens += len(answer)
+    return total / tokens, tokens
+
+
+def test_eval_of_what_select_and_train_made_agrees_with_a_loss_taken_by_hand(folder, trained):
+    found = succeed("eval", folder / "model", "--adapter", trained, "--data", folder / "data")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    base, adapted = found["results"]
+    loss, tokens = loss_by_hand(model, tokenizer, PAIRS[32:])
+    assert (base["adapter"], base["samples"], base["tokens"]) == (None, 8, tokens)
+    assert base["loss"] == pytest.approx(loss, abs=1e-5)
+    assert base["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+    loss, _ = loss_by_hand(PeftModel.from_pretrained(model, str(trained)).eval(), tokenizer, PAIRS[32:])
+    assert adapted["adapter"] == str(trained)
+    assert adapted["loss"] == pytest.approx(loss, abs=1e-5)
+    assert adapted["loss"] < base["loss"] - 0.1
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_eval_does_not_depend_on_the_batch_size(size, folder, trained, tmp_path):
+    rows = [{"prompt": "a" * n, "answer": "b" * (9 - n)} for n in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("eval", folder / "model", "--data", tmp_path / "rows.jsonl", "--adapter", trained, "--generate")
+    arguments += ("--max-new-tokens", 6)
+    together = succeed(*arguments, "--batch-size", 5)["results"]
+    for one, other in zip(together, succeed(*arguments, "--batch-size", size)["results"], strict=True):
+        assert one.pop("loss") == pytest.approx(other.pop("loss"), abs=1e-6)
+        assert one.pop("perplexity") == pytest.approx(other.pop("perplexity"), rel=1e-5)
+        assert one == other
+
+
+def test_generated_answers_are_counted_when_they_match(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    prompt = tokenizer("zzz", return_tensors="pt")
+    # with as many new tokens as this, the model writes this and no end token
+    written = model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, 3:]
+    rows = [{"prompt": "zzz", "answer": tokenizer.decode(written)}, {"prompt": "a longer prompt", "answer": "no"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = succeed(
+        "eval", folder / "model", "--data", tmp_path / "rows.json", "--generate", "--max-new-tokens", len(written)
+    )
+    assert found["results"][0]["exact_match"] == 0.5
+
+
+def test_eval_prints_one_row_for_the_base_and_each_adapter(folder, selected, trained):
+    arguments = ("--data", folder / "data", "-a", selected, "-a", trained, "--limit", 3)
+    found = succeed("eval", folder / "model", *arguments)
+    assert [row["adapter"] for row in found["results"]] == [None, str(selected), str(trained)]
+    assert [row["samples"] for row in found["results"]] == [3, 3, 3]
+    assert found["results"][0]["loss"] == found["results"][1]["loss"] != found["results"][2]["loss"]
+    assert "exact match" not in fggm("eval", folder / "model", *arguments).out
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+def test_train_selects_first_and_evaluates_and_merges_afterwards(folder, tmp_path):
+    found = succeed(
+        *("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out", "--density", 0.1),
+        *("--max-steps", 2, "--num-samples", 16, "--eval-data", folder / "data", "--eval-split", "test", "--merge"),
+        *("--learning-rate", 1e-2, "--set", "weight_decay=0.1"),
+    )
+    assert found["selection"]["samples"] == 16 and found["steps"] == 2
+    assert found["density"] == pytest.approx(0.1, abs=0.02) and found["agreement"] is not None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | {"checkpoints", "merged"}
+    merged = succeed("eval", tmp_path / "out" / "merged", "--data", folder / "data")["results"][0]
+    adapted = succeed("eval", folder / "model", "--data", folder / "data", "-a", tmp_path / "out")["results"][1]
+    assert merged["loss"] == pytest.approx(adapted["loss"], abs=1e-5)
+    assert found["evaluation"]["loss"] == pytest.approx(adapted["loss"], abs=1e-6)
+
+
+def test_train_prints_a_short_table(folder, selected, tmp_path):
+    arguments = ("--data", folder / "data", "--adapter", selected, "--output", tmp_path / "out", "--max-steps", 1)
+    result = fggm("train", folder / "model", *arguments)
+    assert result.code == 0
+    assert "training loss" in result.out and "trainable values" in result.out and "train_runtime" not in result.out
+
+
+def test_resume_ends_where_an_uninterrupted_run_does(folder, tmp_path):
+    arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out", "--max-steps", 4)
+    arguments += ("--set", "save_steps=2", "--learning-rate", 1e-2)
+    succeed(*arguments)
+    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for path in (tmp_path / "out" / "checkpoints" / "checkpoint-4").iterdir():
+        path.unlink()  # as if it had been killed while it wrote
+    for name in ADAPTER_FILES:
+        (tmp_path / "out" / name).unlink()
+    assert "not empty" in fail(*arguments)
+    found = succeed(*arguments, "--resume")
+    resumed = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found["steps"] == 4 and found["selection"] is None
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_resume_keeps_what_was_selected_and_refuses_another_selection(folder, tmp_path):
+    arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out")
+    arguments += ("--set", "save_steps=1")
+    succeed(*arguments, "--max-steps", 1, "--density", 0.1)
+    message = fail(*arguments, "--max-steps", 2, "--resume", "--density", 0.9)
+    assert "density=0.1, not 0.9" in message and "--overwrite" in message
+    succeed(*arguments, "--max-steps", 2, "--resume")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["density"] == 0.1
+
+
+def test_train_on_a_4_bit_base(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    found = succeed(
+        *("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out", "--quantize", "4bit"),
+        *("--max-steps", 2, "--num-samples", 16, "--gradient-checkpointing"),
+    )
+    assert found["steps"] == 2
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_run(folder, selected, tmp_path):
+    arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path, "--adapter", selected)
+    stale = tmp_path / "checkpoints" / "checkpoint-99"
+    stale.mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "not empty" in fail(*arguments, "--max-steps", 1)
+    succeed(*arguments, "--max-steps", 1, "--overwrite")
+    assert not stale.exists() and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_push_to_hub_uploads_the_adapter_alone(folder, selected, tmp_path, monkeypatch):
+    uploads = []
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            assert private and exist_ok
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            uploads.append((repo_id, folder_path, ignore_patterns))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    succeed(
+        *("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out", "--adapter", selected),
+        *("--max-steps", 1, "--push-to-hub", "me/adapter", "--private"),
+    )
+    assert uploads == [("me/adapter", tmp_path / "out", ["checkpoints/*", "merged/*"])]
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_every_field_of_the_config_can_come_from_a_file(suffix, tmp_path):
+    fields = {"layers_to_transform": [1], "density_pattern": {"q_proj": 0.1}, "density": 0.4, "seed": 3}
+    write = json.dumps if suffix == ".json" else yaml.safe_dump
+    (tmp_path / f"config{suffix}").write_text(write(fields))
+    config = SelectionOptions(config=tmp_path / f"config{suffix}", seed=5).fggm_config()
+    assert (config.layers_to_transform, config.density_pattern, config.density) == ([1], {"q_proj": 0.1}, 0.4)
+    assert config.seed == 5  # an option goes before the file
+    threshold = SelectionOptions(config=tmp_path / f"config{suffix}", threshold='{"policy": "score_mass"}')
+    assert threshold.fggm_config().policy() == fggm_peft.ScoreMass()
+
+
+def test_an_adapter_config_can_be_used_again(selected):
+    config = SelectionOptions(config=selected / "adapter_config.json").fggm_config()
+    saved = FGGMConfig.from_pretrained(selected)
+    assert config.density == saved.density == 0.2 and config.target_modules == saved.target_modules
+    assert config.selection is None and config.base_model_name_or_path is None
+
+
+@pytest.mark.parametrize(
+    "given, understood",
+    [
+        (["q_proj"], {"q_proj"}),
+        (["q_proj,v_proj", "o_proj"], {"q_proj", "v_proj", "o_proj"}),
+        (["all-linear"], "all-linear"),
+        ([r".*layers\.1\..*_proj"], r".*layers\.1\..*_proj"),
+    ],
+)
+def test_target_modules_are_names_or_one_pattern(given, understood):
+    assert SelectionOptions(target_modules=given).fggm_config().target_modules == understood
+
+
+@pytest.mark.parametrize("given, understood", [("all", None), ("auto", "auto"), ("64", 64)])
+def test_the_number_of_samples_is_a_number_or_a_word(given, understood):
+    assert SelectionOptions(num_samples=given).fggm_config().num_samples == understood
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_line_and_say_what_to_do(folder, selected, tmp_path):
+    model, data, out = folder / "model", folder / "data", tmp_path / "out"
+    (tmp_path / "odd.json").write_text('[{"x": 1}]')
+    (tmp_path / "config.json").write_text('{"densty": 1}')
+    assert "no file or folder 'missing.json'" in fail("eval", model, "--data", "missing.json")
+    assert "no folder '/missing'" in fail("eval", "/missing", "--data", data)
+    assert "odd.json are x; wanted: messages" in fail("eval", model, "--data", tmp_path / "odd.json")
+    assert "density must be in (0, 1]" in fail("select", model, "--data", data, "--output", out, "--density", 7)
+    assert "not empty" in fail("select", model, "--data", data, "--output", selected)
+    assert "is a file" in fail("select", model, "--data", data, "--output", tmp_path / "odd.json")
+    assert "no adapter in" in fail("eval", model, "--data", data, "--adapter", data)
+    assert "no field 'densty'" in fail(
+        "select", model, "--data", data, "--output", out, "--config", tmp_path / "config.json"
+    )
+    assert "nothing to resume" in fail("train", model, "--data", data, "--output", out, "--resume")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("budget", ["150%", "0%", "0MiB", "lora:r=0", "-5MiB", "-3", "plenty"])
+def test_a_budget_that_no_model_could_meet_is_refused_before_one_is_loaded(budget, tmp_path):
+    message = fail("select", tmp_path / "no model", "--data", "none", "--output", tmp_path / "out", "--budget", budget)
+    assert " must be " in message and message.endswith(repr(budget))
+
+
+def test_training_that_fails_before_its_first_checkpoint_leaves_no_folder(folder, tmp_path):
+    arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out")
+    assert "chooses nothing" in fail(*arguments, "--threshold", '{"policy": "absolute_score", "value": 1e30}')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_on_neither_disk_nor_hub_is_named(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("nobody/nothing is not a local folder\nand is not a valid model identifier")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    message = fail("eval", "nobody/nothing", "--data", folder / "data")
+    assert "cannot load 'nobody/nothing'" in message and "not a valid model identifier" in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("select", "model"),
+        ("train", "model", "--data", "d", "--output", "o", "--set", "learning_rat=1"),
+        ("train", "model", "--data", "d", "--output", "o", "--set", "seed"),
+        ("select", "model", "--data", "d", "--output", "o", "--threshold", "{"),
+        ("select", "model", "--data", "d", "--output", "o", "--num-samples", "some"),
+        ("eval", "model", "--data", "d", "--batch-size", "0"),
+        ("nonsense",),
+    ],
+)
+def test_bad_usage_exits_with_2(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = fggm(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage" in result.err and "Traceback" not in result.err
+
+
+def test_an_adapter_is_not_selected_anew(folder, selected, tmp_path):
+    arguments = ("--data", folder / "data", "--output", tmp_path / "out", "--adapter", selected, "--density", 0.1)
+    result = fggm("train", folder / "model", *arguments)
+    assert result.code == 2 and "--density" in result.err
+
+
+@pytest.mark.parametrize("option", ["--training-dtype", "--delta-dtype"])
+def test_what_values_are_kept_in_is_one_of_a_few(option, tmp_path):
+    result = fggm("select", "model", "--data", "d", "--output", tmp_path / "out", option, "int8")
+    assert result.code == 2 and "'float32', 'bfloat16'" in " ".join(result.err.split())
+
+
+def test_select_says_what_values_are_trained_in_and_train_keeps_to_it(folder, tmp_path):
+    chosen, arguments = tmp_path / "chosen", ("--data", folder / "data", "--output", tmp_path / "out")
+    dtypes = ("--training-dtype", "bfloat16", "--delta-dtype", "float16")
+    succeed("select", folder / "model", "-o", chosen, "--criterion", "random", *dtypes)
+    saved = json.loads((chosen / "adapter_config.json").read_text())
+    assert (saved["training_dtype"], saved["delta_dtype"]) == ("bfloat16", "float16")
+    succeed("train", folder / "model", *arguments, "--adapter", chosen, "--max-steps", 1)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["training_dtype"] == "bfloat16"
+    assert value_dtypes(tmp_path / "out") == {torch.float16}
+
+
+def test_the_files_dtype_is_for_each_training_to_say(folder, selected, tmp_path):
+    arguments = ("train", folder / "model", "--data", folder / "data", "--delta-dtype", "bfloat16")
+    succeed(*arguments, "--output", tmp_path / "a", "--max-steps", 1, "--adapter", selected)
+    assert value_dtypes(tmp_path / "a") == {torch.bfloat16}
+    own = (*arguments, "--output", tmp_path / "b", "--density", 0.1, "--set", "save_steps=1")
+    succeed(*own, "--max-steps", 1)
+    succeed(*own, "--max-steps", 2, "--resume")
+    assert value_dtypes(tmp_path / "b") == {torch.bfloat16}
+    result = fggm(*arguments, "--output", tmp_path / "c", "--adapter", selected, "--training-dtype", "bfloat16")
+    assert result.code == 2 and "--training-dtype" in result.err
+
+
+def value_dtypes(folder: Path) -> set[torch.dtype]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {tensor.dtype for name, tensor in tensors.items() if name.endswith("values")}
+
+
+def test_debug_shows_the_traceback(folder):
+    with pytest.raises(ValueError, match="no file or folder"):
+        fggm("eval", folder / "model", "--data", "missing.json", "--debug")
+
+
+def test_an_interrupted_command_exits_with_130_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft.PeftModel.save_pretrained", interrupt)
+    result = fggm("select", folder / "model", "--data", folder / "data", "--output", tmp_path / "out")
+    assert result.code == 130
+    assert not list(tmp_path.iterdir())
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+def test_the_pages_name_options_that_exist():
+    docs = Path(fggm_peft.__file__).parents[1] / "docs"
+    page = "\n".join((docs / f"{name}.md").read_text() for name in ("cli", "sharing", "choosing", "format"))
+    commands = typer.main.get_command(build()).commands
+    names = "|".join(name for name in commands if name not in ("sequence", "compare"))
+    lines = re.findall(rf"^(?:.*\$\(which fggm\)|fggm) ({names}) (.*)$", page, re.MULTILINE)
+    assert len(lines) > 16
+    for command, line in lines:
+        known = {option for parameter in commands[command].params for option in parameter.opts}
+        used = {word for word in shlex.split(line, comments=True) if word.startswith("-")}
+        assert used <= known, (command, used - known)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys, types
+package = types.ModuleType("fggm_peft")  # whose own __init__ registers FGGM with PEFT, and so imports torch
+package.__path__ = [sys.argv.pop(1)]
+sys.modules["fggm_peft"] = package
+from fggm_peft.cli import main
+try:
+    main()
+finally:
+    assert not {"torch", "transformers", "peft", "datasets"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+def test_help_loads_no_heavy_library(arguments):
+    package = Path(fggm_peft.__file__).parent
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(package), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "fggm" in result.stdout or "Usage" in result.stdout
+
+
+def test_the_installed_program_runs_and_keeps_standard_output_for_the_result(folder):
+    command = [Path(sys.executable).with_name("fggm"), "eval", folder / "model", "--data", folder / "data", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=offline())
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["results"][0]["samples"] == 8
+
+
+@pytest.mark.distributed
+def test_two_processes_select_what_one_would(folder, selected, tmp_path):
+    script = "from fggm_peft.cli import main; main()"
+    (tmp_path / "fggm.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [tmp_path / "fggm.py", "select", folder / "model", "--data", folder / "data"]
+    command += ["--output", tmp_path / "out", "--density", "0.2", "--batch-size", "3", "--json"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=offline())
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout)["samples"] == 32
+    one, two = (load_file(path / "adapter_model.safetensors") for path in (selected, tmp_path / "out"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def offline() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_a_task_is_weighed_against_the_models_own_text_and_against_the_task_before(folder, tmp_path):
+    """Columns by gain per harm; the second task keeps out of the first one's columns."""
+    common = ("--granularity", "column", "--density", 0.3, "--num-samples", 8)
+    own = ("--criterion", "gain_per_harm", "--reference", "self", "--reference-texts", 4, "--reference-length", 8)
+    data, model = folder / "data", folder / "model"
+    first = succeed("select", model, "--data", data, "--output", tmp_path / "first", "--save-scores", *own, *common)
+    assert (first["samples"], first["reference_samples"]) == (8, 4)
+    assert {path.name for path in (tmp_path / "first").iterdir()} == ADAPTER_FILES | {"fggm_scores.safetensors"}
+    history = ("--reference", "history", "--history", tmp_path / "first", "--protect", tmp_path / "first")
+    options = ("--criterion", "gain_per_harm", *history, *common)
+    train = ("--max-steps", 1, "--batch-size", 4)
+    second = succeed("train", model, "--data", data, "--output", tmp_path / "second", *train, *options)
+    assert second["selection"]["reference_samples"] == 0
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second")]
+    for key in (key for key in files[0] if key.endswith("fggm_indices")):
+        assert not torch.isin(files[0][key], files[1][key]).any() and len(files[1][key])
+
+
+def test_a_criterion_without_its_reference_is_refused_before_the_model_is_loaded(tmp_path):
+    line = fail("select", "no/model", "--data", "x", "--output", tmp_path / "out", "--criterion", "gain_per_harm")
+    assert "reference='self'" in line and not (tmp_path / "out").exists()

@@ -1,0 +1,71 @@
+"""The program ``fggm`` run in this process, and the session's small model, task and adapters for its commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from models import byte_tokenizer, llama
+from typer.testing import CliRunner
+
+from fggm_peft.cli.app import build
+
+PAIRS = [{"prompt": f"{n} plus one is", "answer": f" {n + 1}"} for n in range(40)]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A model with a byte-level tokenizer in ``model``, a task in ``data``."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    model = llama(vocab=len(tokenizer), max_position_embeddings=256)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    (folder / "data" / "train.json").write_text(json.dumps(PAIRS[:32]))
+    (folder / "data" / "test.json").write_text(json.dumps(PAIRS[32:]))
+    return folder
+
+
+def fggm(*arguments: object) -> SimpleNamespace:
+    """Run a command in this process."""
+    result = CliRunner().invoke(build(), [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
+
+
+def succeed(*arguments: object) -> dict:
+    """Run a command with ``--json``; standard output must be one JSON object."""
+    result = fggm(*arguments, "--json")
+    assert result.code == 0, result.err[-3000:]
+    return json.loads(result.out)
+
+
+def fail(*arguments: object, code: int = 1) -> str:
+    """Run a command that must fail in one line, which is returned."""
+    result = fggm(*arguments)
+    assert (result.code, result.out) == (code, "")
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith("fggm: error: ") and "Traceback" not in result.err
+    return last.removeprefix("fggm: error: ")
+
+
+@pytest.fixture(scope="session")
+def selected(folder) -> Path:
+    succeed("select", folder / "model", "--data", folder / "data", "--output", folder / "selected", "--density", 0.2)
+    return folder / "selected"
+
+
+@pytest.fixture(scope="session")
+def trained(folder, selected) -> Path:
+    """An adapter that was selected, then trained."""
+    output = folder / "trained"
+    succeed(
+        *("train", folder / "model", "--data", folder / "data", "--adapter", selected, "--output", output),
+        *("--learning-rate", 1e-2, "--max-steps", 4, "--max-length", 64),
+    )
+    return output

@@ -1,0 +1,623 @@
+"""Every method of the registry learns a stream through one interface, and each does what its paper says."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from models import gpt2, llama
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.func import functional_call
+from trainers import arguments, examples, losses
+from transformers import Trainer, TrainerCallback, default_data_collator
+
+from fggm_peft.continual.methods import METHODS, make_method
+from fggm_peft.continual.methods.gradients import linear_layers
+from fggm_peft.continual.methods.method import Method
+from fggm_peft.continual.methods.migu import kept_features
+from fggm_peft.continual.methods.o_lora import lora_a
+from fggm_peft.continual.methods.peft_method import PeftMethod
+from fggm_peft.tuner.files.task_scores import SCORES_FILE, load_record
+from fggm_peft.tuner.support import fggm_layers
+
+OPTIONS = {"lora": {"r": 2}, "o_lora": {"r": 2}, "shira": {"r": 2}, "ewc": {"penalty": 10.0}}
+CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS] + [
+    pytest.param("lora", {"r": 2, "mode": "carried"}, id="lora-carried"),
+    pytest.param("fggm", {"first_task_masked": False}, id="fggm-first-task-plain"),
+    pytest.param("fggm", {"criterion": "random", "granularity": "element"}, id="fggm-random-elements"),
+    pytest.param("fggm", {"online": 0.3}, id="fggm-online"),
+    pytest.param("fggm", {"fisher_estimate": "sketch", "sketch_size": 2}, id="fggm-sketch"),
+    pytest.param("sft_masked", {"first_task_masked": False}, id="sft_masked-first-task-plain"),
+    pytest.param("migu", {"first_task_masked": False}, id="migu-first-task-plain"),
+]
+MASKED = ["row", "column", "element"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_collection():
+    """Every trainer collects garbage, which takes longer than what is trained here, if all imports are searched."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def learn(
+    method: Method, model: nn.Module, number: int, folder: Path, callbacks=(), data=None, **settings
+) -> tuple[nn.Module, Trainer | None]:
+    """One task, as the harness has it learned."""
+    data = data or examples(seed=number)
+    model = method.begin_task(model, number, data)
+    trainer = None
+    if method.trains:
+        args = arguments(folder / "trainer", **{"lr_scheduler_type": "linear", **settings})
+        trainer = method.trainer(model=model, args=args, train_dataset=data, callbacks=list(callbacks))
+        trainer.train()
+    return method.end_task(model, number, trainer, folder / str(number)), trainer
+
+
+def structure(model: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+def state(model: nn.Module, method: Method) -> dict[str, Tensor]:
+    own = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in {**model.state_dict(), **own}.items()}
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@dataclass
+class Run:
+    """Two tasks from the start: what is known before the first and after each."""
+
+    method: Method
+    structures: list
+    states: list
+    number_of_hooks: int
+
+
+def two_tasks(name: str, options: dict, folder: Path, seed: int = 3) -> Run:
+    method = make_method(name, **options)
+    model = method.prepare(llama(), seed)
+    structures, states = [structure(model)], [state(model, method)]
+    for number in (0, 1):
+        model, _ = learn(method, model, number, folder)
+        structures.append(structure(model))
+        states.append(state(model, method))
+    return Run(method, structures, states, sum(len(module._forward_hooks) for module in model.modules()))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_method_keeps_the_modules_repeats_itself_and_resumes_to_the_bit(name, options, tmp_path):
+    run = two_tasks(name, options, tmp_path / "first")
+    assert run.structures[0] == run.structures[1] == run.structures[2] and run.number_of_hooks == 0
+    moved = [key for key, tensor in run.states[0].items() if not torch.equal(tensor, run.states[1][key])]
+    assert bool(moved) == run.method.trains
+    torch.manual_seed(99)  # nothing may depend on what was drawn before
+    assert_same_bits(two_tasks(name, options, tmp_path / "again").states[2], run.states[2])
+
+    torch.save(run.states[1], tmp_path / "between.pt")
+    saved = torch.load(tmp_path / "between.pt")
+    method = make_method(name, **options)
+    model = method.prepare(llama(), 3)
+    model.load_state_dict({key: tensor for key, tensor in saved.items() if not key.startswith("method.")})
+    method.load_state_dict({key[7:]: tensor for key, tensor in saved.items() if key.startswith("method.")})
+    model, _ = learn(method, model, 1, tmp_path / "resumed")
+    assert_same_bits(state(model, method), run.states[2])
+
+
+@pytest.mark.parametrize("name", ["lora", "shira", "replay", "fggm"])
+def test_the_seed_decides_what_a_method_draws(name, tmp_path):
+    options = {"criterion": "random"} if name == "fggm" else {"r": 2} if name != "replay" else {}
+    a, b = (two_tasks(name, options, tmp_path / str(seed), seed).states[2] for seed in (3, 4))
+    assert any(not torch.equal(a[key], b[key]) for key in a if a[key].shape == b[key].shape)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS._entries.items() if issubclass(method, PeftMethod)])
+def test_a_saved_delta_is_what_the_task_added(name, tmp_path):
+    method = make_method(name, **OPTIONS.get(name, {}))
+    model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
+    if name == "sft_masked":
+        assert not (tmp_path / "0").exists()  # it has no file of its own
+        return
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "0").merge_and_unload()
+    for (key, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", ["fggm", "sft_masked", "migu"])
+def test_a_first_task_that_is_not_masked_is_plain_fine_tuning(name, tmp_path):
+    plain, _ = learn(make_method("sft"), llama(), 0, tmp_path / "sft")
+    first, _ = learn(make_method(name, first_task_masked=False), llama(), 0, tmp_path / name)
+    assert_same_bits(first.state_dict(), plain.state_dict())
+
+
+def test_layers_that_store_their_weight_transposed_are_masked_the_right_way(tmp_path):
+    start = gpt2()
+    name = "transformer.h.0.mlp.c_fc"  # [i, o] = [32, 128]
+    for method in (make_method("sft_masked"), make_method("migu")):
+        model, _ = learn(method, gpt2(), 0, tmp_path, max_steps=1)
+        moved = model.get_submodule(name).weight != start.get_submodule(name).weight
+        assert moved.any(0).sum() == round(0.3 * 128) == moved.sum() / 32
+    method = make_method("ewc")
+    model, _ = learn(method, gpt2(), 0, tmp_path)
+    fisher = per_sample_fisher(model, examples(seed=0))
+    torch.testing.assert_close(method.state_dict()[f"{name}.weight"], fisher[f"{name}.weight"], rtol=1e-4, atol=1e-7)
+
+
+# Names and options ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fgm", {}, "unknown method 'fgm'.*'sft'.*Did you mean 'fggm'"),
+        ("fggm", {"densty": 0.1}, "'fggm' has no option 'densty'.*first_task_masked.*density"),
+        ("fggm", {"density": 2}, r"density must be in \(0, 1\]"),
+        ("sft", {"x": 1}, "'sft' has no option 'x'; it has none"),
+        ("migu", {"threshold": 1.0}, "threshold"),
+        ("replay", {"fraction": 0}, "fraction"),
+        ("ewc", {"decay": 2}, "decay"),
+        ("lora", {"mode": "kept"}, "'merged', 'carried'"),
+        ("osf", {"effective_rank": 8}, "effective_rank"),
+        ("sft_masked", {"bias": "fggm_only"}, "neither bias nor modules_to_save"),
+        ("sft_masked", {"online": 0.1}, "takes no online"),
+        ("fggm", {"online": 1.0}, "share of the steps"),
+        ("fggm", {"online": 0.1, "criterion": "random"}, "needs no data"),
+        ("fggm", {"fisher_estimate": "sketch", "granularity": "element"}, "granularity='element'"),
+    ],
+)
+def test_a_wrong_name_or_option_is_an_error_that_says_what_is_right(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_method(name, **options)
+
+
+def test_options_of_the_adapter_are_options_of_the_method():
+    method = make_method("fggm", density=0.1, granularity="column", seed=5, first_task_masked=False)
+    config = method.make_config(1)
+    assert (config.density, config.granularity, config.seed) == (0.1, "column", 5)
+    assert make_method("fggm", config={"density": 0.1}, granularity="column").make_config(0).density == 0.1
+
+
+def test_a_method_that_remembers_nothing_refuses_a_state():
+    with pytest.raises(ValueError, match="remembers nothing"):
+        make_method("sft").load_state_dict({"x": torch.zeros(1)})
+
+
+def test_what_the_harness_must_know_is_said_by_the_class():
+    assert [name for name in METHODS if METHODS[name].sees_all_tasks] == ["multitask"]
+    assert [name for name in METHODS if not METHODS[name].trains] == ["frozen"]
+
+
+def test_full_fine_tuning_refuses_integer_weights():
+    model = llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"needs a dense model, and model\.layers\.0\.mlp\.up_proj\.weight is torch\.int8"
+    ):
+        make_method("sft").begin_task(model, 0, examples())
+
+
+# Against a loop of one's own --------------------------------------------------------------------
+
+
+class Recorder:
+    """The batches that a model is trained on."""
+
+    def __init__(self, model: nn.Module):
+        self.batches: list[dict[str, Tensor]] = []
+        model.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, model, args, kwargs):
+        batch = {key: kwargs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
+        self.batches += [batch] if model.training else []
+
+
+def plain_loop(parameters: dict[str, nn.Parameter], loss_of, batches, lr=1e-2, weight_decay=0.1) -> list[float]:
+    """AdamW with a linear schedule and clipping, as the tests' trainers have it."""
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if "norm" in name else weight_decay} for name, p in parameters.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    values = []
+    for step, batch in enumerate(batches):
+        loss = loss_of(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / len(batches))
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    return values
+
+
+@pytest.mark.parametrize("name", ["sft", "lora"])
+def test_training_is_that_of_a_plain_loop(name, tmp_path):
+    method = make_method(name, **OPTIONS.get(name, {}))
+    model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+    twin = copy.deepcopy(model).train()
+    recorder = Recorder(model)
+    args = arguments(tmp_path, lr_scheduler_type="linear", weight_decay=0.1)
+    trainer = method.trainer(model=model, args=args, train_dataset=examples())
+    trainer.train()
+    trained = {key: p for key, p in twin.named_parameters() if p.requires_grad}
+    expected = plain_loop(trained, lambda batch: twin(**batch).loss, recorder.batches)
+    assert losses(trainer) == pytest.approx(expected, abs=1e-4) and len(expected) == 4
+    for key, parameter in trained.items():
+        torch.testing.assert_close(model.get_parameter(key), parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", MASKED)
+def test_fggm_is_a_plain_loop_over_dense_deltas_with_masked_gradients(granularity, tmp_path):
+    method = make_method("fggm", granularity=granularity)
+    model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+    recorder = Recorder(model)
+    args = arguments(tmp_path, lr_scheduler_type="linear", weight_decay=0.1)
+    trainer = method.trainer(model=model, args=args, train_dataset=examples())
+    trainer.train()
+    deltas, masks = {}, {}
+    for name, layer in fggm_layers(model, "default").items():
+        deltas[f"{name}.weight"] = nn.Parameter(torch.zeros(layer.weight_shape))
+        masks[f"{name}.weight"] = layer.get_delta_weight("default") != 0
+    base = llama()
+
+    def loss_of(batch):
+        weights = {name: base.get_parameter(name) + delta * masks[name] for name, delta in deltas.items()}
+        return functional_call(base, weights, kwargs=batch).loss
+
+    expected = plain_loop(deltas, loss_of, recorder.batches)
+    assert losses(trainer) == pytest.approx(expected, abs=1e-4)
+    merged = method.end_task(model, 0, trainer, None)
+    for name, delta in deltas.items():  # each step moves an entry by about 1e-2, of the tiniest gradients by rounding
+        torch.testing.assert_close(merged.get_parameter(name), base.get_parameter(name) + delta, rtol=1e-4, atol=1e-4)
+
+
+# Masked full fine-tuning ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", MASKED)
+def test_masked_fine_tuning_moves_what_fggm_moves_and_as_far(granularity, tmp_path):
+    results = []
+    for name in ("fggm", "sft_masked"):
+        method = make_method(name, granularity=granularity)
+        model = method.prepare(llama(), 0)
+        for number in (0, 1):
+            # AdamW divides by the size of a gradient; its default of 1e-8 would blow up the rounding of tiny ones
+            model, _ = learn(method, model, number, tmp_path / name, adam_epsilon=1e-3)
+        results.append(model.state_dict())
+    start = llama().state_dict()
+    for key, weight in results[0].items():
+        torch.testing.assert_close(results[1][key], weight, rtol=0, atol=1e-6)
+        assert torch.equal(results[1][key] != start[key], weight != start[key]), key
+
+
+@pytest.mark.parametrize("granularity", MASKED)
+def test_frozen_entries_keep_their_bits_under_weight_decay(granularity, tmp_path):
+    method = make_method("sft_masked", granularity=granularity)
+    model, trainer = learn(method, method.prepare(llama(), 0), 0, tmp_path, weight_decay=0.5, max_steps=6)
+    start = llama()
+    targeted = {f"{name}.weight" for name in linear_layers(start)}
+    assert set(trainer.frozen) == targeted
+    for name, parameter in start.named_parameters():
+        moved = model.get_parameter(name) != parameter
+        assert not (moved & trainer.frozen[name]).any() if name in targeted else not moved.any()
+        if name in targeted:
+            assert moved.sum() > 0.9 * (~trainer.frozen[name]).sum()
+            moments = trainer.optimizer.state[model.get_parameter(name)]
+            assert not moments["exp_avg"][trainer.frozen[name]].any()
+            assert not moments["exp_avg_sq"][trainer.frozen[name]].any()
+
+
+def test_chosen_entries_decay_as_adamw_has_it(tmp_path):
+    method = make_method("sft_masked")
+    model, trainer = learn(method, method.prepare(llama(), 0), 0, tmp_path, max_steps=1)
+    decayed, _ = learn(make_method("sft_masked"), llama(), 0, tmp_path, max_steps=1, weight_decay=0.5)
+    for name, frozen in trainer.frozen.items():
+        expected = model.get_parameter(name) - 1e-2 * 0.5 * llama().get_parameter(name) * ~frozen
+        torch.testing.assert_close(decayed.get_parameter(name), expected)
+
+
+# Gradients of a step ----------------------------------------------------------------------------
+
+
+class Gradients(TrainerCallback):
+    """The gradients that the first step's optimizer gets, and the batches they are from."""
+
+    def __init__(self):
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def one_step(method: Method, model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The gradients of one step of two batches, and the batches."""
+    recorder, callback = Recorder(model), Gradients()
+    args = arguments(folder, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=2)
+    trainer = method.trainer(model=model, args=args, train_dataset=examples(), callbacks=[callback])
+    trainer.train()
+    return callback.gradients, recorder.batches
+
+
+def mean_loss(model: nn.Module, batches) -> Tensor:
+    """Every row of the examples has as many labels, so the mean over tokens is that over batches."""
+    return sum(model(**batch).loss for batch in batches) / len(batches)
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.0])
+def test_migu_keeps_the_gradient_of_the_features_that_are_driven_hardest(threshold, tmp_path):
+    method = make_method("migu", threshold=threshold)
+    model = method.begin_task(method.prepare(llama(attention_bias=True), 0), 0, examples())
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.q_proj.bias)
+    twin = copy.deepcopy(model).train()
+    got, batches = one_step(method, model, tmp_path)
+    outputs: dict[str, list[Tensor]] = {name: [] for name in linear_layers(twin)}
+    for name in outputs:
+        twin.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: outputs[name].append(y))
+    mean_loss(twin, batches).backward()
+    for key, parameter in twin.named_parameters():
+        expected = parameter.grad
+        if (name := key.removesuffix(".weight")) in outputs:
+            magnitude = torch.cat(outputs[name]).abs().mean((0, 1))
+            magnitude = magnitude / magnitude.sum()
+            count = round((1 - threshold) * len(magnitude))
+            dropped = magnitude < magnitude.sort(descending=True).values[count - 1]
+            assert dropped.sum() == len(magnitude) - count
+            expected = expected.masked_fill(dropped[:, None], 0)
+        torch.testing.assert_close(got[key], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_migu_keeps_one_feature_at_least_and_exactly_its_share_of_equal_ones():
+    assert kept_features(torch.tensor([1.0, 3.0, 2.0]), 0.99).tolist() == [False, True, False]
+    assert kept_features(torch.ones(10), 0.7).sum() == 3
+
+
+def per_sample_fisher(model: nn.Module, rows: list[dict]) -> dict[str, Tensor]:
+    """Mean of squared gradients of each sample's summed log-likelihood."""
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    names = [f"{name}.weight" for name in linear_layers(model)]
+    fisher = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    for row in rows:
+        batch = default_data_collator([row])
+        answer_tokens = (batch["labels"][:, 1:] != -100).sum()
+        loss = model(**batch).loss * answer_tokens
+        for name, gradient in zip(
+            names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True
+        ):
+            fisher[name] += gradient.square() / len(rows)
+    return fisher
+
+
+def test_ewc_adds_up_the_exact_fisher_information_of_the_tasks(tmp_path):
+    method = make_method("ewc", decay=0.5)
+    model = method.prepare(llama(), 0)
+    expected = {}
+    for number in (0, 1):
+        model, _ = learn(method, model, number, tmp_path)
+        for name, fisher in per_sample_fisher(model, examples(seed=number)).items():
+            expected[name] = 0.5 * expected.get(name, 0) + fisher
+    assert method.state_dict().keys() == expected.keys()
+    for name, fisher in method.state_dict().items():
+        torch.testing.assert_close(fisher, expected[name], rtol=1e-4, atol=1e-7 * float(expected[name].max()))
+    start = llama()
+    still = [name for name, p in start.named_parameters() if torch.equal(p, model.get_parameter(name))]
+    assert {n for n, _ in start.named_parameters()} - set(still) == set(expected)
+
+
+def test_ewc_takes_as_many_samples_as_it_is_told(tmp_path):
+    method = make_method("ewc", num_samples=5)
+    model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
+    expected = per_sample_fisher(model, examples(seed=0)[:5])
+    for name, fisher in method.state_dict().items():
+        torch.testing.assert_close(fisher, expected[name], rtol=1e-4, atol=1e-7 * float(expected[name].max()))
+
+
+def test_ewc_pulls_back_by_fisher_times_distance_once_a_step(tmp_path):
+    method = make_method("ewc", penalty=300.0)
+    model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
+    fisher = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    model = method.begin_task(model, 1, examples())
+    anchor = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in fisher:
+            model.get_parameter(name).add_(0.01 * torch.randn_like(fisher[name]))
+    twin = copy.deepcopy(model).train()
+    got, batches = one_step(method, model, tmp_path)
+    mean_loss(twin, batches).backward()
+    assert got.keys() == fisher.keys()
+    for name in fisher:
+        pull = 300.0 * fisher[name] * (twin.get_parameter(name) - anchor.get_parameter(name)).detach()
+        assert pull.norm() > 0.01 * twin.get_parameter(name).grad.norm()
+        torch.testing.assert_close(got[name], twin.get_parameter(name).grad + pull, rtol=1e-3, atol=1e-5)
+
+
+def test_ewc_keeps_a_task_closer_when_it_is_told_to(tmp_path):
+    distances = []
+    for penalty in (0.0, 1e4):
+        method = make_method("ewc", penalty=penalty)
+        first, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
+        anchor, fisher = copy.deepcopy(first), method.state_dict()
+        fisher = {name: tensor.clone() for name, tensor in fisher.items()}
+        model, trainer = learn(method, first, 1, tmp_path, max_steps=8)
+        moved = [(f * (model.get_parameter(n) - anchor.get_parameter(n)).square()).sum() for n, f in fisher.items()]
+        distances.append(float(sum(moved)))
+        assert "penalty" in trainer.state.log_history[0]
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_o_loras_penalty_is_the_squared_overlap_with_every_earlier_task(tmp_path):
+    method = make_method("o_lora", r=2, penalty=0.7)
+    model = method.prepare(llama(), 0)
+    earlier: list[dict[str, Tensor]] = []
+    for number in (0, 1):
+        task = method.begin_task(model, number, examples())
+        args = arguments(tmp_path, max_steps=2)
+        trainer = method.trainer(model=task, args=args, train_dataset=examples(seed=number))
+        trainer.train()
+        earlier.append({name: a.detach().clone() for name, a in lora_a(task).items()})
+        model = method.end_task(task, number, trainer, None)
+    model = method.begin_task(model, 2, examples())
+    now = lora_a(model)
+    expected = 0.0
+    for name, a in now.items():
+        for task in earlier:
+            expected += 0.7 * float((task[name].double() @ a.detach().double().T).pow(2).sum())
+    assert expected > 0
+    assert sum(method.penalties(model)).item() == pytest.approx(expected, rel=1e-5)
+
+    twin = copy.deepcopy(model).train()
+    got, batches = one_step(method, model, tmp_path)
+    mean_loss(twin, batches).backward()
+    for name, a in lora_a(twin).items():
+        expected = a.grad + sum(2 * 0.7 * (a @ task[name].T @ task[name]) for task in earlier)
+        torch.testing.assert_close(
+            got[f"base_model.model.{name}.lora_A.default.weight"], expected, rtol=1e-4, atol=1e-5
+        )
+
+
+# FGGM: what it remembers of earlier tasks --------------------------------------------------------
+
+
+COLUMNS = {"granularity": "column", "density": 0.2}
+
+
+def support_of(method, number: int) -> dict[str, Tensor]:
+    return dict(method._history[number].supports)
+
+
+@pytest.mark.parametrize("name", ["fggm", "sft_masked"])
+def test_fggm_protects_what_earlier_tasks_chose(name, tmp_path):
+    method = make_method(name, protect_earlier=1.0, **COLUMNS)
+    model = method.prepare(llama(), 0)
+    for number in range(3):
+        model, _ = learn(method, model, number, tmp_path)
+    for module in support_of(method, 0):
+        chosen = torch.cat([support_of(method, number)[module] for number in range(3)])
+        assert len(chosen.unique()) == len(chosen) == 3 * len(support_of(method, 0)[module])
+
+
+@pytest.mark.parametrize("name", ["fggm", "sft_masked"])
+def test_fggm_weighs_against_its_history_and_a_resumed_run_knows_it(name, tmp_path):
+    """The second task's choice is that of ``gain_per_harm`` against the first one's scores, also in a new process."""
+    options = COLUMNS | {"criterion": "gain_per_harm", "reference": ["history"], "protect_earlier": 0.5}
+    method = make_method(name, **options)
+    model = method.prepare(llama(), 0)
+    with pytest.warns(UserWarning, match="the history is empty"):
+        model, _ = learn(method, model, 0, tmp_path)
+    resumed, again = make_method(name, **options), llama()
+    again.load_state_dict(model.state_dict())
+    again = resumed.prepare(again, 0)
+    resumed.load_state_dict({key: tensor.clone() for key, tensor in method.state_dict().items()})
+    for one, base in ((method, model), (resumed, again)):
+        learn(one, base, 1, tmp_path)
+    assert len(method._history) == len(resumed._history) == 2
+    for module, indices in support_of(method, 1).items():
+        assert torch.equal(indices, support_of(resumed, 1)[module])
+    plain = make_method(name, **COLUMNS)
+    base = plain.prepare(llama(), 0)
+    for number in range(2):
+        base, _ = learn(plain, base, number, tmp_path)
+    assert any(not torch.equal(i, support_of(plain, 1)[module]) for module, i in support_of(method, 1).items())
+
+
+def test_fggm_saves_the_scores_of_a_task_with_its_delta(tmp_path):
+    method = make_method("fggm", density=0.1)
+    model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+    trainer = method.trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=examples())
+    trainer.train()
+    method.end_task(model, 0, trainer, tmp_path / "task")
+    assert (tmp_path / "task" / SCORES_FILE).is_file()
+    assert load_record(tmp_path / "task").samples == len(examples())
+
+
+def test_fggm_resumed_within_a_task_still_remembers_it(tmp_path):
+    """The checkpoint has the scores, so that the history does not depend on where a run was interrupted."""
+    histories = []
+    for interrupted in (False, True):
+        folder = tmp_path / str(interrupted)
+        method = make_method("fggm", density=0.1)
+        steps = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+        for run in range(2 if interrupted else 1):
+            model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+            args = arguments(folder, **steps)
+            trainer = method.trainer(model=model, args=args, train_dataset=examples())
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if run else None)
+        assert (trainer.selection_report is None) == interrupted
+        method.end_task(model, 0, trainer, None)
+        histories.append(method.state_dict())
+    first, second = histories
+    assert first.keys() == second.keys() and len(first) > 14
+    assert all(torch.equal(tensor, second[key].to(tensor.dtype)) for key, tensor in first.items())
+
+
+def test_fggm_needs_its_reference_from_the_start():
+    with pytest.raises(ValueError, match="'gain_per_harm' weighs the task against a reference"):
+        make_method("fggm", criterion="gain_per_harm")
+    with pytest.raises(ValueError, match="protect_earlier or protect"):
+        make_method("fggm", protect_earlier=1.0, protect=["x"])
+    with pytest.raises(ValueError, match="protection must be in"):
+        make_method("fggm", protect_earlier=2.0)
+
+
+# What the others say of themselves --------------------------------------------------------------
+
+
+def test_replay_mixes_the_stated_share_of_every_earlier_task(tmp_path):
+    method = make_method("replay", fraction=0.25)
+    model = method.prepare(llama(), 7)
+    tasks = [examples(count, seed=seed) for seed, count in enumerate((24, 12, 20))]
+    for number, data in enumerate(tasks):
+        model, trainer = learn(method, model, number, tmp_path, data=data, max_steps=1)
+        seen = list(trainer.train_dataset)
+        replayed = seen[len(data) :]
+        assert seen[: len(data)] == data
+        kept = [method.state_dict()[f"{task}.indices"].tolist() for task in range(number)]
+        assert [len(indices) for indices in kept] == [6, 3][:number]
+        assert replayed == [tasks[task][index] for task, indices in enumerate(kept) for index in indices]
+    other = make_method("replay")
+    other.load_state_dict(method.state_dict())
+    other._number = 3
+    assert len(other.replayed()) == math.ceil(0.25 * sum(map(len, tasks))) and other._memory == method._memory
+
+
+def test_shira_has_new_places_in_every_task():
+    method = make_method("shira", r=2)
+    model = method.prepare(llama(), 0)
+    places = []
+    for number in (0, 1):
+        model = method.begin_task(model, number, examples())
+        places.append(model.base_model.model.model.layers[0].mlp.up_proj.shira_indices["default"].clone())
+        model = method.end_task(model, number, None, None)
+    assert not torch.equal(*places)
+
+
+def test_osf_keeps_a_larger_subspace_of_the_new_weights_in_every_task(tmp_path):
+    method = make_method("osf", effective_rank=0.5, growth=0.2)
+    model = method.prepare(llama(), 0)
+    ranks = []
+    for number in range(4):
+        before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+        adapted = method.begin_task(model, number, examples())
+        layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+        ranks.append(layer.effective_rank["default"])
+        torch.testing.assert_close(
+            layer._osf_S_low_init["default"], torch.linalg.svdvals(before)[ranks[-1] :], rtol=1e-4, atol=1e-5
+        )
+        trainer = method.trainer(model=adapted, args=arguments(tmp_path, max_steps=1), train_dataset=examples())
+        trainer.train()
+        model = method.end_task(adapted, number, trainer, None)
+        assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    assert ranks == [int(64 * share) for share in (0.5, 0.7, 0.9, 0.95)]

@@ -1,0 +1,359 @@
+"""``fggm sequence`` on a small model: runs, resumes and reports."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from models import text_model
+from peft import PeftModel
+from streams import settings, without_times, write_stream
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from fggm_peft.cli import app
+from fggm_peft.continual.methods import METHODS
+from fggm_peft.continual.reading import read_stream
+from fggm_peft.continual.run import run_stream, runs_of
+from fggm_peft.continual.runner import Runner
+from fggm_peft.continual.stream import StreamError
+from fggm_peft.deltas.overlaps import support_overlap
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_stream(tmp_path_factory.mktemp("stream"))
+
+
+def test_every_method_leaves_its_matrix_measures_and_costs(folder, tmp_path):
+    results = {result["label"]: result for result in run_stream(read_stream(settings(folder)), tmp_path)}
+    assert set(results) == {"fggm", "sft", "frozen", "multitask", "lora-r2"}
+    for label, result in results.items():
+        rows = result["R"]
+        assert len(rows) == (1 if label == "multitask" else 2)
+        assert all(0 <= score <= 1 for score in rows[-1]) and len(rows[-1]) == 2
+        assert result["op"] == pytest.approx(sum(rows[-1]) / 2)
+    frozen = results["frozen"]
+    assert frozen["R"] == [frozen["zero_shot"]] * 2 and frozen["bwt"] == 0 and frozen["general"]["change"] == 0
+    assert frozen["cost"]["parameters"] == 0
+    for label in ("fggm", "sft", "lora-r2"):
+        result = results[label]
+        assert result["bwt"] == pytest.approx(result["R"][1][0] - result["R"][0][0])
+        assert result["fwt"] == pytest.approx(result["R"][0][1] - result["zero_shot"][1])
+        assert result["general"]["change"] != 0 and result["cost"]["training_seconds"] > 0
+    assert results["fggm"]["cost"]["selection_seconds"] > 0 == results["sft"]["cost"]["selection_seconds"]
+    assert results["fggm"]["cost"]["bytes"] > 0 and results["fggm"]["cost"]["parameters"] > 0
+    assert results["multitask"]["bwt"] is None
+    delta = next(tmp_path.glob("runs/fggm/*/tasks/0-plus"))
+    assert (delta / "adapter_model.safetensors").exists()
+
+
+def test_cheaper_selections_stand_beside_the_exact_one_in_a_stream(folder, tmp_path):
+    methods = [
+        "fggm",
+        {"name": "fggm", "label": "sketch", "fisher_estimate": "sketch", "sketch_size": 2},
+        {"name": "fggm", "label": "online", "online": 0.34},
+    ]
+    results = list(run_stream(read_stream(settings(folder, methods=methods)), tmp_path))
+    assert [result["label"] for result in results] == ["fggm", "sketch", "online"]
+    samples = {}
+    for result in results:
+        assert len(result["R"]) == 2 and result["cost"]["selection_seconds"] > 0 and result["cost"]["parameters"]
+        (task,) = tmp_path.glob(f"runs/{result['label']}/*/tasks/0-plus")
+        samples[result["label"]] = json.loads((task / "adapter_config.json").read_text())["selection"]["samples"]
+    assert samples == {"fggm": 16, "sketch": 16, "online": 4}  # one step of three
+
+
+class Killed(BaseException):
+    """Not an Exception, as SIGKILL is not: nothing may catch it and tidy up."""
+
+
+@pytest.mark.parametrize("method", ["fggm", "sft", "ewc", "replay", {"name": "o_lora", "r": 2}])
+@pytest.mark.parametrize("checkpoint_steps", [None, 1])
+def test_a_run_that_is_killed_within_its_second_task_ends_in_the_same_numbers(
+    method, checkpoint_steps, folder, tmp_path, monkeypatch
+):
+    stream = read_stream(settings(folder, methods=[method]))
+    (expected,) = run_stream(stream, tmp_path / "whole", checkpoint_steps=checkpoint_steps)
+
+    optimizer_step, steps = torch.optim.AdamW.step, []
+
+    def die_at_the_fifth(self, *arguments, **options):
+        steps.append(None)
+        if len(steps) == 5:
+            raise Killed
+        return optimizer_step(self, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", die_at_the_fifth)
+        with pytest.raises(Killed):
+            list(run_stream(stream, tmp_path / "parts", checkpoint_steps=checkpoint_steps))
+    with pytest.raises(StreamError, match="--resume"):
+        list(run_stream(stream, tmp_path / "parts"))
+    (result,) = run_stream(stream, tmp_path / "parts", resume=True, checkpoint_steps=checkpoint_steps)
+    assert without_times(result) == without_times(expected)
+
+
+def test_finished_runs_are_read_and_another_stream_is_refused(folder, tmp_path):
+    stream = read_stream(settings(folder, methods=["frozen"]))
+    (first,) = run_stream(stream, tmp_path)
+    more = read_stream(settings(folder, methods=["frozen"], seeds=[0, 1]))
+    assert [run.seed for run in runs_of(more)] == [0, 1]
+    again = list(run_stream(more, tmp_path, resume=True))
+    assert again[0] == first and again[1]["seed"] == 1
+    other = read_stream(settings(folder, methods=["frozen"], training={"max_steps": 4}))
+    with pytest.raises(StreamError, match=r"another stream: training"):
+        list(run_stream(other, tmp_path, resume=True))
+
+
+def test_an_unknown_option_of_a_method_is_known_before_the_first_step(folder, tmp_path):
+    stream = read_stream(settings(folder, methods=[{"name": "replay", "label": "r", "share": 0.5}]))
+    with pytest.raises(StreamError, match=r"methods: r: .*no option 'share'; known are fraction"):
+        list(run_stream(stream, tmp_path))
+    assert not tmp_path.joinpath("stream.json").exists()
+
+
+def test_the_command_writes_both_reports_and_prints_the_summary(folder, tmp_path):
+    file = tmp_path / "stream.json"
+    file.write_text(json.dumps(settings(folder, methods=["fggm", "frozen"])))
+    command = ["sequence", str(file), "--output", str(tmp_path / "out"), "--seeds", "0,1"]
+    result = CliRunner().invoke(app.build(), [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["label"] for entry in report["summary"]] == ["fggm", "frozen"]
+    for entry in report["summary"]:
+        scores = [run["op"] for run in report["runs"] if run["label"] == entry["label"]]
+        assert entry["runs"] == entry["op"]["n"] == 2 and entry["op"]["mean"] == pytest.approx(sum(scores) / 2)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| fggm |" in page and "BWT_T = " in page
+    refused = CliRunner().invoke(app.build(), command)
+    assert refused.exit_code == 1 and "--resume" in refused.stderr
+    shutil.rmtree(tmp_path / "out")
+
+
+# --- several processes, kills ----------------------------------------------------------------------
+
+
+def command(stream, output, *options: str) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        "from fggm_peft.cli import main; main()",
+        "sequence",
+        str(stream),
+        "--output",
+        str(output),
+        *options,
+    ]
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_numbers(seed, folder, tmp_path):
+    file = tmp_path / "stream.json"
+    training = {"max_steps": 40, "batch_size": 4, "learning_rate": 0.01}
+    file.write_text(json.dumps(settings(folder, methods=["fggm"], training=training, seeds=[seed])))
+    (expected,) = run_stream(read_stream(file), tmp_path / "whole")
+    rng, kills, code = random.Random(seed), 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        process = subprocess.Popen(
+            command(file, tmp_path / "parts", "--resume", "--checkpoint-steps", "5"),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        begun = tmp_path / "parts" / "runs"
+        while kills < 3 and process.poll() is None and not begun.exists():
+            time.sleep(0.01)  # the first imports are no moment of the run
+        try:
+            process.wait(rng.uniform(0.2, 3.0) if kills < 3 else 240)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        code = process.wait()
+    assert code == 0, process.stderr.read().decode()[-3000:]
+    assert kills > 0
+    found = json.loads((tmp_path / "parts" / "report.json").read_text())["runs"]
+    assert [without_times(run) for run in found] == [without_times(expected)]
+
+
+def test_two_processes_in_one_folder_share_the_runs(folder, tmp_path):
+    file = tmp_path / "stream.json"
+    training = {"max_steps": 30, "batch_size": 4, "learning_rate": 0.01}
+    file.write_text(json.dumps(settings(folder, methods=["fggm", "sft"], training=training, seeds=[0, 1, 2])))
+    list(run_stream(read_stream(settings(folder, methods=["fggm", "sft"], training=training)), tmp_path / "both"))
+    processes = [
+        subprocess.Popen(
+            command(file, tmp_path / "both", "--resume"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert sorted((run["label"], run["seed"]) for run in report["runs"]) == [
+        (label, seed) for label in ("fggm", "sft") for seed in range(3)
+    ]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(folder, tmp_path):
+    stream = read_stream(settings(folder, methods=["frozen", "sft"]))
+    taken = tmp_path / "runs" / runs_of(stream)[0].name
+    taken.mkdir(parents=True)
+    with FileLock(taken / ".lock"):
+        assert [result["label"] for result in run_stream(stream, tmp_path)] == ["sft"]
+
+
+# --- what a run leaves -----------------------------------------------------------------------------
+
+
+def test_the_deltas_on_disk_one_on_another_are_the_model_at_the_end(folder, tmp_path, monkeypatch):
+    states = []
+    keep = Runner._keep
+    monkeypatch.setattr(Runner, "_keep", lambda *run: (states.append(run[1].state_dict()), keep(*run)))
+    list(run_stream(read_stream(settings(folder, methods=["fggm"])), tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for task in sorted(tmp_path.glob("runs/fggm/*/tasks/*")):
+        model = PeftModel.from_pretrained(model, task).merge_and_unload()
+    rebuilt = model.state_dict()
+    assert all(torch.equal(rebuilt[name], value) for name, value in states[-1].items())
+    ledger = json.loads(next(tmp_path.rglob("ledger.json")).read_text())
+    assert [len(entry["digest"]) for entry in ledger[1:]] == [64, 64]
+    assert len({entry["digest"] for entry in ledger[1:]}) == 2
+
+
+def test_peak_memory_is_told_for_each_phase(folder, tmp_path):
+    results = {
+        run["label"]: run for run in run_stream(read_stream(settings(folder, methods=["fggm", "sft"])), tmp_path)
+    }
+    memory = results["fggm"]["cost"]["peak_memory"]
+    assert memory.keys() == {"selection", "training", "evaluation"} and None not in memory.values()
+    assert results["sft"]["cost"]["peak_memory"]["selection"] is None
+
+
+def test_texts_that_were_cut_are_counted(folder, tmp_path):
+    tasks = [{**task, "max_prompt_length": 5} for task in settings(folder)["tasks"]]
+    (result,) = run_stream(read_stream(settings(folder, methods=["frozen"], tasks=tasks)), tmp_path)
+    assert result["cut"] == {name: {"prompts": 4, "answers": 0} for name in ("plus", "minus")}
+
+
+def test_multitask_is_asked_everything_at_the_end(folder, tmp_path):
+    tasks = [{**settings(folder)["tasks"][0], "name": name} for name in ("a", "b", "c", "d")]
+    (result,) = run_stream(read_stream(settings(folder, methods=["multitask"], tasks=tasks)), tmp_path)
+    assert len(result["R"]) == 1 and all(score is not None for score in result["R"][0])
+
+
+def test_bfloat16_is_autocast_in_training_and_evaluation(folder, tmp_path, monkeypatch):
+    seen = set()
+    model_forward = type(text_model()).forward
+
+    @functools.wraps(model_forward)  # the trainer looks at its signature
+    def forward(self, *arguments, **options):
+        seen.add((self.training, torch.is_autocast_enabled("cpu"), self.lm_head.weight.dtype))
+        return model_forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(text_model()), "forward", forward)
+    training = {"max_steps": 2, "batch_size": 4, "bf16": True}
+    list(run_stream(read_stream(settings(folder, methods=["sft"], training=training)), tmp_path))
+    assert seen == {(True, True, torch.float32), (False, True, torch.float32)}
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "element"])
+def test_the_overlap_of_supports_is_that_of_the_dense_masks(granularity, folder, tmp_path):
+    stream = read_stream(settings(folder, methods=[{"name": "fggm", "granularity": granularity, "density": 0.2}]))
+    (result,) = run_stream(stream, tmp_path)
+    masks = []
+    for task in sorted(tmp_path.glob("runs/fggm/*/tasks/*")):
+        model = PeftModel.from_pretrained(stream.model.load(), task, check_base=False)  # each is of the base before it
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "fggm_values")}
+        for layer in layers.values():
+            layer.fggm_values["default"].data.fill_(1)
+        masks.append(torch.cat([layer.get_delta_weight("default").flatten() for layer in layers.values()]) != 0)
+        sizes = [layer.weight_shape[0] * layer.weight_shape[1] for layer in layers.values()]
+    first, second = masks
+    jaccard = (first & second).sum() / (first | second).sum()
+    found = [index for row in result["overlap"]["jaccard"] for index in row]
+    assert found == pytest.approx([1, float(jaccard), float(jaccard), 1])
+    # every module has a share of its entries, so by chance it has that share squared in both
+    parts = [mask.split(sizes) for mask in masks]
+    expected = sum(float(a.sum()) * float(b.sum()) / len(a) for a, b in zip(*parts, strict=True))
+    by_chance = expected / (float(first.sum()) + float(second.sum()) - expected)
+    assert result["overlap"]["chance"][0][1] == pytest.approx(by_chance)
+
+
+def test_what_left_no_delta_has_no_overlap(folder, tmp_path):
+    (result,) = run_stream(read_stream(settings(folder, methods=["sft"])), tmp_path)
+    assert result["overlap"] is None and support_overlap(text_model(), [tmp_path]) is None
+
+
+def test_methods_and_rates_can_be_chosen_and_the_report_is_of_the_whole_folder(folder, tmp_path):
+    file = tmp_path / "stream.json"
+    file.write_text(json.dumps(settings(folder, methods=["frozen", "sft", {"name": "sft", "label": "[b]"}])))
+
+    def report(*options: str) -> dict:
+        arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--resume", "--json", *options]
+        result = CliRunner().invoke(app.build(), arguments)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    assert [run["label"] for run in report("--methods", "sft")["runs"]] == ["sft"]
+    runs = report("--methods", "frozen,[b]", "--learning-rates", "1e-3,2e-3")["runs"]
+    assert [(run["label"], run["learning_rate"]) for run in runs] == [
+        ("frozen", 0.001),
+        ("[b]", 0.001),
+        ("frozen", 0.002),
+        ("[b]", 0.002),
+        ("sft", 0.01),
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "[b]" in page and "</html>" in page
+    with pytest.raises(StreamError, match=r"methods: unknown label 'stf'.*Did you mean 'sft'"):
+        read_stream(file).with_methods(["stf"])
+
+
+def test_the_method_in_the_docs_runs(folder, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "sequence.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    try:
+        exec(compile(snippet, "sequence.md", "exec"), {"__name__": "docs"})
+        (result,) = run_stream(read_stream(settings(folder, methods=["head_only"])), tmp_path)
+        assert result["cost"]["parameters"] == text_model().lm_head.weight.numel()
+        assert result["general"]["change"] != 0
+    finally:
+        METHODS._entries.pop("head_only", None)
+
+
+def test_a_full_disk_leaves_no_half_written_state_and_the_run_can_go_on(folder, tmp_path, monkeypatch):
+    stream = read_stream(settings(folder, methods=["sft"]))
+    (expected,) = run_stream(stream, tmp_path / "whole")
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError("No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            list(run_stream(stream, tmp_path / "parts"))
+    assert not list(tmp_path.rglob("*.partial")) and list((tmp_path / "parts").rglob("state.pt"))
+    (result,) = run_stream(stream, tmp_path / "parts", resume=True)
+    assert without_times(result) == without_times(expected)

@@ -1,0 +1,157 @@
+"""What a pass gathers, against autograd in float64 and the model's own loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import Twice, adapted, class_batches, class_log_likelihood, gpt2, llama, token_batches
+from reference import per_sample_weight_gradients, seeded
+from torch import nn
+
+from fggm_peft import select_parameters
+from fggm_peft.core.per_sample import GramMatrix
+from fggm_peft.core.statistics import STATISTICS
+from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.tuner.support import fggm_layers
+
+
+def gathered(model, batches, *statistics, log_likelihood=None):
+    """The means over all samples, (module, statistic) -> tensor."""
+    config = model.peft_config["default"]
+    data = FisherPass(model, config, "default", batches, log_likelihood, progress=False, statistics=statistics)
+    layers = fggm_layers(model, "default")
+    totals = data.run(layers, None, None, 1, "")
+    return {(name, key): totals.mean(name, key) for name in layers for key in statistics}
+
+
+def assert_close(found, expected, tolerance=1e-4):
+    scale = float(expected.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(found.double().view(expected.shape), expected, rtol=1e-3, atol=scale * tolerance)
+
+
+def gradient(layer, grad):
+    return (grad.T if type(layer).__name__ == "Conv1D" else grad).double()
+
+
+MODELS = {"llama": (llama, {}), "gpt2": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_batch_gradient_is_the_mean_square_of_the_gradient_of_the_models_own_loss(kind, granularity):
+    """It is what ``model(**batch).loss.backward()`` leaves, batch by batch."""
+    build, config = MODELS[kind]
+    batches, plain = token_batches(padding="right"), build().eval()
+    found = gathered(adapted(build(), granularity, **config), batches, "batch_gradient")
+    sums: dict = {}
+    for batch in batches:
+        plain.zero_grad()
+        plain(**batch).loss.backward()
+        for name, _ in found:
+            layer = plain.get_submodule(name)
+            sums[name] = sums.get(name, 0) + gradient(layer, layer.weight.grad).square() / len(batches)
+    for (name, _), values in found.items():
+        reduced = {"row": sums[name].sum(1), "column": sums[name].sum(0), "element": sums[name].flatten()}
+        assert_close(values, reduced[granularity])
+
+
+def test_the_mean_gradient_is_that_of_the_mean_log_likelihood_of_a_sample():
+    batches, plain = token_batches(), llama().eval()
+    found = gathered(adapted(llama()), batches, "mean_gradient")
+    for batch in batches:
+        answers = (batch["labels"][:, 1:] != -100).sum()
+        (-plain(**batch).loss * answers / 8).backward()
+    for (name, _), values in found.items():
+        assert_close(values, plain.get_submodule(name).weight.grad.double())
+
+
+@pytest.mark.parametrize("use_cache_of_gradients", [False, True])
+def test_moments_of_inputs_and_magnitudes_of_outputs_are_means_over_real_positions(use_cache_of_gradients):
+    """With gradients gathered in the same pass, under checkpointing, every position counts once, too."""
+    batches, plain = token_batches(), llama().eval()
+    model = adapted(llama(), "row")
+    names = ("input_second_moment", "output_magnitude")
+    if use_cache_of_gradients:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        names = ("fisher", *names)
+    found = gathered(model, batches, *names)
+    seen: dict = {}
+    for name in fggm_layers(model, "default"):
+        hook = lambda m, a, y, name=name: seen.setdefault(name, []).append((a[0], y))  # noqa: E731
+        plain.get_submodule(name).register_forward_hook(hook)
+    with torch.no_grad():
+        for batch in batches:
+            plain(**batch)
+    for name, calls in seen.items():
+        real = [batch["attention_mask"] == 1 for batch in batches]
+        x = torch.cat([x[where] for (x, _), where in zip(calls, real, strict=True)]).double()
+        y = torch.cat([y[where] for (_, y), where in zip(calls, real, strict=True)]).double()
+        assert_close(found[name, "input_second_moment"], x.square().mean(0))
+        assert_close(found[name, "output_magnitude"], y.abs().mean(0))
+
+
+def test_the_sum_of_gradients_is_that_of_the_layer_itself(example, adapt):
+    layer = example.layer()
+    model = adapt(copy.deepcopy(layer), zero=True)
+    wrapped = model.base_model.model.layer
+    x = example.x()
+    g = torch.randn(layer(x).shape, generator=seeded())
+    chosen = torch.arange(len(x)) % 3 != 1
+    expected = per_sample_weight_gradients(layer, x, g)[chosen].sum(0)
+    found = wrapped.per_sample([(x, g)], GramMatrix()).total(chosen)
+    assert_close(found, wrapped.matrix(expected))
+
+
+def test_a_layer_called_twice_adds_up_its_calls():
+    found = gathered(
+        adapted(Twice(), target_modules=["shared"]),
+        class_batches(),
+        "mean_gradient",
+        log_likelihood=class_log_likelihood,
+    )
+    plain = Twice()
+    sum(class_log_likelihood(plain, batch).sum() for batch in class_batches()).div(8).backward()
+    assert_close(found["shared", "mean_gradient"], plain.shared.weight.grad.double())
+
+
+@pytest.mark.parametrize(("criterion", "granularity"), [("input_ratio", "column"), ("output_magnitude", "row")])
+def test_embeddings_have_no_features_to_look_at(criterion, granularity):
+    model = adapted(llama(), granularity, criterion=criterion, target_modules=["embed_tokens", "q_proj"])
+    reference = token_batches() if criterion == "input_ratio" else None
+    with pytest.raises(ValueError, match=r"module model\.embed_tokens: .*leave it out of the targets"):
+        select_parameters(model, token_batches(), reference=reference, progress=False)
+
+
+def test_convolutions_are_seen_as_the_patches_that_their_weight_multiplies():
+    class Image(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(4, 6, 3, groups=2, padding=1)
+
+        def forward(self, pixels):
+            return self.conv(pixels).mean((2, 3))
+
+    batches = [{"pixels": torch.randn(3, 4, 5, 5), "labels": torch.tensor([0, 1, 2])} for _ in range(2)]
+    likelihood = lambda model, b: -nn.functional.cross_entropy(model(b["pixels"]), b["labels"], reduction="none")  # noqa: E731
+    model = adapted(Image(), "row", target_modules=["conv"])
+    found = gathered(model, batches, "input_second_moment", "output_magnitude", log_likelihood=likelihood)
+    pixels = torch.cat([b["pixels"] for b in batches]).double()
+    patches = nn.functional.unfold(pixels, 3, padding=1).unflatten(1, (2, 18))
+    assert_close(found["conv", "input_second_moment"], patches.square().mean((0, 1, 3)))
+    assert_close(found["conv", "output_magnitude"], Image().double().conv(pixels).abs().mean((0, 2, 3)).detach())
+
+
+def test_every_statistic_says_how_long_it_is_and_how_many_entries_a_number_stands_for(granularity):
+    from fggm_peft.core.granularity import GRANULARITIES
+    from fggm_peft.core.statistics import ones
+
+    kind, shape = GRANULARITIES[granularity], (6, 9)
+    for name, statistic in STATISTICS._entries.items():
+        values = ones(name, kind, shape)
+        expected = {"input_second_moment": 9, "output_magnitude": 6, "mean_gradient": 54}.get(name, kind.units(shape))
+        assert len(values) == expected and (values == 1).all()
+        per_number = 1 if name in ("input_second_moment", "output_magnitude", "mean_gradient") else 54 // len(values)
+        assert statistic.entries(kind, shape) == per_number

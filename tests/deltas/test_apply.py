@@ -1,0 +1,94 @@
+"""Deltas merged into a base without PEFT, and checkpoints that need no library."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from example_deltas import adapter, dense, saved_adapter
+from models import byte_tokenizer, gpt2, llama, logits, quantized, token_batches
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fggm_peft.deltas import SparseDelta, apply_deltas, export_merged
+from fggm_peft.tuner.support import fggm_layers
+
+BATCH = token_batches()[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_what_merge_and_unload_gives(granularity, dtype, tmp_path):
+    folder = saved_adapter(tmp_path / "delta", granularity)
+    expected = PeftModel.from_pretrained(llama(dtype), folder).merge_and_unload().state_dict()
+    model = llama(dtype)
+    report = apply_deltas(model, [folder])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert {module.outcome for module in report.modules} == {"added"}
+    assert report.survived == pytest.approx(1, abs=0.05)
+
+
+def test_the_embedding_that_peft_saves_beside_its_adapter_does_not_undo_the_merge(granularity, tmp_path):
+    targets = ["embed_tokens", "q_proj"]
+    folders = [saved_adapter(tmp_path / str(seed), granularity, seed, target_modules=targets) for seed in (0, 1)]
+    assert any(".base_layer." in key for key in SparseDelta.read(folders[0], base=llama()).others)
+    expected, model = llama(), llama()
+    for folder in folders:
+        config = PeftConfig.from_pretrained(folder)
+        with_adapter = get_peft_model(expected, config)
+        deltas = SparseDelta.read(folder, base=llama()).modules
+        for name, layer in fggm_layers(with_adapter, "default").items():
+            layer.set_support("default", deltas[name].indices)
+            layer.fggm_values["default"].data.copy_(deltas[name].values)
+        expected = with_adapter.merge_and_unload()
+        apply_deltas(model, [folder])
+    state = expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_layer_type(granularity, example, adapt):
+    layer = example.layer()
+    base = torch.nn.Sequential()
+    base.add_module("layer", copy.deepcopy(layer))
+    delta = SparseDelta.read(adapt(layer, granularity=granularity))
+    before = base.layer.weight.detach().clone()
+    apply_deltas(base, [delta])
+    model = adapt(copy.deepcopy(layer), granularity=granularity)
+    change = model.base_model.model.layer.unmatrix(dense(delta)["layer"].to(before.dtype))
+    assert torch.allclose(base.layer.weight, before + change, atol=1e-6)
+
+
+def test_a_checkpoint_with_its_report(tmp_path):
+    folders = [saved_adapter(tmp_path / kind, kind, seed) for seed, kind in enumerate(("row", "element"))]
+    tokenizer = byte_tokenizer()
+    report = export_merged(llama(), folders, tmp_path / "merged", tokenizer)
+    written = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert written == report.to_dict() and len(written["modules"]) == 6
+    expected = llama()
+    apply_deltas(expected, folders)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded, BATCH), logits(expected, BATCH))
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == tokenizer.vocab_size
+
+
+def test_a_base_that_does_not_fit_stays_as_it_is(tmp_path):
+    folder = saved_adapter(tmp_path / "delta")
+    with pytest.raises(ValueError, match="no module of this model"):
+        apply_deltas(gpt2(), [folder])
+    with pytest.raises(TypeError, match="has adapters"):
+        apply_deltas(adapter("row"), [folder])
+    broken = adapter("row", seed=1)
+    next(p for n, p in broken.named_parameters() if "fggm_values" in n).data[0, 0] = float("inf")
+    model = llama()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        apply_deltas(model, [folder, SparseDelta.read(broken)])
+    with pytest.raises(ValueError, match="was made for another base"):
+        apply_deltas(model, [folder, SparseDelta.read(adapter("row", base=llama(hidden_size=32)))])
+    state = llama().state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    four_bit = quantized(llama(), "nf4")
+    four_bit.is_quantized = True
+    with pytest.raises(ValueError, match="base is quantized"):
+        export_merged(four_bit, [folder], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

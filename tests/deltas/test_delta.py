@@ -1,0 +1,134 @@
+"""``SparseDelta``: read from folders and models, checked, and written as PEFT's three files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from example_deltas import ALL, adapter, dense, saved_adapter
+from models import gpt2, llama, logits, token_batches
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from fggm_peft import AdapterFileError
+from fggm_peft import deltas as sharing
+from fggm_peft.deltas import SparseDelta
+
+BATCH = token_batches()[0]
+
+
+@pytest.mark.parametrize("granularity", ALL)
+def test_a_delta_is_the_same_from_a_model_a_folder_and_a_folder_of_its_own(granularity, tmp_path):
+    model = adapter(granularity)
+    layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "fggm_values")}
+    expected = {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}
+    model.save_pretrained(tmp_path / "peft")
+    of_model = SparseDelta.read(model)
+    of_folder = SparseDelta.read(tmp_path / "peft", base=llama())
+    own = SparseDelta.read(of_model.save(tmp_path / "own"))  # its file says the shapes
+    for delta in (of_model, of_folder, own):
+        found = dense(delta)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert delta.parameters == sum(p.numel() for n, p in model.named_parameters() if "fggm_values" in n)
+    assert 0.15 < own.density < 0.25 and own.bytes >= 4 * own.parameters
+
+
+@pytest.mark.parametrize("granularity", ALL)
+def test_peft_loads_what_is_saved(granularity, tmp_path):
+    model = adapter(granularity)
+    folder = SparseDelta.read(model).save(tmp_path / "delta")
+    assert {file.name for file in folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder), BATCH), logits(model, BATCH))
+
+
+def test_the_base_that_the_config_names_tells_the_shapes(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = adapter("element")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "delta")
+    found = SparseDelta.read(tmp_path / "delta")
+    assert found.modules["model.layers.0.mlp.down_proj"].shape == (64, 96)
+
+
+def test_a_transposed_weight_has_its_matrix_shape(tmp_path):
+    model = adapter("row", base=gpt2(), target_modules=["c_fc"])
+    assert {module.shape for module in SparseDelta.read(model).modules.values()} == {(128, 32)}
+
+
+def test_bias_entries_and_whole_modules_travel_along(tmp_path):
+    model = adapter("row", base=llama(attention_bias=True), bias="fggm_only", modules_to_save=["model.norm"])
+    model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(0.5)
+    model.save_pretrained(tmp_path / "peft")
+    delta = SparseDelta.read(tmp_path / "peft", base=llama(attention_bias=True))
+    name = "model.layers.0.self_attn.q_proj"
+    assert delta.modules[name].bias.shape == (len(delta.modules[name].indices),)
+    assert list(delta.others) == ["base_model.model.model.norm.weight"]
+    again = PeftModel.from_pretrained(llama(attention_bias=True), delta.save(tmp_path / "own"))
+    assert torch.equal(logits(again, BATCH), logits(model, BATCH))
+
+
+def damaged(folder, **changed):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for part, change in changed.items():
+        key = next(key for key in tensors if key.endswith(part))
+        tensors[key] = change(tensors[key])
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": lambda t: t + 1000}, "do not fit"),
+        ({"indices": lambda t: t.flip(0)}, "not sorted"),
+        ({"indices": lambda t: t.float()}, "int32 or int64"),
+        ({"values": lambda t: t[:-1]}, "13 indices for 12 values"),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_the_tensor(changes, message, tmp_path):
+    folder = saved_adapter(tmp_path / "delta")
+    damaged(folder, **changes)
+    with pytest.raises(AdapterFileError, match=message):
+        SparseDelta.read(folder, base=llama())
+
+
+def test_what_is_no_delta_is_refused_with_what_it_is(tmp_path):
+    with pytest.raises(AdapterFileError, match="has no adapter_config"):
+        SparseDelta.read(tmp_path)
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="LORA adapter, not FGGM"):
+        SparseDelta.read(tmp_path / "lora")
+    with pytest.raises(TypeError, match="not a int"):
+        SparseDelta.read(3)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        SparseDelta.read(adapter(), adapter_name="other")
+    folder = saved_adapter(tmp_path / "delta")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": None, "base_fingerprint": None})
+    )
+    with pytest.raises(ValueError, match="base="):
+        SparseDelta.read(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(AdapterFileError, match="is damaged"):
+        SparseDelta.read(folder, base=llama())
+
+
+def test_importing_the_package_loads_none_of_it():
+    script = (
+        "import fggm_peft, sys; print(sorted(name for name in sys.modules if name.startswith('fggm_peft.sharing')))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['fggm_peft.sharing']"
+    assert all(callable(getattr(sharing, name)) for name in sharing.__all__)
+
+
+def test_another_base_is_noticed(tmp_path):
+    folder = saved_adapter(tmp_path / "delta")
+    with pytest.raises(AdapterFileError, match="made for another base model"):
+        SparseDelta.read(folder, base=llama(hidden_size=32))
+    with pytest.raises(ValueError, match="made for another base"):
+        SparseDelta.read(folder, base=gpt2())

@@ -1,0 +1,173 @@
+"""The difference of two models, bit for bit, from models and from shards of checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from example_deltas import ALL, mask_of
+from models import bert, gpt2, llama, logits, token_batches
+from peft import PeftModel
+from reference import TOLERANCE, relative_error, seeded
+from torch import nn
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
+
+from fggm_peft.deltas import SparseDelta, apply_deltas, diff
+
+BATCH = token_batches()[0]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def changed(base: nn.Module, granularity: str, modules: list[str], amount: float = 0.3) -> nn.Module:
+    """A copy in which some units of some weights are other numbers."""
+    tuned = copy.deepcopy(base)
+    generator = seeded(3)
+    with torch.no_grad():
+        for name in modules:
+            weight = tuned.get_submodule(name).weight
+            noise = torch.randn(weight.shape, generator=generator) * amount
+            keep = torch.rand(weight.shape, generator=generator) < 0.1
+            if granularity == "row":
+                keep = (torch.rand(len(weight), 1, generator=generator) < 0.3).expand_as(weight)
+            if granularity == "column":
+                keep = (torch.rand(1, weight.shape[1], generator=generator) < 0.3).expand_as(weight)
+            weight += torch.where(keep, noise, 0.0).to(weight.dtype)
+    return tuned
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    theirs = b.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in a.state_dict().items())
+
+
+NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ALL)
+def test_the_base_with_the_difference_is_the_tuned_model_bit_for_bit(kind, dtype):
+    base = llama(dtype)
+    tuned = changed(base, kind, NAMES)
+    delta = diff(base, tuned)
+    assert delta.config.granularity == kind  # what takes the fewest bytes
+    assert list(delta.modules) == NAMES
+    for name in NAMES:
+        differs = base.get_submodule(name).weight != tuned.get_submodule(name).weight
+        assert mask_of(delta, name)[differs].all()
+        assert delta.modules[name].values.dtype == torch.float32
+    if not delta.config.selection["inexact_entries"]:
+        apply_deltas(base, [delta])
+        assert same_weights(base, tuned)
+    else:  # a float32 entry may be what no sum with a float32 value rounds to
+        assert dtype == torch.float32 and delta.config.selection["inexact_entries"] < 0.01 * delta.parameters
+
+
+def test_the_entries_that_no_value_reaches_are_counted():
+    base = nn.Sequential(nn.Linear(2, 1, bias=False))
+    base[0].weight.data[:] = torch.tensor([[1.0, 1.0]])
+    tuned = copy.deepcopy(base)
+    tuned[0].weight.data[:] = torch.tensor([[1e-9, 1.5]])  # 1 - 1e-9 has no float32 neighbour that is near enough
+    with pytest.warns(UserWarning, match="1 entries"):
+        delta = diff(base, tuned, "element")
+    assert delta.config.selection["inexact_entries"] == 1
+    apply_deltas(base, [delta])
+    assert base[0].weight[0, 1] == 1.5 and base[0].weight[0, 0].abs() < 1e-7
+
+
+@pytest.mark.parametrize("granularity", ALL)
+def test_a_granularity_that_is_asked_for_is_taken(granularity):
+    base = llama(torch.bfloat16)
+    tuned = changed(base, "element", NAMES)
+    delta = diff(base, tuned, granularity)
+    assert delta.config.granularity == granularity and delta.config.selection["inexact_entries"] == 0
+    apply_deltas(base, [delta])
+    assert same_weights(base, tuned)
+
+
+def test_checkpoints_are_read_shard_by_shard(tmp_path, monkeypatch):
+    base = llama(torch.bfloat16)
+    tuned = changed(base, "row", NAMES)
+    base.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    tuned.save_pretrained(tmp_path / "tuned", max_shard_size="50KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # no model is loaded
+    delta = diff(tmp_path / "base", str(tmp_path / "tuned"))
+    assert delta.config.base_model_name_or_path == str(tmp_path / "base")
+    assert delta.config.task_type == "CAUSAL_LM"
+    folder = delta.save(tmp_path / "delta")
+    adapted = PeftModel.from_pretrained(llama(torch.bfloat16), folder)
+    assert relative_error(logits(adapted, BATCH), logits(tuned, BATCH)) < TOLERANCE[torch.bfloat16]
+    assert same_weights(adapted.merge_and_unload(), tuned)
+
+
+def test_norms_go_along_whole_and_biases_with_their_rows(tmp_path):
+    base = llama(torch.bfloat16, attention_bias=True)
+    tuned = changed(base, "row", NAMES)
+    with torch.no_grad():
+        tuned.model.norm.weight += 0.5
+        tuned.model.layers[0].self_attn.k_proj.bias[3] += 0.25
+        tuned.model.layers[0].self_attn.q_proj.bias[5:9] -= 1
+    delta = diff(base, tuned)
+    assert delta.config.granularity == "row" and "model.layers.0.self_attn.k_proj" in delta.modules
+    assert all("norm" in name for name in delta.others)
+    adapted = PeftModel.from_pretrained(llama(torch.bfloat16, attention_bias=True), delta.save(tmp_path / "delta"))
+    merged = adapted.merge_and_unload().to(torch.bfloat16)  # PEFT keeps whole modules in float32
+    assert same_weights(merged, tuned)
+    apply_deltas(base, [delta])
+    assert same_weights(base, tuned)
+    with pytest.raises(ValueError, match="only granularity='row' holds bias"):
+        diff(llama(torch.bfloat16, attention_bias=True), tuned, "element")
+
+
+def test_a_tied_embedding_is_counted_once_and_told_of():
+    base = llama(torch.bfloat16, tie_word_embeddings=True)
+    tuned = changed(base, "row", ["model.embed_tokens"])
+    with pytest.warns(UserWarning, match="shares its weight with lm_head"):
+        delta = diff(base, tuned)
+    assert list(delta.modules) == ["model.embed_tokens"]
+    apply_deltas(base, [delta])
+    assert torch.equal(logits(base, BATCH), logits(tuned, BATCH))
+
+
+@pytest.mark.parametrize("build", [gpt2, lambda: bert(BertForSequenceClassification, num_labels=3)])
+def test_models_of_other_kinds(build, tmp_path):
+    base = build().to(torch.bfloat16)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for number, parameter in enumerate(tuned.parameters()):
+            if number % 3 == 0:
+                parameter.view(-1)[:: number + 2] += 0.5
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    delta = diff(tmp_path / "base", tmp_path / "tuned")
+    again = SparseDelta.read(delta.save(tmp_path / "delta"))
+    apply_deltas(base, [again])
+    assert same_weights(base, tuned)
+
+
+def test_what_has_no_difference_is_refused(tmp_path):
+    base = llama()
+    with pytest.raises(ValueError, match="there is no difference"):
+        diff(base, copy.deepcopy(base))
+    with pytest.raises(ValueError, match="no base and its fine-tuned model"):
+        diff(base, llama(hidden_size=32))
+    with pytest.raises(ValueError, match=r"has no model\.embed_tokens\.weight"):
+        diff(base, gpt2())
+    with pytest.raises(ValueError, match="unknown granularity"):
+        diff(base, base, "rows")
+    only_norm = copy.deepcopy(base)
+    only_norm.model.norm.weight.data += 1
+    with pytest.raises(ValueError, match="no weights that a sparse delta"):
+        diff(base, only_norm)
+    broken = copy.deepcopy(base)
+    broken.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        diff(base, broken)
+    with pytest.raises(FileNotFoundError, match="Pickled weights"):
+        diff(base, tmp_path)
+    base.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
+    with pytest.raises(ValueError, match="is damaged"):
+        diff(base, tmp_path / "shards")

@@ -1,0 +1,219 @@
+"""The ledger: tasks merged in order, and any of them taken out again, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from example_deltas import adapter, saved_adapter
+from models import QUANTIZATIONS, gpt2, llama, logits, quantized, token_batches
+from torch import nn
+
+from fggm_peft import AdapterFileError
+from fggm_peft.deltas import Ledger, SparseDelta, apply_deltas
+from fggm_peft.tuner.hosts.bitsandbytes import guard_four_bit_layers
+
+BATCH = token_batches()[0]
+TASKS = ["first", "second", "third"]
+MIXED = ["row", "column", "element"]
+
+
+def filled(folder, kinds, build=llama, **config) -> Ledger:
+    """Three tasks whose supports overlap."""
+    ledger = Ledger(folder)
+    for seed, (name, kind) in enumerate(zip(TASKS, kinds, strict=True)):
+        ledger.add(name, SparseDelta.read(adapter(kind, seed, base=build(), density=0.4, **config)))
+    return ledger
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    theirs = b.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in a.state_dict().items())
+
+
+def without(ledger: Ledger, task: str, base: nn.Module) -> nn.Module:
+    apply_deltas(base, [ledger.delta(name) for name in TASKS if name != task])
+    return base
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_any_task_is_taken_out_bit_for_bit(task, dtype, mixed, granularity, tmp_path):
+    ledger = filled(tmp_path, MIXED if mixed else [granularity] * 3)
+    model = llama(dtype)
+    report = ledger.apply(model)
+    assert 0.8 < report.survived < 1.2 and not same_weights(model, llama(dtype))
+    expected = without(ledger, task, llama(dtype))
+    found = Ledger(tmp_path).rollback(task, model)  # a ledger of its own: only the folder is needed
+    assert same_weights(model, expected)
+    assert (found.is_exact, found.restored_from) == (True, "originals")
+    assert all(found.overlaps[name] > 0 for name in TASKS if name != task)
+    assert Ledger(tmp_path).tasks == [name for name in TASKS if name != task]
+
+
+@pytest.mark.parametrize("order", [TASKS, TASKS[::-1]])
+def test_one_after_another_down_to_the_base(order, tmp_path):
+    ledger = filled(tmp_path, MIXED)
+    model = llama(torch.bfloat16)
+    ledger.apply(model)
+    for task in order:
+        assert ledger.rollback(task, model).is_exact
+    assert same_weights(model, llama(torch.bfloat16)) and ledger.tasks == []
+
+
+def test_transposed_weights_and_biases(tmp_path):
+    ledger = filled(tmp_path, ["row"] * 3, gpt2, target_modules=["c_attn", "c_fc"], bias="fggm_only")
+    model = gpt2()
+    ledger.apply(model)
+    expected = without(ledger, "second", gpt2())
+    assert not torch.equal(model.transformer.h[0].mlp.c_fc.bias, gpt2().transformer.h[0].mlp.c_fc.bias)
+    assert ledger.rollback("second", model).is_exact and same_weights(model, expected)
+
+
+def test_the_base_or_its_checkpoint_serves_where_no_originals_were_kept(tmp_path):
+    ledger = filled(tmp_path / "ledger", MIXED)
+    llama(torch.bfloat16).save_pretrained(tmp_path / "base")
+    for base in (llama(torch.bfloat16), tmp_path / "base"):
+        model = llama(torch.bfloat16)
+        ledger.apply(model, keep_originals=False)
+        report = ledger.take_out("second", model, base=base)
+        assert (report.restored_from, report.is_exact) == ("base", True)
+        assert same_weights(model, without(ledger, "second", llama(torch.bfloat16)))
+    assert ledger.tasks == TASKS
+
+
+def test_without_either_the_delta_is_subtracted_and_the_report_says_so(tmp_path):
+    ledger = filled(tmp_path, MIXED)
+    model = llama()
+    ledger.apply(model, keep_originals=False)
+    report = ledger.rollback("first", model)
+    assert (report.restored_from, report.is_exact) == ("subtraction", False)
+    assert "up to rounding" in str(report) and "with second" in str(report)
+    remaining = llama()
+    ledger.apply(remaining)
+    state = remaining.state_dict()
+    assert max(float((t - state[name]).abs().max()) for name, t in model.state_dict().items()) < 1e-6
+
+
+def test_a_prefix_is_applied_and_rolled_back(tmp_path):
+    ledger = filled(tmp_path, MIXED)
+    model, expected = llama(), llama()
+    ledger.apply(model, up_to="second")
+    apply_deltas(expected, [ledger.delta("first"), ledger.delta("second")])
+    assert same_weights(model, expected)
+    with pytest.raises(ValueError, match="up_to="):
+        ledger.take_out("first", model)
+    with pytest.raises(ValueError, match="comes after"):
+        ledger.take_out("third", model, up_to="second")
+    ledger.take_out("first", model, up_to="second")
+    expected = llama()
+    apply_deltas(expected, [ledger.delta("second")])
+    assert same_weights(model, expected)
+
+
+def test_a_model_that_is_not_what_the_ledger_says_is_left_alone(tmp_path):
+    ledger = filled(tmp_path, MIXED)
+    model = llama()
+    ledger.apply(model)
+    model.model.layers[1].mlp.down_proj.weight.data += 1
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="is not its base with the ledger's tasks"):
+        ledger.rollback("first", model)
+    assert same_weights(model, before) and ledger.tasks == TASKS
+
+
+def test_a_merged_model_is_no_base(tmp_path):
+    ledger = filled(tmp_path, MIXED)
+    model = llama()
+    ledger.apply(model)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="kept of another base"):
+        ledger.apply(model)
+    assert same_weights(model, before)
+    with pytest.raises(TypeError, match="has adapters"):
+        ledger.apply(adapter("row"))
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_a_quantized_base_keeps_the_tasks_beside_it(kind, tmp_path):
+    ledger = filled(tmp_path, MIXED, target_modules=["q_proj", "down_proj"])
+    base, model = quantized(llama(), kind), quantized(llama(), kind)
+    untouched = quantized(llama(), kind)
+    guard_four_bit_layers(untouched)  # bitsandbytes' own kernel for CPUs takes no odd widths
+    bare = logits(untouched, BATCH)
+    ledger.apply(model)
+    assert not torch.equal(logits(model, BATCH), bare)
+    expected = logits(without(ledger, "second", base), BATCH)
+    report = ledger.rollback("second", model)
+    assert (report.restored_from, report.is_exact) == ("sidecar", True)
+    assert torch.equal(logits(model, BATCH), expected)
+    for task in ("first", "third"):
+        ledger.rollback(task, model)
+    assert torch.equal(logits(model, BATCH), bare)
+
+
+def test_the_order_and_the_digests(tmp_path):
+    ledger = filled(tmp_path, MIXED)
+    ledger.reorder(["third", "first", "second"])
+    assert Ledger(tmp_path).tasks == ["third", "first", "second"]
+    Ledger(tmp_path).verify()
+    with pytest.raises(ValueError, match="each once"):
+        ledger.reorder(["third", "first"])
+    folder = tmp_path / next(entry.folder for entry in ledger.entries if entry.name == "first")
+    (folder / "adapter_model.safetensors").write_bytes(b"something else")
+    with pytest.raises(AdapterFileError, match=r"'first'.*is not what was added"):
+        ledger.verify()
+    with pytest.raises(AdapterFileError, match="is not what was added"):
+        ledger.apply(llama())
+
+
+def test_a_name_is_free_again_after_a_rollback(tmp_path):
+    ledger = filled(tmp_path, MIXED)
+    with pytest.raises(ValueError, match="there is a task 'first'"):
+        ledger.add("first", adapter("row"))
+    assert ledger.rollback("first").restored_from == "nothing"
+    ledger.add("first", saved_adapter(tmp_path / "new", "column", seed=7), base=llama())
+    assert ledger.tasks == ["second", "third", "first"]
+    assert len(list((tmp_path / "deltas").iterdir())) == 3
+    ledger.verify()
+
+
+def test_what_is_no_task_is_refused(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    for name in ("", "../up", ".hidden", "a/b", "two words"):
+        with pytest.raises(ValueError, match="name"):
+            ledger.add(name, adapter("row"))
+    with pytest.raises(ValueError, match="whole tensors"):
+        ledger.add("task", adapter("row", modules_to_save=["model.norm"]))
+    with pytest.raises(ValueError, match="no task 'other'"):
+        ledger.rollback("other")
+    with pytest.raises(ValueError, match="no task in"):
+        ledger.apply(llama())
+    assert not (tmp_path / "ledger").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ([{"task": None}], "sequence of tasks"),
+        ({"format": "other"}, "format 'other'"),
+        ({"format": "fggm_ledger 1", "tasks": [{"name": 1}], "next": 0}, "is damaged"),
+        ("no JSON", "is damaged"),
+    ],
+)
+def test_a_damaged_ledger_is_told(written, message, tmp_path):
+    (tmp_path / "ledger.json").write_text(written if isinstance(written, str) else json.dumps(written))
+    with pytest.raises(ValueError, match=message):
+        Ledger(tmp_path)
+
+
+def test_a_folder_outside_is_never_removed(tmp_path):
+    ledger = filled(tmp_path / "ledger", MIXED)
+    written = json.loads((tmp_path / "ledger" / "ledger.json").read_text())
+    written["tasks"][0]["folder"] = "../precious"
+    (tmp_path / "ledger" / "ledger.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="is damaged"):
+        Ledger(ledger.folder)

@@ -1,0 +1,174 @@
+"""LoRA adapters made of sparse deltas: exact, and loaded by PEFT alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYER_EXAMPLES
+from example_deltas import adapter, dense
+from models import bert, gpt2, llama, logits, token_batches
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BertForSequenceClassification
+
+from fggm_peft.deltas import SparseDelta, export_lora, lora_ranks
+from fggm_peft.deltas.to_lora import RANKS
+
+BATCH = {key: value for key, value in token_batches()[0].items() if key != "labels"}
+PLAIN_PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+batch = torch.load(sys.argv[3])
+with torch.no_grad():
+    torch.save({"adapted": model(**batch).logits, "merged": model.merge_and_unload()(**batch).logits}, sys.argv[4])
+assert not any(name.startswith("fggm") for name in sys.modules)
+"""
+
+
+def by_plain_peft(base: nn.Module, folder: Path, tmp_path: Path) -> dict:
+    """The logits of the exported adapter in a process that knows nothing of this library."""
+    base.save_pretrained(tmp_path / "base")
+    torch.save(BATCH, tmp_path / "batch.pt")
+    arguments = map(str, (tmp_path / "base", folder, tmp_path / "batch.pt", tmp_path / "logits.pt"))
+    command = [sys.executable, "-c", PLAIN_PEFT, *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(tmp_path / "logits.pt")
+
+
+def test_logits_are_equal_with_plain_peft(granularity, tmp_path):
+    model = adapter(granularity, density=0.3)
+    report = export_lora(model, tmp_path / "lora")
+    assert report.is_exact and report.error == 0
+    found = by_plain_peft(llama(), tmp_path / "lora", tmp_path)
+    expected = logits(model, BATCH)
+    for way, actual in found.items():
+        assert (actual - expected).abs().max() < 1e-5, way
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [
+        (gpt2, ["c_attn", "c_fc", "wte"]),
+        (lambda: bert(BertForSequenceClassification, num_labels=3), ["query", "word_embeddings"]),
+    ],
+)
+def test_transposed_layers_and_embeddings_are_exact(granularity, build, targets, tmp_path):
+    model = adapter(granularity, base=build(), target_modules=targets)
+    model.save_pretrained(tmp_path / "delta")
+    assert export_lora(tmp_path / "delta", tmp_path / "lora", base=build()).is_exact
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "lora")
+    assert (logits(loaded, BATCH) - logits(model, BATCH)).abs().max() < 1e-5
+
+
+def test_every_layer_type_is_exact_or_refused(granularity, example, adapt, tmp_path):
+    layer = example.layer()
+    model = adapt(layer, granularity=granularity)
+    x = example.x()
+    expected = model(x)
+    conv = layer if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
+    if conv is not None and (conv.groups > 1 or set(conv.dilation) != {1}):
+        with pytest.raises(ValueError, match=r"convolution with (groups|dilation)="):
+            export_lora(model, tmp_path / "lora")
+        return
+    assert export_lora(model, tmp_path / "lora").is_exact
+    base = nn.Sequential()
+    base.add_module("layer", model.base_model.model.layer.base_layer)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
+    assert (loaded(x) - expected).abs().max() < 1e-4 * float(expected.abs().max())
+
+
+def test_the_examples_have_layers_that_are_refused_and_layers_that_are_not():
+    grouped = [name for name, e in LAYER_EXAMPLES.items() if getattr(e.layer(), "groups", 1) > 1]
+    assert grouped and len(grouped) < len(LAYER_EXAMPLES)
+
+
+def test_bias_entries_and_whole_modules_go_along(tmp_path):
+    base = llama(attention_bias=True)
+    model = adapter(
+        "row", base=base, bias="fggm_only", target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"]
+    )
+    model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(0.7)
+    expected = logits(model, BATCH)
+    assert export_lora(model, tmp_path / "lora").is_exact
+    found = by_plain_peft(llama(attention_bias=True), tmp_path / "lora", tmp_path)
+    assert (found["adapted"] - expected).abs().max() < 1e-5
+
+
+def test_ranks_are_told_before_and_padded_to_what_engines_accept(tmp_path):
+    model = adapter("row", density_pattern={"q_proj": 1 / 64, "v_proj": 9 / 32, "down_proj": 0.5}, density=0.2)
+    told = lora_ranks(model)
+    ranks = {name.rpartition(".")[2]: (module.required, module.rank) for name, module in told.modules.items()}
+    assert ranks == {"q_proj": (1, 8), "v_proj": (9, 16), "down_proj": (32, 32)}
+    assert (told.required_rank, told.rank, told.is_exact) == (32, 32, True)
+    written = export_lora(model, tmp_path / "lora")
+    assert {n: (m.required, m.rank) for n, m in written.modules.items()} == {
+        n: (m.required, m.rank) for n, m in told.modules.items()
+    }
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 32 and config["rank_pattern"] == config["alpha_pattern"]
+    assert config["peft_type"] == "LORA"
+    for layer in PeftModel.from_pretrained(llama(), tmp_path / "lora").modules():
+        if hasattr(layer, "lora_A") and layer.lora_A:
+            assert layer.scaling["default"] == 1.0 and layer.r["default"] in RANKS
+    assert "needs rank 32" in str(written) and "exact" in (tmp_path / "lora" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("max_rank", [1, 3, 8])
+def test_above_the_greatest_rank_the_best_approximation_is_written_with_its_error(granularity, max_rank, tmp_path):
+    model = adapter(granularity, density=0.3)
+    delta = SparseDelta.read(model)
+    report = export_lora(model, tmp_path / "lora", max_rank=max_rank)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    lost = whole = 0.0
+    for name, matrix in dense(delta).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        assert len(a) == max_rank == report.modules[name].rank
+        singular = torch.linalg.svdvals(matrix)
+        best = float(singular[max_rank:].square().sum()) ** 0.5 / float(singular.square().sum()) ** 0.5
+        found = float((matrix - b @ a).norm() / matrix.norm())
+        assert report.modules[name].error == pytest.approx(found, abs=1e-9)
+        assert found == pytest.approx(best, rel=1e-4) and not report.modules[name].is_exact
+        lost, whole = lost + float((matrix - b @ a).square().sum()), whole + float(matrix.square().sum())
+    assert report.error == pytest.approx((lost / whole) ** 0.5) and not report.is_exact
+    assert logits(PeftModel.from_pretrained(llama(), tmp_path / "lora"), BATCH).isfinite().all()
+
+
+def test_elements_in_few_rows_need_few_ranks():
+    delta = SparseDelta.read(adapter("element", density=0.2))
+    name, module = next(iter(delta.modules.items()))
+    few = torch.tensor([3, 5, 70, 90], dtype=torch.int32)  # rows 0 and 1
+    modules = {name: type(module)(module.granularity, module.shape, few, torch.ones(4))}
+    assert lora_ranks(SparseDelta(delta.config, modules), base=llama()).required_rank == 2
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    model = adapter("row")
+    for value in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="max_rank"):
+            export_lora(model, tmp_path / "lora", max_rank=value)
+    zero = adapter("row", std=0.0)
+    with pytest.raises(ValueError, match="zero everywhere"):
+        export_lora(zero, tmp_path / "lora")
+    broken = adapter("row")
+    next(p for n, p in broken.named_parameters() if "fggm_values" in n).data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        export_lora(broken, tmp_path / "lora")
+    nameless = SparseDelta.read(model)
+    nameless.config.base_model_name_or_path = None
+    with pytest.raises(ValueError, match="base="):
+        export_lora(nameless, tmp_path / "lora")
+    mixed = adapter("row", base=gpt2(), target_modules=["wte", "c_fc"], bias="fggm_only")
+    with pytest.raises(ValueError, match="without embeddings"):
+        export_lora(mixed, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

@@ -1,0 +1,172 @@
+"""``verify``, ``fggm verify`` and ``fggm card``."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from command_line import fggm, succeed
+from huggingface_hub import ModelCard
+from models import adapted, llama, quantized, token_batches, train
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from fggm_peft import AdapterFileError, BaseMismatchError, ScoreMass, select_parameters
+from fggm_peft.deltas import verify
+from fggm_peft.tuner.settings.file import by_layer_group, from_layer_groups
+
+BATCHES = token_batches()
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def base(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = adapted(llama(), "element", criterion="random", density=0.05, task_type="CAUSAL_LM")
+    train(model, BATCHES, steps=2)
+    model.save_pretrained(tmp_path / "delta")
+    return tmp_path / "delta"
+
+
+def test_a_sound_adapter_is_described(adapter, base):
+    found = verify(adapter, str(base))
+    assert found.base == "matches" and verify(adapter).base == "not asked"
+    assert (found.granularity, found.criterion, found.values, found.format) == ("element", "random", "delta", 1)
+    assert found.modules == 14 and found.density == pytest.approx(0.05, abs=1e-3) and not found.is_zero
+    assert found.parameters == sum(t.numel() for key, t in load_file(adapter / FILE).items() if "values" in key)
+    assert found.bytes == (adapter / FILE).stat().st_size > found.bound_bytes
+    assert verify(adapter, llama(torch.bfloat16)).base == "matches"
+    assert verify(adapter, quantized(llama(), "nf4")).base == "matches"
+    assert verify(adapter, PeftModel.from_pretrained(llama(), adapter)).base == "matches"
+    json.dumps(found.to_dict())
+
+
+def test_more_than_ten_layers_are_in_another_order_in_the_file(tmp_path):
+    model = adapted(llama(layers=11, hidden_size=16, intermediate_size=16), density=0.1)
+    select_parameters(model, BATCHES, progress=False)
+    model.save_pretrained(tmp_path)
+    assert verify(tmp_path).modules == 11 * 7
+
+
+def test_another_base_and_damage_are_errors(adapter, tmp_path):
+    other = llama()
+    other.model.layers[0].mlp.up_proj.weight.data += 0.01
+    with pytest.raises(BaseMismatchError, match=r"layers\.0\.mlp\.up_proj differs"):
+        verify(adapter, other)
+    with pytest.raises(BaseMismatchError, match=r"another base"):
+        verify(adapter, llama(hidden_size=32))
+    tensors = load_file(adapter / FILE)
+    key = next(key for key in tensors if key.endswith("_hi"))
+    save_file({**tensors, key: tensors[key][:-1].clone()}, adapter / FILE)
+    with pytest.raises(AdapterFileError, match=re.escape(key)):
+        verify(adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"delta_dtype": "bfloat16"}, "values are float32, announced as bfloat16"),
+        ({"density_by_module": {"model.layers.*.mlp.up_proj": "0:0.5"}}, "densities are not those"),
+        ({"granularity": "row"}, "for 64 rows"),
+        ({"values": "absolute"}, r"base_digest.*missing"),
+    ],
+)
+def test_what_the_config_announces_has_to_be_there(change, message, adapter):
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(AdapterFileError, match=message):
+        verify(adapter)
+
+
+def test_the_command_shows_it_and_fails_with_one_line(adapter, base):
+    found = succeed("verify", adapter, "--base", base)
+    assert found["base"] == "matches" and found["parameters"] > 0
+    shown = fggm("verify", adapter)
+    assert shown.code == 0 and "is sound" in " ".join(shown.out.split()) and "entropy bound" in shown.out
+    (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:-1])
+    failed = fggm("verify", adapter)
+    assert failed.code == 1 and failed.err.startswith("fggm: error: ") and "is damaged" in failed.err
+    assert fggm("verify", base).code == 1
+
+
+def test_densities_in_few_words_come_back():
+    numbers = {"model.layers.0.up": 0.3, "model.layers.11.up": 0.25, "head": 1.0, "experts.1.0": 0.125}
+    groups = by_layer_group(numbers)
+    assert groups == {"model.layers.*.up": "0:0.3 11:0.25", "head": "1", "experts.*.*": "1.0:0.125"}
+    assert from_layer_groups(groups) == {
+        "model.layers.*.up": {"0": 0.3, "11": 0.25},
+        "head": {"": 1.0},
+        "experts.*.*": {"1.0": 0.125},
+    }
+
+
+# the card ----------------------------------------------------------------------------------------
+
+
+def test_the_card_has_what_the_hub_and_a_reader_look_for(tmp_path):
+    base = llama()
+    base.config._name_or_path = base.name_or_path = "someone/a-model"
+    model = adapted(base, threshold=ScoreMass(0.5), task_type="CAUSAL_LM", delta_dtype="bfloat16")
+    select_parameters(model, BATCHES, progress=False)
+    train(model, BATCHES, steps=1)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    card = ModelCard.load(tmp_path / "README.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "peft" and data["base_model"] == "someone/a-model" and data["license"] == "unknown"
+    assert {"fggm", "base_model:adapter:someone/a-model"} <= set(data["tags"])
+    assert data["pipeline_tag"] == "text-generation"
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert code.startswith("import fggm_peft") and "'someone/a-model'" in code
+    for words in ("score_mass", "8 samples", "split-half agreement", "rounded to bfloat16", "fggm_peft 0.", "torch "):
+        assert words in card.text, words
+    rows = [line for line in card.text.splitlines() if "_proj |" in line]
+    assert len(rows) == 7 and all(row.count("%") == 2 for row in rows)
+
+
+def test_a_card_without_a_selection_has_the_densities_by_group(tmp_path):
+    adapted(llama(), criterion="random", density=0.3).save_pretrained(tmp_path, save_embedding_layers=False)
+    text = (tmp_path / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| model.layers")]
+    assert len(rows) == 7 and all("| 2 |" in row and "%" in row for row in rows)
+
+
+def test_the_code_on_the_card_runs(adapter, base, monkeypatch):
+    config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": str(base)}
+    (adapter / CONFIG).write_text(json.dumps(config))
+    succeed("card", adapter)
+    code = re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)[1]
+    names: dict = {}
+    exec(code.replace("path or Hub id of this adapter", str(adapter)), names)
+    assert names["model"].peft_config["default"].peft_type == "FGGM"
+    assert "base_model" not in ModelCard.load(adapter / "README.md").data.to_dict(), "a folder has no name on the Hub"
+
+
+def test_a_card_is_written_anew_and_keeps_its_author_s_words(adapter):
+    path = adapter / "README.md"
+    path.unlink()
+    assert succeed("card", adapter)["card"] == str(path)
+    text = path.read_text().replace("license: unknown", "license: mit") + "\nWritten by hand.\n"
+    path.write_text("".join(["---\nlanguage: en\n", text.removeprefix("---\n")]))
+    config = json.loads((adapter / CONFIG).read_text()) | {"criterion": "weight_magnitude"}
+    (adapter / CONFIG).write_text(json.dumps(config))
+    succeed("card", adapter)
+    text = path.read_text()
+    assert text.count("import fggm_peft") == 1 and "Written by hand." in text and "`weight_magnitude`" in text
+    assert "`random`" not in text
+    data = ModelCard.load(path).data.to_dict()
+    assert data["license"] == "mit" and data["language"] == "en"
+
+
+def test_a_card_that_its_author_wrote_whole_is_left_alone_by_saving(adapter):
+    card = "---\nlibrary_name: peft\n---\nLoad it after `import fggm_peft`.\n"
+    (adapter / "README.md").write_text(card)
+    PeftModel.from_pretrained(llama(), adapter).save_pretrained(adapter)
+    text = (adapter / "README.md").read_text()
+    assert "Load it after `import fggm_peft`." in text and "replaced when the adapter is saved" not in text

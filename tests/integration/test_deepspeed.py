@@ -1,0 +1,71 @@
+"""DeepSpeed's ZeRO over two processes on CPUs.
+
+DeepSpeed is not among the development packages: it compiles. To run this, install it beside them
+(``DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed``) and call
+``pytest tests/integration/test_deepspeed.py -m slow``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import adapted, llama
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainingArguments
+
+from fggm_peft import FGGMTrainer, TopDensity
+
+pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def samples() -> list[dict[str, Tensor]]:
+    ids = torch.randint(1, 50, (16, 8), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+
+
+def run(folder: str, stage: int | None, config: dict, resume: bool = False) -> bool:
+    arguments = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "report_to": []}
+    if stage is not None:
+        arguments["ddp_backend"] = "gloo"
+        arguments["deepspeed"] = {
+            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            **dict.fromkeys(
+                ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+            ),
+        }
+    size = 4 if stage is None else 2
+    settings = TrainingArguments(folder, use_cpu=True, disable_tqdm=True, per_device_train_batch_size=size, **arguments)
+    trainer = FGGMTrainer(model=adapted(llama(), **config), args=settings, train_dataset=samples())
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(folder + "/final")
+    return trainer.selection_report is not None
+
+
+def values(folder: Path) -> dict[str, Tensor]:
+    return PeftModel.from_pretrained(llama(), folder / "final").state_dict()
+
+
+@pytest.mark.parametrize("config", [{}, {"threshold": TopDensity(0.02, scope="global")}], ids=["rows", "empty modules"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_selects_trains_saves_and_resumes_as_one_process(stage, config, processes, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(str(one), None, config)
+    expected = values(one)
+    assert processes(run, str(two), stage, config)[0]
+    trained = values(two)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5)
+    shutil.rmtree(two / "checkpoint-4")
+    assert not processes(run, str(two), stage, config, True)[0]
+    resumed = values(two)
+    for name, tensor in trained.items():
+        assert torch.equal(resumed[name], tensor), name

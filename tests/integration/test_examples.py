@@ -1,0 +1,131 @@
+"""The examples run as scripts, on a small model in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import byte_tokenizer, text_model
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A small Llama and a byte-level tokenizer, saved as any Hub model is."""
+    folder = tmp_path_factory.mktemp("model")
+    byte_tokenizer().save_pretrained(folder)
+    text_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """48 sums, as prompts and completions."""
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(48)]))
+    return file
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("base", ["4-bit", "dense"])
+def test_the_qlora_style_script_selects_trains_saves_and_loads(base, model_folder, data, tmp_path):
+    arguments = ["--model", model_folder, "--data", data, "--output", tmp_path / "delta"]
+    output = run("qlora_style.py", *arguments, *(["--dense"] if base == "dense" else []))
+    assert "values moved; split-half agreement" in output and "loaded again" in output
+    config = json.loads((tmp_path / "delta" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "FGGM" and config["selection"]["samples"] == 48
+    values = load_file(tmp_path / "delta" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in values.items() if "values" in name} == {torch.float32}
+
+
+def test_deltas_are_shared_exported_and_rolled_back(tmp_path):
+    output = run("share_delta.py", "--output", tmp_path / "shared")
+    assert "exact; written to" in output and "loaded elsewhere" in output
+    assert "counting-down taken out exactly" in output
+    assert "bit for bit the model that never learned it: True" in output
+    assert json.loads((tmp_path / "shared" / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+STEPS, SAVE_EVERY = 60, 10
+
+
+def long_run(launcher: list[str], *arguments: object, **options) -> subprocess.Popen:
+    script = [str(EXAMPLES / "long_run.py"), "--cpu", "--steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
+    command = [sys.executable, *launcher, *script, *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, start_new_session=True, **options)
+
+
+def finished(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([], id="one process"),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+            marks=pytest.mark.distributed,
+            id="two processes",
+        ),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(launcher, model_folder, data, tmp_path):
+    source = ["--model", model_folder, "--data", data]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert "selected at the start" in finished(long_run(launcher, *source, "--output", whole, **piped))
+
+    with (tmp_path / "log").open("w") as log:
+        process = long_run(launcher, *source, "--output", parts, stdout=log, stderr=log)
+        while not (parts / "checkpoints" / f"checkpoint-{2 * SAVE_EVERY}").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (parts / "adapter_config.json").exists()
+
+    assert "resumed" in finished(long_run(launcher, *source, "--output", parts, "--resume", **piped))
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (whole, parts)]
+    losses = [[log["loss"] for log in state["log_history"] if "loss" in log] for state in states]
+    assert len(losses[0]) == STEPS and losses[0] == losses[1]
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (whole, parts)]
+    assert configs[0]["selection"] and configs[0]["selection"] == configs[1]["selection"]
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_demo_runs_to_its_end_and_leaves_what_it_promises(model_folder, tmp_path):
+    run("demo/prepare.py", tmp_path / "data", "--no-model")
+    options = ["--data", tmp_path / "data", "--model", model_folder, "--output", tmp_path / "runs"]
+    command = [sys.executable, "-c", "from fggm_peft.cli import main; main()", "sequence", "demo", *map(str, options)]
+    result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    assert [(run["label"], run["learning_rate"]) for run in report["runs"]] == [
+        (label, rate) for rate in (2e-4, 1e-3) for label in ("fggm", "fggm-columns", "sft")
+    ]
+    assert (tmp_path / "runs" / "report.md").exists()
+    deltas = sorted((tmp_path / "runs" / "runs" / "fggm-columns" / "lr0.001-seed0-given" / "tasks").iterdir())
+    assert [delta.name for delta in deltas] == ["0-module", "1-code", "2-numeric"]
+    assert all((delta / "adapter_model.safetensors").exists() for delta in deltas)

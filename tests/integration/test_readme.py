@@ -1,0 +1,176 @@
+"""The snippets of the README and the docs run, on a small model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+import trl
+from example_deltas import adapter
+from models import adapted, byte_tokenizer, text_model, token_batches
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+
+from fggm_peft import FGGMConfig
+from fggm_peft.continual.reading import read_stream
+from fggm_peft.deltas import SparseDelta
+from fggm_peft.tuner.support import fggm_layers
+
+ROOT = Path(__file__).parents[2]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of that name goes before the Hub
+    byte_tokenizer().save_pretrained(folder)
+    text_model().save_pretrained(folder)
+    samples = [{key: value[0] for key, value in batch.items()} for batch in token_batches(sizes=(1,)) * 40]
+    sums = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(40)]
+    quick = {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True}
+    names = {
+        "dataloader": DataLoader(samples, batch_size=8),
+        "dataset": samples,
+        "training_arguments": transformers.TrainingArguments(save_strategy="no", **quick),
+        "prompts_and_completions": datasets.Dataset.from_list(sums),
+        "sft_arguments": trl.SFTConfig(save_strategy="no", bf16=False, **quick),
+    }
+    assert len(SNIPPETS) == 5
+    for snippet in SNIPPETS:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert "trainable values" in capsys.readouterr().out
+    assert names["trainer"].selection_report.samples == 40
+    assert {path.name for path in Path("delta").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_the_snippets_on_training_run(tmp_path):
+    page = (ROOT / "docs" / "training.md").read_text()
+    snippet, narrow = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sums = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(40)]
+    names = {"model": text_model(), "dataset": datasets.Dataset.from_list(sums), "tokenizer": byte_tokenizer()}
+    snippet = snippet.replace('output_dir="run"', f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False")
+    exec(compile(snippet, "training.md", "exec"), names)
+    assert names["trainer"].state.global_step == 4
+    assert names["trainer"].selection_report.samples == 16
+    pytest.importorskip("torchao")
+    names["model"] = text_model()
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles for every shape otherwise
+        narrow = narrow.replace('output_dir="run"', f"output_dir={str(tmp_path)!r}, use_cpu=True")
+        exec(compile(narrow, "training.md", "exec"), names)
+    assert {p.dtype for p in names["model"].parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+def test_the_snippets_on_selection_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "selection.md").read_text()
+    text = [{"input_ids": batch["input_ids"]} for batch in token_batches(padding="right", seed=1)]
+    names = {"base": text_model(), "dataloader": token_batches(), "general_text": text}
+    try:
+        for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(snippet, "selection.md", "exec"), names)
+    finally:
+        names["CRITERIA"]._entries.pop("steep_but_small", None)
+    assert Path("task.safetensors").exists() and names["report"].reference_samples == 8
+    assert "criterion steep_but_small" in capsys.readouterr().out
+    rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert all(f"`{name}`" in rows for name in names["CRITERIA"])
+
+
+def test_the_snippets_on_sharing_run(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    text_model().save_pretrained("base-model")
+    tuned = text_model()
+    tuned.lm_head.weight.data[3:5] += 1
+    tuned.save_pretrained("tuned-model")
+    for seed, name in enumerate(("delta-a", "delta-b", "delta-c")):
+        base = transformers.AutoModelForCausalLM.from_pretrained("base-model")
+        adapter("row", seed, base=base, target_modules=["up_proj", "q_proj"]).save_pretrained(name)
+    names: dict = {}
+    page = (ROOT / "docs" / "sharing.md").read_text()
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "sharing.md", "exec"), names)
+    assert names["ledger"].tasks == ["delta-b", "delta-c"] and names["small"].error > 0
+    assert Path("overlap.svg").exists() and Path("both").is_dir()
+    assert names["published"].modules.keys() == SparseDelta.read("delta-a").modules.keys()
+    assert hub.files("me/delta-a")["README.md"] == Path("delta-a/README.md").read_bytes()
+
+
+def test_the_snippet_on_choosing_runs(capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "choosing.md").read_text(), re.DOTALL)
+    names = {"base": text_model(), "dataloader": token_batches(sizes=(8,) * 4)}
+    exec(compile(snippet, "choosing.md", "exec"), names)
+    assert "32 sample passes" in capsys.readouterr().out and names["report"].checks
+
+
+def test_the_snippets_on_compatibility_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_model().save_pretrained("base")
+    for seed, name in enumerate(("sums", "names")):
+        config = FGGMConfig(criterion="random", density=0.1, seed=seed, init_weights=False)
+        get_peft_model(text_model(), config).save_pretrained(f"tasks/{name}")
+    samples = {key: value for key, value in token_batches((3,))[0].items() if key != "labels"}
+    names = {"base": text_model(), "base_again": text_model(), "base_folder": "base", "three_samples": samples}
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        exec(compile(snippet, "compatibility.md", "exec"), names)
+    assert names["mixed"].logits.shape[0] == 3 and Path("sums-as-lora/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "element"])
+def test_a_reader_written_after_the_page_on_the_format_reads_what_is_saved(granularity, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = adapted(text_model(), granularity, criterion="random", density=0.1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained("delta", save_embedding_layers=False)
+    names = {"base": text_model()}
+    page = (ROOT / "docs" / "format.md").read_text()
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "format.md", "exec"), names)
+    assert "Verification(" in capsys.readouterr().out
+    for module, layer in fggm_layers(model, "default").items():
+        delta = layer.delta("default")
+        dense = torch.zeros(layer.weight_shape)
+        delta.granularity.add_(dense, delta.indices, delta.values.detach())
+        assert torch.equal(torch.from_numpy(names["read_dense"]("delta", module)), dense)
+    again = fggm_layers(names["model"], "again")["model.layers.0.mlp.up_proj"]
+    assert torch.equal(
+        again.fggm_values["again"], fggm_layers(model, "default")["model.layers.0.mlp.up_proj"].fggm_values["default"]
+    )
+
+
+def test_the_stream_in_the_docs_is_read(tmp_path):
+    stream = re.search(r"```yaml\n(model:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "stream.yaml").write_text(stream)
+    task = tmp_path / "data" / "intent"
+    task.mkdir(parents=True)
+    for split in ("train", "eval", "test"):
+        (task / f"{split}.json").write_text('[{"prompt": "a", "answer": "b"}]')
+    (tmp_path / "data" / "general.txt").write_text("a text")
+    found = read_stream(tmp_path / "stream.yaml")
+    assert [method.label for method in found.methods] == ["fggm", "sft", "fggm-5%"]
+    assert len(found.task_orders()) == 3
+
+    general = re.search(r"```yaml\n(general:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "stream.yaml").write_text(stream.partition("general:")[0] + general)
+    (tmp_path / "my_tasks").mkdir()
+    assert read_stream(tmp_path / "stream.yaml").general.lm_eval == ("hellaswag", "arc_easy", "mmlu")
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_and_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target

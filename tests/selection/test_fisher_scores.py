@@ -1,0 +1,330 @@
+"""The Fisher pass against the naive one-sample loop: heads, layers, padding, checkpointing, dtypes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from models import (
+    BERT_HEADS,
+    Twice,
+    adapted,
+    bert,
+    class_batches,
+    class_log_likelihood,
+    fisher_scores,
+    gpt2,
+    llama,
+    t5,
+    token_batches,
+)
+from torch import nn
+
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.statistics import Batch
+from fggm_peft.selection.hooks import ScoreCollector
+from fggm_peft.selection.likelihood import default_log_likelihood
+from fggm_peft.tuner.support import fggm_layers, unwrapped
+
+
+def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelihood=None) -> dict[str, torch.Tensor]:
+    """One sample at a time, the whole weight gradient by autograd, in the model's own dtype."""
+    model = model.eval()
+    likelihood = log_likelihood or default_log_likelihood(model, None)
+    modules = {name: model.get_submodule(name) for name in names}
+    sums = {name: torch.zeros(1, dtype=torch.float64) for name in names}
+    count = 0
+    for batch in batches:
+        for sample in range(len(batch["input_ids"])):
+            one = {key: value[sample : sample + 1] for key, value in batch.items()}
+            weights = [module.weight.requires_grad_(True) for module in modules.values()]
+            gradients = torch.autograd.grad(likelihood(model, one).sum(), weights)
+            for (name, module), gradient in zip(modules.items(), gradients, strict=True):
+                matrix = gradient.T if type(module).__name__ == "Conv1D" else gradient.flatten(1)
+                sums[name] = sums[name] + GRANULARITIES[granularity].reduce(matrix.double().square())
+            count += 1
+    return {name: value / count for name, value in sums.items()}
+
+
+def assert_same_scores(model: nn.Module, reference: nn.Module, batches, granularity: str, tolerance: float = 1e-5):
+    got = fisher_scores(model, batches)
+    expected = naive_scores(reference, batches, got, granularity)
+    for name in got:
+        scale = expected[name].max()
+        assert scale > 0, name
+        torch.testing.assert_close(
+            got[name].double(), expected[name], rtol=1e-3, atol=float(scale) * tolerance, msg=name
+        )
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_scores_are_those_of_the_naive_one_sample_loop(granularity, padding):
+    assert_same_scores(adapted(llama(), granularity), llama(), token_batches(padding=padding), granularity)
+
+
+@pytest.mark.parametrize("length", [9, 60])
+def test_gram_and_direct_form_give_the_same_scores(granularity, length):
+    """With 60 positions a layer of 64 x 64 takes the direct form, with 9 the Gram form."""
+    batches = token_batches(sizes=(2, 2), length=length)
+    assert_same_scores(adapted(llama(layers=1), granularity), llama(layers=1), batches, granularity)
+
+
+def test_conv1d_and_embedding_layers_are_scored(granularity):
+    targets = ["c_attn", "c_proj", "c_fc", "wte"]
+    model = adapted(gpt2(), granularity, target_modules=targets, fan_in_fan_out=True)
+    reference = gpt2()
+    reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())  # untie: the head is no target
+    assert_same_scores(model, reference, token_batches(padding="right"), granularity)
+
+
+def test_sequence_to_sequence_models_are_scored(granularity):
+    batches = token_batches(padding="right")
+    assert_same_scores(adapted(t5(), granularity, task_type="SEQ_2_SEQ_LM"), t5(), batches, granularity)
+
+
+@pytest.mark.parametrize("head", BERT_HEADS)
+def test_classifiers_are_scored(head):
+    batches = token_batches(padding="right")
+    for batch in batches:
+        if head == "sequence":
+            batch["labels"] = torch.arange(len(batch["input_ids"])) % 3
+        elif head == "token":
+            batch["labels"] = batch["labels"].clamp(max=2)
+    build = lambda: bert(BERT_HEADS[head], num_labels=3)  # noqa: E731
+    assert_same_scores(adapted(build(), target_modules=["query", "value", "dense"]), build(), batches, "row")
+
+
+@pytest.mark.parametrize("labels", ["one number", "several at once"])
+def test_regression_and_multi_label_heads_have_a_likelihood(labels):
+    batches = token_batches(padding="right")
+    count = 1 if labels == "one number" else 4
+    for batch in batches:
+        size = len(batch["input_ids"])
+        batch["labels"] = torch.randn(size) if count == 1 else (torch.rand(size, count) > 0.5).float()
+    build = lambda: bert(BERT_HEADS["sequence"], num_labels=count)  # noqa: E731
+    assert_same_scores(adapted(build(), target_modules=["query", "value"]), build(), batches, "row")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(granularity, use_reentrant):
+    model = adapted(llama(attention_dropout=0.5), granularity)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    assert_same_scores(model, llama(), token_batches(), granularity)
+
+
+def test_a_layer_called_twice_sums_its_gradients_before_squaring(granularity):
+    """And its output may be modified in place."""
+    model = adapted(Twice(), granularity, target_modules=["shared", "embed"])
+    batches = class_batches()
+    got = fisher_scores(model, batches, class_log_likelihood)
+    expected = naive_scores(Twice(), batches, ["shared", "embed"], granularity, class_log_likelihood)
+    for name in expected:
+        torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_accumulate_in_float32(granularity, dtype):
+    batches = token_batches()
+    got = fisher_scores(adapted(llama(dtype), granularity), batches)
+    expected = naive_scores(llama(), batches, got, granularity)
+    for name in got:
+        assert got[name].dtype == torch.float32
+        correlation = torch.corrcoef(torch.stack([got[name].double(), expected[name]]))[0, 1]
+        assert correlation > 0.99, name
+
+
+def kept_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
+    """Shapes of what one selection pass keeps for backward beyond what a plain one does."""
+
+    def shapes(forward) -> Counter:
+        found: Counter = Counter()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.update([tuple(t.shape)]) or t, lambda t: t):
+            forward()
+        return found
+
+    layers = fggm_layers(model, "default")
+    collector = ScoreCollector(layers, "default", input_embeddings=model.get_input_embeddings(), **settings)
+    with collector:
+        collector.begin(Batch(torch.zeros(len(batch["input_ids"]), dtype=torch.long)))
+        measured = shapes(lambda: model(**batch))
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return set(measured - shapes(lambda: model(**batch)))
+
+
+def test_a_pass_for_rows_keeps_no_inputs_and_one_for_columns_does(granularity):
+    model, batch = adapted(llama(), granularity).eval(), token_batches()[0]
+    inputs = {(*batch["input_ids"].shape, width) for width in (64, 96)}
+    assert kept_by_layers(model, batch) == inputs
+    assert kept_by_layers(model, batch, digests=True) == (set() if granularity == "row" else inputs)
+
+
+def test_calls_of_one_layer_by_several_forwards_are_summed_before_they_are_squared(granularity):
+    """As a preference loss does it, which compares two forwards; the first batch is begun again for it."""
+
+    def twice(model, batch):
+        likelihood = default_log_likelihood(unwrapped(model), None)
+        return likelihood(model, batch) + 0.5 * likelihood(model, batch | {"input_ids": batch["input_ids"].flip(0)})
+
+    batches = token_batches()
+    got = fisher_scores(adapted(llama(), granularity), batches, twice)
+    expected = dict.fromkeys(got, 0)
+    for batch in batches:
+        for sample in range(len(batch["labels"])):
+            one = llama().eval()
+            twice(one, batch)[sample].backward()
+            for name in got:
+                gradient = one.get_submodule(name).weight.grad.double()
+                expected[name] = expected[name] + GRANULARITIES[granularity].reduce(gradient.square()) / 8
+    for name in got:
+        torch.testing.assert_close(
+            got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
+        )
+
+
+class InPlace(nn.Module):
+    """Writes into what its layers return, in one of several ways."""
+
+    def __init__(self, bias: bool, flat: bool, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 8)
+        self.first, self.second = nn.Linear(8, 8, bias), nn.Linear(8, 8, bias)
+        self.head = nn.Linear(8, 4)
+        self.flat, self.write = flat, write
+
+    def forward(self, input_ids, **_):
+        hidden = self.embed(input_ids)
+        hidden = hidden.mean(1) if self.flat else hidden
+        for layer in (self.first, self.second):
+            hidden = self.write(layer(hidden), hidden)
+        hidden = self.head(hidden)
+        return hidden if self.flat else hidden.mean(1)
+
+
+def write_part(y, x):
+    y[..., :3] = 0.5 * x[..., :3]
+    y[..., 3].mul_(2.0)
+    return y
+
+
+WRITES = {
+    "relu_": lambda y, x: torch.relu_(y),
+    "add_": lambda y, x: y.add_(x).mul_(0.7),
+    "part": write_part,
+    "view": lambda y, x: torch.sigmoid_(y.view(-1, 2)).view(y.shape) + y,
+    "chunk": lambda y, x: torch.cat([y.chunk(2, -1)[0].tanh(), y.chunk(2, -1)[1] * 2], -1),
+    "twice": lambda y, x: y + y.tanh(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_may_write_into_what_a_layer_returns(bias, flat, write, granularity):
+    """With a bias, a linear layer's output of three dimensions is a view of its product."""
+
+    def build():
+        return InPlace(bias, flat, WRITES[write])
+
+    batches = class_batches()
+    got = fisher_scores(
+        adapted(build(), granularity, target_modules=["first", "second"]), batches, class_log_likelihood
+    )
+    expected = naive_scores(build(), batches, ["first", "second"], granularity, class_log_likelihood)
+    for name in got:
+        torch.testing.assert_close(
+            got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
+        )
+
+
+class WritesIntoInput(InPlace):
+    def forward(self, input_ids, **_):
+        hidden = torch.tanh_(self.first(self.embed(input_ids)))
+        self.second(hidden).sum()
+        y = self.second(hidden)
+        hidden += 1
+        return self.head(y + hidden).mean(1)
+
+
+def test_an_input_that_is_written_into_is_an_error_and_never_another_score(granularity):
+    model = adapted(WritesIntoInput(True, False, None), granularity, target_modules=["second"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fisher_scores(model, class_batches(), class_log_likelihood)
+
+
+class Between(nn.Module):
+    """Three layers of which one reads what the model has written over since the one before read it."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(50, 64), nn.Linear(64, 4)
+        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+        self.between = forward
+
+    def forward(self, input_ids, **_):
+        return self.head(self.between(self, self.embed(input_ids))).mean(1)
+
+
+def residual(m, h):
+    h = h.clone()
+    for layer in (m.a, m.b, m.c):
+        h += layer(h)
+    return h
+
+
+def scaled(m, h):
+    h = m.a(h) + 0
+    y = m.b(h)
+    h.mul_(2).add_(1)
+    return y.tanh() + m.c(h)
+
+
+def shifted(m, h):
+    h = m.a(h) + 0
+    y = m.b(h).tanh()
+    h[:, 1:] = 0.5 * h[:, :-1].clone()
+    return y + m.c(h)
+
+
+@pytest.mark.parametrize("forward", [residual, scaled, shifted])
+def test_rows_see_an_input_as_it_was_when_each_layer_read_it(forward):
+    batches = class_batches()
+    model = adapted(Between(forward), "row", target_modules=["a", "b", "c"])
+    got = fisher_scores(model, batches, class_log_likelihood)
+    expected = naive_written_over(forward, batches)
+    for name in got:
+        torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-3, atol=1e-6)
+
+
+def naive_written_over(forward, batches) -> dict[str, torch.Tensor]:
+    """Rows' squared gradients of each sample alone, with layers that read a copy of their input."""
+    expected = {name: torch.zeros(64, dtype=torch.float64) for name in "abc"}
+    for batch in batches:
+        for sample in range(len(batch["labels"])):
+            model = Between(forward).double()
+            for name in "abc":
+                model.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+            one = {key: value[sample : sample + 1] for key, value in batch.items()}
+            class_log_likelihood(model, one).sum().backward()
+            for name in "abc":
+                expected[name] += model.get_submodule(name).weight.grad.square().sum(1) / 8
+    return expected
+
+
+def test_a_likelihood_that_differentiates_within_itself_is_refused(granularity):
+    def penalised(model, batch):
+        value = class_log_likelihood(model, batch)
+        (slope,) = torch.autograd.grad(value.sum(), [model.get_base_model().penalised], create_graph=True)
+        return value - slope.square().sum()
+
+    class Penalised(Between):
+        def forward(self, input_ids, **_):
+            self.penalised = self.embed(input_ids).detach().requires_grad_()
+            return self.head(self.c(self.penalised).tanh()).mean(1)
+
+    model = adapted(Penalised(None), granularity, target_modules=["c"])
+    with pytest.raises(RuntimeError, match="differentiates within itself"):
+        fisher_scores(model, class_batches(), penalised)

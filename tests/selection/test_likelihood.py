@@ -1,0 +1,66 @@
+"""The log-likelihood that the Fisher pass differentiates, against the model's own loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import adapted, gpt2, llama, token_batches
+from torch import nn
+
+from fggm_peft.selection.likelihood import default_log_likelihood
+
+PROMPTED, EVERYWHERE = token_batches(padding="right")[0], token_batches()[1]
+EVERYWHERE = {"input_ids": EVERYWHERE["input_ids"], "labels": EVERYWHERE["input_ids"].clone()}
+NO_ANSWER = PROMPTED | {"labels": torch.full_like(PROMPTED["labels"], -100)}
+
+
+def own_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The model's own loss of each sample alone, as a sum over its answer."""
+    result = []
+    for sample in range(len(batch["labels"])):
+        one = {key: value[sample : sample + 1] for key, value in batch.items()}
+        count = one["labels"][:, 1:].ne(-100).sum()
+        result.append(-model(**one).loss * count if count else torch.zeros(()))
+    return torch.stack(result)
+
+
+ONE_TOKEN = {"input_ids": torch.tensor([[3], [4]]), "labels": torch.tensor([[3], [4]])}
+BATCHES = {"prompted": PROMPTED, "everywhere": EVERYWHERE, "no answer": NO_ANSWER, "one token": ONE_TOKEN}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=list(BATCHES))
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_it_is_the_models_own_loss_summed_and_so_are_its_gradients(build, batch):
+    model = build().eval()
+    got, wanted = default_log_likelihood(model, None)(model, batch), own_loss(model, batch)
+    torch.testing.assert_close(got, wanted)
+    if wanted.requires_grad:
+        parameters = list(model.parameters())
+        gradients = (torch.autograd.grad(loss.sum(), parameters, allow_unused=True) for loss in (got, wanted))
+        for mine, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "targets, positions",
+    [(["q_proj"], PROMPTED["labels"][:, 1:].ne(-100).any(0).sum()), (["lm_head"], PROMPTED["labels"].shape[1])],
+    ids=["head not chosen from", "head chosen from"],
+)
+def test_the_head_sees_only_positions_before_an_answer_unless_it_is_chosen_from(targets, positions):
+    model = adapted(llama(), target_modules=targets).eval()
+    seen = []
+    model.get_base_model().lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    default_log_likelihood(model, "CAUSAL_LM")(model, PROMPTED)
+    assert seen == [positions]
+
+
+def test_a_model_that_has_to_compute_all_logits_does():
+    model = llama().eval()
+    likelihood = default_log_likelihood(model, None)
+    wanted = likelihood(model, PROMPTED)
+    old = copy.copy(model)
+    old.forward = lambda input_ids, attention_mask: model(input_ids, attention_mask)
+    torch.testing.assert_close(likelihood(old, PROMPTED), wanted)
+    torch.testing.assert_close(likelihood(model, PROMPTED | {"logits_to_keep": 0}), wanted)

@@ -1,0 +1,243 @@
+"""bitsandbytes bases on a CPU: the whole loop, its traps, and the four ways to merge."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import QUANTIZATIONS, llama, logits, quantized, quantized_layer, token_batches, train
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from fggm_peft import FGGMConfig, FGGMLayer, LossyMergeError, select_parameters
+from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.tuner.support import fggm_layers
+
+pytest.importorskip("bitsandbytes")
+BATCHES = token_batches(sizes=(5, 4, 5), padding="right")  # enough positions for the effective-weight form
+KINDS = pytest.mark.parametrize("kind", QUANTIZATIONS)
+
+
+def adapted(kind: str, granularity: str = "row", **config):
+    return get_peft_model(quantized(llama(), kind).eval(), FGGMConfig(granularity=granularity, **config))
+
+
+def trained(kind: str, granularity: str = "row", lr: float = 1e-2, **config):
+    model = adapted(kind, granularity, **config)
+    select_parameters(model, BATCHES, progress=False)
+    train(model, BATCHES, steps=3, lr=lr)
+    return model
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A dense model with the very weights that the quantized one stands for."""
+    dense = llama()
+    for name, layer in fggm_layers(model, "default").items():
+        dense.get_submodule(name).weight.data.copy_(layer.weight_copy())
+    return dense
+
+
+@KINDS
+def test_select_train_evaluate_train_save_reload_merge(kind, granularity, tmp_path):
+    model = adapted(kind, granularity, quantized_merge="dequantize")
+    start = logits(model, BATCHES[0])
+    select_parameters(model, BATCHES, progress=False)
+    losses = train(model, BATCHES[:1], steps=4)
+    middle = logits(model, BATCHES[0])
+    losses += train(model, BATCHES[:1], steps=4)  # after an evaluation: bitsandbytes' repacking would break it
+    assert losses[-1] < losses[3] < losses[0] and losses[4] < losses[0]
+    end = logits(model, BATCHES[0])
+    assert not torch.equal(start, middle) and not torch.equal(middle, end)
+    torch.testing.assert_close(logits(copy.deepcopy(model), BATCHES[0]), end)
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(quantized(llama(), kind).eval(), tmp_path)
+    torch.testing.assert_close(logits(fresh, BATCHES[0]), end)
+    torch.testing.assert_close(logits(model.merge_and_unload(), BATCHES[0]), end, rtol=1e-4, atol=1e-5)
+
+
+@KINDS
+def test_forward_and_gradients_are_those_of_the_dequantized_model(kind, granularity):
+    model = adapted(kind, granularity, criterion="random", init_weights=False)
+    dense = get_peft_model(
+        dequantized(model), FGGMConfig(granularity=granularity, criterion="random", init_weights=False)
+    )
+    for one in (model, dense):
+        one.train()
+        one(**BATCHES[0]).loss.backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
+        if "fggm_values" in name:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@KINDS
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity, forward_first):
+    """The order matters to bitsandbytes' 8-bit layers: their scales move at the first forward."""
+    model = adapted(kind, granularity)
+    dense = get_peft_model(dequantized(model), FGGMConfig(granularity=granularity))
+    model.train()
+    if forward_first:
+        with torch.no_grad():
+            model(**BATCHES[0])
+    scores = []
+    for one in (model, dense):
+        fisher = FisherPass(one, one.peft_config["default"], "default", BATCHES, None, progress=False)
+        scores.append(fisher.run(fggm_layers(one, "default"), None, None, 1, ""))
+    # int8 layers quantize their activations in eval mode, so their own outputs differ a little
+    rounding = 0.05 if kind == "int8" else 1e-3
+    for name in fggm_layers(model, "default"):
+        ours, theirs = (totals.mean(name, "fisher") for totals in scores)
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < rounding, (name, float(error))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4"])
+def test_a_model_that_was_evaluated_before_it_was_wrapped_still_trains(kind):
+    """bitsandbytes has repacked its weights by then, where the processor has the kernel for it."""
+    base = quantized(llama(intermediate_size=128), kind)  # repacking itself fails on widths such as 96
+    expected = logits(base, BATCHES[0])
+    repacked = getattr(base.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False)
+    if repacked:
+        with pytest.warns(UserWarning, match="repacked"):
+            model = get_peft_model(base, FGGMConfig())
+    else:
+        model = get_peft_model(base, FGGMConfig())
+    torch.testing.assert_close(logits(model, BATCHES[0]), expected, rtol=0.05, atol=0.02)
+    select_parameters(model, BATCHES, progress=False)
+    losses = train(model, BATCHES[:1], steps=5)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("shape", [(33, 65), (100, 512), (200, 300)])
+def test_odd_shapes_evaluate_and_train(shape):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(shape[1], shape[0]))
+    base[0] = quantized_layer(base[0], "nf4")
+    model = get_peft_model(base.eval(), FGGMConfig(target_modules=["0"], criterion="random", init_weights=False))
+    x = torch.randn(4, shape[1])
+    with torch.no_grad():
+        expected = model(x)
+    model.train()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@KINDS
+@pytest.mark.parametrize("mode", ["auto", "requantize", "dequantize", "keep"])
+def test_unmerging_puts_the_quantized_base_back(kind, mode):
+    model = trained(kind, quantized_merge=mode)
+    before = logits(model, BATCHES[0])
+    weights = [layer.weight_copy() for layer in fggm_layers(model, "default").values()]
+    report = model.merge_adapter(safe_merge=True)
+    outcome = {"auto": "requantized", "requantize": "requantized", "dequantize": "dequantized", "keep": "kept"}[mode]
+    assert {module.outcome for module in report.modules} == {outcome}
+    merged = logits(model, BATCHES[0])
+    if mode in ("dequantize", "keep"):
+        # an int8 layer's own evaluation quantizes the activations
+        tolerance = 2e-2 if (kind, mode) == ("int8", "keep") else 1e-4
+        torch.testing.assert_close(merged, before, rtol=tolerance, atol=tolerance)
+    assert torch.equal(logits(copy.deepcopy(model), BATCHES[0]), merged)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, BATCHES[0]), before)
+    for layer, weight in zip(fggm_layers(model, "default").values(), weights, strict=True):
+        assert torch.equal(layer.weight_copy(), weight)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("unload", [False, True])
+def test_auto_refuses_to_lose_a_task_and_changes_nothing(kind, unload):
+    model = trained(kind)
+    with torch.no_grad():
+        for layer in fggm_layers(model, "default").values():
+            layer.fggm_values["default"] *= 3e-4
+    before = logits(model, BATCHES[0])
+    with pytest.raises(LossyMergeError, match=r"\d\.\d% of the delta.*'keep'.*'dequantize'.*'requantize'"):
+        model.merge_and_unload() if unload else model.merge_adapter()
+    assert torch.equal(logits(model, BATCHES[0]), before)
+    assert not any(layer.merged for layer in fggm_layers(model, "default").values())
+
+
+def test_the_survival_figure_is_that_of_the_weights():
+    model = trained("nf4", quantized_merge="requantize")
+    layers = fggm_layers(model, "default")
+    before = {name: layer.weight_copy() for name, layer in layers.items()}
+    deltas = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
+    report = model.merge_adapter()
+    for module in report.modules:
+        change, delta = layers[module.name].weight_copy() - before[module.name], deltas[module.name]
+        assert module.survived == pytest.approx(float((change * delta).sum() / delta.square().sum()), rel=1e-3)
+        assert module.delta_norm == pytest.approx(float(delta.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_kept_deltas_pile_up_exactly_and_share_one_support(kind, granularity):
+    model = quantized(llama(), kind)
+    total, base_weight = 0, None
+    for seed in range(3):
+        config = FGGMConfig(granularity=granularity, criterion="random", seed=seed, quantized_merge="keep")
+        model = get_peft_model(model, config)
+        train(model, BATCHES, steps=2)
+        layer = fggm_layers(model, "default")["model.layers.0.mlp.up_proj"]
+        base_weight = layer.weight_copy() if base_weight is None else base_weight
+        total = total + layer.get_delta_weight("default")
+        model = model.merge_and_unload()
+    model = get_peft_model(model, FGGMConfig())
+    layer = fggm_layers(model, "default")["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(layer.weight_copy(), base_weight + total)
+    kept = layer.base_layer.fggm_kept.deltas
+    assert len(kept) == 1 and torch.equal(kept[0].indices, kept[0].indices.unique())
+    assert not any("fggm" in name for name in model.base_model.model.state_dict() if "base_layer" in name)
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
+def test_what_was_kept_stays_when_the_next_task_is_merged_otherwise(mode):
+    model = trained("nf4", quantized_merge="keep").merge_and_unload()
+    model = get_peft_model(model, FGGMConfig(granularity="column", criterion="random", quantized_merge=mode))
+    train(model, BATCHES, steps=3)
+    before = logits(model, BATCHES[0])
+    model.merge_adapter()
+    tolerance = 1e-4 if mode == "dequantize" else 0.5
+    torch.testing.assert_close(logits(model, BATCHES[0]), before, rtol=tolerance, atol=tolerance)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, BATCHES[0]), before)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_autocast_reaches_neither_form_of_the_product(kind, granularity):
+    """bitsandbytes gives the dtype of the input back, whatever autocast says."""
+    model = adapted(kind, granularity, criterion="random", init_weights=False, quantized_merge="keep")
+    short = {key: value[:1] for key, value in BATCHES[0].items()}  # few positions: the additive form
+    exact = logits(model, short)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(logits(model, short).float(), exact, rtol=0.1, atol=0.1)
+        model.train()
+        model(**BATCHES[0]).loss.backward()
+        kept = model.merge_and_unload()
+        torch.testing.assert_close(logits(kept, short).float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_saving_a_base_with_kept_deltas_warns_that_they_are_not_in_it():
+    base = trained("nf4", quantized_merge="keep").merge_and_unload()
+    with pytest.warns(UserWarning, match="not part of the base"):
+        base.state_dict()
+
+
+def test_dequantized_layers_take_the_dtype_of_the_model():
+    base = quantized(llama(), "int8").to(torch.bfloat16)
+    model = get_peft_model(base, FGGMConfig(criterion="random", init_weights=False, quantized_merge="dequantize"))
+    merged = model.merge_and_unload()
+    layer = merged.model.layers[0].mlp.up_proj
+    assert type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
+    assert logits(merged, BATCHES[0]).isfinite().all()
+
+
+def test_quantized_embeddings_are_refused_by_name():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bitsandbytes.nn.Embedding4bit(64, 64).to("cpu"))
+    with pytest.raises(TypeError, match=r"Embedding4bit.*Supported are"):
+        get_peft_model(base, FGGMConfig(target_modules=["0"]))
+
+
+def test_layers_of_every_kind_are_one_class():
+    names = {type(m).__name__ for k in QUANTIZATIONS for m in adapted(k).modules() if isinstance(m, FGGMLayer)}
+    assert names == {"FGGMLinear"}

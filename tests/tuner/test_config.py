@@ -1,0 +1,196 @@
+"""``FGGMConfig``: what it refuses, and that PEFT's JSON brings it back as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from fggm_peft import FGGMConfig, ScoreMass, TopDensity
+from fggm_peft.core.criteria import CRITERIA
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.threshold import POLICIES
+from fggm_peft.tuner.settings.selection import score_bytes
+
+unit_interval = r"in \(0, 1\]"
+merges = "one of 'auto', 'requantize', 'dequantize', 'keep'"
+BAD = [
+    *[({"density": v}, f"density must be {unit_interval}, got {v!r}") for v in (0, -0.5, 1.5, True, "0.3")],
+    ({"density": float("nan")}, f"density must be {unit_interval}, got nan"),
+    ({"density": float("inf")}, f"density must be {unit_interval}, got inf"),
+    ({"density_pattern": {"q": 2.0}}, rf"density_pattern\['q'\] must be {unit_interval}, got 2.0"),
+    ({"density_pattern": {"q": None}}, rf"density_pattern\['q'\] must be {unit_interval}, got None"),
+    ({"density_pattern": "q_proj"}, "density_pattern must be .*, got 'q_proj'"),
+    ({"threshold": "top_density"}, "threshold must be a ThresholdPolicy or its dict, got 'top_density'"),
+    ({"threshold": {"policy": "top_density", "density": 3}}, f"density must be {unit_interval}, got 3"),
+    ({"threshold": {"policy": "top_denstiy"}}, "unknown threshold policy 'top_denstiy'.*Did you mean 'top_density'"),
+    ({"density": 0.2, "threshold": ScoreMass()}, r"give density \(0.2\) or threshold \(ScoreMass.*, not both"),
+    ({"granularity": "rows"}, "unknown granularity 'rows'; known are 'row'.*Did you mean 'row'"),
+    ({"granularity": ["row"]}, r"unknown granularity \['row'\]"),
+    ({"criterion": "fischer"}, "unknown criterion 'fischer'; known are 'fisher'.*Did you mean 'fisher'"),
+    ({"criterion": None}, "unknown criterion None"),
+    ({"fisher_labels": "true"}, "fisher_labels must be one of 'data', 'model', got 'true'"),
+    ({"quantized_merge": True}, f"quantized_merge must be {merges}, got True"),
+    ({"bias": "lora_only"}, "bias must be one of 'none', 'all', 'fggm_only', got 'lora_only'"),
+    ({"bias": "fggm_only", "granularity": "column"}, "bias='fggm_only'.*granularity='row'.*got granularity='column'"),
+    *[({"seed": v}, rf"seed must be an integer in \[0, 2\*\*63\), got {v!r}") for v in (-1, 2**63, 1.5, True, None)],
+    ({"criterion": "gain_per_harm", "reference": 3}, "reference must be a name or a path, or a list of them, got 3"),
+    ({"protect": [1]}, r"protect must be a name or a path, or a list of them, got \[1\]"),
+    ({"reference_texts": 1}, "reference_texts must be an integer > 1, got 1"),
+    ({"reference_length": 2.5}, "reference_length must be an integer > 1, got 2.5"),
+    *[({"weight_exponent": v}, f"weight_exponent must be a number >= 0, got {v!r}") for v in (-1, "1", float("inf"))],
+    ({"layers_pattern": "h"}, "`layers_pattern`.*`layers_to_transform` must also"),
+    ({"target_modules": ".*q", "layers_to_transform": [0]}, "`layers_to_transform`.*`target_modules` is a str"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_a_bad_value_is_a_value_error_that_says_the_value_and_the_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FGGMConfig(**arguments)
+
+
+@pytest.mark.parametrize("name", ["granularity", "criterion"])
+def test_every_registered_name_is_accepted(name):
+    for value in {"granularity": GRANULARITIES, "criterion": CRITERIA}[name]:
+        more = {}
+        if name == "criterion" and CRITERIA[value].granularities:
+            more = {"granularity": CRITERIA[value].granularities[0]}
+        assert getattr(FGGMConfig(**{name: value}, **more), name) == value
+
+
+def test_every_field_has_help_text_and_the_registered_names_are_in_it():
+    fields = {field.name: field for field in dataclasses.fields(FGGMConfig)}
+    for field in fields.values():
+        assert field.metadata.get("help"), field.name
+    for name, registry in (("granularity", GRANULARITIES), ("criterion", CRITERIA)):
+        assert all(repr(value) in fields[name].metadata["help"] for value in registry)
+    assert all(policy.__name__ in fields["threshold"].metadata["help"] for policy in POLICIES._entries.values())
+
+
+def test_the_default_is_the_papers_choice():
+    config = FGGMConfig()
+    assert (config.granularity, config.criterion, config.fisher_labels) == ("row", "fisher", "data")
+    assert config.policy() == TopDensity(0.3)
+    assert config.init_weights
+
+
+def test_density_is_shorthand_for_top_density_and_a_pattern_overrides_it_for_its_modules():
+    config = FGGMConfig(density=0.2, density_pattern={"q_proj": 0.1, r"layers\.0\..*": 0.7})
+    assert config.policy() == config.policy("model.layers.3.k_proj") == TopDensity(0.2)
+    assert config.policy("model.layers.3.q_proj") == TopDensity(0.1)
+    assert config.policy("model.layers.0.k_proj") == TopDensity(0.7)
+    mass = FGGMConfig(threshold=ScoreMass(0.8), density_pattern={"q_proj": 0.1})
+    assert mass.policy("k_proj") == ScoreMass(0.8)
+    assert mass.policy("q_proj") == TopDensity(0.1)
+
+
+# JSON --------------------------------------------------------------------------------------------
+
+
+def round_trip(config, folder: Path):
+    config.save_pretrained(folder)
+    json.loads((folder / "adapter_config.json").read_text())
+    return FGGMConfig.from_pretrained(folder), PeftConfig.from_pretrained(folder)
+
+
+def assert_comes_back(config, folder):
+    saved = dataclasses.asdict(config)
+    for loaded in round_trip(config, folder):
+        assert type(loaded) is FGGMConfig
+        assert dataclasses.asdict(loaded) | {"inference_mode": False} == saved
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_threshold_policy_survives_saving(name, scope, tmp_path):
+    if scope not in POLICIES[name].scopes:
+        with pytest.raises(ValueError, match="scope must be"):
+            POLICIES[name](scope=scope)
+        return
+    config = FGGMConfig(threshold=POLICIES[name](scope=scope))
+    assert_comes_back(config, tmp_path)
+    loaded, _ = round_trip(config, tmp_path)
+    assert loaded.policy() == config.threshold
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_threshold_may_be_given_as_its_dict(name):
+    policy = POLICIES[name]()
+    assert FGGMConfig(threshold=policy.to_dict()).threshold == policy
+
+
+@pytest.mark.parametrize("targets", [["q", "v"], {"q", "v"}, "all-linear", r".*\.(q|v)", None])
+def test_target_modules_survive_saving_as_list_set_and_string(targets, tmp_path):
+    config = FGGMConfig(target_modules=targets, exclude_modules=["lm_head"])
+    assert_comes_back(config, tmp_path)
+    loaded, _ = round_trip(config, tmp_path)
+    assert loaded.target_modules == (set(targets) if isinstance(targets, list) else targets)
+
+
+@pytest.mark.parametrize("name", list(GRANULARITIES))
+def test_everything_else_survives_saving(name, tmp_path):
+    config = FGGMConfig(
+        density=0.15,
+        granularity=name,
+        criterion="gain_per_harm",
+        reference=["self", "history"],
+        reference_texts=8,
+        reference_length=16,
+        history=["first", "second"],
+        protect=["first"],
+        protection=0.5,
+        weight_exponent=2.0,
+        save_scores=True,
+        fisher_labels="model",
+        seed=2**63 - 1,
+        init_weights=False,
+        target_modules=["q"],
+        modules_to_save=["head"],
+        layers_to_transform=[0, 2],
+        layers_pattern="blocks",
+        density_pattern={"q_proj": 0.1},
+        quantized_merge="keep",
+        selection={"samples": 64, "agreement": 0.97},
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="some/model",
+    )
+    assert_comes_back(config, tmp_path)
+
+
+def test_a_file_edited_by_hand_is_checked_like_an_argument(tmp_path):
+    FGGMConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"granularity": "colum"}))
+    with pytest.raises(ValueError, match="Did you mean 'column'"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("threshold", [ScoreMass(0.6), ScoreMass(0.6, scope="global"), TopDensity(0.5)])
+def test_a_saved_adapter_comes_back_with_its_threshold_and_its_support(threshold, granularity, adapt, tmp_path):
+    model = adapt(nn.Linear(7, 5), density=None, threshold=threshold, granularity=granularity)
+    x = torch.randn(3, 7)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    base = nn.Sequential()
+    base.layer = model.unload().layer
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert loaded.peft_config["default"].threshold == threshold
+    assert torch.equal(loaded.train()(x), expected)
+
+
+@pytest.mark.parametrize(("wrong", "layer"), [(True, "linear"), (False, "Conv1D")])
+def test_a_wrong_fan_in_fan_out_is_corrected_with_a_warning(wrong, layer, layer_examples, adapt):
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = adapt(layer_examples[layer].layer(), fan_in_fan_out=wrong)
+    assert model.peft_config["default"].fan_in_fan_out is not wrong
+
+
+@pytest.mark.parametrize(("size", "count"), [(1000, 1000), ("8GiB", 2**33), ("8 gib", 2**33), ("8gb", 8 * 10**9)])
+def test_a_size_is_in_bytes_however_its_unit_is_written(size, count):
+    assert score_bytes(size) == count

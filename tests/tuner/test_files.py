@@ -1,0 +1,392 @@
+"""Adapter files from strangers: read once, read right, and refused in one way whatever is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+
+import pytest
+import torch
+from models import adapted, llama, token_batches, train
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from fggm_peft import AdapterFileError, FGGMConfig
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.deltas import read_adapter, read_supports, save_adapter, verify
+from fggm_peft.tuner.files.saving import UntrainedAdapterWarning
+from fggm_peft.tuner.files.tensors import MAX_HEADER_BYTES
+from fggm_peft.tuner.support import fggm_layers
+
+BATCHES = token_batches()
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def trained(granularity: str = "row", **config):
+    model = adapted(llama(), granularity, **{"criterion": "random", "density": 0.2, **config})
+    train(model, BATCHES, steps=2)
+    return model
+
+
+def tiny(folder, granularity="element", **config):
+    """An adapter of one small layer."""
+    model = trained(granularity, target_modules=["k_proj"], layers_to_transform=0, density=0.05, **config)
+    model.save_pretrained(folder)
+    return model
+
+
+# reading -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_what_is_read_is_what_was_trained(granularity, with_model, tmp_path):
+    bias = {"bias": "fggm_only"} if granularity == "row" else {}
+    model = trained(granularity, **bias)
+    model.save_pretrained(tmp_path)
+    config, deltas = read_adapter(tmp_path, llama() if with_model else None)
+    assert isinstance(config, FGGMConfig) and config.granularity == granularity
+    layers = fggm_layers(model, "default")
+    assert deltas.keys() == layers.keys()
+    for name, layer in layers.items():
+        assert torch.equal(deltas[name]["indices"], layer.fggm_indices["default"])
+        assert deltas[name]["indices"].dtype == torch.int32
+        assert torch.equal(deltas[name]["values"], layer.fggm_values["default"])
+        assert ("bias" in deltas[name]) == ("default" in layer.fggm_bias)
+    supports = read_supports(tmp_path)[1]
+    assert all(torch.equal(supports[name], deltas[name]["indices"]) for name in layers)
+
+
+def test_a_file_of_an_older_version_is_read_with_its_base(tmp_path):
+    model = trained("element")
+    model.save_pretrained(tmp_path)
+    tensors = {key: t for key, t in load_file(tmp_path / FILE).items() if key.endswith("values")}
+    for name, layer in fggm_layers(model, "default").items():
+        tensors[f"base_model.model.{name}.fggm_indices"] = layer.fggm_indices["default"]
+    save_file(tensors, tmp_path / FILE)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config = {k: v for k, v in config.items() if k not in ("base_fingerprint", "fggm_format", "density_by_module")}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(AdapterFileError, match="does not say what shape"):
+        read_adapter(tmp_path)
+    _, deltas = read_adapter(tmp_path, llama())
+    loaded = fggm_layers(PeftModel.from_pretrained(llama(), tmp_path), "default")
+    for name, layer in fggm_layers(model, "default").items():
+        assert torch.equal(deltas[name]["indices"], layer.fggm_indices["default"])
+        assert torch.equal(loaded[name].fggm_indices["default"], layer.fggm_indices["default"])
+    assert verify(tmp_path, llama()).format is None
+
+
+def test_other_tensors_are_told_and_those_without_a_reason_refused(tmp_path):
+    trained(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    assert verify(tmp_path).other_keys == ["base_model.model.lm_head.weight"]
+    save_file({**load_file(tmp_path / FILE), "something": torch.zeros(3)}, tmp_path / FILE)
+    with pytest.raises(AdapterFileError, match="unknown key something"):
+        read_adapter(tmp_path)
+    with pytest.raises(AdapterFileError, match="something: unknown key"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_another_method_a_missing_file_and_a_pickle_are_clear_errors(tmp_path):
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="is a LORA adapter"):
+        read_adapter(tmp_path)
+    (tmp_path / CONFIG).write_text("{")
+    with pytest.raises(AdapterFileError, match=r"adapter_config\.json is not JSON"):
+        read_adapter(tmp_path)
+    tiny(tmp_path)
+    torch.save(load_file(tmp_path / FILE), tmp_path / "adapter_model.bin")
+    (tmp_path / FILE).unlink()
+    with pytest.raises(AdapterFileError, match="safetensors alone"):
+        read_adapter(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"there is no folder .*nowhere"):
+        read_adapter(tmp_path / "nowhere")
+
+
+def test_a_newer_format_is_an_error_that_says_so(tmp_path):
+    tiny(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"fggm_format": 99, "made_with": {"fggm_peft": "9.9"}}
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"a_field_of_the_future": 1}))
+    with (
+        pytest.warns(UserWarning, match="a_field_of_the_future"),
+        pytest.raises(AdapterFileError, match=r"file format 99.* fggm_peft 9\.9: upgrade"),
+    ):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+# dtypes and size ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_deltas_are_rounded_on_disk_and_wide_in_memory(granularity, dtype, low_cpu_mem_usage, tmp_path):
+    model = trained(granularity, delta_dtype=dtype)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    stored = {key: t for key, t in load_file(tmp_path / FILE).items() if key.endswith("fggm_values")}
+    for name, layer in fggm_layers(loaded, "default").items():
+        trained_values = fggm_layers(model, "default")[name].fggm_values["default"]
+        rounded = trained_values.to(getattr(torch, dtype))
+        assert torch.equal(stored[f"base_model.model.{name}.fggm_values"], rounded)
+        assert layer.fggm_values["default"].dtype == torch.float32
+        assert torch.equal(layer.fggm_values["default"], rounded.float())
+    assert verify(tmp_path).dtypes == [dtype]
+
+
+def test_the_file_has_no_byte_that_is_not_needed(tmp_path):
+    """Values at their width, rows at 4 bytes each, and a header: 9,175,040 bfloat16 values take 17.6 MiB so."""
+    size = {"hidden_size": 512, "intermediate_size": 1024}
+    model = adapted(llama(torch.bfloat16, **size), criterion="random", density=0.3, delta_dtype="bfloat16")
+    layers = fggm_layers(model, "default").values()
+    for layer in layers:
+        layer.fggm_values["default"].data.normal_()
+    model.save_pretrained(tmp_path)
+    values = sum(layer.fggm_values["default"].numel() for layer in layers)
+    rows = sum(len(layer.fggm_indices["default"]) for layer in layers)
+    header = 8 + int.from_bytes((tmp_path / FILE).read_bytes()[:8], "little")
+    assert (tmp_path / FILE).stat().st_size == 2 * values + 4 * rows + header
+    assert header < 250 * 2 * len(layers)
+    assert (tmp_path / FILE).stat().st_size / values * 9_175_040 <= 18.5 * 2**20
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.3])
+def test_a_file_of_elements_is_within_a_tenth_of_its_entropy(density, tmp_path):
+    size = {"hidden_size": 512, "intermediate_size": 1024}
+    model = adapted(llama(torch.bfloat16, **size), "element", criterion="random", density=density)
+    model.peft_config["default"].delta_dtype = "bfloat16"
+    for layer in fggm_layers(model, "default").values():
+        layer.fggm_values["default"].data.normal_()
+    model.save_pretrained(tmp_path)
+    found = verify(tmp_path)
+    assert found.bound_bytes < found.bytes <= 1.1 * found.bound_bytes
+
+
+# saving ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_saved_and_the_module_named(value, tmp_path):
+    model = trained()
+    fggm_layers(model, "default")["model.layers.1.mlp.up_proj"].fggm_values["default"].data[0, 0] = value
+    with pytest.raises(AdapterFileError, match=r"^model\.layers\.1\.mlp\.up_proj: a number of its values is NaN"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_delta_too_large_for_float16_is_not_saved_as_that(tmp_path):
+    model = trained(delta_dtype="float16")
+    fggm_layers(model, "default")["model.layers.1.mlp.up_proj"].fggm_values["default"].data[0, 0] = 1e6
+    with pytest.raises(AdapterFileError, match="infinite as float16"):
+        model.save_pretrained(tmp_path)
+
+
+def test_an_adapter_that_changes_nothing_is_saved_with_a_warning(tmp_path):
+    with pytest.warns(UntrainedAdapterWarning, match="nothing was chosen"):
+        adapted(llama()).save_pretrained(tmp_path / "empty")
+    with pytest.warns(UntrainedAdapterWarning, match="nothing was trained"):
+        adapted(llama(), criterion="random").save_pretrained(tmp_path / "zero")
+    assert verify(tmp_path / "zero").is_zero
+
+
+def test_a_save_that_is_killed_leaves_the_old_files(tmp_path, monkeypatch):
+    trained().save_pretrained(tmp_path / "delta")
+    (tmp_path / "delta" / "README.md").write_text("Written by hand.")
+    (tmp_path / "delta" / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "delta").iterdir()}
+    model = trained("column")
+
+    def die(*arguments, **options):
+        (tmp_path / "reached").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fggm_peft.tuner.config.FGGMConfig.save_pretrained", die)  # the tensors are written by then
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, tmp_path / "delta")
+    assert (tmp_path / "reached").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "delta").iterdir()} == before
+    monkeypatch.undo()
+    save_adapter(model, tmp_path / "delta")
+    assert read_adapter(tmp_path / "delta")[0].granularity == "column"
+    assert "Written by hand." in (tmp_path / "delta" / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "reached"]
+
+
+def test_the_config_says_what_reproduces_the_delta(tmp_path):
+    trained(density_pattern={"layers.1.mlp.up_proj": 0.5}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["fggm_format"] == 1 and config["criterion"] == "random" and config["density"] == 0.2
+    assert config["density_by_module"]["model.layers.*.mlp.up_proj"] == "0:0.197917 1:0.5"
+    assert {"fggm_peft", "torch", "transformers"} == config["made_with"].keys() and config["peft_version"]
+    assert len(config["base_fingerprint"]) == 14
+
+
+# files that are wrong ----------------------------------------------------------------------------
+
+
+def mutated(data: bytes, generator: random.Random) -> bytes:
+    """A file with one thing wrong: bits, bytes, length, or a number in its header."""
+    kind = generator.randrange(6)
+    length = struct.unpack("<Q", data[:8])[0]
+    if kind == 0:
+        return data[: generator.randrange(len(data))]
+    if kind == 1:
+        return data + bytes(generator.randrange(1, 64))
+    if kind == 2:
+        return struct.pack("<Q", generator.choice([0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1])) + data[8:]
+    if kind == 3:  # something in the header
+        place = 8 + generator.randrange(length)
+        return data[:place] + bytes([generator.randrange(256)]) + data[place + 1 :]
+    if kind == 4:  # a tensor described as something else
+        header = json.loads(data[8 : 8 + length])
+        key = generator.choice([key for key in header if key != "__metadata__"])
+        what = generator.randrange(4)
+        if what == 0:
+            header[key]["shape"] = [generator.choice([0, 1, 7, 2**40, 2**62]) for _ in range(generator.randrange(4))]
+        elif what == 1:
+            header[key]["dtype"] = generator.choice(["F32", "BF16", "F16", "I32", "I64", "U8", "BOOL", "F8_E4M3", "X"])
+        elif what == 2:
+            header[key]["data_offsets"] = [generator.randrange(200), generator.randrange(2**33)]
+        else:
+            header[generator.choice([key + "x", "a.fggm_values", key.replace("fggm_", "fggm_not_"), ""])] = header.pop(
+                key
+            )
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + length :]
+    place = 8 + length + generator.randrange(len(data) - 8 - length)
+    return data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :]
+
+
+def legal_if_read(config, base, deltas) -> None:
+    """What a mutation has left legal is a sparse delta all the same."""
+    for name, delta in deltas.items():
+        o, i = base.get_submodule(name).weight.shape
+        indices = delta["indices"].long()
+        k = delta["values"].shape[GRANULARITIES[config.granularity].unit_dim]
+        assert len(indices) == k and torch.isfinite(delta["values"]).all()
+        assert not len(indices) or (indices.min() >= 0 and indices.max() < o * i and (indices.diff() > 0).all())
+
+
+def fuzz(folder, count: int, seed: int, **config) -> int:
+    tiny(folder, **config)
+    data, base = (folder / FILE).read_bytes(), llama()
+    model = PeftModel.from_pretrained(base, folder)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    generator = random.Random(seed)
+    refused = 0
+    for _ in range(count):
+        (folder / FILE).write_bytes(mutated(data, generator))
+        try:
+            found, deltas = read_adapter(folder)
+        except AdapterFileError as error:
+            refused += 1
+            assert str(folder) in str(error)
+            with pytest.raises(AdapterFileError):  # and so does loading, before anything in the model has changed
+                FGGMConfig.from_pretrained(folder)
+                set_peft_model_state_dict(model, load_file(folder / FILE))
+            now = model.state_dict()
+            assert now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
+        else:
+            legal_if_read(found, llama(), deltas)
+    return refused
+
+
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_no_damage_gives_anything_but_one_kind_of_error(granularity, tmp_path):
+    assert fuzz(tmp_path, 150, 1, granularity=granularity) > 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("values", ["delta", "absolute"])
+def test_no_damage_of_thousands_gives_anything_but_one_kind_of_error(values, seed, tmp_path):
+    if values == "delta":
+        assert fuzz(tmp_path, 1000, seed, granularity=["element", "row", "column"][seed % 3]) > 500
+        return
+    tiny(tmp_path, values="absolute")
+    data, generator, base = (tmp_path / FILE).read_bytes(), random.Random(seed), llama()
+    for _ in range(1000):
+        (tmp_path / FILE).write_bytes(mutated(data, generator))
+        try:
+            found, deltas = read_adapter(tmp_path, base)
+        except AdapterFileError:
+            continue
+        legal_if_read(found, base, deltas)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", '{"peft_type": 3}', '{"peft_type": "FGGM", "base_fingerprint": 5}'])
+def test_a_damaged_config_is_one_kind_of_error(text, tmp_path):
+    tiny(tmp_path)
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json|is a 3 adapter"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base_fingerprint", {"model.layers.0.self_attn.k_proj": "no sketch"}),
+        ("base_fingerprint", [1]),
+        ("density_by_module", {"a": "x:y"}),
+        ("density_by_module", {"a": 0.5}),
+        ("made_with", "me"),
+        ("fggm_format", "1"),
+        ("values", "maybe"),
+        ("delta_dtype", "int8"),
+        ("granularity", 5),
+        ("density", "much"),
+        ("threshold", {"policy": "none"}),
+        ("target_modules", 7),
+        ("selection", 3),
+    ],
+)
+def test_a_config_with_a_field_of_nonsense_is_an_error_that_names_the_file_or_loads_all_the_same(name, value, tmp_path):
+    tiny(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {name: value}))
+    if name in ("target_modules", "selection"):  # nothing that is read here depends on it
+        read_adapter(tmp_path)
+        return
+    with pytest.raises(AdapterFileError, match=r"adapter_config\.json"):
+        read_adapter(tmp_path)
+
+
+def test_sizes_out_of_all_proportion_are_refused_before_they_are_read(tmp_path):
+    tiny(tmp_path)
+    with (tmp_path / FILE).open("wb") as stream:
+        stream.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
+        stream.truncate(2 * MAX_HEADER_BYTES)
+    with pytest.raises(AdapterFileError, match="header"):
+        read_adapter(tmp_path)
+
+
+def test_values_that_are_not_finite_are_refused(granularity, tmp_path):
+    tiny(tmp_path, granularity)
+    tensors = load_file(tmp_path / FILE)
+    key = next(key for key in tensors if key.endswith("values"))
+    tensors[key].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / FILE)
+    for load in (lambda: read_adapter(tmp_path), lambda: PeftModel.from_pretrained(llama(), tmp_path)):
+        with pytest.raises(AdapterFileError, match=r"fggm_values.*NaN"):
+            load()
+
+
+def test_a_module_that_the_model_does_not_adapt_is_refused(tmp_path):
+    tiny(tmp_path)
+    state = load_file(tmp_path / FILE)
+    model = trained("element", target_modules=["q_proj"])
+    before = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    with pytest.raises(AdapterFileError, match=r"k_proj\.fggm_\w+: the model has no such layer"):
+        set_peft_model_state_dict(model, state)
+    assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+def test_a_codec_of_another_granularity_is_refused(tmp_path):
+    assert "golomb_rice" not in GRANULARITIES["row"].index_codecs
+    tiny(tmp_path, "row")
+    tensors = load_file(tmp_path / FILE)
+    key = next(key for key in tensors if key.endswith("indices"))
+    del tensors[key]
+    tensors |= {f"{key}_hi": torch.zeros(2, dtype=torch.uint8), f"{key}_lo": torch.zeros(0, 1, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / FILE)
+    with pytest.raises(AdapterFileError, match="no encoding of indices"):
+        PeftModel.from_pretrained(llama(), tmp_path)

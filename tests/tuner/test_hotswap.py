@@ -1,0 +1,175 @@
+"""Another task's delta in the place of a loaded one, eager and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import llama, logits, token_batches
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from fggm_peft import AdapterFileError, FGGMConfig, hotswap_adapter, prepare_model_for_compiled_hotswap
+from fggm_peft.tuner.support import fggm_layers
+
+BATCH = token_batches()[0]
+
+
+def saved(folder: Path, base=llama, **config) -> Path:
+    """The folder of an adapter with random support and values."""
+    options = {"criterion": "random", "init_weights": False, "density": 0.2} | config
+    get_peft_model(base(), FGGMConfig(**options)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path, granularity):
+    """Three tasks of one granularity: two of one size, and one that is smaller."""
+    return [
+        saved(tmp_path / str(seed), granularity=granularity, seed=seed, density=density)
+        for seed, density in enumerate((0.2, 0.2, 0.1))
+    ]
+
+
+def loaded(folder: Path) -> PeftModel:
+    return PeftModel.from_pretrained(llama(), folder)
+
+
+def tensors_of(model) -> list[torch.Tensor]:
+    layers = fggm_layers(model, "default").values()
+    return [t for layer in layers for t in (layer.fggm_values["default"], layer.fggm_indices["default"])]
+
+
+def test_a_swapped_adapter_computes_as_if_it_had_been_loaded_in_the_same_tensors(folders):
+    model = loaded(folders[0])
+    before = [(tensor, tensor.data_ptr()) for tensor in tensors_of(model)]
+    hotswap_adapter(model, folders[1], "default", torch_device="cpu")
+    assert all(
+        tensor is new and tensor.data_ptr() == new.data_ptr()
+        for (tensor, _), new in zip(before, tensors_of(model), strict=True)
+    )
+    assert all(tensor.data_ptr() == place for tensor, place in before)
+    assert torch.equal(logits(model, BATCH), logits(loaded(folders[1]), BATCH))
+    assert model.peft_config["default"].seed == 1 and model.peft_config["default"].inference_mode
+    hotswap_adapter(model, folders[2], "default")  # another size, where nobody has asked for fixed ones
+    assert torch.equal(logits(model, BATCH), logits(loaded(folders[2]), BATCH))
+
+
+def test_room_keeps_every_shape_and_every_result(folders):
+    model = loaded(folders[2])
+    expected = logits(model, BATCH)
+    prepare_model_for_compiled_hotswap(model, density=0.3)
+    shapes = [tensor.shape for tensor in tensors_of(model)]
+    for layer in fggm_layers(model, "default").values():
+        units = layer.granularity["default"].units(layer.weight_shape)
+        assert len(layer.fggm_indices["default"]) == -(-3 * units // 10)
+    torch.testing.assert_close(logits(model, BATCH), expected)
+    for folder in folders:
+        hotswap_adapter(model, folder, "default")
+        assert [tensor.shape for tensor in tensors_of(model)] == shapes
+        torch.testing.assert_close(logits(model, BATCH), logits(loaded(folder), BATCH))
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model, BATCH), logits(loaded(folder).merge_and_unload(), BATCH))
+        model.unmerge_adapter()
+
+
+def test_what_is_filled_up_loads_as_what_it_was(folders, tmp_path):
+    model = loaded(folders[2])
+    prepare_model_for_compiled_hotswap(model, density=0.3)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(loaded(tmp_path / "again"), BATCH), logits(loaded(folders[2]), BATCH))
+
+
+def test_an_adapter_that_does_not_fit_the_room_changes_nothing(folders):
+    model = loaded(folders[2])
+    prepare_model_for_compiled_hotswap(model, density=0.15)
+    before = [tensor.clone() for tensor in tensors_of(model)]
+    with pytest.raises(AdapterFileError, match=r"units do not fit the room for \d+"):
+        hotswap_adapter(model, folders[0], "default")
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(model), strict=True))
+    with pytest.raises(ValueError, match=r"more than density 0.05 leaves room for; give at least 0.1"):
+        prepare_model_for_compiled_hotswap(model, density=0.05)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column"])
+def test_a_compiled_model_is_not_compiled_again(tmp_path, granularity):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
+
+    config = {"granularity": granularity, "target_modules": ["0", "2"], "base": base}
+    paths = [saved(tmp_path / str(seed), seed=seed, density=0.1 + 0.1 * seed, **config) for seed in range(3)]
+    model = PeftModel.from_pretrained(base(), paths[0])
+    prepare_model_for_compiled_hotswap(model, density=0.35)
+    torch._dynamo.reset()
+    compilations = []
+    backend = lambda graph, inputs: compilations.append(1) or graph.forward  # noqa: E731
+    compiled, x = torch.compile(model.eval(), fullgraph=True, backend=backend), torch.randn(40, 16)
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
+        prepare_model_for_compiled_hotswap(compiled, density=0.5)
+    with torch.inference_mode():
+        for path in [*paths, paths[0]]:
+            hotswap_adapter(compiled, path, "default")
+            torch.testing.assert_close(compiled(x), PeftModel.from_pretrained(base(), path)(x))
+    assert len(compilations) == 1
+
+
+def test_modules_that_the_new_adapter_lacks_stand_still_and_others_are_refused(tmp_path):
+    both = saved(tmp_path / "both", target_modules=["q_proj", "up_proj"])
+    one = saved(tmp_path / "one", target_modules=["up_proj"], seed=1)
+    model = loaded(both)
+    hotswap_adapter(model, one, "default")
+    torch.testing.assert_close(logits(model, BATCH), logits(loaded(one), BATCH))
+    hotswap_adapter(model, both, "default")
+    torch.testing.assert_close(logits(model, BATCH), logits(loaded(both), BATCH))
+    with pytest.raises(RuntimeError, match=r"unexpected keys found: model\.layers\.0\.self_attn\.q_proj"):
+        hotswap_adapter(loaded(one), both, "default")
+
+
+def test_biases_and_modules_that_are_trained_whole_are_swapped_too(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))
+
+    config = {"target_modules": ["0"], "bias": "fggm_only", "modules_to_save": ["1"], "base": base}
+    first = saved(tmp_path / "first", **config)
+    options = {key: value for key, value in config.items() if key != "base"} | {"density": 0.1, "seed": 1}
+    other = get_peft_model(base(), FGGMConfig(criterion="random", init_weights=False, **options))
+    nn.init.normal_(other.base_model.model[1].modules_to_save["default"].weight)
+    other.save_pretrained(tmp_path / "other")
+    x = torch.randn(5, 6)
+    for room in (None, 0.5):
+        model = PeftModel.from_pretrained(base(), first)
+        if room:
+            prepare_model_for_compiled_hotswap(model, density=room)
+            torch.testing.assert_close(model(x), PeftModel.from_pretrained(base(), first)(x))
+        model.base_model.model[0].set_scale("default", 3.0)
+        hotswap_adapter(model, tmp_path / "other", "default")
+        torch.testing.assert_close(model(x), other(x))
+
+
+def test_an_adapter_that_was_put_in_by_transformers_can_be_swapped(folders):
+    model = llama()
+    model.load_adapter(str(folders[0]))
+    hotswap_adapter(model, folders[1], "default")
+    assert torch.equal(logits(model, BATCH), logits(loaded(folders[1]), BATCH))
+
+
+def test_what_cannot_be_swapped_is_an_error(tmp_path):
+    row, column = saved(tmp_path / "row"), saved(tmp_path / "column", granularity="column")
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    model = loaded(row)
+    with pytest.raises(ValueError, match=r"for granularity, 'row' != 'column'"):
+        hotswap_adapter(model, column, "default")
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: FGGM and LORA"):
+        hotswap_adapter(model, tmp_path / "lora", "default")
+    with pytest.raises(ValueError, match="no FGGM adapter 'task'"):
+        hotswap_adapter(model, row, "task")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged; call unmerge_adapter\(\)"):
+        hotswap_adapter(model, row, "default")
+    with pytest.raises(ValueError, match=r"density must be in \(0, 1\]"):
+        prepare_model_for_compiled_hotswap(model, density=2.0)
+    with pytest.raises(ValueError, match="no support yet"):
+        prepare_model_for_compiled_hotswap(get_peft_model(llama(), FGGMConfig()), density=0.5)

@@ -1,0 +1,92 @@
+"""Names under which there is neither a folder here nor anything on the Hub."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from command_line import fail
+
+from fggm_peft.core.errors import AdapterFileError
+from fggm_peft.deltas import read_adapter
+from fggm_peft.deltas.saved_selection import saved_adapter
+from fggm_peft.deltas.weights import FileWeights
+from fggm_peft.tuner.files.hub import may_be_hub_id
+
+PATHS = ["./nothere", "../nothere", "~/nothere", "/nothere", "a/b/nothere", "a b/nothere", "runs/nothere/"]
+COMMANDS = {
+    "plot": ["{}", "--output", "out"],
+    "select": ["model", "--data", "data", "--output", "out", "--protect", "{}"],
+    "train": ["model", "--data", "data", "--output", "out", "--protect", "{}"],
+    "inspect": ["{}"],
+    "verify": ["{}"],
+    "overlap": ["{}", "{}"],
+    "merge": ["model", "--adapter", "{}", "--output", "out"],
+    "export": ["{}", "--output", "out"],
+    "eval": ["model", "--data", "data", "--adapter", "{}"],
+}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_cannot_be_a_hub_id(name):
+    assert not may_be_hub_id(name)
+
+
+@pytest.mark.parametrize("name", ["me/delta", "me/delta-2.b_c", "gpt2"])
+def test_a_hub_id_may_be_one(name):
+    assert may_be_hub_id(name)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+@pytest.mark.parametrize("name", PATHS)
+def test_a_command_names_the_folder_that_is_not_there_at_once(name, command, no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fail(command, *(argument.format(name) for argument in COMMANDS[command]))
+    assert str(Path(name).expanduser().absolute()) in message and "Hub id" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("read", [read_adapter, saved_adapter, FileWeights])
+@pytest.mark.parametrize("name", PATHS)
+def test_the_library_does_not_ask_the_hub_for_a_path(name, read, no_network):
+    with pytest.raises((AdapterFileError, FileNotFoundError), match=r"there is no folder .*nothere.*be a Hub id"):
+        read(name)
+
+
+@pytest.mark.parametrize("read", [read_adapter, saved_adapter, FileWeights])
+def test_the_folder_is_named_where_the_hub_cannot_be_reached(read, no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises((AdapterFileError, FileNotFoundError)) as caught:
+        read("runs/nothere")
+    assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, nor is it on the Hub" in str(caught.value)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_a_command_says_so_before_it_loads_anything(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = fail(command, *(argument.format("runs/nothere") for argument in COMMANDS[command]))
+    assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, nor is it on the Hub" in message
+
+
+def test_a_card_is_written_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no folder 'me/delta'" in fail("card", "me/delta")
+
+
+def test_a_folder_may_be_given_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "delta").mkdir()
+    with pytest.raises(AdapterFileError, match=r"has no adapter_config\.json"):
+        read_adapter("~/delta")

@@ -1,0 +1,240 @@
+"""Merging into dense bases: exact, restorable bit for bit, checked before anything changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import llama, logits, token_batches, train
+from peft import get_peft_model
+from reference import TOLERANCE, relative_error
+
+from fggm_peft import FGGMConfig, MergeReport
+from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.weight_delta import WeightDelta
+from fggm_peft.tuner.merging import merge as merging
+from fggm_peft.tuner.support import fggm_layers
+
+BATCHES = token_batches(sizes=(5, 4, 5))  # enough positions for the effective-weight form
+
+
+def trained(granularity: str, dtype: torch.dtype = torch.float32, adapters=("default",), **config):
+    model = get_peft_model(llama(dtype), FGGMConfig(granularity=granularity, criterion="random", **config))
+    for seed, name in enumerate(adapters[1:], start=1):
+        model.add_adapter(name, FGGMConfig(granularity=granularity, criterion="random", seed=seed, **config))
+    for name in adapters:
+        model.set_adapter(name)
+        train(model, BATCHES, steps=2)
+    return model
+
+
+def base_state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "fggm_" not in name}
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merged_model_computes_what_was_trained(granularity, dtype):
+    model = trained(granularity, dtype)
+    model.eval()
+    before = logits(model, BATCHES[0])
+    merged = model.merge_and_unload()
+    after = logits(merged, BATCHES[0])
+    if granularity == "column" and dtype == torch.bfloat16:  # the sum of two products is rounded twice
+        assert relative_error(after, before) < TOLERANCE[dtype]
+    else:
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    assert not any("fggm" in name for name, _ in merged.named_modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_restores_every_bit_over_many_cycles_and_adapters(granularity, dtype):
+    model = trained(granularity, dtype, adapters=("default", "second"))
+    before = base_state(model)
+    for cycle in range(50):
+        model.merge_adapter(["default"] if cycle % 2 else ["default", "second"])
+        if cycle % 3 == 0:
+            with pytest.warns(UserWarning, match="(?i)already"):
+                model.merge_adapter(["second", "default"])
+        assert not torch.equal(base_state(model)[next(iter(fggm_names(model)))], before[next(iter(fggm_names(model)))])
+        model.unmerge_adapter()
+    assert_same_state(base_state(model), before)
+
+
+def fggm_names(model):
+    return [f"base_model.model.{name}.base_layer.weight" for name in fggm_layers(model, "default")]
+
+
+def test_each_touched_entry_is_rounded_once(granularity):
+    """A bfloat16 base gets round(weight + delta), the sum taken in float32; nothing else changes."""
+    model = trained(granularity, torch.bfloat16)
+    layers = fggm_layers(model, "default")
+    expected = {
+        name: (layer.get_base_weight().float() + layer.get_delta_weight("default")).bfloat16()
+        for name, layer in layers.items()
+    }
+    model.merge_adapter()
+    for name, layer in layers.items():
+        assert torch.equal(layer.get_base_weight(), expected[name])
+
+
+def test_scale_counts_in_merge_and_forward(granularity):
+    model = trained(granularity)
+    for layer in fggm_layers(model, "default").values():
+        layer.set_scale("default", -0.5)
+    before = logits(model, BATCHES[0])
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, BATCHES[0]), before, rtol=1e-5, atol=1e-6)
+
+
+def test_merging_with_bias_entries_restores_them_too():
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    config = FGGMConfig(target_modules=["0", "2"], criterion="random", init_weights=False, bias="fggm_only")
+    model = get_peft_model(base, config)
+    before, x = base_state(model), torch.randn(5, 6)
+    output = model(x)
+    model.merge_adapter()
+    assert not torch.equal(
+        base_state(model)["base_model.model.0.base_layer.bias"], before["base_model.model.0.base_layer.bias"]
+    )
+    torch.testing.assert_close(model(x), output)
+    model.unmerge_adapter()
+    assert_same_state(base_state(model), before)
+
+
+def test_the_report_says_what_survived():
+    model = trained("row", torch.bfloat16)
+    report = model.merge_adapter()
+    assert isinstance(report, MergeReport) and len(report.modules) == 14
+    assert {module.outcome for module in report.modules} == {"added"}
+    assert 0.95 < report.survived < 1.05 and "14 added" in str(report)
+    model.unmerge_adapter()
+    with torch.no_grad():  # a delta far below bfloat16's resolution vanishes, and the report says so
+        for layer in fggm_layers(model, "default").values():
+            layer.fggm_values["default"] *= 1e-6
+    report = model.merge_adapter()
+    assert report.survived < 0.05
+    assert report.to_dict()["modules"]["model.layers.0.mlp.up_proj"]["survived"] < 0.05
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_safe_merge_refuses_nan_before_any_layer_changes(granularity, unload):
+    model = trained(granularity)
+    last = list(fggm_layers(model, "default").values())[-1]
+    with torch.no_grad():
+        last.fggm_values["default"].view(-1)[0] = float("nan")
+    before = base_state(model)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True) if unload else model.merge_adapter(safe_merge=True)
+    assert_same_state(base_state(model), before)
+    assert not any(layer.merged for layer in fggm_layers(model, "default").values())
+
+
+def test_originals_move_with_the_model_and_stay_out_of_the_file(tmp_path):
+    model = trained("row", torch.bfloat16)
+    before = base_state(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert not any("originals" in name for name in model.state_dict())
+    model.float()
+    model.unmerge_adapter()
+    assert all(torch.equal(a.bfloat16(), before[name]) for name, a in base_state(model).items())
+
+
+def test_tasks_follow_one_another_on_a_merged_base():
+    model = trained("row").merge_and_unload()
+    first = logits(model, BATCHES[0])
+    again = get_peft_model(model, FGGMConfig(granularity="column", criterion="random"))
+    torch.testing.assert_close(logits(again, BATCHES[0]), first)
+    losses = train(again, BATCHES[:1], steps=6)
+    assert losses[-1] < losses[0]
+
+
+def test_unload_gives_the_base_back_untouched():
+    model = trained("element")
+    torch.testing.assert_close(logits(model.unload(), BATCHES[0]), logits(llama(), BATCHES[0]), rtol=0, atol=0)
+
+
+def test_unmerging_restores_a_weight_that_two_adapted_layers_share(granularity):
+    base = llama(tie_word_embeddings=True)
+    config = FGGMConfig(granularity=granularity, criterion="random", target_modules=["embed_tokens", "lm_head"])
+    config.init_weights = False
+    model = get_peft_model(base, config)
+    before = base_state(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_same_state(base_state(model), before)
+
+
+def test_bias_entries_and_adapters_of_any_name_are_kept_apart():
+    config = {"target_modules": ["0"], "criterion": "random", "init_weights": False}
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), FGGMConfig(bias="fggm_only", **config), "a")
+    model.add_adapter("a_bias", FGGMConfig(seed=1, **config))
+    before = base_state(model)
+    model.merge_adapter(["a", "a_bias"])
+    model.unmerge_adapter()
+    assert_same_state(base_state(model), before)
+
+
+def test_an_adapter_cannot_be_loaded_over_while_it_is_merged(tmp_path):
+    model = trained("row")
+    model.save_pretrained(tmp_path)
+    before = base_state(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+    model.unmerge_adapter()
+    assert_same_state(base_state(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granularity, dtype, scale, monkeypatch):
+    monkeypatch.setattr(merging, "PIECE", 7)
+    torch.manual_seed(0)
+    kind = GRANULARITIES[granularity]
+    before = torch.randn(13, 11).to(dtype)
+    indices = torch.arange(0, kind.units((13, 11)), 3, dtype=torch.int32)
+    delta = WeightDelta(kind, indices, 0.1 * torch.randn(kind.values_shape((13, 11), len(indices))), scale)
+    after = before.clone()
+    record, old = merging.add_to_dense_(after, delta, True)
+    expected = before.clone()
+    kind.add_(expected, indices, delta.values, scale)
+    assert torch.equal(after, expected) and torch.equal(old, kind.gather(before, indices))
+    for_good = before.clone()
+    assert merging.add_to_dense_(for_good, delta, False) == (record, None)
+    assert torch.equal(for_good, expected)
+    change, meant = after.double() - before.double(), torch.zeros(13, 11, dtype=torch.float64)
+    kind.add_(meant, indices, delta.values.double(), scale)
+    assert record.delta_norm == pytest.approx(float(meant.norm()), rel=1e-5)
+    assert record.projection == pytest.approx(float((change * meant).sum()), rel=1e-5)
+    assert record.error_norm == pytest.approx(float((change - meant).norm()), rel=1e-3, abs=1e-6)
+
+
+def test_a_delta_below_float32_is_merged_into_float64_and_accounted_for(granularity):
+    kind, weight = GRANULARITIES[granularity], torch.randn(5, 4, dtype=torch.float64)
+    indices = torch.tensor([1, 3], dtype=torch.int32)
+    values = torch.full(kind.values_shape((5, 4), 2), 1e-10, dtype=torch.float64)
+    record, _ = merging.add_to_dense_(weight, WeightDelta(kind, indices, values, 1.0), False)
+    assert record.survived == pytest.approx(1, abs=1e-4)
+
+
+def test_a_bias_in_float64_is_merged_in_float64(adapt):
+    layer = torch.nn.Linear(4, 5, dtype=torch.float64)
+    model, x = adapt(layer, bias="fggm_only", training_dtype="float32"), torch.randn(3, 4, dtype=torch.float64)
+    before = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-13)
+
+
+def test_merging_an_empty_delta_changes_nothing(granularity):
+    kind, weight = GRANULARITIES[granularity], torch.randn(5, 4)
+    delta = WeightDelta(kind, torch.zeros(0, dtype=torch.int32), torch.zeros(kind.values_shape((5, 4), 0)), 1.0)
+    after = weight.clone()
+    record, _ = merging.add_to_dense_(after, delta, True)
+    assert torch.equal(after, weight) and record.delta_norm == record.error_norm == 0 and record.survived == 1

@@ -1,0 +1,216 @@
+"""torchao and HQQ bases on a CPU: PEFT's backends serve them as they serve bitsandbytes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import llama, logits, token_batches, train
+from models import quantized as quantized_by_bitsandbytes
+from peft import PeftModel, get_peft_model
+from quantizations import QUANTIZATIONS, quantized
+from reference import dense_delta
+from torch import nn
+from transformers import LlamaForCausalLM, TorchAoConfig
+
+from fggm_peft import BaseMismatchError, FGGMConfig, Ledger, LossyMergeError, select_parameters
+from fggm_peft.deltas import verify
+from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.tuner.support import fggm_layers
+
+BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
+KINDS = pytest.mark.parametrize("kind", QUANTIZATIONS)
+UP = "model.layers.0.mlp.up_proj"
+
+
+def adapted(kind: str, granularity: str = "row", **config):
+    return get_peft_model(quantized(llama(), kind), FGGMConfig(granularity=granularity, **config))
+
+
+def random_deltas(kind: str, granularity: str = "row", **config):
+    return adapted(kind, granularity, criterion="random", init_weights=False, **config)
+
+
+def rounding(kind: str) -> float:
+    """Of layers that quantize their inputs too, relative to the output."""
+    return 0.03 if "inputs" in kind else 1e-5
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@KINDS
+def test_select_train_save_reload_merge(kind, granularity, tmp_path):
+    model = adapted(kind, granularity, quantized_merge="dequantize")
+    assert len(fggm_layers(model, "default")) == 14  # all linear layers but the head
+    select_parameters(model, BATCHES, progress=False)
+    losses = train(model, BATCHES[:1], steps=6)
+    assert losses[-1] < losses[0]
+    end = logits(model, BATCHES[0])
+    assert torch.equal(logits(copy.deepcopy(model), BATCHES[0]), end)
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(quantized(llama(), kind), tmp_path)
+    assert torch.equal(logits(fresh, BATCHES[0]), end)
+    merged = logits(model.merge_and_unload(), BATCHES[0])
+    assert relative(merged, end) < rounding(kind)
+
+
+@KINDS
+@pytest.mark.parametrize("positions", [3, 40])
+def test_forward_and_gradients_are_those_of_the_dequantized_weight(kind, granularity, positions):
+    """With few positions and no gradients the layer's own product is used, else a copy of the weight."""
+    layer = fggm_layers(random_deltas(kind, granularity), "default")[UP]
+    delta = layer.delta("default")
+    dense = dense_delta(granularity, layer.weight_shape, delta.indices, delta.values)
+    weight = (layer.weight_copy().double() + dense).detach().requires_grad_()
+    x = torch.randn(positions, layer.in_features, requires_grad=True)
+    x64 = x.detach().double().requires_grad_()
+    expected = x64 @ weight.T
+    with torch.no_grad():
+        assert relative(layer(x), expected) < rounding(kind)
+    g = torch.randn(expected.shape)
+    layer(x).backward(g)
+    expected.backward(g.double())
+    assert relative(x.grad, x64.grad) < 1e-5
+    wanted = delta.granularity.gather(weight.grad, delta.indices)
+    assert relative(delta.values.grad, wanted) < 1e-5
+
+
+@KINDS
+def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity):
+    model = adapted(kind, granularity)
+    dense = llama()
+    for name, layer in fggm_layers(model, "default").items():
+        dense.get_submodule(name).weight.data.copy_(layer.weight_copy())
+    dense = get_peft_model(dense, FGGMConfig(granularity=granularity))
+    scores = []
+    for one in (model, dense):
+        fisher = FisherPass(one, one.peft_config["default"], "default", BATCHES, None, progress=False)
+        scores.append(fisher.run(fggm_layers(one, "default"), None, None, 1, ""))
+    for name in fggm_layers(model, "default"):
+        ours, theirs = (totals.mean(name, "fisher") for totals in scores)
+        # the first layers' inputs need no gradient, so they take their own product
+        assert relative(ours, theirs) < (0.02 if "inputs" in kind else 1e-3), name
+
+
+@KINDS
+@pytest.mark.parametrize("mode", ["auto", "requantize", "dequantize", "keep"])
+def test_unmerging_puts_the_quantized_base_back(kind, mode):
+    model = random_deltas(kind, quantized_merge=mode)
+    before = logits(model, BATCHES[0])
+    weights = [layer.weight_copy().clone() for layer in fggm_layers(model, "default").values()]
+    report = model.merge_adapter(safe_merge=True)
+    outcome = {"auto": "requantized", "requantize": "requantized", "dequantize": "dequantized", "keep": "kept"}[mode]
+    assert {module.outcome for module in report.modules} == {outcome}
+    merged = logits(model, BATCHES[0])
+    if mode in ("dequantize", "keep"):
+        assert relative(merged, before) < 5 * rounding(kind)
+    assert torch.equal(logits(copy.deepcopy(model), BATCHES[0]), merged)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, BATCHES[0]), before)
+    for layer, weight in zip(fggm_layers(model, "default").values(), weights, strict=True):
+        assert torch.equal(layer.weight_copy(), weight)
+
+
+@pytest.mark.parametrize("kind", ["int8", "hqq 8 bits"])
+def test_auto_refuses_to_lose_a_task_and_changes_nothing(kind):
+    model = random_deltas(kind)
+    with torch.no_grad():
+        for layer in fggm_layers(model, "default").values():
+            layer.fggm_values["default"] *= 1e-5
+    before = logits(model, BATCHES[0])
+    with pytest.raises(LossyMergeError, match=r"\d\.\d% of the delta"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, BATCHES[0]), before)
+
+
+@KINDS
+def test_the_base_is_known_again(kind, tmp_path):
+    """Two bits move a weight further than a fingerprint allows, so such a base is known by itself alone."""
+    random_deltas(kind).save_pretrained(tmp_path / "quantized")
+    assert verify(tmp_path / "quantized", quantized(llama(), kind)).base == "matches"
+    dense = get_peft_model(llama(), FGGMConfig(criterion="random", init_weights=False))
+    dense.save_pretrained(tmp_path / "dense")
+    if "2 bits" not in kind:
+        PeftModel.from_pretrained(quantized(llama(), kind), tmp_path / "dense")
+        PeftModel.from_pretrained(llama(), tmp_path / "quantized")
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(llama().config)
+    for folder in ("quantized", "dense"):
+        with pytest.raises(BaseMismatchError, match="another base"):
+            PeftModel.from_pretrained(quantized(copy.deepcopy(other), kind), tmp_path / folder)
+
+
+@pytest.mark.parametrize("kind", ["int8", "hqq 4 bits"])
+def test_earlier_deltas_are_protected_and_tasks_are_kept_in_order(kind, tmp_path):
+    random_deltas(kind, density=0.2).save_pretrained(tmp_path / "a")
+    later = adapted(kind, density=0.2)
+    select_parameters(later, BATCHES, protect=[str(tmp_path / "a")], protection=1.0, progress=False)
+    train(later, BATCHES)
+    later.save_pretrained(tmp_path / "b")
+    ledger = Ledger(tmp_path / "ledger")
+    for task in "ab":
+        ledger.add(task, tmp_path / task)
+    model, without = quantized(llama(), kind), quantized(llama(), kind)
+    ledger.apply(model)
+    assert ledger.rollback("a", model).is_exact
+    alone = PeftModel.from_pretrained(without, tmp_path / "b")
+    assert relative(logits(model, BATCHES[0]), logits(alone, BATCHES[0])) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["int4", "hqq 4 bits"])
+def test_kept_deltas_are_what_the_next_task_starts_on(kind):
+    model = random_deltas(kind, quantized_merge="keep")
+    before = logits(model, BATCHES[0])
+    model = get_peft_model(model.merge_and_unload(), FGGMConfig(granularity="element"))
+    assert relative(logits(model, BATCHES[0]), before) < 1e-5
+    select_parameters(model, BATCHES, progress=False)
+    losses = train(model, BATCHES[:1])
+    assert losses[-1] < losses[0]
+
+
+def test_transformers_loads_the_base_quantized(tmp_path):
+    """By torchao; its loader of HQQ's layers raises NotImplementedError since transformers 5."""
+    torchao = pytest.importorskip("torchao.quantization")
+    llama().save_pretrained(tmp_path / "base")
+    settings = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    options = {"quantization_config": settings, "device_map": "cpu", "dtype": torch.float32}
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", **options)
+    model = get_peft_model(base, FGGMConfig(quantized_merge="requantize"))
+    assert all(layer.quantization_backend is not None for layer in fggm_layers(model, "default").values())
+    select_parameters(model, BATCHES, progress=False)
+    losses = train(model, BATCHES[:1])
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "delta")
+    fresh = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(tmp_path / "base", **options), tmp_path / "delta"
+    )
+    assert torch.equal(logits(fresh, BATCHES[0]), logits(model, BATCHES[0]))
+    assert model.merge_adapter().survived > 0.9
+
+
+def test_a_torchao_layer_that_says_not_how_it_was_quantized_is_one_error():
+    """PEFT asks transformers' quantizer, and there is none where torchao was called alone."""
+    base = quantized(llama(), "int8")
+    del base.hf_quantizer
+    with pytest.raises(ValueError, match="get_apply_tensor_subclass"):
+        get_peft_model(base, FGGMConfig())
+
+
+def test_all_linear_means_the_same_layers_whatever_they_are_quantized_by():
+    dense = set(fggm_layers(get_peft_model(llama(), FGGMConfig()), "default"))
+    for kind in ("int8", "hqq 4 bits"):
+        model = adapted(kind, target_modules="all-linear")
+        assert set(fggm_layers(model, "default")) == dense
+        model.add_adapter("second", FGGMConfig(target_modules="all-linear"))
+        assert set(fggm_layers(model, "second")) == dense
+    base = quantized_by_bitsandbytes(llama(), "nf4")
+    assert set(fggm_layers(get_peft_model(base, FGGMConfig()), "default")) == dense
+
+
+def test_a_base_that_hqq_has_quantized_in_part_is_targeted_as_a_whole():
+    base = quantized(nn.Sequential(nn.Linear(32, 32)), "hqq 4 bits")
+    base.append(nn.Linear(32, 32))
+    assert set(fggm_layers(get_peft_model(base, FGGMConfig()), "default")) == {"0", "1"}
