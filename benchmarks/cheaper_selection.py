@@ -9,7 +9,6 @@ sample, with the loss on all their answers, so that samples are longer than a sk
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from contextlib import ExitStack
 
@@ -21,7 +20,7 @@ from selection import frozen_pass
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
-from fggm_peft import FGGMConfig, online_selection
+from fggm_peft import FGGMConfig
 from fggm_peft.core.sketch import Sketch
 from fggm_peft.core.statistics import Batch
 from fggm_peft.selection.data_pass import FisherPass
@@ -29,11 +28,9 @@ from fggm_peft.selection.hooks import ScoreCollector
 from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.training.base import BaseModel
 from fggm_peft.training.data import DataSource, TokenizedExamples, load_examples
-from fggm_peft.tuner.files.task_scores import record_of
 from fggm_peft.tuner.support import fggm_layers
 
 SIZES = (4, 8, 16, 32)
-SHARES = (0.1, 0.25)
 DENSITIES = (0.05, 0.3)
 ADAPTERS = {"default": "row", "column": "column"}
 BATCH = 4
@@ -56,13 +53,9 @@ def samples(tokenizer, data: str, count: int, rows: int) -> list[dict]:
     return [dict(collate(together[start : start + BATCH])) for start in range(0, count, BATCH)]
 
 
-def adapted(base, granularity: str, **config):
-    return get_peft_model(base, FGGMConfig(granularity=granularity, target_modules="all-linear", **config))
-
-
 def both_granularities(base):
     """The model with an adapter for rows and one for columns, neither with a support."""
-    model = adapted(base, "row")
+    model = get_peft_model(base, FGGMConfig(granularity="row", target_modules="all-linear"))
     model.add_adapter("column", FGGMConfig(granularity="column", target_modules="all-linear"))
     return model
 
@@ -99,18 +92,6 @@ def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def online_scores(base, data: list[dict], granularity: str, share: float) -> Scores:
-    """Of the first batches of a training loop; the model has no dropout."""
-    model = adapted(base, granularity)
-    model.train()
-    with online_selection(model):
-        for batch in data[: max(1, round(share * len(data)))]:
-            model(**batch).loss.backward()
-    found = {name: kept[0] for name, kept in record_of(model.peft_config["default"]).scores["fisher"].items()}
-    model.eval().unload()
-    return found
-
-
 def jaccard(a: Scores, b: Scores, density: float) -> float:
     """Of the best units of every module, over all modules."""
     both = either = 0
@@ -128,7 +109,6 @@ def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
     for granularity in ADAPTERS.values():
         exact = f"{granularity}s, exact"
         others = {name: found for name, found in total.items() if name.startswith(granularity) and name != exact}
-        others |= {f"{granularity}s, online {s:.0%}": online_scores(base, data, granularity, s) for s in SHARES}
         even, odd = ({module: halves[half] for module, halves in scores[exact].items()} for half in (0, 1))
         for density in DENSITIES:
             column = f"Jaccard at {density:.0%}"
@@ -143,7 +123,6 @@ def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
 
 def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[str, dict[str, float]]:
     """CPU seconds of a pass over some batches, as a ratio to a frozen forward and backward of the same."""
-    loop = adapted(copy.deepcopy(base), "row").train()
     model = both_granularities(base)
     variants = {"frozen": lambda: frozen_pass(base, data)}
     for adapter, granularity in ADAPTERS.items():
@@ -153,15 +132,7 @@ def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[
             fisher = FisherPass(model, config, adapter, data, None, progress=False)
             variants[f"{granularity}s, {name}"] = lambda f=fisher, g=group: f.run(g, None, None, 1, "")
 
-    def training() -> None:
-        for batch in data:
-            loop(**batch).loss.backward()
-
-    selection = online_selection(loop)
-    with selection:
-        variants["rows, online: the loop's forward and backward"] = training
-        found = ratios(interleaved(variants, repeats), "frozen")
-        selection.abandon()
+    found = ratios(interleaved(variants, repeats), "frozen")
     model.unload()
     return found
 

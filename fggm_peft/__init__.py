@@ -17,7 +17,8 @@ from .core.errors import (
     ScoreFileError,
 )
 from .core.threshold import AbsoluteScore, MeanPlusStd, ParameterBudget, ScoreMass, ThresholdPolicy, TopDensity
-from .selection import CostEstimate, SelectionReport, estimate, online_selection, select_parameters
+from .cost import CostEstimate, estimate
+from .selection import SelectionReport, select_parameters
 from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport, hotswap_adapter, prepare_model_for_compiled_hotswap
 from .version import __version__
 
@@ -59,7 +60,6 @@ __all__ = [
     "estimate",
     "export_lora",
     "hotswap_adapter",
-    "online_selection",
     "overlap",
     "prepare_model_for_compiled_hotswap",
     "prune",

@@ -41,7 +41,6 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
 def make_trainer(model: nn.Module | None, folder: Path, trainer_class: type = FGGMTrainer, **settings: Any) -> Trainer:
     """A trainer on ``examples()``; what ``Trainer`` itself takes is passed on, all else is an argument of training."""
     own = ("train_dataset", "eval_dataset", "callbacks", "optimizers", "model_init", "data_collator")
-    own += ("online_selection",)
     options = {"train_dataset": examples(), **{name: settings.pop(name) for name in own if name in settings}}
     return trainer_class(model=model, args=arguments(folder, **settings), **options)
 

@@ -113,7 +113,7 @@ def _drawn(report: SelectionReport, folder: Path, format: str) -> list[str]:
 
 def _estimate(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_size: int, length: int) -> Result | None:
     """What training would cost, without any data."""
-    from ..selection import estimate
+    from ..cost import estimate
     from ..training.base import this_process
 
     found = estimate(

@@ -30,7 +30,6 @@ from ..tuner.files.model_card import complete_card
 from ..tuner.files.saving import as_trained
 from .batches import Prompts, selection_batch
 from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
-from .online import OnlineWindow, require_share
 from .texts import reference_of
 from .trl import fill_reference_, keep_values_wide_
 
@@ -50,9 +49,6 @@ class FGGMTrainerMixin(_Trainer):
     selected already, because it was loaded or is being resumed, stays as it is. ``TrainingArguments`` needs no
     new field; how many samples to use and all else is on the ``FGGMConfig``.
 
-    With ``online_selection=0.1`` there is no pass before: the first tenth of the steps only measures what may move,
-    and the others train it (see ``fggm_peft.online_selection``). For one process, and a loss that is the model's own.
-
     Further, checkpoints are whole: one whose writing fails is removed, and ``resume_from_checkpoint=True``
     resumes from the newest that was written to its end; and they hold values as they are trained, whatever the config
     says of published ones.
@@ -63,18 +59,13 @@ class FGGMTrainerMixin(_Trainer):
             as a reward model's; None is what fits the model's head.
         selection_reference: as ``select_parameters`` takes it, such as a dataloader of general text (on each process
             its own share), or the path of a text (.txt) with paragraphs; None is what the config says.
-        online_selection: share of the steps that only measure, in (0, 1); None selects before the first step.
     """
 
     selection_report: SelectionReport | None = None
     selection_log_likelihood: LogLikelihood | None = None
     selection_reference: ReferenceData = None
-    online_selection: float | None = None
 
-    def __init__(self, *args: Any, online_selection: float | None = None, **kwargs: Any):
-        if online_selection is not None:
-            self.online_selection = online_selection
-        require_share(self.online_selection)
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.model_init is None:
             keep_values_wide_(self.model)
@@ -104,16 +95,10 @@ class FGGMTrainerMixin(_Trainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 load_before_sharding_(self.model, Path(resume_from_checkpoint))
         self.selection_report = None
-        window = OnlineWindow(self)
-        self.add_callback(window)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            window.abandon()  # still open after an exception only
-            self.remove_callback(window)  # it holds the trainer, and the trainer would hold it
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _select(self) -> None:
-        if self.online_selection is not None or not unselected_adapters(self.model):
+        if not unselected_adapters(self.model):
             return
         with self._selection_dataloader() as dataloader:
             data = SelectionData(dataloader, self.selection_batch)

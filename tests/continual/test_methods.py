@@ -31,7 +31,6 @@ CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS]
     pytest.param("lora", {"r": 2, "mode": "carried"}, id="lora-carried"),
     pytest.param("fggm", {"first_task_masked": False}, id="fggm-first-task-plain"),
     pytest.param("fggm", {"criterion": "random", "granularity": "element"}, id="fggm-random-elements"),
-    pytest.param("fggm", {"online": 0.3}, id="fggm-online"),
     pytest.param("fggm", {"fisher_estimate": "sketch", "sketch_size": 2}, id="fggm-sketch"),
     pytest.param("sft_masked", {"first_task_masked": False}, id="sft_masked-first-task-plain"),
     pytest.param("migu", {"first_task_masked": False}, id="migu-first-task-plain"),
@@ -171,9 +170,6 @@ def test_layers_that_store_their_weight_transposed_are_masked_the_right_way(tmp_
         ("lora", {"mode": "kept"}, "'merged', 'carried'"),
         ("osf", {"effective_rank": 8}, "effective_rank"),
         ("sft_masked", {"bias": "fggm_only"}, "neither bias nor modules_to_save"),
-        ("sft_masked", {"online": 0.1}, "takes no online"),
-        ("fggm", {"online": 1.0}, "share of the steps"),
-        ("fggm", {"online": 0.1, "criterion": "random"}, "needs no data"),
         ("fggm", {"fisher_estimate": "sketch", "granularity": "element"}, "granularity='element'"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
-from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, online_selection, select_parameters
+from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, select_parameters
 from fggm_peft.training.checkpoints import last_complete_checkpoint
 from fggm_peft.tuner.support import fggm_layers
 
@@ -85,37 +85,6 @@ def test_two_processes_choose_what_one_chooses(case, processes):
         assert others_report["reference_samples"] == report["reference_samples"]
         assert others_report["agreement"] == pytest.approx(report["agreement"], abs=1e-6)
         assert others_report["parameters"] == report["parameters"]
-
-
-def select_online(granularity: str) -> tuple[dict[str, Tensor], int]:
-    model = adapted(llama(), granularity)
-    model.train()
-    with online_selection(model) as selection:
-        for batch in share(token_batches(sizes=SIZES)):
-            model(**batch).loss.backward()
-    return supports(model), selection.report.samples
-
-
-def test_two_processes_that_select_online_choose_what_one_chooses(granularity, processes):
-    """Each feeds as many batches as it has."""
-    expected, samples = select_online(granularity)
-    for chosen, count in processes(select_online, granularity):
-        assert_same(chosen, expected)
-        assert count == samples == sum(SIZES)
-
-
-def test_an_online_selection_without_a_step_on_one_rank_is_no_error_if_another_has_some(processes):
-    for _, count in processes(select_online_on_the_first, "row"):
-        assert count == 3
-
-
-def select_online_on_the_first(granularity: str) -> tuple[dict[str, Tensor], int]:
-    model = adapted(llama(), granularity)
-    model.train()
-    with online_selection(model) as selection:
-        for batch in token_batches(sizes=(3,)) if rank() == 0 else []:
-            model(**batch).loss.backward()
-    return supports(model), selection.report.samples
 
 
 def test_the_automatic_number_of_samples_is_the_same_on_two_processes(processes):

@@ -76,61 +76,6 @@ def sft(folder, model=None, adapter=None, **options) -> SFTTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_sft_measures_online_what_it_would_have_found_before(accumulation, tmp_path):
-    """Its loss is made of the log-probabilities of tokens, a mean over all batches of a step."""
-    settings = {"gradient_accumulation_steps": accumulation, "max_steps": 6 // accumulation, "learning_rate": 0.0}
-    batches = []
-
-    class Online(SFTTrainer):
-        def training_step(self, model, inputs, *args, **kwargs):
-            batches.append({name: value.clone() for name, value in inputs.items()})
-            return super().training_step(model, inputs, *args, **kwargs)
-
-    trainer = Online(
-        model=text_model(),
-        args=arguments(trl.SFTConfig, tmp_path, **settings),
-        train_dataset=answers(),
-        processing_class=byte_tokenizer(),
-        peft_config=config(),
-        online_selection=0.34,
-    )
-    trainer.train()
-    model = get_peft_model(text_model(), config())
-    report = select_parameters(model, batches[:2], num_samples=None, progress=False)
-    assert trainer.selection_report.samples == report.samples == 8
-    assert all(torch.equal(indices, supports(model)[name]) for name, indices in supports(trainer.model).items())
-    for module in trainer.selection_report.modules:
-        other = next(other for other in report.modules if other.name.endswith(module.name))
-        assert module.score_share == pytest.approx(other.score_share, rel=1e-4)
-
-
-def test_preferences_have_no_online_selection_and_the_error_says_so(tmp_path):
-    trainer = DPOTrainer(
-        model=text_model(),
-        args=arguments(trl.DPOConfig, tmp_path),
-        train_dataset=preferences(),
-        processing_class=byte_tokenizer(),
-        peft_config=config(),
-        online_selection=0.5,
-    )
-    with pytest.raises((ValueError, RuntimeError), match="online"):
-        trainer.train()
-
-
-def test_a_loss_that_weighs_tokens_differently_has_no_online_selection(tmp_path):
-    trainer = SFTTrainer(
-        model=text_model(),
-        args=arguments(trl.SFTConfig, tmp_path, loss_type="dft"),
-        train_dataset=answers(),
-        processing_class=byte_tokenizer(),
-        peft_config=config(),
-        online_selection=0.5,
-    )
-    with pytest.raises(ValueError, match="leave online_selection out"):
-        trainer.train()
-
-
 def test_sft_selects_on_its_own_data_and_logs_what_it_found(tmp_path):
     trainer = sft(tmp_path, gradient_checkpointing=False)
     first = trainer.state.log_history[0]

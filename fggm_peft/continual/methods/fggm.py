@@ -11,9 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ...selection.online import require_online
 from ...training import FGGMTrainer
-from ...training.online import require_share
 from ...tuner import FGGMConfig
 from ...tuner.files.task_scores import HISTORY, TaskRecord, history_of, scores_from
 from ...tuner.settings.selection import require_protection, require_reference
@@ -35,15 +33,12 @@ class FGGM(PeftMethod):
         first_task_masked: False trains all weights plainly on the first task, which has nothing to forget but the base.
         protect_earlier: how strongly units that earlier tasks chose are kept from later ones, in [0, 1]; 1 forbids
             them. It is the config's ``protection`` with ``protect: [history]``.
-        online: this share of each task's steps only measures what may move, in (0, 1), and there is no pass before;
-            None for the pass.
     """
 
     name = "fggm"
     config_class = FGGMConfig
     first_task_masked: bool = True
     protect_earlier: float = 0.0
-    online: float | None = None
     _history: list[TaskRecord] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,9 +48,6 @@ class FGGM(PeftMethod):
             raise ValueError("give protect_earlier or protect: protect_earlier is protect: [history]")
         config: Any = self.make_config(0)
         require_reference(config.criterion, config.reference)  # it cannot come later
-        require_share(self.online)
-        if self.online is not None:
-            require_online(config)
 
     def defaults(self, number):
         found = {**super().defaults(number), "seed": self.task_seed(number), "save_scores": True}
@@ -85,7 +77,7 @@ class FGGM(PeftMethod):
 
     def trainer(self, **arguments: Any) -> Trainer:
         is_adapted = isinstance(arguments["model"], PeftModel)
-        return FGGMTrainer(**arguments, online_selection=self.online) if is_adapted else super().trainer(**arguments)
+        return FGGMTrainer(**arguments) if is_adapted else super().trainer(**arguments)
 
     def end_task(self, model, number, trainer, folder):
         self._history = history_of(unwrapped(model))

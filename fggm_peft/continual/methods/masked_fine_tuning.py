@@ -37,8 +37,6 @@ class MaskedFineTuning(FGGM):
         super().__post_init__()
         if self.config.get("bias", "none") != "none" or self.config.get("modules_to_save"):
             raise ValueError(f"{self.name!r} trains weights only: it takes neither bias nor modules_to_save")
-        if self.online is not None:
-            raise ValueError(f"{self.name!r} chooses when its trainer is made: it takes no online")
 
     def begin_task(self, model, number, examples):
         self._number = number
