@@ -44,10 +44,9 @@ def _table(found: Verification) -> Table:
     rows = {
         "base": found.base_model or "",
         "base checked": found.base,
-        "format": "before there were versions" if found.format is None else str(found.format),
+        "format": str(found.format),
         "support": f"{found.granularity}s by {found.criterion}, {found.density:.2%} of {found.modules} modules",
         "values": f"{found.parameters:,} in {', '.join(found.dtypes)}" + (", all zero" if found.is_zero else ""),
-        "stored as": found.values,
         "file": f"{decimal(found.bytes)}, {found.bytes / max(1, found.bound_bytes):.3f} x the entropy bound",
         "other tensors": ", ".join(found.other_keys),
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(found.made_with.items())),

@@ -31,7 +31,6 @@ from ..tuner.files.tensors import MARK, PREFIX
 from ..tuner.settings.file import describe_file
 from ..tuner.support import fggm_layers
 from .meta_base import Base, skeleton
-from .verification import load_base
 
 _CARD = """\
 ---
@@ -221,16 +220,12 @@ def _of_file(source: str | Path, base: Base | None, hub: Mapping[str, Any]) -> S
     contents = contents_of(config, file, _base_for(config, str(source), base))
     granularity = GRANULARITIES[config.granularity]
     modules = {name: ModuleDelta(granularity, contents.shapes[name], **d) for name, d in contents.deltas.items()}
-    return SparseDelta(_of_values_in_memory(contents.config), modules, contents.others)
+    return SparseDelta(_for_inference(contents.config), modules, contents.others)
 
 
 def _base_for(config: FGGMConfig, where: str, base: Base | None) -> nn.Module | None:
-    """What the adapter's file is read with: the base that is given, else nothing, else the base that the config names.
-
-    Its weights are loaded only for absolute values.
-    """
-    absolute = config.values == "absolute"
-    if base is None and config.base_fingerprint and not absolute:
+    """The base to read the file with: the one given, none, or the one that the config names."""
+    if base is None and config.base_fingerprint:
         return None  # it says the shapes
     revision = None if base is not None else config.revision
     base = base if base is not None else config.base_model_name_or_path
@@ -239,15 +234,13 @@ def _base_for(config: FGGMConfig, where: str, base: Base | None) -> nn.Module | 
             f"{where} says neither the shapes of the weights nor a base model that could: pass the base model, or its "
             "folder or Hub id, as base="
         )
-    if absolute and not isinstance(base, nn.Module):
-        return load_base(str(base), revision)
     return skeleton(base, config, revision=revision)
 
 
-def _of_values_in_memory(config: FGGMConfig) -> FGGMConfig:
-    """A config of its own, which does not say of absolute values what is true of the file alone."""
+def _for_inference(config: FGGMConfig) -> FGGMConfig:
+    """A copy of the config with ``inference_mode=True``."""
     config = copy.copy(config)
-    config.inference_mode, config.values = True, "delta"
+    config.inference_mode = True
     return config
 
 
@@ -297,7 +290,7 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
         warnings.simplefilter("ignore", UntrainedAdapterWarning)
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     others = {key: _kept(tensor) for key, tensor in state.items() if MARK not in key}
-    return SparseDelta(_of_values_in_memory(config), modules, others)
+    return SparseDelta(_for_inference(config), modules, others)
 
 
 def _active_adapter(model: PeftModel) -> str:

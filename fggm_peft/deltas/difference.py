@@ -7,7 +7,7 @@ it. So neither model is ever in memory as a whole.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.absolute import reaching
 from ..core.fingerprint import samples_per_weight, sketch_weight
 from ..core.granularity import GRANULARITIES, Granularity
 from ..core.index_codec import index_dtype
@@ -215,7 +214,7 @@ class _Difference:
         if not bool(torch.isfinite(after).all()) or not bool(torch.isfinite(before).all()):
             raise ValueError(f"{where}: a changed entry is NaN or infinite in one of the models")
         values = (after.double() - before.double()).float()
-        values, missed = reaching(values, lambda other: _added(before, other).double() == after.double())
+        values, missed = _reaching(values, lambda other: _added(before, other).double() == after.double())
         self.inexact += int(missed.sum())
         return values
 
@@ -254,6 +253,24 @@ class _Difference:
     def _task(self) -> str | None:
         name = type(self.model).__name__
         return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def _reaching(values: Tensor, reaches: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Replace a difference by a neighbouring float where its own rounding misses the target.
+
+    Args:
+        reaches: values -> booleans of the same shape, True where adding the value gives the target.
+
+    Returns:
+        The values, and a mask of the entries that neither they nor a neighbour reach.
+    """
+    missed = ~reaches(values)
+    if missed.any():
+        infinity = torch.full_like(values, torch.inf)
+        for neighbour in (values.nextafter(infinity), values.nextafter(-infinity)):
+            values = torch.where(missed & reaches(neighbour), neighbour, values)
+        missed = ~reaches(values)
+    return values, missed
 
 
 def _added(before: Tensor, values: Tensor) -> Tensor:

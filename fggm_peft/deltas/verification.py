@@ -26,8 +26,7 @@ class Verification:
         adapter: folder or Hub id.
         base_model: as the config names it.
         base: what was looked at of the base: "not asked", "has no fingerprint" or "matches".
-        format: version of the file format, None before there were versions.
-        values: "delta" or "absolute".
+        format: version of the file format.
         dtypes: of the values.
         modules: how many are adapted.
         parameters: values and bias entries.
@@ -44,7 +43,6 @@ class Verification:
     format: int | None
     granularity: str
     criterion: str
-    values: str
     dtypes: list[str]
     modules: int
     parameters: int
@@ -85,7 +83,6 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
         format=config.fggm_format,
         granularity=config.granularity,
         criterion=config.criterion,
-        values=config.values,
         made_with=config.made_with or {},
         modules=len(contents.deltas),
         bytes=contents.file.stat().st_size,

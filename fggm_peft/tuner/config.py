@@ -286,18 +286,11 @@ class FGGMConfig(PeftConfig):
             "`autocast_adapter_dtype` decides, which is float32 unless it is False."
         },
     )
-    values: Literal["delta", "absolute"] = field(
-        default="delta",
-        metadata={
-            "help": "What is stored of each entry that moved: 'delta', or 'absolute', its new value in the base's "
-            "dtype: that of a 16-bit base is lossless at 16 bits, and loads onto that very base only, unquantized."
-        },
-    )
     delta_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = field(
         default=None,
         metadata={
             "help": "What deltas are rounded to when they are saved; None: as trained. Loading makes them float32 "
-            "again. Not with values='absolute'."
+            "again."
         },
     )
     check_base: bool = field(

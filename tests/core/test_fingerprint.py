@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 
 import pytest
 import torch
@@ -228,18 +227,6 @@ def test_a_base_on_the_meta_device_has_a_fingerprint_of_shapes():
     with torch.device("meta"):
         model = adapted(llama())
     assert set(model.peft_config["default"].base_fingerprint.values()) == {"64x64", "32x64", "96x64", "64x96"}
-
-
-def test_an_adapter_of_an_older_version_has_none_and_loads(tmp_path):
-    saved(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
-    for name in ("base_fingerprint", "fggm_format", "made_with", "density_by_module", "values", "delta_dtype"):
-        config.pop(name)
-    path.write_text(json.dumps(config))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        PeftModel.from_pretrained(changed(llama(), 1e-2), tmp_path)
 
 
 def test_settings_taken_from_another_adapter_s_config_do_not_bind_its_base(tmp_path):

@@ -190,14 +190,6 @@ def test_shapes_of_no_indices_are_an_error_before_anything_is_allocated(shape):
         get_peft_model(llama(), config)
 
 
-def test_new_values_of_entries_are_not_taken_for_differences(tmp_path, granularity):
-    model = trained(granularity, torch.bfloat16, values="absolute")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match=r"PeftModel\.from_pretrained"):
-        llama(torch.bfloat16).load_adapter(str(tmp_path))
-    assert fggm_layers(PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path), "default")
-
-
 def test_another_base_is_refused_by_transformers_loader_too(tmp_path, granularity):
     trained(granularity).save_pretrained(tmp_path)
     other = llama()

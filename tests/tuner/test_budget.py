@@ -80,7 +80,7 @@ def test_a_size_is_that_of_the_file_at_most(size, dtype, granularity, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"delta_dtype": "bfloat16"}, {"delta_dtype": "float16"}, {"values": "absolute"}, {"training_dtype": "bfloat16"}],
+    [{"delta_dtype": "bfloat16"}, {"delta_dtype": "float16"}, {"training_dtype": "bfloat16"}],
 )
 @pytest.mark.parametrize("size", [30000, 90000])
 def test_a_size_is_of_the_values_as_the_file_has_them(size, settings, granularity, tmp_path):

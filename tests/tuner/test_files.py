@@ -57,26 +57,6 @@ def test_what_is_read_is_what_was_trained(granularity, with_model, tmp_path):
     assert all(torch.equal(supports[name], deltas[name]["indices"]) for name in layers)
 
 
-def test_a_file_of_an_older_version_is_read_with_its_base(tmp_path):
-    model = trained("element")
-    model.save_pretrained(tmp_path)
-    tensors = {key: t for key, t in load_file(tmp_path / FILE).items() if key.endswith("values")}
-    for name, layer in fggm_layers(model, "default").items():
-        tensors[f"base_model.model.{name}.fggm_indices"] = layer.fggm_indices["default"]
-    save_file(tensors, tmp_path / FILE)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    config = {k: v for k, v in config.items() if k not in ("base_fingerprint", "fggm_format", "density_by_module")}
-    (tmp_path / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(AdapterFileError, match="does not say what shape"):
-        read_adapter(tmp_path)
-    _, deltas = read_adapter(tmp_path, llama())
-    loaded = fggm_layers(PeftModel.from_pretrained(llama(), tmp_path), "default")
-    for name, layer in fggm_layers(model, "default").items():
-        assert torch.equal(deltas[name]["indices"], layer.fggm_indices["default"])
-        assert torch.equal(loaded[name].fggm_indices["default"], layer.fggm_indices["default"])
-    assert verify(tmp_path, llama()).format is None
-
-
 def test_other_tensors_are_told_and_those_without_a_reason_refused(tmp_path):
     trained(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     assert verify(tmp_path).other_keys == ["base_model.model.lm_head.weight"]
@@ -297,20 +277,8 @@ def test_no_damage_gives_anything_but_one_kind_of_error(granularity, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("values", ["delta", "absolute"])
-def test_no_damage_of_thousands_gives_anything_but_one_kind_of_error(values, seed, tmp_path):
-    if values == "delta":
-        assert fuzz(tmp_path, 1000, seed, granularity=["element", "row", "column"][seed % 3]) > 500
-        return
-    tiny(tmp_path, values="absolute")
-    data, generator, base = (tmp_path / FILE).read_bytes(), random.Random(seed), llama()
-    for _ in range(1000):
-        (tmp_path / FILE).write_bytes(mutated(data, generator))
-        try:
-            found, deltas = read_adapter(tmp_path, base)
-        except AdapterFileError:
-            continue
-        legal_if_read(found, base, deltas)
+def test_no_damage_of_thousands_gives_anything_but_one_kind_of_error(seed, tmp_path):
+    assert fuzz(tmp_path, 1000, seed, granularity=["element", "row", "column"][seed % 3]) > 500
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5", '{"peft_type": 3}', '{"peft_type": "FGGM", "base_fingerprint": 5}'])
@@ -330,7 +298,6 @@ def test_a_damaged_config_is_one_kind_of_error(text, tmp_path):
         ("density_by_module", {"a": 0.5}),
         ("made_with", "me"),
         ("fggm_format", "1"),
-        ("values", "maybe"),
         ("delta_dtype", "int8"),
         ("granularity", 5),
         ("density", "much"),

@@ -83,20 +83,6 @@ def test_the_base_and_its_revision_are_recorded_and_found_again(hub, base):
         PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("me/base"), "me/delta")
 
 
-def test_absolute_values_are_read_with_the_revision_of_the_base_that_they_were_made_on(hub, base):
-    huggingface_hub.create_tag("me/base", tag="v1")
-    changed = text_model()
-    changed.model.layers[0].self_attn.q_proj.weight.data += 0.01
-    changed.push_to_hub("me/base")
-    model = adapter("row", base=base, values="absolute", revision="v1")
-    model.push_to_hub("me/delta")
-    path = "model.layers.0.self_attn.q_proj"
-    values = fggm_layers(model, "default")[path].fggm_values["default"]
-    torch.testing.assert_close(SparseDelta.read("me/delta").modules[path].values, values, atol=1e-6, rtol=0)
-    with pytest.raises(AdapterFileError, match="me"):
-        SparseDelta.read("me/delta", base="me/base")
-
-
 def test_a_private_delta_needs_the_token(hub, monkeypatch):
     model = pushed("me/delta", private=True)
     monkeypatch.delenv("HF_TOKEN")

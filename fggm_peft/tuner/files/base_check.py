@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...core.absolute import delta_values
 from ...core.errors import BaseMismatchError
 from ...core.fingerprint import (
     WeightSketch,
@@ -23,10 +22,8 @@ from ...core.fingerprint import (
 )
 from ..hosts.offloading import is_offloaded
 from ..hosts.sharding import is_shard
-from .tensors import DIGEST, StoredModule
 
 if TYPE_CHECKING:
-    from ...core.granularity import Granularity
     from ..config import FGGMConfig
     from ..layer import FGGMLayer
 
@@ -131,26 +128,6 @@ def dense_weight(layer: FGGMLayer) -> Tensor:
         for name in reversed(layer.merged_adapters):
             layer._restore_(weight, name, layer.fggm_originals[name])
     return layer.matrix(weight)
-
-
-def values_as_delta(
-    stored: StoredModule, layer: FGGMLayer, granularity: Granularity, tensors: Mapping[str, Tensor]
-) -> Tensor:
-    """The delta that absolute values of a file stand for on this base, on its device.
-
-    Args:
-        stored: as the file has it, with the digest of the base's entries.
-        tensors: "indices" and "values" of it, checked.
-
-    Raises:
-        AdapterFileError: it is not the base that they were made on, or its entries cannot be had.
-    """
-    try:
-        weight = dense_weight(layer)
-        place = tensors["indices"].to(weight.device), tensors["values"].to(weight.device)
-        return delta_values(granularity, weight, *place, stored.tensors[DIGEST])
-    except ValueError as error:
-        raise stored.error("values", str(error)) from error
 
 
 def _sketch(layer: FGGMLayer, name: str, count: int, costly: set[str]) -> WeightSketch:

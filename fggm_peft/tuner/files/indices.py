@@ -11,11 +11,9 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
-from ...core.absolute import DIGEST_BYTES
 from ...core.errors import AdapterFileError
 from ...core.granularity import Granularity
 from ...core.index_codec import ENCODED_PARTS, codec_of
-from .tensors import DIGEST
 
 if TYPE_CHECKING:
     from ..layer import FGGMLayer
@@ -39,7 +37,7 @@ class SupportIndices(BufferDict):
         super().__init__(persistent=True)
         self.selected = selected
         self.awaited: dict[str, Awaited] = {}
-        self.parts = {part: AwaitedPart(self, part) for part in (*ENCODED_PARTS, DIGEST)}
+        self.parts = {part: AwaitedPart(self, part) for part in ENCODED_PARTS}
 
     def await_(self, name: str, k: int, what: Awaited) -> None:
         """Make room for ``k`` indices that a loader will bring."""
@@ -48,8 +46,6 @@ class SupportIndices(BufferDict):
         self.register_buffer(name, empty, persistent=not what.shapes)
         for part, shape in what.shapes.items():
             self.parts[part][name] = torch.zeros(shape, dtype=torch.uint8, device=empty.device)
-        # a part that must not come this way, or values would be taken for a delta
-        self.parts[DIGEST][name] = torch.zeros(DIGEST_BYTES, dtype=torch.uint8, device=empty.device)
         self.awaited[name] = what
 
     def settle(self, name: str) -> None:
@@ -85,11 +81,6 @@ class SupportIndices(BufferDict):
             AdapterFileError: they are no indices of this weight.
         """
         what = self.awaited[name]
-        if part == DIGEST:
-            raise AdapterFileError(
-                f"fggm_{DIGEST}.{name}: the file holds new values of the base's entries (values='absolute'), which "
-                "transformers' own loader would take for differences. Load it with PeftModel.from_pretrained."
-            )
         what.check()
         what.come.add(part)
         tensors = {part: self.parts[part][name] for part in what.shapes}

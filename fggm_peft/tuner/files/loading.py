@@ -6,7 +6,6 @@ model changes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ...core.errors import AdapterFileError
@@ -15,8 +14,8 @@ from ..hosts.sharding import plain_name
 from ..layer import FGGMLayer
 from ..several.padding import fill_up_
 from ..support import fggm_layers
-from .base_check import require_base, values_as_delta
-from .tensors import DIGEST, MARK, PARTS, PREFIX, StoredModule
+from .base_check import require_base
+from .tensors import MARK, PARTS, PREFIX, StoredModule
 
 
 def fit_layers_to_state_dict(
@@ -27,8 +26,8 @@ def fit_layers_to_state_dict(
     Args:
         model: has the adapter's layers.
         config: says how the values are stored, and which base they were made on.
-        state_dict: keys as the model has them, adapter name included; changed in place: indices are decoded, absolute
-            values become a delta, and what wrappers or DeepSpeed have left out is there.
+        state_dict: keys as the model has them, adapter name included; changed in place: indices are decoded, and
+            tensors that wrappers or DeepSpeed leave out are added.
 
     Raises:
         AdapterFileError: a tensor is missing, or does not fit; names its key. Nothing has changed then.
@@ -83,7 +82,7 @@ def _taken(state_dict: dict[str, Tensor], name: str, layer: FGGMLayer, adapter_n
 def _checked(layer: FGGMLayer, config: FGGMConfig, adapter_name: str, stored: StoredModule) -> dict[str, Tensor]:
     """``indices``, ``values`` and perhaps ``bias`` as the layer takes them."""
     granularity = layer.granularity[adapter_name]
-    tensors = stored.checked(granularity, layer.weight_shape, config.values)
+    tensors = stored.checked(granularity, layer.weight_shape)
     k = len(tensors["indices"])
     if k > layer.room.get(adapter_name, k):
         raise AdapterFileError(
@@ -94,9 +93,6 @@ def _checked(layer: FGGMLayer, config: FGGMConfig, adapter_name: str, stored: St
     problem = "bias entries are " + ("missing" if wanted else "unexpected")
     stored.require("bias", wanted == ("bias" in tensors), problem)
     dtype = layer.fggm_values[adapter_name].dtype
-    if DIGEST in stored.tensors:
-        tensors["values"] = values_as_delta(stored, layer, granularity, tensors)
-        dtype = torch.promote_types(dtype, tensors["values"].dtype)
     index_type = layer.fggm_indices[adapter_name].dtype
     found = {part: tensor.to(dtype) for part, tensor in tensors.items() if part != "indices"}
     return {"indices": tensors["indices"].to(stored.tensors["values"].device, index_type), **found}

@@ -117,9 +117,8 @@ def _description(config: FGGMConfig) -> str:
             f" {found['parameters']:,} values, {found['density']:.2%} of the targeted weights, "
             f"from {found['samples']} samples{agreement}."
         )
-    stored = "new values of the base's entries" if config.values == "absolute" else "differences from the base"
     rounded = f", rounded to {config.delta_dtype}" if config.delta_dtype else ""
-    text += f"\n\nStored are {stored}{rounded}."
+    text += f"\n\nStored are differences from the base{rounded}."
     if config.made_with:
         listed = ", ".join(f"{library} {version}" for library, version in sorted(config.made_with.items()))
         text += f" Saved with {listed}, peft {config.peft_version}."

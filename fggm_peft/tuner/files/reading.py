@@ -22,9 +22,8 @@ from ..config import FGGMConfig
 from ..hosts.sharding import path_in_base
 from ..layer import FGGMLayer
 from ..layer_types import make_layer
-from .base_check import values_as_delta
 from .hub import from_hub
-from .tensors import DIGEST, MARK, opened, read_modules
+from .tensors import MARK, opened, read_modules
 
 Delta = dict[str, Tensor]
 
@@ -43,18 +42,13 @@ def read_adapter(
     Returns:
         The config, and module path -> ``{"indices": [k], "values": ..., "bias": [k]}``: indices as int32 (int64 in a
         weight of over 2**31 entries), sorted and unique; values as the granularity shapes them, in the dtype of the
-        file (absolute ones as the float32 delta that they stand for); bias only where it is trained. On the CPU.
+        file; bias only where it is trained. On the CPU.
 
     Raises:
         AdapterFileError: a file is missing or damaged, or does not fit ``model``; names the file and the tensor.
         ValueError: it is an adapter of another method, or it needs ``model``.
     """
-    contents = contents_of(*find_adapter(adapter, **hub), model)
-    if contents.config.values == "absolute" and model is None:
-        raise ValueError(
-            f"{contents.file} holds the new values of the base's entries (values='absolute'), not a delta. Read them "
-            "with their base: model=..."
-        )
+    contents = contents_of(*find_adapter(adapter, **hub))
     return contents.config, contents.deltas
 
 
@@ -64,8 +58,7 @@ class AdapterContents:
 
     Args:
         file: the file of tensors.
-        deltas: module path -> ``indices``, ``values`` and perhaps ``bias``; absolute values are a delta only if they
-            were read with their base.
+        deltas: module path -> ``indices``, ``values`` and perhaps ``bias``.
         shapes: module path -> ``(o, i)`` of the weight.
         dtypes: module path -> what the values have in the file.
         others: what else is in the file, by its key there: modules that are saved whole, biases, embeddings.
@@ -89,11 +82,7 @@ def contents_of(config: FGGMConfig, file: Path, model: nn.Module | None = None) 
     layers = None if model is None else adapted_layers(model, modules, str(file.parent))
     shapes = _shapes(config, layers, modules, str(file.parent))
     granularity = GRANULARITIES[config.granularity]
-    deltas = {}
-    for name, stored in modules.items():
-        delta = deltas[name] = stored.checked(granularity, shapes[name], config.values)
-        if DIGEST in stored.tensors and layers is not None:
-            delta["values"] = values_as_delta(stored, layers[name], granularity, delta).cpu()
+    deltas = {name: stored.checked(granularity, shapes[name]) for name, stored in modules.items()}
     dtypes = {name: stored.tensors["values"].dtype for name, stored in modules.items()}
     return AdapterContents(config, file, deltas, shapes, dtypes, others)
 
@@ -117,7 +106,7 @@ def read_supports(
     config, file = find_adapter(adapter, **hub)
     granularity = GRANULARITIES[config.granularity]
     with opened(file) as tensors:
-        modules = read_modules(tensors, file, unread=("values", "bias", DIGEST))
+        modules = read_modules(tensors, file, unread=("values", "bias"))
     layers = None if model is None else adapted_layers(model, modules, str(adapter))
     shapes = _shapes(config, layers, modules, str(adapter))
     return config, {name: stored.support(granularity, shapes[name]) for name, stored in modules.items()}

@@ -1,4 +1,4 @@
-"""From an adapter's tensors in memory to those of a file: checked, rounded or made absolute, indices encoded."""
+"""Converts an adapter's tensors to those of a file: checks them, rounds the values and encodes the indices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...core.absolute import absolute_values
 from ...core.errors import AdapterFileError
 from ...core.finite import all_finite
 from ...core.granularity import Granularity, Shape
@@ -20,8 +19,8 @@ from ..hosts.sharding import plain_name
 from ..layer import FGGMLayer
 from ..settings.file import describe_file
 from ..support import fggm_layers
-from .base_check import base_difference, dense_weight, fingerprint
-from .tensors import DIGEST, PARTS, PREFIX
+from .base_check import base_difference, fingerprint
+from .tensors import PARTS, PREFIX
 
 
 class UntrainedAdapterWarning(UserWarning):
@@ -36,7 +35,6 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
 
     Raises:
         AdapterFileError: a value is NaN or infinite, also after rounding; names the module.
-        ValueError: ``values="absolute"`` where the base does not give its entries.
     """
     keys = {plain_name(key): key for key in state_dict}
     layers = {plain_name(n): m for n, m in model.named_modules() if isinstance(m, FGGMLayer)}
@@ -54,7 +52,7 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
             continue
         module = name.removeprefix(PREFIX)
         granularity, shape = layer.granularity[adapter_name], layer.weight_shape
-        written[module] = encoded(granularity, shape, config, tensors, module, layer)
+        written[module] = encoded(granularity, shape, config, tensors, module)
         densities[module] = len(tensors["indices"]) / max(1, granularity.units(shape))
         for key in found.values():
             state_dict.pop(key, None)
@@ -108,18 +106,15 @@ def encoded(
     config: FGGMConfig,
     tensors: Mapping[str, Tensor],
     module: str,
-    layer: FGGMLayer | None = None,
 ) -> dict[str, Tensor]:
     """Part -> tensor of one module, as a file holds them.
 
     Args:
         tensors: "indices", "values" and perhaps "bias".
         module: named in errors.
-        layer: with the base's weight; needed for ``values="absolute"`` alone.
 
     Raises:
         AdapterFileError: a value is NaN or infinite, also after rounding.
-        ValueError: ``values="absolute"`` where the base does not give its entries.
     """
     indices, n = tensors["indices"], granularity.units(shape)
     found = {part: tensors[part] for part in ("values", "bias") if part in tensors}
@@ -133,14 +128,6 @@ def encoded(
                 f"{module}: a number of its {part} is NaN or infinite{rounded}, so the adapter is not saved. Go back "
                 "to an earlier checkpoint, or lower the learning rate."
             )
-    if config.values == "absolute" and layer is not None:
-        try:
-            weight = dense_weight(layer)
-            place = indices.to(weight.device)
-            new, found[DIGEST] = absolute_values(granularity, weight, place, tensors["values"].to(weight.device))
-        except ValueError as error:
-            raise ValueError(f"{module}: values='absolute' cannot be saved: {error}") from error
-        found["values"] = new
     codec = smallest_codec(granularity.index_codecs, indices, n)
     return found | dict(zip(codec.parts, codec.encode(indices, n), strict=True))
 
@@ -154,16 +141,16 @@ def _warn_if_nothing_moves(adapter_name: str, chosen: bool, moved: bool) -> None
 
 @contextmanager
 def as_trained(model: nn.Module) -> Iterator[None]:
-    """Within it, adapters are saved and loaded with values as they are trained, whatever their configs say.
+    """Save adapters without rounding inside this context, whatever ``delta_dtype`` their configs name.
 
-    Values that are rounded, or added to the base, would not resume to the same bits.
+    Training that resumes from rounded values would give other results.
     """
     configs = [c for c in (getattr(model, "peft_config", None) or {}).values() if isinstance(c, FGGMConfig)]
-    before = [(config.values, config.delta_dtype) for config in configs]
+    dtypes = [config.delta_dtype for config in configs]
     try:
         for config in configs:
-            config.values, config.delta_dtype = "delta", None
+            config.delta_dtype = None
         yield
     finally:
-        for config, (values, dtype) in zip(configs, before, strict=True):
-            config.values, config.delta_dtype = values, dtype
+        for config, dtype in zip(configs, dtypes, strict=True):
+            config.delta_dtype = dtype

@@ -16,7 +16,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...core.absolute import DIGEST_BYTES
 from ...core.errors import AdapterFileError
 from ...core.finite import all_finite
 from ...core.granularity import Granularity, Shape
@@ -27,8 +26,7 @@ PREFIX = "base_model.model."
 BASE_PART = ".base_layer."
 """In the names of the base's own weights: PEFT saves an embedding with its adapter, for it may have been resized."""
 MARK = ".fggm_"
-DIGEST = "base_digest"
-PARTS = ("values", "bias", DIGEST, *INDEX_PARTS)
+PARTS = ("values", "bias", *INDEX_PARTS)
 """What may follow ``MARK`` in the key of a tensor of ours."""
 MAX_HEADER_BYTES = 2**25
 MAX_TENSORS = 2**17
@@ -88,11 +86,8 @@ class StoredModule:
         except ValueError as error:
             raise self.error(parts[0], str(error)) from error
 
-    def checked(self, granularity: Granularity, shape: Shape, values: str) -> dict[str, Tensor]:
+    def checked(self, granularity: Granularity, shape: Shape) -> dict[str, Tensor]:
         """``indices``, decoded, ``values`` and, if there are some, ``bias`` ``[k]``, all finite.
-
-        Args:
-            values: "delta" or "absolute", as the config says; absolute values come with a digest of their base.
 
         Raises:
             AdapterFileError: a tensor is missing, does not fit a weight of this shape, or is not finite.
@@ -107,12 +102,6 @@ class StoredModule:
             tensor = found.get(part)
             legal = tensor is None or tensor.is_meta or all_finite(tensor)
             self.require(part, legal, "a value is NaN or infinite")
-        absolute = values == "absolute"
-        problem = f"this tensor is {'missing' if absolute else 'unexpected'} with values={values!r}"
-        self.require(DIGEST, absolute == (DIGEST in self.tensors), problem)
-        if (digest := self.tensors.get(DIGEST)) is not None:
-            fits = digest.dtype == torch.uint8 and tuple(digest.shape) == (DIGEST_BYTES,)
-            self.require(DIGEST, fits, f"expected uint8 [{DIGEST_BYTES}], got {describe(digest)}")
         return found
 
 

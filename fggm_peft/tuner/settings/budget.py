@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...core.absolute import DIGEST_BYTES
 from ...core.index_codec import INDEX_CODECS, most_index_bytes
-from ..files.tensors import DIGEST, MARK, PREFIX
+from ..files.tensors import MARK, PREFIX
 from .selection import size_in_bytes
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMCon
     """The most values with which the file surely is no larger, wherever they are chosen.
 
     Counted are the values as the file has them (as they are trained: in float32, or wider where the base is; unless
-    ``delta_dtype`` or ``values="absolute"`` says otherwise), their indices at what the codec needs at most, and the
-    header.
+    ``delta_dtype`` says otherwise), their indices at what the codec needs at most, and the header.
     """
     size = size_in_bytes(text[0])
     codecs = next(iter(layers.values())).granularity[adapter_name].index_codecs
@@ -59,8 +57,6 @@ def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMCon
     least = min(values_per_unit(layer, adapter_name) for layer in layers.values())
     sizes = [layer.granularity[adapter_name].units(layer.weight_shape) for layer in layers.values()]
     room = size - _header_bytes(layers, adapter_name, config, size)
-    if config.values == "absolute":
-        room -= DIGEST_BYTES * len(layers)
 
     def fits(values: int) -> bool:
         units = min(values // least, sum(sizes))
@@ -75,8 +71,6 @@ def _width(layer: FGGMLayer, adapter_name: str, config: FGGMConfig) -> int:
     if config.delta_dtype is not None:
         return getattr(torch, config.delta_dtype).itemsize
     trained = layer.fggm_values[adapter_name].element_size()
-    if config.values == "absolute" and layer.quantization_backend is None:
-        return layer.get_base_layer().weight.element_size()
     if config.training_dtype is not None:
         return trained
     # PEFT's autocast_adapter_dtype makes values of half precision float32, after they are made here
@@ -94,8 +88,6 @@ def _header_bytes(layers: Layers, adapter_name: str, config: FGGMConfig, size: i
         shapes = {"values": values, **dict.fromkeys(parts, (o * i, 99))}
         if adapter_name in layer.fggm_bias:
             shapes["bias"] = (o,)
-        if config.values == "absolute":
-            shapes[DIGEST] = (DIGEST_BYTES,)
         for part, shape in shapes.items():
             entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
             entries[f"{PREFIX}{name}{MARK}{part}"] = entry

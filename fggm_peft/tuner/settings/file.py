@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Files that say nothing are older: plain indices, no fingerprint."""
 
-VALUES = ("delta", "absolute")
 DELTA_DTYPES = (None, "float32", "bfloat16", "float16")
 
 
@@ -38,13 +37,8 @@ def require_file_settings(config: FGGMConfig) -> None:
             f"this adapter has the file format {version}, and fggm_peft {__version__} knows formats up to {FORMAT}. "
             f"It was saved by fggm_peft {made}: upgrade the library."
         )
-    for name, legal in (("values", VALUES), ("delta_dtype", DELTA_DTYPES), ("check_base", (True, False))):
+    for name, legal in (("delta_dtype", DELTA_DTYPES), ("check_base", (True, False))):
         require_one_of(name, getattr(config, name), legal)
-    if config.values == "absolute" and config.delta_dtype is not None:
-        raise ValueError(
-            f"values='absolute' stores new values in the base's dtype, so delta_dtype={config.delta_dtype!r} has no "
-            "meaning; leave it out"
-        )
     for name in ("made_with", "density_by_module"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
