@@ -16,11 +16,9 @@ from made_up_runs import METHODS, TASKS, made_up_runs
 from scipy import stats
 
 from fggm_peft.continual.measures import pareto_front
-from fggm_peft.continual.report import report_of, require_report_packages, write_report
-from fggm_peft.continual.report.comparison import Source, compare
+from fggm_peft.continual.report import read_results, report_of, require_report_packages, write_report
 from fggm_peft.continual.report.contents import COLUMNS, COMPARED, FORMULAS
-from fggm_peft.continual.report.findings import findings_of
-from fggm_peft.continual.report.page import comparison_page, page_of
+from fggm_peft.continual.report.page import page_of
 
 HOSTILE = "<script>alert(1)</script>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -92,7 +90,6 @@ def test_one_pair_has_no_interval_and_is_never_clear():
     report = report_of([run("a", op=0.9), run("b", op=0.1)])
     difference = report["differences"][0]["measures"]["op"]
     assert (difference["n"], difference["interval"], difference["is_clear"]) == (1, None, False)
-    assert "no difference can be called clear" in findings_of(report).leaders[0]
 
 
 def test_without_a_common_seed_and_order_there_is_no_difference():
@@ -165,27 +162,6 @@ def test_nested_costs_are_summarised_and_missing_ones_are_left_out():
     assert cost["peak_memory"]["training"]["mean"] == 2 * 2**30
 
 
-# --- sentences -----------------------------------------------------------------------------------
-
-
-def test_sentences_claim_what_the_intervals_say():
-    ops = {"a": (0.50, 0.60, 0.70), "b": (0.49, 0.61, 0.69), "c": (0.1, 0.2, 0.3)}
-    runs = [run(label, seed=s, op=op) for label, values in ops.items() for s, op in enumerate(values)]
-    found = findings_of(report_of(runs))
-    assert found.rests_on == "9 runs: 3 methods, 2 tasks, 1 learning rate, 3 seeds and 1 order."
-    start = "The highest OP after the last task is that of a (0.600, n = 3)".replace(" = ", "\u00a0=\u00a0")
-    assert found.leaders[0] == f"{start}, clearly apart from 1 of 2 others, not from b."
-    assert "none is corrected" in found.caution
-
-
-def test_what_does_not_train_or_sees_all_tasks_is_not_ranked():
-    frozen = [run("frozen", seed=s, bwt=0.0, cost={"parameters": 0}) for s in range(2)]
-    together = [run("together", seed=s, op=0.99, diagonal=None, bwt=None) for s in range(2)]
-    report = report_of([*frozen, *together, run("a", seed=0), run("a", seed=1)])
-    for sentence in findings_of(report).leaders:
-        assert " a (" in sentence and "frozen" not in sentence and "together" not in sentence
-
-
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -212,6 +188,34 @@ def test_the_same_results_give_the_same_bytes_in_three_files(small, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert len(list((tmp_path / "one").iterdir())) == 3
     assert json.loads((tmp_path / "one" / "report.json").read_text()) == report_of(small)
+
+
+def folder_of(path, runs, stream):
+    for number, result in enumerate(runs):
+        file = path / "runs" / result["label"] / str(number) / "run.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(result))
+    (path / "stream.json").write_text(json.dumps(stream))
+    return path
+
+
+def test_the_report_of_several_folders_tells_their_runs_apart(tmp_path):
+    stream = {"training": {"epochs": 1}}
+    a = folder_of(tmp_path / "a", [run("sft", seed=s, op=0.5) for s in range(2)], stream)
+    b = folder_of(tmp_path / "b", [run("sft", seed=s, op=0.75) for s in range(2)] + [run("lora")], stream)
+    assert read_results([str(a)]) == [run("sft", seed=s, op=0.5) for s in range(2)]
+    report = report_of(read_results([a, b]))
+    assert [entry["label"] for entry in report["summary"]] == ["sft (a)", "lora", "sft (b)"]
+    pairs = {(d["a"], d["b"]): d["measures"]["op"] for d in report["differences"]}
+    assert (pairs["sft (a)", "sft (b)"]["mean"], pairs["sft (a)", "sft (b)"]["n"]) == (-0.25, 2)
+
+
+def test_folders_of_different_streams_give_a_warning_and_an_empty_folder_an_error(tmp_path):
+    a, b = (folder_of(tmp_path / str(n), [run("sft")], {"training": {"epochs": n}}) for n in (1, 3))
+    with pytest.warns(UserWarning, match=r"differ: training\.epochs: 1, there 3"):
+        read_results([a, b])
+    with pytest.raises(FileNotFoundError, match="no finished run in"):
+        read_results([tmp_path / "nothing"])
 
 
 class Page(HTMLParser):
@@ -356,13 +360,12 @@ def in_browser(page: str, width: int, folder):
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("kind", ["usual", "long names", "comparison"])
+@pytest.mark.parametrize("kind", ["usual", "long names"])
 def test_a_phone_shows_the_page_without_scrolling_sideways(kind, small, large_page, tmp_path):
     long = [run("a" * 200, tasks=["t" * 90, "two"], order="o" * 300, seed=s) for s in range(2)]
     pages = {
         "usual": lambda: large_page,
         "long names": lambda: page_of(report_of([*long, *small])),
-        "comparison": lambda: comparison_page(compare([Source("/a" * 99, small, None), Source("b", small[:9], {})])),
     }
     found, complaints = in_browser(pages[kind](), 375, tmp_path)
     assert complaints == []

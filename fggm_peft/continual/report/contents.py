@@ -41,6 +41,10 @@ RULE = (
     "rise of the general loss, then to the smaller rate. The rate is chosen on the same test examples that are "
     "reported, for every method, so all of these figures are optimistic in the same way."
 )
+INTERVALS = (
+    'A difference is "clear" if its 95 % interval (Student\'s t) excludes zero. The intervals are not corrected for '
+    "the number of comparisons: about one in twenty excludes zero by chance."
+)
 FRONTS = {"forgotten": lambda run: _negative(figure(run, "bwt")), "harm": lambda run: figure(run, "general")}
 """What the mean of R[t,t] is set against, by name; less is better."""
 
@@ -48,6 +52,7 @@ FRONTS = {"forgotten": lambda run: _negative(figure(run, "bwt")), "harm": lambda
 def report_of(results: Sequence[Run]) -> dict[str, Any]:
     """Everything that is in ``report.json``, of a comparison that is finished or not. Plain types, no NaN.
 
+    - ``overview``: a sentence with the numbers of runs, methods, tasks, learning rates, seeds and orders.
     - ``runs``: the results; what is not finite is null.
     - ``summary``: one entry for each label and learning rate. A figure is ``{"mean", "std", "n", "interval",
       "confidence"}`` over seeds and orders (std and interval are null for one run), or null where it has no meaning.
@@ -62,6 +67,7 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
     points, summary = _points(whole), summarised(whole)
     best = best_points(summary)
     return {
+        "overview": _overview(runs),
         "runs": runs,
         "summary": summary,
         "best": best,
@@ -70,6 +76,19 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
         "measures": dict(FORMULAS),
         "warnings": [*_tuning_warnings(best["points"]), *_run_warnings(results, summary)],
     }
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    counts = {
+        "run": len(runs),
+        "method": len({run["label"] for run in runs}),
+        "task": len({task for run in runs for task in run["tasks"]}),
+        "learning rate": len({run["learning_rate"] for run in runs}),
+        "seed": len({run["seed"] for run in runs}),
+        "order": len({run["order"] for run in runs}),
+    }
+    first, *parts, last = [f"{number} {word}" + ("" if number == 1 else "s") for word, number in counts.items()]
+    return f"{first}: {', '.join(parts)} and {last}."
 
 
 def finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .findings import findings_of
+from .contents import INTERVALS
 from .tables import (
     HEADINGS,
     Table,
@@ -23,15 +23,14 @@ NOTATION = "R[t,j] is the score on task j after task t of T, r0[j] that of the b
 
 def markdown_of(report: Mapping[str, Any]) -> str:
     """The whole file. What labels, tasks and data say is escaped."""
-    found = findings_of(report, escaped)
     warnings = [f"> **Note.** {escaped(warning)}\n" for warning in report["warnings"]]
     tables = [summary_table(report), best_table(report), *difference_tables(report)]
     summary, best, *differences = tables
     formulas = [f"- **{HEADINGS[name]}**: `{formula}`" for name, formula in report["measures"].items()]
     parts = [
         "# What was learned, and what it cost",
-        "\n".join(f"- {sentence}" for sentence in (found.rests_on, *found.leaders)),
-        found.caution,
+        report["overview"],
+        INTERVALS,
         *warnings,
         _section(summary),
         _section(best, report["best"]["rule"]),

@@ -1,4 +1,4 @@
-"""``report.html`` and ``compare.html``: each one file that needs no network and no script."""
+"""``report.html``: one file that needs no network and no script."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .comparison import comparison_tables
-from .findings import CAUTION, findings_of
+from .contents import INTERVALS
 from .markdown import NOTATION
-from .pictures import Pictures, comparison_pictures
+from .pictures import Pictures
 from .tables import (
     HEADINGS,
     best_table,
@@ -32,7 +31,7 @@ def page_of(report: Mapping[str, Any]) -> str:
         "report.html",
         title="What was learned, and what it cost",
         report=report,
-        findings=findings_of(report),
+        intervals=INTERVALS,
         legends=[pictures.swatches() for _ in range(2)],  # drawn for each place: no two elements may share an id
         fronts=list(pictures.fronts()),
         front_tables=[table for name in report["pareto"] if (table := pareto_table(report, name)).rows],
@@ -48,18 +47,6 @@ def page_of(report: Mapping[str, Any]) -> str:
         best_table=best_table(report),
         summary_table=summary_table(report),
         cost_table=cost_table(report),
-    )
-
-
-def comparison_page(comparison: Mapping[str, Any]) -> str:
-    """The page of what ``compare`` found."""
-    return rendered(
-        "compare.html",
-        title="Runs compared",
-        comparison=comparison,
-        caution=CAUTION,
-        differences=list(comparison_pictures(comparison)),
-        tables=comparison_tables(comparison),
     )
 
 

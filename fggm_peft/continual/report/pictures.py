@@ -22,8 +22,7 @@ from ...plots import (
     to_svg,
 )
 from ...selection_plots import overlap_picture
-from .comparison import letters, pairing_name
-from .contents import COLUMNS, COMPARED, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
+from .contents import COMPARED, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
 from .tables import HEADINGS, PHASES, UNITS, signed
 
 if TYPE_CHECKING:
@@ -282,16 +281,6 @@ def _scaled(
     highest = max((value for values in parts.values() for value in values if value is not None), default=0.0)
     unit, size = next((found for found in reversed(units) if highest >= found[1]), units[0])
     return {part: [None if v is None else v / size for v in values] for part, values in parts.items()}, unit
-
-
-def comparison_pictures(comparison: Mapping[str, Any]) -> Iterator[Picture]:
-    """Of each measure the paired differences of all pairings of a comparison."""
-    of = letters(comparison)
-    for number, measure in enumerate(COLUMNS.values()):
-        found = [(entry, entry["measures"][measure]) for entry in comparison["differences"]]
-        known = [(pairing_name(entry, of), difference) for entry, difference in found if difference is not None]
-        if known:
-            yield _interval_picture(measure, HEADINGS[measure], known, f"picture{number}")
 
 
 def _interval_picture(measure: str, title: str, known: Sequence[tuple[str, Mapping[str, Any]]], name: str) -> Picture:
