@@ -32,14 +32,7 @@ def run(
         Optional[list[str]],
         typer.Option(metavar="TASK=SHARE", help="How much of an earlier task's score has to stay, such as intent=0.9."),
     ] = None,
-    gate_action: Annotated[str, typer.Option(help="Where it does not: stop, rollback or shrink the density.")] = "stop",
-    method_comparison: Annotated[
-        Optional[Path],
-        typer.Option(help="Also write results in the layout of PEFT's method comparison, to this folder."),
-    ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only say what there is to do and about how long it takes.")
-    ] = False,
+    gate_action: Annotated[str, typer.Option(help="If it does not: stop the run, or rollback the task.")] = "stop",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the runs in the output folder, also beside another process.")
     ] = False,
@@ -51,11 +44,9 @@ def run(
     same results, also in several processes at a time.
     """
     from ..continual.gate import read_gate
-    from ..continual.method_comparison import write_method_comparison
-    from ..continual.plan import plan_of
     from ..continual.reading import read_stream
     from ..continual.report import report_of, write_report
-    from ..continual.run import all_results, check_runnable, finished_runs, run_stream, runs_of
+    from ..continual.run import all_results, finished_runs, run_stream, runs_of
 
     given: dict[str, Any] = {"model": model, "data": data}
     given["seeds"] = None if seeds is None else _numbers(seeds, int, "--seeds")
@@ -66,12 +57,6 @@ def run(
     if methods is not None:
         found = found.with_methods(methods.split(","))
     total = len(runs_of(found))
-    if not plan:
-        check_runnable(found, output, resume)  # before the plan's probe, which takes seconds
-    planned = plan_of(found, output)
-    if plan:
-        return Result(planned.to_dict(), str(planned))
-    typer.echo(str(planned), err=True)
     try:
         for _ in run_stream(found, output, resume, checkpoint_steps):
             write_report(output, all_results(found, output), page=False)
@@ -85,8 +70,6 @@ def run(
     if len(finished) < total:
         typer.echo(f"{total - len(finished)} of {total} runs are still being computed by another process", err=True)
     write_report(output, results)
-    if method_comparison is not None:
-        write_method_comparison(report_of(finished), found, method_comparison)
     report = report_of(results)
     return Result(report, _table(report))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .settings import StreamError, listed
 
-ACTIONS = ("stop", "rollback", "shrink")
+ACTIONS = ("stop", "rollback")
 EVERY_TASK = "*"
 
 
@@ -18,10 +18,8 @@ class Gate:
 
     Args:
         keep: task -> share of its score right after it was learned, in (0, 1]; "*" stands for every other task.
-        action: "stop" ends the run with the task that broke the gate; "rollback" takes that task out again, to the
-            bit, and goes on with the next; "shrink" takes it out and learns it again with half the density, and
-            rolls back if that is not enough either.
-        shrinks: how often the density is halved before the task is given up.
+        action: "stop" ends the run after the task that broke the gate; "rollback" restores the weights from before
+            that task, bit for bit, and continues with the next task.
 
     Raises:
         StreamError: a share or an action is illegal.
@@ -29,7 +27,6 @@ class Gate:
 
     keep: Mapping[str, float]
     action: str = "stop"
-    shrinks: int = 3
 
     def __post_init__(self) -> None:
         if not self.keep:
@@ -39,8 +36,6 @@ class Gate:
                 raise StreamError(f"keep has {task}: {share!r}; a share is a number in (0, 1]")
         if self.action not in ACTIONS:
             raise StreamError(f"unknown action {self.action!r}; {listed(self.action, list(ACTIONS))}")
-        if self.shrinks < 1:
-            raise StreamError(f"shrinks must be at least 1, got {self.shrinks}")
 
     def require_tasks(self, tasks: Sequence[str]) -> None:
         """Raise ``StreamError`` if the gate names a task that is not there."""
@@ -48,19 +43,19 @@ class Gate:
             if name != EVERY_TASK and name not in tasks:
                 raise StreamError(f"gate: unknown task {name!r}; {listed(name, [*tasks, EVERY_TASK])}")
 
-    def broken(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:
+    def violations(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:
         """The earlier tasks that fell too low: ``[{"earlier", "score", "needed"}]``.
 
         Args:
             learned: earlier task -> its score right after it was learned, ``R[j,j]``.
             scores: task -> its score now.
         """
-        found = []
+        violations = []
         for task, before in learned.items():
             share = self.keep.get(task, self.keep.get(EVERY_TASK))
             if share is not None and scores[task] < share * before:
-                found.append({"earlier": task, "score": scores[task], "needed": share * before})
-        return found
+                violations.append({"earlier": task, "score": scores[task], "needed": share * before})
+        return violations
 
 
 def read_gate(texts: Sequence[str], action: str) -> dict[str, Any]:

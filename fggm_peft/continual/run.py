@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..tuner.files.atomic import write_json
 from .report import require_report_packages
-from .runner import Runner, made
+from .runner import Runner, method_of
 from .stream import Method, Order, Stream, StreamError
 
 
@@ -67,22 +67,19 @@ def run_stream(
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, stream.fingerprint())
     tokenizer = stream.model.load_tokenizer()
-    with tqdm(runs_of(stream), desc="Runs", unit="run", disable=None) as bar:
-        for run in bar:
+    pending = [run for run in runs_of(stream) if not (output / "runs" / run.name / "run.json").exists()]
+    total = sum(len(run.order.tasks) for run in pending)
+    with tqdm(total=total, desc="Tasks", unit="task", disable=None) as bar:  # shows the remaining time
+        for run in runs_of(stream):
             bar.set_postfix_str(run.name)
             folder = output / "runs" / run.name
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(folder / ".lock", timeout=0):  # let go of by the system when a process dies
-                    result = Runner(stream, run, folder, tokenizer, checkpoint_steps).result()
+                    result = Runner(stream, run, folder, tokenizer, checkpoint_steps, bar.update).result()
             except Timeout:
                 continue  # another process is at it
             yield result
-
-
-def pending_runs(stream: Stream, output: Path) -> list[Run]:
-    """The runs without a result in the folder."""
-    return [run for run in runs_of(stream) if not (output / "runs" / run.name / "run.json").exists()]
 
 
 def finished_runs(stream: Stream, output: Path) -> list[dict[str, Any]]:
@@ -104,7 +101,7 @@ def check_runnable(stream: Stream, output: Path, resume: bool = False) -> None:
     if stream.model.quantization is not None:
         raise StreamError("sequences run on dense models: a run is resumed from the weights that its methods changed")
     for method in stream.methods:
-        made(method, stream.gate)  # an unknown option should be known now, not after hours
+        method_of(method)  # an unknown option should be known now, not after hours
     file = output / "stream.json"
     if not file.exists():
         return

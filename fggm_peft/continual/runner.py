@@ -1,6 +1,6 @@
 """One run of a stream in a folder of its own: learns task after task, asks after each, and can be killed at any moment.
 
-The folder holds ``ledger.json`` (an entry for each finished task), ``state.pt`` (the model and the method between
+The folder holds ``tasks.json`` (an entry for each finished task), ``state.pt`` (the model and the method between
 tasks), ``tasks/`` (each task's delta) and, at the end, ``run.json``. A task that was interrupted starts anew, or goes
 on from its newest checkpoint; both give the bits of a run that was not.
 """
@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from ..training.base import this_process
 from ..training.checkpoints import last_complete_checkpoint
 from ..training.evaluation import written_answers
 from ..tuner.files.atomic import digest_of_folder, write_json
-from .gate import Gate
 from .general import GeneralAbility
 from .memory import MemoryLog, PeakMemory, TrainingBegins, return_freed_memory
 from .methods import Method, make_method
@@ -48,26 +47,24 @@ SELECTION = ("num_samples", "samples", "agreement", "reference_samples", "refere
 """What the ledger has of a selection, by its names in the report; its seconds are ``selection_seconds``."""
 
 
-def made(method: MethodSettings, gate: Gate | None = None) -> Method:
-    """The method of a stream.
+def method_of(settings: MethodSettings) -> Method:
+    """The method that a stream describes.
 
     Raises:
-        StreamError: it is unknown or has an illegal option, or the gate wants what it cannot do.
+        StreamError: the method is unknown or an option is illegal.
     """
     try:
-        found = make_method(method.name, **method.settings)
+        return make_method(settings.name, **settings.settings)
     except (ValueError, TypeError) as error:
-        raise StreamError(f"methods: {method.label}: {error}") from error
-    if gate is not None and gate.action == "shrink" and found.trains and found.density is None:
-        raise StreamError(f"gate: action 'shrink' needs a density to halve, and the method {method.label} has none")
-    return found
+        raise StreamError(f"methods: {settings.label}: {error}") from error
 
 
 class Runner:
     """One run in one folder.
 
     Args:
-        checkpoint_steps: steps between checkpoints within a task; None starts an interrupted task anew.
+        checkpoint_steps: steps between checkpoints within a task; None restarts an interrupted task.
+        on_tasks_done: called with a number of finished tasks, for a progress display.
     """
 
     def __init__(
@@ -77,9 +74,10 @@ class Runner:
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         checkpoint_steps: int | None = None,
+        on_tasks_done: Callable[[int], Any] = lambda count: None,
     ):
         self.stream, self.run, self.folder, self.tokenizer = stream, run, folder, tokenizer
-        self.checkpoint_steps = checkpoint_steps
+        self.checkpoint_steps, self.on_tasks_done = checkpoint_steps, on_tasks_done
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.metrics = [load_metric(task.metric) for task in self.tasks]
@@ -100,11 +98,13 @@ class Runner:
         method, model, ledger = self._taken_up()
         if not ledger:
             ledger = [{"task": None, **self._evaluated(model, range(len(self.tasks)))}]
+        self.on_tasks_done(len(ledger) - 1)
         lessons = self._lessons(method)
         while len(ledger) <= len(lessons) and not is_stopped(ledger):
             method, model, entry = self._learned(method, model, lessons, ledger)
             ledger.append(entry)
             self._keep(model, method, ledger)
+            self.on_tasks_done(len(lessons[len(ledger) - 2][1]))
         folders = [self._task_folder(number, name) for number, (name, _) in enumerate(lessons[: len(ledger) - 1])]
         overlap = support_overlap(model, folders)
         return result_of(self.run, ledger, method.sees_all_tasks, self._cut(), overlap)
@@ -119,24 +119,17 @@ class Runner:
         self, method: Method, model: nn.Module, lessons: list[Lesson], ledger: Ledger
     ) -> tuple[Method, nn.Module, dict[str, Any]]:
         """The next entry of the ledger: of the lesson as it was learned, or as the gate left it."""
-        gate, broken, number = self.stream.gate, [], len(ledger) - 1
-        lesson, is_last = lessons[number], number == len(lessons) - 1
-        for attempt in range(1 + (gate.shrinks if gate is not None and gate.action == "shrink" else 0)):
-            method.density_scale = 0.5**attempt
-            model, entry = self._trained(model, method, number, lesson, attempt)
-            method.density_scale = 1.0
-            entry |= self._asked(model, number, is_last)
-            found = [] if gate is None else gate.broken(learned(ledger), entry["scores"])
-            broken += [{"task": lesson[0], "density_scale": 0.5**attempt, **each} for each in found]
-            if not found or (gate is not None and gate.action == "stop"):
-                break
-            method, model, _ = self._taken_up()
-        else:  # every attempt broke the gate: what was taken up again stays
-            entry = nothing_learned(entry) | self._asked(model, number, is_last)
-        if broken:
-            kept = {True: "kept at a lower density", False: "taken out"}[entry["parameters"] > 0]
-            action = "stopped" if gate is not None and gate.action == "stop" else kept
-            entry["gate"] = [{**each, "action": action} for each in broken]
+        gate, number = self.stream.gate, len(ledger) - 1
+        is_last = number == len(lessons) - 1
+        model, entry = self._trained(model, method, number, lessons[number])
+        entry |= self._asked(model, number, is_last)
+        violations = [] if gate is None else gate.violations(learned(ledger), entry["scores"])
+        if gate is not None and violations:
+            if gate.action == "rollback":
+                method, model, _ = self._taken_up()
+                entry = nothing_learned(entry) | self._asked(model, number, is_last)
+            action = {"stop": "stopped", "rollback": "rolled back"}[gate.action]
+            entry["gate"] = [{"task": lessons[number][0], **each, "action": action} for each in violations]
         return method, model, entry
 
     def _asked(self, model: nn.Module, number: int, is_last: bool) -> dict[str, Any]:
@@ -145,14 +138,15 @@ class Runner:
         return self._evaluated(model, range(count), between_tasks=not is_last)
 
     def _trained(
-        self, model: nn.Module, method: Method, number: int, lesson: Lesson, attempt: int
+        self, model: nn.Module, method: Method, number: int, lesson: Lesson
     ) -> tuple[nn.Module, dict[str, Any]]:
         name, tasks = lesson
         folder = self._task_folder(number, name)
-        checkpoints = folder / f"checkpoints-{attempt}"
+        checkpoints = folder / "checkpoints"
         parts = [task.examples("train", self.tokenizer, self.run.seed) for task in tasks]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         entry: dict[str, Any] = {"task": name, "seconds": 0.0, "selection_seconds": 0.0, "parameters": 0, "bytes": 0}
+        entry |= {"steps": 0, "examples": 0}
         trainer = None
         with self.memory.phase("selection"):
             model = method.begin_task(model, number, examples)
@@ -174,6 +168,7 @@ class Runner:
                     entry["selection"] = {name: getattr(report, name) for name in SELECTION}
                 entry["seconds"] = time.perf_counter() - start - entry["selection_seconds"]
                 trained: Any = trainer.model
+                entry |= {"steps": trainer.state.global_step, "examples": len(trainer.train_dataset)}  # type: ignore[arg-type]
                 entry["accelerator_memory"] = memory_log.figures()
                 entry["parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt before, and the checkpoints
@@ -262,11 +257,11 @@ class Runner:
             partial.unlink(missing_ok=True)
             raise
         partial.replace(self.folder / "state.pt")
-        write_json(self.folder / "ledger.json", ledger)
+        write_json(self.folder / "tasks.json", ledger)
 
     def _taken_up(self) -> tuple[Method, nn.Module, Ledger]:
         """Method, model and ledger as the last finished task left them."""
-        method = made(self.run.method)
+        method = method_of(self.run.method)
         torch.manual_seed(self.run.seed)
         model = method.prepare(self.stream.model.load(), self.run.seed)
         file = self.folder / "state.pt"

@@ -319,7 +319,7 @@ def test_a_run_measures_tasks_at_both_ends_and_the_text_after_each_task(folder, 
     stream = read_stream(settings(folder, text=str(folder / "general.txt")))
     results = {result["label"]: result["general"] for result in run_stream(stream, tmp_path)}
     assert len(results["fggm"]["losses"]) == 3 and results["fggm"]["change"] != 0
-    ledger = json.loads(next(tmp_path.glob("runs/fggm/*/ledger.json")).read_text())
+    ledger = json.loads(next(tmp_path.glob("runs/fggm/*/tasks.json")).read_text())
     assert [bool(entry["general"]["tasks"]) for entry in ledger] == [True, False, True]
     assert results["frozen"]["change"] == 0 and results["frozen"]["tasks"]["doubles"]["change"] == 0
     assert results["frozen"]["tasks"]["doubles"]["base"] == pytest.approx(

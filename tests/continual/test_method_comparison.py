@@ -18,19 +18,19 @@ from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fggm_peft import FGGMConfig
-from fggm_peft.continual import memory, method_comparison
+from fggm_peft.continual import memory
 from fggm_peft.continual.measures import Measures
 from fggm_peft.continual.memory import ACCELERATOR_MEMORY, MemoryLog
-from fggm_peft.continual.method_comparison import write_method_comparison
-from fggm_peft.continual.methods import METHODS, make_method
+from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
-from fggm_peft.continual.report import report_of
-from fggm_peft.continual.run import run_stream
+from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.stream import StreamError
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "method_comparison"
 DECLARED = runpy.run_path(str(BENCHMARK / "experiments.py"))
 EXPERIMENTS = DECLARED["EXPERIMENTS"]
+RESULTS = runpy.run_path(str(BENCHMARK / "results.py"))
+write_results = RESULTS["write_results"]
 
 # what processing.py of PEFT's method_comparison reads of a MetaMathQA result, and the types that it casts to
 READ = {
@@ -135,13 +135,14 @@ def stream_of(folder, **fields):
 
 @pytest.fixture(scope="module")
 def written(folder, tmp_path_factory):
-    """Method -> (the run of the report, its file); and the folder of the files."""
-    stream = stream_of(folder)
-    report = report_of(list(run_stream(stream, tmp_path_factory.mktemp("runs"))))
+    """Method -> (the result of its run, its file in PEFT's layout)."""
+    stream, output = stream_of(folder), tmp_path_factory.mktemp("runs")
+    runs = list(run_stream(stream, output))
     results = tmp_path_factory.mktemp("results")
-    files = write_method_comparison(report, stream, results)
-    assert sorted(files) == sorted(results.iterdir()) and len(files) == len(report["runs"])
-    return {run["method"]: (run, json.loads(file.read_text())) for run, file in zip(report["runs"], files, strict=True)}
+    files = write_results(stream, output, results)
+    assert sorted(files) == sorted(results.iterdir()) and len(files) == len(runs)
+    assert files[0].name == "fggm--tiny-model-lr0.01-seed0-given.json"
+    return {run["method"]: (run, json.loads(file.read_text())) for run, file in zip(runs, files, strict=True)}
 
 
 def test_every_field_that_peft_reads_is_there_and_of_its_type(written):
@@ -156,14 +157,8 @@ def test_every_field_that_peft_reads_is_there_and_of_its_type(written):
     assert (frame[str(("train_info", "status"))] == "success").all()
 
 
-def test_an_experiment_and_its_file_are_named_as_pefts_are(folder, tmp_path, written):
-    run, result = written["fggm"]
-    assert result["run_info"]["experiment_name"] == "fggm/tiny-model-lr0.01-seed0-given"
-    [file] = write_method_comparison({"runs": [run]}, stream_of(folder), tmp_path)
-    assert file.name == "fggm--tiny-model-lr0.01-seed0-given.json"
-
-
 def test_a_method_is_known_by_its_adapter_and_only_plain_fine_tuning_has_none(written):
+    assert written["fggm"][1]["run_info"]["experiment_name"] == "fggm/tiny-model-lr0.01-seed0-given"
     config = written["fggm"][1]["run_info"]["peft_config"]
     assert config["peft_type"] == "FGGM" and config["base_model_name_or_path"].endswith("tiny-model")
     assert written["lora"][1]["run_info"]["peft_config"]["peft_type"] == "LORA"
@@ -225,8 +220,8 @@ def test_steps_are_counted_as_the_trainer_counts_them(training, expected, folder
             return trainer
 
     monkeypatch.setitem(METHODS._entries, "sft", Counting)
-    report = report_of(list(run_stream(stream, tmp_path / "runs")))
-    [file] = write_method_comparison(report, stream, tmp_path / "results")
+    list(run_stream(stream, tmp_path / "runs"))
+    [file] = write_results(stream, tmp_path / "runs", tmp_path / "results")
     *between, last = json.loads(file.read_text())["train_info"]["metrics"]
     assert [(entry["step"], entry["train samples"]) for entry in between] == expected
     assert last["step"] == sum(entry["trainer"].state.global_step for entry in counted)
@@ -243,20 +238,6 @@ def test_parameters_and_file_sizes_are_counted(written):
     assert info["fggm"]["train_time"] == pytest.approx(
         written["fggm"][0]["cost"]["training_seconds"] + written["fggm"][0]["cost"]["selection_seconds"]
     )
-
-
-def test_replays_count_is_that_of_the_examples_that_it_mixes_in():
-    method = make_method("replay", fraction=0.3)
-    sizes = [7, 4, 9]
-    for number, size in enumerate(sizes):
-        method.begin_task(torch.nn.Linear(2, 2), number, [{"input_ids": [1], "labels": [1]}] * size)
-        assert sum(method.examples_in(number, sizes)) == size + len(method.replayed())
-
-
-def test_a_run_of_another_stream_is_refused(folder, tmp_path, written):
-    report = {"runs": [written["sft"][0] | {"seed": 5}]}
-    with pytest.raises(StreamError, match=r"a run .* that the stream has not"):
-        write_method_comparison(report, stream_of(folder), tmp_path)
 
 
 class FakeAccelerator:
@@ -296,17 +277,15 @@ def test_without_an_accelerator_none_of_its_memory_is_taken(written):
         assert {written["fggm"][1]["train_info"][name] for name in ACCELERATOR_MEMORY} == {0}
 
 
-def test_on_an_accelerator_memory_is_what_was_logged_or_an_error(folder, tmp_path, monkeypatch, written):
-    monkeypatch.setattr(method_comparison, "accelerator", lambda: FakeAccelerator([]))
-    run, stream = written["sft"][0], stream_of(folder)
-    unknown = run | {"cost": {name: cost for name, cost in run["cost"].items() if name != "accelerator_memory"}}
+def test_on_an_accelerator_memory_is_what_was_logged_or_an_error(monkeypatch, folder):
+    memory_of = RESULTS["_memory"]
+    monkeypatch.setitem(memory_of.__globals__, "accelerator", lambda: FakeAccelerator([]))
+    run = runs_of(stream_of(folder, methods=["sft"]))[0]
     with pytest.raises(StreamError, match=r"sft/lr0\.01-seed0-given was computed without a record of its memory"):
-        write_method_comparison({"runs": [unknown]}, stream, tmp_path)
-    logged = run | {"cost": run["cost"] | {"accelerator_memory": dict(zip(ACCELERATOR_MEMORY, (1, 2, 3), strict=True))}}
-    [file] = write_method_comparison({"runs": [logged]}, stream, tmp_path)
-    result = json.loads(file.read_text())
-    assert [result["train_info"][name] for name in ACCELERATOR_MEMORY] == [1, 2, 3]
-    assert result["meta_info"]["system_info"]["accelerator"] == "FAKE"
+        memory_of(run, {})
+    logged = dict(zip(ACCELERATOR_MEMORY, (1, 2, 3), strict=True))
+    assert memory_of(run, {"accelerator_memory": logged}) == logged
+    assert RESULTS["_system"]()["accelerator"] == "FAKE"
 
 
 # --- experiments ---------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_the_deltas_on_disk_one_on_another_are_the_model_at_the_end(folder, tmp_
         model = PeftModel.from_pretrained(model, task).merge_and_unload()
     rebuilt = model.state_dict()
     assert all(torch.equal(rebuilt[name], value) for name, value in states[-1].items())
-    ledger = json.loads(next(tmp_path.rglob("ledger.json")).read_text())
+    ledger = json.loads(next(tmp_path.rglob("tasks.json")).read_text())
     assert [len(entry["digest"]) for entry in ledger[1:]] == [64, 64]
     assert len({entry["digest"] for entry in ledger[1:]}) == 2
 

@@ -55,18 +55,6 @@ class FGGM(PeftMethod):
             found |= {"protect": ["history"], "protection": self.protect_earlier}
         return found
 
-    @property
-    def density(self) -> float | None:
-        """That of the config; None where a threshold stands in its place."""
-        config: Any = self.make_config(0)
-        return config.density
-
-    def make_config(self, number):
-        config: Any = super().make_config(number)
-        if self.density_scale != 1:
-            config.density *= self.density_scale
-        return config
-
     def is_masked(self, number: int) -> bool:
         """Whether only chosen units train in task ``number``."""
         return self.first_task_masked or number > 0

@@ -29,19 +29,12 @@ class Method(ABC):
         name: in the registry.
         sees_all_tasks: the harness gives it the data of all tasks at once, as task 0.
         trains: without it, the harness makes no trainer and calls ``end_task`` with None.
-        density_scale: what the density of the next task is multiplied with, by a gate that shrinks it.
     """
 
     name: ClassVar[str]
     sees_all_tasks: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     seed: int = field(default=0, init=False, repr=False)
-    density_scale: float = field(default=1.0, init=False, repr=False)
-
-    @property
-    def density(self) -> float | None:
-        """The share of the weights that trains, where ``density_scale`` can lower it; None where it cannot."""
-        return None
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -83,12 +76,6 @@ class Method(ABC):
             folder: the task's delta is saved there if the method has one.
         """
         return model
-
-    def examples_in(self, number: int, sizes: Sequence[int]) -> list[int]:
-        """How many examples of each task are trained on in task ``number``, where the tasks have ``sizes``."""
-        if not self.trains:
-            return [0] * len(sizes)
-        return [size if self.sees_all_tasks or task == number else 0 for task, size in enumerate(sizes)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method itself remembers between tasks."""

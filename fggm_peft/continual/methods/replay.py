@@ -41,19 +41,13 @@ class Replay(FineTuning):
     def begin_task(self, model, number, examples: Examples):
         self._number = number
         generator = torch.Generator().manual_seed(self.task_seed(number))
-        drawn = torch.randperm(len(examples), generator=generator)[: self._share(len(examples))]
+        share = max(1, round(self.fraction * len(examples)))
+        drawn = torch.randperm(len(examples), generator=generator)[:share]
         self._kept[number] = drawn.sort().values
         self._memory[number] = [
             {key: list(values) for key, values in examples[index].items()} for index in self._kept[number].tolist()
         ]
         return super().begin_task(model, number, examples)
-
-    def _share(self, examples: int) -> int:
-        return max(1, round(self.fraction * examples))
-
-    def examples_in(self, number, sizes):
-        kept = [self._share(size) for size in sizes[:number]]
-        return [*kept, *super().examples_in(number, sizes)[number:]]
 
     def replayed(self) -> list[dict[str, list[int]]]:
         """The examples of earlier tasks that are mixed into the current one's."""
