@@ -1,4 +1,4 @@
-"""The program ``fggm`` run in this process, and the session's small model, task and adapters for its commands."""
+"""Runs ``fggm`` commands in this process, and provides a small model, a task and adapters for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAIRS = [{"prompt": f"{n} plus one is", "answer": f" {n + 1}"} for n in range(40
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A model with a byte-level tokenizer in ``model``, a task in ``data``."""
+    """A folder with a model and a byte-level tokenizer in ``model``, and a task in ``data``."""
     folder = tmp_path_factory.mktemp("cli")
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder / "model")
@@ -46,7 +46,7 @@ def succeed(*arguments: object) -> dict:
 
 
 def fail(*arguments: object, code: int = 1) -> str:
-    """Run a command that must fail in one line, which is returned."""
+    """Run a command that must fail with a one-line error; returns the error."""
     result = fggm(*arguments)
     assert (result.code, result.out) == (code, "")
     last = result.err.strip().splitlines()[-1]
@@ -62,7 +62,7 @@ def selected(folder) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(folder, selected) -> Path:
-    """An adapter that was selected, then trained."""
+    """An adapter that has been selected and trained."""
     output = folder / "trained"
     succeed(
         *("train", folder / "model", "--data", folder / "data", "--adapter", selected, "--output", output),

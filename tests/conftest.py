@@ -1,4 +1,4 @@
-"""Builders that several test modules share."""
+"""Fixtures that several test modules share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fggm_peft.core.weight_delta import WeightDelta
 
 
 def pytest_configure():
-    # threads that spin for a core which another worker has make small models a hundred times slower
+    # with several pytest workers, torch's threads compete for cores and slow small models down a hundredfold
     torch.set_num_threads(1)
 
 
@@ -40,7 +40,7 @@ def granularity(request) -> str:
 
 @pytest.fixture(scope="session")
 def make_delta() -> Callable[..., WeightDelta]:
-    """A random delta of ``k`` units, its values a leaf that requires grad."""
+    """Builds a random delta of ``k`` units; its values are a leaf tensor that requires grad."""
 
     def make(name, shape, k, dtype=torch.float32, scale=1.0, seed=0, index_dtype=torch.int32):
         generator = seeded(seed)
@@ -53,14 +53,14 @@ def make_delta() -> Callable[..., WeightDelta]:
 
 @dataclass(frozen=True)
 class LayerExample:
-    """A base layer that can be adapted, and an input for it."""
+    """A base layer that supports adapters, and an input for it."""
 
     build: Callable[[], nn.Module]
     input: Callable[[], Tensor]
 
     def layer(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         layer = self.build().to(dtype)
-        for parameter in layer.parameters():  # Conv1D starts with a bias of zero
+        for parameter in layer.parameters():  # Conv1D initializes its bias to zero
             nn.init.normal_(parameter, std=0.5)
         return layer
 
@@ -95,13 +95,13 @@ def layer_examples() -> dict[str, LayerExample]:
 
 @pytest.fixture(params=list(LAYER_EXAMPLES))
 def example(request) -> LayerExample:
-    """Every kind of layer that can be adapted."""
+    """An example of each layer type that supports adapters."""
     return LAYER_EXAMPLES[request.param]
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
-    """Two processes that run functions of the test module together."""
+    """Two worker processes that run functions of the test module."""
     processes = Processes()
     yield processes
     processes.stop()
@@ -109,7 +109,7 @@ def processes() -> Iterator[Processes]:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[HubStandIn]:
-    """An empty Hub, for this process."""
+    """An empty local Hub that this process uses."""
     with HubStandIn() as hub:
         hub.stand_in(monkeypatch, tmp_path / "hub")
         yield hub
@@ -118,14 +118,14 @@ def hub(monkeypatch, tmp_path) -> Iterator[HubStandIn]:
 
 @pytest.fixture(scope="session")
 def adapt() -> Callable:
-    """Wraps one layer as a model with an FGGM adapter on it, with random support and values by default."""
+    """Wraps one layer in a model with an FGGM adapter; its support and values are random by default."""
 
     def wrap(layer: nn.Module, zero: bool = False, **config):
         options = {"target_modules": ["layer"], "criterion": "random", "density": 0.4} | config
         model = get_peft_model(nn.Sequential(OrderedDict(layer=layer)), FGGMConfig(**options))
         for name, parameter in model.named_parameters():
             if "fggm_" in name and not zero:
-                nn.init.normal_(parameter)  # init_weights=False would draw them in the base's dtype
+                nn.init.normal_(parameter)  # init_weights=False would sample in the base model's dtype
         return model
 
     return wrap

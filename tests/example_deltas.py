@@ -1,4 +1,4 @@
-"""Adapters with random deltas, in folders and in memory, and what they are as dense float64 matrices."""
+"""Adapters with random deltas, in memory and on disk, and their dense float64 equivalents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def adapter(granularity: str = "row", seed: int = 0, base: nn.Module | None = None, std: float = 0.05, **config):
-    """A model with a random adapter of random values; the base's values do not depend on the seed."""
+    """A model with a random support and random values; the base weights do not depend on the seed."""
     base = llama() if base is None else base
     settings = {"criterion": "random", "density": 0.2, "seed": seed, "target_modules": TARGETS, **config}
     task = "CAUSAL_LM" if hasattr(base, "lm_head") else None
@@ -35,7 +35,7 @@ def saved_adapter(folder: Path, granularity: str = "row", seed: int = 0, **confi
 
 
 def dense(delta: SparseDelta) -> dict[str, Tensor]:
-    """Module path -> ``[o, i]`` float64, by the reference."""
+    """Module path -> ``[o, i]`` float64, computed by the reference implementation."""
     return {
         name: dense_delta(module.granularity.name, module.shape, module.indices, module.values)
         for name, module in delta.modules.items()

@@ -1,8 +1,8 @@
-"""A stand-in of the Hub on the loopback: what publishing and loading a model ask of its HTTP API, kept in memory.
+"""An in-memory stand-in for the Hugging Face Hub: the HTTP endpoints that publishing and loading a model use.
 
-The client is the real ``huggingface_hub``; nothing of it is replaced, it is only told another address. Files of tensors
-go and come as on the Hub: uploaded on their own by their SHA-256 before the commit, and fetched from another host (here
-``localhost``) to which the Hub redirects. Repositories are of models alone.
+The client is the unmodified ``huggingface_hub``; only its endpoint changes. Tensor files follow the Hub's protocol: the
+client uploads them by SHA-256 before the commit, and downloads them from another host (here ``localhost``) after a
+redirect. Only model repositories are supported.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import pytest
 
 TOKEN = "hf_of_the_stand_in"
 LARGE = ".safetensors"
-"""Suffix of the files that travel on their own."""
+"""Suffix of the files that are transferred separately (as with Git LFS)."""
 
 
 class HubError(Exception):
-    """Answered with a status, and the name by which the client knows the error."""
+    """An HTTP error response: its status, and the error code that the client recognizes."""
 
     def __init__(self, status: int, code: str = ""):
         super().__init__(code)
@@ -36,7 +36,7 @@ class HubError(Exception):
 
 @dataclass
 class Repository:
-    """Commits by their hash, each with all of its files, and names that stand for commits."""
+    """Commits by hash, each with all of its files, and the branches and tags that point to commits."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -44,10 +44,10 @@ class Repository:
     tags: dict[str, str] = field(default_factory=dict)
 
     def commit_of(self, revision: str) -> str:
-        found = self.branches.get(revision) or self.tags.get(revision) or revision
-        if found not in self.commits:
+        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        if oid not in self.commits:
             raise HubError(404, "RevisionNotFound")
-        return found
+        return oid
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         text = f"{len(self.commits)} {sorted((path, hashlib.sha1(data).hexdigest()) for path, data in files.items())}"
@@ -58,12 +58,11 @@ class Repository:
 
 
 class HubStandIn:
-    """
-    The Hub, while it is entered as a context.
+    """A Hub server that runs inside a ``with`` block.
 
     Attributes:
-        repositories: by id.
-        requests: "METHOD path" of each that has come, in order.
+        repositories: repository id -> repository.
+        requests: "METHOD path" of every request received, in order.
     """
 
     def __init__(self):
@@ -86,12 +85,12 @@ class HubStandIn:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
-        found = self.repositories[repository]
-        return found.commits[found.commit_of(revision)]
+    def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
+        repository = self.repositories[name]
+        return repository.commits[repository.commit_of(revision)]
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What makes a new process take this for the Hub, and ``home`` for its cache."""
+        """Environment variables that make a new process use this server as the Hub and ``home`` as its cache."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
@@ -99,14 +98,14 @@ class HubStandIn:
             "HF_TOKEN": TOKEN,
             "HF_HUB_OFFLINE": "0",
             "TRANSFORMERS_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # its transfers have a protocol of their own
+            "HF_HUB_DISABLE_XET": "1",  # Xet uses a different transfer protocol
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
         }
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-        """Make this process do so; the client has read the environment when it was imported."""
+        """Make this process use the server; patches constants that the client read from the environment at import."""
         constants = huggingface_hub.constants
         for name, value in self.environment(home).items():
             monkeypatch.setenv(name, value)
@@ -121,10 +120,10 @@ class HubStandIn:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.endpoint)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made at its first use, and kept
-        huggingface_hub.close_session()  # one from before knows other proxies
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # cached at first use
+        huggingface_hub.close_session()  # an existing session keeps its old proxies
 
-    # What is answered -----------------------------------------------------------------------------
+    # Endpoints --------------------------------------------------------------------------------------
 
     def answer(self, request: _Request) -> _Answer:
         self.requests.append(f"{request.method} {request.path}")
@@ -135,19 +134,19 @@ class HubStandIn:
         raise HubError(404)
 
     def repository(self, request: _Request, name: str) -> Repository:
-        """Whoever may not see one is told that there is none."""
-        found = self.repositories.get(name)
-        if found is None or (found.private and not request.is_authorized):
+        """As on the Hub, a private repository looks missing to unauthorized clients."""
+        repository = self.repositories.get(name)
+        if repository is None or (repository.private and not request.is_authorized):
             raise HubError(401, "RepoNotFound")
-        return found
+        return repository
 
     def create(self, request):
         request.require_authorized()
-        wanted = request.json()
-        name = f"{wanted['organization'] or 'me'}/{wanted['name']}"
+        settings = request.json()
+        name = f"{settings['organization'] or 'me'}/{settings['name']}"
         exists = name in self.repositories
         if not exists:
-            self.repositories[name] = Repository(private=wanted.get("visibility") == "private")
+            self.repositories[name] = Repository(private=settings.get("visibility") == "private")
             self.repositories[name].commit("main", {})
         return _Answer(409 if exists else 200, {"url": f"{self.endpoint}/{name}"})
 
@@ -168,10 +167,10 @@ class HubStandIn:
         request.require_authorized()
         self.repository(request, name)
         objects = []
-        for wanted in request.json()["objects"]:
-            href = f"{self.endpoint}/large/{wanted['oid']}"
-            actions = {} if wanted["oid"] in self._uploaded else {"actions": {"upload": {"href": href}}}
-            objects.append({**wanted, **actions})
+        for item in request.json()["objects"]:
+            href = f"{self.endpoint}/large/{item['oid']}"
+            actions = {} if item["oid"] in self._uploaded else {"actions": {"upload": {"href": href}}}
+            objects.append({**item, **actions})
         return _Answer(200, {"transfer": "basic", "objects": objects})
 
     def upload(self, request, oid):
@@ -210,11 +209,11 @@ class HubStandIn:
 
     def refs(self, request, name):
         repository = self.repository(request, name)
-        found = {
-            kind: [{"name": ref, "ref": f"refs/{place}/{ref}", "targetCommit": oid} for ref, oid in refs.items()]
-            for kind, place, refs in (("branches", "heads", repository.branches), ("tags", "tags", repository.tags))
+        refs = {
+            kind: [{"name": ref, "ref": f"refs/{prefix}/{ref}", "targetCommit": oid} for ref, oid in names.items()]
+            for kind, prefix, names in (("branches", "heads", repository.branches), ("tags", "tags", repository.tags))
         }
-        return _Answer(200, {**found, "converts": []})
+        return _Answer(200, {**refs, "converts": []})
 
     def information(self, request, name, revision="main"):
         repository = self.repository(request, name)
@@ -240,13 +239,13 @@ class HubStandIn:
         if not path.endswith(LARGE):
             return _Answer(200, data, {**headers, "ETag": f'"{_blob_id(data)}"'})
         digest = hashlib.sha256(data).hexdigest()
-        elsewhere = f"http://localhost:{self._server.server_port}/large/{digest}"
-        linked = {"Location": elsewhere, "X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{digest}"'}
+        location = f"http://localhost:{self._server.server_port}/large/{digest}"
+        linked = {"Location": location, "X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{digest}"'}
         return _Answer(302, headers={**headers, **linked})
 
     def download(self, request, oid):
         if request.headers.get("authorization"):
-            raise HubError(400)  # a token is for the Hub alone, not for where it keeps its files
+            raise HubError(400)  # the client must send its token only to the Hub, not to the storage host
         return _Answer(200, self._uploaded[oid], {"ETag": f'"{oid}"'})
 
 
@@ -270,7 +269,7 @@ _ROUTES: list[tuple[str, str, Callable[..., _Answer]]] = [
 
 
 def _blob_id(data: bytes) -> str:
-    """As git names a file."""
+    """The file's Git blob hash."""
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""What the Triton kernels must give, whatever runs them.
+"""Test cases for the Triton kernels, both interpreted and compiled.
 
-``test_kernels.py`` runs these cases in Triton's interpreter, in a process of its own, as the variable that turns it on
-has to be there before Triton is imported; ``test_gpu.py`` runs them on a device.
+``core/test_kernels.py`` runs them in Triton's interpreter, in a separate process because ``TRITON_INTERPRET`` must be
+set before Triton is imported. ``core/test_gpu_kernels.py`` runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INDEX_DTYPES = [torch.int32, torch.int64]
-# positions, output features, input features: of one tile, of several, of none; none is a multiple of a block
+# (positions, output features, input features): one tile, several tiles, no positions; no size is a multiple of a block
 SHAPES = [(5, 20, 30), (70, 70, 150), (0, 9, 7), (261, 3, 200)]
 KERNELS = {
     "dots": (elements.sampled_dots_kernel, elements.DOTS),
@@ -43,7 +43,7 @@ each_index_dtype = pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=str)
 
 @pytest.fixture(autouse=True, scope="module")
 def _bfloat16_in_the_interpreter():
-    """The interpreter keeps bfloat16 as its bits, multiplies those, and rounds towards zero: torch does it right."""
+    """Use torch's bfloat16: Triton's interpreter multiplies the raw bits and rounds towards zero."""
     if not INTERPRETED:
         yield
         return
@@ -71,7 +71,7 @@ def _bfloat16_in_the_interpreter():
 
 @pytest.fixture
 def always(monkeypatch):
-    """Kernels wherever they can run, and the names of those that ran."""
+    """Use kernels wherever they can run; returns the names of those that ran."""
     ran = []
     monkeypatch.setattr(kernels, "_mode", "always")
     if INTERPRETED:
@@ -96,14 +96,14 @@ def counts(total, most=None):
 
 
 def matrix(rows, columns, dtype, strided=False):
-    """Random numbers, contiguous or as every other column of a transpose."""
+    """Random numbers, contiguous or a strided transposed view."""
     if not strided:
         return torch.randn(rows, columns).to(DEVICE, dtype)
     return torch.randn(columns * 2, rows).to(DEVICE, dtype)[::2].T
 
 
 def gathered(x, g, indices, transposed):
-    """The gradient of chosen rows, or of chosen columns."""
+    """The gradient of selected rows, or of selected columns."""
     chosen, other = (x, g) if transposed else (g, x)
     return kernels.gathered_product(chosen, other, indices, transposed)
 
@@ -116,7 +116,7 @@ def gathered(x, g, indices, transposed):
 @each_dtype
 @pytest.mark.parametrize("product", [elements.sampled_dots, elements.sampled_tiles])
 def test_sampled_entries_of_a_product_agree_with_dense(product, dtype, index_dtype, strided):
-    most = 300 if product is elements.sampled_dots else None  # the interpreter takes long for each block of entries
+    most = 300 if product is elements.sampled_dots else None  # the interpreter is slow for each block of entries
     for n, o, i in SHAPES:
         x, g = matrix(n, i, dtype, strided), matrix(n, o, dtype, strided)
         dense = (g.double().T @ x.double()).reshape(-1)
@@ -153,14 +153,14 @@ def test_added_elements_are_rounded_once_and_no_other_entry_changes(dtype, value
             indices = some(3500, k, index_dtype, seed=k)
             values = torch.randn(k, generator=seeded(k)).to(DEVICE, value_dtype)
             weight = matrix(*shape, dtype, strided)
-            for scale in (1.0, -0.5):  # of which the product with a value is exact
+            for scale in (1.0, -0.5):  # multiplying a value by these is exact
                 exact = weight.cpu().double() + scale * dense_delta("element", shape, indices.cpu(), values.cpu())
                 changed = weight.clone(memory_format=torch.preserve_format)
                 kernels.add_elements_(changed, indices, values, scale)
                 assert torch.equal(changed.cpu(), exact.float().to(dtype))
 
 
-def test_a_scale_counts_in_float32_as_it_does_in_pytorchs_form():
+def test_the_scale_is_applied_in_float32_as_in_the_pytorch_implementation():
     indices, values = some(3500, 700, torch.int32), torch.randn(700, device=DEVICE)
     for dtype in DTYPES:
         weight = matrix(50, 70, dtype)
@@ -171,7 +171,7 @@ def test_a_scale_counts_in_float32_as_it_does_in_pytorchs_form():
 
 
 @pytest.mark.parametrize("product", [elements.sampled_dots, elements.sampled_tiles])
-def test_indices_reach_the_end_of_a_weight_of_two_to_the_31_entries(product):
+def test_indices_can_address_a_weight_of_two_to_the_31_entries(product):
     o, i = 32767, 65536  # the next row would end at 2**31
     if INTERPRETED and product is elements.sampled_tiles:
         pytest.skip("hundreds of thousands of tiles")
@@ -184,7 +184,7 @@ def test_indices_reach_the_end_of_a_weight_of_two_to_the_31_entries(product):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_whatever_the_tuner_takes_the_bits_are_the_same(name, monkeypatch):
+def test_autotuning_does_not_change_the_bits(name, monkeypatch):
     kernel, choices = KERNELS[name]
     x, g = matrix(150, 140, torch.bfloat16), matrix(150, 136, torch.bfloat16)
     indices = some(136 * 140, 500, torch.int32)
@@ -205,7 +205,7 @@ def test_whatever_the_tuner_takes_the_bits_are_the_same(name, monkeypatch):
 
 @each_dtype
 @pytest.mark.parametrize("k", [0, 3, 20, 100])
-def test_a_layer_trains_as_the_dense_delta_does(granularity, dtype, k, make_delta, always):
+def test_a_layer_trains_like_a_dense_delta(granularity, dtype, k, make_delta, always):
     shape, n = (24, 40), 33
     delta = make_delta(granularity, shape, min(k, units(granularity, shape)), scale=0.5)
     indices, values = delta.indices.to(DEVICE), delta.values.detach().to(DEVICE).requires_grad_()
@@ -225,9 +225,8 @@ def test_a_layer_trains_as_the_dense_delta_does(granularity, dtype, k, make_delt
     expected = {
         "element": ["add_elements_", "add_elements_", "sampled_dots" if few else "sampled_tiles"],
         "row": ["gathered_product_"],
-        "column": ["gathered_product_"]
-        if k == 20
-        else [],  # of few columns the input is gathered in forward, of all never
+        # for few columns the forward pass already gathers the input; for all columns nothing is gathered
+        "column": ["gathered_product_"] if k == 20 else [],
     }
     assert always == expected[granularity]
 
@@ -246,12 +245,12 @@ def test_a_compiled_model_is_one_graph_in_every_granularity(granularity, always)
     expected = torch.autograd.grad(model(x).square().sum(), values)
     always.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for got, wanted in zip(torch.autograd.grad(compiled(x).square().sum(), values), expected, strict=True):
-        torch.testing.assert_close(got, wanted)
-    assert always  # the graph held the kernels
+    for actual, reference in zip(torch.autograd.grad(compiled(x).square().sum(), values), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
+    assert always  # the graph contains the kernels
 
 
-def test_an_exported_program_holds_pytorchs_operators_only(granularity, always):
+def test_an_exported_program_contains_only_pytorch_operators(granularity, always):
     model, x = layers(granularity).eval(), torch.randn(40, 16, device=DEVICE)
     program = torch.export.export(model, (x,))
     always.clear()
@@ -259,7 +258,7 @@ def test_an_exported_program_holds_pytorchs_operators_only(granularity, always):
     assert not any("fggm_peft" in str(node.target) for node in program.graph.nodes)
 
 
-def test_autocast_changes_no_dtype_on_the_way_to_a_kernel(granularity, always):
+def test_autocast_does_not_change_the_dtype_of_kernel_inputs(granularity, always):
     model, x = layers(granularity), torch.randn(40, 16, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         loss = model(x).square().sum()
@@ -268,7 +267,7 @@ def test_autocast_changes_no_dtype_on_the_way_to_a_kernel(granularity, always):
     assert always and all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
 
 
-def test_the_operators_keep_their_word():
+def test_the_operators_pass_opcheck():
     x, g = matrix(9, 30, torch.float32), matrix(9, 20, torch.float32)
     operators = torch.ops.fggm_peft
     torch.library.opcheck(operators.sampled_product.default, (x, g, some(600, 7, torch.int32)))
@@ -281,7 +280,7 @@ def test_the_operators_keep_their_word():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["scatter", "sampled product", "gathered rows", "gathered columns"])
-def test_what_the_benchmark_compares_computes_the_same(name, dtype, monkeypatch):
+def test_the_implementations_that_the_benchmark_compares_agree(name, dtype, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     import gpu_kernels
 

@@ -1,4 +1,4 @@
-"""Results as ``run_stream`` gives them, made up: for tests of what is made of them."""
+"""Synthetic results in the format of ``run_stream``, for tests of reports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def made_up_runs(
     orders: Sequence[str] = ("given", "reversed"),
     rates: Sequence[float] = (1e-4, 3e-4),
 ) -> list[dict[str, Any]]:
-    """One result for each label, seed, order and rate, the same for ever."""
+    """One deterministic result for each label, seed, order and learning rate."""
     return [
         made_up_run(label, *methods[label], seed, order, rate, tasks if order == "given" else tasks[::-1])
         for seed in seeds
@@ -49,7 +49,8 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
     random = np.random.default_rng([seed, len(order), round(rate * 1e6), *label.encode()])
     pace, count = (rate / 3e-4) ** 0.3, len(tasks)
     zero_shot = [0.1 + 0.04 * (len(name) % 5) for name in tasks]
-    shared = np.random.default_rng([seed, len(order)]).normal(0, 0.015, count)  # what seed and order do to all
+    # noise that all methods share for a seed and order
+    shared = np.random.default_rng([seed, len(order)]).normal(0, 0.015, count)
     scores = np.full((count, count), math.nan)
     for t in range(count):
         for j in range(count if t == count - 1 else min(t + 2, count)):
@@ -57,18 +58,18 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
             noise = (random.normal(0, 0.012) + shared[j]) if learns else 0
             scores[t, j] = min(1, max(0, zero_shot[j] + left + noise))
     rows = [[None if math.isnan(value) else float(value) for value in row] for row in scores]
-    found = Measures.of(scores, zero_shot)
+    measured = Measures.of(scores, zero_shot)
     measures: dict[str, Any] = {
-        "op": found.final_op,
-        "op_mean": found.mean_op,
-        "diagonal": found.diagonal_mean,
-        "bwt": found.backward_transfer,
-        "forgetting": found.forgetting,
-        "fwt": found.forward_transfer,
+        "op": measured.final_op,
+        "op_mean": measured.mean_op,
+        "diagonal": measured.diagonal_mean,
+        "bwt": measured.backward_transfer,
+        "forgetting": measured.forgetting,
+        "fwt": measured.forward_transfer,
     }
     if method == "multitask":
         rows = rows[-1:]
-        measures = {**dict.fromkeys(measures), "op": found.final_op}
+        measures = {**dict.fromkeys(measures), "op": measured.final_op}
     steps = len(rows) + 1
     losses = [2.8 + harms * pace * n / count + (random.normal(0, 0.005) if n and harms else 0) for n in range(steps)]
     general = {"base": 2.8, "change": losses[-1] - 2.8, "worst": max(losses) - 2.8, "losses": losses}

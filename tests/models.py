@@ -1,4 +1,4 @@
-"""Small models, batches and quantized copies that the tests of whole models share."""
+"""Small models, batches and quantized copies that several test modules share."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ BERT_HEADS = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are bytes: ids 0 for padding, 1 for the end, 258 in all."""
+    """A byte-level tokenizer with 258 tokens: id 0 is padding, id 1 ends a text."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *sorted(alphabet)])}
     tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
@@ -80,7 +80,7 @@ def text_model(**config) -> LlamaForCausalLM:
 
 
 def token_batches(sizes=(3, 2, 3), length: int = 9, padding: str = "left", seed: int = 0) -> list[dict]:
-    """Batches of unequal size and width; every sample has padding of its own; prompts carry no loss."""
+    """Batches of unequal size and length, with different padding for each sample; prompt tokens have no loss."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for number, size in enumerate(sizes):
@@ -98,7 +98,7 @@ def token_batches(sizes=(3, 2, 3), length: int = 9, padding: str = "left", seed:
 
 
 def train(model: nn.Module, batches: list[dict], steps: int = 4, lr: float = 1e-2) -> list[float]:
-    """A few steps of AdamW on whatever is trainable; returns the losses."""
+    """A few steps of AdamW on all trainable parameters; returns the losses."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
@@ -121,7 +121,7 @@ QUANTIZATIONS = ("nf4", "nf4 double", "fp4", "int8")
 
 
 def quantized_layer(layer: nn.Linear, kind: str, device: str = "cpu") -> nn.Module:
-    """The layer as a bitsandbytes layer, quantized on the device."""
+    """The layer as a bitsandbytes layer, quantized on ``device``."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     bias = layer.bias is not None
     if kind == "int8":
@@ -140,7 +140,7 @@ def quantized_layer(layer: nn.Linear, kind: str, device: str = "cpu") -> nn.Modu
 
 
 def quantized(model: nn.Module, kind: str, device: str = "cpu") -> nn.Module:
-    """Replace every linear layer but the head by its quantized form, in place."""
+    """Quantize every linear layer except the head, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             parent, _, child = name.rpartition(".")
@@ -149,7 +149,7 @@ def quantized(model: nn.Module, kind: str, device: str = "cpu") -> nn.Module:
 
 
 class Twice(nn.Module):
-    """Calls one layer twice in a forward."""
+    """A model that calls one layer twice in a forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -179,7 +179,7 @@ def adapted(model: nn.Module, granularity: str = "row", **config) -> nn.Module:
 
 
 def fisher_scores(model: nn.Module, batches, log_likelihood=None) -> dict[str, torch.Tensor]:
-    """The collected Fisher information, mean over samples, ``[units]`` for each module."""
+    """Module path -> Fisher information collected by a pass, mean over samples, ``[units]``."""
     fisher_pass = FisherPass(model, model.peft_config["default"], "default", batches, log_likelihood, progress=False)
     layers = fggm_layers(model, "default")
     totals = fisher_pass.run(layers, None, None, 1, "")
@@ -187,7 +187,7 @@ def fisher_scores(model: nn.Module, batches, log_likelihood=None) -> dict[str, t
 
 
 def trace(model):
-    """Everything that a selection must leave as it was."""
+    """All state that a selection must not change."""
     return (
         [module.training for module in model.modules()],
         [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()],

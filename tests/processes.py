@@ -1,4 +1,4 @@
-"""Two processes that run functions together over gloo, and stay for the next test: starting them takes seconds."""
+"""Two worker processes connected by gloo; tests reuse them, because starting them takes seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Processes:
         return results
 
     def outcomes(self, function: Callable, *arguments: Any) -> list[Any]:
-        """As a call, with a ``Failure`` in place of a result where the function raised."""
+        """Like a call, but returns a ``Failure`` for each rank on which the function raised."""
         if not self.workers:
             self._start()
         for pipe in self.pipes:
@@ -54,11 +54,11 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         for rank in range(SIZE):
-            here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, port, there), daemon=True)
+            pipe, worker_pipe = context.Pipe()
+            worker = context.Process(target=_serve, args=(rank, port, worker_pipe), daemon=True)
             worker.start()
             self.workers.append(worker)
-            self.pipes.append(here)
+            self.pipes.append(pipe)
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -68,7 +68,7 @@ class Processes:
 
 
 class Failure:
-    """What a function raised: its type's name, message and traceback."""
+    """An exception that a function raised: name of its type, message and traceback."""
 
     def __init__(self, error: BaseException):
         self.type, self.message, self.text = type(error).__name__, str(error), traceback.format_exc()
@@ -87,11 +87,11 @@ def _serve(rank: int, port: int, pipe: Any) -> None:
             pipe.send(function(*arguments))
         except BaseException as error:
             pipe.send(Failure(error))
-        _forget_accelerate()
+        _reset_accelerate()
 
 
-def _forget_accelerate() -> None:
-    """accelerate keeps its state for the life of a process; the next trainer may want another."""
+def _reset_accelerate() -> None:
+    """Reset accelerate's process-wide state; the next trainer may need different settings."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,4 @@
-"""Small models quantized by torchao and HQQ on the CPU, as transformers leaves them."""
+"""Small models quantized by torchao and HQQ on the CPU, in the form that transformers produces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _with_torchao(model: nn.Module, names: list[str], kind: str) -> None:
     from torchao import quantize_
 
     quantize_(model, quantization, filter_fn=lambda module, name: name in names)
-    # what PEFT asks transformers' quantizer for
+    # PEFT reads this attribute of transformers' quantizer
     model.hf_quantizer = SimpleNamespace(quantization_config=_Configuration(quantization))
 
 
@@ -54,7 +54,7 @@ def _with_hqq(model: nn.Module, names: list[str], kind: str) -> None:
 
 
 def quantized(model: nn.Module, kind: str) -> nn.Module:
-    """Replace every linear layer but the head by its quantized form, in place."""
+    """Quantize every linear layer except the head, in place."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     (_with_torchao if kind in TORCHAO else _with_hqq)(model, names, kind)
     return model.eval()

@@ -1,4 +1,4 @@
-"""What the library computes, in the plainest possible form: dense, float64, slow. The package never imports this."""
+"""Reference implementations of the library's computations: dense, float64 and slow. The package never imports this."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from fggm_peft.core.spectrum import SHARES
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Relative error, in the Frobenius norm, that sums of a few dozen products may have."""
+"""Largest relative error (Frobenius norm) allowed for sums of a few dozen products."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``|actual - expected| / |expected|``; infinite where the shapes differ."""
+    """``|actual - expected| / |expected|``; infinite if the shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
     actual, expected = actual.detach().double(), expected.detach().double()
@@ -38,7 +38,7 @@ def units(name: str, shape: tuple[int, int]) -> int:
 
 
 def mask(name: str, shape: tuple[int, int], indices: Tensor) -> Tensor:
-    """``[o, i]``, True where the weight may move."""
+    """``[o, i]``, True for entries in the support."""
     result = torch.zeros(shape, dtype=torch.bool)
     for index in indices.tolist():
         if name == "row":
@@ -115,13 +115,13 @@ def per_sample_weight_gradients(layer: torch.nn.Module, x: Tensor, g: Tensor) ->
 
 
 def top_k(scores: list[float], k: int) -> list[int]:
-    """The ``k`` best, ties to the lower index, zeros never."""
+    """Indices of the ``k`` highest positive scores; ties prefer the lower index."""
     order = sorted((i for i, s in enumerate(scores) if s > 0), key=lambda i: (-scores[i], i))
     return sorted(order[:k])
 
 
 def ranked(scores: list[list[float]], costs: list[int]) -> list[tuple[Fraction, int, int]]:
-    """(score per parameter, weight, index) of every positive score, best first, ties in order."""
+    """(score per parameter, weight, index) of every positive score, highest first; ties keep their order."""
     entries = [
         (Fraction(s) / c, w, i) for w, (v, c) in enumerate(zip(scores, costs, strict=True)) for i, s in enumerate(v)
     ]
@@ -133,7 +133,7 @@ def by_weight(chosen: list[tuple], weights: int) -> list[list[int]]:
 
 
 def within_budget(scores: list[list[float]], costs: list[int], budget: int) -> list[list[int]]:
-    """From the best down; at the first rank where a unit does not fit, what fits of that rank, and no further."""
+    """Select from the highest score down; stop after the first rank with a unit that exceeds the budget."""
     chosen, left, cut = [], budget, None
     for rank, weight, index in ranked(scores, costs):
         if cut is not None and rank < cut:
@@ -147,12 +147,12 @@ def within_budget(scores: list[list[float]], costs: list[int], budget: int) -> l
 
 
 def within_bounds(scores, costs, budget: int, floors: list[int], most: int | None) -> list[list[int]]:
-    """First the best of each weight up to its floor, then what is left of the budget over all of them.
+    """Select the best units of each weight up to its floor, then spend the rest of the budget over all weights.
 
-    Of each weight only its ``most`` best count.
+    Only the ``most`` best units of a weight may be selected.
     """
     best = [set(top_k(v, len(v) if most is None else most)) for v in scores]
-    scores = [[s if i in kept else 0.0 for i, s in enumerate(v)] for v, kept in zip(scores, best, strict=True)]
+    scores = [[s if i in allowed else 0.0 for i, s in enumerate(v)] for v, allowed in zip(scores, best, strict=True)]
     first = [top_k(v, floor) for v, floor in zip(scores, floors, strict=True)]
     others = [[0.0 if i in taken else s for i, s in enumerate(v)] for v, taken in zip(scores, first, strict=True)]
     spent = sum(len(taken) * cost for taken, cost in zip(first, costs, strict=True))
@@ -161,11 +161,11 @@ def within_bounds(scores, costs, budget: int, floors: list[int], most: int | Non
 
 
 def holding(scores: list[list[float]], costs: list[int], fraction: float) -> list[list[int]]:
-    """The shortest list of best units whose scores sum to the fraction of all."""
-    wanted = Fraction(fraction) * sum(Fraction(s) for v in scores for s in v) * (1 - Fraction(1, 10**9))
+    """The fewest best units whose scores sum to ``fraction`` of the total."""
+    target = Fraction(fraction) * sum(Fraction(s) for v in scores for s in v) * (1 - Fraction(1, 10**9))
     chosen, total = [], Fraction(0)
     for entry in ranked(scores, costs):
-        if total >= wanted:
+        if total >= target:
             break
         chosen.append(entry)
         total += entry[0] * costs[entry[1]]
@@ -173,13 +173,13 @@ def holding(scores: list[list[float]], costs: list[int], fraction: float) -> lis
 
 
 def above_mean(scores: list[list[float]], costs: list[int], k: float) -> list[list[int]]:
-    """Scores per parameter above mean + k * std of all of them."""
+    """Units whose score per parameter exceeds mean + k * std over all units."""
     flat = torch.tensor([s / c for v, c in zip(scores, costs, strict=True) for s in v], dtype=torch.float64)
     bound = max(0.0, float(flat.mean() + k * flat.std(unbiased=False)))
     return [[i for i, s in enumerate(v) if s / c > bound] for v, c in zip(scores, costs, strict=True)]
 
 
-# Criteria: float64, from matrices of the whole weight ---------------------------------------------
+# Criteria: float64, from dense statistics --------------------------------------------------------
 
 
 def criterion_scores(name: str, granularity: str, q: dict[str, Tensor], exponent: float = 1.0) -> Tensor:

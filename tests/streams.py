@@ -1,4 +1,4 @@
-"""A small stream that the tests of sequences share: a model, two tasks and general text in a folder."""
+"""A small task sequence that several test modules share: a model, two tasks and general text in a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEASURED = ("selection_seconds", "training_seconds", "evaluation_seconds", "peak
 
 
 def write_stream(folder: Path) -> Path:
-    """A model, two tasks in TRACE's format, and general text."""
+    """Write a model, two tasks in TRACE's format, and general text."""
     byte_tokenizer().save_pretrained(folder / "model")
     text_model().save_pretrained(folder / "model")
     for name, answer in (("plus", lambda n: str(n + 1)), ("minus", lambda n: str(n - 1))):
@@ -39,5 +39,5 @@ def settings(folder, **fields):
 
 
 def without_times(result: dict) -> dict:
-    """The result without what differs from one time to the next."""
+    """The result without times and memory, which differ between runs."""
     return {**result, "cost": {name: value for name, value in result["cost"].items() if name not in MEASURED}}

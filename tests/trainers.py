@@ -1,4 +1,4 @@
-"""Trainers on small data, and what the tests compare of them."""
+"""Trainers on small data, and helpers to compare their results."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fggm_peft.tuner.support import fggm_layers
 
 
 def examples(count: int = 24, length: int = 10, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Sequences of one length; the first third is a prompt."""
+    """Sequences of equal length; the first third is the prompt."""
     rows = torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
     masked = [-100] * (length // 3)
     return [{"input_ids": row, "attention_mask": [1] * length, "labels": masked + row[len(masked) :]} for row in rows]
 
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    """Four steps on the CPU that log every loss and save nothing."""
+    """Arguments for four steps on the CPU that log every loss and save nothing."""
     defaults = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -39,7 +39,7 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
 
 
 def make_trainer(model: nn.Module | None, folder: Path, trainer_class: type = FGGMTrainer, **settings: Any) -> Trainer:
-    """A trainer on ``examples()``; what ``Trainer`` itself takes is passed on, all else is an argument of training."""
+    """A trainer on ``examples()``; settings are arguments of ``Trainer`` or of ``TrainingArguments``."""
     own = ("train_dataset", "eval_dataset", "callbacks", "optimizers", "model_init", "data_collator")
     options = {"train_dataset": examples(), **{name: settings.pop(name) for name in own if name in settings}}
     return trainer_class(model=model, args=arguments(folder, **settings), **options)
@@ -54,14 +54,14 @@ def evaluation_losses(trainer: Trainer) -> list[float]:
 
 
 def delta(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all values and indices of the default adapter."""
+    """Copies of all values and indices of the adapter ``default``."""
     layers = fggm_layers(model, "default").items()
     values = {f"{name}.values": layer.fggm_values["default"].detach().clone() for name, layer in layers}
     return values | {f"{name}.indices": layer.fggm_indices["default"].clone() for name, layer in layers}
 
 
 def assert_same_delta(a: nn.Module | dict, b: nn.Module | dict, **tolerance: float) -> None:
-    """Supports are equal, and values too: to the bit, if no tolerance is given."""
+    """Check that supports are equal, and values too: bit-exactly if no tolerance is given."""
     a, b = (one if isinstance(one, dict) else delta(one) for one in (a, b))
     assert a.keys() == b.keys() and any(len(tensor) for tensor in a.values())
     for name in a:
