@@ -18,7 +18,7 @@ import torch
 from common import interleaved, ratios, show, write
 from torch import Tensor
 
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.linear import effective_linear, pays_to_split, split_linear
 from fggm_peft.core.weight_delta import WeightDelta
 
@@ -32,7 +32,7 @@ COPIED, SPLIT = "copied", "split"
 def measure(shape: tuple[int, int], positions: int, density: float, name: str, dtype: torch.dtype) -> dict[str, float]:
     """Time of the split form over the copying one, and what the choice between them loses."""
     generator = torch.Generator().manual_seed(0)
-    kind = GRANULARITIES[name]
+    kind = granularity_from(name)
     units = kind.units(shape)
     indices = torch.randperm(units, generator=generator)[: max(1, round(units * density))].sort().values.int()
     values = torch.randn(kind.values_shape(shape, len(indices)), generator=generator) * 1e-3

@@ -19,7 +19,7 @@ from common import interleaved, ratios, show, write
 from torch import Tensor
 
 from fggm_peft.core import kernels, sampled
-from fggm_peft.core.granularity import GRANULARITIES, Granularity
+from fggm_peft.core.granularity import Granularity, granularity_from
 
 CALLS = 20  # timed together, so that the time to launch one is not waited for
 PYTORCH = "PyTorch"  # what the library takes without Triton
@@ -46,7 +46,7 @@ def scatter(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tens
         return way
 
     return {
-        PYTORCH: by(functools.partial(Granularity.add_, GRANULARITIES["element"])),
+        PYTORCH: by(functools.partial(Granularity.add_, granularity_from("element"))),
         "Triton": by(kernels.add_elements_),
     }
 

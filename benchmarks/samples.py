@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
-from fggm_peft.core.granularity import GRANULARITIES, Rows
+from fggm_peft.core.granularity import GRANULARITIES, Rows, granularity_from
 from fggm_peft.plots import doubling, legend, lines, looks, new_figure, save, titles
 from fggm_peft.selection.agreement import split_half_agreement
 from fggm_peft.selection.data_pass import FisherPass, Totals
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def kind(self):
-        return GRANULARITIES[self.granularity]
+        return granularity_from(self.granularity)
 
 
 FISHER = [Case("fisher", granularity, density) for granularity in GRANULARITIES for density in DENSITIES]

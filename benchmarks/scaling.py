@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from fggm_peft import FGGMConfig, estimate
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.per_sample import gram_is_cheaper
 from fggm_peft.memory_probe import step_memory
 
@@ -105,7 +105,7 @@ def base_bytes(model: nn.Module, precision: str) -> int:
 
 def score_bytes(model: nn.Module, granularity: str) -> int:
     """Running sums of the Fisher pass: float32, for two halves of the samples."""
-    return 8 * sum(GRANULARITIES[granularity].units(tuple(m.weight.shape)) for m in linears(model).values())
+    return 8 * sum(granularity_from(granularity).units(tuple(m.weight.shape)) for m in linears(model).values())
 
 
 def equal_rank(model: nn.Module, values: int) -> int:

@@ -82,7 +82,6 @@ def selections(model: PreTrainedModel, batch: dict) -> dict[str, Selection]:
         "rows, exact": Selection(model, batch, granularity="row"),
         "columns, exact": Selection(model, batch, granularity="column"),
         "elements, exact": Selection(model, batch, granularity="element"),
-        "batch gradient, no Fisher": Selection(model, batch, "batch_gradient", granularity="row"),
     }
     if any(field.name == "fisher_estimate" for field in dataclasses.fields(FGGMConfig)):
         result["rows, sketch"] = Selection(model, batch, granularity="row", fisher_estimate="sketch")

@@ -16,7 +16,18 @@ from .core.errors import (
     NonFiniteScoreError,
     ScoreFileError,
 )
-from .core.threshold import AbsoluteScore, MeanPlusStd, ParameterBudget, ScoreMass, ThresholdPolicy, TopDensity
+from .core.granularity import GRANULARITIES, Columns, Elements, Granularity, Rows
+from .core.registry import Registry
+from .core.statistics import STATISTICS, Statistic
+from .core.threshold import (
+    POLICIES,
+    AbsoluteScore,
+    MeanPlusStd,
+    ParameterBudget,
+    ScoreMass,
+    ThresholdPolicy,
+    TopDensity,
+)
 from .cost import CostEstimate, estimate
 from .selection import SelectionReport, select_parameters
 from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport, hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -28,29 +39,38 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CRITERIA",
+    "GRANULARITIES",
+    "POLICIES",
+    "STATISTICS",
     "AbsoluteScore",
     "AdapterFileError",
     "AdapterNotSelectedError",
     "AlreadyTrainedError",
     "BaseMismatchError",
+    "Columns",
     "CostEstimate",
     "Criterion",
+    "Elements",
     "FGGMCallback",
     "FGGMConfig",
     "FGGMLayer",
     "FGGMModel",
     "FGGMTrainer",
     "FGGMTrainerMixin",
+    "Granularity",
     "Ledger",
     "LossyMergeError",
     "MeanPlusStd",
     "MergeReport",
     "NonFiniteScoreError",
     "ParameterBudget",
+    "Registry",
+    "Rows",
     "ScoreFileError",
     "ScoreMass",
     "SelectionReport",
     "SparseDelta",
+    "Statistic",
     "ThresholdPolicy",
     "TopDensity",
     "__version__",

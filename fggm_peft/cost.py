@@ -35,7 +35,7 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 OPTIMIZERS: Registry[MakeOptimizer] = Registry("optimizer")
 for _class in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad"):
-    OPTIMIZERS.register(_class.lower(), getattr(torch.optim, _class))
+    OPTIMIZERS.register(_class.lower())(getattr(torch.optim, _class))
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def estimate(
             size = batch_size, sequence_length, checkpointing
             step = step_memory(adapted, make_batch, *size)
         selecting = step.most_activations
-        if plan is not None and any(layer.granularity[adapter_name].keeps_part for layer in layers.values()):
+        if plan is not None and any(layer.granularity[adapter_name].stores_partial_input for layer in layers.values()):
             with probed_supports(layers, adapter_name, _whole(layers, adapter_name)):
                 selecting = step_memory(adapted, make_batch, *size).most_activations
         scores = _score_bytes(layers, config, adapter_name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fggm_peft import FGGMConfig
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.weight_delta import WeightDelta
 
 
@@ -45,8 +45,8 @@ def make_delta() -> Callable[..., WeightDelta]:
     def make(name, shape, k, dtype=torch.float32, scale=1.0, seed=0, index_dtype=torch.int32):
         generator = seeded(seed)
         indices = torch.randperm(units(name, shape), generator=generator)[:k].sort().values.to(index_dtype)
-        values = torch.randn(GRANULARITIES[name].values_shape(shape, k), generator=generator, dtype=torch.float64)
-        return WeightDelta(GRANULARITIES[name], indices, values.to(dtype).requires_grad_(), scale)
+        values = torch.randn(granularity_from(name).values_shape(shape, k), generator=generator, dtype=torch.float64)
+        return WeightDelta(granularity_from(name), indices, values.to(dtype).requires_grad_(), scale)
 
     return make
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from fggm_peft import FGGMConfig
 from fggm_peft.core import kernels
-from fggm_peft.core.granularity import GRANULARITIES, Granularity
+from fggm_peft.core.granularity import Granularity, granularity_from
 from fggm_peft.core.linear import effective_linear
 
 triton = pytest.importorskip("triton")
@@ -165,7 +165,7 @@ def test_the_scale_is_applied_in_float32_as_in_the_pytorch_implementation():
     for dtype in DTYPES:
         weight = matrix(50, 70, dtype)
         expected = weight.clone()
-        Granularity.add_(GRANULARITIES["element"], expected, indices, values, 0.3)
+        Granularity.add_(granularity_from("element"), expected, indices, values, 0.3)
         kernels.add_elements_(weight, indices, values, 0.3)
         assert relative_error(weight, expected) <= (1e-7 if dtype == torch.float32 else 1e-3)
 

@@ -182,7 +182,7 @@ def above_mean(scores: list[list[float]], costs: list[int], k: float) -> list[li
 # Criteria: float64, from dense statistics --------------------------------------------------------
 
 
-def criterion_scores(name: str, granularity: str, q: dict[str, Tensor], exponent: float = 1.0) -> Tensor:
+def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tensor:
     """``[units]``.
 
     Args:
@@ -206,9 +206,7 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor], exponent
             * (q["input"] * q["reference input"].mean()).sqrt()
             / (q["reference input"] + 0.01 * q["reference input"].mean())
         ),
-        "batch_gradient": lambda: unit(q["batches"]),
         "gradient_low_magnitude": lambda: unit(q["gradient"].abs()) / weight,
-        "fisher_over_weight": lambda: unit(q["fisher"]) / weight**exponent,
         "output_magnitude": lambda: q["output"] / q["output"].sum(),
         "weight_magnitude": lambda: unit(q["weight"].abs()),
     }[name]()

@@ -37,7 +37,7 @@ def run(
         "base": base,
         "tuned": tuned,
         "output": str(output),
-        "granularity": delta.config.granularity,
+        "granularity": str(delta.config.granularity),
         "modules": len(delta.modules),
         "whole_tensors": len(delta.others),
         "parameters": delta.parameters,

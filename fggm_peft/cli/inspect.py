@@ -30,7 +30,7 @@ def run(
     data = {
         "adapter": adapter,
         "base": delta.config.base_model_name_or_path,
-        "granularity": delta.config.granularity,
+        "granularity": str(delta.config.granularity),
         "criterion": delta.config.criterion,
         "parameters": delta.parameters,
         "density": delta.density,

@@ -123,12 +123,9 @@ class SelectionOptions:
     criterion: Annotated[
         Optional[str],
         typer.Option(
-            help="fisher, gain_per_harm, fisher_ratio, input_ratio, batch_gradient, gradient_low_magnitude, "
-            "fisher_over_weight, output_magnitude, random or weight_magnitude (default: fisher)."
+            help="fisher, gain_per_harm, fisher_ratio, input_ratio, gradient_low_magnitude, "
+            "output_magnitude, random or weight_magnitude (default: fisher)."
         ),
-    ] = None
-    weight_exponent: Annotated[
-        Optional[float], typer.Option(help="p of the criterion fisher_over_weight (default: 1).")
     ] = None
     reference: Annotated[
         Optional[list[str]],

@@ -139,7 +139,7 @@ class _Drawing:
         if why is None:
             densities = {module: share for module, (share, _) in shares.items()}
             spectra = {module: values for module, values in adapter.spectra().items() if module in densities}
-            yield f"spectrum{suffix}", spectrum_picture(spectra, densities, adapter.config.granularity, title)
+            yield f"spectrum{suffix}", spectrum_picture(spectra, densities, str(adapter.config.granularity), title)
 
 
 def _names(adapters: list[SavedAdapter]) -> list[str]:

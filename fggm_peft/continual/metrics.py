@@ -121,7 +121,7 @@ for _name, _metric in {
     "edit_similarity": SampleMetric(edit_similarity),
     "sari": SampleMetric(lambda prediction, reference, source: sari(prediction, [reference], source), True),
 }.items():
-    METRICS.register(_name, _metric)
+    METRICS.register(_name)(_metric)
 
 
 def sample_scores(

@@ -35,7 +35,6 @@ class Quantities:
         reference: those of the reference.
         reference_mean: for each of them its mean over entries, of this weight where it is ranked by itself, of all
             weights where they are ranked together (a threshold of global scope).
-        weight_exponent: the config's.
     """
 
     granularity: Granularity
@@ -45,7 +44,6 @@ class Quantities:
     task: Mapping[str, Tensor] = field(default_factory=dict)
     reference: Mapping[str, Tensor] = field(default_factory=dict)
     reference_mean: Mapping[str, float] = field(default_factory=dict)
-    weight_exponent: float = 1.0
 
     @property
     def entries(self) -> int:
@@ -66,19 +64,23 @@ class Criterion:
         score: quantities -> ``[units]``, finite and not negative; the highest scores may move.
         task: names of the statistics of the task's data that it looks at (``statistics.STATISTICS``).
         reference: names of the statistics of a reference that it looks at.
-        granularities: for which kinds of unit it has a meaning; None for all.
+        weight_dim: 0 if it ranks rows only, 1 if it ranks columns only, None if it ranks units of any granularity.
     """
 
     score: Callable[[Quantities], Tensor]
     task: tuple[str, ...] = ()
     reference: tuple[str, ...] = ()
-    granularities: tuple[str, ...] | None = None
+    weight_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in (*self.task, *self.reference):
             STATISTICS[name]
         if self.reference and not self.task:
             raise ValueError("a criterion that looks at a reference must look at the task's data too")
+
+    def supports(self, granularity: Granularity) -> bool:
+        """Whether it can rank units of this granularity."""
+        return self.weight_dim is None or self.weight_dim == granularity.weight_dim
 
     @property
     def needs_data(self) -> bool:
@@ -91,14 +93,17 @@ class Criterion:
         return any(STATISTICS[name].looks_at == "gradient" for name in (*self.task, *self.reference))
 
 
-CRITERIA: Registry[Criterion] = Registry("criterion")
+CRITERIA: Registry[Criterion] = Registry("criterion", make=Criterion)
+_MOMENT = ("input_second_moment",)
 
 
+@CRITERIA.register("fisher", task=("fisher",))
 def _fisher(q: Quantities) -> Tensor:
     """F (FGGM equation 3, arXiv 2601.18261)."""
     return q.task["fisher"]
 
 
+@CRITERIA.register("gain_per_harm", task=("fisher",), reference=("fisher",))
 def _gain_per_harm(q: Quantities) -> Tensor:
     """``sqrt(F) / (F_ref + eps)`` of the mean entry.
 
@@ -108,6 +113,7 @@ def _gain_per_harm(q: Quantities) -> Tensor:
     return q.entries * (q.task["fisher"] / q.entries).sqrt() / _harm(q)
 
 
+@CRITERIA.register("fisher_ratio", task=("fisher",), reference=("fisher",))
 def _fisher_ratio(q: Quantities) -> Tensor:
     """``F / (F_ref + eps)``: the gradient ratio of GRIN, the domain-related Fisher information of FisherTune."""
     return q.task["fisher"] / _harm(q)
@@ -122,6 +128,7 @@ def _floored(values: Tensor, mean: float) -> Tensor:
     return values + FLOOR * mean if mean > 0 else torch.ones_like(values)
 
 
+@CRITERIA.register("input_ratio", task=_MOMENT, reference=_MOMENT, weight_dim=1)
 def _input_ratio(q: Quantities) -> Tensor:
     """``sqrt(E x^2) / (E x_ref^2 + eps)``: ``gain_per_harm`` by a layer's inputs alone, one feature a column.
 
@@ -133,47 +140,26 @@ def _input_ratio(q: Quantities) -> Tensor:
     return q.entries * (q.task["input_second_moment"] * (mean or 1.0)).sqrt() / _floored(reference, mean)
 
 
-def _batch_gradient(q: Quantities) -> Tensor:
-    """The mean over batches of (gradient of the batch's mean loss)^2, as public reimplementations have it."""
-    return q.task["batch_gradient"]
-
-
+@CRITERIA.register("gradient_low_magnitude", task=("mean_gradient",))
 def _gradient_low_magnitude(q: Quantities) -> Tensor:
     """``|mean gradient| / (|W| + eps)`` (GaLLoP, arXiv 2510.19778); of a row or column, both summed first."""
     gradient = q.granularity.reduce(q.task["mean_gradient"].view(q.shape).abs())
     return gradient / q.floored_weight().to(gradient.device)
 
 
-def _fisher_over_weight(q: Quantities) -> Tensor:
-    """``F / (|W| + eps)^p``: FGGM at p = 0, towards small weights, as in GaLLoP, above; ``weight_exponent`` is p."""
-    if not q.weight_exponent:
-        return _fisher(q)
-    return q.task["fisher"] / q.floored_weight().to(q.task["fisher"].device) ** q.weight_exponent
-
-
+@CRITERIA.register("output_magnitude", task=("output_magnitude",), weight_dim=0)
 def _output_magnitude(q: Quantities) -> Tensor:
     """``E |y|``, divided by its sum over the layer's output features (MIGU, arXiv 2406.17245, section 3)."""
     magnitude = q.task["output_magnitude"]
     return magnitude / magnitude.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
+@CRITERIA.register("random")
 def _random(q: Quantities) -> Tensor:
     # (0, 1], because a score of 0 is never chosen
     return 1 - torch.rand(q.granularity.units(q.shape), generator=q.generator)
 
 
+@CRITERIA.register("weight_magnitude")
 def _weight_magnitude(q: Quantities) -> Tensor:
     return q.granularity.reduce(q.weight().abs().float())
-
-
-CRITERIA.register("fisher", Criterion(_fisher, task=("fisher",)))
-CRITERIA.register("gain_per_harm", Criterion(_gain_per_harm, task=("fisher",), reference=("fisher",)))
-CRITERIA.register("fisher_ratio", Criterion(_fisher_ratio, task=("fisher",), reference=("fisher",)))
-_moment = ("input_second_moment",)
-CRITERIA.register("input_ratio", Criterion(_input_ratio, task=_moment, reference=_moment, granularities=("column",)))
-CRITERIA.register("batch_gradient", Criterion(_batch_gradient, task=("batch_gradient",)))
-CRITERIA.register("gradient_low_magnitude", Criterion(_gradient_low_magnitude, task=("mean_gradient",)))
-CRITERIA.register("fisher_over_weight", Criterion(_fisher_over_weight, task=("fisher",)))
-CRITERIA.register("output_magnitude", Criterion(_output_magnitude, task=("output_magnitude",), granularities=("row",)))
-CRITERIA.register("random", Criterion(_random))
-CRITERIA.register("weight_magnitude", Criterion(_weight_magnitude))

@@ -1,16 +1,15 @@
-"""What may move in one weight: whole rows, whole columns or single elements.
+"""Granularities: the kinds of unit that are selected and trained as one, such as rows, columns or elements.
 
-A *support* is a sorted vector of unit indices; together with the *values* on it it is a sparse
-delta of a weight ``[o, i]``. Everything that depends on the kind of unit is a method here, so a new
-granularity is one class and one line in the registry.
+A *support* is a sorted vector of unit indices. A support and the *values* on it are a sparse delta of a weight
+``[o, i]``. Everything that depends on the kind of unit is a method here, so a new granularity is one class.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,109 +36,170 @@ def _add_matrix_product_(y: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         y.add_(a @ b, alpha=scale)
 
 
+@dataclass(frozen=True)
 class Granularity(ABC):
-    """One kind of unit that may be chosen, and the arithmetic of deltas made of such units."""
+    """One kind of unit, and the arithmetic of deltas that consist of such units.
 
-    name: ClassVar[str]
-    unit_dim: ClassVar[int]  # the dimension of the values that counts units
-    weight_dim: ClassVar[int | None] = None  # the dimension of a weight that units are slices along, if they are
-    index_codecs: ClassVar[tuple[str, ...]] = ("plain",)  # what a file may hold the indices in
-    keeps_part: ClassVar[bool] = False  # of its inputs a step keeps a part where few units are chosen
-    takes_digest: ClassVar[bool] = False  # its scores can do without the layer's input, see ``InputDigest``
+    Subclasses are frozen dataclasses; their fields are the arguments of the granularity. Only the abstract methods are
+    required. The other methods have slow, correct defaults, which treat the entries of the units as elements.
+    """
+
+    name: ClassVar[str]  # set by the registry
+    unit_dim: ClassVar[int] = 0  # the dimension of the values that counts units
+    weight_dim: ClassVar[int | None] = None  # units are slices of the weight along this dimension; None: they are not
+    index_codecs: ClassVar[tuple[str, ...]] = ("plain",)  # the encodings that a file may use for the indices
+    saves_factored: ClassVar[bool] = False  # saved scores are row sums and column sums, not one number per unit
+    stores_partial_input: ClassVar[bool] = False  # see ``stored_input``
+    takes_digest: ClassVar[bool] = False  # scores can be computed from an ``InputDigest`` instead of the input
 
     @abstractmethod
     def units(self, shape: Shape) -> int:
-        """How many units a weight of this shape has."""
+        """Number of units of a weight."""
 
     @abstractmethod
     def parameters_per_unit(self, shape: Shape) -> int:
-        """How many weight entries one unit holds."""
+        """Number of weight entries of one unit."""
 
     @abstractmethod
     def values_shape(self, shape: Shape, k: int) -> tuple[int, ...]:
-        """Shape of the values of ``k`` chosen units, in the weight's own orientation."""
+        """Shape of the values of ``k`` units."""
 
     @abstractmethod
     def element_indices(self, indices: Tensor, shape: Shape) -> Tensor:
-        """Flat indices ``o * in + i`` of every chosen entry, int64, in the order of the flattened values: sorted."""
+        """Flat indices ``o * in + i`` of the entries of the given units, int64, in the order of the flattened values.
+
+        Rows, columns and elements return them sorted; other granularities need not.
+        """
 
     @abstractmethod
     def reduce(self, matrix: Tensor) -> Tensor:
         """Sum a score of every entry, ``[o, i]``, to a score of every unit, ``[units]``."""
 
-    @abstractmethod
+    def supports(self, shape: Shape) -> bool:
+        """Whether a weight of this shape can be divided into units."""
+        return True
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether a unit is a row or a column: ``k`` units are then a delta of rank ``k``."""
+        return self.weight_dim is not None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether each unit has one entry of the layer's bias."""
+        return self.weight_dim == 0
+
+    def to_dict(self) -> str | dict[str, Any]:
+        """The JSON form: the name, or a dict of the name and the arguments; ``granularity_from`` reads it."""
+        arguments = asdict(self)
+        return {"granularity": self.name, **arguments} if arguments else self.name
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items())
+        return f"{self.name}({arguments})" if arguments else self.name
+
+    def sorted_elements(self, indices: Tensor, shape: Shape) -> tuple[Tensor, Tensor | None]:
+        """``element_indices``, sorted, and the permutation that sorted them; None if they were sorted already."""
+        flat = self.element_indices(indices, shape)
+        return (flat, None) if self.is_slice or isinstance(self, Elements) else flat.sort()
+
+    def _as_elements(self, indices: Tensor, values: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        flat, order = self.sorted_elements(indices, shape)
+        return flat, values.reshape(-1) if order is None else values.reshape(-1)[order]
+
     def accumulate_(self, scores: Tensor, gradients: PerSampleGradients, half: Tensor) -> None:
         """Add the squared per-sample gradients of one batch to the running scores.
 
         Args:
             scores: ``[2, units]`` float32, changed in place: one running sum for each half.
             gradients: the batch's gradients with respect to one weight.
-            half: ``[b]``, 0 or 1: the running sum that each sample goes to.
+            half: ``[b]``, 0 or 1: the running sum that each sample is added to.
         """
+        o, i = gradients.shape
+        squares = scores.new_zeros(2, o * i)
+        gradients.add_element_scores_(squares, half)
+        for row in (0, 1):
+            scores[row] += self.reduce(squares[row].view(o, i))
 
-    @abstractmethod
     def gather(self, weight: Tensor, indices: Tensor) -> Tensor:
-        """The chosen entries of ``weight`` ``[o, i]``, shaped like the values."""
+        """The entries of ``weight`` ``[o, i]`` on the support, shaped like the values."""
+        shape = (weight.shape[0], weight.shape[1])
+        entries = ELEMENTS.gather(weight, self.element_indices(indices, shape))
+        return entries.view(self.values_shape(shape, len(indices)))
 
-    @abstractmethod
     def put_(self, weight: Tensor, indices: Tensor, entries: Tensor) -> None:
-        """Write ``entries`` over the chosen entries of ``weight`` ``[o, i]``."""
+        """Overwrite the entries of ``weight`` ``[o, i]`` on the support."""
+        ELEMENTS.put_(weight, self.element_indices(indices, (weight.shape[0], weight.shape[1])), entries.reshape(-1))
 
-    def kept_input(self, x: Tensor, indices: Tensor) -> Tensor:
-        """What ``value_gradient`` will need of ``x`` ``[n, i]``: all of it, or a part that takes less memory."""
+    def stored_input(self, x: Tensor, indices: Tensor) -> Tensor:
+        """The part of ``x`` ``[n, i]`` that ``value_gradient`` needs; ``x`` itself unless a part saves memory."""
         return x
 
-    @abstractmethod
-    def value_gradient(self, kept: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-        """The chosen entries of ``g.mT @ x``, from what was kept of ``x`` ``[n, i]`` and from ``g`` ``[n, o]``."""
+    def value_gradient(self, stored: Tensor, g: Tensor, indices: Tensor) -> Tensor:
+        """The entries of ``g.mT @ x`` on the support, from ``stored_input(x)`` and ``g`` ``[n, o]``."""
+        shape = (g.shape[1], stored.shape[1])
+        flat, order = self.sorted_elements(indices, shape)
+        gradient = sampled_product(stored, g, flat)
+        if order is not None:
+            gradient = torch.empty_like(gradient).index_copy_(0, order, gradient)
+        return gradient.view(self.values_shape(shape, len(indices)))
 
-    @abstractmethod
     def add_product_(self, y: Tensor, x: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
         """``y += scale * x @ delta.mT`` for ``y`` ``[n, o]`` and ``x`` ``[n, i]`` in the dtype of the values."""
+        ELEMENTS.add_product_(y, x, *self._as_elements(indices, values, (y.shape[1], x.shape[1])), scale)
 
-    @abstractmethod
     def add_input_gradient_(self, gx: Tensor, g: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
         """``gx += scale * g @ delta`` for ``gx`` ``[n, i]`` and ``g`` ``[n, o]`` in the dtype of the values."""
+        ELEMENTS.add_input_gradient_(gx, g, *self._as_elements(indices, values, (g.shape[1], gx.shape[1])), scale)
 
-    @abstractmethod
     def delta_rows(self, rows: Tensor, indices: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """The given rows of the delta, dense ``[n, i]``; differentiable in ``values``."""
+        return ELEMENTS.delta_rows(rows, *self._as_elements(indices, values, shape), shape)
 
     def pieces(
         self, weight: Tensor, indices: Tensor, tensors: Sequence[Tensor], size: int
     ) -> Iterator[tuple[Tensor, ...]]:
-        """A delta in parts of about ``size`` entries, each with the part of the weight that it is a delta of.
+        """Split a delta into pieces of about ``size`` entries, each with the part of the weight that it changes.
 
         Args:
             weight: ``[o, i]``.
             indices: ``[k]``.
             tensors: each ``values_shape(shape, k)``, not empty.
-            size: a part has more where a single unit, or a line of columns, is more.
+            size: exceeded where a single unit (of columns: one row of the values) is larger.
 
-        Returns:
-            Of each part a view of the weight, the indices into that, and its part of every tensor.
+        Yields:
+            A view of the weight, indices into that view, and the piece of every tensor.
         """
-        step = max(1, size * len(tensors[0]) // tensors[0].numel())
-        yield from zip(*self._parts(weight, indices, step), *(t.split(step) for t in tensors), strict=False)
-
-    def _parts(self, weight: Tensor, indices: Tensor, step: int) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
-        """Views of the weight, and indices into each, for ``step`` lines of the values at a time."""
-        return repeat(weight), indices.split(step)
+        step = max(1, size * len(indices) // tensors[0].numel())
+        parts = zip(indices.split(step), *(t.split(step, self.unit_dim) for t in tensors), strict=True)
+        yield from ((weight, *part) for part in parts)
 
     def added(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> Tensor:
-        """The chosen entries after the delta is added: in float32 at least, rounded once."""
+        """The entries on the support after the delta is added: in float32 at least, rounded once."""
         return sum_rounded_once(self.gather(weight, indices), values, scale)
 
     def add_(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
-        """``weight += scale * delta`` in place, rounding each touched entry once."""
+        """``weight += scale * delta`` in place, rounding each changed entry once."""
         self.put_(weight, indices, self.added(weight, indices, values, scale))
 
 
+GRANULARITIES: Registry[type[Granularity]] = Registry("granularity", named=True)
+
+
+def granularity_from(value: str | Mapping[str, Any] | Granularity) -> Granularity:
+    """A granularity from its name, its dict (see ``Granularity.to_dict``) or itself.
+
+    Raises:
+        ValueError: the name or an argument is unknown, or the value of an argument is illegal.
+    """
+    return value if isinstance(value, Granularity) else GRANULARITIES.build(value, "granularity")
+
+
+@GRANULARITIES.register("row")
+@dataclass(frozen=True)
 class Rows(Granularity):
     """Output features: row ``o`` of the weight (FGGM's choice). Values are ``[k, i]``."""
 
-    name = "row"
-    unit_dim = 0
     weight_dim = 0
     takes_digest = True
 
@@ -167,10 +227,10 @@ class Rows(Granularity):
     def put_(self, weight, indices, entries):
         weight.index_copy_(0, indices.long(), entries)
 
-    def value_gradient(self, kept, g, indices):
-        if kernels.gathers(g, kept, indices):
-            return kernels.gathered_product(g, kept, indices)
-        return g.index_select(1, indices).mT @ kept
+    def value_gradient(self, stored, g, indices):
+        if kernels.gathers(g, stored, indices):
+            return kernels.gathered_product(g, stored, indices)
+        return g.index_select(1, indices).mT @ stored
 
     def add_product_(self, y, x, indices, values, scale=1.0):
         y.index_add_(1, indices, (x @ values.mT).to(y.dtype), alpha=scale)
@@ -186,13 +246,14 @@ class Rows(Granularity):
         return values[position] * chosen[:, None].to(values.dtype)
 
 
+@GRANULARITIES.register("column")
+@dataclass(frozen=True)
 class Columns(Granularity):
     """Input features: column ``i`` of the weight. Values are ``[o, k]``."""
 
-    name = "column"
     unit_dim = 1
     weight_dim = 1
-    keeps_part = True
+    stores_partial_input = True
 
     def units(self, shape):
         return shape[1]
@@ -218,19 +279,21 @@ class Columns(Granularity):
     def put_(self, weight, indices, entries):
         weight.index_copy_(1, indices.long(), entries)
 
-    def _parts(self, weight, indices, step):
-        return weight.split(step), repeat(indices)
+    def pieces(self, weight, indices, tensors, size):
+        step = max(1, size * len(weight) // tensors[0].numel())
+        for part, *pieces in zip(weight.split(step), *(t.split(step) for t in tensors), strict=True):
+            yield part, indices, *pieces
 
-    def kept_input(self, x, indices):
+    def stored_input(self, x, indices):
         # the query, key and value layers share one input, of which each would keep a part of its own
         return x.index_select(1, indices) if 3 * indices.numel() <= x.shape[1] else x
 
-    def value_gradient(self, kept, g, indices):
-        if kept.shape[1] == indices.numel():
-            return g.mT @ kept
-        if kernels.gathers(kept, g, indices):
-            return kernels.gathered_product(kept, g, indices, True)
-        return g.mT @ kept.index_select(1, indices)
+    def value_gradient(self, stored, g, indices):
+        if stored.shape[1] == indices.numel():
+            return g.mT @ stored
+        if kernels.gathers(stored, g, indices):
+            return kernels.gathered_product(stored, g, indices, True)
+        return g.mT @ stored.index_select(1, indices)
 
     def add_product_(self, y, x, indices, values, scale=1.0):
         _add_matrix_product_(y, x.index_select(1, indices), values.mT, scale)
@@ -243,11 +306,12 @@ class Columns(Granularity):
         return zeros.index_copy(1, indices.long(), values[rows])
 
 
+@GRANULARITIES.register("element")
+@dataclass(frozen=True)
 class Elements(Granularity):
     """Single entries, as flat indices ``o * in + i``. Values are ``[k]``."""
 
-    name = "element"
-    unit_dim = 0
+    saves_factored = True
     index_codecs = ("plain", "golomb_rice")
 
     def units(self, shape):
@@ -287,8 +351,8 @@ class Elements(Granularity):
         else:
             super().add_(weight, indices, values, scale)
 
-    def value_gradient(self, kept, g, indices):
-        return sampled_product(kept, g, indices)
+    def value_gradient(self, stored, g, indices):
+        return sampled_product(stored, g, indices)
 
     def add_product_(self, y, x, indices, values, scale=1.0):
         starts = starts_of(indices, torch.arange(y.shape[1], device=y.device) * x.shape[1])
@@ -315,6 +379,4 @@ class Elements(Granularity):
         return dense.view(len(unique), shape[1])[inverse]
 
 
-GRANULARITIES: Registry[Granularity] = Registry("granularity")
-for _granularity in (Rows(), Columns(), Elements()):
-    GRANULARITIES.register(_granularity.name, _granularity)
+ELEMENTS = Elements()

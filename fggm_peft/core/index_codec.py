@@ -38,7 +38,7 @@ def entropy_bytes(k: int, n: int) -> float:
 class IndexCodec(ABC):
     """One way to write sorted, unique indices as tensors."""
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # set by the registry
     parts: ClassVar[tuple[str, ...]]
     """What the tensors are called in a file, after ``fggm_``."""
 
@@ -63,10 +63,13 @@ class IndexCodec(ABC):
         """
 
 
+INDEX_CODECS: Registry[IndexCodec] = Registry("index codec", make=lambda codec: codec(), named=True)
+
+
+@INDEX_CODECS.register("plain")
 class Plain(IndexCodec):
     """The indices as they are."""
 
-    name = "plain"
     parts = ("indices",)
 
     def nbytes(self, indices, n):
@@ -88,6 +91,7 @@ class Plain(IndexCodec):
         return indices.to("cpu", index_dtype(n))
 
 
+@INDEX_CODECS.register("golomb_rice")
 class GolombRice(IndexCodec):
     """The gap before each index, its low ``l`` bits as they are and the rest in unary.
 
@@ -96,7 +100,6 @@ class GolombRice(IndexCodec):
     last one. With ``l = 0`` that is the bitmask of the support.
     """
 
-    name = "golomb_rice"
     parts = ("indices_hi", "indices_lo")
 
     def nbytes(self, indices, n):
@@ -167,10 +170,6 @@ class GolombRice(IndexCodec):
             gaps |= bits[:k].astype(gaps.dtype) << gaps.dtype.type(plane)
         return gaps
 
-
-INDEX_CODECS: Registry[IndexCodec] = Registry("index codec")
-for _codec in (Plain(), GolombRice()):
-    INDEX_CODECS.register(_codec.name, _codec)
 
 INDEX_PARTS = tuple(part for name in INDEX_CODECS for part in INDEX_CODECS[name].parts)
 """Every name that a tensor of indices may have in a file, after ``fggm_``."""

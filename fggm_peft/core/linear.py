@@ -124,7 +124,7 @@ def _flat(x: Tensor) -> Tensor:
 def _save_for_backward(ctx, first: int, x: Tensor, values: Sequence[Tensor]) -> None:
     """Keep the values, and of the input what the gradients of those values need that want one."""
     kept = [
-        delta.granularity.kept_input(x, delta.indices) if ctx.needs_input_grad[first + position] else None
+        delta.granularity.stored_input(x, delta.indices) if ctx.needs_input_grad[first + position] else None
         for position, delta in enumerate(ctx.deltas)
     ]
     ctx.save_for_backward(*values, *kept)

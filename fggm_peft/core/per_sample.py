@@ -29,6 +29,9 @@ class RowGradients(ABC):
 class PerSampleGradients(RowGradients):
     """The gradients of one batch with respect to one weight, one for each sample."""
 
+    shape: tuple[int, int]
+    """``(o, i)`` of the weight."""
+
     @abstractmethod
     def column_scores(self) -> Tensor:
         """Squared gradients summed over output features, ``[b, i]`` float32."""
@@ -132,6 +135,7 @@ class LinearGradients(PerSampleGradients):
 
     def __init__(self, x: Tensor, g: Tensor, gram: GramMatrix | None = None):
         self.x, self.g, self.gram = x, g, gram or GramMatrix()
+        self.shape = (g.shape[2], x.shape[2])
 
     def row_scores(self) -> Tensor:
         """FGGM equation 3. Exact: equals ``((g.mT @ x) ** 2).sum(-1)``."""
@@ -276,6 +280,7 @@ class GroupedGradients(PerSampleGradients):
     def __init__(self, x: Tensor, g: Tensor):
         matrices = torch.einsum("btqo,btqi->bqoi", _widened(g), _widened(x))
         self.matrices = matrices.flatten(1, 2)  # [b, o, i]
+        self.shape = (self.matrices.shape[1], self.matrices.shape[2])
 
     def row_scores(self) -> Tensor:
         return self.matrices.square().sum(2)
@@ -306,25 +311,25 @@ class EmbeddingGradients(PerSampleGradients):
         # a token that occurs twice in a sample sums its gradients before they are squared
         self.sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, inverse, g)
         self.sample, self.token = pairs // rows, pairs % rows
-        self.shape = (len(tokens), rows, g.shape[-1])
+        self.samples, self.shape = len(tokens), (rows, g.shape[-1])
 
     def row_scores(self) -> Tensor:
-        scores = self.sums.new_zeros(self.shape[:2])
+        scores = self.sums.new_zeros(self.samples, self.shape[0])
         return scores.index_put_((self.sample, self.token), self.sums.square().sum(1))
 
     def column_scores(self) -> Tensor:
-        scores = self.sums.new_zeros(self.shape[0], self.shape[2])
+        scores = self.sums.new_zeros(self.samples, self.shape[1])
         return scores.index_add_(0, self.sample, self.sums.square())
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
         for which in (0, 1):
             chosen = half[self.sample] == which
-            table = scores[which].view(self.shape[1:])
+            table = scores[which].view(self.shape)
             table.index_add_(0, self.token[chosen], self.sums[chosen].square().to(table.dtype))
 
     def total(self, samples: Tensor) -> Tensor:
         chosen = samples[self.sample]
-        return self.sums.new_zeros(self.shape[1:]).index_add_(0, self.token[chosen], self.sums[chosen])
+        return self.sums.new_zeros(self.shape).index_add_(0, self.token[chosen], self.sums[chosen])
 
 
 def unfold_convolution(layer: nn.Module, x: Tensor) -> Tensor:

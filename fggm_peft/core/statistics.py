@@ -93,9 +93,10 @@ class Statistic(ABC):
         return granularity.parameters_per_unit(shape)
 
 
-STATISTICS: Registry[Statistic] = Registry("statistic")
+STATISTICS: Registry[Statistic] = Registry("statistic", make=lambda statistic, **options: statistic(**options))
 
 
+@STATISTICS.register("fisher")
 class Fisher(Statistic):
     """Squared per-sample gradients of the units, ``[units]``: the diagonal Fisher information (FGGM equation 3)."""
 
@@ -108,19 +109,7 @@ class Fisher(Statistic):
         granularity.accumulate_(sums, seen, batch.half)
 
 
-class BatchGradient(Statistic):
-    """Squares of the gradient of each batch's mean loss, ``[units]``: no Fisher, as samples cancel first."""
-
-    per_batch = True
-
-    def size(self, granularity, shape):
-        return granularity.units(shape)
-
-    def add_(self, sums, granularity, seen, batch):
-        gradient = seen.total(torch.ones_like(batch.half, dtype=torch.bool)).div_(max(1, batch.answers))
-        sums[batch.number % 2] += granularity.reduce(gradient.square_())
-
-
+@STATISTICS.register("mean_gradient")
 class MeanGradient(Statistic):
     """The mean over samples of their gradient with its sign, ``[o * i]`` whatever the granularity."""
 
@@ -137,6 +126,8 @@ class MeanGradient(Statistic):
         return 1
 
 
+@STATISTICS.register("input_second_moment", looks_at="input", function=torch.square)
+@STATISTICS.register("output_magnitude", looks_at="output", function=torch.abs)
 class FeatureMean(Statistic):
     """The mean over positions of a function of each feature, ``[f]``; padding does not count.
 
@@ -171,10 +162,3 @@ def ones(name: str, granularity: Granularity, shape: Shape) -> Tensor:
     """A statistic whose every number is 1, in the form that criteria get."""
     entry = STATISTICS[name]
     return entry.mean(torch.ones(entry.size(granularity, shape)), Count(1, 1))
-
-
-STATISTICS.register("fisher", Fisher())
-STATISTICS.register("batch_gradient", BatchGradient())
-STATISTICS.register("mean_gradient", MeanGradient())
-STATISTICS.register("input_second_moment", FeatureMean("input", torch.square))
-STATISTICS.register("output_magnitude", FeatureMean("output", torch.abs))

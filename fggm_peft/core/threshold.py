@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +52,7 @@ class ThresholdPolicy(ABC):
     scope: str = field(default="layer", kw_only=True)
     policy: str = field(default="", init=False, kw_only=True)  # its name, so that a plain dict says what it is
     scopes: ClassVar[tuple[str, ...]] = ("layer", "global")
-    name: ClassVar[str]
+    name: ClassVar[str]  # set by the registry
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", self.name)
@@ -107,10 +107,14 @@ class ThresholdPolicy(ABC):
             raise ValueError(f"{type(self).__name__}.{field_name} must be {range_text}, got {value!r}")
 
 
+POLICIES: Registry[type[ThresholdPolicy]] = Registry("threshold policy", named=True)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
+@POLICIES.register("top_density")
 @dataclass(frozen=True)
 class TopDensity(ThresholdPolicy):
     """Keep the top fraction: ``density`` of each weight's units, or of all targeted parameters.
@@ -118,7 +122,6 @@ class TopDensity(ThresholdPolicy):
     FGGM's threshold: its quantile ``alpha = 0.7`` masks 70 % and updates 30 %.
     """
 
-    name: ClassVar[str] = "top_density"
     density: float = 0.3
 
     def __post_init__(self):
@@ -149,6 +152,7 @@ class TopDensity(ThresholdPolicy):
         return round(self.density * _parameters(units, costs))
 
 
+@POLICIES.register("score_mass")
 @dataclass(frozen=True)
 class ScoreMass(ThresholdPolicy):
     """Keep the smallest set that holds ``fraction`` of the total score.
@@ -156,7 +160,6 @@ class ScoreMass(ThresholdPolicy):
     With global scope the smallest in parameters; exact but for the float32 rounding of score / cost.
     """
 
-    name: ClassVar[str] = "score_mass"
     fraction: float = 0.9
 
     def __post_init__(self):
@@ -178,11 +181,11 @@ class ScoreMass(ThresholdPolicy):
         return take(ranks, mass, self.fraction * total * (1 - 1e-12), overshoot=True)
 
 
+@POLICIES.register("mean_plus_std")
 @dataclass(frozen=True)
 class MeanPlusStd(ThresholdPolicy):
     """Keep the scores above mean + ``k`` standard deviations."""
 
-    name: ClassVar[str] = "mean_plus_std"
     k: float = 1.0
 
     def __post_init__(self):
@@ -203,11 +206,11 @@ class MeanPlusStd(ThresholdPolicy):
         return above(ranks, mean + self.k * variance**0.5)
 
 
+@POLICIES.register("absolute_score")
 @dataclass(frozen=True)
 class AbsoluteScore(ThresholdPolicy):
     """Keep the scores above ``value``, whatever the other scores are (so there is no global scope)."""
 
-    name: ClassVar[str] = "absolute_score"
     scopes: ClassVar[tuple[str, ...]] = ("layer",)
     value: float = 0.0
 
@@ -220,6 +223,7 @@ class AbsoluteScore(ThresholdPolicy):
         return above(scores, self.value)
 
 
+@POLICIES.register("parameter_budget")
 @dataclass(frozen=True)
 class ParameterBudget(ThresholdPolicy):
     """Keep the best scores per trained parameter until ``count`` parameters are spent.
@@ -232,7 +236,6 @@ class ParameterBudget(ThresholdPolicy):
             starves: one number, or module type -> number, "default" standing for the types that are not named.
     """
 
-    name: ClassVar[str] = "parameter_budget"
     scopes: ClassVar[tuple[str, ...]] = ("global",)
     scope: str = field(default="global", kw_only=True)
     count: int = 1_000_000
@@ -327,20 +330,10 @@ def _even_share(limits: Sequence[int], costs: Sequence[int], budget: int, floors
     return Forecast(units, max(0, budget - max(costs) + 1), budget)
 
 
-POLICIES: Registry[type[ThresholdPolicy]] = Registry("threshold policy")
-for _policy in (TopDensity, ScoreMass, MeanPlusStd, AbsoluteScore, ParameterBudget):
-    POLICIES.register(_policy.name, _policy)
-
-
 def policy_from_dict(data: Mapping[str, Any]) -> ThresholdPolicy:
     """The policy that ``to_dict`` described.
 
     Raises:
-        ValueError: an unknown policy, an unknown argument, or a value out of range.
+        ValueError: the policy or an argument is unknown, or the value of an argument is illegal.
     """
-    arguments = dict(data)
-    policy = POLICIES[arguments.pop("policy", None)]
-    known = {f.name for f in fields(policy)} - {"policy"}
-    if unknown := sorted(set(arguments) - known):
-        raise ValueError(f"{policy.__name__} has no argument {unknown[0]!r}; it takes {', '.join(sorted(known))}")
-    return policy(**arguments)
+    return POLICIES.build(data, "policy")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .granularity import GRANULARITIES, Granularity, Shape
+from .granularity import ELEMENTS, Granularity, Shape
 from .index_codec import index_dtype
 
 
@@ -32,19 +32,16 @@ class WeightDelta:
     scale: float = 1.0
 
 
-ELEMENT = "element"
-"""The granularity that every other one can be written in."""
-
-
 def as_elements(delta: WeightDelta, shape: Shape) -> WeightDelta:
     """The same delta with every entry of its units as an element of its own."""
-    indices = delta.granularity.element_indices(delta.indices, shape).to(index_dtype(shape[0] * shape[1]))
-    return WeightDelta(GRANULARITIES[ELEMENT], indices, delta.values.reshape(-1), delta.scale)
+    indices, order = delta.granularity.sorted_elements(delta.indices, shape)
+    values = delta.values.reshape(-1) if order is None else delta.values.reshape(-1)[order]
+    return WeightDelta(ELEMENTS, indices.to(index_dtype(shape[0] * shape[1])), values, delta.scale)
 
 
 def in_one_granularity(deltas: Sequence[WeightDelta], shape: Shape) -> Sequence[WeightDelta]:
     """The same deltas: as they are if they have one granularity in common, else as elements."""
-    if len({delta.granularity.name for delta in deltas}) > 1:
+    if len({delta.granularity for delta in deltas}) > 1:
         return [as_elements(delta, shape) for delta in deltas]
     return deltas
 

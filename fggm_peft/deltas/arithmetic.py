@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.granularity import GRANULARITIES
+from ..core.granularity import ELEMENTS, Granularity
 from ..core.index_codec import index_dtype
 from ..core.ranking import best_per_parameter
-from ..core.weight_delta import ELEMENT, WeightDelta, combined, restricted, unit_squares, united
+from ..core.weight_delta import WeightDelta, combined, restricted, unit_squares, united
 from .delta import ModuleDelta, SparseDelta, made_delta
 from .meta_base import Base
 
@@ -43,9 +43,9 @@ def compose(sources: Sequence[Any], weights: Sequence[float] | None = None, base
         deltas[0].require_same_base(delta)
     others = _same_others(deltas)
     granularities = {delta.config.granularity for delta in deltas}
-    granularity = granularities.pop() if len(granularities) == 1 else ELEMENT
+    granularity = granularities.pop() if len(granularities) == 1 else ELEMENTS
     with_bias = any(module.bias is not None for delta in deltas for module in delta.modules.values())
-    if with_bias and granularity != "row":
+    if with_bias and not granularity.has_bias:
         raise ValueError("bias entries belong to chosen rows; deltas that have them combine with deltas of rows only")
     names = list(dict.fromkeys(name for delta in deltas for name in delta.modules))
     modules = {}
@@ -94,13 +94,13 @@ def prune(source: Any, density: float, scope: str = "layer", base: Base | None =
     )
 
 
-def _sum(parts: Sequence[tuple[ModuleDelta, float]], granularity: str) -> ModuleDelta:
+def _sum(parts: Sequence[tuple[ModuleDelta, float]], granularity: Granularity) -> ModuleDelta:
     shape = parts[0][0].shape
     deltas = [module.scaled(weight) for module, weight in parts]
-    if granularity == ELEMENT and any(d.granularity.name != ELEMENT for d in deltas):
+    if granularity == ELEMENTS and any(d.granularity != ELEMENTS for d in deltas):
         # a module of one delta only must be of the granularity of the whole, too
         empty = torch.empty(0, dtype=index_dtype(shape[0] * shape[1]))
-        deltas.append(WeightDelta(GRANULARITIES[ELEMENT], empty, torch.empty(0)))
+        deltas.append(WeightDelta(ELEMENTS, empty, torch.empty(0)))
     total = combined(deltas, shape)
     indices = total.indices.to(index_dtype(shape[0] * shape[1]))
     bias = None
@@ -108,7 +108,7 @@ def _sum(parts: Sequence[tuple[ModuleDelta, float]], granularity: str) -> Module
         # bias entries are elements of a vector that has the indices of the rows
         vectors = [(module.indices, module.bias, weight) for module, weight in parts if module.bias is not None]
         zero = (total.indices, torch.zeros(len(total.indices)), 1.0)
-        elements = [WeightDelta(GRANULARITIES[ELEMENT], i, values, weight) for i, values, weight in [zero, *vectors]]
+        elements = [WeightDelta(ELEMENTS, i, values, weight) for i, values, weight in [zero, *vectors]]
         bias = united(elements).values
     return ModuleDelta(total.granularity, shape, indices, total.values, bias)
 

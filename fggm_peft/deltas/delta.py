@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.fingerprint import WeightSketch, sketches_from
-from ..core.granularity import GRANULARITIES, Granularity, Shape
+from ..core.granularity import Granularity, Shape
 from ..core.weight_delta import WeightDelta
 from ..tuner.config import FGGMConfig
 from ..tuner.files.atomic import complete_folder
@@ -132,7 +132,7 @@ class SparseDelta:
 
     @property
     def granularity(self) -> Granularity:
-        return GRANULARITIES[self.config.granularity]
+        return self.config.granularity
 
     @property
     def parameters(self) -> int:
@@ -173,7 +173,7 @@ class SparseDelta:
 
 def made_delta(
     like: FGGMConfig,
-    granularity: str,
+    granularity: str | Granularity,
     modules: Mapping[str, ModuleDelta],
     made_by: str,
     others: Mapping[str, Tensor] | None = None,
@@ -218,7 +218,7 @@ def _of_file(source: str | Path, base: Base | None, hub: Mapping[str, Any]) -> S
     adapter = Path(source).expanduser() if Path(source).expanduser().is_dir() else str(source)
     config, file = find_adapter(adapter, **hub)
     contents = contents_of(config, file, _base_for(config, str(source), base))
-    granularity = GRANULARITIES[config.granularity]
+    granularity = config.granularity
     modules = {name: ModuleDelta(granularity, contents.shapes[name], **d) for name, d in contents.deltas.items()}
     return SparseDelta(_for_inference(contents.config), modules, contents.others)
 

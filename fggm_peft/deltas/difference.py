@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.fingerprint import samples_per_weight, sketch_weight
-from ..core.granularity import GRANULARITIES, Granularity
+from ..core.granularity import Columns, Elements, Granularity, Rows, granularity_from
 from ..core.index_codec import index_dtype
 from ..tuner.config import FGGMConfig
 from ..tuner.files.tensors import PREFIX
@@ -25,8 +25,8 @@ from .delta import ModuleDelta, SparseDelta, made_delta
 from .meta_base import Base, layer_of, skeleton
 from .weights import Weights, weights_of
 
-WITH_BIAS = "row"
-"""The granularity whose units have bias entries."""
+CANDIDATES = (Rows(), Columns(), Elements())
+"""The granularities that ``diff`` chooses from."""
 VALUE_BYTES = 4
 
 _TASKS = {
@@ -38,7 +38,7 @@ _TASKS = {
 }
 
 
-def diff(base: Base, tuned: Base, granularity: str | None = None, progress: bool = False) -> SparseDelta:
+def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, progress: bool = False) -> SparseDelta:
     """What must be added to ``base`` to get ``tuned``.
 
     Added to the base in float32 and rounded once, as merging does, the values give the tuned weight bit for bit
@@ -54,10 +54,9 @@ def diff(base: Base, tuned: Base, granularity: str | None = None, progress: bool
         ValueError: the models are not of one architecture, nothing has changed, a changed entry is not finite, or
             biases have changed, which the granularity cannot hold.
     """
-    if granularity is not None:
-        GRANULARITIES[granularity]
+    kind = None if granularity is None else granularity_from(granularity)
     with torch.no_grad():
-        return _Difference(base, tuned, progress).delta(granularity)
+        return _Difference(base, tuned, progress).delta(kind)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class _Found:
         whole: paths of modules that have changed and are of no type that can be adapted.
     """
 
-    units: dict[str, dict[str, int]] = field(default_factory=lambda: {name: {} for name in GRANULARITIES})
+    units: dict[Granularity, dict[str, int]] = field(default_factory=lambda: {kind: {} for kind in CANDIDATES})
     changed: list[str] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
@@ -107,7 +106,7 @@ class _Difference:
         self.inexact = 0
         self.sketches: dict[str, str] = {}
 
-    def delta(self, granularity: str | None) -> SparseDelta:
+    def delta(self, granularity: Granularity | None) -> SparseDelta:
         found = self._counted()
         whole = _whole_modules(self.model, found.whole)
         inside = [name for name in found.changed if _is_inside(name, whole)]
@@ -128,7 +127,7 @@ class _Difference:
         like.modules_to_save = whole or None
         made_by = f"diff of {self.tuned_name} against its base"
         like.base_fingerprint = self.sketches
-        delta = made_delta(like, kind.name, modules, made_by, self._whole_tensors(whole))
+        delta = made_delta(like, kind, modules, made_by, self._whole_tensors(whole))
         assert delta.config.selection is not None
         delta.config.selection["inexact_entries"] = self.inexact
         return delta
@@ -153,8 +152,8 @@ class _Difference:
 
     def _count(self, layer: FGGMLayer, parameter: _Parameter, changed: Tensor, found: _Found) -> None:
         matrix = layer.matrix(changed).float()
-        for name in GRANULARITIES:
-            found.units[name][parameter.module] = int((GRANULARITIES[name].reduce(matrix) > 0).sum())
+        for kind in CANDIDATES:
+            found.units[kind][parameter.module] = int((kind.reduce(matrix) > 0).sum())
         found.changed.append(parameter.module)
         if len(parameter.names) > 1:
             others = ", ".join(name.rpartition(".")[0] for name in parameter.names[1:])
@@ -164,27 +163,27 @@ class _Difference:
                 stacklevel=5,
             )
 
-    def _granularity(self, wanted: str | None, found: _Found, names: list[str]) -> Granularity:
+    def _granularity(self, wanted: Granularity | None, found: _Found, names: list[str]) -> Granularity:
         if found.biases:
-            if wanted not in (None, WITH_BIAS):
+            if wanted is not None and not wanted.has_bias:
                 raise ValueError(
-                    f"the bias of {found.biases[0]} has changed, and only granularity={WITH_BIAS!r} holds bias "
-                    f"entries, not {wanted!r}"
+                    f"the bias of {found.biases[0]} has changed, and only granularity='row' contains bias entries, "
+                    f"not '{wanted}'"
                 )
-            return GRANULARITIES[WITH_BIAS]
+            return Rows()
         if wanted is not None:
-            return GRANULARITIES[wanted]
+            return wanted
 
-        def size(name: str) -> int:
+        def size(kind: Granularity) -> int:
             total = 0
             for module in names:
                 shape = self.layers[module].weight_shape
                 index_bytes = index_dtype(shape[0] * shape[1]).itemsize
-                unit = VALUE_BYTES * GRANULARITIES[name].parameters_per_unit(shape) + index_bytes
-                total += found.units[name][module] * unit
+                unit = VALUE_BYTES * kind.parameters_per_unit(shape) + index_bytes
+                total += found.units[kind][module] * unit
             return total
 
-        return GRANULARITIES[min(GRANULARITIES, key=size)]
+        return min(CANDIDATES, key=size)
 
     # Second pass ---------------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ class Ledger:
         shutil.rmtree(self.folder / folder, ignore_errors=True)  # of an attempt that was interrupted
         found.save(self.folder / folder)
         digest = digest_of_folder(self.folder / folder)
-        entry = Entry(name, folder, digest, found.config.granularity, found.parameters, found.density)
+        entry = Entry(name, folder, digest, str(found.config.granularity), found.parameters, found.density)
         self._write([*self._entries, entry], self._next + 1)
         return entry
 

@@ -190,7 +190,7 @@ def _of_values(a: ModuleDelta | None, b: ModuleDelta | None) -> Shared:
         return Shared(total=float(sum(module.values.numel() for module in held)))
     counts = _of_supports((a.granularity, a.indices), (b.granularity, b.indices), a.shape)
     first, second = a.scaled(), b.scaled()
-    if a.granularity.name != b.granularity.name:
+    if a.granularity != b.granularity:
         first, second = as_elements(first, a.shape), as_elements(second, b.shape)
     in_a, in_b = shared(first.indices, second.indices)
     x, y = _values(first, in_a), _values(second, in_b)
@@ -209,9 +209,9 @@ def _of_supports(a: Support | None, b: Support | None, shape: Shape) -> Shared:
 
 def _common(kind_a: Granularity, a: Tensor, kind_b: Granularity, b: Tensor, shape: Shape) -> int:
     """How many entries two supports share."""
-    if kind_a.name == kind_b.name:
+    if kind_a == kind_b:
         return len(shared(a, b)[0]) * kind_a.parameters_per_unit(shape)
-    return len(shared(kind_a.element_indices(a, shape), kind_b.element_indices(b, shape))[0])
+    return len(shared(kind_a.sorted_elements(a, shape)[0], kind_b.sorted_elements(b, shape)[0])[0])
 
 
 def shared_entries(a: SparseDelta, b: SparseDelta) -> int:

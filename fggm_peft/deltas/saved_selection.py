@@ -19,7 +19,7 @@ from ..tuner.files.reading import find_adapter
 from ..tuner.files.task_scores import SCORES_FILE, load_record
 from ..tuner.layer_types import make_layer
 
-_SCORES = {"fisher": "fisher", "batch_gradient": "batch_gradient"}
+_SCORES = {"fisher": "fisher"}
 """Criterion -> statistic, where the scores are the statistic itself."""
 
 
@@ -53,7 +53,7 @@ class SavedAdapter:
             return "no scores were saved (fggm select --save-scores)"
         if self.config.criterion not in _SCORES:
             return f"the file of scores has what {self.config.criterion!r} looks at, not its scores"
-        if self.config.granularity == "element":
+        if self.config.granularity.saves_factored:
             return "of single elements only row and column sums are saved"
         if self.config.protect:
             return "the scores were scaled by protection, which the file does not say"

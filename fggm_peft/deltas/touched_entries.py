@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.errors import AdapterFileError
-from ..core.granularity import GRANULARITIES, Granularity
-from ..core.weight_delta import in_one_granularity, union
+from ..core.granularity import Granularity, granularity_from
+from ..core.weight_delta import WeightDelta, in_one_granularity, union
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.sidecar import KEPT, KeptDelta, keep_beside, without_kept
 from .apply import add_bias_, change_weight_, set_module
@@ -97,7 +97,7 @@ class Originals:
         for name, kept in self.modules.items():
             for part in ("indices", "entries", "rows", "bias"):
                 tensors[f"{name}/{part}"] = getattr(kept, part).cpu().contiguous()
-        kinds = {name: kept.granularity.name for name, kept in self.modules.items()}
+        kinds = {name: kept.granularity.to_dict() for name, kept in self.modules.items()}
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, {"format": _FORMAT, "granularities": json.dumps(kinds)})
         partial.replace(path)
@@ -118,7 +118,7 @@ class Originals:
 
                 def kept(name: str, kind: str) -> Kept:
                     parts = (opened.get_tensor(f"{name}/{part}") for part in ("indices", "entries", "rows", "bias"))
-                    return Kept(GRANULARITIES[kind], *parts)
+                    return Kept(granularity_from(kind), *parts)
 
                 return cls({name: kept(name, kind) for name, kind in kinds.items()})
         except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -243,9 +243,9 @@ def _take_bias_(layer: FGGMLayer, delta: ModuleDelta) -> None:
 def _require_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta], name: str) -> None:
     there: Any = getattr(layer.get_base_layer(), KEPT, None)
     expected = KeptDelta(None, [delta.scaled() for delta in deltas])
-    found = {} if there is None else {d.granularity.name: d for d in there.deltas}
+    found: dict[Any, WeightDelta] = {} if there is None else {d.granularity: d for d in there.deltas}
     for delta in expected.deltas:
-        other = found.pop(delta.granularity.name, None)
+        other = found.pop(delta.granularity, None)
         same = other is not None and torch.equal(other.indices.cpu(), delta.indices)
         if not same or not torch.equal(other.values.cpu(), delta.values):
             found[name] = delta

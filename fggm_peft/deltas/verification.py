@@ -10,7 +10,6 @@ import transformers
 from torch import nn
 
 from ..core.errors import AdapterFileError
-from ..core.granularity import GRANULARITIES
 from ..core.index_codec import entropy_bytes
 from ..tuner.config import FGGMConfig
 from ..tuner.files.base_check import require_base
@@ -81,7 +80,7 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
         base_model=config.base_model_name_or_path,
         base=checked,
         format=config.fggm_format,
-        granularity=config.granularity,
+        granularity=str(config.granularity),
         criterion=config.criterion,
         made_with=config.made_with or {},
         modules=len(contents.deltas),
@@ -127,7 +126,7 @@ def _require_announced(contents: AdapterContents) -> None:
 
 
 def _densities(contents: AdapterContents) -> dict[str, float]:
-    granularity = GRANULARITIES[contents.config.granularity]
+    granularity = contents.config.granularity
     return {
         name: len(delta["indices"]) / max(1, granularity.units(contents.shapes[name]))
         for name, delta in contents.deltas.items()
@@ -142,7 +141,7 @@ def _checked_base(config: FGGMConfig, model: nn.Module, file: Path) -> str:
 
 
 def _figures(contents: AdapterContents) -> dict[str, Any]:
-    granularity = GRANULARITIES[contents.config.granularity]
+    granularity = contents.config.granularity
     deltas, shapes = contents.deltas, contents.shapes
     tensors = [tensor for delta in deltas.values() for part, tensor in delta.items() if part != "indices"]
     entropy = sum(entropy_bytes(len(d["indices"]), granularity.units(shapes[name])) for name, d in deltas.items())

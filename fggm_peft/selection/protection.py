@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.granularity import GRANULARITIES, Granularity
+from ..core.granularity import Granularity, granularity_from
 from ..tuner.config import FGGMConfig
 from ..tuner.files.task_scores import history_of
 from ..tuner.layer import FGGMLayer
@@ -129,7 +129,7 @@ def _supports_of(model: nn.Module, config: FGGMConfig, name: str) -> list[tuple[
         return [(m, (layer.granularity[name], layer.fggm_indices[name].cpu())) for m, layer in layers.items()]
     if name == "history":
         return [
-            (module, (GRANULARITIES[record.granularity], indices))
+            (module, (granularity_from(record.granularity), indices))
             for record in history_of(unwrapped(model), besides=config)
             for module, indices in record.supports.items()
         ]
@@ -145,5 +145,5 @@ def supports_in_file(model: nn.Module, name: str) -> list[tuple[str, Support]]:
     from ..tuner.files.reading import read_supports  # of no use to most, so the package is imported without it
 
     config, supports = read_supports(name, model)
-    granularity = GRANULARITIES[config.granularity]
+    granularity = config.granularity
     return [(module, (granularity, indices)) for module, indices in supports.items()]

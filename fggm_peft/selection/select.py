@@ -170,7 +170,7 @@ def settle(task: FisherPass, chooser: Chooser, outcome: Outcome, start: float) -
     write_supports(layers, config, adapter_name, outcome.choices)
     supports = {name: choice.indices for name, choice in outcome.choices.items()}
     base = config.base_model_name_or_path or ""
-    record = TaskRecord(config.granularity, outcome.samples, base, outcome.scores, supports)
+    record = TaskRecord(config.granularity.to_dict(), outcome.samples, base, outcome.scores, supports)
     remember(unwrapped(task.model), config, record)
     report = _report(layers, config, adapter_name, outcome, record, time.perf_counter() - start)
     config.selection = report.summary()
@@ -273,7 +273,7 @@ def _report(layers, config, adapter_name, outcome: Outcome, record: TaskRecord, 
         for name, layer in layers.items()
     ]
     return SelectionReport(
-        granularity=config.granularity,
+        granularity=str(config.granularity),
         criterion=config.criterion,
         threshold=config.policy().to_dict(),
         samples=outcome.samples,

@@ -82,7 +82,7 @@ def _record(model: nn.Module, config: FGGMConfig, folder: Path) -> TaskRecord:
     if (folder / SCORES_FILE).exists():
         return replace(load_record(folder), supports=supports)
     samples = (config.selection or {}).get("samples", 0)
-    return TaskRecord(config.granularity, samples, config.base_model_name_or_path or "", {}, supports)
+    return TaskRecord(config.granularity.to_dict(), samples, config.base_model_name_or_path or "", {}, supports)
 
 
 def load_before_sharding_(model: Any, checkpoint: Path) -> None:

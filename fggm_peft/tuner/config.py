@@ -10,7 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..core.criteria import CRITERIA
-from ..core.granularity import GRANULARITIES
+from ..core.granularity import Granularity, granularity_from
 from ..core.registry import require_one_of
 from ..core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from .files.model_card import complete_card
@@ -91,26 +91,22 @@ class FGGMConfig(PeftConfig):
             "A delta of k rows is a LoRA of rank k. Not for granularity='element'."
         },
     )
-    granularity: str = field(
-        default="row",
+    granularity: Granularity = field(
+        default="row",  # type: ignore[assignment]  # names and dicts become instances in __post_init__
         metadata={
             "help": "What is chosen and moves as one: 'row' (an output feature, the paper's choice), 'column' (an "
-            "input feature) or 'element' (a single weight)."
+            "input feature), 'element' (a single weight), a Granularity with arguments or its dict."
         },
     )
     criterion: str = field(
         default="fisher",
         metadata={
             "help": "What ranks the units, on the task's data: 'fisher' (diagonal Fisher information F), "
-            "'batch_gradient' (squared gradients of batches), 'fisher_over_weight' (F / |W|^p), "
             "'gradient_low_magnitude' (mean gradient over |W|), 'output_magnitude' (rows, by a forward pass); on a "
             "`reference` too: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref), 'input_ratio' (columns, "
             "by forward passes); without data, chosen when the adapter is made: 'random', 'weight_magnitude'. Or a "
             "name of your own in `fggm_peft.CRITERIA`."
         },
-    )
-    weight_exponent: float = field(
-        default=1.0, metadata={"help": "p of the criterion 'fisher_over_weight', >= 0; at 0 it is 'fisher'."}
     )
     reference: Optional[Union[list[str], str]] = field(
         default=None,
@@ -325,7 +321,7 @@ class FGGMConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._resolve_threshold()
         self._check_budget()
-        GRANULARITIES[self.granularity]
+        self.granularity = granularity_from(self.granularity)
         require_criterion_settings(self)
         require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
         require_estimate_settings(self)
@@ -333,10 +329,10 @@ class FGGMConfig(PeftConfig):
         require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
         require_one_of("training_dtype", self.training_dtype, (None, "float32", "bfloat16"))
         require_file_settings(self)
-        if self.bias == "fggm_only" and self.granularity != "row":
+        if self.bias == "fggm_only" and not self.granularity.has_bias:
             raise ValueError(
                 f"bias={self.bias!r} trains the bias entries of chosen rows and needs granularity='row', "
-                f"got granularity={self.granularity!r}"
+                f"got granularity='{self.granularity}'"
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
@@ -386,9 +382,10 @@ class FGGMConfig(PeftConfig):
             return
         if not isinstance(self.max_rows, int) or isinstance(self.max_rows, bool) or self.max_rows < 1:
             raise ValueError(f"max_rows must be an integer > 0 or None, got {self.max_rows!r}")
-        if self.granularity == "element":
+        if not self.granularity.is_slice:
             raise ValueError(
-                f"max_rows ({self.max_rows!r}) bounds rows or columns and has no meaning for granularity='element'; "
+                f"max_rows ({self.max_rows!r}) bounds rows or columns and has no meaning for "
+                f"granularity='{self.granularity}'; "
                 "give a budget or a density"
             )
 
@@ -402,7 +399,8 @@ class FGGMConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, without ``check_base``: whoever loads decides, and what is in a file would go before it."""
-        return {name: value for name, value in super().to_dict().items() if name != "check_base"}
+        data = {**super().to_dict(), "granularity": self.granularity.to_dict()}
+        return {name: value for name, value in data.items() if name != "check_base"}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..core.errors import AdapterNotSelectedError
-from ..core.granularity import GRANULARITIES, Granularity, Shape
+from ..core.granularity import Granularity, Shape
 from ..core.index_codec import index_dtype
 from ..core.linear import effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
@@ -135,7 +135,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: FGGMConfig, inference_mode: bool = False) -> None:
         """Add an adapter with an empty support: it changes nothing, trains nothing and costs nothing."""
-        granularity = GRANULARITIES[config.granularity]
+        granularity = config.granularity
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if config.training_dtype is not None:
             dtype = getattr(torch, config.training_dtype)

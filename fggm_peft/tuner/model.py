@@ -77,6 +77,11 @@ class FGGMModel(BaseTuner):
             _correct_fan_in_fan_out(peft_config, layer)
             layer.set_adapter(self.active_adapters)
             layer.train(target.training)
+        if not peft_config.granularity.supports(layer.weight_shape):
+            raise ValueError(
+                f"{current_key}: granularity='{peft_config.granularity}' cannot divide a weight of shape "
+                f"{list(layer.weight_shape)} into units; leave the module out with exclude_modules"
+            )
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
         if layer is not target:
             # not by PEFT's _replace_module, which moves an adapter to where the weight is: that of an offloaded

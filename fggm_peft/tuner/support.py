@@ -71,7 +71,6 @@ def criterion_scores(
         shape=layer.weight_shape,
         weight=layer.weight_copy,
         generator=module_generator(config, name),
-        weight_exponent=config.weight_exponent,
         **statistics,
     )
     return CRITERIA[config.criterion].score(quantities)

@@ -181,7 +181,7 @@ def test_a_wrong_name_or_option_is_an_error_that_says_what_is_right(name, option
 def test_options_of_the_adapter_are_options_of_the_method():
     method = make_method("fggm", density=0.1, granularity="column", seed=5, first_task_masked=False)
     config = method.make_config(1)
-    assert (config.density, config.granularity, config.seed) == (0.1, "column", 5)
+    assert (config.density, str(config.granularity), config.seed) == (0.1, "column", 5)
     assert make_method("fggm", config={"density": 0.1}, granularity="column").make_config(0).density == 0.1
 
 

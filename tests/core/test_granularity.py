@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TOLERANCE, dense_delta, mask, relative_error, unit_scores, units
 
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.registry import Registry
 
 SHAPES = [(1, 1), (5, 7), (8, 3), (1, 9), (6, 1)]
@@ -29,7 +29,7 @@ def weights(shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_units_times_parameters_per_unit_is_the_whole_weight(granularity, shape):
-    kind = GRANULARITIES[granularity]
+    kind = granularity_from(granularity)
     assert kind.name == granularity
     assert kind.units(shape) == units(granularity, shape)
     assert kind.units(shape) * kind.parameters_per_unit(shape) == shape[0] * shape[1]
@@ -37,7 +37,7 @@ def test_units_times_parameters_per_unit_is_the_whole_weight(granularity, shape)
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_hold_one_number_for_each_entry_that_may_move(granularity, shape, make_delta):
-    kind = GRANULARITIES[granularity]
+    kind = granularity_from(granularity)
     for k in counts(granularity, shape):
         delta = make_delta(granularity, shape, k)
         expected = kind.values_shape(shape, k)
@@ -49,7 +49,7 @@ def test_values_hold_one_number_for_each_entry_that_may_move(granularity, shape,
 def test_reduce_sums_the_scores_of_a_units_entries(granularity, shape):
     matrix = torch.rand(shape, dtype=torch.float64)
     for scores in (matrix, matrix.T.contiguous().T):
-        torch.testing.assert_close(GRANULARITIES[granularity].reduce(scores), unit_scores(granularity, matrix))
+        torch.testing.assert_close(granularity_from(granularity).reduce(scores), unit_scores(granularity, matrix))
 
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
@@ -140,12 +140,12 @@ def test_delta_rows_train_the_values_of_the_rows_that_were_read(granularity, mak
 
 def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"unknown granularity 'rows'; known are 'row'.*Did you mean 'row'"):
-        GRANULARITIES["rows"]
+        granularity_from("rows")
 
 
 def test_a_name_in_a_registry_can_be_taken_once():
     registry = Registry("fruit")
-    registry.register("pear", 1)
+    registry.register("pear")(1)
     with pytest.raises(ValueError, match="already a fruit named 'pear'"):
-        registry.register("pear", 2)
+        registry.register("pear")(2)
     assert (registry["pear"], list(registry), "pear" in registry) == (1, ["pear"], True)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.index_codec import (
     INDEX_CODECS,
     INDEX_PARTS,
@@ -92,7 +92,7 @@ def elias_fano_bytes(k: int, n: int) -> int:
 def test_it_is_near_the_entropy_and_never_larger_than_elias_fano_or_a_bitmask(density, n):
     indices = support(round(n * density), n)
     k = len(indices)
-    size = smallest_codec(GRANULARITIES["element"].index_codecs, indices, n).nbytes(indices, n)
+    size = smallest_codec(granularity_from("element").index_codecs, indices, n).nbytes(indices, n)
     assert size <= min(elias_fano_bytes(k, n), -(-n // 8))
     if density <= 0.5:  # of a nearly full support the entropy goes to zero
         assert size <= 1.03 * entropy_bytes(k, n)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TOLERANCE, dense_delta, linear, relative_error, units
 
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.linear import (
     additive_linear,
     effective_linear,
@@ -41,7 +41,7 @@ def run_split(x, weight, bias, deltas):
 
 FORMS = [run_effective, run_additive]
 FORMS_OF_ONE = [*FORMS, run_split]
-SLICES = [name for name in GRANULARITIES if GRANULARITIES[name].weight_dim is not None]
+SLICES = [name for name in GRANULARITIES if granularity_from(name).weight_dim is not None]
 
 
 def counts(name, shape):

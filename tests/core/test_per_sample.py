@@ -11,7 +11,7 @@ from reference import per_sample_gradients, per_sample_weight_gradients, relativ
 from torch import nn
 
 from fggm_peft.core import per_sample
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.per_sample import (
     EmbeddingGradients,
     GramDigest,
@@ -28,7 +28,7 @@ HALF = torch.tensor([0, 1, 1, 0, 1])
 
 def halves(gradients, granularity, units, half=HALF):
     scores = torch.zeros(2, units)
-    GRANULARITIES[granularity].accumulate_(scores, gradients, half)
+    granularity_from(granularity).accumulate_(scores, gradients, half)
     return scores
 
 
@@ -39,7 +39,7 @@ def naive_halves(weight_gradients, granularity, half=HALF):
 
 
 def units(granularity, o, i):
-    return GRANULARITIES[granularity].units((o, i))
+    return granularity_from(granularity).units((o, i))
 
 
 # Linear ------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_scores_are_added_to_what_is_there(granularity):
     x, g = torch.randn(5, 3, 4), torch.randn(5, 3, 6)
     once = halves(LinearGradients(x, g), granularity, units(granularity, 6, 4))
     twice = once.clone()
-    GRANULARITIES[granularity].accumulate_(twice, LinearGradients(x, g), HALF)
+    granularity_from(granularity).accumulate_(twice, LinearGradients(x, g), HALF)
     torch.testing.assert_close(twice, 2 * once)
 
 

@@ -21,7 +21,7 @@ from reference import per_sample_gradients, relative_error, unit_scores
 from torch import nn
 
 from fggm_peft import FGGMConfig, select_parameters
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.per_sample import GramMatrix, LinearGradients
 from fggm_peft.core.sketch import Sketch, SketchedGradients, sketch_is_cheaper
 from fggm_peft.selection.agreement import split_half_agreement
@@ -383,4 +383,4 @@ def test_every_granularity_has_a_sketch_or_refuses_one():
     for name in GRANULARITIES:
         if name == "element":
             continue
-        assert sketched(*inputs(), name).shape[1] == GRANULARITIES[name].units((SIZES["o"], SIZES["i"]))
+        assert sketched(*inputs(), name).shape[1] == granularity_from(name).units((SIZES["o"], SIZES["i"]))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import Twice, adapted, class_batches, class_log_likelihood, gpt2, llama, token_batches
+from models import Twice, adapted, class_batches, class_log_likelihood, llama, token_batches
 from reference import per_sample_weight_gradients, seeded
 from torch import nn
 
@@ -30,31 +30,6 @@ def assert_close(found, expected, tolerance=1e-4):
     scale = float(expected.abs().max())
     assert scale > 0
     torch.testing.assert_close(found.double().view(expected.shape), expected, rtol=1e-3, atol=scale * tolerance)
-
-
-def gradient(layer, grad):
-    return (grad.T if type(layer).__name__ == "Conv1D" else grad).double()
-
-
-MODELS = {"llama": (llama, {}), "gpt2": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})}
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_batch_gradient_is_the_mean_square_of_the_gradient_of_the_models_own_loss(kind, granularity):
-    """It is what ``model(**batch).loss.backward()`` leaves, batch by batch."""
-    build, config = MODELS[kind]
-    batches, plain = token_batches(padding="right"), build().eval()
-    found = gathered(adapted(build(), granularity, **config), batches, "batch_gradient")
-    sums: dict = {}
-    for batch in batches:
-        plain.zero_grad()
-        plain(**batch).loss.backward()
-        for name, _ in found:
-            layer = plain.get_submodule(name)
-            sums[name] = sums.get(name, 0) + gradient(layer, layer.weight.grad).square() / len(batches)
-    for (name, _), values in found.items():
-        reduced = {"row": sums[name].sum(1), "column": sums[name].sum(0), "element": sums[name].flatten()}
-        assert_close(values, reduced[granularity])
 
 
 def test_the_mean_gradient_is_that_of_the_mean_log_likelihood_of_a_sample():
@@ -145,10 +120,10 @@ def test_convolutions_are_seen_as_the_patches_that_their_weight_multiplies():
 
 
 def test_every_statistic_says_how_long_it_is_and_how_many_entries_a_number_stands_for(granularity):
-    from fggm_peft.core.granularity import GRANULARITIES
+    from fggm_peft.core.granularity import granularity_from
     from fggm_peft.core.statistics import ones
 
-    kind, shape = GRANULARITIES[granularity], (6, 9)
+    kind, shape = granularity_from(granularity), (6, 9)
     for name, statistic in STATISTICS._entries.items():
         values = ones(name, kind, shape)
         expected = {"input_second_moment": 9, "output_magnitude": 6, "mean_gradient": 54}.get(name, kind.units(shape))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import dense_delta, mask, relative_error, seeded, units
 
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.weight_delta import WeightDelta, as_elements, combined, restricted, shared, unit_squares, united
 
 KINDS = st.sampled_from(list(GRANULARITIES))
@@ -19,7 +19,7 @@ SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 def deltas(draw, shape, kinds=KINDS):
     name = draw(kinds)
     chosen = sorted(draw(st.sets(st.integers(0, units(name, shape) - 1))))
-    kind = GRANULARITIES[name]
+    kind = granularity_from(name)
     values = torch.randn(kind.values_shape(shape, len(chosen)), generator=seeded(draw(st.integers(0, 9))))
     scale = draw(st.sampled_from([1.0, -0.5, 3.0]))
     return WeightDelta(kind, torch.tensor(chosen, dtype=torch.int32), values, scale)

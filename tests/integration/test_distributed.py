@@ -71,7 +71,6 @@ CASES = {
         {"num_samples": None, "reference": token_batches(sizes=(4, 3, 2), seed=3)},
     ),
     "a sketch": ({"fisher_estimate": "sketch", "sketch_size": 2}, {"num_samples": 11}),
-    "gradients of batches": ({"criterion": "batch_gradient"}, {"num_samples": 10}),
     "mean gradients": ({"criterion": "gradient_low_magnitude"}, {"num_samples": None}),
 }
 

@@ -21,7 +21,7 @@ from models import (
 )
 from torch import nn
 
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.statistics import Batch
 from fggm_peft.selection.hooks import ScoreCollector
 from fggm_peft.selection.likelihood import default_log_likelihood
@@ -42,7 +42,7 @@ def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelih
             gradients = torch.autograd.grad(likelihood(model, one).sum(), weights)
             for (name, module), gradient in zip(modules.items(), gradients, strict=True):
                 matrix = gradient.T if type(module).__name__ == "Conv1D" else gradient.flatten(1)
-                sums[name] = sums[name] + GRANULARITIES[granularity].reduce(matrix.double().square())
+                sums[name] = sums[name] + granularity_from(granularity).reduce(matrix.double().square())
             count += 1
     return {name: value / count for name, value in sums.items()}
 
@@ -176,7 +176,7 @@ def test_calls_of_one_layer_by_several_forwards_are_summed_before_they_are_squar
             twice(one, batch)[sample].backward()
             for name in got:
                 gradient = one.get_submodule(name).weight.grad.double()
-                expected[name] = expected[name] + GRANULARITIES[granularity].reduce(gradient.square()) / 8
+                expected[name] = expected[name] + granularity_from(granularity).reduce(gradient.square()) / 8
     for name in got:
         torch.testing.assert_close(
             got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())

@@ -18,7 +18,7 @@ from fggm_peft import (
     TopDensity,
     select_parameters,
 )
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.selection.protection import Protection, earlier_supports
 from fggm_peft.tuner.support import fggm_layers
 
@@ -89,7 +89,7 @@ def test_partial_protection_scales_scores_down(granularity):
     model = adapted(llama(), granularity)
     layers = fggm_layers(model, "default")
     name, layer = next(iter(layers.items()))
-    kind = GRANULARITIES[granularity]
+    kind = granularity_from(granularity)
     guard = Protection(layers, "default", 0.75, {name: [(kind, torch.tensor([0, 3], dtype=torch.int32))]})
     scores = torch.ones(kind.units(layer.weight_shape))
     expected = scores.clone()
@@ -105,7 +105,7 @@ def test_a_units_protected_share_is_that_of_its_entries_in_any_earlier_delta(gra
     model = adapted(llama(), new)
     layers = fggm_layers(model, "default")
     name, layer = next(iter(layers.items()))
-    shape, kind = layer.weight_shape, GRANULARITIES[granularity]
+    shape, kind = layer.weight_shape, granularity_from(granularity)
     lists = [torch.tensor([0, 5, 9], dtype=torch.int32), torch.tensor([5, 7], dtype=torch.int32)]
     held = torch.stack([mask(granularity, shape, indices) for indices in lists]).any(0).double()
     guard = Protection(layers, "default", 1.0, {name: [(kind, indices) for indices in lists]})

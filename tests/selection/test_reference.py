@@ -13,7 +13,7 @@ from trainers import make_trainer
 from transformers import Trainer
 
 from fggm_peft import CRITERIA, FGGMCallback, FGGMConfig, ScoreFileError, TopDensity, select_parameters
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.selection.self_text import written_batches
 from fggm_peft.tuner.files.task_scores import SCORES_FILE, history_of, load_record
 from fggm_peft.tuner.support import fggm_layers
@@ -311,7 +311,7 @@ def test_scores_come_back_as_they_were_saved(granularity, tmp_path):
     assert (record.granularity, record.samples, record.base) == (granularity, 8, "some/model")
     expected = fisher_scores(adapted(llama(), granularity), token_batches())
     for name, layer in fggm_layers(model, "default").items():
-        values = record.values("fisher", name, GRANULARITIES[granularity], layer.weight_shape)
+        values = record.values("fisher", name, granularity_from(granularity), layer.weight_shape)
         assert values.dtype == torch.float32 and len(values) == units(granularity, layer.weight_shape)
         if granularity != "element":
             assert torch.equal(values, expected[name])
@@ -319,7 +319,7 @@ def test_scores_come_back_as_they_were_saved(granularity, tmp_path):
             matrix = expected[name].view(layer.weight_shape)
             torch.testing.assert_close(values.view_as(matrix).sum(0), matrix.sum(0), rtol=1e-4, atol=1e-9)
             for kind, sums in (("row", matrix.sum(1)), ("column", matrix.sum(0))):
-                got = record.values("fisher", name, GRANULARITIES[kind], layer.weight_shape)
+                got = record.values("fisher", name, granularity_from(kind), layer.weight_shape)
                 torch.testing.assert_close(got, sums, rtol=1e-4, atol=1e-9)
     assert all(tensor.dtype == torch.float32 and tensor.dim() == 1 for tensor in load_file(file).values())
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fggm_peft import FGGMConfig, ScoreMass, TopDensity
 from fggm_peft.core.criteria import CRITERIA
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, Rows
 from fggm_peft.core.threshold import POLICIES
 from fggm_peft.tuner.settings.selection import score_bytes
 
@@ -43,7 +43,6 @@ BAD = [
     ({"protect": [1]}, r"protect must be a name or a path, or a list of them, got \[1\]"),
     ({"reference_texts": 1}, "reference_texts must be an integer > 1, got 1"),
     ({"reference_length": 2.5}, "reference_length must be an integer > 1, got 2.5"),
-    *[({"weight_exponent": v}, f"weight_exponent must be a number >= 0, got {v!r}") for v in (-1, "1", float("inf"))],
     ({"layers_pattern": "h"}, "`layers_pattern`.*`layers_to_transform` must also"),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, "`layers_to_transform`.*`target_modules` is a str"),
 ]
@@ -59,9 +58,9 @@ def test_a_bad_value_is_a_value_error_that_says_the_value_and_the_range(argument
 def test_every_registered_name_is_accepted(name):
     for value in {"granularity": GRANULARITIES, "criterion": CRITERIA}[name]:
         more = {}
-        if name == "criterion" and CRITERIA[value].granularities:
-            more = {"granularity": CRITERIA[value].granularities[0]}
-        assert getattr(FGGMConfig(**{name: value}, **more), name) == value
+        if name == "criterion" and CRITERIA[value].weight_dim is not None:
+            more = {"granularity": ("row", "column")[CRITERIA[value].weight_dim]}
+        assert str(getattr(FGGMConfig(**{name: value}, **more), name)) == value
 
 
 def test_every_field_has_help_text_and_the_registered_names_are_in_it():
@@ -75,7 +74,7 @@ def test_every_field_has_help_text_and_the_registered_names_are_in_it():
 
 def test_the_default_is_the_papers_choice():
     config = FGGMConfig()
-    assert (config.granularity, config.criterion, config.fisher_labels) == ("row", "fisher", "data")
+    assert (config.granularity, config.criterion, config.fisher_labels) == (Rows(), "fisher", "data")
     assert config.policy() == TopDensity(0.3)
     assert config.init_weights
 
@@ -145,7 +144,6 @@ def test_everything_else_survives_saving(name, tmp_path):
         history=["first", "second"],
         protect=["first"],
         protection=0.5,
-        weight_exponent=2.0,
         save_scores=True,
         fisher_labels="model",
         seed=2**63 - 1,

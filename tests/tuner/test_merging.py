@@ -9,7 +9,7 @@ from peft import get_peft_model
 from reference import TOLERANCE, relative_error
 
 from fggm_peft import FGGMConfig, MergeReport
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.weight_delta import WeightDelta
 from fggm_peft.tuner.merging import merge as merging
 from fggm_peft.tuner.support import fggm_layers
@@ -197,7 +197,7 @@ def test_an_adapter_cannot_be_loaded_over_while_it_is_merged(tmp_path):
 def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granularity, dtype, scale, monkeypatch):
     monkeypatch.setattr(merging, "PIECE", 7)
     torch.manual_seed(0)
-    kind = GRANULARITIES[granularity]
+    kind = granularity_from(granularity)
     before = torch.randn(13, 11).to(dtype)
     indices = torch.arange(0, kind.units((13, 11)), 3, dtype=torch.int32)
     delta = WeightDelta(kind, indices, 0.1 * torch.randn(kind.values_shape((13, 11), len(indices))), scale)
@@ -217,7 +217,7 @@ def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granul
 
 
 def test_a_delta_below_float32_is_merged_into_float64_and_accounted_for(granularity):
-    kind, weight = GRANULARITIES[granularity], torch.randn(5, 4, dtype=torch.float64)
+    kind, weight = granularity_from(granularity), torch.randn(5, 4, dtype=torch.float64)
     indices = torch.tensor([1, 3], dtype=torch.int32)
     values = torch.full(kind.values_shape((5, 4), 2), 1e-10, dtype=torch.float64)
     record, _ = merging.add_to_dense_(weight, WeightDelta(kind, indices, values, 1.0), False)
@@ -233,7 +233,7 @@ def test_a_bias_in_float64_is_merged_in_float64(adapt):
 
 
 def test_merging_an_empty_delta_changes_nothing(granularity):
-    kind, weight = GRANULARITIES[granularity], torch.randn(5, 4)
+    kind, weight = granularity_from(granularity), torch.randn(5, 4)
     delta = WeightDelta(kind, torch.zeros(0, dtype=torch.int32), torch.zeros(kind.values_shape((5, 4), 0)), 1.0)
     after = weight.clone()
     record, _ = merging.add_to_dense_(after, delta, True)

@@ -34,7 +34,7 @@ for _method in (
     OSF,
     SHiRA,
 ):
-    METHODS.register(_method.name, _method)
+    METHODS.register(_method.name)(_method)
 
 
 def make_method(name: str, **options: Any) -> Method:

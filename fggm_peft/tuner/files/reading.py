@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...core.errors import AdapterFileError
 from ...core.fingerprint import sketches_from
 from ...core.finite import all_finite
-from ...core.granularity import GRANULARITIES, Shape
+from ...core.granularity import Shape
 from ..config import FGGMConfig
 from ..hosts.sharding import path_in_base
 from ..layer import FGGMLayer
@@ -81,7 +81,7 @@ def contents_of(config: FGGMConfig, file: Path, model: nn.Module | None = None) 
         _require_expected(key, tensor, config, file)
     layers = None if model is None else adapted_layers(model, modules, str(file.parent))
     shapes = _shapes(config, layers, modules, str(file.parent))
-    granularity = GRANULARITIES[config.granularity]
+    granularity = config.granularity
     deltas = {name: stored.checked(granularity, shapes[name]) for name, stored in modules.items()}
     dtypes = {name: stored.tensors["values"].dtype for name, stored in modules.items()}
     return AdapterContents(config, file, deltas, shapes, dtypes, others)
@@ -104,7 +104,7 @@ def read_supports(
 ) -> tuple[FGGMConfig, dict[str, Tensor]]:
     """As ``read_adapter``, but of the values only the shapes are read: module path -> indices."""
     config, file = find_adapter(adapter, **hub)
-    granularity = GRANULARITIES[config.granularity]
+    granularity = config.granularity
     with opened(file) as tensors:
         modules = read_modules(tensors, file, unread=("values", "bias"))
     layers = None if model is None else adapted_layers(model, modules, str(adapter))

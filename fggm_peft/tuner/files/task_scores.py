@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...core.errors import ScoreFileError
-from ...core.granularity import GRANULARITIES, Granularity, Shape
+from ...core.granularity import Granularity, Shape, granularity_from
 from ...core.statistics import ones
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class TaskRecord:
         supports: module path -> ``[k]`` the units that were allowed to move. Not part of the file.
     """
 
-    granularity: str
+    granularity: str | dict[str, Any]
     samples: int
     base: str
     scores: Mapping[str, Mapping[str, Kept]]
@@ -74,10 +74,10 @@ class TaskRecord:
                 f"the scores of an earlier task have no {statistic!r} of module {module}; they have {has}. They were "
                 "made for another base, or by a criterion that gathers something else."
             )
-        if len(kept) == 1 and self.granularity != granularity.name:
+        if len(kept) == 1 and self.granularity != granularity.to_dict():
             raise ScoreFileError(
-                f"the scores are of {self.granularity}s, and {granularity.name}s are to be chosen; only scores of "
-                "elements serve every granularity"
+                f"the scores are of {granularity_from(self.granularity)}s, but {granularity}s are selected; only "
+                "scores of elements serve every granularity"
             )
         found = [len(part) for part in kept]
         expected = list(shape) if len(kept) == 2 else [len(ones(statistic, granularity, shape))]
@@ -134,7 +134,11 @@ def load_record(path: str | Path) -> TaskRecord:
             metadata = json.loads(header["fggm"])
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         granularity, samples, base = metadata["granularity"], metadata["samples"], metadata["base"]
-        if granularity not in GRANULARITIES or not isinstance(samples, int) or not isinstance(base, str):
+        try:
+            granularity_from(granularity)
+        except ValueError as error:
+            raise ScoreFileError(f"the scores in {file} cannot be read: {error}") from error
+        if not isinstance(samples, int) or not isinstance(base, str):
             raise ScoreFileError(f"the scores in {file} are damaged: their metadata are {metadata}")
         return TaskRecord(granularity, samples, base, scores_from(tensors, str(file)))
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -75,6 +75,8 @@ class StoredModule:
         self.require("indices", bool(parts), "this tensor is missing")
         values = self.tensors["values"]
         k = values.shape[granularity.unit_dim] if values.dim() > granularity.unit_dim else -1
+        fits = granularity.supports(shape)
+        self.require("values", fits, f"granularity={granularity} does not fit a weight of shape {list(shape)}")
         n = granularity.units(shape)
         expected = granularity.values_shape(shape, k)
         fits = values.is_floating_point() and tuple(values.shape) == expected and 0 <= k <= n

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ...core.granularity import GRANULARITIES
+from ...core.granularity import Granularity
 from ...core.linear import additive_linear
 from ...core.weight_delta import WeightDelta, united
 
@@ -45,6 +45,7 @@ class KeptDelta(nn.Module):
 
     def __init__(self, previous: KeptDelta | None, deltas: Sequence[WeightDelta]):
         super().__init__()
+        self._granularities: list[Granularity] = []  # the number of each is part of its buffers' names
         for delta in previous.deltas if previous is not None else []:
             self._add(delta)
         for delta in deltas:
@@ -54,18 +55,19 @@ class KeptDelta(nn.Module):
     @property
     def deltas(self) -> list[WeightDelta]:
         """The kept deltas, at most one of each granularity."""
-        names = [name for name in GRANULARITIES if f"indices_{name}" in self._buffers]
         return [
-            WeightDelta(GRANULARITIES[n], self._buffers[f"indices_{n}"], self._buffers[f"values_{n}"]) for n in names
+            WeightDelta(granularity, self._buffers[f"indices_{n}"], self._buffers[f"values_{n}"])
+            for n, granularity in enumerate(self._granularities)
         ]
 
     def _add(self, new: WeightDelta) -> None:
-        name = new.granularity.name
-        if f"indices_{name}" in self._buffers:
-            old = WeightDelta(new.granularity, self._buffers[f"indices_{name}"], self._buffers[f"values_{name}"])
-            new = united([old, new])
-        self.register_buffer(f"indices_{name}", new.indices, persistent=False)
-        self.register_buffer(f"values_{name}", new.values, persistent=False)
+        if new.granularity not in self._granularities:
+            self._granularities.append(new.granularity)
+        n = self._granularities.index(new.granularity)
+        if f"indices_{n}" in self._buffers:
+            new = united([self.deltas[n], new])
+        self.register_buffer(f"indices_{n}", new.indices, persistent=False)
+        self.register_buffer(f"values_{n}", new.values, persistent=False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if "base_layer." not in prefix:  # else an adapter on top is being saved, which is not about the base

@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 def require_criterion_settings(config: FGGMConfig) -> None:
     """Raise ``ValueError`` unless the criterion and what it looks at are legal; names become lists."""
     criterion = CRITERIA[config.criterion]
-    kinds = criterion.granularities
-    if kinds is not None and config.granularity not in kinds:
+    if not criterion.supports(config.granularity):
+        kind = "row" if criterion.weight_dim == 0 else "column"
         raise ValueError(
-            f"criterion {config.criterion!r} has a meaning for granularity={' or '.join(map(repr, kinds))} only, "
-            f"got granularity={config.granularity!r}"
+            f"criterion {config.criterion!r} requires granularity={kind!r}, got granularity='{config.granularity}'"
         )
     for name in ("history", "protect"):
         setattr(config, name, _names(name, getattr(config, name)))
     check_reference(config.criterion, _names("reference", config.reference) or [], config.history or [])
     require_protection(config.protection)
-    if not _is_finite(config.weight_exponent) or config.weight_exponent < 0:
-        raise ValueError(f"weight_exponent must be a number >= 0, got {config.weight_exponent!r}")
     for name in ("reference_texts", "reference_length"):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 2:
@@ -44,10 +41,10 @@ def require_estimate_settings(config: FGGMConfig) -> None:
         raise ValueError(f"sketch_size must be an integer > 0, got {config.sketch_size!r}")
     if config.fisher_estimate == "exact":
         return
-    if config.granularity == "element":
+    if not config.granularity.is_slice:
         raise ValueError(
-            "fisher_estimate='sketch' estimates sums over rows or columns, and there is none for "
-            "granularity='element'; use fisher_estimate='exact'"
+            "fisher_estimate='sketch' estimates sums over rows or columns and is not available for "
+            f"granularity='{config.granularity}'; use fisher_estimate='exact'"
         )
     criterion = CRITERIA[config.criterion]
     if not any(STATISTICS[name].has_sketch for name in (*criterion.task, *criterion.reference)):

@@ -20,6 +20,7 @@ from peft.utils.merge_utils import (
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ...core.granularity import Granularity
 from ...core.weight_delta import WeightDelta, as_elements, spread, union
 from ..config import FGGMConfig
 from ..support import fggm_layers
@@ -164,8 +165,9 @@ def _config(model: FGGMModel, wanted: WeightedSum, layers, sources) -> FGGMConfi
     kinds = {config.granularity for config in configs}
     bias = {config.bias for config in configs if config.bias != "none"}
     if len(kinds) > 1 and bias:
+        names = ", ".join(sorted(map(str, kinds)))
         raise ValueError(
-            f"adapters of different granularities ({', '.join(sorted(kinds))}) combine into single elements, which "
+            f"adapters of different granularities ({names}) combine into single elements, which "
             f"cannot hold the bias entries of rows; one of {list(wanted.adapters)} has bias={bias.pop()!r}"
         )
     first = configs[0]
@@ -188,7 +190,7 @@ def _fill(layer: FGGMLayer, wanted: WeightedSum, adapter_name: str) -> None:
     """Give the new adapter of one layer its support and values."""
     granularity = layer.granularity[adapter_name]
     here = [(n, w) for n, w in zip(wanted.adapters, wanted.weights, strict=True) if n in layer.fggm_values]
-    deltas = [_as_granularity(layer, name, granularity.name) for name, _ in here]
+    deltas = [_as_granularity(layer, name, granularity) for name, _ in here]
     weights = [weight for _, weight in here]
     if not deltas:  # a name of another adapter's target that ends like this one's
         layer.set_support(adapter_name, layer.fggm_indices[adapter_name])
@@ -212,10 +214,10 @@ def _fill(layer: FGGMLayer, wanted: WeightedSum, adapter_name: str) -> None:
             layer.fggm_bias[adapter_name].copy_(bias[kept])
 
 
-def _as_granularity(layer: FGGMLayer, adapter_name: str, name: str) -> WeightDelta:
+def _as_granularity(layer: FGGMLayer, adapter_name: str, granularity: Granularity) -> WeightDelta:
     """An adapter's delta in units of one kind, its scale in its values, float32 at least."""
     delta = layer.delta(adapter_name)
     values = delta.values.detach()
     values = values.to(torch.promote_types(values.dtype, torch.float32)) * delta.scale
     scaled = WeightDelta(delta.granularity, delta.indices, values)
-    return scaled if delta.granularity.name == name else as_elements(scaled, layer.weight_shape)
+    return scaled if delta.granularity == granularity else as_elements(scaled, layer.weight_shape)
