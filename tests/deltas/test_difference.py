@@ -117,7 +117,7 @@ def test_norms_go_along_whole_and_biases_with_their_rows(tmp_path):
     assert same_weights(merged, tuned)
     apply_deltas(base, [delta])
     assert same_weights(base, tuned)
-    with pytest.raises(ValueError, match="only granularity='row' holds bias"):
+    with pytest.raises(ValueError, match="only granularity='row' contains bias"):
         diff(llama(torch.bfloat16, attention_bias=True), tuned, "element")
 
 
