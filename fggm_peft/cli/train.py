@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
-import json
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from transformers import TrainingArguments
 
 from ..tuner.files.atomic import complete_folder
 from .command import Result
+from .generated import given_options, option_name, options_of
 from .options import BaseOptions, DataOptions, SelectionOptions
 from .output import (
     ADAPTER_FILE,
@@ -29,95 +28,69 @@ from .output import (
 if TYPE_CHECKING:
     from peft import PeftModel
     from rich.table import Table
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedTokenizerBase
 
     from ..training import FGGMTrainer
     from ..training.data import TokenizedExamples
     from ..tuner import FGGMConfig
 
 
-@dataclass(frozen=True)
+DEFAULTS = {
+    "num_train_epochs": 1.0,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 10,
+    "save_steps": 0.2,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+SHOWN = {
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "activation_checkpointing",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "save_steps",
+    "eval_strategy",
+}
+# the command has its own option for these, or they cannot be written on a command line
+SKIPPED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "seed", "parallelism_config", "local_rank", "debug"}
+
+
+@options_of(
+    TrainingArguments,
+    skip=SKIPPED,
+    shown=SHOWN,
+    defaults={**DEFAULTS, "bf16": None},
+    aliases={"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},
+)
 class TrainingOptions:
     """Training."""
 
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate of the schedule.")] = 2e-4
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0
-    max_steps: Annotated[Optional[int], typer.Option(min=1, help="Stop after this many steps; goes before epochs.")] = (
-        None
-    )
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in one forward, on each device.")] = 8
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forwards before one step.")] = 1
-    scheduler: Annotated[str, typer.Option(help="As lr_scheduler_type of transformers.")] = "cosine"
-    warmup: Annotated[float, typer.Option(min=0.0, help="Steps of warmup; below 1, the share of all steps.")] = 0.03
-    bf16: Annotated[
-        Optional[bool], typer.Option("--bf16/--no-bf16", help="Compute in bfloat16 (default: where a GPU has it).")
-    ] = None
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for activations, more time.")
-    ] = False
-    set: Annotated[
-        Optional[list[str]],
-        typer.Option(metavar="NAME=VALUE", help="Any other field of TrainingArguments; repeat it for more."),
-    ] = None
-
     def arguments(self, folder: Path, seed: int) -> TrainingArguments:
-        """The Trainer's arguments, with checkpoints in ``folder``: five in a run, of which two are kept."""
+        """The Trainer's arguments, with checkpoints in ``folder``."""
         import torch
-        from transformers import TrainingArguments
 
         from ..training.base import this_process
 
-        settings: dict[str, Any] = {
+        given = given_options(self, TrainingArguments)
+        computed = {
             "output_dir": str(folder),
-            "learning_rate": self.learning_rate,
-            "num_train_epochs": self.epochs,
-            "max_steps": self.max_steps or -1,
-            "per_device_train_batch_size": self.batch_size,
-            "per_device_eval_batch_size": self.batch_size,
-            "gradient_accumulation_steps": self.gradient_accumulation,
-            "lr_scheduler_type": self.scheduler,
-            "warmup_steps": self.warmup,
-            "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported() if self.bf16 is None else self.bf16,
-            "logging_steps": 10,
-            "save_steps": 0.2,
-            "save_total_limit": 2,
-            "report_to": "none",
             "seed": seed,
+            "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             "use_cpu": this_process().device.type == "cpu",  # else processes on CPUs would not find each other
         }
-        if self.gradient_checkpointing:
-            settings["gradient_checkpointing"] = True
-        return TrainingArguments(**settings | _assignments(self.set or []))
-
-
-def _assignments(texts: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` as fields of ``TrainingArguments``; a value is JSON or Python, else a text."""
-    from transformers import TrainingArguments
-
-    known = {field.name for field in fields(TrainingArguments)}
-    result: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals:
-            raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint="--set")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise typer.BadParameter(f"TrainingArguments has no field {name!r}{hint}", param_hint="--set")
-        if name == "output_dir":
-            raise typer.BadParameter("checkpoints are in OUTPUT/checkpoints, where --resume looks", param_hint="--set")
-        result[name] = _value(value)
-    return result
-
-
-def _value(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
+        if "per_device_train_batch_size" in given:
+            computed["per_device_eval_batch_size"] = given["per_device_train_batch_size"]
+        return TrainingArguments(**{**DEFAULTS, **computed, **given})
 
 
 @dataclass(frozen=True)
@@ -149,15 +122,16 @@ def run(
 ) -> Result | None:
     """Train an adapter for MODEL on the task in DATA, and save it.
 
-    Without --adapter, what may move is selected first, from the same data. Runs on several devices under accelerate
-    launch or torchrun.
+    Without --adapter, the weights are selected first, from the same data. Runs on several devices under accelerate
+    launch or torchrun. Every field of TrainingArguments is an option, also those not listed, e.g. --max-grad-norm 0.5.
     """
     from ..deltas import save_adapter
 
     if adapter is not None:
         require_adapter(adapter)
-        if selection.given():
-            raise typer.BadParameter("is for fggm select, which made it", param_hint=", ".join(selection.given()))
+        given = [option_name(name) for name in selection.given() if name not in ("seed", "delta_dtype")]
+        if given or selection.config is not None:
+            raise typer.BadParameter("is for fggm select, which made it", param_hint=", ".join(given) or "--config")
     config = selection.fggm_config()
     require_free(output, overwrite or resume)
     if resume:
@@ -182,7 +156,7 @@ def run(
     save_adapter(model, output)
     found = _figures(base.model, output, trainer, trained)
     if eval_examples is not None:
-        found["evaluation"] = _evaluate(model, eval_examples, training.batch_size)
+        found["evaluation"] = _evaluate(model, eval_examples, arguments.per_device_eval_batch_size)
     if after.push_to_hub is not None:
         found["hub"] = _publish(output, after.push_to_hub, after.private)
     if after.merge:  # last, since the adapter is gone from the model then
@@ -200,13 +174,13 @@ def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMC
     from ..tuner.config import FGGMConfig
 
     config = FGGMConfig.from_pretrained(str(last_complete_checkpoint(checkpoints)))
-    for field in fields(selection) if selection.given() else ():
-        asked, there = (getattr(one, field.name, None) for one in (given, config))
-        # PEFT resolves target modules; what the file has is in no checkpoint
-        if asked != there and field.name not in ("config", "seed", "target_modules", "delta_dtype"):
+    # PEFT resolves the target modules, and a checkpoint stores values as they are trained
+    for name in selection.settings().keys() - {"seed", "target_modules", "delta_dtype"}:
+        requested, selected = getattr(given, name), getattr(config, name)
+        if requested != selected:
             raise ValueError(
-                f"--resume goes on with what the checkpoint has selected by {field.name}={there!r}, not {asked!r}. "
-                "Leave the option out, or start anew with --overwrite"
+                f"--resume continues with the checkpoint's selection by {name}={selected!r}, not {requested!r}. "
+                "Omit the option, or start again with --overwrite"
             )
     config.inference_mode = False
     config.values, config.delta_dtype = given.values, given.delta_dtype  # checkpoints hold what is trained
