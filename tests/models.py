@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import nn
 from transformers import (
@@ -68,6 +68,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *sorted(alphabet)])}
     tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 

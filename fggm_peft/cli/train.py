@@ -183,7 +183,7 @@ def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMC
                 "Omit the option, or start again with --overwrite"
             )
     config.inference_mode = False
-    config.values, config.delta_dtype = given.values, given.delta_dtype  # checkpoints hold what is trained
+    config.delta_dtype = given.delta_dtype
     return config
 
 

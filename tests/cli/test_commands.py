@@ -155,17 +155,13 @@ def test_eval_does_not_depend_on_the_batch_size(size, folder, trained, tmp_path)
 def test_generated_answers_are_counted_when_they_match(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    letters = {token for (token,) in tokenizer([chr(code) for code in range(97, 123)])["input_ids"]}
-    model.generation_config.suppress_tokens = [token for token in range(len(tokenizer)) if token not in letters]
-    for saved in (model, tokenizer):
-        saved.save_pretrained(tmp_path / "model")
     prompt = tokenizer("zzz", return_tensors="pt")
     # with as many new tokens as this, the model writes this and no end token
     written = model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, 3:]
     rows = [{"prompt": "zzz", "answer": tokenizer.decode(written)}, {"prompt": "a longer prompt", "answer": "no"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = succeed(
-        "eval", tmp_path / "model", "--data", tmp_path / "rows.json", "--generate", "--max-new-tokens", len(written)
+        "eval", folder / "model", "--data", tmp_path / "rows.json", "--generate", "--max-new-tokens", len(written)
     )
     assert found["results"][0]["exact_match"] == 0.5
 
