@@ -4,37 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...core.registry import Registry
-from .ewc import EWC
-from .fggm import FGGM
-from .fine_tuning import FineTuning, Frozen, MultiTask
-from .lora import LoRA
-from .masked_fine_tuning import MaskedFineTuning
-from .method import Method
-from .migu import MIGU
-from .o_lora import OLoRA
-from .osf import OSF
-from .replay import Replay
-from .shira import SHiRA
+from . import ewc, fggm, fine_tuning, lora, masked_fine_tuning, migu, o_lora, osf, replay, shira  # noqa: F401
+from .method import METHODS, Method
 
 __all__ = ["METHODS", "Method", "make_method"]
-
-METHODS: Registry[type[Method]] = Registry("method")
-for _method in (
-    FGGM,
-    MaskedFineTuning,
-    FineTuning,
-    Frozen,
-    MultiTask,
-    Replay,
-    EWC,
-    MIGU,
-    LoRA,
-    OLoRA,
-    OSF,
-    SHiRA,
-):
-    METHODS.register(_method.name)(_method)
 
 
 def make_method(name: str, **options: Any) -> Method:

@@ -18,11 +18,12 @@ from ...tuner import FGGMConfig
 from ...tuner.settings.selection import require_num_samples
 from ...tuner.support import fggm_layers
 from .gradients import PenalizedTrainer, linear_layers
-from .method import Method, train_only_
+from .method import METHODS, Method, train_only_
 
 ADAPTER = "default"
 
 
+@METHODS.register("ewc")
 @dataclass
 class EWC(Method):
     """Online EWC (arXiv 1612.00796; the online form: Progress & Compress, arXiv 1805.06370).
@@ -44,7 +45,6 @@ class EWC(Method):
         num_samples: samples for F_task; None for all of the task's.
     """
 
-    name = "ewc"
     penalty: float = 1.0
     decay: float = 1.0
     num_samples: int | None = None

@@ -16,10 +16,11 @@ from ...tuner import FGGMConfig
 from ...tuner.files.task_scores import HISTORY, TaskRecord, history_of, scores_from
 from ...tuner.settings.selection import require_protection, require_reference
 from ...tuner.support import unwrapped
-from .method import train_all_
+from .method import METHODS, train_all_
 from .peft_method import PeftMethod
 
 
+@METHODS.register("fggm")
 @dataclass
 class FGGM(PeftMethod):
     """FGGM (arXiv 2601.18261): each task trains the units with the highest Fisher information on its data.
@@ -35,7 +36,6 @@ class FGGM(PeftMethod):
             them. It is the config's ``protection`` with ``protect: [history]``.
     """
 
-    name = "fggm"
     config_class = FGGMConfig
     first_task_masked: bool = True
     protect_earlier: float = 0.0

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .method import Method, train_all_
+from .method import METHODS, Method, train_all_
 
 
+@METHODS.register("sft")
 @dataclass
 class FineTuning(Method):
     """Sequential full fine-tuning: all weights train on one task after another."""
-
-    name = "sft"
 
     def begin_task(self, model, number, examples):
         return train_all_(model)
 
 
+@METHODS.register("multitask")
 @dataclass
 class MultiTask(FineTuning):
     """Full fine-tuning on the data of all tasks at once, which a stream does not offer: an upper reference."""
 
-    name = "multitask"
     sees_all_tasks = True
 
 
+@METHODS.register("frozen")
 @dataclass
 class Frozen(Method):
     """The base model as it is, asked without training: a lower reference."""
 
-    name = "frozen"
     trains = False
 
     def begin_task(self, model, number, examples):

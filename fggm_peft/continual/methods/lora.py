@@ -7,11 +7,13 @@ from typing import Literal
 
 from peft import LoraConfig
 
+from .method import METHODS
 from .peft_method import PeftMethod, save_task
 
 MODES = ("merged", "carried")
 
 
+@METHODS.register("lora")
 @dataclass
 class LoRA(PeftMethod):
     """LoRA (arXiv 2106.09685): W + BA, of which A and B train.
@@ -21,7 +23,6 @@ class LoRA(PeftMethod):
             from task to task, and the base never changes.
     """
 
-    name = "lora"
     config_class = LoraConfig
     mode: Literal["merged", "carried"] = "merged"
 

@@ -16,11 +16,12 @@ from ...tuner.files.task_scores import history_of
 from ...tuner.support import fggm_layers
 from .fggm import FGGM
 from .gradients import GradientTrainer
-from .method import train_all_, train_only_
+from .method import METHODS, train_all_, train_only_
 
 ADAPTER = "default"
 
 
+@METHODS.register("sft_masked")
 @dataclass
 class MaskedFineTuning(FGGM):
     """FGGM (arXiv 2601.18261, section 3): W <- W - lr * (M * g), with M from the same selection as ``fggm``.
@@ -30,7 +31,6 @@ class MaskedFineTuning(FGGM):
     entries, so with it the result differs from ``fggm``, where it acts on the delta.
     """
 
-    name = "sft_masked"
     _number: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...core.registry import Registry
+
 Examples = Sequence[Mapping[str, Sequence[int]]]
 """A task's training data as a model takes it: ``TokenizedExamples``, or a list of such rows."""
 
@@ -26,7 +28,7 @@ class Method(ABC):
     that ``prepare`` gave it: its ``state_dict`` and the method's, loaded after ``prepare``, resume a run to the bit.
 
     Attributes:
-        name: in the registry.
+        name: the name in the registry, which sets it.
         sees_all_tasks: the harness gives it the data of all tasks at once, as task 0.
         trains: without it, the harness makes no trainer and calls ``end_task`` with None.
     """
@@ -100,6 +102,9 @@ class Method(ABC):
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.task_seed(number))
             yield
+
+
+METHODS: Registry[type[Method]] = Registry("method", named=True)
 
 
 def train_all_(model: nn.Module) -> nn.Module:

@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .fine_tuning import FineTuning
 from .gradients import GradientTrainer, linear_layers
+from .method import METHODS
 
 
+@METHODS.register("migu")
 @dataclass
 class MIGU(FineTuning):
     """MIGU (arXiv 2406.17245, section 3): full fine-tuning where a batch moves the features it drives hardest.
@@ -29,7 +31,6 @@ class MIGU(FineTuning):
         first_task_masked: False trains the first task plainly, as the authors' code does.
     """
 
-    name = "migu"
     threshold: float = 0.7
     first_task_masked: bool = True
     _number: int = field(default=0, init=False, repr=False)

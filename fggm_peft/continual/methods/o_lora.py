@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .gradients import PenalizedTrainer
+from .method import METHODS
 from .peft_method import PeftMethod
 
 ADAPTER = "default"
 
 
+@METHODS.register("o_lora")
 @dataclass
 class OLoRA(PeftMethod):
     """O-LoRA (arXiv 2310.14152, section 3): LoRA with a penalty on overlap with earlier tasks' subspaces.
@@ -31,7 +33,6 @@ class OLoRA(PeftMethod):
         penalty: weight of the penalty (the paper's lambda_1).
     """
 
-    name = "o_lora"
     config_class = LoraConfig
     penalty: float = 0.5
     _earlier: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from peft import OSFConfig
 
+from .method import METHODS
 from .peft_method import PeftMethod
 
 
+@METHODS.register("osf")
 @dataclass
 class OSF(PeftMethod):
     """Orthogonal subspace fine-tuning (arXiv 2504.07097), as PEFT has it.
@@ -25,7 +27,6 @@ class OSF(PeftMethod):
         most: the largest share that is kept.
     """
 
-    name = "osf"
     config_class = OSFConfig
     effective_rank: float = 0.5
     growth: float = 0.05

@@ -12,11 +12,12 @@ from torch.utils.data import ConcatDataset
 from transformers import Trainer
 
 from .fine_tuning import FineTuning
-from .method import Examples
+from .method import METHODS, Examples
 
 INDICES = "indices"
 
 
+@METHODS.register("replay")
 @dataclass
 class Replay(FineTuning):
     """Experience replay: a share of each task's examples is kept and mixed into the data of every later task.
@@ -28,7 +29,6 @@ class Replay(FineTuning):
     resumed run needs no earlier task's data.
     """
 
-    name = "replay"
     fraction: float = 0.1
     _memory: dict[int, list[dict[str, list[int]]]] = field(default_factory=dict, init=False, repr=False)
     _kept: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)

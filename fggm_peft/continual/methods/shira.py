@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from peft import ShiraConfig
 
+from .method import METHODS
 from .peft_method import PeftMethod
 
 
+@METHODS.register("shira")
 @dataclass
 class SHiRA(PeftMethod):
     """SHiRA (arXiv 2406.13175): a few entries of each weight train, chosen at random anew for every task.
@@ -17,7 +19,6 @@ class SHiRA(PeftMethod):
     has a seed of its own; weights of one shape still have the same places within a task.
     """
 
-    name = "shira"
     config_class = ShiraConfig
 
     def defaults(self, number):
