@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origi
 
 import typer
 
-SIMPLE_TYPES = (int, float, str, bool)
+SCALARS = {int, float, str, bool}
+JSON_TYPES = {int, float, bool, dict, list}
 
 
 def options_of(
@@ -87,11 +88,11 @@ def read_value(value: Any, annotation: Any, field: str) -> Any:
         return parsed
     if str in types:
         return value
-    forms = [*words, *sorted("a JSON object" if kind is dict else kind.__name__ for kind in types if kind in _JSON)]
+    forms = [
+        *words,
+        *sorted("a JSON object" if kind is dict else kind.__name__ for kind in types if kind in JSON_TYPES),
+    ]
     raise typer.BadParameter(f"{value!r} is not {' or '.join(forms)}", param_hint=option_name(field))
-
-
-_JSON = (int, float, bool, dict, list)
 
 
 def _members(annotation: Any) -> tuple[set[Any], list[str], bool]:
@@ -100,6 +101,8 @@ def _members(annotation: Any) -> tuple[set[Any], list[str], bool]:
     members = get_args(annotation) if is_union else (annotation,)
     words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
     types = {get_origin(member) or member for member in members} - {Literal, NoneType}
+    if types.isdisjoint(SCALARS | JSON_TYPES) and not words:
+        types |= {str, dict}  # a class that is built from its name or a dict, such as a granularity
     return types, [word for word in words if isinstance(word, str)], NoneType in members
 
 
@@ -117,7 +120,7 @@ def _option(field: Field, annotation: Any, default: Any, alias: str | None, is_h
         kind, metavar = list[str], "<str>"
     elif words and not types:
         kind = Literal[tuple(words)]
-    elif len(types) == 1 and not words and types <= set(SIMPLE_TYPES):
+    elif len(types) == 1 and not words and types <= SCALARS:
         (kind,) = types
     elif str not in types:
         forms = [*words, *sorted(kind.__name__ for kind in types & {int, float})]

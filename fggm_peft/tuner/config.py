@@ -319,9 +319,9 @@ class FGGMConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.granularity = granularity_from(self.granularity)
         self._resolve_threshold()
         self._check_budget()
-        self.granularity = granularity_from(self.granularity)
         require_criterion_settings(self)
         require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
         require_estimate_settings(self)

@@ -312,13 +312,14 @@ class Example:
     policy: Union[dict, None] = None
     names: Optional[Union[list[str], str]] = None
     color: Literal["red", "blue"] = "red"
+    shape: Optional[SimpleNamespace] = None
     is_on: bool = False
     written: int = field(default=0, init=False)
 
 
 def test_options_come_from_the_fields_of_a_dataclass():
     group = options_of(Example, skip={"color"})(type("Group", (), {"__annotations__": {}}))
-    assert [f.name for f in fields(group)] == ["share", "count", "size", "policy", "names", "is_on"]
+    assert [f.name for f in fields(group)] == ["share", "count", "size", "policy", "names", "shape", "is_on"]
     assert given_options(group(), Example) == {}
     assert given_options(group(share=0.1, names=["a"]), Example) == {"share": 0.1, "names": ["a"]}
 
@@ -336,6 +337,8 @@ def test_options_come_from_the_fields_of_a_dataclass():
         ("size", "64", 64),
         ("size", "8GiB", "8GiB"),
         ("policy", '{"policy": "score_mass"}', {"policy": "score_mass"}),
+        ("shape", "row", "row"),
+        ("shape", '{"name": "row"}', {"name": "row"}),
         ("share", 0.25, 0.25),
         ("color", "blue", "blue"),
     ],
