@@ -1,4 +1,4 @@
-"""The suite runs on a tiny model, its page says what was measured, and its check finds what got worse."""
+"""The benchmark suite runs on a tiny model, writes its page, and detects regressions."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def table(floor: str, noise: float = 1.0, setting: cases.Setting = TINY, **rows:
 
 
 def merging(rows: float, elements: float) -> dict:
-    found = {"LoRA": {"seconds": 1.0}, "FGGM rows": {"seconds": rows}, "FGGM elements": {"seconds": elements}}
-    return {"merge and unmerge: a setting": {**table("LoRA"), "rows": found}}
+    seconds = {"LoRA": 1.0, "FGGM rows": rows, "FGGM elements": elements}
+    figures = {name: {"seconds": value} for name, value in seconds.items()}
+    return {"merge and unmerge: a setting": {**table("LoRA"), "rows": figures}}
 
 
-def verdict(results: dict, what: str):
-    return next(verdict for verdict in verdicts(results) if verdict.goal.what == what)
+def verdict(results: dict, goal: str):
+    return next(verdict for verdict in verdicts(results) if verdict.goal.what == goal)
 
 
 # Measuring --------------------------------------------------------------------------------------
@@ -55,24 +56,24 @@ def verdict(results: dict, what: str):
 
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch):
-    """Each collects garbage, which takes long after many other tests."""
+    """Measure one round: every round collects garbage, which is slow after many other tests."""
     monkeypatch.setattr(measurements, "LEAST_ROUNDS", 1)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "frozen"])
-def test_every_method_makes_about_as_many_trainable_values_and_leaves_the_base_alone(name):
+def test_all_methods_have_about_equally_many_trainable_values_and_do_not_change_the_base(name):
     base = make_base(64, 1, 50, "float32")
     before = {key: value.clone() for key, value in base.state_dict().items()}
     entries = targeted_values(base)
     model = METHODS[name](base, entries // 5)
-    wanted = entries if name.startswith("full") else entries // 5
-    assert trainable(model) == pytest.approx(wanted, rel=0.1)
+    expected = entries if name.startswith("full") else entries // 5
+    assert trainable(model) == pytest.approx(expected, rel=0.1)
     measurements.Step(model, measurements.batch_of(TINY))()
     assert all(torch.equal(base.state_dict()[key], value) for key, value in before.items())
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def test_a_step_of_every_method_is_measured_with_its_memory():
+def test_time_and_memory_of_a_step_are_measured_for_every_method():
     (result,) = measure("training step", TINY, 0).values()
     assert list(result["rows"]) == methods_for("float32", TINY.parameters) == list(METHODS)
     for row in result["rows"].values():
@@ -81,26 +82,25 @@ def test_a_step_of_every_method_is_measured_with_its_memory():
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])
-def test_a_step_on_a_quantized_base_is_measured_for_what_can_be_had_there(base):
+def test_a_step_on_a_quantized_base_is_measured_for_the_methods_that_support_it(base):
     pytest.importorskip("bitsandbytes")
     setting = cases.Setting(**{**vars(TINY), "base": base})
     (result,) = measure("training step", setting, 0).values()
     assert {"LoRA", "FGGM rows", "FGGM elements"} <= set(result["rows"]) and "full" not in result["rows"]
 
 
-def test_decoding_is_measured_of_adapters_that_are_not_merged():
+def test_decoding_is_measured_with_unmerged_adapters():
     (result,) = measure("decoding", TINY, 0).values()
     assert list(result["rows"]) == ["frozen", *ADAPTERS]
 
 
-def test_the_selection_pass_is_measured_beside_its_peers():
+def test_the_selection_pass_is_measured_against_its_peers():
     (result,) = measure("selection pass", cases.Setting(**{**vars(TINY), "peers": True}), 0).values()
     assert {"frozen", "rows, exact", "rows, sketch", "elements, exact", "naive one-sample loop"} <= set(result["rows"])
-    found = verdicts({"selection pass: tiny": result})
-    assert sum(bool(verdict.ratios) for verdict in found) >= 5
+    assert sum(bool(verdict.ratios) for verdict in verdicts({"selection pass: tiny": result})) >= 5
 
 
-def test_an_adapters_life_is_measured_operation_by_operation():
+def test_every_operation_on_an_adapter_is_measured_separately():
     tables = measure("adapter", TINY, 0)
     assert set(tables) == {"save", "load", "merge", "merge and unmerge", "switch", "file"}
     for each in tables.values():
@@ -108,7 +108,7 @@ def test_an_adapters_life_is_measured_operation_by_operation():
     assert tables["file"]["rows"]["FGGM elements"]["over_bound"] >= 1
 
 
-def test_what_is_there_is_written_after_every_case(tmp_path, monkeypatch):
+def test_results_are_written_after_every_case(tmp_path, monkeypatch):
     output, seen = tmp_path / "suite.json", []
 
     def fake(measurement, setting, seconds):
@@ -123,18 +123,18 @@ def test_what_is_there_is_written_after_every_case(tmp_path, monkeypatch):
     assert list(json.loads(output.read_text())["results"]) == [f"merge: {TINY.text()}"]
 
 
-def test_an_import_is_timed_in_a_process_of_its_own():
+def test_an_import_is_timed_in_a_separate_process():
     assert 0 < measurements.import_seconds("fractions") < 60
     assert "antigravity" not in sys.modules
 
 
-def test_all_cases_name_a_measurement_and_no_two_are_the_same():
+def test_the_cases_cover_all_measurements_without_duplicates():
     for listed in (cases.quick(), cases.full()):
         assert {case.measurement for case in listed} == set(MEASUREMENTS)
         assert len({case.key for case in listed}) == len(listed)
 
 
-def test_a_settings_parameters_are_those_of_its_model():
+def test_a_setting_counts_the_parameters_of_its_model():
     for setting in (TINY, cases.SMALL):
         base = make_base(setting.hidden, setting.layers, setting.vocabulary, "float32")
         counted = sum(parameter.numel() for parameter in base.parameters() if parameter.dim() > 1)
@@ -144,7 +144,7 @@ def test_a_settings_parameters_are_those_of_its_model():
 # The page ---------------------------------------------------------------------------------------
 
 
-def test_a_missed_goal_is_shown_as_missed_with_its_reason_and_a_met_one_as_met():
+def test_the_page_shows_met_goals_and_missed_goals_with_their_reason():
     results = merging(rows=0.2, elements=0.2)
     missed, met = verdict(results, "merge and unmerge, rows"), verdict(results, "merge and unmerge, elements")
     assert not missed.met and met.met
@@ -155,20 +155,20 @@ def test_a_missed_goal_is_shown_as_missed_with_its_reason_and_a_met_one_as_met()
     assert met.goal.what not in text
 
 
-def test_a_goal_counts_by_its_worst_case_and_both_ends_are_shown():
+def test_the_worst_case_decides_about_a_goal_and_the_range_is_shown():
     results = merging(0.05, 0.1) | {"merge and unmerge: other": merging(0.3, 0.1)["merge and unmerge: a setting"]}
-    found = verdict(results, "merge and unmerge, rows")
-    assert not found.met and "0.05 – 0.30 | **missed**" in goals_table([found])
-    assert "missed in 1 of 2 cases" in missed_text([found])
+    missed = verdict(results, "merge and unmerge, rows")
+    assert not missed.met and "0.05 – 0.30 | **missed**" in goals_table([missed])
+    assert "missed in 1 of 2 cases" in missed_text([missed])
 
 
-def test_what_was_not_measured_is_neither_met_nor_missed():
-    found = verdicts({})
-    assert len(found) == len(GOALS) and not any(verdict.met for verdict in found)
-    assert goals_table(found).count("not measured") == len(GOALS) and missed_text(found) == "None."
+def test_a_goal_without_measurements_is_neither_met_nor_missed():
+    unmeasured = verdicts({})
+    assert len(unmeasured) == len(GOALS) and not any(verdict.met for verdict in unmeasured)
+    assert goals_table(unmeasured).count("not measured") == len(GOALS) and missed_text(unmeasured) == "None."
 
 
-def test_a_goal_is_judged_only_where_it_is_meant():
+def test_a_goal_applies_only_to_its_settings():
     rows = {"frozen": {"seconds": 1.0}, "rows, exact": {"seconds": 3.0}}
     short, long = (cases.Setting(hidden=64, layers=1, length=length) for length in (16, 512))
     for setting, count in ((short, 1), (long, 0)):
@@ -176,7 +176,7 @@ def test_a_goal_is_judged_only_where_it_is_meant():
         assert len(verdict(results, "selection pass, rows, exact, T ≤ 0.3 × hidden").ratios) == count
 
 
-def test_the_page_is_written_between_its_marks_with_a_chart(tmp_path):
+def test_results_and_chart_are_written_between_the_markers_of_the_page(tmp_path):
     step = table("frozen", **{"FGGM rows": {"ratio_min": 1.2, "peak_mib_ratio": 1.1}, "LoRA": {"ratio_min": 1.5}})
     page = tmp_path / "benchmarks.md"
     page.write_text(f"head\n{BEGIN}\nold\n<!-- end -->\ntail\n")
@@ -191,7 +191,7 @@ def test_the_page_is_written_between_its_marks_with_a_chart(tmp_path):
         write_page(contents, page)
 
 
-def test_the_page_in_the_docs_says_what_the_results_say():
+def test_the_page_in_the_docs_matches_the_stored_results():
     contents = json.loads((RESULTS / "suite.json").read_text())
     assert page_text(contents, "benchmarks.png") in PAGE.read_text()
 
@@ -207,30 +207,30 @@ def after(**figures: float) -> dict:
     return results
 
 
-def test_the_same_figures_are_no_regression():
+def test_equal_figures_are_no_regression():
     assert regression.compare(BEFORE, BEFORE) == (0, ["2 ratios compared, 0 worse"])
 
 
-def test_a_time_is_worse_beyond_tolerance_and_noise_of_both():
+def test_a_time_is_a_regression_beyond_the_tolerance_and_the_noise_of_both_runs():
     assert regression.compare(BEFORE, after(ratio_min=1.5 * 1.08))[0] == 0
     status, lines = regression.compare(BEFORE, after(ratio_min=1.5 * 1.10))
     assert status == 1 and lines[0].startswith("worse: training step: a: LoRA, ratio_min: 1.500 -> 1.650 (+10.0%")
     assert regression.compare(BEFORE, after(ratio_min=0.5))[0] == 0
 
 
-def test_memory_is_worse_beyond_its_own_tolerance_whatever_the_noise():
+def test_memory_is_a_regression_beyond_its_own_tolerance_regardless_of_noise():
     assert regression.compare(BEFORE, after(peak_mib_ratio=1.2 * 1.01))[0] == 0
     assert regression.compare(BEFORE, after(peak_mib_ratio=1.2 * 1.03))[0] == 1
 
 
-def test_seconds_alone_are_not_compared():
+def test_absolute_seconds_are_not_compared():
     slow = after()
     for row in slow["training step: a"]["rows"].values():
         row["seconds"] = 1000.0
     assert regression.compare(BEFORE, slow)[0] == 0
 
 
-def test_what_is_missing_or_new_is_listed_and_nothing_in_common_is_an_error():
+def test_missing_and_new_figures_are_listed_and_no_common_figures_is_an_error():
     other = after()
     other["training step: a"]["rows"]["SHiRA"] = {"ratio_min": 2.0}
     assert "new: training step: a: SHiRA" in regression.compare(BEFORE, other)[1]
@@ -238,7 +238,7 @@ def test_what_is_missing_or_new_is_listed_and_nothing_in_common_is_an_error():
     assert regression.compare(BEFORE, {})[0] == 2
 
 
-def test_the_check_exits_with_its_verdict(tmp_path, monkeypatch, capsys):
+def test_the_exit_code_of_the_check_reports_a_regression(tmp_path, monkeypatch, capsys):
     for name, results in (("old", BEFORE), ("new", after(ratio_min=3.0))):
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": MACHINE, "results": results}))
     monkeypatch.setattr(sys, "argv", ["regression.py", str(tmp_path / "old.json"), str(tmp_path / "new.json")])

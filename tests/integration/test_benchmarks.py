@@ -1,4 +1,4 @@
-"""What the benchmark of the Fisher pass compares computes the same."""
+"""The implementations that the benchmark of the Fisher pass compares agree."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def model():
     return common.llama(64, 2, vocab=50).requires_grad_(False)
 
 
-def test_every_way_to_row_scores_agrees_with_the_loop(model):
+def test_all_implementations_of_row_scores_agree_with_the_loop(model):
     batch = common.batches(1, 3, 12, 50)[0]
-    ways = peers.peers(model)
-    expected = ways[peers.LOOP](batch)
+    implementations = peers.peers(model)
+    expected = implementations[peers.LOOP](batch)
     assert set(expected) == set(peers.targets(model))
-    for way in ways.values():
-        assert selection.error(way(batch), expected) < 1e-5
+    for scores in implementations.values():
+        assert selection.error(scores(batch), expected) < 1e-5
     assert selection.error(selection.Selection(model, batch, granularity="row").scores(), expected) < 1e-5
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_peak_is_of_what_was_allocated_at_one_time():
+def test_the_peak_counts_memory_that_is_allocated_at_the_same_time():
     def call():
         for _ in range(3):
             torch.empty(2**20, dtype=torch.uint8)

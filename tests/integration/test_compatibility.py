@@ -1,4 +1,4 @@
-"""What a user of PEFT expects of any method, and is not looked at elsewhere: FGGM does as LoRA does."""
+"""PEFT features that no other test module covers work with FGGM as they do with LoRA."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def names_of(model) -> list[str]:
     return list(fggm_layers(model, "default"))
 
 
-# Which layers -----------------------------------------------------------------------------------
+# Targets ----------------------------------------------------------------------------------------
 
 
-def test_a_list_a_pattern_and_exclusions_name_the_layers():
-    every = names_of(get_peft_model(llama(), random()))
-    assert len(every) == 14 and "lm_head" not in every
-    assert names_of(get_peft_model(llama(), random(target_modules=r".*layers\.1\..*_proj"))) == every[7:]
+def test_a_list_a_pattern_and_exclusions_choose_the_target_modules():
+    all_linear = names_of(get_peft_model(llama(), random()))
+    assert len(all_linear) == 14 and "lm_head" not in all_linear
+    assert names_of(get_peft_model(llama(), random(target_modules=r".*layers\.1\..*_proj"))) == all_linear[7:]
     assert names_of(get_peft_model(llama(), random(target_modules=["q_proj", "layers.1.mlp.up_proj"]))) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.mlp.up_proj",
     ]
     rest = names_of(get_peft_model(llama(), random(target_modules="all-linear", exclude_modules=r".*mlp.*")))
-    assert rest == [name for name in every if "mlp" not in name]
+    assert rest == [name for name in all_linear if "mlp" not in name]
     some = {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}
     assert names_of(get_peft_model(llama(), random(**some))) == ["model.layers.1.self_attn.q_proj"]
 
 
-def test_tied_embeddings_warn_as_pefts_do_and_merge_as_one(granularity):
+def test_tied_embeddings_warn_as_in_peft_and_stay_tied_after_merging(granularity):
     with pytest.warns(UserWarning, match="tied"):
         model = get_peft_model(llama(tie_word_embeddings=True), random(granularity, target_modules=["embed_tokens"]))
     delta = fggm_layers(model, "default")["model.embed_tokens"].get_delta_weight("default")
@@ -63,11 +63,11 @@ def test_tied_embeddings_warn_as_pefts_do_and_merge_as_one(granularity):
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
-# What trains beside the delta --------------------------------------------------------------------
+# Parameters trained in addition to the delta ------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [[3, 7], {"embed_tokens": [3, 7]}], ids=["list", "dict"])
-def test_chosen_tokens_train_beside_the_delta_and_go_with_it(tokens, granularity, tmp_path):
+def test_trainable_tokens_train_save_and_merge_together_with_the_delta(tokens, granularity, tmp_path):
     model = get_peft_model(llama(), random(granularity, trainable_token_indices=tokens))
     before = llama().model.embed_tokens.weight
     train(model, BATCHES, steps=3, lr=1e-1)
@@ -76,11 +76,11 @@ def test_chosen_tokens_train_beside_the_delta_and_go_with_it(tokens, granularity
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path), BATCHES[0]), expected)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged, BATCHES[0]), expected, rtol=1e-4, atol=1e-5)
-    moved = (merged.model.embed_tokens.weight != before).any(1).nonzero().flatten()
-    assert moved.tolist() == [3, 7]
+    changed = (merged.model.embed_tokens.weight != before).any(1).nonzero().flatten()
+    assert changed.tolist() == [3, 7]
 
 
-def test_a_new_head_trains_whole_for_each_adapter():
+def test_each_adapter_fully_trains_its_own_copy_of_a_new_head():
     model = get_peft_model(bert(BertForSequenceClassification), random(task_type="SEQ_CLS"))
     head = model.base_model.model.classifier
     assert model.peft_config["default"].modules_to_save and head.modules_to_save["default"].weight.requires_grad
@@ -93,7 +93,7 @@ def test_a_new_head_trains_whole_for_each_adapter():
 # Adapters ---------------------------------------------------------------------------------------
 
 
-def test_status_tells_of_every_layer_and_of_the_model():
+def test_pefts_status_describes_every_layer_and_the_model():
     model = get_peft_model(llama(), random())
     model.add_adapter("second", random("element"))
     status = model.get_model_status()
@@ -108,7 +108,7 @@ def test_status_tells_of_every_layer_and_of_the_model():
     assert set(layers[0].devices) == {"default", "second"}
 
 
-def test_gradients_are_switched_on_and_off_by_name(granularity, capsys):
+def test_set_requires_grad_switches_gradients_by_adapter_name(granularity, capsys):
     model = get_peft_model(llama(), random(granularity))
     model.add_adapter("second", random(granularity, seed=1))
     model.set_requires_grad("default", requires_grad=False)
@@ -120,7 +120,7 @@ def test_gradients_are_switched_on_and_off_by_name(granularity, capsys):
     assert "trainable params:" in capsys.readouterr().out
 
 
-def test_a_deleted_adapter_leaves_nothing_and_the_others_go_on(granularity):
+def test_deleting_an_adapter_removes_its_state_and_keeps_the_other_adapters(granularity):
     model = get_peft_model(llama(), random(granularity))
     expected = logits(model, BATCHES[0])
     model.add_adapter("second", random(granularity, seed=1))
@@ -128,23 +128,23 @@ def test_a_deleted_adapter_leaves_nothing_and_the_others_go_on(granularity):
     model.delete_adapter("second")
     assert not any("second" in key for key in model.state_dict())
     for layer in fggm_layers(model, "default").values():
-        kept = [vars(layer)[name] for name in layer.other_param_names if name in vars(layer)]
-        assert not any("second" in each for each in kept)
+        states = [vars(layer)[name] for name in layer.other_param_names if name in vars(layer)]
+        assert not any("second" in state for state in states)
     assert model.active_adapters == ["default"]
     assert torch.equal(logits(model, BATCHES[0]), expected)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_values_are_float32_unless_the_user_says_otherwise(autocast, granularity, tmp_path):
+def test_values_are_float32_unless_autocast_adapter_dtype_is_off(autocast, granularity, tmp_path):
     model = get_peft_model(llama(torch.bfloat16), random(granularity), autocast_adapter_dtype=autocast)
-    wanted = torch.float32 if autocast else torch.bfloat16
-    assert {layer.fggm_values["default"].dtype for layer in fggm_layers(model, "default").values()} == {wanted}
+    expected = torch.float32 if autocast else torch.bfloat16
+    assert {layer.fggm_values["default"].dtype for layer in fggm_layers(model, "default").values()} == {expected}
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast)
     assert torch.equal(logits(loaded, BATCHES[0]), logits(model, BATCHES[0]))
 
 
-def test_an_adapter_is_made_on_the_meta_device_and_filled_from_a_state_dict(granularity, tmp_path):
+def test_an_adapter_on_the_meta_device_loads_from_a_state_dict(granularity, tmp_path):
     source = get_peft_model(llama(), random(granularity))
     source.save_pretrained(tmp_path)
     model = get_peft_model(llama(), FGGMConfig(), low_cpu_mem_usage=True)
@@ -154,7 +154,7 @@ def test_an_adapter_is_made_on_the_meta_device_and_filled_from_a_state_dict(gran
     assert torch.equal(logits(model, BATCHES[0]), logits(source, BATCHES[0]))
 
 
-def test_an_injected_adapter_is_selected_and_trains(granularity):
+def test_an_injected_adapter_can_be_selected_and_trained(granularity):
     model = inject_adapter_in_model(FGGMConfig(granularity=granularity, density=0.1), llama())
     select_parameters(model, BATCHES, progress=False)
     losses = train(model, BATCHES[:1], steps=4)
@@ -167,7 +167,7 @@ def test_an_injected_adapter_is_selected_and_trains(granularity):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_of_either_kind_gives_the_same_gradients(use_reentrant, granularity):
+def test_both_kinds_of_gradient_checkpointing_give_the_same_gradients(use_reentrant, granularity):
     gradients = []
     for checkpointing in (False, True):
         model = get_peft_model(llama(), random(granularity)).train()
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_of_either_kind_gives_the_same_gradients(use_reen
         torch.testing.assert_close(checkpointed, plain)
 
 
-def test_a_model_that_was_prepared_for_kbit_training_trains(granularity):
+def test_a_model_prepared_for_kbit_training_trains(granularity):
     model = get_peft_model(prepare_model_for_kbit_training(llama(torch.bfloat16)), random(granularity))
     losses = train(model, BATCHES[:1], steps=4)
     assert losses[-1] < losses[0]
@@ -191,8 +191,8 @@ def test_a_model_that_was_prepared_for_kbit_training_trains(granularity):
 
 @pytest.mark.parametrize("positions", [3, 40])
 @pytest.mark.parametrize("kind", [name for name in GRANULARITIES if name != "element"])
-def test_rows_and_columns_compile_into_one_graph_forward_and_backward(kind, positions):
-    """The size of a piece of single elements depends on data: those compile into several graphs."""
+def test_forward_and_backward_of_rows_and_columns_compile_into_one_graph(kind, positions):
+    """Elements are excluded: the shapes of their chunks depend on data, so they compile into several graphs."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = get_peft_model(
@@ -201,15 +201,15 @@ def test_rows_and_columns_compile_into_one_graph_forward_and_backward(kind, posi
     compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(positions, 16)
     values = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(x).square().sum(), values)
-    for got, wanted in zip(torch.autograd.grad(compiled(x).square().sum(), values), expected, strict=True):
-        torch.testing.assert_close(got, wanted)
+    for actual, reference in zip(torch.autograd.grad(compiled(x).square().sum(), values), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("kind", [name for name in GRANULARITIES if name != "element"])
-def test_lengths_do_not_compile_a_model_anew(kind):
-    """Not compiled, each layer takes its product in another form from another length on."""
+def test_other_sequence_lengths_do_not_recompile_a_model(kind):
+    """In eager mode, the form of a layer's product depends on the length, with a different limit for each layer."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
     model = get_peft_model(model, random(kind, target_modules=["0", "2"], density_pattern={"2": 0.1}))
@@ -224,7 +224,7 @@ def test_lengths_do_not_compile_a_model_anew(kind):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_adapted_layer_is_exported_as_plain_operators(strict, example, granularity, adapt):
+def test_an_adapted_layer_exports_to_plain_operators(strict, example, granularity, adapt):
     model, x = adapt(example.layer(), granularity=granularity).eval(), example.x()
     program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
@@ -233,7 +233,7 @@ def test_an_adapted_layer_is_exported_as_plain_operators(strict, example, granul
 # Hooks on the base layer, and other tuners -----------------------------------------------------------
 
 
-def test_hooks_of_every_kind_on_the_base_layer_see_every_call(example, granularity, adapt):
+def test_every_type_of_hook_on_the_base_layer_runs_in_every_call(example, granularity, adapt):
     base, x, seen = example.layer(), example.x(), []
     model = adapt(copy.deepcopy(base), granularity=granularity)
     layer = model.base_model.model.layer
@@ -252,7 +252,7 @@ def test_hooks_of_every_kind_on_the_base_layer_see_every_call(example, granulari
     x = x.requires_grad_() if x.is_floating_point() else x
     for name, register in hooks.items():
         if "backward" in name and not x.is_floating_point():
-            continue  # nothing flows back through an embedding that is frozen
+            continue  # a frozen embedding has no backward pass
         handle = register()
         y = model(x)
         y.sum().backward()
@@ -262,7 +262,7 @@ def test_hooks_of_every_kind_on_the_base_layer_see_every_call(example, granulari
         seen.clear()
 
 
-def test_a_hook_that_changes_the_input_changes_what_the_base_sees(granularity, adapt):
+def test_a_hook_on_the_base_layer_can_change_its_input(granularity, adapt):
     model, x = adapt(nn.Linear(7, 5), granularity=granularity), torch.randn(4, 7)
     layer = model.base_model.model.layer
     added = model(x) - layer.base_layer(x)
@@ -272,8 +272,8 @@ def test_a_hook_that_changes_the_input_changes_what_the_base_sees(granularity, a
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.parametrize("outer", ["fggm", "lora"])
-def test_fggm_and_lora_on_one_layer_add_up_and_train_together(outer, granularity):
-    """One wraps the other: ``PeftMixedModel`` knows a closed list of PEFT's own methods."""
+def test_fggm_and_lora_deltas_on_one_layer_add_up_and_train_together(outer, granularity):
+    """One adapter wraps the other, because ``PeftMixedModel`` accepts only PEFT's own methods."""
     configs = {
         "lora": LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False),
         "fggm": random(granularity),
@@ -298,7 +298,7 @@ def test_fggm_and_lora_on_one_layer_add_up_and_train_together(outer, granularity
     assert weight.grad is None
 
 
-def test_pefts_mixed_model_says_that_it_takes_its_own_methods_only():
+def test_pefts_mixed_model_rejects_fggm():
     with pytest.raises(ValueError, match=r"'FGGM' is not compatible with the `PeftMixedModel`"):
         get_peft_model(llama(), FGGMConfig(), mixed=True)
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]), mixed=True)

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO over two processes on CPUs.
+"""DeepSpeed ZeRO on two CPU processes.
 
-DeepSpeed is not among the development packages: it compiles. To run this, install it beside them
-(``DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed``) and call
+DeepSpeed is not a development dependency, because its installation compiles code. To run these tests, install it with
+``DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`` and run
 ``pytest tests/integration/test_deepspeed.py -m slow``.
 """
 
@@ -56,7 +56,7 @@ def values(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("config", [{}, {"threshold": TopDensity(0.02, scope="global")}], ids=["rows", "empty modules"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_selects_trains_saves_and_resumes_as_one_process(stage, config, processes, tmp_path):
+def test_zero_selects_trains_saves_and_resumes_like_one_process(stage, config, processes, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(str(one), None, config)
     expected = values(one)

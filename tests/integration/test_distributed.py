@@ -1,4 +1,4 @@
-"""Two processes select and train what one process would."""
+"""Two processes select and train like one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rank() -> int:
 
 
 def share(batches: list) -> list:
-    """Every rank reads its batches in turn; alone, all of them."""
+    """The batches of this rank: every second one, or all in a single process."""
     return batches[rank() :: 2] if torch.distributed.is_initialized() else batches
 
 
@@ -40,7 +40,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         assert torch.equal(indices, second[name]), name
 
 
-# the ranks' data ends at different batches, and the last batches are smaller
+# the ranks have different numbers of batches, and the last batch is smaller
 SIZES = (3, 3, 3, 3, 2)
 
 
@@ -76,7 +76,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_choose_what_one_chooses(case, processes):
+def test_two_processes_select_the_support_of_one_process(case, processes):
     expected, report = select(*CASES[case])
     for chosen, others_report in processes(select, *CASES[case]):
         assert_same(chosen, expected)
@@ -86,7 +86,7 @@ def test_two_processes_choose_what_one_chooses(case, processes):
         assert others_report["parameters"] == report["parameters"]
 
 
-def test_the_automatic_number_of_samples_is_the_same_on_two_processes(processes):
+def test_two_processes_find_the_same_automatic_number_of_samples(processes):
     arguments = ({"density": 0.5}, {"num_samples": "auto"}, (8,) * 16, 24)
     expected, report = select(*arguments)
     for chosen, others_report in processes(select, *arguments):
@@ -100,11 +100,11 @@ def select_from_shuffled() -> dict[str, Tensor]:
     return supports(model)
 
 
-def test_ranks_that_read_different_data_in_different_order_hold_one_support(processes):
+def test_ranks_with_different_data_select_the_same_support(processes):
     assert_same(*processes(select_from_shuffled))
 
 
-def select_with_another(what: str) -> None:
+def select_with_difference(what: str) -> None:
     config = {"density": 0.3 + 0.1 * rank()} if what == "config" else {}
     if what == "modules":
         config = {"exclude_modules": ["q_proj"]} if rank() else {}
@@ -122,12 +122,12 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("what", DIFFERENCES)
-def test_ranks_with_another_setting_are_an_error_on_every_rank(what, processes):
-    for failure in processes.outcomes(select_with_another, what):
+def test_ranks_with_different_settings_raise_an_error_on_every_rank(what, processes):
+    for failure in processes.outcomes(select_with_difference, what):
         assert failure.type == "RuntimeError"
         assert f"the ranks differ in their setting: {DIFFERENCES[what]}" in failure.message
     if what == "versions":
-        processes.stop()  # they were changed for good
+        processes.stop()  # the version stays changed in these processes
 
 
 def select_with_a_bad_batch(problem: str) -> str:
@@ -144,20 +144,20 @@ def select_with_a_bad_batch(problem: str) -> str:
         message = f"{type(error).__name__}: {error}"
     assert not any(layer.fggm_values["default"].numel() for layer in fggm_layers(model, "default").values())
     assert not any(module._forward_hooks for module in model.modules())
-    if problem == "labels":  # the processes still agree on what comes next
+    if problem == "labels":  # the processes are still in step
         select_parameters(model, share(token_batches(sizes=(2, 2))), progress=False)
     return message
 
 
 @pytest.mark.parametrize("problem, error", [("labels", "ValueError"), ("weights", "NonFiniteScoreError")])
-def test_an_error_on_one_rank_is_an_error_on_all_and_names_it(problem, error, processes):
+def test_an_error_on_one_rank_raises_an_error_that_names_the_rank_on_all(problem, error, processes):
     first, second = processes(select_with_a_bad_batch, problem)
     assert second.startswith(error)
     assert first.startswith(f"RuntimeError: the selection pass failed on rank 1: {error}")
 
 
 class Samples(Dataset):
-    """Sequences of one length; 22 of them, so that two ranks end unevenly."""
+    """22 sequences of equal length, so that two ranks have different last batches."""
 
     def __init__(self, number: int = 22):
         generator = torch.Generator().manual_seed(1)
@@ -199,9 +199,11 @@ def train(folder: str, arguments: dict, resume: bool = False) -> tuple[Tensors, 
     return supports(run.model), values, [(log["step"], log["loss"]) for log in run.state.log_history if "loss" in log]
 
 
-# no more steps than an epoch has whole batches: the trainer fills the last one up differently on two processes
+# only full batches of one epoch: two processes pad the last batch differently
 @pytest.mark.parametrize("accumulation, steps", [(1, 4), (2, 2)])
-def test_training_on_two_processes_is_training_on_one_with_the_whole_batch(accumulation, steps, processes, tmp_path):
+def test_training_on_two_processes_equals_training_on_one_with_the_whole_batch(
+    accumulation, steps, processes, tmp_path
+):
     arguments = {"gradient_accumulation_steps": accumulation, "max_steps": steps}
     expected_supports, expected_values, expected_losses = train(str(tmp_path), arguments)
     (first_supports, first, losses), (second_supports, second, _) = processes(train, str(tmp_path), arguments)
@@ -213,7 +215,7 @@ def test_training_on_two_processes_is_training_on_one_with_the_whole_batch(accum
         torch.testing.assert_close(first[name], values, rtol=2e-3, atol=2e-5)
 
 
-def test_two_processes_resume_to_the_bit(processes, tmp_path):
+def test_two_processes_resume_bit_exactly(processes, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3}
     _, expected, losses = processes(train, str(tmp_path), options)[0]
     shutil.rmtree(tmp_path / "checkpoint-6")
@@ -236,12 +238,12 @@ def train_in_ddp() -> list[Tensor]:
     return [p.detach() for p in model.parameters() if p.requires_grad]
 
 
-def test_ddp_does_not_wait_for_modules_in_which_nothing_was_chosen(processes):
+def test_ddp_does_not_wait_for_modules_with_empty_support(processes):
     first, second = processes(train_in_ddp)
     assert first and all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
 
 
-class Broken(IterableDataset):
+class FailingStream(IterableDataset):
     def __iter__(self):
         for number, sample in enumerate(Samples()):
             if number == 13:
@@ -249,18 +251,18 @@ class Broken(IterableDataset):
             yield sample
 
 
-def train_on_a_stream_that_breaks(folder: str) -> None:
+def train_on_a_failing_stream(folder: str) -> None:
     run = trainer(folder)
-    run.train_dataset = Broken()
+    run.train_dataset = FailingStream()
     run.train()
 
 
-def test_a_stream_that_breaks_is_an_error_on_every_rank_and_no_wait(processes, tmp_path):
-    for failure in processes.outcomes(train_on_a_stream_that_breaks, str(tmp_path)):
+def test_a_failing_stream_raises_an_error_on_every_rank_without_a_deadlock(processes, tmp_path):
+    for failure in processes.outcomes(train_on_a_failing_stream, str(tmp_path)):
         assert "the stream broke" in failure.message
 
 
-def train_until_rank_one_dies_while_it_saves(folder: str) -> None:
+def train_until_rank_one_dies_while_saving(folder: str) -> None:
     run = trainer(folder, save_strategy="steps", save_steps=3)
     save = torch.save
 
@@ -273,7 +275,7 @@ def train_until_rank_one_dies_while_it_saves(folder: str) -> None:
     run.train()
 
 
-def test_a_checkpoint_of_which_one_rank_has_not_written_its_part_is_passed_by(processes, tmp_path):
-    first, second = processes.outcomes(train_until_rank_one_dies_while_it_saves, str(tmp_path))
+def test_a_checkpoint_that_one_rank_did_not_finish_is_skipped(processes, tmp_path):
+    first, second = processes.outcomes(train_until_rank_one_dies_while_saving, str(tmp_path))
     assert isinstance(first, Failure) and second.type == "EOFError"
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"

@@ -1,4 +1,4 @@
-"""The examples run as scripts, on a small model in a folder."""
+"""The example scripts run on a small saved model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    """A small Llama and a byte-level tokenizer, saved as any Hub model is."""
+    """A small Llama and a byte-level tokenizer, saved like a Hub model."""
     folder = tmp_path_factory.mktemp("model")
     byte_tokenizer().save_pretrained(folder)
     text_model().save_pretrained(folder)
@@ -90,7 +90,7 @@ def finished(process: subprocess.Popen) -> str:
         ),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_bits(launcher, model_folder, data, tmp_path):
+def test_a_killed_run_resumes_bit_exactly(launcher, model_folder, data, tmp_path):
     source = ["--model", model_folder, "--data", data]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(launcher, model_folder, data, tmp
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_demo_runs_to_its_end_and_leaves_what_it_promises(model_folder, tmp_path):
+def test_the_demo_runs_and_writes_its_report_and_deltas(model_folder, tmp_path):
     run("demo/prepare.py", tmp_path / "data", "--no-model")
     options = ["--data", tmp_path / "data", "--model", model_folder, "--output", tmp_path / "runs"]
     command = [sys.executable, "-c", "from fggm_peft.cli import main; main()", "sequence", "demo", *map(str, options)]

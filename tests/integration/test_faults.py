@@ -1,4 +1,4 @@
-"""What goes wrong on a long run: one clear error, nothing left behind, and the next attempt works."""
+"""Failures during a long run: one clear error, no leftover state, and the next attempt succeeds."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ SETUPS = pytest.mark.parametrize("kind", ["mixin", "callback", "by hand"])
 
 
 def poisoned_model() -> nn.Module:
-    """A model that gives NaN for one token, which no other data has."""
+    """A model that returns NaN for one token, which occurs only in the bad sample."""
     base = llama(vocab=VOCABULARY + 1)
     base.model.embed_tokens.weight.data[POISON] = float("nan")
     return adapted(base)
 
 
 def state(model: nn.Module) -> dict[str, object]:
-    """Everything that a failed selection could leave changed."""
-    found: dict[str, object] = {"use_cache": model.config.use_cache, "random": torch.get_rng_state().tolist()}
+    """All state that a failed selection could leave changed."""
+    result: dict[str, object] = {"use_cache": model.config.use_cache, "random": torch.get_rng_state().tolist()}
     for name, module in model.named_modules():
-        found[f"{name} hooks"] = sum(len(getattr(module, hooks)) for hooks in HOOKS)
-        found[f"{name} training"] = module.training
+        result[f"{name} hooks"] = sum(len(getattr(module, hooks)) for hooks in HOOKS)
+        result[f"{name} training"] = module.training
     for name, parameter in model.named_parameters():
-        found[f"{name} parameter"] = (parameter.requires_grad, parameter.grad, parameter.shape)
+        result[f"{name} parameter"] = (parameter.requires_grad, parameter.grad, parameter.shape)
     for name, layer in fggm_layers(model, "default").items():
-        found[f"{name} adapter"] = (layer.selected["default"], layer.scaling["default"], layer.merged)
-    return found
+        result[f"{name} adapter"] = (layer.selected["default"], layer.scaling["default"], layer.merged)
+    return result
 
 
 class Rows(torch.utils.data.Dataset):
-    """``examples()``, of which one does something else when it is read."""
+    """``examples()`` with one bad sample, whose function runs when the sample is read."""
 
-    def __init__(self, at_the_bad_one):
-        self.rows, self.at_the_bad_one = examples(), at_the_bad_one
+    def __init__(self, read_bad_sample):
+        self.rows, self.read_bad_sample = examples(), read_bad_sample
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int):
-        return self.at_the_bad_one(self.rows[index]) if index == 13 else self.rows[index]
+        return self.read_bad_sample(self.rows[index]) if index == 13 else self.rows[index]
 
 
 def with_nan(row):
@@ -70,7 +70,7 @@ def unreadable(row):
 
 
 def dies(row):
-    time.sleep(0.5)  # or it would take batches with it that it has announced, which is another error
+    time.sleep(0.5)  # let batches that were already sent arrive; losing them would raise a different error
     os._exit(1)
 
 
@@ -85,7 +85,7 @@ def trainer_for(kind: str, model: nn.Module, data, folder: Path, **settings) -> 
 
 
 def attempt(kind: str, trainer: Trainer) -> None:
-    """Select on the trainer's data, in one of the three ways."""
+    """Select on the trainer's data through the mixin, the callback or ``select_parameters``."""
     if kind == "by hand":
         select_parameters(trainer.model, trainer.get_train_dataloader(), progress=False)
     else:
@@ -93,13 +93,13 @@ def attempt(kind: str, trainer: Trainer) -> None:
 
 
 def fails(kind: str, trainer: Trainer, error: type | tuple, message: str | None) -> BaseException:
-    """Check that the attempt raises the error and changes nothing in the model."""
-    trainer.model.config.use_cache = True  # the trainer has switched it off
+    """Check that an attempt raises the error and does not change the model."""
+    trainer.model.config.use_cache = True  # the trainer switched it off
     before = state(trainer.model)
     with pytest.raises(error, match=message) as info:
         attempt(kind, trainer)
     after = state(trainer.model)
-    if kind != "by hand":  # the trainer seeds and draws by itself
+    if kind != "by hand":  # the trainer itself changes the random state
         before.pop("random"), after.pop("random")
     assert after == before
     return info.value
@@ -119,11 +119,11 @@ FAULTS = {
 
 @SETUPS
 @pytest.mark.parametrize("fault", list(FAULTS))
-def test_a_selection_that_fails_raises_one_error_and_leaves_no_trace(kind, fault, tmp_path):
-    at_the_bad_one, error, message = FAULTS[fault]
-    settings = {"dataloader_num_workers": 1} if at_the_bad_one is dies else {}
+def test_a_failed_selection_raises_one_error_and_leaves_the_model_unchanged(kind, fault, tmp_path):
+    read_bad_sample, error, message = FAULTS[fault]
+    settings = {"dataloader_num_workers": 1} if read_bad_sample is dies else {}
     model = poisoned_model().train()
-    fails(kind, trainer_for(kind, model, Rows(at_the_bad_one), tmp_path, **settings), error, message)
+    fails(kind, trainer_for(kind, model, Rows(read_bad_sample), tmp_path, **settings), error, message)
     attempt(kind, trainer_for(kind, model, examples(), tmp_path))
     assert all(layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
@@ -136,8 +136,8 @@ OUT_OF_MEMORY = {
 }
 
 
-def holds_two_samples(model: nn.Module, error, while_selecting: bool = True) -> nn.Module:
-    """Runs out of memory in the forward or backward of batches of more than two samples."""
+def limited_to_two_samples(model: nn.Module, error, while_selecting: bool = True) -> nn.Module:
+    """Patch the model to run out of memory in the forward pass of batches of more than two samples."""
     norm = model.base_model.model.model.norm
     forward = norm.forward
 
@@ -153,9 +153,9 @@ def holds_two_samples(model: nn.Module, error, while_selecting: bool = True) -> 
 
 @SETUPS
 @pytest.mark.parametrize("device", list(OUT_OF_MEMORY))
-def test_running_out_of_memory_keeps_its_type_and_names_the_batch_size(kind, device, tmp_path):
+def test_an_out_of_memory_error_keeps_its_type_and_names_the_batch_size(kind, device, tmp_path):
     error = OUT_OF_MEMORY[device]
-    model = holds_two_samples(adapted(llama()), error)
+    model = limited_to_two_samples(adapted(llama()), error)
     message = r"memory[^$]*batch 0, whose shape is \[4, 10\][^$]*smaller batch size"
     raised = fails(kind, trainer_for(kind, model, examples(), tmp_path), type(error()), message)
     assert type(raised) is type(error())
@@ -167,26 +167,26 @@ def test_running_out_of_memory_keeps_its_type_and_names_the_batch_size(kind, dev
 @pytest.mark.parametrize("device", list(OUT_OF_MEMORY))
 @pytest.mark.parametrize("while_selecting", [True, False], ids=["selecting", "training"])
 def test_auto_find_batch_size_finds_a_size_that_fits(trainer_class, device, while_selecting, tmp_path):
-    model = holds_two_samples(adapted(llama()), OUT_OF_MEMORY[device], while_selecting)
+    model = limited_to_two_samples(adapted(llama()), OUT_OF_MEMORY[device], while_selecting)
     callbacks = [FGGMCallback()] if trainer_class is Trainer else None
     trainer = make_trainer(model, tmp_path, trainer_class, callbacks=callbacks, auto_find_batch_size=True)
     trainer.train()
     assert trainer._train_batch_size == 2 and trainer.state.global_step == 4
     expected = adapted(llama())
     select_parameters(expected, [{k: torch.tensor([r[k] for r in examples()]) for k in examples()[0]}], progress=False)
-    found, expected = delta(model), delta(expected)
-    for name in found:
+    actual, expected = delta(model), delta(expected)
+    for name in actual:
         if name.endswith("indices"):
-            assert torch.equal(found[name], expected[name]), name
+            assert torch.equal(actual[name], expected[name]), name
         else:
-            assert found[name].count_nonzero()
+            assert actual[name].count_nonzero()
 
 
-# A run that is killed while it saves -----------------------------------------------------------
+# A run killed while saving ----------------------------------------------------------------------
 
 
 def in_child(function, *arguments) -> int:
-    """Run a function in a process of its own; gives the exit code, negative for a signal."""
+    """Run a function in a separate process; returns the exit code, negative for a signal."""
     child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     child.start()
     child.join(60)
@@ -195,13 +195,13 @@ def in_child(function, *arguments) -> int:
 
 
 def saving_trainer(folder: Path, **settings) -> Trainer:
-    """Saves at each of six steps; weights, order of the data and all else are the same each time."""
+    """A trainer that saves after each of six steps; every run of it is identical."""
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, **settings}
     return make_trainer(adapted(llama()), folder, **options)
 
 
 def train_and_be_killed(folder: Path, number: int, at: str) -> None:
-    """Train until the fourth checkpoint is half written."""
+    """Train, and die in the middle of writing the fourth checkpoint."""
     trainer = saving_trainer(folder)
     save, save_state = torch.save, trainer.state.__class__.save_to_json
 
@@ -220,7 +220,7 @@ def train_and_be_killed(folder: Path, number: int, at: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("at", ["optimizer.pt", "trainer_state.json"])
-def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(number, at, tmp_path):
+def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(number, at, tmp_path):
     assert in_child(train_and_be_killed, tmp_path, number, at) == -number
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
     trainer = saving_trainer(tmp_path)
@@ -233,7 +233,7 @@ def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(number, 
     assert_same_delta(trainer.model, uninterrupted.model)
 
 
-def test_resuming_where_no_checkpoint_is_whole_is_an_error_that_names_the_folder(tmp_path):
+def test_resuming_without_a_complete_checkpoint_raises_an_error_that_names_the_folder(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     with (
         pytest.warns(UserWarning, match="checkpoint-1 was not written to its end"),
@@ -242,11 +242,11 @@ def test_resuming_where_no_checkpoint_is_whole_is_an_error_that_names_the_folder
         saving_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
-# A disk that is full ----------------------------------------------------------------------------
+# A full disk ------------------------------------------------------------------------------------
 
 
 def limit_files(size: int) -> None:
-    """From now on this process can write no file beyond ``size`` bytes: it gets an error, as from a full disk."""
+    """Make this process fail to write more than ``size`` bytes to a file, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -263,18 +263,18 @@ SIZES = pytest.mark.parametrize("size", [100, 3_000, 50_000], ids=["card", "card
 
 
 @SIZES
-def test_saving_on_a_full_disk_is_an_error_and_leaves_nothing_that_loads(size, tmp_path):
+def test_saving_on_a_full_disk_raises_an_error_and_leaves_no_loadable_adapter(size, tmp_path):
     model = adapted(llama(), criterion="random", init_weights=False)
     assert in_child(save_on_a_full_disk, model, tmp_path / "new", size) == 17
     assert not list((tmp_path / "new").glob("*.safetensors*"))
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         PeftModel.from_pretrained(llama(), tmp_path / "new")
-    model.save_pretrained(tmp_path / "new")  # there is room again
+    model.save_pretrained(tmp_path / "new")  # the parent process has no size limit
     assert_same_delta(PeftModel.from_pretrained(llama(), tmp_path / "new"), model)
 
 
 @SIZES
-def test_saving_over_an_adapter_on_a_full_disk_keeps_the_old_one_whole(size, tmp_path):
+def test_overwriting_an_adapter_on_a_full_disk_keeps_the_old_adapter(size, tmp_path):
     old = adapted(llama(), criterion="random", init_weights=False, seed=1)
     old.save_pretrained(tmp_path)
     new = adapted(llama(), criterion="random", init_weights=False, seed=2)
@@ -284,11 +284,11 @@ def test_saving_over_an_adapter_on_a_full_disk_keeps_the_old_one_whole(size, tmp
     assert_same_delta(PeftModel.from_pretrained(llama(), tmp_path), new)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, 5_000, -1])
-def test_a_file_that_was_copied_in_part_does_not_load(kept, tmp_path):
+@pytest.mark.parametrize("size", [0, 7, 100, 5_000, -1])
+def test_a_truncated_file_does_not_load(size, tmp_path):
     adapted(llama(), criterion="random", init_weights=False).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:size])
     base = llama()
     with pytest.raises(Exception, match=r"(?i)header|incomplete"):
         PeftModel.from_pretrained(base, tmp_path)
@@ -300,7 +300,7 @@ def train_until_the_disk_is_full(folder: Path) -> None:
 
     def fill(*arguments, **options):
         if trainer.state.global_step == 3:
-            limit_files(100_000)  # the optimizer's state has no room
+            limit_files(100_000)  # too small for the optimizer's state
         save(*arguments, **options)
 
     torch.save = fill
@@ -310,7 +310,7 @@ def train_until_the_disk_is_full(folder: Path) -> None:
         os._exit(17)
 
 
-def test_a_checkpoint_that_finds_no_room_is_removed_and_the_one_before_resumes(tmp_path):
+def test_a_checkpoint_that_does_not_fit_the_disk_is_removed_and_the_previous_one_resumes(tmp_path):
     assert in_child(train_until_the_disk_is_full, tmp_path) == 17
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     trainer = saving_trainer(tmp_path)
@@ -321,7 +321,7 @@ def test_a_checkpoint_that_finds_no_room_is_removed_and_the_one_before_resumes(t
     assert_same_delta(trainer.model, uninterrupted.model)
 
 
-def test_a_checkpoint_half_written_over_an_older_one_is_no_mix_of_two_runs(tmp_path, monkeypatch):
+def test_a_checkpoint_partly_overwritten_by_another_run_is_not_valid(tmp_path, monkeypatch):
     saving_trainer(tmp_path, max_steps=1).train()
 
     def full(*_, **__):

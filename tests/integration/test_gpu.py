@@ -1,4 +1,4 @@
-"""The library's main flow on a CUDA device: select, train, merge, unmerge, save, load, on dense and quantized bases."""
+"""The main workflow on a CUDA device: select, train, merge, unmerge, save and load, on dense and quantized bases."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_select_train_merge_unmerge_save_and_load(kind, triton, granularity, tmp
         kernels.use_triton(before)
 
 
-def test_the_support_is_the_one_that_a_cpu_chooses(granularity):
+def test_the_support_equals_the_one_selected_on_a_cpu(granularity):
     supports = []
     for device in ("cpu", DEVICE):
         model = adapted(llama().to(device), granularity)
@@ -67,10 +67,10 @@ def test_the_support_is_the_one_that_a_cpu_chooses(granularity):
         chosen = [layer.delta("default").indices.cpu() for layer in fggm_layers(model, "default").values()]
         supports.append([set(indices.tolist()) for indices in chosen])
     for one, other in zip(*supports, strict=True):
-        assert len(one & other) >= 0.98 * len(one)  # scores that are as good as equal may be ranked otherwise
+        assert len(one & other) >= 0.98 * len(one)  # nearly equal scores may be ranked differently
 
 
-def test_training_on_a_gpu_is_training_on_a_cpu(granularity):
+def test_training_on_a_gpu_gives_the_losses_of_a_cpu(granularity):
     losses = []
     for device in ("cpu", DEVICE):
         model = adapted(llama().to(device), granularity, criterion="random", init_weights=False)
@@ -78,11 +78,13 @@ def test_training_on_a_gpu_is_training_on_a_cpu(granularity):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_the_same_run_gives_the_same_bits(granularity):
+def test_repeated_runs_are_bit_identical(granularity):
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        model = llama(torch.bfloat16, attn_implementation="eager").to(DEVICE)  # flash attention's backward is not
+        model = llama(torch.bfloat16, attn_implementation="eager").to(
+            DEVICE
+        )  # flash attention's backward is not deterministic
         model = adapted(model, granularity, criterion="random", init_weights=False)
         train(model, batches(), steps=5)
         results.append([p.detach().clone() for p in model.parameters() if p.requires_grad])

@@ -1,4 +1,4 @@
-"""Layers share no memory: no thread, no other model and no step that failed can disturb a step."""
+"""Layers share no mutable state: threads, other models and failed steps do not affect a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASES = ["dense", *QUANTIZATIONS[::3]]  # "nf4" and "int8"
 
 
 def small_model(granularity: str, base: str = "dense", seed: int = 0) -> nn.Module:
-    """A Llama with random supports and values, so that every layer's copy of its weight differs from the base."""
+    """A Llama with random supports and values, so that every effective weight differs from its base weight."""
     model = llama() if base == "dense" else quantized(llama(), base)
     model = adapted(model, granularity, density=0.3, criterion="random", target_modules="all-linear").train()
     generator = torch.Generator().manual_seed(seed)
@@ -35,41 +35,41 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def gradients(model: nn.Module, batch: dict) -> list[torch.Tensor]:
-    """Of the loss, without touching ``.grad``."""
+    """Gradients of the loss; ``.grad`` is not changed."""
     return list(torch.autograd.grad(model(**batch).loss, trained(model)))
 
 
-def assert_equal(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    for one, other in zip(got, wanted, strict=True):
+def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("base", BASES)
-def test_threads_that_train_through_one_model_at_once_get_their_own_gradients(base, checkpointing, granularity):
+def test_concurrent_threads_get_their_own_gradients(base, checkpointing, granularity):
     model = small_model(granularity, base)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    wanted = [gradients(model, batch) for batch in BATCHES]
-    got: dict[int, list] = {}
+    expected = [gradients(model, batch) for batch in BATCHES]
+    actual: dict[int, list] = {}
 
     def work(number: int) -> None:
-        got[number] = [gradients(model, BATCHES[number]) for _ in range(3)]
+        actual[number] = [gradients(model, BATCHES[number]) for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(len(BATCHES))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for number, alone in enumerate(wanted):
-        assert len(got[number]) == 3, "the thread failed"
-        for once in got[number]:
-            assert_equal(once, alone)
+    for number, alone in enumerate(expected):
+        assert len(actual[number]) == 3, "the thread failed"
+        for result in actual[number]:
+            assert_equal(result, alone)
 
 
-def test_backward_of_one_layer_may_run_while_the_forward_of_another_does(granularity):
-    """Checkpointing within a layer runs its forward in the middle of the backward of the next one."""
+def test_the_forward_of_one_layer_may_run_during_the_backward_of_another(granularity):
+    """Activation checkpointing reruns the forward of a layer during the backward of the next one."""
     model = small_model(granularity)
     first, second = list(fggm_layers(model, "default").values())[:2]
     x = torch.randn(5, 64, requires_grad=True)
@@ -85,19 +85,19 @@ def test_backward_of_one_layer_may_run_while_the_forward_of_another_does(granula
     assert_equal(checkpointed, plain)
 
 
-def test_two_models_in_turns_are_as_each_alone(granularity):
+def test_two_interleaved_models_give_the_gradients_of_each_alone(granularity):
     one, other = small_model(granularity), small_model(granularity, seed=1)
-    wanted = gradients(one, BATCHES[0]), gradients(other, BATCHES[1])
+    expected = gradients(one, BATCHES[0]), gradients(other, BATCHES[1])
     losses = one(**BATCHES[0]).loss, other(**BATCHES[1]).loss  # same shapes, dtype and device
-    got = torch.autograd.grad(losses[0], trained(one)), torch.autograd.grad(losses[1], trained(other))
-    for mine, alone in zip(got, wanted, strict=True):
-        assert_equal(mine, alone)
+    actual = torch.autograd.grad(losses[0], trained(one)), torch.autograd.grad(losses[1], trained(other))
+    for interleaved, alone in zip(actual, expected, strict=True):
+        assert_equal(interleaved, alone)
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_step_that_fails_on_the_way_leaves_the_next_one_as_it_was(base, granularity):
+def test_a_failed_step_does_not_affect_the_next_one(base, granularity):
     model = small_model(granularity, base)
-    wanted = gradients(model, BATCHES[0])
+    expected = gradients(model, BATCHES[0])
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     *_, last = fggm_layers(model, "default").values()
 
@@ -111,15 +111,15 @@ def test_a_step_that_fails_on_the_way_leaves_the_next_one_as_it_was(base, granul
         hook.remove()
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name]), name
-        assert_equal(gradients(model, BATCHES[0]), wanted)
+        assert_equal(gradients(model, BATCHES[0]), expected)
         model.zero_grad()
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_nothing_is_left_of_a_model_that_is_gone(base, granularity):
+def test_a_deleted_model_frees_all_its_tensors(base, granularity):
     def tensors() -> int:
         gc.collect()
-        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
     counts, watched = [tensors()], []
     for _ in range(3):
@@ -130,23 +130,23 @@ def test_nothing_is_left_of_a_model_that_is_gone(base, granularity):
         del model
         counts.append(tensors())
     assert not any(reference() for reference in watched)
-    # what is kept grows every time; libraries, and earlier tests, change the count once
+    # a leak increases the count in every round; libraries and earlier tests change it only once
     assert any(after <= before for before, after in pairwise(counts))
 
 
-def test_after_a_cast_or_a_copy_a_model_computes_with_its_own_weights(granularity):
+def test_a_cast_or_copied_model_uses_its_own_weights(granularity):
     model = small_model(granularity)
     double, duplicate = copy.deepcopy(model).double(), copy.deepcopy(model)
-    wanted = gradients(model, BATCHES[0])
+    expected = gradients(model, BATCHES[0])
     for parameter in duplicate.parameters():
         parameter.data.zero_()
-    for exact, mine in zip(gradients(double, BATCHES[0]), wanted, strict=True):
-        torch.testing.assert_close(mine, exact.float(), rtol=1e-3, atol=1e-5)
-    assert_equal(gradients(model, BATCHES[0]), wanted)
+    for exact, single in zip(gradients(double, BATCHES[0]), expected, strict=True):
+        torch.testing.assert_close(single, exact.float(), rtol=1e-3, atol=1e-5)
+    assert_equal(gradients(model, BATCHES[0]), expected)
     assert not any(gradient.any() for gradient in gradients(duplicate, BATCHES[0]))
 
 
-def test_a_layer_says_in_which_form_it_computes(granularity):
+def test_the_repr_of_a_layer_names_the_form_of_its_product(granularity):
     model = small_model(granularity)
     layer = next(iter(fggm_layers(model, "default").values()))
     assert "effective weight" in layer.extra_repr()
