@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import GRANULARITIES, Rows, granularity_from
-from fggm_peft.plots import doubling, legend, lines, looks, new_figure, save, titles
+from fggm_peft.plots import legend, lines, looks, new_figure, save, style
 from fggm_peft.selection.agreement import split_half_agreement
 from fggm_peft.selection.data_pass import FisherPass, Totals
 from fggm_peft.selection.scoring import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT
@@ -265,29 +265,32 @@ def measure(model: Model, task: Path, limit: int, reference: Mapping[str, Tensor
     }
 
 
+@style()
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Agreement of halves above, the score that is found below; task below task, at a density of 10 %."""
+    """For each task at 10 % density: the agreement of halves, and below it the share of the score that is found."""
     names = {"row": "Fisher, rows", "column": "Fisher, columns", "element": "Fisher, elements"}
     tasks = results["tasks"]
     figure, axes = new_figure(0.3 + 4.2 * len(tasks), rows=2 * len(tasks))
     for number, (task, found) in enumerate(tasks.items()):
-        curves = [curve for curve in found["curves"] if curve["density"] == 0.1]
-        series = {
-            names[c["granularity"]] if c["criterion"] == "fisher" else "gain per harm, columns": c for c in curves
+        curves = {
+            names[c["granularity"]] if c["criterion"] == "fisher" else "gain per harm, columns": c
+            for c in found["curves"]
+            if c["density"] == 0.1
         }
-        styles = looks(list(series))
+        styles = looks(list(curves))
         above, below = axes[2 * number : 2 * number + 2]
-        lines(above, found["counts"], {name: curve["halves"] for name, curve in series.items()}, styles)
-        doubling(above, found["counts"], {f"enough: {SUFFICIENT_AGREEMENT:g}": SUFFICIENT_AGREEMENT})
-        above.set_ylim(0.35, 1.0)
-        titles(above, task, y="agreement of halves")
-        # of an even half: a support from n samples is that of 2n in the figures
-        halves, held = [n // 2 for n in found["counts"][:-1]], slice(0, -1)
-        lines(below, halves, {name: curve["score_held"][held] for name, curve in series.items()}, styles)
-        doubling(below, halves, {})
-        below.set_ylim(0.9, 1.0)
-        titles(below, x="samples", y="score found")
-    legend(axes[0], list(series))
+        lines(above, found["counts"], {name: curve["halves"] for name, curve in curves.items()}, styles)
+        above.axhline(SUFFICIENT_AGREEMENT, linestyle="--", label="enough")
+        above.set(title=task, ylabel="agreement of halves", ylim=(0.35, 1.0))
+        # the scores of a half: a selection from n samples is that of 2n in the figures
+        halves = [count // 2 for count in found["counts"][:-1]]
+        lines(below, halves, {name: curve["score_held"][:-1] for name, curve in curves.items()}, styles)
+        below.set(xlabel="samples", ylabel="score found", ylim=(0.9, 1.0))
+        for panel, counts in ((above, found["counts"]), (below, halves)):
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(counts, [f"{count:,}" for count in counts])
+            panel.minorticks_off()
+    legend(axes[0], list(styles))
     save(figure, path)
 
 

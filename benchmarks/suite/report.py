@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fggm_peft.plots import heat_map, heat_map_height, new_figure, save, titles
+from fggm_peft.plots import heat_map, heat_map_height, new_figure, save, style
 
 from .goals import Results, Verdict, verdicts
 from .methods import FROZEN, METHODS
@@ -82,6 +82,7 @@ def machine_text(machine: dict[str, Any]) -> str:
     return f"{machine['date']}, {device}, {machine['threads']} threads, {machine['clock']}; {versions}."
 
 
+@style()
 def draw(results: Results, path: Path) -> None:
     """A step's time and peak memory over the frozen model's, method by method and setting by setting."""
     steps = {k.partition(": ")[2]: t for k, t in results.items() if k.startswith("training step: ")}
@@ -92,7 +93,7 @@ def draw(results: Results, path: Path) -> None:
     for place, (key, title) in zip(axes, (("ratio_min", "time"), ("peak_mib_ratio", "peak memory")), strict=True):
         grid = [[table["rows"].get(method, {}).get(key) for method in methods] for table in steps.values()]
         heat_map(place, grid, names, methods, low=1.0)
-        titles(place, f"{title} of a training step over a frozen forward and backward")
+        place.set_title(f"{title} of a training step over a frozen forward and backward")
     save(figure, path)
 
 

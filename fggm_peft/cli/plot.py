@@ -44,7 +44,7 @@ def run(
 
     from ..deltas.meta_base import skeleton
     from ..deltas.saved_selection import saved_adapter
-    from ..selection_plots import write_pictures
+    from ..plots import save_all
 
     found = [saved_adapter(name) for name in adapters]
     base = model or _common_base(found)
@@ -54,7 +54,7 @@ def run(
         raise ValueError(f"{error} (here: --model)") from error
     drawing = _Drawing(found, bare)
     with complete_folder(output) as folder:
-        files = write_pictures(drawing.pictures(), folder, format)
+        files = save_all(drawing.pictures(), folder, format)
     data = {
         "model": base,
         "output": str(output),
@@ -97,7 +97,8 @@ class _Drawing:
     def pictures(self) -> Iterator[tuple[str, Figure]]:
         """Name and figure of each picture."""
         from ..deltas.overlaps import support_overlap
-        from ..selection_plots import agreement_picture, overlap_picture
+        from ..plots import agreement_plot, overlap_plot
+        from ..selection.scoring import SUFFICIENT_AGREEMENT
 
         for name, adapter in zip(self.names, self.adapters, strict=True):
             yield from self._of_one(name, adapter)
@@ -107,19 +108,19 @@ class _Drawing:
             if any(agreement is not None for _, agreement in adapter.checks)
         }
         if curves:
-            yield "agreement", agreement_picture(curves)
+            yield "agreement", agreement_plot(curves, SUFFICIENT_AGREEMENT)
         if len(self.adapters) > 1:
             found = support_overlap(self.model, [adapter.folder for adapter in self.adapters])
             assert found is not None  # all are FGGM
             self.overlap = {"names": self.names, **found}
-            yield "overlap", overlap_picture(self.names, found["jaccard"], found["chance"])
+            yield "overlap", overlap_plot(self.names, found["jaccard"], found["chance"])
 
     def _of_one(self, name: str, adapter: SavedAdapter) -> Iterator[tuple[str, Figure]]:
         from ..deltas.saved_selection import shares_of
-        from ..selection_plots import density_picture, file_name, spectrum_picture
+        from ..plots import density_plot, spectrum_plot
 
         several = len(self.adapters) > 1
-        suffix, title = (f"-{file_name(name)}", name) if several else ("", "")
+        suffix, title = (f"-{_file_name(name)}", name) if several else ("", "")
         shares = shares_of(self.model, adapter.supports(self.model))
         why = adapter.why_no_spectrum()
         total = sum(entries for _, entries in shares.values())
@@ -135,17 +136,24 @@ class _Drawing:
                 "left_out": missing,
             }
         )
-        yield f"density{suffix}", density_picture(shares, title)
+        yield f"density{suffix}", density_plot(shares, title)
         if why is None:
             densities = {module: share for module, (share, _) in shares.items()}
             spectra = {module: values for module, values in adapter.spectra().items() if module in densities}
-            yield f"spectrum{suffix}", spectrum_picture(spectra, densities, str(adapter.config.granularity), title)
+            yield f"spectrum{suffix}", spectrum_plot(spectra, densities, str(adapter.config.granularity), title)
 
 
 def _names(adapters: list[SavedAdapter]) -> list[str]:
     """The last part of each path, with a number in front where that is not enough to tell them apart."""
     names = [adapter.folder.resolve().name if Path(adapter.name).is_dir() else adapter.name for adapter in adapters]
     return names if len(set(names)) == len(names) else [f"{n}-{name}" for n, name in enumerate(names, start=1)]
+
+
+def _file_name(text: str) -> str:
+    """A part of a file name, with a mark for each character that a file system may refuse."""
+    from ..plots import shortened
+
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in shortened(text, 40)).strip(".") or "_"
 
 
 def _table(data: dict[str, Any]) -> Table:

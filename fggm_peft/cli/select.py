@@ -104,10 +104,10 @@ def _require_drawable(plots: Path, output: Path, overwrite: bool) -> None:
 
 def _drawn(report: SelectionReport, folder: Path, format: str) -> list[str]:
     """The files of the pictures that were drawn."""
-    from ..selection_plots import report_pictures, write_pictures
+    from ..plots import save_all
 
     with complete_folder(folder) as temporary:
-        files = write_pictures(report_pictures(report), temporary, format)
+        files = save_all(report.plots(), temporary, format)
     return [str(folder / file.name) for file in files]
 
 

@@ -130,10 +130,9 @@ class Overlap:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from ..plots import save
-        from ..selection_plots import overlap_picture
+        from ..plots import overlap_plot, save
 
-        save(overlap_picture(self.names, self.matrix("jaccard"), self.matrix("chance"), "Overlap"), file)
+        save(overlap_plot(self.names, self.matrix("jaccard"), self.matrix("chance"), "Overlap"), file)
 
     def __str__(self) -> str:
         lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from ..tuner.module_paths import GROUPS, density_grid
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
     from rich.table import Table
 
     from ..tuner.files.task_scores import TaskRecord
@@ -168,6 +170,30 @@ class SelectionReport:
     def shares(self) -> dict[str, tuple[float, int]]:
         """Module path -> share of its weight that may move, entries of the weight; see ``tuner.layout``."""
         return {module.name: (module.density, module.shape[0] * module.shape[1]) for module in self.modules}
+
+    def agreements(self) -> dict[str, list[tuple[int, float | None]]]:
+        """(samples, agreement) of each check, by data; the final agreement is added if it is the same measure."""
+        curves: dict[str, list[tuple[int, float | None]]] = {}
+        for check in self.checks:
+            curves.setdefault(check.data, []).append((check.samples, check.agreement))
+        task = curves.get("task", [])
+        if task and not self.reference_samples and self.samples > task[-1][0]:
+            task.append((self.samples, self.agreement))  # the data ended between two checks
+        return curves
+
+    def plots(self) -> Iterator[tuple[str, Figure]]:
+        """Name and figure of each plot that the report has data for: density, spectrum, agreement."""
+        from ..plots import agreement_plot, density_plot, spectrum_plot
+        from .scoring import SUFFICIENT_AGREEMENT
+
+        yield "density", density_plot(self.shares())
+        spectra = {module.name: module.spectrum for module in self.modules}
+        if any(max(values, default=0) > 0 for values in spectra.values()):
+            densities = {module.name: module.density for module in self.modules}
+            yield "spectrum", spectrum_plot(spectra, densities, self.granularity)
+        curves = self.agreements()
+        if any(agreement is not None for curve in curves.values() for _, agreement in curve):
+            yield "agreement", agreement_plot(curves, SUFFICIENT_AGREEMENT)
 
     def summary(self) -> dict[str, Any]:
         """What the adapter's config keeps: nothing that differs from run to run, such as seconds."""

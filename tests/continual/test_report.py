@@ -13,11 +13,14 @@ from html.parser import HTMLParser
 
 import pytest
 from made_up_runs import METHODS, TASKS, made_up_runs
+from matplotlib.text import Text
 from scipy import stats
 
+from fggm_peft import plots
 from fggm_peft.continual.measures import pareto_front
 from fggm_peft.continual.report import read_results, report_of, require_report_packages, write_report
 from fggm_peft.continual.report.contents import COLUMNS, COMPARED, FORMULAS
+from fggm_peft.continual.report.drawing import pictures_of
 from fggm_peft.continual.report.page import page_of
 
 HOSTILE = "<script>alert(1)</script>"
@@ -327,6 +330,32 @@ def large_page():
 
 def test_more_than_eighty_runs_make_a_page_below_three_megabytes(large_page):
     assert len(large_page.encode()) < 3e6 and all(task in large_page for task in TASKS)
+
+
+def labels_of_front(count):
+    """The labels of the hero figure, and its frame."""
+    runs = [run(f"method-{n}", bwt=-0.04 * n, diagonal=0.5 + 0.01 * (n % 3)) for n in range(count)]
+    figures = []
+
+    def keep(figure, alt):
+        figures.append(figure)
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "to_svg", keep)
+        pictures_of(report_of([*runs, run("corner", bwt=-1.0, diagonal=1.0)]))
+    figures[0].draw_without_rendering()
+    (axes,) = figures[0].axes
+    return [Text.get_window_extent(text) for text in axes.texts], axes.get_window_extent()
+
+
+def test_labels_of_points_do_not_cover_each_other_or_leave_the_plot():
+    boxes, frame = labels_of_front(10)
+    assert len(boxes) == 11
+    frame = frame.padded(0.1)  # for rounding
+    assert all(frame.fully_containsx(x) for box in boxes for x in (box.x0, box.x1))
+    assert all(frame.fully_containsy(y) for box in boxes for y in (box.y0, box.y1))
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
 
 
 # --- in a browser --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ COLUMNS = {
     "general loss": "general",
 }
 """Heading -> name of the measure in ``report.json``."""
+HEADINGS = {name: heading for heading, name in COLUMNS.items()}
 FORMULAS = {
     "op": MEASURES["final_op"].formula,
     "op_mean": MEASURES["mean_op"].formula,

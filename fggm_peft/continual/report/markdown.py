@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .contents import INTERVALS
+from .contents import HEADINGS, INTERVALS
 from .tables import (
-    HEADINGS,
     Table,
     best_table,
     cost_table,

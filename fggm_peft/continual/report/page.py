@@ -9,11 +9,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .contents import INTERVALS
+from .contents import HEADINGS, INTERVALS
+from .drawing import legend_of, pictures_of
 from .markdown import NOTATION
-from .pictures import Pictures
 from .tables import (
-    HEADINGS,
     best_table,
     cost_table,
     difference_tables,
@@ -26,24 +25,17 @@ from .tables import (
 
 def page_of(report: Mapping[str, Any]) -> str:
     """The page of a report, of ``report_of`` or of a ``report.json``."""
-    pictures = Pictures(report)
     return rendered(
         "report.html",
         title="What was learned, and what it cost",
         report=report,
         intervals=INTERVALS,
-        legends=[pictures.swatches() for _ in range(2)],  # drawn for each place: no two elements may share an id
-        fronts=list(pictures.fronts()),
+        legend=legend_of(report),
+        pictures=pictures_of(report),
         front_tables=[table for name in report["pareto"] if (table := pareto_table(report, name)).rows],
-        differences=list(pictures.differences()),
         difference_tables=difference_tables(report),
-        matrices=list(pictures.score_matrices()),
-        curves=list(pictures.curves()),
-        general=list(pictures.general_curve()),
         general_tables=general_task_tables(report),
-        overlaps=list(pictures.overlaps()),
         gate_tables=gate_tables(report),
-        costs=list(pictures.costs()),
         best_table=best_table(report),
         summary_table=summary_table(report),
         cost_table=cost_table(report),
@@ -51,7 +43,7 @@ def page_of(report: Mapping[str, Any]) -> str:
 
 
 def rendered(template: str, **content: Any) -> str:
-    """A template of this folder with its content. Everything is escaped but the SVG that ``plotting`` drew."""
+    """A template of this folder with its content. Everything is escaped except the SVG of the figures."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .contents import COLUMNS, COMPARED, best_entries, runs_at, summary_of
+from .contents import COLUMNS, COMPARED, HEADINGS, best_entries, runs_at, summary_of
 
-HEADINGS = {name: heading for heading, name in COLUMNS.items()}
-"""Name of the measure in ``report.json`` -> heading."""
 PHASES = ("selection", "training", "evaluation")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -13,7 +13,7 @@ from ...tuner.files.atomic import write_whole
 from ..fingerprint import differences
 from .contents import report_of
 
-PACKAGES = ("jinja2", "matplotlib", "scipy")
+PACKAGES = ("adjustText", "jinja2", "matplotlib", "scipy", "seaborn")
 
 
 def require_report_packages() -> None:

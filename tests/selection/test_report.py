@@ -1,4 +1,4 @@
-"""What a selection says of itself: its cost, its checks, its spectra; and the pictures of these."""
+"""The report of a selection: its cost, its checks, its spectra, and their plots."""
 
 from __future__ import annotations
 
@@ -15,17 +15,8 @@ from reference import sorted_spectrum
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.deltas.meta_base import skeleton
 from fggm_peft.deltas.saved_selection import saved_adapter, shares_of
-from fggm_peft.plots import to_svg
+from fggm_peft.plots import agreement_plot, density_plot, overlap_plot, spectrum_plot, to_svg
 from fggm_peft.selection.report import AgreementCheck
-from fggm_peft.selection_plots import (
-    agreement_picture,
-    checks_of,
-    density_picture,
-    file_name,
-    overlap_picture,
-    report_pictures,
-    spectrum_picture,
-)
 from fggm_peft.training.trainer import logged
 from fggm_peft.tuner.support import fggm_layers
 
@@ -33,7 +24,7 @@ MANY = token_batches(sizes=(8,) * 9)
 
 
 def texts(figure) -> list[str]:
-    return re.findall(r"<text[^>]*>([^<]*)</text>", to_svg(figure))
+    return re.findall(r"<text[^>]*>([^<]*)</text>", to_svg(figure, "plot"))
 
 
 # --- what the report says ------------------------------------------------------------------------
@@ -77,7 +68,7 @@ def test_every_check_of_auto_is_kept_and_the_adapter_remembers_them():
     assert [(check.data, check.samples) for check in report.checks] == [("task", 32), ("task", 64)]
     assert all(0 < check.agreement < 0.8 for check in report.checks)
     assert report.samples == 72  # the data ran out
-    assert checks_of(report) == {
+    assert report.agreements() == {
         "task": [(n, report.checks[k].agreement) for k, n in ((0, 32), (1, 64))] + [(72, report.agreement)]
     }
     assert model.peft_config["default"].selection["checks"] == [[c.samples, c.agreement] for c in report.checks]
@@ -90,7 +81,7 @@ def test_checks_of_a_reference_are_told_from_those_of_the_task():
     model = adapted(llama(), "column", criterion="gain_per_harm")
     report = select_parameters(model, MANY[:5], reference=MANY[5:9], progress=False)
     assert [(check.data, check.samples) for check in report.checks] == [("reference", 32), ("task", 32)]
-    assert checks_of(report)["task"] == [(32, report.checks[1].agreement)]  # at the end another measure is taken
+    assert report.agreements()["task"] == [(32, report.checks[1].agreement)]  # at the end another measure is taken
 
 
 def test_spectra_are_of_the_scores_that_were_ranked(granularity):
@@ -124,28 +115,28 @@ def test_the_card_has_a_table_where_densities_differ(tmp_path):
 def test_all_pictures_of_a_report(build):
     model = adapted(build(), target_modules="all-linear")
     report = select_parameters(model, MANY[:5], progress=False)
-    found = dict(report_pictures(report))
+    found = dict(report.plots())
     assert list(found) == ["density", "spectrum", "agreement"]
-    assert {"share that may move", "layer"} <= set(texts(found["density"]))
+    assert {"selected share", "layer"} <= set(texts(found["density"]))
     assert {"share of the rows, best first", "100 %"} <= set(texts(found["spectrum"]))
     assert {"samples", "32", "enough: 0.8"} <= set(texts(found["agreement"]))
 
 
 def test_a_report_without_checks_or_scores_has_only_a_density():
     report = select_parameters(adapted(llama()), token_batches(), num_samples=None, progress=False)
-    assert [name for name, _ in report_pictures(report)] == ["density", "spectrum"]
+    assert [name for name, _ in report.plots()] == ["density", "spectrum"]
     flat = [dataclasses.replace(module, spectrum=[0.0] * 65) for module in report.modules]
-    assert [name for name, _ in report_pictures(dataclasses.replace(report, modules=flat))] == ["density"]
+    assert [name for name, _ in dataclasses.replace(report, modules=flat).plots()] == ["density"]
     unknown = [AgreementCheck("task", 32, None)]  # everything is chosen
     found = dataclasses.replace(report, modules=flat, checks=unknown, samples=32)
-    assert [name for name, _ in report_pictures(found)] == ["density"]
+    assert [name for name, _ in found.plots()] == ["density"]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 12, 30, 126])
 def test_labels_of_a_density_picture_do_not_touch(layers):
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj")
     shares = {f"model.layers.{n}.{kind}": (n / layers, 100) for n in range(layers) for kind in kinds}
-    figure = density_picture(shares | {"lm_head": (0.5, 100)})
+    figure = density_plot(shares | {"lm_head": (0.5, 100)})
     figure.draw_without_rendering()
     axes = figure.axes[0]
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
@@ -155,30 +146,26 @@ def test_labels_of_a_density_picture_do_not_touch(layers):
 
 
 def test_a_density_picture_of_one_module_and_of_nothing_chosen():
-    assert ".25" in texts(density_picture({"classifier": (0.25, 4)}))
-    assert "0" in texts(density_picture({"classifier": (0.0, 4)}))
+    assert ".25" in texts(density_plot({"classifier": (0.25, 4)}))
+    assert "0" in texts(density_plot({"classifier": (0.0, 4)}))
 
 
 def test_a_spectrum_leaves_out_modules_without_scores_and_scores_of_zero():
     falling = [5.0] * 30 + [1.0] * 34 + [0.0]
     spectra = {"h.0.q": falling, "h.1.q": falling, "h.0.dead": [0.0] * 65}
-    figure = spectrum_picture(spectra, dict.fromkeys(spectra, 0.1), "row")
+    figure = spectrum_plot(spectra, dict.fromkeys(spectra, 0.1), "row")
     assert "q" in texts(figure) and "dead" not in texts(figure)
     assert all(y > 0 for line in figure.axes[0].lines for y in line.get_ydata())
 
 
 def test_an_overlap_picture_has_chance_above_the_diagonal():
-    figure = overlap_picture(["a", "b"], [[1.0, 0.3], [0.3, 1.0]], [[0.2, 0.18], [0.18, 0.2]])
+    figure = overlap_plot(["a", "b"], [[1.0, 0.3], [0.3, 1.0]], [[0.2, 0.18], [0.18, 0.2]])
     assert [text for text in texts(figure) if text[0] in ".1"] == ["1.0", ".18", ".30", "1.0"]
 
 
 def test_agreements_that_are_not_known_are_bridged():
-    figure = agreement_picture({"a": [(32, None), (64, 0.5)], "b": [(32, 0.6), (128, 0.9)], "none": [(32, None)]})
+    figure = agreement_plot({"a": [(32, None), (64, 0.5)], "b": [(32, 0.6), (128, 0.9)], "none": [(32, None)]}, 0.8)
     assert "none" not in texts(figure) and {"a", "b"} <= set(texts(figure))
-
-
-def test_a_file_name_has_nothing_that_a_file_system_dislikes():
-    assert file_name("me/my adapter:1") == "me_my_adapter_1" and file_name("..") == "_"
 
 
 # --- of saved adapters ---------------------------------------------------------------------------
