@@ -23,6 +23,7 @@ from transformers import DataCollatorForSeq2Seq
 from fggm_peft import FGGMConfig
 from fggm_peft.core.sketch import Sketch
 from fggm_peft.core.statistics import Batch
+from fggm_peft.selection import data_pass
 from fggm_peft.selection.data_pass import FisherPass
 from fggm_peft.selection.hooks import ScoreCollector
 from fggm_peft.selection.likelihood import default_log_likelihood
@@ -60,8 +61,9 @@ def both_granularities(base):
     return model
 
 
-def sketch_of_size(size: int) -> dict:
-    return {"fisher_estimate": "sketch", "sketch_size": size}
+def run(fisher: FisherPass, layers: dict, projections: int) -> None:
+    data_pass.SKETCH_SIZE = projections
+    fisher.run(layers, None, None, 1, "")
 
 
 def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
@@ -127,10 +129,11 @@ def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[
     variants = {"frozen": lambda: frozen_pass(base, data)}
     for adapter, granularity in ADAPTERS.items():
         group = fggm_layers(model, adapter)
-        for name, sketch in {"exact": {}, **{f"sketch {size}": sketch_of_size(size) for size in sizes}}.items():
-            config = FGGMConfig(granularity=granularity, **sketch)
+        for size in (0, *sizes):
+            config = FGGMConfig(granularity=granularity, fisher_estimate="sketch" if size else "exact")
             fisher = FisherPass(model, config, adapter, data, None, progress=False)
-            variants[f"{granularity}s, {name}"] = lambda f=fisher, g=group: f.run(g, None, None, 1, "")
+            name = f"{granularity}s, " + (f"sketch {size}" if size else "exact")
+            variants[name] = lambda f=fisher, g=group, size=size: run(f, g, size)
 
     found = ratios(interleaved(variants, repeats), "frozen")
     model.unload()

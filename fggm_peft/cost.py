@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,9 @@ from .selection.scoring import running_bytes
 from .selection.select import active_adapter
 from .tuner.config import FGGMConfig
 from .tuner.layer import FGGMLayer
-from .tuner.settings.budget import values_per_unit
 from .tuner.settings.selection import score_bytes
 from .tuner.support import fggm_layers, forecast_supports, unwrapped
+from .tuner.target import Target
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -216,10 +217,13 @@ def _with_adapter(
         raise ValueError("the model has an adapter already; leave config out, or pass the base model")
     name = adapter_name or "default"
     # born empty, whatever the criterion: nothing is chosen, and no weight is read
-    twin = replace(config, criterion="fisher", reference=None, init_weights=True, selection=None)
+    twin = copy.copy(config)
+    twin.criterion, twin.reference, twin.init_weights, twin.selection = "fisher", None, True, None
     with as_it_was(model):
         adapted = get_peft_model(model, twin, adapter_name=name)  # type: ignore[arg-type]
-        yield adapted, replace(twin, criterion=config.criterion, reference=config.reference), name
+        original = copy.copy(twin)
+        original.criterion, original.reference = config.criterion, config.reference
+        yield adapted, original, name
 
 
 def _plan(layers: Mapping[str, FGGMLayer], config: FGGMConfig, adapter_name: str) -> Forecast | None:
@@ -254,7 +258,7 @@ def _sizes(
     share = most / laid_out  # a plan may leave a part of a unit
     index_bytes, units = _bytes(indices), _count(indices)
     if least < most:  # the cheapest units have the most indices
-        costs = [values_per_unit(layer, adapter_name) for layer in layers.values()]
+        costs = [Target(name, layer, adapter_name).unit_size for name, layer in layers.items()]
         units = max(units, most // min(costs))
         index_bytes = max(index_bytes, most // min(costs) * max(tensor.element_size() for tensor in indices))
     kinds = [layer.granularity[adapter_name] for layer in layers.values()]

@@ -202,12 +202,12 @@ def test_a_model_of_ones_own_is_counted_with_batches_of_ones_own():
 
 # What is known without a step --------------------------------------------------------------------
 
-EXACT = [{"density": 0.3}, {"density": 0.01}, {"density_pattern": {"q_proj": 0.9}}, {"max_rows": 3}, {"bias": "none"}]
+EXACT = [{"density": 0.3}, {"density": 0.01}, {"density_pattern": {"q_proj": 0.9}}, {"max_units": 3}, {"bias": "none"}]
 
 
 @pytest.mark.parametrize("config", EXACT, ids=str)
 def test_values_and_file_of_a_density_are_exact(config, granularity, tmp_path):
-    if granularity == "element" and "max_rows" in config:
+    if granularity == "element" and "max_units" in config:
         config = {"density": 0.5}
     found = estimate(llama(), FGGMConfig(granularity=granularity, **config), **SMALL)
     model = adapted(llama(), granularity, **config)
@@ -252,14 +252,14 @@ def test_modules_that_train_whole_and_bias_entries_are_counted(tmp_path):
         {"threshold": ParameterBudget(9000)},
         {"threshold": TopDensity(0.2, scope="global")},
         {"threshold": ScoreMass(0.5)},
-        {"threshold": ScoreMass(0.5), "max_rows": 4},
+        {"threshold": ScoreMass(0.5), "max_units": 4},
         {"threshold": ScoreMass(0.5), "density_pattern": {"q_proj": 0.5}},
     ],
     ids=str,
 )
 def test_what_depends_on_scores_is_bounded(config, granularity, tmp_path):
     if granularity == "element":
-        config = {name: value for name, value in config.items() if name != "max_rows"}
+        config = {name: value for name, value in config.items() if name != "max_units"}
     found = estimate(llama(), FGGMConfig(granularity=granularity, **config), **SMALL)
     model = adapted(llama(), granularity, **config)
     select_parameters(model, token_batches(), progress=False)
@@ -298,7 +298,8 @@ def test_running_scores_are_those_of_the_pass(criterion, granularity, monkeypatc
     config = FGGMConfig(criterion=criterion, granularity=granularity)
     found = estimate(llama(), config, **SMALL)
     if known.reference:
-        assert estimate(llama(), replace(config, reference="self"), **SMALL) == found
+        config.reference = "self"
+        assert estimate(llama(), config, **SMALL) == found
     if not known.needs_data:
         assert found.score_bytes == 0
         return

@@ -99,7 +99,7 @@ class DryRunOptions:
 
 
 _NOT_OF_A_SELECTION = {field.name for field in fields(PeftConfig)} | {
-    field.name for field in fields(FGGMConfig) if "ritten by the library" in field.metadata.get("help", "")
+    field.name for field in fields(FGGMConfig) if not field.init
 }
 # check_base belongs to loading and init_weights to tests
 NOT_OPTIONS = _NOT_OF_A_SELECTION | {"check_base", "init_weights"}

@@ -191,7 +191,6 @@ def _adapted(base: BaseOptions, adapter: str | None, config: FGGMConfig) -> Any:
     from peft import PeftModel, get_peft_model
 
     from ..selection.select import active_adapter
-    from ..tuner.settings.file import require_file_settings
 
     model = base.base().load()
     if adapter is None:
@@ -200,7 +199,6 @@ def _adapted(base: BaseOptions, adapter: str | None, config: FGGMConfig) -> Any:
     if config.delta_dtype is not None:
         _, loaded = active_adapter(adapted, None)
         loaded.delta_dtype = config.delta_dtype
-        require_file_settings(loaded)
     return adapted
 
 

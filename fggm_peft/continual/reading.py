@@ -16,7 +16,7 @@ from .settings import StreamError, built, mapping, read_settings
 from .stream import Method, Stream, Training
 from .task import Split, Task
 
-OPTIONS_WITH_PATHS = {"reference", "history", "protect"}  # of the method fggm
+OPTIONS_WITH_PATHS = {"reference", "protect"}  # of the method fggm
 READY = Path(__file__).parent / "streams"
 T = TypeVar("T")
 

@@ -28,7 +28,6 @@ from ..tuner.files.atomic import complete_folder
 from ..tuner.files.reading import contents_of, find_adapter
 from ..tuner.files.saving import UntrainedAdapterWarning, as_trained, encoded, index_shapes
 from ..tuner.files.tensors import MARK, PREFIX
-from ..tuner.settings.file import describe_file
 from ..tuner.support import fggm_layers
 from .meta_base import Base, skeleton
 
@@ -198,7 +197,6 @@ def made_delta(
             "target_modules": "|".join(re.escape(name) for name in modules),
             "bias": "fggm_only" if has_bias else "none",
             "quantized_merge": like.quantized_merge,
-            "fan_in_fan_out": like.fan_in_fan_out,
             "base_model_name_or_path": like.base_model_name_or_path,
             "revision": like.revision,
             "task_type": like.task_type,
@@ -250,7 +248,7 @@ def _write(delta: SparseDelta, folder: Path) -> None:
     written = {
         name: encoded(kind, module.shape, config, module.tensors, name) for name, module in delta.modules.items()
     }
-    describe_file(config, {n: len(m.indices) / max(1, kind.units(m.shape)) for n, m in delta.modules.items()})
+    config.describe_file({n: len(m.indices) / max(1, kind.units(m.shape)) for n, m in delta.modules.items()})
     config.support_sizes = {name: len(module.indices) for name, module in delta.modules.items()}
     config.index_shapes = index_shapes(written)
     config.base_fingerprint = _fingerprint(config, delta.modules)

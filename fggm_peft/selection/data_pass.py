@@ -34,6 +34,9 @@ from .likelihood import LogLikelihood, answer_count, default_log_likelihood
 from .out_of_memory import advised
 from .processes import Ranks
 
+SKETCH_SIZE = 16
+"""Random projections of a sketch; the variance of a score is in proportion to 1 / it."""
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -300,7 +303,7 @@ class FisherPass:
 
 def sketch_of(config: FGGMConfig) -> Sketch | None:
     """What estimates the scores, if the config does not want them exact."""
-    return Sketch(config.sketch_size, config.seed) if config.fisher_estimate == "sketch" else None
+    return Sketch(SKETCH_SIZE, config.seed) if config.fisher_estimate == "sketch" else None
 
 
 def _checkpoints(model: nn.Module) -> bool:

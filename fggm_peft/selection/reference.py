@@ -29,6 +29,9 @@ from .likelihood import IGNORED, task_type_of
 from .processes import Ranks
 from .self_text import written_batches
 
+WRITTEN_TEXTS = 64  # for reference="self"
+WRITTEN_LENGTH = 128  # tokens of each text, at most
+
 Layers = Mapping[str, FGGMLayer]
 ReferenceData = Any
 """A dataloader, "self", "history", a file or folder of saved scores, or a list of these.
@@ -166,20 +169,15 @@ class _Written:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.batches is None:
-            self.batches = written_batches(
-                self.model, self.config.reference_texts, self.config.reference_length, self.config.seed
-            )
+            self.batches = written_batches(self.model, WRITTEN_TEXTS, WRITTEN_LENGTH, self.config.seed)
         yield from self.batches[self.ranks.rank :: self.ranks.size]
 
 
-def find_reference(
-    given: ReferenceData, history: Sequence[str] | None, layers: Layers, task: FisherPass
-) -> Reference | None:
+def find_reference(given: ReferenceData, layers: Layers, task: FisherPass) -> Reference | None:
     """The reference of a selection; None where the criterion looks at none.
 
     Args:
         given: what ``select_parameters`` got; None for what the config says.
-        history: the same of paths of earlier tasks' scores.
         layers: module path -> layer.
         task: the pass over the task's data, whose settings those over the reference have.
 
@@ -190,8 +188,7 @@ def find_reference(
     config = task.config
     criterion = CRITERIA[config.criterion]
     sources = _listed(config.reference if given is None else given)
-    history = (config.history if history is None else history) or []
-    check_reference(config.criterion, sources, history)
+    check_reference(config.criterion, sources)
     if not criterion.reference:
         return None
     require_reference(config.criterion, sources)
@@ -203,7 +200,8 @@ def find_reference(
                 "fggm_peft.training.texts.text_batches(file, tokenizer), or select in an FGGMTrainer or by fggm select"
             )
         if isinstance(source, (str, Path)) and source != "self":
-            records = _earlier(history, task) if source == "history" else [load_record(source)]
+            earlier = source == "history"
+            records = history_of(unwrapped(task.model), besides=config) if earlier else [load_record(source)]
             found += [SavedSource(record, layers, task.adapter_name, criterion.reference) for record in records]
         elif source == "self":
             written = _Written(task.model, config, task.ranks)
@@ -229,10 +227,6 @@ def _listed(given: ReferenceData) -> list[Any]:
         return []
     several = isinstance(given, (list, tuple)) and not any(isinstance(entry, Mapping) for entry in given)
     return list(given) if several else [given]
-
-
-def _earlier(history: Sequence[str], task: FisherPass) -> list[TaskRecord]:
-    return [*map(load_record, history), *history_of(unwrapped(task.model), besides=task.config)]
 
 
 def _is_causal(task: FisherPass) -> bool:

@@ -42,7 +42,6 @@ def select_parameters(
     num_samples: int | Literal["auto", "config"] | None = "config",
     *,
     reference: ReferenceData = None,
-    history: Sequence[str] | None = None,
     protect: Sequence[str] | None = None,
     protection: float | None = None,
     adapter_name: str | None = None,
@@ -69,10 +68,9 @@ def select_parameters(
             default what the config says, "auto" if nothing.
         reference: what the model should keep, for a criterion that weighs the task against it; by default the
             config's. A dataloader of general text (batches without labels get their own tokens for labels), "self"
-            (text that the model writes itself), "history" (earlier tasks: what was selected on this base model in
-            this process, and what ``history`` names), a file or folder of saved scores, or a list of these, which are
-            put in proportion and added. As many of its samples are used as ``num_samples`` says.
-        history: files or folders of earlier tasks' saved scores, by default the config's.
+            (text that the model writes itself), "history" (the tasks selected on this base model in this process), a
+            file or folder of saved scores of an earlier task, or a list of these, which are put in proportion and
+            added. As many of its samples are used as ``num_samples`` says.
         protect: earlier deltas whose entries should stay: folders, Hub ids, names of adapters on the model, or
             "history"; by default the config's.
         protection: how strongly, in [0, 1]: 1 forbids them, less scales scores by ``1 - protection``; by default
@@ -110,7 +108,7 @@ def select_parameters(
     data = [] if dataloader is None else dataloader
     task = FisherPass(model, config, adapter_name, data, log_likelihood, progress, Ranks(), criterion.task)
     with _without_compiling():
-        chooser = prepare(task, reference, history, protect, protection, reset)
+        chooser = prepare(task, reference, protect, protection, reset)
         outcome = chooser.from_data(task, num_samples, score_memory) if criterion.needs_data else chooser.without_data()
     return settle(task, chooser, outcome, start)
 
@@ -127,7 +125,6 @@ def _without_compiling() -> AbstractContextManager[Any]:
 def prepare(
     task: FisherPass,
     reference: ReferenceData = None,
-    history: Sequence[str] | None = None,
     protect: Sequence[str] | None = None,
     protection: float | None = None,
     reset: bool = False,
@@ -146,7 +143,7 @@ def prepare(
         earlier = earlier_supports(task.model, config, adapter_name, protect)
         guard = Protection(layers, adapter_name, protection, earlier)
         guard.require_enough(config)
-        kept = find_reference(reference, history, layers, task)
+        kept = find_reference(reference, layers, task)
     passes = {"the number of references": 0 if kept is None else len(kept.live)}
     ranks.require_same("their setting", passes, "Give every process a dataloader with its share of each.")
     return Chooser(layers, config, adapter_name, guard, kept)

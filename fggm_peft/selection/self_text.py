@@ -24,14 +24,15 @@ def written_batches(model: nn.Module, count: int, length: int, seed: int) -> lis
 
     Args:
         model: its config names the start and the end token; may be wrapped by PEFT.
-        count: how many texts.
-        length: tokens of each at most, the start token included.
+        count: number of texts.
+        length: largest number of tokens of a text, with the start token; at most the model's positions.
 
     Raises:
-        ValueError: the model is no decoder, has no start token, or no room for that many tokens.
+        ValueError: the model is no decoder, or has no start token.
     """
     start, ends = _special_tokens(unwrapped(model))
-    _require_room(unwrapped(model).config, start, length)
+    _require_in_vocabulary(unwrapped(model).config, start)
+    length = min(length, getattr(unwrapped(model).config, "max_position_embeddings", None) or length)
     # a wrapper that FSDP2 has made the root of its shards gathers them in its own forward
     call = model if isinstance(model, FSDPModule) else unwrapped(model)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -69,15 +70,13 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
     return start, ends
 
 
-def _require_room(config: Any, start: int, length: int) -> None:
-    vocabulary, positions = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+def _require_in_vocabulary(config: Any, start: int) -> None:
+    vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and not 0 <= start < vocabulary:
         raise ValueError(
             f"reference='self': the start token of the model's config is {start}, but its vocabulary has {vocabulary} "
             "tokens. Set bos_token_id, or pass a dataloader of general text as reference=."
         )
-    if positions is not None and length > positions:
-        raise ValueError(f"reference_length={length}: the model has no more than {positions} positions")
 
 
 @torch.no_grad()

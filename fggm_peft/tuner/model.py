@@ -25,13 +25,14 @@ from .hosts.offloading import require_offloading_in_place
 from .hosts.quantized_targets import include_quantized_layers_
 from .hosts.sharding import require_unsharded
 from .layer import FGGMLayer
-from .layer_types import FGGMLinear, make_layer
+from .layer_types import make_layer
 from .merging.merge import commit_mode, pending, preview_merge
 from .merging.report import MergeReport
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
 from .several.weighted import WeightedSum, add_weighted_adapter
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
+from .target import find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,6 @@ class FGGMModel(BaseTuner):
             layer = target
         else:
             layer = make_layer(target, current_key, **get_quantization_kwargs(self.model))
-            _correct_fan_in_fan_out(peft_config, layer)
             layer.set_adapter(self.active_adapters)
             layer.train(target.training)
         if not peft_config.granularity.supports(layer.weight_shape):
@@ -93,7 +93,7 @@ class FGGMModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = fggm_layers(model, adapter_name)
             _warn_of_idle_patterns(self.peft_config[adapter_name], layers)
-            resolve_budget_(self.peft_config[adapter_name], layers, adapter_name)
+            resolve_budget_(self.peft_config[adapter_name], find_targets(model, adapter_name))
             forecast_supports(layers, self.peft_config[adapter_name], adapter_name)  # raises if it cannot be spent
             self._fill_without_data(model, adapter_name)
             self._make_room(layers, adapter_name)
@@ -298,18 +298,6 @@ class FGGMModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fit_layers_to_state_dict(model, config, adapter_name, state_dict)
         return state_dict
-
-
-def _correct_fan_in_fan_out(config: FGGMConfig, layer: FGGMLayer) -> None:
-    """The layer knows how its weight is stored; a config that says otherwise is corrected, as PEFT does."""
-    if not isinstance(layer, FGGMLinear) or config.fan_in_fan_out == layer.is_transposed:
-        return
-    warnings.warn(
-        f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is a "
-        f"{type(layer.get_base_layer()).__name__}. Setting fan_in_fan_out to {layer.is_transposed}.",
-        stacklevel=2,
-    )
-    config.fan_in_fan_out = layer.is_transposed
 
 
 def _take_out(model: nn.Module, adapter_name: str) -> None:

@@ -17,7 +17,7 @@ from ..core.threshold import Forecast, ThresholdPolicy
 from .config import FGGMConfig
 from .hosts.sharding import path_in_base
 from .layer import FGGMLayer
-from .settings.budget import module_kind, values_per_unit
+from .target import Target
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def _by_policy(layers: Iterable[str], config: FGGMConfig) -> Iterable[tuple[Thre
 
 def bounds(names, layers, config, adapter_name) -> tuple[list[int], list[str], int | None]:
     """What a unit of each module costs, the modules' types, and the most units that one may have."""
-    costs = [values_per_unit(layers[name], adapter_name) for name in names]
-    return costs, [module_kind(name) for name in names], config.max_rows
+    targets = [Target(name, layers[name], adapter_name) for name in names]
+    return [t.unit_size for t in targets], [t.module_type for t in targets], config.max_units
 
 
 def _choose(policy, names: list[str], layers, config, adapter_name, scores, observe) -> dict[str, Choice]:

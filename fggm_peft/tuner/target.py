@@ -47,6 +47,16 @@ class Target:
         return self.granularity.units(self.shape)
 
     @property
+    def unit_size(self) -> int:
+        """Number of values that one unit trains: its weight entries and, if the adapter has it, a bias entry."""
+        return self.granularity.parameters_per_unit(self.shape) + (self.bias is not None)
+
+    @property
+    def module_type(self) -> str:
+        """The last part of the path, as in ``budget_floor``."""
+        return self.path.rpartition(".")[2]
+
+    @property
     def indices(self) -> Tensor:
         """``[k]`` sorted indices of the units that may change."""
         return self.layer.fggm_indices[self.adapter_name]

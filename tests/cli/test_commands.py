@@ -94,7 +94,7 @@ def test_a_dry_run_shows_what_it_would_cost_without_data(folder, tmp_path, monke
 def test_select_within_a_budget(folder, tmp_path):
     found = succeed(
         *("select", folder / "model", "--criterion", "random", "--output", tmp_path / "a", "--budget", "5%"),
-        *("--budget-floor", '{"q_proj": 0.05}', "--max-rows", 6),
+        *("--budget-floor", '{"q_proj": 0.05}', "--max-units", 6),
     )
     saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert saved["budget"] == "5%" and saved["resolved_budget"] - 96 < found["parameters"] <= saved["resolved_budget"]
@@ -530,13 +530,13 @@ def offline() -> dict[str, str]:
 def test_a_task_is_weighed_against_the_models_own_text_and_against_the_task_before(folder, tmp_path):
     """Columns by gain per harm; the second task keeps out of the first one's columns."""
     common = ("--granularity", "column", "--density", 0.3, "--num-samples", 8)
-    own = ("--criterion", "gain_per_harm", "--reference", "self", "--reference-texts", 4, "--reference-length", 8)
+    own = ("--criterion", "gain_per_harm", "--reference", "self")
     data, model = folder / "data", folder / "model"
     first = succeed("select", model, "--data", data, "--output", tmp_path / "first", "--save-scores", *own, *common)
-    assert (first["samples"], first["reference_samples"]) == (8, 4)
+    assert (first["samples"], first["reference_samples"]) == (8, 8)
     assert {path.name for path in (tmp_path / "first").iterdir()} == ADAPTER_FILES | {"fggm_scores.safetensors"}
-    history = ("--reference", "history", "--history", tmp_path / "first", "--protect", tmp_path / "first")
-    options = ("--criterion", "gain_per_harm", *history, *common)
+    earlier = ("--reference", tmp_path / "first", "--protect", tmp_path / "first")
+    options = ("--criterion", "gain_per_harm", *earlier, *common)
     train = ("--max-steps", 1, "--batch-size", 4)
     second = succeed("train", model, "--data", data, "--output", tmp_path / "second", *train, *options)
     assert second["selection"]["reference_samples"] == 0

@@ -63,7 +63,7 @@ def test_every_method_leaves_its_matrix_measures_and_costs(folder, tmp_path):
 def test_cheaper_selections_stand_beside_the_exact_one_in_a_stream(folder, tmp_path):
     methods = [
         "fggm",
-        {"name": "fggm", "label": "sketch", "fisher_estimate": "sketch", "sketch_size": 2},
+        {"name": "fggm", "label": "sketch", "fisher_estimate": "sketch"},
     ]
     results = list(run_stream(read_stream(settings(folder, methods=methods)), tmp_path))
     assert [result["label"] for result in results] == ["fggm", "sketch"]

@@ -24,6 +24,7 @@ from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.per_sample import GramMatrix, LinearGradients
 from fggm_peft.core.sketch import Sketch, SketchedGradients, sketch_is_cheaper
+from fggm_peft.selection import data_pass
 from fggm_peft.selection.agreement import split_half_agreement
 from fggm_peft.selection.scoring import costs
 from fggm_peft.tuner.support import Choice, fggm_layers
@@ -181,7 +182,12 @@ def test_layers_with_one_input_share_its_projection(monkeypatch):
 
 # The pass ----------------------------------------------------------------------------------------
 
-SKETCH = {"fisher_estimate": "sketch", "sketch_size": 4}
+SKETCH = {"fisher_estimate": "sketch"}
+
+
+@pytest.fixture(autouse=True)
+def few_projections(monkeypatch):
+    monkeypatch.setattr(data_pass, "SKETCH_SIZE", 4)
 
 
 def mean_scores(build, batches, granularity, seeds=40, log_likelihood=None, **config):
@@ -217,7 +223,7 @@ def test_the_pass_is_unbiased_with_padding_and_left_padded_nan(granularity, padd
 
 @with_units
 def test_conv1d_is_sketched_and_an_embedding_exact(granularity):
-    targets = {"target_modules": ["c_attn", "c_fc", "wte"], "fan_in_fan_out": True}
+    targets = {"target_modules": ["c_attn", "c_fc", "wte"]}
     batches = token_batches(padding="right", length=12)
     expected = fisher_scores(adapted(gpt2(), granularity, **targets), batches)
     found = mean_scores(gpt2, batches, granularity, seeds=20, **targets)
@@ -249,11 +255,12 @@ def test_a_convolution_is_sketched_and_a_grouped_one_exact(granularity):
 
 
 @with_units
-def test_a_layer_called_twice_is_sketched_as_one(granularity):
+def test_a_layer_called_twice_is_sketched_as_one(granularity, monkeypatch):
     targets = {"target_modules": ["shared"]}
     batches = class_batches()
     # 4 projections are not fewer operations than the whole gradient of 8 x 8
-    config = {**targets, "sketch_size": 2, "fisher_estimate": "sketch"}
+    monkeypatch.setattr(data_pass, "SKETCH_SIZE", 2)
+    config = {**targets, **SKETCH}
     expected = fisher_scores(adapted(Twice(), granularity, **targets), batches, class_log_likelihood)
     runs = [
         fisher_scores(adapted(Twice(), granularity, seed=seed, **config), batches, class_log_likelihood)["shared"]
@@ -368,9 +375,8 @@ def test_a_sketch_agrees_with_the_exact_choice_better_than_other_data_does(granu
     ("arguments", "message"),
     [
         ({"granularity": "element"}, "granularity='element'; use fisher_estimate='exact'"),
-        ({"criterion": "random"}, "'random' looks at no Fisher information"),
-        ({"criterion": "input_ratio", "granularity": "column"}, "'input_ratio' looks at no Fisher"),
-        ({"sketch_size": 0}, "sketch_size must be an integer > 0, got 0"),
+        ({"criterion": "random"}, "criterion 'random' uses none"),
+        ({"criterion": "input_ratio", "granularity": "column"}, "criterion 'input_ratio' uses none"),
         ({"fisher_estimate": "rough"}, "fisher_estimate must be one of 'exact', 'sketch', got 'rough'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, select_parameters
+from fggm_peft.selection import reference
 from fggm_peft.training.checkpoints import last_complete_checkpoint
 from fggm_peft.tuner.support import fggm_layers
 
@@ -49,7 +51,8 @@ def select(config: dict, arguments: dict, sizes=SIZES, length: int = 9) -> tuple
     batches = share(token_batches(sizes=sizes, length=length))
     if "reference" in arguments:
         arguments = {**arguments, "reference": [share(arguments["reference"]), "self"]}
-    report = select_parameters(model, batches, progress=False, **arguments).to_dict()
+    with mock.patch.multiple(reference, WRITTEN_TEXTS=20, WRITTEN_LENGTH=6):
+        report = select_parameters(model, batches, progress=False, **arguments).to_dict()
     report.pop("seconds")
     return supports(model), report
 
@@ -63,14 +66,14 @@ CASES = {
     "a number of samples": ({"threshold": TopDensity(0.4)}, {"num_samples": 7}),
     "labels of the model": ({"fisher_labels": "model"}, {"num_samples": None}),
     "a reference": (
-        {"granularity": "column", "criterion": "gain_per_harm", "reference_texts": 20, "reference_length": 6},
+        {"granularity": "column", "criterion": "gain_per_harm"},
         {"num_samples": 18, "reference": token_batches(sizes=(4, 3, 2), seed=3)},
     ),
     "forward passes": (
-        {"granularity": "column", "criterion": "input_ratio", "reference_texts": 5, "reference_length": 6},
+        {"granularity": "column", "criterion": "input_ratio"},
         {"num_samples": None, "reference": token_batches(sizes=(4, 3, 2), seed=3)},
     ),
-    "a sketch": ({"fisher_estimate": "sketch", "sketch_size": 2}, {"num_samples": 11}),
+    "a sketch": ({"fisher_estimate": "sketch"}, {"num_samples": 11}),
     "mean gradients": ({"criterion": "gradient_low_magnitude"}, {"num_samples": None}),
 }
 

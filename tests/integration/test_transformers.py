@@ -182,10 +182,10 @@ def test_shapes_of_no_indices_are_an_error_before_anything_is_allocated(shape):
     where = "model.layers.0.mlp.up_proj"
     config = FGGMConfig(
         granularity="element",
-        support_sizes={where: 5},
-        index_shapes={where: {"indices_hi": shape}},
         target_modules=["up_proj"],
     )
+    config.support_sizes = {where: 5}
+    config.index_shapes = {where: {"indices_hi": shape}}
     with pytest.raises(ValueError, match="does not encode"):
         get_peft_model(llama(), config)
 
@@ -218,6 +218,7 @@ def test_what_waits_for_a_file_is_copied_saved_and_loaded(tmp_path, granularity)
 
 @pytest.mark.parametrize("size", [-1, 10**9, 1.5])
 def test_sizes_that_do_not_fit_are_an_error_before_anything_is_allocated(size):
-    config = FGGMConfig(support_sizes={"model.layers.0.mlp.up_proj": size}, target_modules=["up_proj"])
+    config = FGGMConfig(target_modules=["up_proj"])
+    config.support_sizes = {"model.layers.0.mlp.up_proj": size}
     with pytest.raises(ValueError, match="does not fit the 96 that are there"):
         get_peft_model(llama(), config)

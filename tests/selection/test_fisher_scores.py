@@ -72,7 +72,7 @@ def test_gram_and_direct_form_give_the_same_scores(granularity, length):
 
 def test_conv1d_and_embedding_layers_are_scored(granularity):
     targets = ["c_attn", "c_proj", "c_fc", "wte"]
-    model = adapted(gpt2(), granularity, target_modules=targets, fan_in_fan_out=True)
+    model = adapted(gpt2(), granularity, target_modules=targets)
     reference = gpt2()
     reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())  # untie: the head is no target
     assert_same_scores(model, reference, token_batches(padding="right"), granularity)

@@ -144,13 +144,12 @@ quick = settings(max_examples=12, deadline=None)
 @given(share=st.integers(2, 1000), most=st.none() | st.integers(1, 40), floor=st.sampled_from([None, 0.01]))
 @pytest.mark.parametrize("unit", ["row", "column", "element"])
 def test_a_budget_is_never_exceeded_and_spent_to_a_unit(unit, share, most, floor):
-    most = None if unit == "element" else most
     total = 61440 if most is None else 0
     if most is not None:
         total = sum(min(most, n) * cost for n, cost in unit_counts(unit))
     least = 0 if floor is None else sum(min(-(-n // 100), most or n) * cost for n, cost in unit_counts(unit))
     budget = max(96, least, total * share // 1000)
-    model = adapted(llama(), unit, criterion="random", budget=budget, max_rows=most, budget_floor=floor)
+    model = adapted(llama(), unit, criterion="random", budget=budget, max_units=most, budget_floor=floor)
     assert budget - 96 < trainable(model) <= budget
     assert max(chosen(model).values()) <= (most or budget)
     assert floor is None or min(chosen(model).values()) >= 1
@@ -173,12 +172,12 @@ def unit_counts(granularity: str) -> list[tuple[int, int]]:
 
 def test_the_saved_config_keeps_what_was_written_and_what_it_became(tmp_path):
     floor = {"q_proj": 0.05, "default": 0.0}
-    model = adapted(llama(), budget="2%", budget_floor=floor, max_rows=8)
+    model = adapted(llama(), budget="2%", budget_floor=floor, max_units=8)
     select_parameters(model, token_batches(), progress=False)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["budget"], saved["resolved_budget"]) == ("2%", 61440 // 50)
-    assert (saved["budget_floor"], saved["max_rows"], saved["density"]) == (floor, 8, None)
+    assert (saved["budget_floor"], saved["max_units"], saved["density"]) == (floor, 8, None)
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert chosen(loaded) == chosen(model)
     assert loaded.peft_config["default"].policy() == ParameterBudget(61440 // 50, floor=floor)
@@ -201,10 +200,10 @@ def test_floors_hold_for_module_types(granularity):
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_max_rows_bounds_every_module_whatever_the_policy(name):
+def test_max_units_bounds_every_module_whatever_the_policy(name):
     threshold = ParameterBudget(2000) if name == "parameter_budget" else POLICIES[name]()
     free = adapted(llama(), threshold=threshold)
-    bounded = adapted(llama(), threshold=threshold, max_rows=4)
+    bounded = adapted(llama(), threshold=threshold, max_units=4)
     for model in (free, bounded):
         select_parameters(model, token_batches(), progress=False)
     assert max(chosen(free).values()) > 4 == max(chosen(bounded).values())
@@ -213,8 +212,8 @@ def test_max_rows_bounds_every_module_whatever_the_policy(name):
             assert set(b.fggm_indices["default"].tolist()) <= set(a.fggm_indices["default"].tolist())
 
 
-def test_max_rows_also_bounds_modules_with_a_density_of_their_own():
-    model = adapted(llama(), density_pattern={"q_proj": 1.0}, max_rows=5, criterion="random")
+def test_max_units_also_bounds_modules_with_a_density_of_their_own():
+    model = adapted(llama(), density_pattern={"q_proj": 1.0}, max_units=5, criterion="random")
     assert set(chosen(model).values()) == {5}
 
 
@@ -241,7 +240,7 @@ BAD = [
     *[
         ({"budget": v}, f"must be {rule}, for instance '.*', got budget={re.escape(repr(v))}")
         for rule, values in (
-            ("at least a byte", ("0MiB", "0.0 kb", "0.0001KB", "-5MiB")),
+            ("at least one byte", ("0MiB", "0.0 kb", "0.0001KB", "-5MiB")),
             ("above 0% and at most 100%", ("0%", "0.00%", "-1%", "150%", "100.1 %")),
             ("at least 1", ("lora:r=0", "lora:r=-1", "LoRA:r=0")),
         )
@@ -249,12 +248,11 @@ BAD = [
     ],
     ({"budget": "1%", "density": 0.1}, r"give budget \('1%'\) or density \(0.1\), not both"),
     ({"budget": "1%", "threshold": ScoreMass()}, r"give budget \('1%'\) or threshold \(ScoreMass.*not both"),
-    ({"budget": "1%", "density_pattern": {"q": 0.1}}, "beside the budget.*budget_floor"),
-    ({"budget_floor": 0.1}, r"budget_floor \(0.1\) is a part of a budget"),
-    ({"budget_floor": 0.1, "threshold": ParameterBudget(9)}, "part of a budget"),
+    ({"budget": "1%", "density_pattern": {"q": 0.1}}, "cannot be combined with budget.*budget_floor"),
+    ({"budget_floor": 0.1}, r"budget_floor \(0.1\) is part of a budget"),
+    ({"budget_floor": 0.1, "threshold": ParameterBudget(9)}, "is part of a budget"),
     *[({"budget": 9, "budget_floor": v}, r"floor must be in \[0, 1\], or a dict") for v in (-1, 2, "1%", {"q": 3})],
-    *[({"max_rows": v}, f"max_rows must be an integer > 0 or None, got {v!r}") for v in (0, -1, 1.5, True, "8")],
-    ({"max_rows": 8, "granularity": "element"}, r"max_rows \(8\).*no meaning for granularity='element'"),
+    *[({"max_units": v}, f"max_units must be an integer > 0 or None, got {v!r}") for v in (0, -1, 1.5, True, "8")],
 ]
 
 
@@ -267,14 +265,14 @@ def test_a_bad_value_is_refused_with_the_value_and_what_there_is(arguments, mess
 @pytest.mark.parametrize("budget", [63, "0.1%", "256KB", "lora:r=999", 10**9])
 def test_a_budget_that_cannot_be_spent_says_the_least_and_the_most(budget):
     base = llama()
-    with pytest.raises(ValueError, match=rf"budget={budget!r} is \d+ values.* at least 64, one row.* at most 61440"):
+    with pytest.raises(ValueError, match=rf"budget={budget!r} is \d+ values.* at least 64 \(one row.* at most 61440"):
         adapted(base, budget=budget)
     assert not fggm_layers(base, "default")  # the model is as it was
 
 
-def test_a_budget_beyond_what_max_rows_allows_names_it():
-    with pytest.raises(ValueError, match=r"at most \d+, all that may move \(max_rows=2\)"):
-        adapted(llama(), budget=5000, max_rows=2)
+def test_a_budget_beyond_what_max_units_allows_names_it():
+    with pytest.raises(ValueError, match=r"at most \d+ \(all units \(max_units=2\)"):
+        adapted(llama(), budget=5000, max_units=2)
 
 
 def test_floors_beyond_the_budget_are_refused_before_any_data_is_read():
@@ -286,6 +284,6 @@ def test_floors_beyond_the_budget_are_refused_before_any_data_is_read():
 
 def test_a_budget_on_no_model_has_no_number():
     assert FGGMConfig(budget=7).policy() == ParameterBudget(7)
-    with pytest.raises(ValueError, match="once the adapter is on a model"):
+    with pytest.raises(ValueError, match="when the adapter is added to a model"):
         FGGMConfig(budget="1%").policy()
     assert FGGMConfig().policy() == TopDensity(0.3)

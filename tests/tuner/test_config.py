@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_config
 from torch import nn
 
 from fggm_peft import FGGMConfig, ScoreMass, TopDensity
@@ -41,8 +43,6 @@ BAD = [
     *[({"seed": v}, rf"seed must be an integer in \[0, 2\*\*63\), got {v!r}") for v in (-1, 2**63, 1.5, True, None)],
     ({"criterion": "gain_per_harm", "reference": 3}, "reference must be a name or a path, or a list of them, got 3"),
     ({"protect": [1]}, r"protect must be a name or a path, or a list of them, got \[1\]"),
-    ({"reference_texts": 1}, "reference_texts must be an integer > 1, got 1"),
-    ({"reference_length": 2.5}, "reference_length must be an integer > 1, got 2.5"),
     ({"layers_pattern": "h"}, "`layers_pattern`.*`layers_to_transform` must also"),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, "`layers_to_transform`.*`target_modules` is a str"),
 ]
@@ -138,10 +138,7 @@ def test_everything_else_survives_saving(name, tmp_path):
         density=0.15,
         granularity=name,
         criterion="gain_per_harm",
-        reference=["self", "history"],
-        reference_texts=8,
-        reference_length=16,
-        history=["first", "second"],
+        reference=["self", "history", "first"],
         protect=["first"],
         protection=0.5,
         save_scores=True,
@@ -154,10 +151,10 @@ def test_everything_else_survives_saving(name, tmp_path):
         layers_pattern="blocks",
         density_pattern={"q_proj": 0.1},
         quantized_merge="keep",
-        selection={"samples": 64, "agreement": 0.97},
         task_type="CAUSAL_LM",
         base_model_name_or_path="some/model",
     )
+    config.selection = {"samples": 64, "agreement": 0.97}
     assert_comes_back(config, tmp_path)
 
 
@@ -182,13 +179,60 @@ def test_a_saved_adapter_comes_back_with_its_threshold_and_its_support(threshold
     assert torch.equal(loaded.train()(x), expected)
 
 
-@pytest.mark.parametrize(("wrong", "layer"), [(True, "linear"), (False, "Conv1D")])
-def test_a_wrong_fan_in_fan_out_is_corrected_with_a_warning(wrong, layer, layer_examples, adapt):
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        model = adapt(layer_examples[layer].layer(), fan_in_fan_out=wrong)
-    assert model.peft_config["default"].fan_in_fan_out is not wrong
-
-
 @pytest.mark.parametrize(("size", "count"), [(1000, 1000), ("8GiB", 2**33), ("8 gib", 2**33), ("8gb", 8 * 10**9)])
 def test_a_size_is_in_bytes_however_its_unit_is_written(size, count):
     assert score_bytes(size) == count
+
+
+# What the library writes ---------------------------------------------------------------------------
+
+WRITTEN = [field.name for field in dataclasses.fields(FGGMConfig) if not field.init]
+
+
+def test_the_user_sets_at_most_29_fields():
+    own = {field.name for field in dataclasses.fields(FGGMConfig) if field.init}
+    assert len(own - {field.name for field in dataclasses.fields(PeftConfig)}) <= 29
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_field_that_the_library_writes_is_no_keyword(name):
+    with pytest.raises(TypeError, match=name):
+        FGGMConfig(**{name: None})
+
+
+def test_every_way_to_read_a_config_restores_what_the_library_wrote(tmp_path):
+    config = FGGMConfig(budget="1%")
+    written = {
+        "selection": {"samples": 64},
+        "support_sizes": {"q": 1},
+        "index_shapes": {"q": {"indices_low": [1]}},
+        "resolved_budget": 5,
+        "base_fingerprint": None,
+        "density_by_module": {"q": "0.3"},
+        "made_with": {"torch": "2"},
+        "fggm_format": 1,
+    }
+    assert written.keys() == set(WRITTEN)
+    vars(config).update(written)
+    config.save_pretrained(tmp_path)
+    saved = FGGMConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert saved.items() >= written.items()
+    for again in (
+        FGGMConfig.from_pretrained(tmp_path),
+        PeftConfig.from_pretrained(tmp_path),
+        FGGMConfig.from_peft_type(**saved),
+        PeftConfig.from_peft_type(**saved),
+        get_peft_config(saved),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        assert {name: getattr(again, name) for name in WRITTEN} == written and again.policy().count == 5
+
+
+def test_unknown_fields_of_a_saved_config_are_ignored_with_a_warning(tmp_path):
+    config = FGGMConfig()
+    config.selection = {"samples": 64}
+    saved = {**config.to_dict(), "field_of_a_later_version": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    with pytest.warns(UserWarning, match=r"unknown fields \['field_of_a_later_version'\]"):
+        assert PeftConfig.from_pretrained(tmp_path).selection == {"samples": 64}

@@ -24,7 +24,7 @@ def adapted(base: nn.Module, granularity: str, **config) -> PeftModel:
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("kind", [kind for kind in GRANULARITIES if kind != "element"])
 def test_rows_and_columns_are_a_lora_of_that_rank(kind, build, tmp_path):
-    model = adapted(build(), kind, max_rows=4)
+    model = adapted(build(), kind, max_units=4)
     for layer in model.modules():
         if hasattr(layer, "set_scale"):
             layer.set_scale("default", 0.5)

@@ -11,8 +11,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.pytorch_utils import Conv1D
 
+from ...core.granularity import ELEMENTS
 from ...selection.data_pass import FisherPass
 from ...tuner import FGGMConfig
 from ...tuner.settings.selection import require_num_samples
@@ -80,8 +80,7 @@ class EWC(Method):
     def task_fisher(self, model: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
         """Parameter name -> F of the trainer's data, float32, in the weight's shape."""
         targets = linear_layers(model)
-        is_transposed = any(isinstance(layer, Conv1D) for layer in targets.values())
-        config = FGGMConfig(granularity="element", target_modules=list(targets), fan_in_fan_out=is_transposed)
+        config = FGGMConfig(granularity=ELEMENTS, target_modules=list(targets))
         # the data in its own order: this draws nothing
         data = trainer.get_eval_dataloader(trainer.train_dataset)
         adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]

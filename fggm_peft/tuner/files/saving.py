@@ -17,7 +17,6 @@ from ...core.index_codec import ENCODED_PARTS, smallest_codec
 from ..config import FGGMConfig
 from ..hosts.sharding import plain_name
 from ..layer import FGGMLayer
-from ..settings.file import describe_file
 from ..support import fggm_layers
 from .base_check import base_difference, fingerprint
 from .tensors import PARTS, PREFIX
@@ -60,7 +59,7 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
         moved |= any(bool(tensors[part].any()) for part in ("values", "bias") if part in tensors)
     if written:
         _warn_if_nothing_moves(adapter_name, any(densities.values()), moved)
-        describe_file(config, densities)
+        config.describe_file(densities)
         refresh_fingerprint(model, config, adapter_name)
     _describe_shapes(model, config, adapter_name, written)
 

@@ -1,6 +1,7 @@
-"""A budget as a user says it -- a file size, a share, the size of a LoRA -- as a number of trainable values.
+"""Settings of the size of the support: a density, a threshold policy, or a budget for the whole model.
 
-A form is one function in ``_FORMS``. The number is known once the targeted layers are.
+A budget is a number of values, or a text: a file size, a share of the weights, or the size of a LoRA. Each form of text
+is one entry of ``_FORMS``. The number of values is known when the adapter is added to a model.
 """
 
 from __future__ import annotations
@@ -8,109 +9,205 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
+from peft.utils.other import get_pattern_key
 
 from ...core.index_codec import INDEX_CODECS, most_index_bytes
+from ...core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from ..files.tensors import MARK, PREFIX
+from .fields import is_integer, is_number, setting, written
 from .selection import size_in_bytes
 
 if TYPE_CHECKING:
     from ..config import FGGMConfig
-    from ..layer import FGGMLayer
+    from ..target import Target, Targets
 
-Layers = Mapping[str, "FGGMLayer"]
-
-
-def values_per_unit(layer: FGGMLayer, adapter_name: str) -> int:
-    """What one unit trains: its weight entries, and a bias entry if the adapter has them."""
-    entries = layer.granularity[adapter_name].parameters_per_unit(layer.weight_shape)
-    return entries + (adapter_name in layer.fggm_bias)
+DEFAULT_DENSITY = 0.3
 
 
-def lora_values(layer: FGGMLayer, rank: int) -> int:
-    """The values that PEFT's LoRA of this rank trains on the layer.
+@dataclass
+class BudgetSettings:
+    """Fields of ``FGGMConfig`` that say how many units are selected."""
+
+    density: Optional[float] = setting(
+        None,
+        "Share of each targeted weight that trains, in (0, 1]; 0.3 if neither `density`, `threshold` nor `budget` is "
+        "given. Short for `threshold=TopDensity(density)`.",
+    )
+    threshold: Optional[Union[ThresholdPolicy, dict[str, Any]]] = setting(
+        None,
+        "Threshold policy, instead of `density`: TopDensity, ScoreMass, MeanPlusStd, AbsoluteScore or ParameterBudget, "
+        "or the dict that its `to_dict` returns.",
+    )
+    budget: Optional[Union[int, str]] = setting(
+        None,
+        "Number of values that train in the whole model, instead of `density` or `threshold`: a number; a file size "
+        "such as '50MiB'; a share of the targeted weights such as '1%'; or 'lora:r=16', the number of values that "
+        "PEFT's LoRA of rank 16 trains on the same modules. ParameterBudget distributes them.",
+    )
+    budget_floor: Optional[Union[float, dict[str, float]]] = setting(
+        None,
+        "Part of `budget`: the least density of every module. A number, or a dict of module type (the last part of the "
+        "module path) -> number, with 'default' for the other types, e.g. {'q_proj': 0.01, 'default': 0.0}.",
+    )
+    max_units: Optional[int] = setting(
+        None,
+        "Largest number of units (rows, columns or elements) in one module, whatever the threshold; those with the "
+        "best scores are selected. A delta of k rows or columns is a LoRA of rank k.",
+    )
+    density_pattern: Optional[dict[str, float]] = setting(
+        None,
+        "Module names or regexes with a density of their own, e.g. {'q_proj': 0.1}. TopDensity selects the units of "
+        "these modules, module by module; `density` or `threshold` applies to the others.",
+    )
+    resolved_budget: Optional[int] = written("Number of values of `budget` on the targeted modules.")
+
+    def policy(self, module_name: str | None = None) -> ThresholdPolicy:
+        """The threshold policy of a module; without a name, that of the modules not in ``density_pattern``.
+
+        Raises:
+            ValueError: the budget is a text, and the adapter has not been added to a model.
+        """
+        patterns = self.density_pattern or {}
+        if module_name is not None and patterns:
+            key = get_pattern_key(patterns.keys(), module_name)
+            if key in patterns:
+                return TopDensity(density=patterns[key])
+        if self.budget is not None:
+            count = self.budget if isinstance(self.budget, int) else self.resolved_budget
+            if count is None:
+                raise ValueError(f"budget={self.budget!r} becomes a number when the adapter is added to a model")
+            return self._budget_policy(count)
+        if self.threshold is None:
+            assert self.density is not None
+            return TopDensity(density=self.density)
+        assert isinstance(self.threshold, ThresholdPolicy)
+        return self.threshold
+
+    def _budget_policy(self, count: int) -> ParameterBudget:
+        return ParameterBudget(count, floor=0.0 if self.budget_floor is None else self.budget_floor)
+
+    def _check_budget(self) -> None:
+        if not isinstance(self.density_pattern or {}, dict):
+            raise ValueError(f"density_pattern must be a dict of module name -> density, got {self.density_pattern!r}")
+        self.density_pattern = dict(self.density_pattern or {})
+        for pattern, density in self.density_pattern.items():
+            _require_density(f"density_pattern[{pattern!r}]", density)
+        if isinstance(self.threshold, dict):
+            self.threshold = policy_from_dict(self.threshold)
+        given = [name for name in ("budget", "density", "threshold") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError("give " + " or ".join(f"{n} ({getattr(self, n)!r})" for n in given[:2]) + ", not both")
+        if self.budget is not None:
+            _require_budget(self.budget)
+            if self.density_pattern:
+                raise ValueError(
+                    f"density_pattern ({self.density_pattern!r}) cannot be combined with budget ({self.budget!r}); "
+                    "set the least density of a module type by budget_floor"
+                )
+        elif self.threshold is None:
+            self.density = DEFAULT_DENSITY if self.density is None else self.density
+            _require_density("density", self.density)
+        elif not isinstance(self.threshold, ThresholdPolicy):
+            raise ValueError(f"threshold must be a ThresholdPolicy or its dict, got {self.threshold!r}")
+        if self.budget_floor is not None:
+            if self.budget is None:
+                raise ValueError(f"budget_floor ({self.budget_floor!r}) is part of a budget; give budget too")
+            self._budget_policy(1)  # checks the floor's values
+        if self.max_units is not None and not is_integer(self.max_units, 1):
+            raise ValueError(f"max_units must be an integer > 0 or None, got {self.max_units!r}")
+
+
+def _require_density(name: str, value: Any) -> None:
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+
+
+# Budgets as text ----------------------------------------------------------------------------------
+
+
+def lora_values(target: Target, rank: int) -> int:
+    """The number of values that PEFT's LoRA of this rank trains on the weight.
 
     Raises:
         ValueError: PEFT has no LoRA of this rank for it.
     """
-    o, i = layer.weight_shape
-    groups = getattr(layer.get_base_layer(), "groups", 1)
+    o, i = target.shape
+    groups = getattr(target.layer.get_base_layer(), "groups", 1)
     if rank % groups:
         raise ValueError(f"PEFT's LoRA on a convolution with {groups} groups needs a rank divisible by {groups}")
-    # of a grouped convolution, LoRA's first factor sees every input channel and its second is grouped
+    # LoRA's first factor has every input channel of a grouped convolution; its second factor is grouped
     return rank * i * groups + o * rank // groups
 
 
-def _of_bytes(text: re.Match, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
-    """The most values with which the file surely is no larger, wherever they are chosen.
+def _of_bytes(text: re.Match, targets: Targets, config: FGGMConfig) -> int:
+    """The largest number of values whose file cannot exceed the size, whatever is selected.
 
-    Counted are the values as the file has them (as they are trained: in float32, or wider where the base is; unless
-    ``delta_dtype`` says otherwise), their indices at what the codec needs at most, and the header.
+    Counts the values in the dtype of the file, their indices at the codec's worst case, and the header.
     """
     size = size_in_bytes(text[0])
-    codecs = next(iter(layers.values())).granularity[adapter_name].index_codecs
-    width = max(_width(layer, adapter_name, config) for layer in layers.values())
-    least = min(values_per_unit(layer, adapter_name) for layer in layers.values())
-    sizes = [layer.granularity[adapter_name].units(layer.weight_shape) for layer in layers.values()]
-    room = size - _header_bytes(layers, adapter_name, config, size)
+    codecs = next(iter(targets.values())).granularity.index_codecs
+    width = max(_width(target, config) for target in targets.values())
+    least = min(target.unit_size for target in targets.values())
+    sizes = [target.units for target in targets.values()]
+    available = size - _header_bytes(targets, size)
 
     def fits(values: int) -> bool:
         units = min(values // least, sum(sizes))
-        return values * width + most_index_bytes(codecs, units, sizes) <= room
+        return values * width + most_index_bytes(codecs, units, sizes) <= available
 
-    # the first number that does not fit; what a file takes never falls as values are added
-    return bisect_left(range(max(0, room) // width + 1), True, lo=1, key=lambda values: not fits(values)) - 1
+    # the file never shrinks as values are added, so that bisection finds the first number that does not fit
+    return bisect_left(range(max(0, available) // width + 1), True, lo=1, key=lambda values: not fits(values)) - 1
 
 
-def _width(layer: FGGMLayer, adapter_name: str, config: FGGMConfig) -> int:
+def _width(target: Target, config: FGGMConfig) -> int:
     """Bytes of a value in a file."""
     if config.delta_dtype is not None:
         return getattr(torch, config.delta_dtype).itemsize
-    trained = layer.fggm_values[adapter_name].element_size()
-    if config.training_dtype is not None:
-        return trained
-    # PEFT's autocast_adapter_dtype makes values of half precision float32, after they are made here
-    return max(4, trained)
+    trained = target.values.element_size()
+    # without training_dtype, PEFT's autocast_adapter_dtype converts half precision to float32 after this
+    return trained if config.training_dtype is not None else max(4, trained)
 
 
-def _header_bytes(layers: Layers, adapter_name: str, config: FGGMConfig, size: int) -> int:
-    """What a safetensors header says of the tensors of an adapter, with numbers as long as they can be."""
+def _header_bytes(targets: Targets, size: int) -> int:
+    """Size of a safetensors header with the tensors of an adapter, with numbers as long as they can be."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    codecs = next(iter(layers.values())).granularity[adapter_name].index_codecs
+    codecs = next(iter(targets.values())).granularity.index_codecs
     parts = max((INDEX_CODECS[name].parts for name in codecs), key=len)
-    for name, layer in layers.items():
-        granularity, (o, i) = layer.granularity[adapter_name], layer.weight_shape
-        values = granularity.values_shape((o, i), granularity.units((o, i)))
+    for path, target in targets.items():
+        o, i = target.shape
+        values = target.granularity.values_shape((o, i), target.units)
         shapes = {"values": values, **dict.fromkeys(parts, (o * i, 99))}
-        if adapter_name in layer.fggm_bias:
+        if target.bias is not None:
             shapes["bias"] = (o,)
         for part, shape in shapes.items():
             entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
-            entries[f"{PREFIX}{name}{MARK}{part}"] = entry
+            entries[f"{PREFIX}{path}{MARK}{part}"] = entry
     length = len(json.dumps(entries, separators=(",", ":")).encode())
-    return 8 + length + 7  # its own length before it, and blanks behind it, to a multiple of 8
+    return 8 + length + 7  # 8 bytes for the length, and padding to a multiple of 8
 
 
-def _of_share(text: re.Match, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
-    total = sum(layer.weight_shape[0] * layer.weight_shape[1] for layer in layers.values())
+def _of_share(text: re.Match, targets: Targets, config: FGGMConfig) -> int:
+    total = sum(target.shape[0] * target.shape[1] for target in targets.values())
     return int(Fraction(text[1]) / 100 * total)
 
 
-def _of_lora(text: re.Match, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
-    return sum(lora_values(layer, int(text[1])) for layer in layers.values())
+def _of_lora(text: re.Match, targets: Targets, config: FGGMConfig) -> int:
+    return sum(lora_values(target, int(text[1])) for target in targets.values())
 
 
-# pattern, how it is counted, whether any model could meet it, and the rule that says so
+# pattern, function that counts the values, whether any model can satisfy it, and the rule for the error
 _FORMS: list[tuple[str, Callable[..., int], Callable[[re.Match], bool], str]] = [
     (
         r"-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB)",
         _of_bytes,
         lambda text: text[0][0] != "-" and size_in_bytes(text[0]) > 0,
-        "a file size must be at least a byte, for instance '50MiB'",
+        "a file size must be at least one byte, for instance '50MiB'",
     ),
     (
         r"(-?\d+(?:\.\d+)?) ?%",
@@ -127,13 +224,13 @@ _FORMS: list[tuple[str, Callable[..., int], Callable[[re.Match], bool], str]] = 
 ]
 
 
-def require_budget(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a budget in one of its forms, and one that some model could meet."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+def _require_budget(value: Any) -> None:
+    """Raise ``ValueError`` unless the value is a budget that some model can satisfy."""
+    if is_integer(value, 1):
         return
-    for pattern, _, can_be_met, rule in _FORMS if isinstance(value, str) else []:
+    for pattern, _, is_possible, rule in _FORMS if isinstance(value, str) else []:
         if match := re.fullmatch(pattern, value, re.IGNORECASE):
-            if can_be_met(match):
+            if is_possible(match):
                 return
             raise ValueError(f"{rule}, got budget={value!r}")
     raise ValueError(
@@ -142,35 +239,29 @@ def require_budget(value: Any) -> None:
     )
 
 
-def resolve_budget_(config: FGGMConfig, layers: Layers, adapter_name: str) -> None:
-    """Write the number of values that ``config.budget`` stands for on these layers into the config.
+def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
+    """Write the number of values of ``config.budget`` on these targets into the config.
 
     Raises:
-        ValueError: it is less than one unit or the floors, or more than may move; says the least and the most.
+        ValueError: the budget is below one unit or above the targeted weights; the message has both bounds.
     """
-    if config.budget is None or not layers:
+    if config.budget is None or not targets:
         return
-    config.resolved_budget = _count(config.budget, layers, adapter_name, config)
-    units = [layer.granularity[adapter_name].units(layer.weight_shape) for layer in layers.values()]
-    costs = [values_per_unit(layer, adapter_name) for layer in layers.values()]
-    most = sum(min(n, config.max_rows or n) * cost for n, cost in zip(units, costs, strict=True))
-    if not min(costs) <= config.resolved_budget <= most:
-        bound = f" (max_rows={config.max_rows})" if config.max_rows else ""
+    config.resolved_budget = _count(config.budget, targets, config)
+    least = min(target.unit_size for target in targets.values())
+    most = sum(min(target.units, config.max_units or target.units) * target.unit_size for target in targets.values())
+    if not least <= config.resolved_budget <= most:
+        bound = f" (max_units={config.max_units})" if config.max_units else ""
         raise ValueError(
-            f"budget={config.budget!r} is {config.resolved_budget} values here. It must be at least {min(costs)}, one "
-            f"{config.granularity} of the smallest module, and at most {most}, all that may move{bound}"
+            f"budget={config.budget!r} is {config.resolved_budget} values on this model. It must be at least {least} "
+            f"(one {config.granularity} of the smallest module) and at most {most} (all units{bound})"
         )
 
 
-def _count(budget: int | str, layers: Layers, adapter_name: str, config: FGGMConfig) -> int:
+def _count(budget: int | str, targets: Targets, config: FGGMConfig) -> int:
     if isinstance(budget, int):
         return budget
     for pattern, count, _, _ in _FORMS:
         if match := re.fullmatch(pattern, budget, re.IGNORECASE):
-            return count(match, layers, adapter_name, config)
-    raise AssertionError(f"require_budget has let {budget!r} pass")
-
-
-def module_kind(name: str) -> str:
-    """The type of a module, for floors: the last part of its path."""
-    return name.rpartition(".")[2]
+            return count(match, targets, config)
+    raise AssertionError(f"_require_budget accepts {budget!r}, but no form matches it")

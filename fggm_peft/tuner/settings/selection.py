@@ -1,72 +1,133 @@
-"""What the config says of the selection: legal values, and what goes together."""
+"""Settings of the selection: the units, the criterion, and the data that it reads."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal, Optional, Union
 
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from ...core.criteria import CRITERIA
+from ...core.granularity import Granularity, granularity_from
 from ...core.registry import require_one_of
 from ...core.statistics import STATISTICS
-
-if TYPE_CHECKING:
-    from ..config import FGGMConfig
+from .fields import is_integer, is_number, setting, written
 
 
-def require_criterion_settings(config: FGGMConfig) -> None:
-    """Raise ``ValueError`` unless the criterion and what it looks at are legal; names become lists."""
-    criterion = CRITERIA[config.criterion]
-    if not criterion.supports(config.granularity):
-        kind = "row" if criterion.weight_dim == 0 else "column"
-        raise ValueError(
-            f"criterion {config.criterion!r} requires granularity={kind!r}, got granularity='{config.granularity}'"
-        )
-    for name in ("history", "protect"):
-        setattr(config, name, _names(name, getattr(config, name)))
-    check_reference(config.criterion, _names("reference", config.reference) or [], config.history or [])
-    require_protection(config.protection)
-    for name in ("reference_texts", "reference_length"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-            raise ValueError(f"{name} must be an integer > 1, got {value!r}")
+@dataclass
+class SelectionSettings:
+    """Fields of ``FGGMConfig`` that say which units are selected by which criterion."""
+
+    granularity: Granularity = setting(
+        "row",
+        "Unit of the selection: 'row' (an output feature, as in the paper), 'column' (an input feature), 'element' (a "
+        "single weight entry), a Granularity with arguments, or its dict.",
+    )
+    criterion: str = setting(
+        "fisher",
+        "Score of a unit. From the task's data: 'fisher' (diagonal Fisher information F), 'gradient_low_magnitude' "
+        "(mean gradient over |W|) or 'output_magnitude' (rows, by a forward pass). From the task's data and a "
+        "`reference`: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref) or 'input_ratio' (columns, by "
+        "forward passes). Without data, when the adapter is created: 'random' or 'weight_magnitude'. Or a name "
+        "that you registered in `fggm_peft.CRITERIA`.",
+    )
+    reference: Optional[Union[list[str], str]] = setting(
+        None,
+        "What the model should keep, for criteria that weigh the task against a reference: 'self' (text that the model "
+        "writes itself), 'history' (scores of the tasks selected on this model in this process), a file or folder with "
+        "saved scores of an earlier task, or a list of these. `select_parameters(reference=...)` also accepts a "
+        "dataloader of general text, and trainers accept the path of a text file (.txt).",
+    )
+    protect: Optional[list[str]] = setting(
+        None,
+        "Earlier deltas whose entries should not change: folders, Hub ids, or 'history' (the tasks selected on this "
+        "model in this process). `select_parameters` then chooses the support, whatever the criterion.",
+    )
+    protection: float = setting(
+        1.0,
+        "Strength of `protect` in [0, 1]. 1 excludes the protected entries; a smaller value multiplies their scores by "
+        "1 - protection. The score of a unit that overlaps them in part is scaled by its share.",
+    )
+    fisher_labels: Literal["data", "model"] = setting(
+        "data",
+        "Labels of the Fisher information: 'data' (empirical Fisher, as in the paper) or 'model' (true Fisher, with "
+        "labels drawn from the model's distribution).",
+    )
+    fisher_estimate: Literal["exact", "sketch"] = setting(
+        "exact",
+        "'exact' Fisher information, or 'sketch': an unbiased estimate by random projections of each sample's "
+        "gradient, drawn by `seed`. It costs hardly more than a pass of the frozen model. For rows and columns "
+        "only; exact where that takes no more operations.",
+    )
+    num_samples: Optional[Union[int, Literal["auto"]]] = setting(
+        "auto",
+        "Number of samples for the scores: a number, None for all, or 'auto': 32 samples, doubled up to 1024 until two "
+        "halves of them select nearly the same support (agreement 0.8).",
+    )
+    score_memory: Optional[Union[int, str]] = setting(
+        None,
+        "Memory limit for running scores, in bytes or as '8GiB'; None: no limit. Above the limit the data is read "
+        "several times. Element scores take 8 bytes per entry; scores of rows and columns take almost nothing.",
+    )
+    seed: int = setting(
+        0, "Seed of random scores, sketches and labels of the model. The global random state is not changed."
+    )
+    selection: Optional[dict[str, Any]] = written("Result of the selection: samples, agreement, densities.")
+
+    @property
+    def is_chosen_at_birth(self) -> bool:
+        """Whether the support is chosen when the adapter is created, without ``select_parameters``."""
+        return not CRITERIA[self.criterion].needs_data and not self.protect
+
+    def _check_selection(self) -> None:
+        self.granularity = granularity_from(self.granularity)
+        criterion = CRITERIA[self.criterion]
+        if not criterion.supports(self.granularity):
+            kind = "row" if criterion.weight_dim == 0 else "column"
+            raise ValueError(
+                f"criterion {self.criterion!r} requires granularity={kind!r}, got granularity='{self.granularity}'"
+            )
+        self.protect = _names("protect", self.protect)
+        check_reference(self.criterion, _names("reference", self.reference) or [])
+        require_protection(self.protection)
+        require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
+        self._check_estimate()
+        if not is_integer(self.seed, 0) or self.seed >= 2**63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
+        require_num_samples(self.num_samples)
+        if self.score_memory is not None:
+            score_bytes(self.score_memory)
+
+    def _check_estimate(self) -> None:
+        require_one_of("fisher_estimate", self.fisher_estimate, ("exact", "sketch"))
+        if self.fisher_estimate == "exact":
+            return
+        if not self.granularity.is_slice:
+            raise ValueError(
+                "fisher_estimate='sketch' estimates sums over rows or columns and does not support "
+                f"granularity='{self.granularity}'; use fisher_estimate='exact'"
+            )
+        criterion = CRITERIA[self.criterion]
+        if not any(STATISTICS[name].has_sketch for name in (*criterion.task, *criterion.reference)):
+            raise ValueError(
+                f"fisher_estimate='sketch' estimates Fisher information, and criterion {self.criterion!r} uses none; "
+                "use fisher_estimate='exact'"
+            )
 
 
-def require_estimate_settings(config: FGGMConfig) -> None:
-    """Raise ``ValueError`` unless scores can be estimated as the config says."""
-    require_one_of("fisher_estimate", config.fisher_estimate, ("exact", "sketch"))
-    if not isinstance(config.sketch_size, int) or isinstance(config.sketch_size, bool) or config.sketch_size < 1:
-        raise ValueError(f"sketch_size must be an integer > 0, got {config.sketch_size!r}")
-    if config.fisher_estimate == "exact":
-        return
-    if not config.granularity.is_slice:
-        raise ValueError(
-            "fisher_estimate='sketch' estimates sums over rows or columns and is not available for "
-            f"granularity='{config.granularity}'; use fisher_estimate='exact'"
-        )
-    criterion = CRITERIA[config.criterion]
-    if not any(STATISTICS[name].has_sketch for name in (*criterion.task, *criterion.reference)):
-        raise ValueError(
-            f"criterion {config.criterion!r} looks at no Fisher information, which fisher_estimate='sketch' is for"
-        )
-
-
-def check_reference(criterion: str, reference: Sequence[Any], history: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a reference, or names of earlier scores, that would not be looked at."""
+def check_reference(criterion: str, reference: Sequence[Any]) -> None:
+    """Raise ``ValueError`` for a reference that the criterion would ignore."""
     if reference and not CRITERIA[criterion].reference:
         names = ", ".join(repr(name) for name in CRITERIA if CRITERIA[name].reference)
-        raise ValueError(f"criterion {criterion!r} looks at no reference; those that do are {names}")
-    if history and not any(isinstance(source, str) and source == "history" for source in reference):
-        raise ValueError("history= names scores that only reference='history' reads; give that too")
+        raise ValueError(f"criterion {criterion!r} uses no reference; remove it, or use one of {names}")
 
 
 def require_reference(criterion: str, reference: Any) -> None:
-    """Raise ``ValueError`` if the criterion needs a reference and there is none."""
+    """Raise ``ValueError`` if the criterion needs a reference and none is given."""
     if CRITERIA[criterion].reference and not reference:
         raise ValueError(
-            f"criterion {criterion!r} weighs the task against a reference, and none was given. Set reference='self' "
+            f"criterion {criterion!r} weighs the task against a reference, but none was given. Set reference='self' "
             "(text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on the config, "
             "or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
         )
@@ -83,23 +144,28 @@ def _names(field_name: str, value: Any) -> list[str] | None:
 
 
 def require_num_samples(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a legal ``num_samples``."""
-    number = isinstance(value, int) and not isinstance(value, bool) and value > 1
-    if not (number or value is None or value == "auto"):
+    """Raise ``ValueError`` unless the value is a legal ``num_samples``."""
+    if not (is_integer(value, 2) or value is None or value == "auto"):
         raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {value!r}")
 
 
+def require_protection(value: Any) -> None:
+    """Raise ``ValueError`` unless the value is a legal ``protection``."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"protection must be in [0, 1], got {value!r}")
+
+
 def size_in_bytes(value: int | str) -> int:
-    """A number of bytes, or a size such as "8GiB", "8 gib" or "8GB"; ``ValueError`` if it is none."""
-    # in upper case, since to accelerate "8gb" are bits
+    """A number of bytes, or a size such as "8GiB", "8 gib" or "8GB"; other texts raise ``ValueError``."""
+    # upper case, because accelerate reads "8gb" as bits
     return convert_file_size_to_int(value.replace(" ", "").upper() if isinstance(value, str) else value)
 
 
 def score_bytes(value: int | str) -> int:
-    """A ``score_memory`` in bytes.
+    """``score_memory`` in bytes.
 
     Raises:
-        ValueError: it is neither a positive integer nor a size such as "8GiB".
+        ValueError: the value is neither a positive integer nor a size such as "8GiB".
     """
     try:
         size = -1 if isinstance(value, bool) else size_in_bytes(value)
@@ -108,19 +174,3 @@ def score_bytes(value: int | str) -> int:
     if size < 0:
         raise ValueError(f"score_memory must be a number of bytes or a size such as '8GiB', got {value!r}")
     return size
-
-
-def require_protection(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a legal ``protection``."""
-    if not _is_finite(value) or not 0 <= value <= 1:
-        raise ValueError(f"protection must be in [0, 1], got {value!r}")
-
-
-def require_density(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a legal density."""
-    if not _is_finite(value) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

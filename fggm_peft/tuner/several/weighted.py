@@ -178,7 +178,6 @@ def _config(model: FGGMModel, wanted: WeightedSum, layers, sources) -> FGGMConfi
         target_modules=sorted(names),
         modules_to_save=sorted(whole) if whole else None,
         bias=bias.pop() if bias else "none",
-        fan_in_fan_out=first.fan_in_fan_out,
         quantized_merge=first.quantized_merge,
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,

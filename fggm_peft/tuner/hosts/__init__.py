@@ -1,0 +1,1 @@
+"""Effects of other libraries on layers: sharding, offloading and quantization."""

@@ -1,0 +1,1 @@
+"""Merging deltas into base layers, and the report of what was merged."""

@@ -1,0 +1,1 @@
+"""Groups of fields of ``FGGMConfig`` with their help and checks."""
