@@ -83,7 +83,7 @@ def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
         for number, batch in enumerate(data):
             half = (torch.arange(len(batch["labels"])) + first) % 2
             for collector in found.values():
-                collector.begin(Batch(half, batch["attention_mask"] == 0, number, 1, first))
+                collector.begin(Batch(half, batch["attention_mask"] == 0, first))
             likelihood(base, batch).sum().backward()
             for collector in found.values():
                 collector.end(number)

@@ -19,16 +19,6 @@ from .per_sample import RowGradients
 from .registry import Registry
 
 
-class Count(NamedTuple):
-    """How much data a running sum is made of."""
-
-    samples: int
-    batches: int
-
-    def __add__(self, other: tuple) -> Count:
-        return Count(self.samples + other[0], self.batches + other[1])
-
-
 @dataclass(frozen=True)
 class Batch:
     """What is known of a batch beside the model's inputs.
@@ -36,15 +26,11 @@ class Batch:
     Args:
         half: ``[b]`` 0 or 1, the running sum that each sample goes to.
         padding: ``[b, t]`` True where a position is padding, or None.
-        number: which batch it is, over all processes.
-        answers: over how many tokens (or samples, of a classifier) the batch's mean loss is the mean.
         first: the number of its first sample, over all processes.
     """
 
     half: Tensor
     padding: Tensor | None = None
-    number: int = 0
-    answers: int = 1
     first: int = 0
 
 
@@ -65,14 +51,12 @@ class Statistic(ABC):
 
     Attributes:
         looks_at: "gradient" needs a backward pass; "input" and "output" (of the layer) do without.
-        per_batch: it is a mean over batches, not samples, and its halves are the even and the odd batches.
         is_kept: it says of a task what later ones may take for a reference; it is not negative then.
         has_sketch: it looks at the scores of rows and columns only, which a sketch can estimate and, of rows, a digest
             of the input can give.
     """
 
     looks_at: Literal["gradient", "input", "output"] = "gradient"
-    per_batch: ClassVar[bool] = False
     is_kept: ClassVar[bool] = True
     has_sketch: ClassVar[bool] = False
 
@@ -84,9 +68,9 @@ class Statistic(ABC):
     def add_(self, sums: Tensor, granularity: Granularity, seen: RowGradients | Features, batch: Batch) -> None:
         """Add one batch to ``sums``, ``[2, size]`` float32."""
 
-    def mean(self, total: Tensor, count: Count) -> Tensor:
+    def mean(self, total: Tensor, count: int) -> Tensor:
         """What the criterion gets, from one running sum ``[size]`` or the sum of both."""
-        return total / (count.batches if self.per_batch else count.samples)
+        return total / count
 
     def entries(self, granularity: Granularity, shape: Shape) -> int:
         """How many entries of the weight each number is the sum over."""
@@ -161,4 +145,4 @@ class FeatureMean(Statistic):
 def ones(name: str, granularity: Granularity, shape: Shape) -> Tensor:
     """A statistic whose every number is 1, in the form that criteria get."""
     entry = STATISTICS[name]
-    return entry.mean(torch.ones(entry.size(granularity, shape)), Count(1, 1))
+    return entry.mean(torch.ones(entry.size(granularity, shape)), 1)

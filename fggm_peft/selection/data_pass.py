@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 
 from ..core.errors import NonFiniteScoreError
 from ..core.sketch import Sketch
-from ..core.statistics import STATISTICS, Batch, Count
+from ..core.statistics import STATISTICS, Batch
 from ..tuner.config import FGGMConfig
 from ..tuner.hosts.sharding import is_shard
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import unwrapped
 from .frozen_model import untouched
 from .hooks import CalledAgainError, ScoreCollector
-from .likelihood import LogLikelihood, answer_count, default_log_likelihood
+from .likelihood import LogLikelihood, default_log_likelihood
 from .out_of_memory import advised
 from .processes import Ranks
 
@@ -44,26 +44,26 @@ class Totals:
 
     Args:
         sums: (module path, statistic) -> ``[2, size]``, summed over all ranks.
-        counts: how much data each half is made of.
+        counts: the number of samples in each half.
     """
 
     sums: Callable[[str, str], Tensor]
-    counts: tuple[Count, Count]
+    counts: tuple[int, int]
 
     @property
     def samples(self) -> int:
-        return self.counts[0].samples + self.counts[1].samples
+        return sum(self.counts)
 
-    def has_halves(self, statistics: Sequence[str]) -> bool:
-        """Whether there is something in both halves."""
-        per_batch = any(STATISTICS[name].per_batch for name in statistics)
-        return all(count.samples > 0 and (count.batches > 0 or not per_batch) for count in self.counts)
+    @property
+    def has_halves(self) -> bool:
+        """Whether both halves contain samples."""
+        return all(self.counts)
 
     def mean(self, module: str, statistic: str, half: int | None = None) -> Tensor:
         """A statistic from all samples, or from those of one half."""
         sums = self.sums(module, statistic)
         if half is None:
-            return STATISTICS[statistic].mean(sums.sum(0), self.counts[0] + self.counts[1])
+            return STATISTICS[statistic].mean(sums.sum(0), self.samples)
         return STATISTICS[statistic].mean(sums[half], self.counts[half])
 
 
@@ -76,16 +76,12 @@ class Round(NamedTuple):
             goes along with the others without adding anything.
         first: number of its first sample.
         end: one past the number of the round's last sample on any rank.
-        number: which batch it is, over all ranks.
-        batches: how many there are in all ranks' data up to this round's end.
     """
 
     batch: Mapping[str, Any] | None
     size: int
     first: int
     end: int
-    number: int
-    batches: int
 
 
 class FisherPass:
@@ -158,7 +154,7 @@ class FisherPass:
             NonFiniteScoreError: a log-likelihood or a score is NaN or infinite.
         """
         log_likelihood, model = self._likelihood()
-        seen, batches, informed = 0, 0, False
+        seen, informed = 0, False
         with (
             untouched(self.model),
             self._switched_off(layers),
@@ -173,12 +169,12 @@ class FisherPass:
                 with self.ranks.together("the selection pass"), advised(index, round.batch):
                     informed |= self._score(collector, model, log_likelihood, round, index)
                 bar.update(round.end - seen)
-                seen, batches = round.end, round.batches
+                seen = round.end
                 if seen == limit:
                     break
                 if enough is not None and seen >= first_check:
                     first_check *= 2
-                    if enough(Totals(so_far, _halves(seen, batches))):
+                    if enough(Totals(so_far, _halves(seen))):
                         break
             if not seen:
                 raise ValueError("the dataloader is empty; select_parameters needs at least one batch")
@@ -189,7 +185,7 @@ class FisherPass:
             for name, of_module in collector.sums.items()
             for key, sums in of_module.items()
         }
-        return Totals(lambda name, statistic: total[name, statistic], _halves(seen, batches))
+        return Totals(lambda name, statistic: total[name, statistic], _halves(seen))
 
     def _collector(self, layers: dict[str, FGGMLayer]) -> ScoreCollector:
         plain = not _checkpoints(self.model)
@@ -206,7 +202,7 @@ class FisherPass:
 
     def _rounds(self, limit: int | None) -> Iterator[Round]:
         """Batches of all ranks, cut to the samples that are still wanted, until the data of every rank has ended."""
-        batches, start, number, spare = iter(self.dataloader), 0, 0, None
+        batches, start, spare = iter(self.dataloader), 0, None
         sharded = self.ranks.size > 1 and any(map(is_shard, self.model.parameters()))
         for index in itertools.count():
             with self._reading_together():
@@ -219,19 +215,11 @@ class FisherPass:
             wanted = sizes
             if limit is not None:
                 wanted = [max(0, min(n, limit - begin)) for n, begin in zip(sizes, firsts[:-1], strict=True)]
-            numbers = list(itertools.accumulate(map(bool, wanted), initial=number))
             if wanted[self.ranks.rank] < size:
                 batch, size = _cut(batch, size, wanted[self.ranks.rank])
-            start, number = start + sum(wanted), numbers[-1]
+            start += sum(wanted)
             spare = batch if size else spare
-            yield Round(
-                spare if sharded and not size else batch,
-                size,
-                firsts[self.ranks.rank],
-                start,
-                numbers[self.ranks.rank],
-                number,
-            )
+            yield Round(spare if sharded and not size else batch, size, firsts[self.ranks.rank], start)
 
     def _reading_together(self) -> AbstractContextManager:
         """Where one rank reads for all (accelerate's dispatcher), the ranks already talk while they read."""
@@ -257,8 +245,7 @@ class FisherPass:
         half = (torch.arange(round.size or batch_size(batch, index)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        answers = self._answers(batch, len(half))
-        about = Batch(half, padding, round.number, answers, round.first)
+        about = Batch(half, padding, round.first)
         with torch.set_grad_enabled(collector.needs_backward):
             try:
                 collector.begin(about, bool(round.size))
@@ -275,13 +262,6 @@ class FisherPass:
             collector.backward(value if round.size else value * 0)
         collector.end(index)
         return bool(round.size and value.any())
-
-    def _answers(self, batch: Mapping[str, Any], samples: int) -> int:
-        """What the mean loss of a batch is the mean over, if a statistic asks; of a custom likelihood its samples."""
-        wanted = any(STATISTICS[name].per_batch for name in self.statistics) and "labels" in batch
-        if self.log_likelihood is not None or not wanted:
-            return samples
-        return answer_count(unwrapped(self.model), batch, self.config.task_type)
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch where the model expects it; an offloaded model moves it itself."""
@@ -321,9 +301,9 @@ def checkpointed_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _halves(samples: int, batches: int) -> tuple[Count, Count]:
-    """How many numbers below ``samples`` and ``batches`` are even, and how many odd."""
-    return Count((samples + 1) // 2, (batches + 1) // 2), Count(samples // 2, batches // 2)
+def _halves(samples: int) -> tuple[int, int]:
+    """How many numbers below ``samples`` are even, and how many are odd."""
+    return (samples + 1) // 2, samples // 2
 
 
 def batch_size(batch: Any, index: int) -> int:

@@ -57,14 +57,6 @@ def default_log_likelihood(
     return log_likelihood
 
 
-def answer_count(model: nn.Module, batch: Mapping[str, Any], task_type: str | None) -> int:
-    """Over how many tokens (or samples, of a classifier of whole sequences) the model's own loss is the mean."""
-    labels, kind = batch["labels"], task_type or task_type_of(model)
-    if kind == TaskType.SEQ_CLS:
-        return len(labels)
-    return int((labels[:, 1:] if kind == TaskType.CAUSAL_LM else labels).ne(IGNORED).sum())
-
-
 def task_type_of(model: nn.Module) -> str | None:
     """PEFT's ``TaskType`` of a transformers model, by the name of its class."""
     name = type(model).__name__

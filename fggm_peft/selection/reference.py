@@ -75,7 +75,7 @@ class LiveSource(Source):
 
     def values(self, name, statistic, half):
         assert self.totals is not None
-        has_halves = self.totals.has_halves([statistic])
+        has_halves = self.totals.has_halves
         return self.totals.mean(name, statistic, half if has_halves else None)
 
 

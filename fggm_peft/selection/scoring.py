@@ -119,7 +119,7 @@ class Chooser:
         self, outcome: Outcome, task: FisherPass, group: Group, num_samples: Any, description: str
     ) -> None:
         def enough(totals: Totals) -> bool:
-            if not totals.has_halves(self.criterion.task):
+            if not totals.has_halves:
                 return False
             halves = (self._choose(group, totals, self.reference, half) for half in (0, 1))
             return self._agree(outcome, "task", totals.samples, group, *halves)
@@ -128,7 +128,7 @@ class Chooser:
         outcome.samples = totals.samples
         outcome.sample_passes += totals.samples
         outcome.choices.update(self._choose(group, totals, self.reference, described_in=outcome))
-        if totals.has_halves(self.criterion.task):
+        if totals.has_halves:
             for half, chosen in enumerate(outcome.halves):
                 chosen.update(self._choose(group, totals, self.reference, half, half))
         for statistic in self.criterion.task:
