@@ -27,7 +27,7 @@ from fggm_peft.selection import data_pass
 from fggm_peft.selection.data_pass import FisherPass
 from fggm_peft.selection.hooks import ScoreCollector
 from fggm_peft.selection.likelihood import default_log_likelihood
-from fggm_peft.training.base import BaseModel
+from fggm_peft.training.base_model import BaseModel
 from fggm_peft.training.data import DataSource, TokenizedExamples, load_examples
 from fggm_peft.tuner.support import fggm_layers
 

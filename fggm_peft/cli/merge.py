@@ -75,7 +75,7 @@ def _task_names(adapters: list[str]) -> list[str]:
 
 def _tokenizer(base: BaseOptions) -> Any:
     """That of the base, if it has one; it is saved as it is."""
-    from ..training.base import BaseModelError
+    from ..training.base_model import BaseModelError
 
     try:
         return base.base().load_tokenizer()

@@ -16,7 +16,7 @@ from .generated import given_options, options_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..training.base import BaseModel
+    from ..training.base_model import BaseModel
     from ..training.data import TokenizedExamples
 
 
@@ -39,7 +39,7 @@ class BaseOptions:
     ] = False
 
     def base(self) -> BaseModel:
-        from ..training.base import BaseModel
+        from ..training.base_model import BaseModel
 
         return BaseModel(
             name=self.model,

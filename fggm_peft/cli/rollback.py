@@ -57,7 +57,7 @@ def run(
 
 
 def _taken_out(kept: Any, task: str, model: str, output: Path, base: str | None) -> RollbackReport:
-    from ..training.base import BaseModel, BaseModelError
+    from ..training.base_model import BaseModel, BaseModelError
     from ..tuner.files.atomic import complete_folder
 
     source = BaseModel(name=model)

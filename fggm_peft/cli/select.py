@@ -64,7 +64,7 @@ def run(
     from ..core.criteria import CRITERIA
     from ..deltas import save_adapter
     from ..selection import select_parameters
-    from ..training.base import shard_as_launched, this_process
+    from ..training.base_model import shard_as_launched, this_process
     from ..tuner.files.saving import UntrainedAdapterWarning
 
     if data is None and CRITERIA[config.criterion].needs_data:
@@ -114,7 +114,7 @@ def _drawn(report: SelectionReport, folder: Path, format: str) -> list[str]:
 def _estimate(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_size: int, length: int) -> Result | None:
     """What training would cost, without any data."""
     from ..cost import estimate
-    from ..training.base import this_process
+    from ..training.base_model import this_process
 
     found = estimate(
         base.base().load(),
@@ -136,7 +136,7 @@ def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGM
     from transformers import DataCollatorForSeq2Seq
 
     from ..selection.select import MAX_SAMPLES
-    from ..training.base import this_process
+    from ..training.base_model import this_process
 
     tokenizer = base.base().load_tokenizer()
     most = MAX_SAMPLES if config.num_samples == "auto" else config.num_samples

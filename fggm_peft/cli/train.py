@@ -79,7 +79,7 @@ class TrainingOptions:
         """The Trainer's arguments, with checkpoints in ``folder``."""
         import torch
 
-        from ..training.base import this_process
+        from ..training.base_model import this_process
 
         given = given_options(self, TrainingArguments)
         computed = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..training.base import DTYPES, QUANTIZATIONS, BaseModel
+from ..training.base_model import DTYPES, QUANTIZATIONS, BaseModel
 from ..tuner.files.hub import may_be_hub_id
 from .gate import Gate
 from .general import General

@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from ..deltas.overlaps import support_overlap
-from ..training.base import this_process
+from ..training.base_model import this_process
 from ..training.checkpoints import last_complete_checkpoint
 from ..training.evaluation import written_answers
 from ..tuner.files.atomic import digest_of_folder, write_json

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..training.base import BaseModel, computes_bfloat16
+from ..training.base_model import BaseModel, computes_bfloat16
 from ..tuner.files.atomic import digest_of_folder
 from .fingerprint import differences, plain
 from .gate import Gate

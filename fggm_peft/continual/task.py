@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.data import (
-    FILE_READERS,
+    FILE_TYPES,
     DataError,
     DataSource,
     Example,
+    Records,
     RowFormat,
-    Rows,
     TokenizedExamples,
     load_rows,
     read_example,
@@ -75,7 +75,7 @@ class TaskExamples(TokenizedExamples):
                 stacklevel=3,
             )
 
-    def _truncated(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         room = max(0, self.max_prompt_length - len(start))
         prompt = prompt[max(0, len(prompt) - room) :]
         return start[: self.max_prompt_length] + prompt, answer[: self.max_answer_length]
@@ -170,9 +170,7 @@ class Task:
         if isinstance(self.path, str) and _split_file(Path(self.path), self._split_name("train")):
             test = self._split_name("test")
             if not _split_file(Path(self.path), test):
-                raise StreamError(
-                    f"path: {self.path} has training data, but no {test}.json ({', '.join(FILE_READERS)})"
-                )
+                raise StreamError(f"path: {self.path} has training data, but no {test}.json ({', '.join(FILE_TYPES)})")
 
     def examples(self, split: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TaskExamples:
         """The examples of a split: "train" shuffled by the seed, another in the order of its rows.
@@ -200,7 +198,7 @@ class Task:
         return order[: self.limit] if is_training else sorted(order[: self.test_limit])
 
     def _read(
-        self, rows: Rows, index: int, format: RowFormat, source: DataSource, tokenizer: PreTrainedTokenizerBase
+        self, rows: Records, index: int, format: RowFormat, source: DataSource, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Example, str, str] | None:
         """The example of a row, its prompt and its answer as texts; None for an empty row of plain text."""
         row = rows[index]
@@ -240,7 +238,7 @@ class Task:
             )
         return DataSource(name, split=self._split_name(split), subset=self.subset, use_chat_template=self.chat_template)
 
-    def _load_rows(self, split: str, source: DataSource) -> Rows:
+    def _load_rows(self, split: str, source: DataSource) -> Records:
         if self.rows is None:
             return load_rows(source)
         rows = list(self.rows(split))
@@ -261,7 +259,7 @@ class Task:
             return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
         if isinstance(self.path, Mapping):
             return digest_of_files({split: Path(path) for split, path in self.path.items()})
-        return None if self.path is None else digest_of_folder(Path(self.path), (*FILE_READERS, ".arrow"))
+        return None if self.path is None else digest_of_folder(Path(self.path), (*FILE_TYPES, ".arrow"))
 
 
 def _last_text(text: Any) -> str:
@@ -307,4 +305,4 @@ def _rendered(template: Template, row: Mapping[str, Any]) -> str:
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
-    return next((path for suffix in FILE_READERS if (path := folder / f"{split}{suffix}").is_file()), None)
+    return next((path for suffix in FILE_TYPES if (path := folder / f"{split}{suffix}").is_file()), None)

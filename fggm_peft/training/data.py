@@ -1,4 +1,4 @@
-"""Examples of a task: read from a file, a folder or the Hub, and turned into token ids with labels on the answer."""
+"""Reads the examples of a task and turns them into token ids with labels on the answer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from ..tuner.files.hub import may_be_hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rows = Sequence[Mapping[str, Any]]
-Messages = list[dict[str, str]]
+Records = Sequence[Mapping[str, Any]]
+"""The rows of a table, each a dict of column name -> value."""
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+EVALUATION_SPLITS = ("eval", "validation", "valid", "val", "dev")
 
 
 class DataError(ValueError):
-    """Data that cannot be read, or a row that says nothing to learn; names the file and the row."""
+    """Data cannot be read, or a row has no answer to learn. The message names the file and the row."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that should follow it; the loss is taken on the answer only.
+    """A prompt and its answer. The loss is on the answer only.
 
     Args:
-        prompt: may be empty: then the loss is on everything.
-        answer: what follows the prompt, as it stands: no space is added between them.
-        is_rendered: a chat template wrote both, so that start and end tokens are in the text.
+        prompt: may be empty; the loss is then on the whole text.
+        answer: the text after the prompt. No space is added between them.
+        is_rendered: a chat template wrote both texts, so they contain the start and end tokens.
     """
 
     prompt: str
@@ -43,14 +45,14 @@ class Example:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where rows come from and which of their columns matter.
+    """Where rows come from, and which of their columns to use.
 
     Args:
         name: a .json, .jsonl, .csv or .parquet file, a folder, or a Hub id.
-        split: of a folder or a Hub data set; "eval" and "validation" stand for each other.
-        subset: configuration of a Hub data set.
-        prompt_column: holds the prompts, if its name is not one of the known ones.
-        answer_column: holds the answers; without a prompt column, the loss is on all of it.
+        split: of a folder or a Hub dataset; "eval" and "validation" are synonyms.
+        subset: configuration of a Hub dataset.
+        prompt_column: column of the prompts; None recognizes it by its name.
+        answer_column: column of the answers. Without a prompt column the loss is on the whole text.
         use_chat_template: wrap prompts and answers in the tokenizer's chat template.
     """
 
@@ -61,82 +63,40 @@ class DataSource:
     answer_column: str | None = None
     use_chat_template: bool = False
 
-
-# --- rows: where they are ------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        return _read_json_lines(path)
-    return json.loads(text)
+    @property
+    def split_names(self) -> list[str]:
+        """The split and its synonyms."""
+        return [self.split, *(EVALUATION_SPLITS if self.split in EVALUATION_SPLITS else ())]
 
 
-def _read_json_lines(path: Path) -> Rows:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"line {number} of {path} is not JSON: {error}") from error
-    return rows
+# --- rows ----------------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path) -> Rows:
-    # not through pandas or datasets, which would turn the answer "007" into the number 7
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _read_parquet(path: Path) -> Rows:
-    from pyarrow import parquet
-
-    return parquet.ParquetFile(path).read().to_pylist()
-
-
-FILE_READERS: dict[str, Callable[[Path], Rows]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-SAME_SPLITS = ("eval", "validation", "valid", "val", "dev")
-
-
-def load_rows(source: DataSource) -> Rows:
-    """The rows of a source, as a sequence of dicts.
+def load_rows(source: DataSource) -> Records:
+    """The rows of a source.
 
     Raises:
-        DataError: there is no such file, folder, split or Hub data set, or it cannot be read.
+        DataError: the file, folder, split or Hub dataset does not exist or cannot be read.
     """
     path = Path(source.name).expanduser()
-    if path.is_file():
-        rows = _read_file(path)
-    elif path.is_dir():
-        rows = _read_folder(path, source)
-    elif _looks_like_a_path(source.name):
-        raise DataError(f"no file or folder {source.name!r}")
-    else:
+    files = [path / f"{split}{suffix}" for split in source.split_names for suffix in FILE_TYPES]
+    file = path if path.is_file() else next((file for file in files if file.is_file()), None)
+    if file is not None:
+        rows = _read_file(file)
+    elif path.is_dir() or (may_be_hub_id(source.name) and path.suffix not in FILE_TYPES):
         rows = _load_with_datasets(source)
+    else:
+        raise DataError(f"no file or folder {source.name!r}")
     if not len(rows):
         raise DataError(f"{source.name} has no rows")
     return rows
 
 
-def _looks_like_a_path(name: str) -> bool:
-    return not may_be_hub_id(name) or Path(name).suffix in FILE_READERS
-
-
-def _read_file(path: Path) -> Rows:
-    reader = FILE_READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"cannot read {path}: data files end in {', '.join(FILE_READERS)}")
+def _read_file(path: Path) -> Records:
+    if path.suffix not in FILE_TYPES:
+        raise DataError(f"cannot read {path}: data files end in {', '.join(FILE_TYPES)}")
     try:
-        rows = reader(path)
-    except DataError:
-        raise
+        rows = _parse(path)
     except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
         raise DataError(f"cannot read {path}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -144,60 +104,66 @@ def _read_file(path: Path) -> Rows:
     return rows
 
 
-def _read_folder(folder: Path, source: DataSource) -> Rows:
-    splits = [source.split, *SAME_SPLITS] if source.split in SAME_SPLITS else [source.split]
-    for split in splits:
-        for suffix in FILE_READERS:
-            if (folder / f"{split}{suffix}").is_file():
-                return _read_file(folder / f"{split}{suffix}")
-    return _load_with_datasets(source)
+def _parse(path: Path) -> Any:
+    # `datasets` infers types: it reads the answer "2020-01-31" as a time, and "007" in a CSV file as the number 7
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(path).read().to_pylist()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            return list(csv.DictReader(file))
+        text = file.read()
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from error
+    return rows
 
 
-def _load_with_datasets(source: DataSource) -> Rows:
+def _load_with_datasets(source: DataSource) -> Records:
     import datasets
 
+    path = Path(source.name).expanduser()
+    # only `datasets` can slice ("train[:10%]"); otherwise all splits are loaded, to find synonyms
+    split = source.split if "[" in source.split or "+" in source.split else None
     try:
-        path = Path(source.name).expanduser()
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(source.name, source.subset, split=_sliced(source))
+            loaded = datasets.load_dataset(source.name, source.subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"cannot load the data set {source.name!r} (split {source.split!r}): {reason}. Give a file "
-            f"({', '.join(FILE_READERS)}), a folder with {source.split}.json, or a Hub id"
+            f"cannot load the dataset {source.name!r} (split {source.split!r}): {reason}. Give a file "
+            f"({', '.join(FILE_TYPES)}), a folder with {source.split}.json, or a Hub id"
         ) from error
-    return _pick_split(loaded, source) if isinstance(loaded, Mapping) else loaded
-
-
-def _sliced(source: DataSource) -> str | None:
-    """The split if ``datasets`` must cut it ("train[:10%]"); else None, to choose among the names there are."""
-    return source.split if "[" in source.split or "+" in source.split else None
-
-
-def _pick_split(loaded: Mapping[str, Any], source: DataSource) -> Rows:
-    names = [source.split, *SAME_SPLITS] if source.split in SAME_SPLITS else [source.split]
-    for name in names:
+    if not isinstance(loaded, Mapping):
+        return loaded
+    for name in source.split_names:
         if name in loaded:
             return loaded[name]
     raise DataError(f"{source.name} has no split {source.split!r}; it has {', '.join(loaded)}. Choose one with --split")
 
 
-# --- formats: which column is what ---------------------------------------------------------------
+# --- columns -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows with certain columns are read.
+    """How to read rows that have certain columns.
 
     Args:
-        columns: a row of this format has all of them.
-        read: row -> prompt (a text, or the messages of a conversation; None for none) and answer.
+        columns: the columns that a row must have.
+        read: row -> prompt and answer. The prompt is a text, a list of messages, or None for plain text.
     """
 
     columns: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], tuple[str | Messages | None, Any]]
+    read: Callable[[Mapping[str, Any]], tuple[str | list[dict[str, str]] | None, Any]]
 
 
 def _pair(prompt: str, answer: str) -> RowFormat:
@@ -209,11 +175,11 @@ def _plain(column: str) -> RowFormat:
 
 
 def _read_instruction(row: Mapping[str, Any]) -> tuple[str, Any]:
-    task, given = row["instruction"], row.get("input")
-    return (f"{task}\n\n{given}" if given else task) + "\n\n", row["output"]
+    instruction, context = row["instruction"], row.get("input")
+    return (f"{instruction}\n\n{context}" if context else instruction) + "\n\n", row["output"]
 
 
-def _read_messages(row: Mapping[str, Any]) -> tuple[Messages, Any]:
+def _read_messages(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], Any]:
     messages = list(row["messages"])
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -228,46 +194,43 @@ FORMATS = (
     RowFormat(("instruction", "output"), _read_instruction),
     _plain("text"),
 )
-"""Tried in this order; the first whose columns are all there is taken."""
+"""The first format whose columns all exist is used."""
 
 
 def row_format(columns: Sequence[str], source: DataSource) -> RowFormat:
     """The format of rows with these columns.
 
     Raises:
-        DataError: none fits, or a column that was asked for is missing; lists the columns there are.
+        DataError: no format fits, or a named column is missing. The message lists the columns.
     """
-    chosen = _chosen_columns(columns, source)
-    for candidate in [chosen] if chosen else FORMATS:
+    prompt, answer = source.prompt_column, source.answer_column
+    formats: Sequence[RowFormat] = FORMATS
+    if prompt is not None:
+        known = (name for name in ("answer", "completion", "output") if name in columns)
+        formats = [_pair(prompt, answer or next(known, "answer"))]
+    elif answer is not None:
+        formats = [_plain(answer)]
+    for candidate in formats:
         if set(candidate.columns) <= set(columns):
             return candidate
-    wanted = " + ".join(chosen.columns) if chosen else ", ".join(" + ".join(format.columns) for format in FORMATS)
     raise DataError(
-        f"the columns of {source.name} are {', '.join(columns)}; wanted: {wanted}. Name the right ones with "
+        f"the columns of {source.name} are {', '.join(columns)}; expected "
+        f"{', or '.join(' + '.join(candidate.columns) for candidate in formats)}. Name the columns with "
         "--prompt-column and --answer-column"
     )
 
 
-def _chosen_columns(columns: Sequence[str], source: DataSource) -> RowFormat | None:
-    prompt, answer = source.prompt_column, source.answer_column
-    if prompt is None and answer is None:
-        return None
-    if answer is None:
-        answer = next((name for name in ("answer", "completion", "output") if name in columns), "answer")
-    return _plain(answer) if prompt is None else _pair(prompt, answer)
-
-
-# --- examples: what prompt and answer are --------------------------------------------------------
+# --- examples ------------------------------------------------------------------------------------
 
 
 def load_examples(
     source: DataSource, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, seed: int = 0
 ) -> list[Example]:
-    """The examples of a source, shuffled: files are often sorted by class, and not always read to their end.
+    """The examples of a source, shuffled: files are often sorted by class, and ``limit`` may cut them.
 
     Args:
         tokenizer: its chat template renders conversations.
-        limit: this many at most.
+        limit: the largest number of rows to use.
         seed: of the order.
 
     Raises:
@@ -276,51 +239,59 @@ def load_examples(
     rows = load_rows(source)
     format = row_format(list(rows[0]), source)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
-    examples = [read_example(rows[i], i, format, source, tokenizer) for i in order[:limit]]
-    kept = [example for example in examples if example is not None]
-    if not kept:
+    examples = [read_example(rows[index], index, format, source, tokenizer) for index in order[:limit]]
+    examples_with_text = [example for example in examples if example is not None]
+    if not examples_with_text:
         raise DataError(f"every row of {source.name} is empty")
-    return kept
+    return examples_with_text
 
 
 def read_example(row, index: int, format: RowFormat, source: DataSource, tokenizer) -> Example | None:
-    where = f"row {index + 1} of {source.name}"
+    """The example of a row; None for an empty row of plain text.
+
+    Args:
+        index: of the row, from 0, for messages.
+
+    Raises:
+        DataError: the row has no answer, lacks a column, or does not fit the chat template.
+    """
+    name, columns = f"row {index + 1} of {source.name}", " + ".join(format.columns)
     try:
         prompt, answer = format.read(row)
-        if isinstance(answer, list) and answer:  # a completion that is a conversation, as TRL has it
+        if isinstance(answer, list) and answer:  # TRL's conversational completions
             answer = answer[-1]["content"]
     except KeyError as error:
-        raise DataError(f"{where} has no {error}; it must have {' + '.join(format.columns)}") from error
+        raise DataError(f"{name} has no {error}; it must have {columns}") from error
     except TypeError as error:
-        raise DataError(f"{where}: {' + '.join(format.columns)} is not of the form expected: {error}") from error
+        raise DataError(f"{name}: {columns} has an unexpected form: {error}") from error
     if isinstance(answer, (Mapping, list)) and answer:
-        raise DataError(f"{where} has a {type(answer).__name__} as its answer ({format.columns[-1]}), not a text")
+        raise DataError(f"{name}: the answer ({format.columns[-1]}) is a {type(answer).__name__}, not a text")
     if answer is None or not str(answer).strip():
         if prompt is None:
-            return None  # corpora of plain text separate their paragraphs by empty rows
-        raise DataError(f"{where} has an empty answer ({format.columns[-1]}): nothing to learn. Remove the row")
+            return None  # empty rows separate the paragraphs of plain text
+        raise DataError(f"{name} has an empty answer ({format.columns[-1]}); remove the row")
     if isinstance(prompt, list) or (source.use_chat_template and prompt is not None):
-        return _rendered(prompt, str(answer), where, tokenizer)
+        return _rendered(prompt, str(answer), name, tokenizer)
     return Example("" if prompt is None else str(prompt), str(answer))
 
 
-def _rendered(prompt: str | Messages, answer: str, where: str, tokenizer) -> Example:
-    """The example in the tokenizer's chat template; the answer starts where the model would go on."""
+def _rendered(prompt: str | list[dict[str, str]], answer: str, name: str, tokenizer) -> Example:
+    """The example in the tokenizer's chat template. The answer starts where the model would start to generate."""
     if not tokenizer.chat_template:
         raise DataError(
-            f"{where} is a conversation, and the tokenizer of {tokenizer.name_or_path} has no chat template. Use the "
-            "instruct version of the model, or data with prompt and answer"
+            f"{name} is a conversation, but the tokenizer of {tokenizer.name_or_path} has no chat template. Use the "
+            "instruct version of the model, or rows with prompt and answer"
         )
-    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    whole = [*before, {"role": "assistant", "content": answer}]
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    conversation = [*messages, {"role": "assistant", "content": answer}]
     try:
-        start = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True) if before else ""
-        text = tokenizer.apply_chat_template(whole, tokenize=False)
-    except Exception as error:  # templates raise whatever their authors thought of
-        raise DataError(f"the chat template rejects {where}: {error}") from error
+        start = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if messages else ""
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except Exception as error:  # a template can raise anything
+        raise DataError(f"the chat template rejects {name}: {error}") from error
     if not text.startswith(start):
         raise DataError(
-            f"the chat template does not put the answer of {where} behind its prompt; use prompt and answer"
+            f"the chat template does not write {name} as prompt, then answer; use prompt and answer columns"
         )
     return Example(start, text[len(start) :], is_rendered=True)
 
@@ -329,18 +300,16 @@ def _rendered(prompt: str | Messages, answer: str, where: str, tokenizer) -> Exa
 
 
 class TokenizedExamples(Dataset):
-    """Examples as a model takes them: ``input_ids``, ``attention_mask`` and ``labels``, tokenized when asked for.
+    """Examples as model inputs: ``input_ids``, ``attention_mask`` and ``labels``, tokenized on access.
 
-    The end token belongs to the answer. What is longer than ``max_length`` loses the left of its prompt
-    (its start token stays); an answer that does not fit even so loses its end. Every row keeps at least
-    one token with a loss, and one before it that predicts it.
+    The end token is part of the answer. An example longer than ``max_length`` loses the left part of its prompt, but
+    keeps its start token. An answer that still does not fit is truncated. Every row keeps at least one token with a
+    loss and one token before it.
     """
 
     def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int):
         if max_length < 2:
-            raise ValueError(
-                f"max_length must be at least 2 (a token of the prompt, one of the answer), got {max_length}"
-            )
+            raise ValueError(f"max_length must be at least 2 (one token each of prompt and answer), got {max_length}")
         self.examples, self.tokenizer, self.max_length = examples, tokenizer, max_length
         self.start = _start_tokens(tokenizer)
 
@@ -353,9 +322,9 @@ class TokenizedExamples(Dataset):
         start = [] if example.is_rendered else self.start
         if not example.is_rendered and self.tokenizer.eos_token_id is not None:
             answer = [*answer, self.tokenizer.eos_token_id]
-        prompt, answer = self._truncated(start, prompt, answer)
+        prompt, answer = self.truncate(start, prompt, answer)
         if len(prompt) + len(answer) < 2 or not answer:
-            raise DataError(f"nothing can be predicted in an example of one token: {example!r}")
+            raise DataError(f"an example of one token has nothing to predict: {example!r}")
         return {
             "input_ids": prompt + answer,
             "attention_mask": [1] * len(prompt + answer),
@@ -365,16 +334,17 @@ class TokenizedExamples(Dataset):
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def _truncated(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        least = 1 if start or prompt else 0  # the answer's first token needs one that predicts it
-        answer = answer[: self.max_length - least]
-        room = self.max_length - len(answer)
-        kept = max(0, room - len(start))
-        return start[:room] + prompt[len(prompt) - min(kept, len(prompt)) :], answer
+    def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        """Prompt (with the start tokens) and answer, at most ``max_length`` tokens together."""
+        needed = 1 if start or prompt else 0  # the answer's first token is predicted from one before it
+        answer = answer[: self.max_length - needed]
+        prompt_length = self.max_length - len(answer)
+        dropped = max(0, len(start) + len(prompt) - prompt_length)
+        return start[:prompt_length] + prompt[dropped:], answer
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The start token, if the tokenizer puts one in front of a text by itself."""
+    """The start token, if the tokenizer adds one to a text."""
     start = tokenizer.bos_token_id
     ids = tokenizer("a")["input_ids"]
     return [start] if start is not None and ids[:1] == [start] else []

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..selection.reference import ReferenceData, is_text_file
 from ..tuner import FGGMConfig
-from .base import this_process
+from .base_model import this_process
 from .data import DataError, Example, TokenizedExamples
 
 if TYPE_CHECKING:

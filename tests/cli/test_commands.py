@@ -362,7 +362,7 @@ def test_errors_are_one_line_and_say_what_to_do(folder, selected, tmp_path):
     (tmp_path / "config.json").write_text('{"densty": 1}')
     assert "no file or folder 'missing.json'" in fail("eval", model, "--data", "missing.json")
     assert "no folder '/missing'" in fail("eval", "/missing", "--data", data)
-    assert "odd.json are x; wanted: messages" in fail("eval", model, "--data", tmp_path / "odd.json")
+    assert "odd.json are x; expected messages" in fail("eval", model, "--data", tmp_path / "odd.json")
     assert "density must be in (0, 1]" in fail("select", model, "--data", data, "--output", out, "--density", 7)
     assert "not empty" in fail("select", model, "--data", data, "--output", selected)
     assert "is a file" in fail("select", model, "--data", data, "--output", tmp_path / "odd.json")

@@ -13,7 +13,7 @@ from models import byte_tokenizer
 from fggm_peft.continual.metrics import METRICS
 from fggm_peft.continual.reading import read_stream, ready_streams
 from fggm_peft.continual.stream import Method, Stream, StreamError, Task, Training
-from fggm_peft.training.base import BaseModel
+from fggm_peft.training.base_model import BaseModel
 from fggm_peft.training.data import IGNORED, DataError
 
 CHAT_TEMPLATE = (

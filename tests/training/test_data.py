@@ -218,7 +218,7 @@ def test_empty_rows_of_plain_text_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"x": "1", "y": "2"}], r"the columns of .* are x, y; wanted: messages, prompt \+ answer"),
+        ([{"x": "1", "y": "2"}], r"the columns of .* are x, y; expected messages, or prompt \+ answer"),
         ([{"prompt": "a", "answer": "b"}, {"prompt": "a"}], "row 2 of .* has no 'answer'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "row 1 .* empty answer"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], "no chat template"),
@@ -235,7 +235,7 @@ def test_rows_that_do_not_fit_are_errors_that_say_what_would(rows, message, tmp_
     "name, content, message",
     [
         ("rows.json", "[{", r"cannot read .*rows\.json"),
-        ("rows.jsonl", '{"text": "a"}\n{', "line 2 of"),
+        ("rows.jsonl", '{"text": "a"}\n{', "line 2 is not JSON"),
         ("rows.parquet", "no", r"cannot read .*rows\.parquet"),
         ("rows.txt", "no", r"data files end in \.json, \.jsonl, \.csv, \.parquet"),
     ],

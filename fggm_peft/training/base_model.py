@@ -10,7 +10,7 @@ from ..tuner.files.hub import may_be_hub_id
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
@@ -21,17 +21,17 @@ class BaseModelError(ValueError):
 
 
 def this_process() -> PartialState:
-    """This process among those that a launcher started (accelerate launch, torchrun), joined to the others."""
+    """This process among those that a launcher started (accelerate launch, torchrun), connected to the others."""
     import torch
     from accelerate import PartialState
 
     has_accelerator = getattr(torch, "accelerator", torch.cuda).is_available()
-    # without this, accelerate takes each of several processes on CPUs for the only one
+    # without cpu=True, accelerate does not connect several processes on CPUs
     return PartialState() if has_accelerator else PartialState(cpu=True)
 
 
 def computes_bfloat16() -> bool:
-    """Whether the device of this process multiplies bfloat16 in hardware; without, float32 is the faster choice."""
+    """Whether the device of this process multiplies bfloat16 in hardware. If not, float32 is faster."""
     import torch
 
     if this_process().device.type == "cuda":
@@ -41,17 +41,17 @@ def computes_bfloat16() -> bool:
 
 
 def launched_with_fsdp() -> bool:
-    """Whether ``accelerate launch`` was told to shard the model over its processes."""
+    """Whether ``accelerate launch`` is configured to shard the model over its processes."""
     from accelerate.utils import parse_flag_from_env
 
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def shard_as_launched(model: Any) -> Any:
-    """The model, sharded over the processes if ``accelerate launch`` was told to.
+    """The model, sharded over the processes if ``accelerate launch`` is configured to do so.
 
     Raises:
-        BaseModelError: by FSDP's first version, or where accelerate knows no FSDP.
+        BaseModelError: accelerate is configured for FSDP's first version, or does not support FSDP here.
     """
     if not launched_with_fsdp():
         return model
@@ -60,25 +60,23 @@ def shard_as_launched(model: Any) -> Any:
 
     accelerator = Accelerator()
     if not accelerator.is_fsdp2:
-        raise BaseModelError(
-            "sharding needs FSDP's version 2 and an accelerator (fsdp_version: 2 in accelerate's config)"
-        )
-    # accelerate shards a model only together with an optimizer; this one takes no step
+        raise BaseModelError("sharding needs an accelerator and FSDP version 2; set fsdp_version: 2 in its config")
+    # accelerate shards a model only together with an optimizer; this one makes no step
     model, _ = accelerator.prepare(model, torch.optim.SGD([next(model.parameters())], lr=0.0))
     return model
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which base model, and in which form.
+    """Which base model to load, and in which form.
 
     Args:
         name: folder or Hub id.
         revision: branch, tag or commit of a Hub id.
-        dtype: one of ``DTYPES``; "auto" is that of the checkpoint.
-        quantization: "4bit" (nf4, double quantization), "8bit", or None. A checkpoint that is quantized already
-            needs None.
-        device_map: as in transformers; None is the whole model on the device of this process.
+        dtype: one of ``DTYPES``; "auto" is the checkpoint's dtype.
+        quantization: "4bit" (nf4, double quantization), "8bit", or None. Use None for a checkpoint that is already
+            quantized.
+        device_map: as in transformers; None puts the whole model on the device of this process.
         attention: ``attn_implementation`` of transformers.
         trust_remote_code: run code that comes with the checkpoint.
     """
@@ -95,54 +93,56 @@ class BaseModel:
         """The causal language model, in eval mode.
 
         Raises:
-            BaseModelError: there is none under this name, or it cannot be loaded.
+            BaseModelError: the model does not exist or cannot be loaded.
         """
         from transformers import AutoModelForCausalLM
 
-        device = this_process().device
         options: dict[str, Any] = {"dtype": self.dtype, "device_map": self.device_map}
         if self.attention:
             options["attn_implementation"] = self.attention
+        device = this_process().device
         if self.quantization:
             options["quantization_config"] = self._quantization_config()
-            # quantized layers cannot be moved in every version of bitsandbytes: load them where they stay
+            # some versions of bitsandbytes cannot move quantized layers
             options["device_map"] = self.device_map or {"": device}
         model = self._load(AutoModelForCausalLM, **options)
-        # what is to be sharded need not fit on one device
+        # a model that will be sharded may be larger than one device
         is_placed = options["device_map"] is not None or getattr(model, "is_quantized", False) or launched_with_fsdp()
         return model if is_placed else model.to(device)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a padding token: the end token, where it has none of its own."""
+        """The tokenizer. If it has no padding token, the end token is used.
+
+        Raises:
+            BaseModelError: the tokenizer does not exist or cannot be loaded.
+        """
         from transformers import AutoTokenizer
 
         tokenizer = self._load(AutoTokenizer)
         if tokenizer.pad_token is None:
-            # what fills the padding is masked and carries no loss, so that any token does
+            # padding is masked and has no loss, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
     def _load(self, auto_class: Any, **options: Any) -> Any:
         if not Path(self.name).is_dir() and not may_be_hub_id(self.name):
             raise BaseModelError(f"no folder {self.name!r}; give a model's folder or a Hub id")
+        options |= {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         try:
-            return auto_class.from_pretrained(
-                self.name, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
-            )
+            return auto_class.from_pretrained(self.name, **options)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise BaseModelError(f"cannot load {self.name!r} as a causal language model: {reason}") from error
 
-    def _quantization_config(self) -> BitsAndBytesConfig:
+    def _quantization_config(self) -> Any:
         import torch
         from transformers import BitsAndBytesConfig
 
         if self.quantization == "8bit":
             return BitsAndBytesConfig(load_in_8bit=True)
-        compute_dtype = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_compute_dtype=torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype),
         )
