@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from fggm_peft import FGGMConfig, estimate
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.per_sample import gram_is_cheaper
-from fggm_peft.memory_probe import step_memory
+from fggm_peft.step_memory import step_memory
 
 GIB = 2**30
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -165,7 +165,9 @@ class Step:
 def fggm_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
     """Rows at the density of this page, AdamW; values in float32."""
     config = FGGMConfig(density=DENSITY)
-    found = estimate(model, config, batch_size=size, sequence_length=length, checkpointing=checkpointing)
+    found = estimate(
+        model, config, batch_size=size, sequence_length=length, checkpointing=checkpointing, make_batch=tokens
+    )
     standing = found.base_bytes + found.value_bytes + found.optimizer_bytes
     gradients = found.peak_bytes - standing - found.activation_bytes
     return Step(

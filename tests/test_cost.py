@@ -23,6 +23,7 @@ from models import (
 from peft import get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import MistralConfig, MistralForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from fggm_peft import CostEstimate, FGGMConfig, ParameterBudget, ScoreMass, TopDensity, estimate, select_parameters
@@ -37,6 +38,12 @@ SMALL = {"batch_size": 2, "sequence_length": 8}
 
 def long_llama(**config):
     return llama(max_position_embeddings=1024, **config)
+
+
+def sliding_window():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MistralForCausalLM(MistralConfig(vocab_size=50, num_hidden_layers=2, sliding_window=16, **sizes))
 
 
 def batch_of(size: int, length: int) -> dict[str, torch.Tensor]:
@@ -126,6 +133,7 @@ def test_every_granularity_and_a_selected_adapter_is_counted(granularity, dtype)
         (t5, "all-linear"),
         (lambda: bert(BERT_HEADS["sequence"]), "all-linear"),
         (lambda: bert(BERT_HEADS["token"]), "all-linear"),
+        (sliding_window, "all-linear"),
     ],
 )
 @pytest.mark.parametrize("size", [(20, 30), (40, 30)], ids=str)
@@ -157,19 +165,13 @@ def test_a_layer_that_sees_samples_and_not_positions_is_counted():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_without_weights_on_the_meta_device_costs_what_the_real_one_does(checkpointing):
-    def unpadded(size, length):  # a mask's values cannot be looked at there
-        tokens = torch.ones(size, length, dtype=torch.int64)
-        return {"input_ids": tokens, "labels": tokens}
-
     with torch.device("meta"):
         base = long_llama()
     before = trace(base)
     size = {"batch_size": 8, "sequence_length": 128, "checkpointing": checkpointing}
-    found = estimate(base, FGGMConfig(density=0.3), **size)
+    on_meta = estimate(base, FGGMConfig(density=0.3), **size)
     assert trace(base) == before
-    # with checkpointing there is no cache, and transformers then makes a mask where it cannot look for packing
-    batches = {} if checkpointing else {"make_batch": unpadded}
-    assert found == estimate(long_llama(), FGGMConfig(density=0.3), **size, **batches)
+    assert on_meta == estimate(long_llama(), FGGMConfig(density=0.3), **size)
 
 
 def test_a_model_of_ones_own_is_counted_with_batches_of_ones_own():

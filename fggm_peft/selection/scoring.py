@@ -19,6 +19,7 @@ from ..tuner.files.task_scores import Kept, kept_of
 from ..tuner.layer import FGGMLayer
 from ..tuner.settings.selection import score_bytes
 from ..tuner.support import Choice, choose_supports, criterion_scores
+from ..tuner.target import Target
 from .agreement import split_half_agreement
 from .data_pass import FisherPass, Totals
 from .protection import Protection
@@ -220,7 +221,7 @@ class Chooser:
         filled = bound + 1
         for name, layer in self.layers.items():
             sources = len(self.reference.live) if self.reference else 0
-            size = running_bytes(layer, self.adapter_name, self.criterion, sources)
+            size = running_bytes(Target(name, layer, self.adapter_name), self.criterion, sources)
             if size > bound:
                 raise ValueError(
                     f"score_memory={score_memory!r} is too small: the scores of {name} alone take {size} bytes"
@@ -257,12 +258,11 @@ def costs(layers: Mapping[str, FGGMLayer], adapter_name: str) -> dict[str, int]:
     }
 
 
-def running_bytes(layer: FGGMLayer, adapter_name: str, criterion: Criterion, sources: int) -> int:
-    """What running sums of one module take: two halves of float32, of the task and of each reference that is read.
+def running_bytes(target: Target, criterion: Criterion, sources: int) -> int:
+    """Bytes of the running sums of one module: two halves in float32, of the task and of each reference.
 
     Args:
-        sources: how many references are read from data, and not from saved scores.
+        sources: number of references that are read from data and not from saved scores.
     """
-    granularity, shape = layer.granularity[adapter_name], layer.weight_shape
     names = [*criterion.task, *criterion.reference * sources]
-    return 2 * 4 * sum(STATISTICS[name].size(granularity, shape) for name in names)
+    return 2 * 4 * sum(STATISTICS[name].size(target.granularity, target.shape) for name in names)
