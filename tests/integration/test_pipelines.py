@@ -1,4 +1,4 @@
-"""Ways in which people load, train, publish and use models: each works as it does without FGGM."""
+"""Common ways to load, train, publish and use models work with FGGM."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OFFLOADED = {
 
 @pytest.fixture
 def offloaded(tmp_path):
-    """Loads the small Llama with its second block on disk."""
+    """Loads the small Llama, with its second block offloaded to disk."""
     llama().save_pretrained(tmp_path / "base")
 
     def load() -> nn.Module:
@@ -56,7 +56,7 @@ def offloaded(tmp_path):
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
-def test_a_base_offloaded_to_disk_selects_trains_saves_and_loads_as_it_does_in_memory(criterion, offloaded, tmp_path):
+def test_a_base_offloaded_to_disk_gives_the_results_of_a_base_in_memory(criterion, offloaded, tmp_path):
     granularity = (CRITERIA[criterion].granularities or ("row",))[0]
     models = [adapted(base, granularity, criterion=criterion) for base in (llama(), offloaded())]
     reference = BATCHES[:1] if CRITERIA[criterion].reference else None
@@ -76,13 +76,13 @@ def test_a_base_offloaded_to_disk_selects_trains_saves_and_loads_as_it_does_in_m
     assert torch.equal(logits(on_disk, BATCHES[0]), trained)
 
 
-def test_peft_cannot_load_onto_a_base_on_disk_and_the_error_says_what_can(offloaded, tmp_path):
+def test_loading_onto_an_offloaded_base_raises_an_error_with_the_alternative(offloaded, tmp_path):
     adapted(llama(), criterion="random").save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"get_peft_model\(base, FGGMConfig.from_pretrained\(adapter\)\)"):
         PeftModel.from_pretrained(offloaded(), tmp_path / "adapter")
 
 
-def test_a_delta_merges_into_a_base_on_disk_and_comes_out_again(offloaded):
+def test_a_delta_merges_into_an_offloaded_base_and_unmerges_exactly(offloaded):
     model = adapted(offloaded(), criterion="random", init_weights=False)
     trained = logits(model, BATCHES[0])
     model.merge_adapter(safe_merge=True)
@@ -93,7 +93,7 @@ def test_a_delta_merges_into_a_base_on_disk_and_comes_out_again(offloaded):
     torch.testing.assert_close(logits(merged, BATCHES[0]), trained)
 
 
-def test_an_offloaded_layer_of_any_type_gives_the_same_output_and_gradient(example, adapt, granularity):
+def test_offloaded_layers_of_every_type_give_the_same_output_and_gradient(example, adapt, granularity):
     base, x = example.layer(), example.x()
     offloaded = add_hook_to_module(copy.deepcopy(base), AlignDevicesHook("cpu", offload=True))
     outputs, gradients = [], []
@@ -114,14 +114,14 @@ def test_an_offloaded_layer_of_any_type_gives_the_same_output_and_gradient(examp
 
 @pytest.fixture
 def eager(tmp_path):
-    """A trainer that has trained without whatever a test adds."""
+    """A trainer that has trained with default settings, as the reference."""
     trainer = make_trainer(adapted(llama()), tmp_path / "eager")
     trainer.train()
     return trainer
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_layers_train_as_they_do_eagerly(backend, granularity, adapt):
+def test_compiled_layers_train_like_eager_layers(backend, granularity, adapt):
     torch._dynamo.reset()
     torch.manual_seed(0)
     x, losses = torch.randn(5, 9, 7), []
@@ -140,8 +140,8 @@ def test_compiled_layers_train_as_they_do_eagerly(backend, granularity, adapt):
     assert losses[4:] == pytest.approx(losses[:4], rel=1e-4) and losses[3] < losses[0]
 
 
-def test_what_is_compiled_is_not_compiled_for_the_selection(granularity):
-    """Eight layers are dynamo's limit of one function; each would be compiled anew for its hooks."""
+def test_the_selection_runs_compiled_models_eagerly(granularity):
+    """The selection's hooks would recompile every layer, and dynamo compiles one function at most eight times."""
     base, batches = llama(layers=2), token_batches()
     uncompiled = select_parameters(adapted(llama(layers=2), granularity), batches, progress=False)
     torch._dynamo.reset()
@@ -151,7 +151,7 @@ def test_what_is_compiled_is_not_compiled_for_the_selection(granularity):
     report = select_parameters(model, batches, progress=False)
     assert not torch._dynamo.utils.counters["stats"]
     assert report.parameters == uncompiled.parameters
-    if granularity != "element":  # which are several graphs a layer
+    if granularity != "element":  # elements compile into several graphs for each layer
         model(**batches[0]).loss.backward()
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert not torch._dynamo.utils.counters["graph_break"]
@@ -180,7 +180,7 @@ def test_the_trainer_selects_before_it_compiles(tmp_path, eager, monkeypatch):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_neither_support_nor_losses(use_reentrant, tmp_path, eager):
-    model = adapted(llama().eval())  # as from_pretrained leaves it
+    model = adapted(llama().eval())  # from_pretrained returns a model in eval mode
     layer, calls = model.base_model.model.model.layers[0].mlp.up_proj, []
     layer.register_forward_hook(lambda *_: calls.append(layer.selected["default"]))
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_changes_neither_support_nor_losses(use_reentrant
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bf16_training_selects_in_bf16_and_keeps_its_values_in_float32(dtype, tmp_path, monkeypatch):
+def test_bf16_training_selects_in_bf16_and_keeps_values_in_float32(dtype, tmp_path, monkeypatch):
     model = adapted(llama(dtype))
     precisions, selecting = set(), []
     layer = model.base_model.model.model.layers[0].mlp.up_proj
@@ -220,7 +220,7 @@ def test_bf16_training_selects_in_bf16_and_keeps_its_values_in_float32(dtype, tm
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The Hub as a folder: what is uploaded is copied there."""
+    """A folder that replaces the Hub; uploads are copied to it."""
     folder = tmp_path / "hub"
 
     def upload_folder(self, *, folder_path, ignore_patterns=(), **_):
@@ -234,7 +234,7 @@ def hub(tmp_path, monkeypatch):
     return folder
 
 
-def test_pushing_to_the_hub_uploads_an_adapter_that_loads_again(hub, tmp_path):
+def test_push_to_hub_uploads_a_loadable_adapter(hub, tmp_path):
     settings = {"push_to_hub": True, "hub_model_id": "delta", "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(adapted(llama()), tmp_path / "out", **settings)
     trainer.train()
@@ -249,11 +249,11 @@ def test_pushing_to_the_hub_uploads_an_adapter_that_loads_again(hub, tmp_path):
     assert torch.equal(logits(fresh, BATCHES[0]), logits(trainer.model, BATCHES[0]))
 
 
-# The best checkpoint ----------------------------------------------------------------------------
+# Evaluation during training ---------------------------------------------------------------------
 
 
 def overfitting(folder: Path, **settings) -> Trainer:
-    """A trainer whose evaluation loss gets worse after a few steps."""
+    """A trainer whose evaluation loss increases after a few steps."""
     return make_trainer(
         adapted(llama()),
         folder,
@@ -270,12 +270,12 @@ def overfitting(folder: Path, **settings) -> Trainer:
     )
 
 
-def test_the_best_delta_is_loaded_at_the_end(tmp_path):
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     trainer = overfitting(tmp_path)
     trainer.train()
-    found = evaluation_losses(trainer)
-    best = found.index(min(found)) + 1
-    assert best < 8, found
+    eval_losses = evaluation_losses(trainer)
+    best = eval_losses.index(min(eval_losses)) + 1
+    assert best < 8, eval_losses
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
     layers = fggm_layers(trainer.model, "default")
@@ -283,15 +283,15 @@ def test_the_best_delta_is_loaded_at_the_end(tmp_path):
     for name, layer in layers.items():
         assert torch.equal(layer.fggm_values["default"], saved[f"base_model.model.{name}.fggm_values"])
         assert torch.equal(layer.fggm_indices["default"], saved[f"base_model.model.{name}.fggm_indices"])
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(eval_losses), rel=1e-6)
 
 
-def test_early_stopping_stops_when_the_evaluation_loss_gets_worse(tmp_path):
+def test_early_stopping_stops_when_the_evaluation_loss_increases(tmp_path):
     trainer = overfitting(tmp_path, callbacks=[EarlyStoppingCallback(early_stopping_patience=1)])
     trainer.train()
-    found = evaluation_losses(trainer)
-    assert trainer.state.global_step == len(found) < 8
-    assert found[-1] > min(found)
+    eval_losses = evaluation_losses(trainer)
+    assert trainer.state.global_step == len(eval_losses) < 8
+    assert eval_losses[-1] > min(eval_losses)
 
 
 # Generation -------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_generation_gives_the_tokens_of_the_merged_model(cache, granularity):
     assert not torch.equal(tokens, base.generate(**prompt, **options))
 
 
-def test_the_text_generation_pipeline_takes_an_adapted_model():
+def test_the_text_generation_pipeline_accepts_an_adapted_model():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -330,7 +330,7 @@ def test_the_text_generation_pipeline_takes_an_adapted_model():
 # Trainers ---------------------------------------------------------------------------------------
 
 
-def test_the_callback_does_for_a_plain_trainer_what_the_mixin_does(tmp_path, eager):
+def test_the_callback_and_the_mixin_give_the_same_result(tmp_path, eager):
     callback = FGGMCallback()
     trainer = make_trainer(adapted(llama()), tmp_path, Trainer, callbacks=[callback])
     trainer.train()
@@ -352,7 +352,7 @@ def test_the_callback_refuses_several_processes(tmp_path):
 
 
 @pytest.mark.parametrize("trainer_class", [FGGMTrainer, Trainer])
-def test_an_optimizer_made_before_the_selection_trains_what_was_selected(trainer_class, tmp_path, eager):
+def test_an_optimizer_created_before_the_selection_trains_the_selected_values(trainer_class, tmp_path, eager):
     model = adapted(llama())
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=eager.args.weight_decay
@@ -364,9 +364,9 @@ def test_an_optimizer_made_before_the_selection_trains_what_was_selected(trainer
     assert losses(trainer) == pytest.approx(losses(eager), rel=1e-5)
 
 
-def test_model_init_makes_a_model_that_is_selected_and_trained(tmp_path, eager):
+def test_a_model_from_model_init_is_selected_and_trained(tmp_path, eager):
     def fresh():
-        with torch.random.fork_rng():  # the order of the data is drawn after it
+        with torch.random.fork_rng():  # the trainer draws the order of the data afterwards
             return adapted(llama())
 
     trainer = make_trainer(None, tmp_path, model_init=fresh)
@@ -376,7 +376,7 @@ def test_model_init_makes_a_model_that_is_selected_and_trained(tmp_path, eager):
     assert_same_delta(trainer.model, eager.model)
 
 
-def test_a_dataset_without_labels_is_an_error_that_says_so(tmp_path):
+def test_a_dataset_without_labels_raises_an_error(tmp_path):
     model = adapted(llama())
     rows = [{"input_ids": row["input_ids"]} for row in examples()]
     with pytest.raises(ValueError, match="labels"):
@@ -385,7 +385,7 @@ def test_a_dataset_without_labels_is_an_error_that_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("build", [llama, lambda: get_lora(llama())], ids=["no adapter", "LoRA"])
-def test_a_model_without_an_fggm_adapter_is_an_error_that_names_get_peft_model(build, tmp_path):
+def test_a_model_without_an_fggm_adapter_raises_an_error_that_names_get_peft_model(build, tmp_path):
     with pytest.raises(ValueError, match=r"no active FGGM adapter.*get_peft_model"):
         make_trainer(build(), tmp_path).train()
 
@@ -396,7 +396,7 @@ def get_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
 
 
-def test_select_parameters_before_the_trainer_is_the_same_as_within(tmp_path, eager):
+def test_selecting_before_training_equals_selecting_in_the_trainer(tmp_path, eager):
     model = adapted(llama())
     select_parameters(model, DataLoader(examples(), batch_size=4, collate_fn=default_data_collator), progress=False)
     trainer = make_trainer(model, tmp_path)

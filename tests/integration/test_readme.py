@@ -1,4 +1,4 @@
-"""The snippets of the README and the docs run, on a small model."""
+"""The snippets of the README and the docs run on a small model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ROOT = Path(__file__).parents[2]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
+def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of that name goes before the Hub
+    folder = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a local folder of that name overrides the Hub
     byte_tokenizer().save_pretrained(folder)
     text_model().save_pretrained(folder)
     samples = [{key: value[0] for key, value in batch.items()} for batch in token_batches(sizes=(1,)) * 40]
@@ -63,7 +63,7 @@ def test_the_snippets_on_training_run(tmp_path):
     assert names["trainer"].selection_report.samples == 16
     pytest.importorskip("torchao")
     names["model"] = text_model()
-    with torch.compiler.set_stance("force_eager"):  # torchao compiles for every shape otherwise
+    with torch.compiler.set_stance("force_eager"):  # otherwise torchao compiles for every shape
         narrow = narrow.replace('output_dir="run"', f"output_dir={str(tmp_path)!r}, use_cpu=True")
         exec(compile(narrow, "training.md", "exec"), names)
     assert {p.dtype for p in names["model"].parameters() if p.requires_grad} == {torch.bfloat16}
@@ -128,7 +128,7 @@ def test_the_snippets_on_compatibility_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["row", "column", "element"])
-def test_a_reader_written_after_the_page_on_the_format_reads_what_is_saved(granularity, tmp_path, monkeypatch, capsys):
+def test_the_reader_on_the_format_page_reads_saved_adapters(granularity, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = adapted(text_model(), granularity, criterion="random", density=0.1)
     for parameter in model.parameters():
@@ -151,7 +151,7 @@ def test_a_reader_written_after_the_page_on_the_format_reads_what_is_saved(granu
     )
 
 
-def test_the_stream_in_the_docs_is_read(tmp_path):
+def test_the_stream_files_in_the_docs_are_valid(tmp_path):
     stream = re.search(r"```yaml\n(model:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
     (tmp_path / "stream.yaml").write_text(stream)
     task = tmp_path / "data" / "intent"
@@ -159,9 +159,9 @@ def test_the_stream_in_the_docs_is_read(tmp_path):
     for split in ("train", "eval", "test"):
         (task / f"{split}.json").write_text('[{"prompt": "a", "answer": "b"}]')
     (tmp_path / "data" / "general.txt").write_text("a text")
-    found = read_stream(tmp_path / "stream.yaml")
-    assert [method.label for method in found.methods] == ["fggm", "sft", "fggm-5%"]
-    assert len(found.task_orders()) == 3
+    sequence = read_stream(tmp_path / "stream.yaml")
+    assert [method.label for method in sequence.methods] == ["fggm", "sft", "fggm-5%"]
+    assert len(sequence.task_orders()) == 3
 
     general = re.search(r"```yaml\n(general:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
     (tmp_path / "stream.yaml").write_text(stream.partition("general:")[0] + general)
@@ -170,7 +170,7 @@ def test_the_stream_in_the_docs_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_links_and_files_that_a_page_names_exist(page):
+def test_the_targets_of_local_links_exist(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""The formulas of docs/scaling.md against what small models allocate and compute."""
+"""The formulas of docs/scaling.md agree with the memory and operations of small models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_of(hidden: int, layers: int, dtype: torch.dtype = torch.float32, check
 
 
 def step_peak(model, size: int, length: int) -> float:
-    """MiB that the second step allocates, measured."""
+    """Measured peak memory of the second step, in MiB."""
     step = Step(model, common.batches(1, size, length, 512)[0])
     step()
     return common.peak_mib(step)
@@ -48,23 +48,23 @@ def unpadded(size: int, length: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("case", SIZES, ids=str)
-def test_the_selection_pass_allocates_what_the_dry_run_says(case, checkpointing, granularity):
+def test_the_selection_pass_allocates_what_the_dry_run_predicts(case, checkpointing, granularity):
     hidden, layers, size, length = case
     config = FGGMConfig(granularity=granularity, density=0.1, num_samples=size)
     arguments = {"batch_size": size, "sequence_length": length, "checkpointing": checkpointing}
-    found = estimate(model_of(hidden, layers), config, **arguments)
+    estimated = estimate(model_of(hidden, layers), config, **arguments)
     model = get_peft_model(model_of(hidden, layers, checkpointing=checkpointing), config)
     data = common.batches(1, size, length, 512)
     peak = common.peak_mib(lambda: select_parameters(model, data, progress=False))
-    measured = found.base_bytes + peak * MIB
-    assert measured <= 1.1 * found.selection_bytes
-    if granularity != "row" or checkpointing:  # rows keep less than the inputs that are counted
-        assert found.selection_bytes == pytest.approx(measured, rel=0.1)
-    assert found.score_bytes == scaling.score_bytes(model_of(hidden, layers), granularity)
+    measured = estimated.base_bytes + peak * MIB
+    assert measured <= 1.1 * estimated.selection_bytes
+    if granularity != "row" or checkpointing:  # rows allocate less than the inputs that the estimate counts
+        assert estimated.selection_bytes == pytest.approx(measured, rel=0.1)
+    assert estimated.score_bytes == scaling.score_bytes(model_of(hidden, layers), granularity)
 
 
 @pytest.mark.parametrize("case", SIZES, ids=str)
-def test_lora_and_full_fine_tuning_allocate_what_is_counted(case):
+def test_lora_and_full_fine_tuning_allocate_what_the_formulas_predict(case):
     hidden, layers, size, length = case
     config = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")
     lora = get_peft_model(model_of(hidden, layers), config)
@@ -79,13 +79,13 @@ def test_lora_and_full_fine_tuning_allocate_what_is_counted(case):
 
 @pytest.mark.parametrize("kind", ["nf4 double", "int8"])
 @pytest.mark.parametrize("case", SIZES[:2], ids=str)
-def test_a_quantized_base_takes_its_own_bytes_and_a_dense_models_activations(case, kind):
+def test_a_quantized_base_has_its_own_size_and_a_dense_models_activations(case, kind):
     hidden, layers, size, length = case
     config = FGGMConfig(density=0.1, criterion="random")
     precision = {"nf4 double": "4-bit", "int8": "8-bit"}[kind]
     base = quantized(model_of(hidden, layers), kind)
-    found = estimate(base, config, batch_size=size, sequence_length=length)
-    assert scaling.base_bytes(model_of(hidden, layers), precision) == pytest.approx(found.base_bytes, rel=0.02)
+    estimated = estimate(base, config, batch_size=size, sequence_length=length)
+    assert scaling.base_bytes(model_of(hidden, layers), precision) == pytest.approx(estimated.base_bytes, rel=0.02)
     dense = estimate(model_of(hidden, layers), config, batch_size=size, sequence_length=length)
     peak = step_peak(get_peft_model(base, config), size, length) * MIB
     assert dense.activation_bytes == pytest.approx(peak, rel=0.1)
@@ -98,22 +98,22 @@ def test_the_largest_batch_fits_and_one_more_does_not(checkpointing):
     def peak(size: int) -> int:
         return scaling.fggm_step(scaling.on_paper(config), size, 512, checkpointing).beside_the_base
 
-    known = {size: peak(size) for size in scaling.SIZES}
-    for wanted in (1, 2, 9, 40):
-        assert scaling.largest_batch(peak(wanted) + 1, known) == wanted
-    assert scaling.largest_batch(peak(1) - 1, known) == 0
+    peaks = {size: peak(size) for size in scaling.SIZES}
+    for size in (1, 2, 9, 40):
+        assert scaling.largest_batch(peak(size) + 1, peaks) == size
+    assert scaling.largest_batch(peak(1) - 1, peaks) == 0
 
 
-def test_the_peak_may_move_from_one_moment_to_another_as_batches_grow():
-    """Gradients at the end of backward are the same for every batch; what a batch saves is not."""
+def test_the_peak_may_occur_at_another_moment_for_larger_batches():
+    """Gradients at the end of backward have a fixed size; saved activations grow with the batch size."""
     moments = [lambda b: 100 + b, lambda b: 10 + 5 * b]
-    known = {size: max(moment(size) for moment in moments) for size in (2, 3, 64, 65)}
-    for room in range(101, 400):
-        exact = max(b for b in range(100) if max(moment(b) for moment in moments) <= room)
-        assert scaling.largest_batch(room, known) == exact
+    peaks = {size: max(moment(size) for moment in moments) for size in (2, 3, 64, 65)}
+    for memory in range(101, 400):
+        exact = max(b for b in range(100) if max(moment(b) for moment in moments) <= memory)
+        assert scaling.largest_batch(memory, peaks) == exact
 
 
-def test_lora_on_paper_is_lora():
+def test_lora_on_the_meta_device_has_the_size_of_real_lora():
     model = scaling.on_paper(llama(hidden_size=128).config)
     step = scaling.lora_step(model, 20_000, 2, 16, False)
     real = llama(torch.bfloat16, hidden_size=128)
@@ -133,7 +133,7 @@ def operations(call) -> int:
 
 @pytest.fixture
 def frozen() -> int:
-    """Of a forward and backward with everything frozen; head and attention are small here."""
+    """Operations of forward and backward with all weights frozen; head and attention are small here."""
     model = small()
     return operations(Step(model, common.batches(1, 2, 32, 64)[0]))
 
@@ -144,7 +144,7 @@ def small():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["FGGM", "LoRA", "full"])
-def test_a_step_takes_so_many_operations(method, checkpointing, frozen):
+def test_a_training_step_takes_the_predicted_operations(method, checkpointing, frozen):
     density, model = 0.1, small()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -162,7 +162,7 @@ def test_a_step_takes_so_many_operations(method, checkpointing, frozen):
 
 
 @pytest.mark.parametrize("length", [32, 128, 256])
-def test_a_selection_pass_takes_so_many_operations(length):
+def test_a_selection_pass_takes_the_predicted_operations(length):
     batch = common.batches(1, 2, length, 64)
     floor = operations(Step(small(), batch[0]))
     model = get_peft_model(small(), FGGMConfig(num_samples=2))
@@ -173,7 +173,7 @@ def test_a_selection_pass_takes_so_many_operations(length):
 # The page -----------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_the_page_are_those_of_the_result_file():
+def test_the_tables_of_the_page_match_the_stored_results():
     results = json.loads((scaling.RESULTS / "scaling.json").read_text())["results"]
     page = scaling.PAGE.read_text()
     assert all(f"<!-- table: {name} -->" in page for name in scaling.TABLES)

@@ -1,4 +1,4 @@
-"""FSDP2 over two processes: what is trained, saved, resumed and selected there is what one process would."""
+"""FSDP2 on two processes selects, trains, saves and resumes like one process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def built(selected: bool = True, quantization: str | None = None, **config) -> n
     base = llama() if quantization is None else quantized(llama(), quantization)
     model = adapted(base, **config)
     if selected:
-        select_parameters(model, token_batches(), progress=False)  # ranks with the same data double every score
+        select_parameters(
+            model, token_batches(), progress=False
+        )  # both ranks use the same data, which doubles every score
     return model
 
 
@@ -48,7 +50,7 @@ def sharded(model: nn.Module, **options) -> nn.Module:
 
 
 def whole_batch(seed: int = 0) -> dict[str, Tensor]:
-    """No padding and equally many labels a sample, so that the mean over ranks is the mean over the batch."""
+    """Samples with equally many labels and no padding, so that the mean over ranks equals the mean over the batch."""
     ids = torch.randint(1, 50, (4, 8), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
@@ -58,7 +60,7 @@ def share(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable values, gathered."""
+    """Parameter name -> trainable values, gathered from all ranks."""
     named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named if p.requires_grad}
 
@@ -106,7 +108,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_sharded_model_trains_as_one_process_and_rank_zero_saves(case, processes, tmp_path):
+def test_a_sharded_model_trains_like_one_process_and_rank_zero_saves(case, processes, tmp_path):
     if "bit" in case or "quantized" in case:
         pytest.importorskip("bitsandbytes")
     processes(train_and_save, str(tmp_path), CASES[case])
@@ -119,7 +121,9 @@ def test_a_sharded_model_trains_as_one_process_and_rank_zero_saves(case, process
 
 def select_sharded(folder: str, config: dict) -> dict[str, Tensor]:
     model = sharded(built(selected=False, **config), mp_policy=MixedPrecisionPolicy())
-    batches = token_batches(sizes=(2, 2, 2))[rank() :: 2]  # rank 1 has no second batch, and goes along
+    batches = token_batches(sizes=(2, 2, 2))[
+        rank() :: 2
+    ]  # rank 1 has no second batch, but takes part in the collectives
     report = select_parameters(model, batches, num_samples=None, progress=False)
     assert report.samples == 6
     if rank() == 0:
@@ -130,12 +134,12 @@ def select_sharded(folder: str, config: dict) -> dict[str, Tensor]:
     except RuntimeError as error:
         assert "Save it, load it" in str(error)
     else:
-        raise AssertionError("training values that FSDP does not know must be an error")
+        raise AssertionError("training values that FSDP does not manage must raise an error")
     return {name: layer.fggm_indices["default"] for name, layer in fggm_layers(model, "default").items()}
 
 
 @pytest.mark.parametrize("config", [{}, {"granularity": "element", "density": 0.1}], ids=["rows", "elements"])
-def test_a_sharded_base_selects_what_a_whole_one_does_and_saves_zeros(config, processes, tmp_path):
+def test_a_sharded_base_selects_the_support_of_a_whole_base_and_saves_zeros(config, processes, tmp_path):
     whole = built(selected=False, **config)
     select_parameters(whole, token_batches(sizes=(2, 2, 2)), num_samples=None, progress=False)
     for chosen in processes(select_sharded, str(tmp_path), config):
@@ -151,13 +155,13 @@ def adapt_sharded_base() -> None:
     adapted(base, criterion="random")
 
 
-def test_an_adapter_on_a_base_that_is_sharded_already_is_an_error(processes):
+def test_adding_an_adapter_to_a_sharded_base_raises_an_error(processes):
     for failure in processes.outcomes(adapt_sharded_base):
         assert failure.type == "ValueError" and "is sharded already" in failure.message
 
 
 def use_fsdp_on_cpus() -> None:
-    """accelerate (1.15) takes no notice of FSDP among processes on CPUs; let it take them for GPUs."""
+    """Make accelerate treat CPU processes as GPUs; accelerate 1.15 ignores FSDP on CPUs."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -202,7 +206,7 @@ def test_the_trainer_selects_shards_trains_saves_and_resumes(case, processes, tm
     folder = str(tmp_path / "two")
     (values, sharded_losses, selected), _ = processes(run_trainer, folder, fsdp, options)
     assert selected
-    assert_close(values, expected, tolerance=1e-4)  # AdamW divides rounding by the size of tiny gradients
+    assert_close(values, expected, tolerance=1e-4)  # AdamW divides rounding errors by tiny gradients
     assert sharded_losses == pytest.approx(losses, rel=1e-4)
     loaded = PeftModel.from_pretrained(llama(), folder + "/final", is_trainable=True)
     assert_close(trained(loaded), values, tolerance=0)
@@ -229,7 +233,7 @@ def call_fggm(arguments: list[str]) -> None:
         del os.environ["ACCELERATE_USE_FSDP"]
 
 
-def test_fggm_select_on_a_sharded_base_writes_what_training_loads(processes, tmp_path):
+def test_fggm_select_on_a_sharded_base_writes_the_adapter_of_a_whole_base(processes, tmp_path):
     base, data, adapter = tmp_path / "base", tmp_path / "data.json", tmp_path / "adapter"
     byte_tokenizer().save_pretrained(base)
     text_model().save_pretrained(base)
@@ -245,7 +249,7 @@ def test_fggm_select_on_a_sharded_base_writes_what_training_loads(processes, tmp
     assert not any(values.any() for values in trained(loaded).values())
 
 
-def test_what_fsdp_cannot_do_is_an_error_that_says_what_to_set(processes, tmp_path):
+def test_unsupported_fsdp_settings_raise_an_error_with_the_remedy(processes, tmp_path):
     sharded_state = {"state_dict_type": "SHARDED_STATE_DICT"}
     processes(run_trainer, str(tmp_path), sharded_state, {})
     for failure in processes.outcomes(run_trainer, str(tmp_path), sharded_state, {}, True):

@@ -1,4 +1,4 @@
-"""A training step allocates no more than LoRA's with as many trainable values, on dense and on 4-bit bases."""
+"""A training step allocates no more than a LoRA step with equally many trainable values, on dense and 4-bit bases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN, LAYERS, VOCABULARY = 256, 2, 512
 
 
 def peaks(kind: str, density: float, size: int, length: int, checkpointing: bool = False) -> tuple[float, float]:
-    """MiB that a step of rows and one of LoRA (QLoRA, on a 4-bit base) allocate at their peak."""
+    """Peak memory, in MiB, of a step with FGGM rows and of a step with LoRA (QLoRA on a 4-bit base)."""
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
 
     base = common.llama(HIDDEN, LAYERS, dtype, VOCABULARY).requires_grad_(False)
@@ -26,14 +26,14 @@ def peaks(kind: str, density: float, size: int, length: int, checkpointing: bool
     values = round(density * targeted_values(base))
     rows, lora = (METHODS[name](base, values) for name in ("FGGM rows", "LoRA"))
     assert trainable(rows) == pytest.approx(trainable(lora), rel=0.08)
-    found = []
+    result = []
     for model in (rows, lora):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         step = Step(model, common.batches(1, size, length, VOCABULARY)[0])
-        step()  # the optimizer's states are made by the first
-        found.append(common.peak_mib(step))
-    return found[0], found[1]
+        step()  # the first step allocates the optimizer's state
+        result.append(common.peak_mib(step))
+    return result[0], result[1]
 
 
 @pytest.mark.parametrize(("density", "checkpointing"), [(0.3, False), (0.05, False), (0.05, True)])
@@ -44,7 +44,7 @@ def test_a_step_on_rows_takes_no_more_memory_than_lora(kind, density, checkpoint
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
-def test_nor_with_few_positions(kind):
-    """A dense weight is not copied then; of a 4-bit one there is the dequantized weight, as in QLoRA."""
+def test_a_step_with_few_positions_takes_no_more_memory_than_lora(kind):
+    """With few positions, a dense weight is not copied; a 4-bit weight is dequantized, as in QLoRA."""
     rows, lora = peaks(kind, 0.05, 1, 24)
     assert rows <= 1.05 * lora

@@ -1,4 +1,4 @@
-"""transformers' own methods for adapters, on a model that PEFT has not wrapped."""
+"""The adapter methods of transformers, on a model that PEFT has not wrapped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_same_adapter(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_load_adapter_brings_every_bit(granularity, dtype, tmp_path):
+def test_load_adapter_restores_the_adapter_bit_exactly(granularity, dtype, tmp_path):
     model = trained(granularity, dtype)
     model.save_pretrained(tmp_path)
     plain = llama(dtype)
@@ -62,7 +62,7 @@ def test_load_adapter_brings_every_bit(granularity, dtype, tmp_path):
 
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
-def test_values_keep_the_dtype_that_their_config_names(dtype, trains, tmp_path):
+def test_values_have_the_training_dtype_of_the_config(dtype, trains, tmp_path):
     base = torch.bfloat16 if dtype == "float32" else torch.float32
     model = adapted(llama(base), bias="fggm_only", training_dtype=dtype)
     select_parameters(model, BATCHES, progress=False)
@@ -77,7 +77,7 @@ def test_values_keep_the_dtype_that_their_config_names(dtype, trains, tmp_path):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_trainable_adapter_learns_on_without_selecting(low_cpu_mem_usage, tmp_path):
+def test_a_trainable_adapter_continues_training_without_a_selection(low_cpu_mem_usage, tmp_path):
     trained("row").save_pretrained(tmp_path)
     plain = llama()
     plain.load_adapter(str(tmp_path), is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -86,7 +86,7 @@ def test_a_trainable_adapter_learns_on_without_selecting(low_cpu_mem_usage, tmp_
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModel])
-def test_from_pretrained_takes_an_adapters_folder(auto_class, granularity, tmp_path):
+def test_from_pretrained_accepts_an_adapter_folder(auto_class, granularity, tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = get_peft_model(base, FGGMConfig(granularity=granularity, target_modules=["q_proj", "up_proj"]))
@@ -100,7 +100,7 @@ def test_from_pretrained_takes_an_adapters_folder(auto_class, granularity, tmp_p
         assert torch.equal(logits(loaded, BATCHES[0]), logits(model, BATCHES[0]))
 
 
-def test_add_adapter_is_selected_trained_saved_and_loaded_by_either(tmp_path, granularity):
+def test_an_adapter_of_add_adapter_trains_and_loads_with_peft_and_transformers(tmp_path, granularity):
     plain = llama()
     plain.add_adapter(FGGMConfig(granularity=granularity, density=0.2))
     with pytest.raises(AdapterNotSelectedError):
@@ -117,7 +117,7 @@ def test_add_adapter_is_selected_trained_saved_and_loaded_by_either(tmp_path, gr
     assert plain.active_adapters() == ["default"] and other.active_adapters() == ["task"]
 
 
-def test_several_adapters_stand_side_by_side(tmp_path):
+def test_a_model_can_contain_several_adapters(tmp_path):
     models = {kind: trained(kind) for kind in ("row", "element")}
     plain = llama()
     for kind, model in models.items():
@@ -130,7 +130,7 @@ def test_several_adapters_stand_side_by_side(tmp_path):
     assert plain.active_adapters() == ["row", "element"]
 
 
-def test_a_saved_config_makes_a_new_adapter_that_has_to_be_selected(tmp_path):
+def test_a_new_adapter_from_a_saved_config_requires_a_selection(tmp_path):
     trained("row").save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     config.inference_mode = False
@@ -138,15 +138,15 @@ def test_a_saved_config_makes_a_new_adapter_that_has_to_be_selected(tmp_path):
     model = get_peft_model(llama(), config)
     assert torch.equal(logits(model, BATCHES[0]), logits(llama(), BATCHES[0]))
     twin = copy.deepcopy(model)
-    for each in (model, twin):
+    for unselected in (model, twin):
         with pytest.raises(AdapterNotSelectedError):
-            each.train()(**BATCHES[0])
-        report = select_parameters(each, BATCHES, progress=False)
-        assert report.parameters == sum(p.numel() for p in each.parameters() if p.requires_grad)
-        train(each, BATCHES, steps=1)
+            unselected.train()(**BATCHES[0])
+        report = select_parameters(unselected, BATCHES, progress=False)
+        assert report.parameters == sum(p.numel() for p in unselected.parameters() if p.requires_grad)
+        train(unselected, BATCHES, steps=1)
 
 
-def test_an_adapter_that_was_never_selected_is_saved_without_sizes(tmp_path):
+def test_an_unselected_adapter_is_saved_without_support_sizes(tmp_path):
     get_peft_model(llama(), FGGMConfig()).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["support_sizes"] is None
     plain = llama()
@@ -156,7 +156,7 @@ def test_an_adapter_that_was_never_selected_is_saved_without_sizes(tmp_path):
 
 @pytest.mark.parametrize("change", [lambda t: t + 10_000, lambda t: t - 10_000, lambda t: t.flip(0), torch.zeros_like])
 @pytest.mark.parametrize("kind", ["row", "column"])
-def test_indices_that_do_not_fit_are_refused_by_transformers_loader_too(change, kind, tmp_path):
+def test_transformers_loader_rejects_invalid_indices(change, kind, tmp_path):
     trained(kind).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -167,7 +167,7 @@ def test_indices_that_do_not_fit_are_refused_by_transformers_loader_too(change, 
 
 
 @pytest.mark.parametrize("change", [torch.zeros_like, lambda t: torch.full_like(t, 255)])
-def test_encoded_indices_that_do_not_decode_are_refused_too(change, tmp_path):
+def test_transformers_loader_rejects_invalid_encoded_indices(change, tmp_path):
     trained("element").save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -178,23 +178,23 @@ def test_encoded_indices_that_do_not_decode_are_refused_too(change, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [[10**9], [-1], "x", [1.5], [2, 10**9]])
-def test_shapes_of_no_indices_are_an_error_before_anything_is_allocated(shape):
-    where = "model.layers.0.mlp.up_proj"
+def test_invalid_index_shapes_raise_an_error_before_allocating(shape):
+    path = "model.layers.0.mlp.up_proj"
     config = FGGMConfig(
         granularity="element",
         target_modules=["up_proj"],
     )
-    config.support_sizes = {where: 5}
-    config.index_shapes = {where: {"indices_hi": shape}}
+    config.support_sizes = {path: 5}
+    config.index_shapes = {path: {"indices_hi": shape}}
     with pytest.raises(ValueError, match="does not encode"):
         get_peft_model(llama(), config)
 
 
-def test_another_base_is_refused_by_transformers_loader_too(tmp_path, granularity):
+def test_transformers_loader_rejects_another_base(tmp_path, granularity):
     trained(granularity).save_pretrained(tmp_path)
     other = llama()
     with torch.no_grad():
-        other.model.layers[1].mlp.down_proj.weight *= 1.01  # the last weight of all
+        other.model.layers[1].mlp.down_proj.weight *= 1.01  # the last weight of the model
     with pytest.raises(BaseMismatchError, match=r"layers\.1\.mlp\.down_proj differs"):
         other.load_adapter(str(tmp_path))
     config = PeftConfig.from_pretrained(tmp_path)
@@ -203,7 +203,7 @@ def test_another_base_is_refused_by_transformers_loader_too(tmp_path, granularit
         other.load_adapter(str(tmp_path), peft_config=config, adapter_name="anyway")
 
 
-def test_what_waits_for_a_file_is_copied_saved_and_loaded(tmp_path, granularity):
+def test_an_adapter_waiting_for_its_tensors_can_be_copied_saved_and_loaded(tmp_path, granularity):
     model = trained(granularity)
     model.save_pretrained(tmp_path / "full")
     waiting = copy.deepcopy(get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path / "full")))
@@ -217,7 +217,7 @@ def test_what_waits_for_a_file_is_copied_saved_and_loaded(tmp_path, granularity)
 
 
 @pytest.mark.parametrize("size", [-1, 10**9, 1.5])
-def test_sizes_that_do_not_fit_are_an_error_before_anything_is_allocated(size):
+def test_invalid_support_sizes_raise_an_error_before_allocating(size):
     config = FGGMConfig(target_modules=["up_proj"])
     config.support_sizes = {"model.layers.0.mlp.up_proj": size}
     with pytest.raises(ValueError, match="does not fit the 96 that are there"):

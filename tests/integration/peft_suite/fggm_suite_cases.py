@@ -1,4 +1,4 @@
-"""The cases that PEFT's own tests are run with: the same models and targets for FGGM, LoRA and SHiRA."""
+"""Cases for PEFT's own tests: the same models and targets for FGGM, LoRA and SHiRA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peft import LoraConfig, ShiraConfig
 
 from fggm_peft import FGGMConfig
 
-# (name, PEFT's name of a small model, what to target)
+# (case, PEFT's name of a small model, its targets)
 _TARGETS: list[tuple[str, str, dict[str, Any]]] = [
     ("MLP 1", "MLP", {"target_modules": "lin0"}),
     ("MLP 2", "MLP", {"target_modules": ["lin0"]}),
@@ -36,7 +36,7 @@ TEST_CASES = {
         for name, model, targets in _TARGETS
     ],
     "lora": [(name, model, LoraConfig, targets) for name, model, targets in _TARGETS],
-    # linear layers are all that SHiRA adapts
+    # SHiRA supports only linear layers
     "shira": [(name, model, ShiraConfig, {"r": 1, **targets}) for name, model, targets in _TARGETS if model == "MLP"],
 }
 

@@ -1,10 +1,10 @@
-"""Runs PEFT's own tests, from its source distribution, against a method of ours or theirs.
+"""Runs the tests in PEFT's source distribution with FGGM or one of PEFT's methods.
 
     python tests/integration/peft_suite/run.py fggm [pytest arguments]
     python tests/integration/peft_suite/run.py lora
 
-Downloads the source distribution of the installed PEFT and nothing else. Needs ``diffusers``,
-``parameterized`` and ``scikit-learn``, which PEFT's test modules import. ``benchmarks/peft_suite.py`` runs all suites.
+Downloads only the source distribution of the installed PEFT. Requires ``diffusers``, ``parameterized`` and
+``scikit-learn``, which PEFT's test modules import. ``benchmarks/peft_suite.py`` runs all suites.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Suite:
-    """A part of PEFT's tests, and what is put in the place of what it tests.
+    """A part of PEFT's tests, with the replacements that make it test FGGM.
 
     Args:
         file: PEFT's test module.
-        select: pytest's ``-k``.
-        cases: assignments whose value ``fggm_suite_cases`` gives for each method, and the names there.
-        names: names that ``stand_ins`` replaces when FGGM is tested, and the names there.
-        always: the same for every method, because the original needs a network.
-        strings: parts of strings, such as the prefix of parameters, that change with the names.
-        theirs: which of PEFT's methods the tests are written for.
+        select: argument of pytest's ``-k``.
+        cases: variable of the test module -> variable of ``fggm_suite_cases`` that replaces its value.
+        names: name in the tests -> name in ``stand_ins`` that replaces it when FGGM is tested.
+        always: as ``names``, but for every method, because the original needs a network.
+        strings: substring of string literals -> replacement when FGGM is tested, such as parameter prefixes.
+        theirs: the PEFT method that the tests were written for.
     """
 
     file: str
@@ -52,27 +52,27 @@ SUITES = {
         "TestPeftCustomModel or TestMultipleActiveAdapters",
         cases={name: name for name in ("TEST_CASES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES")},
     ),
-    # DoRA is of LoRA alone, attention that never calls its projection is refused by FGGM, and the timing needs the Hub
+    # excluded: DoRA (LoRA only), attention that does not call its projection (rejected by FGGM), timing (needs the Hub)
     "mixed batches": Suite(
         "test_custom_models.py",
         "TestMixedAdapterBatches and not dora and not mha and not timing and not RoAd and not GLoRA",
         names={"LoraConfig": "config"},
     ),
-    # "svd" and "cat" are ways to store a sum in factors
+    # excluded: "svd" and "cat" store a sum as low-rank factors
     "weighted adapters": Suite(
         "test_custom_models.py",
         "(add_weighted_adapter and not rank_pattern and not svd and not cat) or "
         "(TestPeftCustomModel and modules_to_save_merging_adapters and not seq_cls)",
         names={"LoraConfig": "config", "lora.LoraLayer": "FGGMLayer"},
     ),
-    # the others look at LoRA's ranks and scalings, which a support has none of
+    # excluded: tests of LoRA's ranks and scalings
     "hotswap": Suite(
         "test_initialization.py",
         "test_hotswap_works and not groups or different_peft_types or target_adapter_merged or other_adapter_merged",
         names={"LoraConfig": "config", "hotswap_adapter": "hotswap_adapter"},
         strings={"found: LORA": "found: FGGM"},
     ),
-    # what is left out tests other methods; the compilation is of PEFT's own function
+    # excluded: tests of other methods, and the compilation of PEFT's own function
     "conversion to LoRA": Suite(
         "test_lora_conversion.py",
         "TestLoraConversion and not no_peft_layer and not prompt_learning and not no_support and not trainable_bias "
@@ -82,7 +82,7 @@ SUITES = {
         strings={".lokr": ".fggm"},
         theirs="lokr",
     ),
-    # bitsandbytes and torchao; GPTQ's models are on the Hub and need a GPU
+    # bitsandbytes and torchao; GPTQ needs models from the Hub and a GPU
     "quantization": Suite(
         "test_quantization.py",
         "TestQuantization",
@@ -92,18 +92,18 @@ SUITES = {
     ),
 }
 _LOADERS = ("Bnb", "TorchAo")
-"""How the classes begin that load the models of PEFT's tests of quantization."""
+"""Prefixes of the classes that load models in PEFT's quantization tests."""
 CONFTEST = """
 import os
 import torch
 
 def pytest_runtest_setup(item):
-    torch.manual_seed(0)  # adapters of tests that leave the seed alone are the same in every run
+    torch.manual_seed(0)  # tests that set no seed get the same adapters in every run
 
 def pytest_collection_modifyitems(config, items):
     if os.environ["PEFT_SUITE"] != "custom models":
         return
-    # only what is parametrised with the method under trial; the rest of the file tests LoRA and others
+    # run only tests that are parametrized with the method; the rest of the file tests LoRA and other methods
     ours = [i for i in items if "config_cls" in getattr(getattr(i, "callspec", None), "params", {})]
     config.hook.pytest_deselected(items=[i for i in items if i not in ours])
     items[:] = ours
@@ -128,7 +128,7 @@ def fetch_tests() -> Path:
 
 
 class StandIns(ast.NodeTransformer):
-    """Puts other names and strings in the place of those in a test."""
+    """Replaces names and string literals in a test."""
 
     def __init__(self, names: Mapping[str, str], strings: Mapping[str, str]):
         self.names, self.strings = names, strings
@@ -153,13 +153,13 @@ class StandIns(ast.NodeTransformer):
 
 
 def write_suite(tests: Path, method: str, suite: Suite) -> Path:
-    """PEFT's test module with our cases and names in the place of its own."""
+    """Write PEFT's test module with the suite's replacements; returns its path."""
     tree = ast.parse((tests / suite.file).read_text())
     replaced = 0
     for node in tree.body:
         name = getattr(node.targets[0], "id", None) if isinstance(node, ast.Assign) else None
         if name == "TEST_CASES" and name not in suite.cases:
-            node.value = ast.List([], ast.Load())  # thousands of tests, which need not be collected
+            node.value = ast.List([], ast.Load())  # skip collecting thousands of tests
         if name in suite.cases:
             node.value = ast.parse(f"__import__('fggm_suite_cases').{suite.cases[name]}[{method!r}]", mode="eval").body
             replaced += 1
@@ -179,16 +179,18 @@ def write_suite(tests: Path, method: str, suite: Suite) -> Path:
     path = tests / f"test_suite_of_{method}.py"
     path.write_text(ast.unparse(ast.fix_missing_locations(tree)))
     (tests / "conftest.py").write_text(CONFTEST)
-    (tests / "__init__.py").touch()  # the source distribution leaves it out
+    (tests / "__init__.py").touch()  # missing in the source distribution
     return path
 
 
 def run(method: str, *arguments: str, suite: str = "custom models", granularity: str = "row"):
-    """Run a suite in a process of its own; its last line holds the counts."""
+    """Run a suite in a separate process; the last line of its output contains the counts."""
     tests = fetch_tests()
     path = write_suite(tests, method, SUITES[suite])
-    places = os.pathsep.join([str(tests.parent), str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+    python_path = os.pathsep.join(
+        [str(tests.parent), str(HERE), str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")]
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
     environment |= {"PEFT_SUITE": suite, "FGGM_GRANULARITY": granularity}
     command = [sys.executable, "-m", "pytest", str(path), "-q", "--tb=line", "-W", "ignore", "-p", "no:cacheprovider"]
     command += ["-k", SUITES[suite].select, "--rootdir", str(tests.parent), *arguments]

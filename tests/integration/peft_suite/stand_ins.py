@@ -1,4 +1,4 @@
-"""What takes the place of names in PEFT's tests, so that a test written for LoRA or LoKr tests FGGM."""
+"""Replacements for names in PEFT's tests, so that tests written for LoRA or LoKr test FGGM."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from fggm_peft import FGGMConfig, FGGMLayer, hotswap_adapter
 
-_KEPT = ("target_modules", "modules_to_save", "task_type", "bias")
+_COPIED = ("target_modules", "modules_to_save", "task_type", "bias")
 _ONLY = {"lora_only": "fggm_only", "lokr_only": "fggm_only"}
 
 
 class DrawnConfig(FGGMConfig):
-    """Draws its seed from torch's generator when an adapter is made of it, as LoRA draws its values."""
+    """Draws its seed from torch's generator when an adapter is created, as LoRA draws its values."""
 
     @property
     def is_chosen_at_birth(self) -> bool:
@@ -28,9 +28,9 @@ class DrawnConfig(FGGMConfig):
 
 
 def config(**kwargs: Any) -> FGGMConfig:
-    """The FGGM config that a test's LoRA or LoKr config stands for; a higher rank is a higher density."""
+    """An FGGM config in place of a LoRA or LoKr config; a higher rank becomes a higher density."""
     zero = kwargs.get("init_lora_weights", kwargs.get("init_weights", True))
-    options = {key: kwargs[key] for key in _KEPT if key in kwargs}
+    options = {key: kwargs[key] for key in _COPIED if key in kwargs}
     options["bias"] = _ONLY.get(options.get("bias", "none"), options.get("bias", "none"))
     return DrawnConfig(
         criterion="random",
@@ -42,12 +42,12 @@ def config(**kwargs: Any) -> FGGMConfig:
 
 
 def attention_config(**kwargs: Any) -> FGGMConfig:
-    """The same where PEFT's default targets are those of OPT."""
+    """Like ``config``, with PEFT's default targets for OPT."""
     return config(**{"target_modules": ["q_proj", "v_proj"], **kwargs})
 
 
 class AutoModelForCausalLM:
-    """transformers' class; a Hub id gives a small OPT with random weights, made here."""
+    """Like transformers' class, but returns a small OPT with random weights for a Hub id."""
 
     @staticmethod
     def from_pretrained(name: Any, **kwargs: Any):
@@ -55,7 +55,7 @@ class AutoModelForCausalLM:
 
 
 class AutoModelOfTwelveLayers:
-    """The same with as many layers as opt-125m, of widths that bitsandbytes can repack."""
+    """Always returns a small OPT with the depth of opt-125m and widths that bitsandbytes can repack."""
 
     @staticmethod
     def from_pretrained(name: Any, **kwargs: Any):
