@@ -30,16 +30,26 @@ from .core.threshold import (
 )
 from .cost import CostEstimate, estimate
 from .selection import SelectionReport, select_parameters
-from .tuner import FGGMConfig, FGGMLayer, FGGMModel, MergeReport, hotswap_adapter, prepare_model_for_compiled_hotswap
+from .tuner import (
+    LAYER_TYPES,
+    FGGMConfig,
+    FGGMLayer,
+    FGGMModel,
+    MergeReport,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .continual.methods import METHODS
     from .deltas import Ledger, SparseDelta, compose, consolidate, diff, export_lora, overlap, prune, subtract
     from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 __all__ = [
     "CRITERIA",
     "GRANULARITIES",
+    "LAYER_TYPES",
     "POLICIES",
     "STATISTICS",
     "AbsoluteScore",
@@ -89,6 +99,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "METHODS":  # not in __all__: it requires the extra [continual]
+        from .continual import methods
+
+        return methods.METHODS
     for package in (training, deltas):
         if name in package.__all__:
             return getattr(package, name)

@@ -2,6 +2,7 @@
 
 from .config import FGGMConfig
 from .layer import FGGMLayer
+from .layer_types import LAYER_TYPES, LayerType
 from .merging.report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
@@ -10,9 +11,11 @@ from .several.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 register(FGGMConfig, FGGMModel)
 
 __all__ = [
+    "LAYER_TYPES",
     "FGGMConfig",
     "FGGMLayer",
     "FGGMModel",
+    "LayerType",
     "MergeReport",
     "ModuleMerge",
     "hotswap_adapter",

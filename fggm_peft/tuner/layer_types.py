@@ -1,11 +1,12 @@
 """The types of layers that FGGM adapts: how each stores its weight, uses it, and is differentiated.
 
-A new type is one class here and one line in ``LAYER_TYPES``.
+A new type is one class, registered in ``LAYER_TYPES`` with a predicate of the modules that it wraps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from peft.utils import resolve_quantization_backend
@@ -23,6 +24,7 @@ from ..core.linear import (
     split_linear,
 )
 from ..core.per_sample import EmbeddingGradients, GroupedGradients, LinearGradients, unfold_convolution
+from ..core.registry import Registry
 from .layer import FGGMLayer
 
 # Without gradients, copying the weight pays from about this many positions on; a decoding step
@@ -30,6 +32,20 @@ from .layer import FGGMLayer
 _MIN_POSITIONS_TO_COPY = 32
 
 
+@dataclass(frozen=True)
+class LayerType:
+    """A class of adapted layers, and a predicate that tells which modules it wraps."""
+
+    layer_class: type[FGGMLayer]
+    matches: Callable[[nn.Module], bool]
+
+
+LAYER_TYPES: Registry[LayerType] = Registry("layer type", make=LayerType)
+"""The type that was registered last is tried first."""
+
+
+@LAYER_TYPES.register("torch.nn.Linear", matches=lambda layer: isinstance(layer, nn.Linear))
+@LAYER_TYPES.register("transformers' Conv1D", matches=lambda layer: isinstance(layer, Conv1D))
 class FGGMLinear(FGGMLayer):
     """``nn.Linear``, transformers' ``Conv1D`` and the linear layers of PEFT's quantization backends."""
 
@@ -96,6 +112,9 @@ class FGGMLinear(FGGMLayer):
         return _tokens(output)
 
 
+@LAYER_TYPES.register(
+    "torch.nn.Conv1d, Conv2d, Conv3d", matches=lambda layer: isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+)
 class FGGMConv(FGGMLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``; the weight is ``[o, i * kernel]``."""
 
@@ -140,6 +159,7 @@ class FGGMConv(FGGMLayer):
         return output.flatten(2).mT
 
 
+@LAYER_TYPES.register("torch.nn.Embedding", matches=lambda layer: isinstance(layer, nn.Embedding))
 class FGGMEmbedding(FGGMLayer):
     """``nn.Embedding``: rows are tokens. Only the rows that are looked up are ever touched."""
 
@@ -196,18 +216,6 @@ def _concatenated(calls: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
     return torch.cat(inputs, 1), torch.cat(gradients, 1)
 
 
-LAYER_TYPES: list[tuple[str, Callable[[nn.Module], bool], type[FGGMLayer]]] = [
-    ("torch.nn.Linear", lambda layer: isinstance(layer, nn.Linear), FGGMLinear),
-    ("transformers' Conv1D", lambda layer: isinstance(layer, Conv1D), FGGMLinear),
-    (
-        "torch.nn.Conv1d, Conv2d, Conv3d",
-        lambda layer: isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-        FGGMConv,
-    ),
-    ("torch.nn.Embedding", lambda layer: isinstance(layer, nn.Embedding), FGGMEmbedding),
-]
-
-
 def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGMLayer:
     """Wrap a targeted layer.
 
@@ -228,10 +236,11 @@ def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGML
     floating = isinstance(weight, Tensor) and weight.is_floating_point()
     # the attention that owns this kind of linear layer reads its weight and never calls it
     if floating and not isinstance(target, NonDynamicallyQuantizableLinear):
-        for _, matches, layer_class in LAYER_TYPES:
-            if matches(target):
-                return layer_class(base_layer, **quantization_kwargs)
-    supported = ", ".join(description for description, _, _ in LAYER_TYPES)
+        for name_of_type in reversed(list(LAYER_TYPES)):
+            layer_type = LAYER_TYPES[name_of_type]
+            if layer_type.matches(target):
+                return layer_type.layer_class(base_layer, **quantization_kwargs)
+    supported = ", ".join(LAYER_TYPES)
     raise TypeError(
         f"{name or 'the targeted module'} is a {type(target).__module__}.{type(target).__qualname__}, which FGGM "
         f"does not support. Supported are {supported}, and linear layers quantized by bitsandbytes, HQQ, torchao, "

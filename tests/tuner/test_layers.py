@@ -63,7 +63,8 @@ def assert_like_dense(model, base, x, dtype, adapters=("default",), after=lambda
 
 def test_every_layer_type_has_an_example(layer_examples):
     layers = [example.build() for example in layer_examples.values()]
-    for description, matches, layer_class in LAYER_TYPES:
+    for description in LAYER_TYPES:
+        matches, layer_class = LAYER_TYPES[description].matches, LAYER_TYPES[description].layer_class
         found = [layer for layer in layers if matches(layer)]
         assert found, f"add an example of {description} to conftest.py"
         assert all(isinstance(make_layer(layer, "layer"), layer_class) for layer in found)
@@ -407,7 +408,7 @@ UNSUPPORTED = {
 def test_an_unsupported_module_is_a_type_error_that_names_it_and_lists_the_supported(name, build, adapt):
     with pytest.raises(TypeError, match=rf"layer is a .*\.{name}, which FGGM does not support") as error:
         adapt(build())
-    for description, _, _ in LAYER_TYPES:
+    for description in LAYER_TYPES:
         assert description in str(error.value)
 
 
