@@ -42,7 +42,6 @@ from .tuner import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .continual.methods import METHODS
     from .deltas import Ledger, SparseDelta, compose, consolidate, diff, export_lora, overlap, prune, subtract
     from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
