@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, d
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.criteria import CRITERIA
+from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 from fggm_peft.tuner.support import fggm_layers
 
@@ -57,7 +58,7 @@ def offloaded(tmp_path):
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_a_base_offloaded_to_disk_gives_the_results_of_a_base_in_memory(criterion, offloaded, tmp_path):
-    granularity = (CRITERIA[criterion].granularities or ("row",))[0]
+    granularity = next(name for name in GRANULARITIES if CRITERIA[criterion].supports(granularity_from(name)))
     models = [adapted(base, granularity, criterion=criterion) for base in (llama(), offloaded())]
     reference = BATCHES[:1] if CRITERIA[criterion].reference else None
     for model in models:
