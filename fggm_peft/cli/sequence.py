@@ -85,14 +85,14 @@ def _table(report: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from ..continual.report import COLUMNS, shown
+    from ..continual.report import HEADINGS, shown
 
     # what fits a terminal; the report has the others
-    columns = {heading: COLUMNS[heading] for heading in ("OP", "learned", "BWT", "general loss")}
+    names = ("op", "diagonal", "bwt", "general")
     table = Table(title="Mean over runs (± standard deviation)")
-    for heading in ("method", "rate", "runs", *columns):
+    for heading in ("method", "rate", "runs", *(HEADINGS[name] for name in names)):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for entry in report["summary"]:
-        cells = [shown(entry[name]) for name in columns.values()]
+        cells = [shown(entry[name]) for name in names]
         table.add_row(Text(entry["label"]), f"{entry['learning_rate']:g}", str(entry["runs"]), *cells)
     return table

@@ -19,7 +19,7 @@ from scipy import stats
 from fggm_peft import plots
 from fggm_peft.continual.measures import pareto_front
 from fggm_peft.continual.report import read_results, report_of, require_report_packages, write_report
-from fggm_peft.continual.report.contents import COLUMNS, COMPARED, FORMULAS
+from fggm_peft.continual.report.contents import COMPARED, FORMULAS, HEADINGS
 from fggm_peft.continual.report.drawing import pictures_of
 from fggm_peft.continual.report.page import page_of
 
@@ -124,7 +124,7 @@ def test_the_fronts_are_over_means_of_runs_that_have_both_figures():
 def test_the_report_explains_its_measures():
     report = report_of([run()])
     assert report["measures"] == FORMULAS and report["measures"]["op"] == "OP_T = mean_j R[T,j]"
-    assert set(report["measures"]) == set(COLUMNS.values())
+    assert set(report["measures"]) == set(HEADINGS)
 
 
 def test_labels_with_other_rates_are_named_as_not_equally_tuned():
@@ -151,7 +151,7 @@ def test_a_run_that_a_gate_stopped_has_costs_but_no_measures_over_fewer_tasks(tm
     assert entry["cost"]["training_seconds"]["n"] == 2
     assert report["differences"][0]["measures"]["op"]["n"] == 1
     assert report["differences"][0]["measures"]["op"]["unpaired"] == [[1, "given"]]
-    assert "a at 0.1: 1 of 2 runs ended before all 2 tasks" in report["warnings"][0]
+    assert "a at 0.1: a gate stopped 1 of 2 runs before all 2 tasks" in report["warnings"][0]
     write_report(tmp_path, runs)
     write_report(tmp_path, [stopped, run("b")])  # nothing of a is left to show
     assert report_of([stopped, run("b")])["summary"][0]["op"] is None
@@ -273,7 +273,7 @@ def test_pictures_have_a_text_and_do_not_take_each_others_ids(page):
 
 def test_the_page_says_by_what_rule_points_were_chosen_and_how_many_runs_there_were(page):
     text, _ = page
-    assert "chosen on the same test examples" in text and "OP_T = mean_j R[T,j]" in text
+    assert "chosen on the test examples that are reported" in text and "OP_T = mean_j R[T,j]" in text
     assert "60 runs: 5 methods, 3 tasks, 2 learning rates, 3 seeds and 2 orders." in text
 
 

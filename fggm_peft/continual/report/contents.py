@@ -1,4 +1,4 @@
-"""The figures of a report: summaries, the best point of each method, paired differences, Pareto fronts."""
+"""The contents of ``report.json``: summaries, best points, paired differences, Pareto fronts and warnings."""
 
 from __future__ import annotations
 
@@ -6,123 +6,84 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..measures import MEASURES, paired_difference, pareto_front, summarise
+from ..measures import MEASURES, RESULT_NAMES, paired_difference, pareto_front, summarise
 
 Run = Mapping[str, Any]
 Point = tuple[str, float]
-"""A label and a learning rate; several runs are one point."""
+"""A label and a learning rate; it has one run for each seed and order."""
 
-COLUMNS = {
-    "OP": "op",
-    "mean OP": "op_mean",
-    "learned": "diagonal",
-    "BWT": "bwt",
+HEADINGS = {
+    "op": "OP",
+    "op_mean": "mean OP",
+    "diagonal": "learned",
+    "bwt": "BWT",
     "forgetting": "forgetting",
-    "FWT": "fwt",
-    "general loss": "general",
+    "fwt": "FWT",
+    "general": "general loss",
 }
-"""Heading -> name of the measure in ``report.json``."""
-HEADINGS = {name: heading for heading, name in COLUMNS.items()}
-FORMULAS = {
-    "op": MEASURES["final_op"].formula,
-    "op_mean": MEASURES["mean_op"].formula,
-    "diagonal": MEASURES["diagonal_mean"].formula,
-    "bwt": MEASURES["backward_transfer"].formula,
-    "forgetting": MEASURES["forgetting"].formula,
-    "fwt": MEASURES["forward_transfer"].formula,
-    "general": "change of the mean next-token loss on general text, after the last task, in nats; + is worse",
+"""Name of the measure in ``report.json`` -> heading."""
+FORMULAS = {name: MEASURES[measure].formula for name, measure in RESULT_NAMES.items()} | {
+    "general": "change of the mean next-token loss on general text, after the last task, in nats; + is worse"
 }
 """Name of the measure in ``report.json`` -> formula in plain text."""
-COMPARED = ("op", "op_mean", "diagonal", "bwt", "forgetting", "general")
-"""Measures whose paired differences are taken."""
+COMPARED = tuple(name for name in HEADINGS if name != "fwt")
+"""Measures with paired differences."""
 LESS_IS_BETTER = ("forgetting", "general")
+FRONTS = {
+    "forgotten": ("Learned against forgotten", "forgotten: −BWT"),  # noqa: RUF001
+    "harm": ("Learned against general harm", "rise of the general loss, nats"),
+}
+"""Name of a Pareto front -> its title, and its cost, of which less is better."""
 
 RULE = (
-    "The best point of a method is the learning rate with the highest mean OP_T over its runs; ties go to the smaller "
-    "rise of the general loss, then to the smaller rate. The rate is chosen on the same test examples that are "
-    "reported, for every method, so all of these figures are optimistic in the same way."
+    "The best point of a method is the learning rate with the highest mean OP_T over its runs; in a tie, the smaller "
+    "rise of the general loss decides, then the smaller rate. Every method's rate is chosen on the test examples that "
+    "are reported, so all figures are optimistic in the same way."
 )
 INTERVALS = (
     'A difference is "clear" if its 95 % interval (Student\'s t) excludes zero. The intervals are not corrected for '
     "the number of comparisons: about one in twenty excludes zero by chance."
 )
-FRONTS = {"forgotten": lambda run: _negative(figure(run, "bwt")), "harm": lambda run: figure(run, "general")}
-"""What the mean of R[t,t] is set against, by name; less is better."""
 
 
 def report_of(results: Sequence[Run]) -> dict[str, Any]:
-    """Everything that is in ``report.json``, of a comparison that is finished or not. Plain types, no NaN.
+    """The contents of ``report.json``, from the results of finished runs. Plain types; NaN and infinity become null.
 
     - ``overview``: a sentence with the numbers of runs, methods, tasks, learning rates, seeds and orders.
-    - ``runs``: the results; what is not finite is null.
-    - ``summary``: one entry for each label and learning rate. A figure is ``{"mean", "std", "n", "interval",
-      "confidence"}`` over seeds and orders (std and interval are null for one run), or null where it has no meaning.
-    - ``best``: the rule, and one point for each label, with the rates that it was chosen from.
-    - ``differences``: of every two labels' best points over the runs with the same seed and order, a - b.
-    - ``pareto``: points that no other beats, for each label over its rates and over all labels.
+    - ``runs``: the results.
+    - ``summary``: one entry for each point. A figure is ``{"mean", "std", "n", "interval", "confidence"}`` over seeds
+      and orders (std and interval are null for one run), or null if no run has it.
+    - ``best``: the rule, and the best point of each label, with the rates that were tried.
+    - ``differences``: a - b for the best points of each pair of labels, over the runs with the same seed and order.
+    - ``pareto``: the points that no other point dominates, within each label and over all labels.
     - ``measures``: name -> formula.
     - ``warnings``: what a reader should know before comparing.
     """
-    runs = [finite(run) for run in results]
-    whole = with_whole_measures(runs)
-    points, summary = _points(whole), summarised(whole)
-    best = best_points(summary)
+    runs = [_finite(run) for run in results]
+    points: dict[Point, list[Run]] = {}
+    for run in runs:
+        points.setdefault((run["label"], run["learning_rate"]), []).append(run)
+    count = max((len(run["tasks"]) for run in runs), default=0)
+    # measures over fewer tasks, of a run that a gate stopped, are not comparable
+    values = {
+        point: [dict.fromkeys(HEADINGS) if len(run["tasks"]) < count else _measures(run) for run in members]
+        for point, members in points.items()
+    }
+    summary = [_entry(point, members, values[point]) for point, members in points.items()]
+    best = _best_points(summary)
     return {
         "overview": _overview(runs),
         "runs": runs,
         "summary": summary,
-        "best": best,
-        "differences": _differences(best["points"], points),
-        "pareto": {name: _pareto(points, worse) for name, worse in FRONTS.items()},
-        "measures": dict(FORMULAS),
-        "warnings": [*_tuning_warnings(best["points"]), *_run_warnings(results, summary)],
+        "best": {"rule": RULE, "points": best},
+        "differences": _differences(best, points, values),
+        "pareto": {name: _pareto(name, values) for name in FRONTS},
+        "measures": FORMULAS,
+        "warnings": [*_tuning_warnings(best), *_run_warnings(results, summary, count)],
     }
 
 
-def _overview(runs: Sequence[Run]) -> str:
-    counts = {
-        "run": len(runs),
-        "method": len({run["label"] for run in runs}),
-        "task": len({task for run in runs for task in run["tasks"]}),
-        "learning rate": len({run["learning_rate"] for run in runs}),
-        "seed": len({run["seed"] for run in runs}),
-        "order": len({run["order"] for run in runs}),
-    }
-    first, *parts, last = [f"{number} {word}" + ("" if number == 1 else "s") for word, number in counts.items()]
-    return f"{first}: {', '.join(parts)} and {last}."
-
-
-def finite(value: Any) -> Any:
-    """The value with None for every number that is not finite: a model that diverged has a loss of NaN."""
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def with_whole_measures(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The runs, without measures where a gate has stopped one: over fewer tasks they are not the same measures."""
-    count = max((len(run["tasks"]) for run in runs), default=0)
-    return [{**run, **({} if len(run["tasks"]) == count else dict.fromkeys(COLUMNS.values()))} for run in runs]
-
-
-def figure(run: Run, name: str) -> float | None:
-    """A measure of one run: of the general loss, its change at the end."""
-    value = run.get(name)
-    return value.get("change") if isinstance(value, Mapping) else value
-
-
-def summary_of(values: Iterable[float | None]) -> dict[str, Any] | None:
-    """Summary of the values that are there; None if none is."""
-    known = [value for value in values if value is not None]
-    return summarise(known).to_dict() if known else None
-
-
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there; None if none is."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+# --- look-ups ------------------------------------------------------------------------------------
 
 
 def runs_at(report: Mapping[str, Any], label: str, learning_rate: float) -> list[dict[str, Any]]:
@@ -130,201 +91,181 @@ def runs_at(report: Mapping[str, Any], label: str, learning_rate: float) -> list
     return [run for run in report["runs"] if (run["label"], run["learning_rate"]) == (label, learning_rate)]
 
 
-def entry_at(report: Mapping[str, Any], label: str, learning_rate: float) -> dict[str, Any]:
-    """The entry of the summary of one point."""
-    return next(e for e in report["summary"] if (e["label"], e["learning_rate"]) == (label, learning_rate))
-
-
 def best_entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of the summary of the best points, one for each label."""
-    return [entry_at(report, point["label"], point["learning_rate"]) for point in report["best"]["points"]]
+    """The summary's entries of the best points, one for each label."""
+    entries = {(entry["label"], entry["learning_rate"]): entry for entry in report["summary"]}
+    return [entries[point["label"], point["learning_rate"]] for point in report["best"]["points"]]
 
 
 def difference_of(report: Mapping[str, Any], a: str, b: str, name: str) -> dict[str, Any] | None:
-    """The paired difference ``a - b`` of two labels' best points; None where no pair has this measure."""
+    """The paired difference ``a - b`` of the best points of two labels; None if no pair of runs has the measure."""
     for entry in report["differences"]:
-        if (entry["a"], entry["b"]) == (a, b):
-            return entry["measures"][name]
+        difference = entry["measures"][name]
+        if (entry["a"], entry["b"]) == (a, b) or ((entry["a"], entry["b"]) == (b, a) and difference is None):
+            return difference
         if (entry["a"], entry["b"]) == (b, a):
-            return turned(entry["measures"][name])
+            ends = difference["interval"] and [-end for end in reversed(difference["interval"])]
+            return {**difference, "mean": -difference["mean"], "interval": ends}
     return None
 
 
-def turned(difference: dict[str, Any] | None) -> dict[str, Any] | None:
-    """``b - a`` of ``a - b``."""
-    if difference is None:
-        return None
-    ends = difference["interval"]
-    return {**difference, "mean": -difference["mean"], "interval": None if ends is None else [-ends[1], -ends[0]]}
+def summary_of(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Summary of the values that are not None; None if there are none."""
+    present = [value for value in values if value is not None]
+    return summarise(present).to_dict() if present else None
 
 
-def pairs_of(a: Mapping[Any, Run], b: Mapping[Any, Run], names: Iterable[str] = COMPARED) -> dict[str, Any]:
-    """Of each measure the paired difference ``a - b`` of runs with the same key, or None where there is no pair."""
-    return {name: _difference(_known(a, name), _known(b, name)) for name in names}
+def counted(counts: Sequence[int], word: str) -> str:
+    """A number and its word, such as "1 run" or "2 to 3 runs"."""
+    low, high = min(counts), max(counts)
+    return f"{f'{low} to ' if low != high else ''}{high} {word}{'' if high == 1 else 's'}"
 
 
-def _difference(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, Any] | None:
-    return paired_difference(a, b).to_dict() if a.keys() & b.keys() else None
+# --- parts ---------------------------------------------------------------------------------------
 
 
-def _known(runs: Mapping[Any, Run], name: str) -> dict[Any, float]:
-    values = {key: figure(run, name) for key, run in runs.items()}
-    return {key: value for key, value in values.items() if value is not None}
+def _finite(value: Any) -> Any:
+    """The value with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- points --------------------------------------------------------------------------------------
+def _measures(run: Run) -> dict[str, Any]:
+    """The measures of a run; of the general loss, its change."""
+    return {name: run.get(name) for name in HEADINGS} | {"general": (run.get("general") or {}).get("change")}
 
 
-def _points(runs: Sequence[Run]) -> dict[Point, list[Run]]:
-    points: dict[Point, list[Run]] = {}
-    for run in runs:
-        points.setdefault((run["label"], run["learning_rate"]), []).append(run)
-    return points
+def _overview(runs: Sequence[Run]) -> str:
+    sets = {"method": "label", "task": "tasks", "learning rate": "learning_rate", "seed": "seed", "order": "order"}
+    counts = {word: len({str(run[key]) for run in runs}) for word, key in sets.items()}
+    counts["task"] = len({task for run in runs for task in run["tasks"]})
+    *parts, last = [counted([number], word) for word, number in counts.items()]
+    return f"{counted([len(runs)], 'run')}: {', '.join(parts)} and {last}."
 
 
-def summarised(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One entry for each label and learning rate, over its runs."""
-    return [_entry(point, members) for point, members in _points(runs).items()]
-
-
-def _entry(point: Point, runs: Sequence[Run]) -> dict[str, Any]:
-    costs = [run.get("cost", {}) for run in runs]
+def _entry(point: Point, runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "label": point[0],
         "method": runs[0]["method"],
         "learning_rate": point[1],
         "runs": len(runs),
-        **{name: summary_of(figure(run, name) for run in runs) for name in COLUMNS.values()},
-        "cost": _summaries(costs),
+        **{name: summary_of(measures[name] for measures in values) for name in HEADINGS},
+        "cost": _summaries([run.get("cost", {}) for run in runs]),
     }
 
 
 def _summaries(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A summary of every number, by name; of what is nested, likewise."""
-    names = dict.fromkeys(name for value in values for name in value)
-    found = {name: [value.get(name) for value in values] for name in names}
-    return {
-        name: _summaries([entry or {} for entry in entries])
-        if any(isinstance(entry, Mapping) for entry in entries)
-        else summary_of(entries)
-        for name, entries in found.items()
-    }
+    """A summary of every number, by name, also in nested mappings."""
+    result: dict[str, Any] = {}
+    for name in dict.fromkeys(name for value in values for name in value):
+        entries = [value.get(name) for value in values]
+        is_nested = any(isinstance(entry, Mapping) for entry in entries)
+        result[name] = _summaries([entry or {} for entry in entries]) if is_nested else summary_of(entries)  # type: ignore[misc]
+    return result
 
 
-def best_points(summary: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``{"rule", "points"}``: of each label the entry of ``summary`` that ``RULE`` picks, and what it was one of."""
-    labels: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in summary:
-        labels.setdefault(entry["label"], []).append(entry)
+def _best_points(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each label the point that ``RULE`` picks."""
 
     def rank(entry: Mapping[str, Any]) -> tuple[float, float, float]:
         op = -math.inf if entry["op"] is None else entry["op"]["mean"]
         general = math.inf if entry["general"] is None else entry["general"]["mean"]
-        # rounded, as the same scores summed in another order are still a tie
+        # rounded: the same scores, summed in another order, are still a tie
         return (-round(op, 12), round(general, 12), entry["learning_rate"])
 
     points = []
-    for label, entries in labels.items():
-        found = min(entries, key=rank)
-        rates = sorted(entry["learning_rate"] for entry in entries)
-        points.append(
-            {
-                "label": label,
-                "method": found["method"],
-                "learning_rate": found["learning_rate"],
-                "rates": rates,
-                "runs": found["runs"],
-            }
-        )
-    return {"rule": RULE, "points": points}
+    for label in dict.fromkeys(entry["label"] for entry in summary):
+        entries = [entry for entry in summary if entry["label"] == label]
+        best = {key: min(entries, key=rank)[key] for key in ("label", "method", "learning_rate", "runs")}
+        points.append({**best, "rates": sorted(entry["learning_rate"] for entry in entries)})
+    return points
 
 
-def _differences(best: Sequence[Mapping[str, Any]], points: Mapping[Point, list[Run]]) -> list[dict[str, Any]]:
-    found = []
-    for position, a in enumerate(best):
-        for b in best[position + 1 :]:
-            a_runs, b_runs = (
-                {(run["seed"], run["order"]): run for run in points[side["label"], side["learning_rate"]]}
-                for side in (a, b)
-            )
-            found.append(
-                {
-                    "a": a["label"],
-                    "b": b["label"],
-                    "a_rate": a["learning_rate"],
-                    "b_rate": b["learning_rate"],
-                    "measures": pairs_of(a_runs, b_runs),
-                }
-            )
-    return found
+def _differences(
+    best: Sequence[Mapping[str, Any]],
+    points: Mapping[Point, Sequence[Run]],
+    values: Mapping[Point, Sequence[Mapping[str, Any]]],
+) -> list[dict[str, Any]]:
+    def by_run(side: Mapping[str, Any], name: str) -> dict[tuple[int, str], float]:
+        point = side["label"], side["learning_rate"]
+        pairs = zip(points[point], values[point], strict=True)
+        return {(run["seed"], run["order"]): found[name] for run, found in pairs if found[name] is not None}
 
+    def difference(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, Any] | None:
+        return paired_difference(a, b).to_dict() if a.keys() & b.keys() else None
 
-def _pareto(points: Mapping[Point, list[Run]], worse) -> dict[str, Any]:
-    """The points of all labels and which of them are on a front; a run counts if it has both coordinates."""
-    means: dict[Point, dict[str, Any]] = {}
-    for point, runs in points.items():
-        pairs = [(run.get("diagonal"), worse(run)) for run in runs]
-        known = [(x, y) for x, y in pairs if x is not None and y is not None]
-        if known:
-            x, y = (summary_of(axis) for axis in zip(*known, strict=True))
-            means[point] = {"label": point[0], "learning_rate": point[1], "learned": x, "cost": y}
-
-    def front(members: list[Point]) -> list[Point]:
-        coordinates = [(means[point]["learned"]["mean"], means[point]["cost"]["mean"]) for point in members]
-        return [members[position] for position in pareto_front(coordinates)]
-
-    labels = dict.fromkeys(label for label, _ in means)
-    of_label = {label: front([point for point in means if point[0] == label]) for label in labels}
-    return {
-        "points": list(means.values()),
-        "labels": {label: [rate for _, rate in members] for label, members in of_label.items()},
-        "all": [{"label": label, "learning_rate": rate} for label, rate in front(list(means))],
-    }
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
-
-
-# --- warnings ------------------------------------------------------------------------------------
-
-
-def _tuning_warnings(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    lists: dict[tuple[float, ...], list[str]] = {}
-    for point in points:
-        lists.setdefault(tuple(point["rates"]), []).append(point["label"])
-    if len(lists) < 2:
-        return []
-    parts = [f"{', '.join(labels)}: {', '.join(f'{r:g}' for r in rates)}" for rates, labels in lists.items()]
     return [
-        "Not equally tuned: the labels were run with different learning rates, and one that had more to choose from "
-        f"looks better for it. {'; '.join(parts)}."
+        {
+            "a": a["label"],
+            "b": b["label"],
+            "a_rate": a["learning_rate"],
+            "b_rate": b["learning_rate"],
+            "measures": {name: difference(by_run(a, name), by_run(b, name)) for name in COMPARED},
+        }
+        for position, a in enumerate(best)
+        for b in best[position + 1 :]
     ]
 
 
-def _run_warnings(results: Sequence[Run], summary: Sequence[Mapping[str, Any]]) -> list[str]:
-    counts = {entry["runs"] for entry in summary}
-    found = []
-    if len(counts) > 1:
-        found.append(
-            f"Not all points have the same number of runs ({min(counts)} to {max(counts)}): means are over different "
-            "seeds and orders. The paired differences are over those that both have."
+def _pareto(name: str, values: Mapping[Point, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """All points, and those on the fronts; a run counts if it has both coordinates."""
+    entries: dict[Point, dict[str, Any]] = {}
+    for point, members in values.items():
+        key, sign = ("bwt", -1) if name == "forgotten" else ("general", 1)
+        pairs = [(m["diagonal"], sign * m[key]) for m in members if None not in (m["diagonal"], m[key])]
+        if pairs:
+            learned, cost = (summary_of(axis) for axis in zip(*pairs, strict=True))
+            entries[point] = {"label": point[0], "learning_rate": point[1], "learned": learned, "cost": cost}
+
+    def front(members: list[Point]) -> list[Point]:
+        coordinates = [(entries[point]["learned"]["mean"], entries[point]["cost"]["mean"]) for point in members]
+        return [members[position] for position in pareto_front(coordinates)]
+
+    labels = dict.fromkeys(label for label, _ in entries)
+    return {
+        "points": list(entries.values()),
+        "labels": {label: [rate for _, rate in front([p for p in entries if p[0] == label])] for label in labels},
+        "all": [{"label": label, "learning_rate": rate} for label, rate in front(list(entries))],
+    }
+
+
+def _tuning_warnings(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    labels: dict[tuple[float, ...], list[str]] = {}
+    for point in points:
+        labels.setdefault(tuple(point["rates"]), []).append(point["label"])
+    if len(labels) < 2:
+        return []
+    parts = [f"{', '.join(names)}: {', '.join(f'{rate:g}' for rate in rates)}" for rates, names in labels.items()]
+    return [
+        "Not equally tuned: the methods were run with different learning rates, and more rates to choose from favor a "
+        f"method. {'; '.join(parts)}."
+    ]
+
+
+def _run_warnings(results: Sequence[Run], summary: Sequence[Mapping[str, Any]], count: int) -> list[str]:
+    numbers = {entry["runs"] for entry in summary}
+    warnings = []
+    if len(numbers) > 1:
+        warnings.append(
+            f"The points have different numbers of runs ({min(numbers)} to {max(numbers)}), so their means are over "
+            "different seeds and orders. The paired differences are over the runs that both methods have."
         )
-    count = max((len(run["tasks"]) for run in results), default=0)
     for entry in summary:
         runs = [r for r in results if (r["label"], r["learning_rate"]) == (entry["label"], entry["learning_rate"])]
-        stopped = sum(len(run["tasks"]) < count for run in runs)
-        if stopped:
-            found.append(
-                f"{entry['label']} at {entry['learning_rate']:g}: {stopped} of {len(runs)} runs ended before all "
-                f"{count} tasks were learned, stopped by a gate. Their costs count, their measures do not."
+        name = f"{entry['label']} at {entry['learning_rate']:g}"
+        if stopped := sum(len(run["tasks"]) < count for run in runs):
+            warnings.append(
+                f"{name}: a gate stopped {stopped} of {len(runs)} runs before all {count} tasks were learned. Their "
+                "costs are included, their measures are not."
             )
-        for heading, name in COLUMNS.items():
-            values = [figure(run, name) for run in runs]
-            lost = sum(value is not None and not math.isfinite(value) for value in values)
-            if lost:
-                found.append(
-                    f"{entry['label']} at {entry['learning_rate']:g}: the {heading} is not finite in {lost} of "
-                    f"{len(runs)} runs, which are left out of its mean; the model diverged there."
+        for measure, heading in HEADINGS.items():
+            values = [_measures(run)[measure] for run in runs]
+            if diverged := sum(value is not None and not math.isfinite(value) for value in values):
+                warnings.append(
+                    f"{name}: the {heading} is not finite in {diverged} of {len(runs)} runs, because the model "
+                    "diverged. Its mean is over the other runs."
                 )
-    return found
+    return warnings

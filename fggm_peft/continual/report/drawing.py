@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from ... import plots
-from .contents import COMPARED, HEADINGS, LESS_IS_BETTER, best_entries, difference_of, mean_of, runs_at
+from .contents import COMPARED, FRONTS, HEADINGS, LESS_IS_BETTER, best_entries, counted, difference_of, runs_at
 
 Report = Mapping[str, Any]
 Runs = Mapping[str, list[dict[str, Any]]]
 Matrix = list[list[float | None]]
 
 GLYPHS = dict(zip(plots.MARKERS, "●■▲◆▼✚✖⬟◀⬢▶★", strict=True))
-FRONTS = {
-    "forgotten": ("Learned against forgotten", "forgotten: −BWT"),  # noqa: RUF001
-    "harm": ("Learned against general harm", "rise of the general loss, nats"),
-}
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure of the page: its title, the ``<svg>`` element, and a note with the number of runs."""
 
     title: str
@@ -40,16 +35,15 @@ def pictures_of(report: Report) -> dict[str, list[Picture]]:
 
     Matrices and curves are means over the runs of one order, that of the first run, at each method's best point.
     """
-    points = report["best"]["points"]
+    points, all_runs = report["best"]["points"], report["runs"]
     looks = plots.looks([point["label"] for point in points])
-    count = max((len(run["tasks"]) for run in report["runs"]), default=0)
-    order = report["runs"][0]["order"] if report["runs"] else ""
-    runs = {}
+    count = max((len(run["tasks"]) for run in all_runs), default=0)
+    runs: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         members = runs_at(report, point["label"], point["learning_rate"])
-        if members := [run for run in members if (run["order"], len(run["tasks"])) == (order, count)]:
+        if members := [r for r in members if r["order"] == all_runs[0]["order"] and len(r["tasks"]) == count]:
             runs[point["label"]] = members
-    matrices = {label: _mean([[run["zero_shot"], *run["R"]] for run in members]) for label, members in runs.items()}
+    matrices = {label: _mean_matrix([[r["zero_shot"], *r["R"]] for r in members]) for label, members in runs.items()}
     with plots.style():
         return {
             "fronts": [_front(report, name, looks) for name, found in report["pareto"].items() if found["points"]],
@@ -73,13 +67,11 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
     axes.set(xlabel=f"{cost} (less is better)", ylabel="learned: mean R[t,t]")
     means = {(p["label"], p["learning_rate"]): (p["cost"]["mean"], p["learned"]["mean"]) for p in found["points"]}
     axes.plot(*zip(*sorted(means[point] for point in front), strict=True), color=plots.FAINT, linewidth=3, alpha=0.35)
-    for point, entry in zip(means, found["points"], strict=True):
-        color, marker = looks[point[0]]["color"], looks[point[0]]["marker"]
-        filled: dict[str, Any] = {"markersize": 7} if point in best else {"markersize": 5, "fillstyle": "none"}
-        spread = {"yerr": entry["learned"]["std"], "xerr": entry["cost"]["std"], "ecolor": (color, 0.45)}
-        axes.errorbar(
-            *means[point], **spread, color=color, marker=marker, markeredgewidth=0.9, elinewidth=0.9, **filled
-        )
+    for (label, rate), entry in zip(means, found["points"], strict=True):
+        x, y = means[label, rate]
+        look = looks[label] | {"linestyle": "none", "markeredgewidth": 0.9, "ecolor": (looks[label]["color"], 0.45)}
+        look |= {"markersize": 7} if (label, rate) in best else {"markersize": 5, "fillstyle": "none"}
+        axes.errorbar(x, y, entry["learned"]["std"], entry["cost"]["std"], elinewidth=0.9, **look)
     axes.margins(0.12)
     figure.draw_without_rendering()  # labels are placed in the final layout, which they must not change
     labels = [axes.text(*means[point], plots.shortened(point[0])) for point in best if point in means]
@@ -94,7 +86,7 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
     alt = f"{title}: {len(means)} points of {len(found['labels'])} methods. No other point dominates {names}."
     note = (
         f"Better points are further up and to the left. Each point is a mean over "
-        f"{_range([point['learned']['n'] for point in found['points']], 'run')}; bars are one standard deviation. "
+        f"{counted([point['learned']['n'] for point in found['points']], 'run')}; bars are one standard deviation. "
         "Filled: a method's best rate. Hollow: its other rates. No point dominates those on the grey line."
     )
     return Picture(title, plots.to_svg(figure, alt), note)
@@ -130,7 +122,7 @@ def _intervals(measure: str, reference: str, rows: Mapping[str, Mapping[str, Any
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(f"difference ({'less' if measure in LESS_IS_BETTER else 'more'} is better)")
     texts = [f"{label} {d['mean']:+.3f}{' (clear)' if d['is_clear'] else ''}" for label, d in rows.items()]
-    counts = _range([difference["n"] for difference in rows.values()], "pair")
+    counts = counted([difference["n"] for difference in rows.values()], "pair")
     has_intervals = any(difference["interval"] for difference in rows.values())
     bars = "bars are 95 % intervals, blue if they exclude zero" if has_intervals else "one pair has no interval"
     return Picture(title, plots.to_svg(figure, f"{title}: {', '.join(texts)}."), f"{counts}; {bars}.")
@@ -170,7 +162,7 @@ def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
         label: [found["losses"] for run in members if (found := run.get("general")) and found.get("losses")]
         for label, members in runs.items()
     }
-    series = {label: [mean_of(step) for step in zip(*found, strict=True)] for label, found in losses.items() if found}
+    series = {label: [_mean(step) for step in zip(*found, strict=True)] for label, found in losses.items() if found}
     if series:
         figure, (axes,) = plots.new_figure(2.6)
         _steps(axes, max(map(len, series.values())) - 1, series, looks)
@@ -192,15 +184,20 @@ def _overlaps(runs: Runs) -> Iterator[Picture]:
     """What the supports of two tasks share."""
     for label, members in runs.items():
         if found := [run for run in members if run.get("overlap")]:
-            jaccard, chance = (_mean([run["overlap"][key] for run in found]) for key in ("jaccard", "chance"))
+            jaccard, chance = (_mean_matrix([run["overlap"][key] for run in found]) for key in ("jaccard", "chance"))
             figure = plots.overlap_plot(found[0]["tasks"], jaccard, chance)
             svg = plots.to_svg(figure, f"Overlap of the tasks' supports with {label}.")
             yield Picture(label, svg, f"Jaccard index of the supports, {_over(found)}")
 
 
-def _mean(matrices: Sequence[Matrix]) -> Matrix:
-    """Entry by entry over the present values."""
-    return [[mean_of(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Over the values that are not None."""
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
+
+
+def _mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
+    return [[_mean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 
 def _score(value: float | None) -> str:
@@ -209,9 +206,4 @@ def _score(value: float | None) -> str:
 
 def _over(*members: Sequence[Mapping[str, Any]]) -> str:
     """How many runs of which order."""
-    return f"{_range(list(map(len, members)), 'run')}, order {members[0][0]['order']}"
-
-
-def _range(counts: Sequence[int], word: str) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low} to {high} {word}s" if low != high else f"{high} {word}{'' if high == 1 else 's'}"
+    return f"{counted(list(map(len, members)), 'run')}, order {members[0][0]['order']}"

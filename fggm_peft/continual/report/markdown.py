@@ -5,58 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import tables
 from .contents import HEADINGS, INTERVALS
-from .tables import (
-    Table,
-    best_table,
-    cost_table,
-    difference_tables,
-    gate_tables,
-    general_task_tables,
-    pareto_table,
-    summary_table,
-)
+from .tables import Table
 
-NOTATION = "R[t,j] is the score on task j after task t of T, r0[j] that of the base."
+TITLE = "What was learned, and what it cost"
+NOTATION = "R[t,j] is the score on task j after task t of T, r0[j] that of the base model."
 
 
 def markdown_of(report: Mapping[str, Any]) -> str:
-    """The whole file. What labels, tasks and data say is escaped."""
-    warnings = [f"> **Note.** {escaped(warning)}\n" for warning in report["warnings"]]
-    tables = [summary_table(report), best_table(report), *difference_tables(report)]
-    summary, best, *differences = tables
+    """The whole file. Labels, task names and data are escaped."""
     formulas = [f"- **{HEADINGS[name]}**: `{formula}`" for name, formula in report["measures"].items()]
+    differences = tables.difference_tables(report)
     parts = [
-        "# What was learned, and what it cost",
+        f"# {TITLE}",
         report["overview"],
-        INTERVALS,
-        *warnings,
-        _section(summary),
-        _section(best, report["best"]["rule"]),
+        *(f"> **Note.** {escaped(warning)}" for warning in report["warnings"]),
+        _section(tables.summary_table(report)),
+        _section(tables.best_table(report), report["best"]["rule"]),
+        *([f"## Paired differences\n\n{INTERVALS}"] if differences else []),
+        *(_section(table, level=3) for table in differences),
+        *map(_section, tables.pareto_tables(report)),
+        *map(_section, tables.general_task_tables(report)),
+        *map(_section, tables.gate_tables(report)),
+        _section(tables.cost_table(report)),
+        f"## Formulas\n\n{NOTATION}",
+        "\n".join(formulas),
     ]
-    if differences:
-        note = "Of the best points, over the runs with the same seed and order: mean of a − b, n pairs."  # noqa: RUF001
-        parts += ["## Paired differences", note, *(_section(table, level=3) for table in differences)]
-    for front, title in (("forgotten", "learned against forgotten"), ("harm", "learned against general harm")):
-        table = pareto_table(report, front)
-        if table.rows:
-            parts.append(_section(table, title=f"Pareto front: {title}"))
-    parts += [_section(table) for table in (*general_task_tables(report), *gate_tables(report))]
-    parts += [_section(cost_table(report)), "## Formulas", NOTATION, "\n".join(formulas)]
-    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
-def _section(table: Table, note: str = "", level: int = 2, title: str = "") -> str:
-    left = [":---"] * table.names
+def _section(table: Table, note: str = "", level: int = 2) -> str:
+    figures = len(table.headings) - table.names
     lines = [
         f"| {' | '.join(table.headings)} |",
-        f"|{'|'.join(left + ['---:'] * (len(table.headings) - table.names))}|",
+        f"|{'|'.join([':---'] * table.names + ['---:'] * figures)}|",
         *(f"| {' | '.join(map(escaped, row))} |" for row in table.rows),
     ]
-    above = [f"{'#' * level} {title or table.title}", *filter(None, (note, table.note))]
-    return "\n\n".join([*above, "\n".join(lines)])
+    return "\n\n".join([f"{'#' * level} {table.title}", *filter(None, (note, table.note)), "\n".join(lines)])
 
 
 def escaped(text: str) -> str:
-    """Text as it is, in a cell or a paragraph of Markdown."""
+    """Text that Markdown shows literally, in a cell or a paragraph."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|&~$" else " " if c in "\r\n" else c for c in text)

@@ -1,28 +1,20 @@
-"""The tables of a report as plain cells, which Markdown, HTML and the terminal each write in their own way."""
+"""The tables of a report, as cells of plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from .contents import COLUMNS, COMPARED, HEADINGS, best_entries, runs_at, summary_of
+from .contents import COMPARED, FRONTS, HEADINGS, best_entries, runs_at, summary_of
 
+Report = Mapping[str, Any]
 PHASES = ("selection", "training", "evaluation")
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+OVER_RUNS = "Mean ± standard deviation over runs (seeds and orders)."
+POINT = ("method", "learning rate", "runs")
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells of plain text, not escaped for anything.
-
-    Args:
-        title: what it shows.
-        headings: of the columns.
-        rows: as many cells in each as there are headings.
-        names: how many columns, from the left, are names; the others are figures.
-        note: what a reader must know to read it.
-    """
+class Table(NamedTuple):
+    """Cells of plain text, without any escaping. The first ``names`` columns contain names, the others figures."""
 
     title: str
     headings: Sequence[str]
@@ -31,166 +23,132 @@ class Table:
     note: str = ""
 
 
-# --- cells ---------------------------------------------------------------------------------------
+def summary_table(report: Report) -> Table:
+    """A row for every point."""
+    rows = [[*_point(entry), *_measures(entry)] for entry in report["summary"]]
+    return Table("All points", [*POINT, *HEADINGS.values()], rows, note=OVER_RUNS)
 
 
-def shown(figure: Mapping[str, Any] | None) -> str:
-    """A figure of the summary in a cell: mean, and standard deviation where there are several runs."""
-    if figure is None:
-        return ""
-    deviation = "" if figure["std"] is None else f" ± {figure['std']:.3f}"
-    return f"{figure['mean']:.3f}".replace("-", "\u2212") + deviation
+def best_table(report: Report) -> Table:
+    """A row for every method, at its best learning rate."""
+    tried = [str(len(point["rates"])) for point in report["best"]["points"]]
+    rows = [[*_point(entry), of, *_measures(entry)] for entry, of in zip(best_entries(report), tried, strict=True)]
+    headings = ["method", "best rate", "runs", "rates tried", *HEADINGS.values()]
+    return Table("Best points", headings, rows, note=OVER_RUNS)
 
 
-def counted(entry: Mapping[str, Any], name: str) -> str:
-    """As ``shown``, with the number of runs where it is not that of the whole entry."""
-    figure = entry[name]
-    few = figure is not None and figure["n"] != entry["runs"]
-    return shown(figure) + (f" (n = {figure['n']})" if few else "")
-
-
-def difference_cells(difference: Mapping[str, Any] | None) -> list[str]:
-    """Mean difference, interval, number of pairs, and whether the interval leaves zero out."""
-    if difference is None:
-        return ["", "", "0", "no pair"]
-    ends = difference["interval"]
-    if ends is None:
-        return [signed(difference["mean"]), "", str(difference["n"]), "one pair: no interval"]
-    interval = f"{signed(ends[0])} to {signed(ends[1])}"
-    return [
-        signed(difference["mean"]),
-        interval,
-        str(difference["n"]),
-        "clear" if difference["is_clear"] else "not clear",
-    ]
-
-
-def signed(value: float) -> str:
-    """With its sign, and a real minus; what rounds to zero has none."""
-    return f"{value:+.3f}".replace("-", "\u2212") if abs(value) >= 0.0005 else "0.000"
-
-
-def bytes_shown(count: float) -> str:
-    """In the largest unit of which there is at least one."""
-    unit = 0
-    while count >= 1024 and unit < len(UNITS) - 1:
-        count, unit = count / 1024, unit + 1
-    return f"{count:.{0 if unit == 0 or count >= 100 else 1}f} {UNITS[unit]}"
-
-
-def _mean(figure: Mapping[str, Any] | None, show: Callable[[float], str]) -> str:
-    return "" if figure is None else show(figure["mean"])
-
-
-def _seconds(figure: Mapping[str, Any] | None) -> str:
-    if figure is None:
-        return ""
-    deviation = "" if figure["std"] is None else f" ± {figure['std']:.1f}"
-    return f"{figure['mean']:,.1f}{deviation}"
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-OVER_RUNS = "Mean ± standard deviation over runs (seeds and orders)."
-
-
-def summary_table(report: Mapping[str, Any]) -> Table:
-    """A row for every label and learning rate."""
-    rows = [[*_point(e), *(counted(e, name) for name in COLUMNS.values())] for e in report["summary"]]
-    return Table("All points", ["method", "learning rate", "runs", *COLUMNS], rows, note=OVER_RUNS)
-
-
-def best_table(report: Mapping[str, Any]) -> Table:
-    """A row for every label, at its best learning rate."""
-    entries = zip(report["best"]["points"], best_entries(report), strict=True)
-    rows = [
-        [point["label"], f"{point['learning_rate']:g}", str(len(point["rates"])), str(point["runs"])]
-        + [counted(entry, name) for name in COLUMNS.values()]
-        for point, entry in entries
-    ]
-    return Table("Best points", ["method", "best rate", "of rates", "runs", *COLUMNS], rows, note=OVER_RUNS)
-
-
-def cost_table(report: Mapping[str, Any]) -> Table:
-    """Seconds, memory, trainable values and bytes of every point; columns that no run has are left out."""
+def cost_table(report: Report) -> Table:
+    """Seconds, memory, trainable values and bytes of every point, without the columns that are empty."""
     cells = [_cost_cells(entry["cost"]) for entry in report["summary"]]
     used = [heading for heading in (cells[0] if cells else {}) if any(row[heading] for row in cells)]
-    rows = [
-        [*_point(entry), *(row[heading] for heading in used)]
-        for entry, row in zip(report["summary"], cells, strict=True)
-    ]
-    note = "Of a whole run, in the mean over runs. Peaks are of memory; trainable values those of the largest task."
-    return Table("Cost", ["method", "learning rate", "runs", *used], rows, note=note)
+    rows = [[*_point(e), *(row[name] for name in used)] for e, row in zip(report["summary"], cells, strict=True)]
+    note = "For a whole run, averaged over runs. Trainable values are those of the largest task."
+    return Table("Cost", [*POINT, *used], rows, note=note)
 
 
 def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
-    """Heading -> cell."""
     memory = cost.get("peak_memory") or {}
     return {
-        **{f"{phase} s": _seconds(cost.get(f"{phase}_seconds")) for phase in PHASES},
-        **{f"{phase} peak": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
+        **{f"{phase} s": shown(cost.get(f"{phase}_seconds"), ",.1f") for phase in PHASES},
+        **{f"{phase} peak memory": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
         "trainable values": _mean(cost.get("parameters"), lambda count: f"{count:,.0f}"),
         "saved": _mean(cost.get("bytes"), bytes_shown),
     }
 
 
-def _point(entry: Mapping[str, Any]) -> list[str]:
-    return [entry["label"], f"{entry['learning_rate']:g}", str(entry["runs"])]
-
-
-def difference_tables(report: Mapping[str, Any]) -> list[Table]:
-    """One table for each measure that any two labels have, with a row for every pair of labels."""
+def difference_tables(report: Report) -> list[Table]:
+    """For each measure, a row for every pair of methods."""
+    headings = ["a", "b", "a − b", "95 % interval", "n", "verdict"]  # noqa: RUF001
     tables = []
-    for name in COMPARED:
-        found = [(entry, entry["measures"][name]) for entry in report["differences"]]
-        rows = [[e["a"], e["b"], *difference_cells(difference)] for e, difference in found if difference is not None]
+    for name, heading in HEADINGS.items():
+        pairs = [(entry, entry["measures"][name]) for entry in report["differences"] if name in COMPARED]
+        rows = [[entry["a"], entry["b"], *_difference_cells(found)] for entry, found in pairs if found is not None]
         if rows:
-            headings = ["a", "b", "a − b", "95 % interval", "n", "verdict"]  # noqa: RUF001
-            tables.append(Table(HEADINGS[name], headings, rows, names=2))
+            tables.append(Table(heading, headings, rows, names=2))
     return tables
 
 
-def pareto_table(report: Mapping[str, Any], front: str) -> Table:
-    """The points that no other beats, over all methods."""
-    found = report["pareto"][front]
-    best = {(point["label"], point["learning_rate"]) for point in found["all"]}
-    rows = [
-        [p["label"], f"{p['learning_rate']:g}", str(p["learned"]["n"]), shown(p["learned"]), shown(p["cost"])]
-        for p in found["points"]
-        if (p["label"], p["learning_rate"]) in best
-    ]
-    other = {"forgotten": "forgotten (-BWT)", "harm": "general loss"}[front]
-    return Table("On the front of all methods", ["method", "learning rate", "runs", "learned", other], rows)
+def _difference_cells(difference: Mapping[str, Any]) -> list[str]:
+    ends, mean, n = difference["interval"], signed(difference["mean"]), str(difference["n"])
+    if ends is None:
+        return [mean, "", n, "one pair: no interval"]
+    return [mean, f"{signed(ends[0])} to {signed(ends[1])}", n, "clear" if difference["is_clear"] else "not clear"]
 
 
-def general_task_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Scores on tasks of general ability, before and after, at the best points; empty where no run has them."""
+def pareto_tables(report: Report) -> list[Table]:
+    """For each front, the points that no other point dominates."""
+    tables = []
+    for name, found in report["pareto"].items():
+        front = {(point["label"], point["learning_rate"]) for point in found["all"]}
+        points = [point for point in found["points"] if (point["label"], point["learning_rate"]) in front]
+        rows = [[*_point({**p, "runs": p["learned"]["n"]}), shown(p["learned"]), shown(p["cost"])] for p in points]
+        if rows:
+            title, cost = FRONTS[name]
+            tables.append(Table(f"Pareto front: {title}", [*POINT, "learned", cost], rows))
+    return tables
+
+
+def general_task_tables(report: Report) -> list[Table]:
+    """Scores of the best points on tasks of general ability, before and after; empty if no run has them."""
     rows = []
     for point in report["best"]["points"]:
-        runs = [
-            (run.get("general") or {}).get("tasks") or {}
-            for run in runs_at(report, point["label"], point["learning_rate"])
-        ]
+        members = runs_at(report, point["label"], point["learning_rate"])
+        runs = [(run.get("general") or {}).get("tasks") or {} for run in members]
         for task in dict.fromkeys(task for run in runs for task in run):
-            figures = [
-                summary_of(run[task].get(key) for run in runs if task in run) for key in ("base", "final", "change")
-            ]
-            number = next((figure["n"] for figure in figures if figure is not None), 0)
-            rows.append([point["label"], task, str(number), *map(shown, figures)])
+            scores = [run[task] for run in runs if task in run]
+            figures = [summary_of(score.get(key) for score in scores) for key in ("base", "final", "change")]
+            rows.append([point["label"], task, str(len(scores)), *map(shown, figures)])
     headings = ["method", "task", "runs", "before", "after", "change"]
     return [Table("General ability", headings, rows, names=2, note=OVER_RUNS)] if rows else []
 
 
-def gate_tables(report: Mapping[str, Any]) -> list[Table]:
-    """What gates decided about earlier tasks, at the best points; empty where no run has any."""
+def gate_tables(report: Report) -> list[Table]:
+    """What gates decided at the best points; empty if no run has a gate."""
     rows = []
     for point in report["best"]["points"]:
         for run in runs_at(report, point["label"], point["learning_rate"]):
             for entry in run.get("gate") or []:
                 scores = ["" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("score", "needed")]
                 names = [str(entry.get(key, "")) for key in ("task", "earlier")]
-                rows.append(
-                    [run["label"], f"seed {run['seed']}, {run['order']}", *names, *scores, str(entry.get("action", ""))]
-                )
+                name = f"seed {run['seed']}, {run['order']}"
+                rows.append([run["label"], name, *names, *scores, str(entry.get("action", ""))])
     headings = ["method", "run", "after task", "earlier task", "score", "needed", "action"]
     return [Table("Gates on earlier tasks", headings, rows, names=4)] if rows else []
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def shown(figure: Mapping[str, Any] | None, form: str = ".3f") -> str:
+    """The mean of a figure, and its standard deviation over several runs; empty for None."""
+    if figure is None:
+        return ""
+    deviation = "" if figure["std"] is None else f" ± {figure['std']:{form}}"
+    return f"{figure['mean']:{form}}".replace("-", "\u2212") + deviation
+
+
+def signed(value: float) -> str:
+    """With a sign; zero after rounding has none."""
+    return f"{value:+.3f}".replace("-", "\u2212") if abs(value) >= 0.0005 else "0.000"
+
+
+def bytes_shown(count: float) -> str:
+    """In the largest unit that is not larger than the count."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.{0 if units[0] == 'B' or count >= 100 else 1}f} {units[0]}"
+
+
+def _mean(figure: Mapping[str, Any] | None, show: Callable[[float], str]) -> str:
+    return "" if figure is None else show(figure["mean"])
+
+
+def _point(entry: Mapping[str, Any]) -> list[str]:
+    return [entry["label"], f"{entry['learning_rate']:g}", str(entry["runs"])]
+
+
+def _measures(entry: Mapping[str, Any]) -> list[str]:
+    """The measures of a point, with the number of runs if only some have the measure."""
+    figures = [entry[name] for name in HEADINGS]
+    return [shown(f) + (f" (n = {f['n']})" if f and f["n"] != entry["runs"] else "") for f in figures]

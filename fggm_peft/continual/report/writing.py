@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,26 +32,23 @@ def read_results(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: a folder contains no finished run.
     """
-    results = {Path(folder): _results_in(Path(folder)) for folder in folders}
-    first, *others = results
-    for other in others:
-        streams = [json.loads((folder / "stream.json").read_text(encoding="utf-8")) for folder in (first, other)]
-        if found := differences(*streams):
-            warnings.warn(f"the streams of {first} and {other} differ: {'; '.join(found)}", stacklevel=2)
-    labels = {folder: {run["label"] for run in runs} for folder, runs in results.items()}
-    shared = {label for folder in results for label in labels[folder] if sum(label in s for s in labels.values()) > 1}
+    results = {Path(folder): list(map(_read, sorted(Path(folder).glob("runs/*/*/run.json")))) for folder in folders}
+    first = next(iter(results))
+    for folder, runs in results.items():
+        if not runs:
+            raise FileNotFoundError(f"no finished run in {folder}; name an output folder of fggm sequence")
+        if found := differences(_read(first / "stream.json"), _read(folder / "stream.json")):
+            warnings.warn(f"the streams of {first} and {folder} differ: {'; '.join(found)}", stacklevel=2)
+    counts = Counter(label for runs in results.values() for label in {run["label"] for run in runs})
     return [
-        {**run, "label": f"{run['label']} ({folder.name})"} if run["label"] in shared else run
+        {**run, "label": f"{run['label']} ({folder.name})"} if counts[run["label"]] > 1 else run
         for folder, runs in results.items()
         for run in runs
     ]
 
 
-def _results_in(folder: Path) -> list[dict[str, Any]]:
-    files = sorted(folder.glob("runs/*/*/run.json"))
-    if not files:
-        raise FileNotFoundError(f"no finished run in {folder}; name an output folder of fggm sequence")
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_report(folder: Path | str, results: Sequence[dict[str, Any]], page: bool = True) -> None:
