@@ -2,7 +2,7 @@
 
 from .config import FGGMConfig
 from .layer import FGGMLayer
-from .layer_types import LAYER_TYPES, LayerType
+from .layer_types import LAYER_TYPES, FGGMLinear, LayerType
 from .merging.report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
@@ -14,6 +14,7 @@ __all__ = [
     "LAYER_TYPES",
     "FGGMConfig",
     "FGGMLayer",
+    "FGGMLinear",
     "FGGMModel",
     "LayerType",
     "MergeReport",

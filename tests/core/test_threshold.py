@@ -420,7 +420,7 @@ def test_floors_beyond_the_budget_or_for_a_type_that_is_not_there_are_refused():
         ParameterBudget(13, floor=0.5).choose(scores, costs)  # two units of 4, one of 6
     with pytest.raises(ValueError, match="'k', but the types of modules here are 'q', 'v'"):
         ParameterBudget(13, floor={"k": 0.1}).choose(scores, costs, kinds=["q", "v"])
-    with pytest.raises(ValueError, match=r"at most 1 units each may move \(10 parameters\), got 11"):
+    with pytest.raises(ValueError, match=r"at most 1 units each \(10 parameters\), got 11"):
         ParameterBudget(11).choose(scores, costs, most=1)
 
 

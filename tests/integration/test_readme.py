@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from models import adapted, byte_tokenizer, text_model, token_batches
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
-from fggm_peft import FGGMConfig
+from fggm_peft import CRITERIA, GRANULARITIES, LAYER_TYPES, METHODS, POLICIES, FGGMConfig, select_parameters
+from fggm_peft.continual.methods import make_method
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.deltas import SparseDelta
 from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 ROOT = Path(__file__).parents[2]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -83,6 +86,82 @@ def test_the_snippets_on_selection_run(tmp_path, monkeypatch, capsys):
     assert "criterion steep_but_small" in capsys.readouterr().out
     rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     assert all(f"`{name}`" in rows for name in names["CRITERIA"])
+
+
+def test_the_variants_of_the_page_on_extending_select_train_merge_and_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    batches = token_batches()
+    base, names = text_model(), {"dataloader": batches, "another_base": text_model(), "__name__": "extending"}
+    names["base"] = base
+    page = (ROOT / "docs" / "extending.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 6
+    registered = {
+        CRITERIA: "fisher_over_weight",
+        POLICIES: "above_median",
+        GRANULARITIES: "row_blocks",
+        METHODS: "embeddings",
+        LAYER_TYPES: "InputMajorLinear",
+    }
+    try:
+        for snippet in snippets:
+            exec(compile(snippet, "extending.md", "exec", dont_inherit=True), names)
+        for registry, name in registered.items():
+            assert name in registry
+
+        model, loaded, merged, blocks = names["model"], names["loaded"], names["merged"], names["RowBlocks"](8)
+        saved = json.loads(Path("blocks/adapter_config.json").read_text())
+        assert saved["granularity"] == {"granularity": "row_blocks", "size": 8}
+        assert saved["threshold"] == {"policy": "above_median", "factor": 1.2, "scope": "layer"}
+        assert loaded.peft_config["default"].granularity == blocks
+        assert names["report"].criterion == "fisher_over_weight" and names["report"].density < 0.6
+        for target in find_targets(loaded, "default").values():
+            assert target.granularity == blocks and target.values.shape[1:] == (8, target.shape[1])
+        with torch.no_grad():
+            outputs = [m(**batches[0]).logits for m in (text_model(), loaded, merged)]
+        assert not torch.equal(outputs[0], outputs[1])
+        torch.testing.assert_close(outputs[1], outputs[2])
+        with pytest.raises(ValueError, match=r"q_proj: granularity='row_blocks\(size=7\)' cannot divide .*\[64, 64\]"):
+            get_peft_model(text_model(), FGGMConfig(granularity=names["RowBlocks"](7), target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match=r"AboveMedian\.factor must be a finite number > 0, got 0"):
+            names["AboveMedian"](0)
+
+        method = make_method("embeddings", head=True)
+        model = method.begin_task(method.prepare(text_model(), seed=0), 0, [])
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+        ]
+        _adapts_an_input_major_layer(names["InputMajorLinear"])
+    finally:
+        for registry, name in registered.items():
+            registry._entries.pop(name, None)
+
+
+def _adapts_an_input_major_layer(layer_type):
+    """The same selection, training and merge as for the ``nn.Linear`` that it replaces."""
+
+    def adapted_model(replace):
+        model = text_model()
+        for layer in model.model.layers if replace else []:
+            layer.mlp.up_proj = layer_type(layer.mlp.up_proj)
+        model = get_peft_model(model, FGGMConfig(target_modules=["up_proj"], density=0.3))
+        select_parameters(model, token_batches(), progress=False)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model(**token_batches()[0]).loss.backward()
+        optimizer.step()
+        return model
+
+    model = adapted_model(replace=True)
+    plain, replaced = find_targets(adapted_model(replace=False), "default"), find_targets(model, "default")
+    for path, target in plain.items():
+        assert torch.equal(replaced[path].indices, target.indices)
+        torch.testing.assert_close(replaced[path].values, target.values)
+        assert target.values.any()
+    batch = token_batches()[0]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected)
 
 
 def test_the_snippets_on_sharing_run(tmp_path, monkeypatch, hub):
