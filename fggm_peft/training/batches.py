@@ -1,4 +1,4 @@
-"""What trainers call a batch, as the Fisher pass takes it: model inputs with ``labels``, one sample a row."""
+"""Converts a trainer's batch to what selection reads: model inputs with ``labels``, one sample per row."""
 
 from __future__ import annotations
 
@@ -12,65 +12,76 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..selection.likelihood import IGNORED
 
-# what TRL's preference trainers put beside the inputs of the model
+# keys that TRL's preference trainers add to the model's inputs
 _NOT_INPUTS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+MAX_NEW_TOKENS = 256  # of a generated answer, if the generation settings have no limit
 
 
-class Prompts:
-    """Lets a model answer prompts, for trainers whose data has no answers (GRPO, RLOO).
-
-    The answers are drawn from the model, as the trainer will draw them: what is summed then is the true
-    Fisher information at the task's prompts.
+def selection_batch(batch: Any, trainer: Any = None) -> Mapping[str, Any]:
+    """A trainer's batch as model inputs with labels, one sample per row.
 
     Args:
-        trainer: its model, ``processing_class``, and ``generation_config`` if it has one, write the answers.
+        batch: the output of the trainer's collator.
+        trainer: its model generates answers for batches that contain only prompts.
+
+    Raises:
+        ValueError: the batch contains only prompts and ``trainer`` is None.
     """
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Mapping) and "prompt" in batch[0]:
+        if trainer is None:
+            raise ValueError("the trainer's batches are prompts without answers; use FGGMTrainerMixin to generate them")
+        return with_answers(trainer, [example["prompt"] for example in batch])
+    if not isinstance(batch, Mapping):
+        return batch  # select_parameters raises the error
+    if "labels" not in batch and "completion_mask" in batch:
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+        inputs["labels"] = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+        return _paired(inputs)
+    return _unpacked(batch)
 
-    def __init__(self, trainer: Any):
-        self.trainer, self.model, self.tokenizer = trainer, trainer.model, trainer.processing_class
 
-    def answered(self, prompts: list[Any]) -> dict[str, Tensor]:
-        """Prompts (text, or lists of messages) with a drawn answer each; labels only on the answers."""
-        is_text = isinstance(prompts[0], str)
-        encoded = self.tokenizer(
-            prompts if is_text else [self._templated(prompt) for prompt in prompts],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=is_text,  # a template has written them itself
-            return_tensors="pt",
-        ).to(next(self.model.parameters()).device)
-        config = getattr(self.trainer, "generation_config", None) or self.model.generation_config
-        with _all_evaluating(self.model):
-            sequences = self.model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                generation_config=config,
-                max_new_tokens=config.max_new_tokens or 256,
-                do_sample=True,
-                use_cache=True,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        width = encoded["input_ids"].shape[1]
-        ends = config.eos_token_id if config.eos_token_id is not None else self.tokenizer.eos_token_id
-        is_end = torch.isin(sequences[:, width:], torch.tensor(ends, device=sequences.device)).long()
-        answer = (is_end.cumsum(1) - is_end) == 0  # up to the first end of sequence, which belongs to the answer
-        labels = sequences.clone()
-        labels[:, :width] = IGNORED
-        labels[:, width:].masked_fill_(~answer, IGNORED)
-        mask = torch.cat([encoded["attention_mask"], answer.long()], 1)
-        return {"input_ids": sequences, "attention_mask": mask, "labels": labels}
+def with_answers(trainer: Any, prompts: list[Any]) -> dict[str, Tensor]:
+    """Prompts with one sampled answer each, for trainers whose data has no answers (GRPO, RLOO).
 
-    def _templated(self, messages: list[dict[str, str]]) -> str:
-        extra = getattr(self.trainer, "chat_template_kwargs", None) or {}
-        template = getattr(self.trainer, "chat_template", None)
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=template, **extra
+    The answers are sampled from the model, with the trainer's generation settings, so the scores are the true Fisher
+    information at the task's prompts. Only the answers have labels.
+
+    Args:
+        trainer: with ``model``, ``processing_class`` and optionally ``generation_config`` and a chat template.
+        prompts: texts, or lists of messages.
+    """
+    model, tokenizer = trainer.model, trainer.processing_class
+    is_text = isinstance(prompts[0], str)
+    if not is_text:
+        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        settings |= {"chat_template": getattr(trainer, "chat_template", None)}
+        settings |= getattr(trainer, "chat_template_kwargs", None) or {}
+        prompts = [tokenizer.apply_chat_template(prompt, **settings) for prompt in prompts]
+    # a chat template has already written the special tokens
+    encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=is_text, return_tensors="pt")
+    ids, mask = (encoded[key].to(next(model.parameters()).device) for key in ("input_ids", "attention_mask"))
+    config = getattr(trainer, "generation_config", None) or model.generation_config
+    with _eval_mode(model):
+        sequences = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            max_new_tokens=config.max_new_tokens or MAX_NEW_TOKENS,
+            do_sample=True,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
         )
+    answers = sequences[:, ids.shape[1] :]
+    end_tokens = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    is_end = torch.isin(answers, torch.tensor(end_tokens, device=answers.device)).long()
+    is_answer = (is_end.cumsum(1) - is_end) == 0  # up to and including the first end token
+    labels = torch.cat([torch.full_like(ids, IGNORED), answers.masked_fill(~is_answer, IGNORED)], 1)
+    return {"input_ids": sequences, "attention_mask": torch.cat([mask, is_answer.long()], 1), "labels": labels}
 
 
 @contextmanager
-def _all_evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode also for modules that checkpoint their gradients, which the Fisher pass leaves in training mode."""
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for all modules; a selection leaves those with gradient checkpointing in training mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -80,66 +91,36 @@ def _all_evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def selection_batch(batch: Any, prompts: Prompts | None = None) -> Mapping[str, Any]:
-    """A trainer's batch as model inputs with labels, each row one sample.
-
-    Args:
-        batch: what the trainer's collator made.
-        prompts: answers batches that hold prompts only.
-
-    Raises:
-        ValueError: it holds prompts only, and ``prompts`` is None.
-    """
-    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Mapping) and "prompt" in batch[0]:
-        if prompts is None:
-            raise ValueError(
-                "the trainer's batches hold prompts without answers; FGGMTrainerMixin lets the model write them"
-            )
-        return prompts.answered([example["prompt"] for example in batch])
-    if not isinstance(batch, Mapping):
-        return batch  # select_parameters says what is wrong with it
-    if "labels" not in batch and "completion_mask" in batch:
-        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
-        inputs["labels"] = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-        return _paired(inputs)
-    return _apart(batch)
-
-
 def _paired(batch: dict[str, Any]) -> dict[str, Any]:
-    """All chosen answers and then all rejected ones, as pairs: a limit on samples should take as many of both."""
+    """TRL's batch (all chosen answers, then all rejected ones) as pairs, so that a sample limit keeps both kinds."""
     size = len(batch["input_ids"])
     if size % 2:
         return batch
     order = torch.arange(size).view(2, -1).T.flatten()
-    return {
-        key: value[order.to(value.device)]
-        if isinstance(value, Tensor) and value.dim() and len(value) == size
-        else value
-        for key, value in batch.items()
-    }
+    is_row = {key: isinstance(value, Tensor) and value.shape[:1] == (size,) for key, value in batch.items()}
+    return {key: value[order.to(value.device)] if is_row[key] else value for key, value in batch.items()}
 
 
-def _apart(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Sequences that were packed into one row in rows of their own, so that a sample is one sequence.
+def _unpacked(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch with packed sequences in separate rows, so that a sample is one sequence.
 
-    Packed rows tell where a sequence starts by a position of 0, which single tokens of padding have too.
+    A position of 0 starts a sequence in a packed row. Single padding tokens have position 0 too.
     """
     positions, labels, ids = (batch.get(key) for key in ("position_ids", "labels", "input_ids"))
     if not all(isinstance(value, Tensor) and value.dim() == 2 for value in (positions, labels, ids)):
         return batch
     assert isinstance(positions, Tensor) and isinstance(labels, Tensor) and isinstance(ids, Tensor)
     mask = batch.get("attention_mask")
-    real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids, dtype=torch.bool)
-    starts = (positions == 0) & real
+    is_token = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids, dtype=torch.bool)
+    starts = (positions == 0) & is_token
     if bool((starts.sum(1) <= 1).all()):
         return batch
-    sequence = torch.where(real, starts.flatten().cumsum(0).view_as(starts), 0)
-    wheres = [sequence == number for number in range(1, int(sequence.max()) + 1)]
-    wheres = [where for where in wheres if where.sum() > 1 or (labels[where] != IGNORED).any()]
-    rows = pad_sequence([ids[where] for where in wheres], batch_first=True)
-    lengths = torch.stack([where.sum() for where in wheres])
-    return {
-        "input_ids": rows,
-        "attention_mask": (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).long(),
-        "labels": pad_sequence([labels[where] for where in wheres], batch_first=True, padding_value=IGNORED),
+    numbers = torch.where(is_token, starts.flatten().cumsum(0).view_as(starts), 0)
+    sequences = [numbers == number for number in range(1, int(numbers.max()) + 1)]
+    sequences = [tokens for tokens in sequences if tokens.sum() > 1 or (labels[tokens] != IGNORED).any()]
+    columns = {
+        "input_ids": (0, [ids[tokens] for tokens in sequences]),
+        "attention_mask": (0, [torch.ones_like(ids[tokens]) for tokens in sequences]),
+        "labels": (IGNORED, [labels[tokens] for tokens in sequences]),
     }
+    return {key: pad_sequence(rows, True, padding) for key, (padding, rows) in columns.items()}

@@ -1,4 +1,4 @@
-"""Which of a trainer's checkpoints are whole, and what has to be read of one before the trainer does."""
+"""Finds a trainer's newest complete checkpoint, and reads the selection of a checkpoint before the trainer does."""
 
 from __future__ import annotations
 
@@ -18,36 +18,32 @@ from ..selection.select import active_adapter, active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.files.saving import as_trained
 from ..tuner.files.task_scores import SCORES_FILE, TaskRecord, load_record, remember
-from ..tuner.support import fggm_layers, unwrapped
+from ..tuner.support import unwrapped
+from ..tuner.target import find_targets
 
 
 def last_complete_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a trainer's output folder that is whole.
+    """The newest complete checkpoint in a trainer's output folder.
 
-    A process that is killed while it writes leaves a folder behind with the highest number and a part of
-    its files. The trainer writes its state last, so a readable state tells that all else is there.
+    A process that is killed while it saves leaves an incomplete folder with the highest number. The trainer writes its
+    state last, so a readable state shows that a checkpoint is complete.
 
     Raises:
-        ValueError: there is none; names the folder.
+        ValueError: the folder contains no complete checkpoint.
     """
-    numbered = [
-        (int(path.name.rpartition("-")[2]), path)
+    checkpoints = {
+        int(path.name.rpartition("-")[2]): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.is_dir() and path.name.rpartition("-")[2].isdigit()
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        if _is_complete(path):
+    }
+    for _, path in sorted(checkpoints.items(), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            warnings.warn(f"{path} is incomplete and is skipped", stacklevel=3)
+        else:
             return path
-        warnings.warn(f"{path} was not written to its end and is passed by", stacklevel=3)
     raise ValueError(f"No valid checkpoint found in output directory ({folder})")
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def unselected_adapters(model: nn.Module) -> list[str]:
@@ -56,17 +52,14 @@ def unselected_adapters(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model has no active FGGM adapter.
     """
-    return [
-        name
-        for name, _ in active_adapters(model)
-        if not any(layer.selected[name] for layer in fggm_layers(model, name).values())
-    ]
+    names = [name for name, _ in active_adapters(model)]
+    return [name for name in names if not any(target.is_selected for target in find_targets(model, name).values())]
 
 
 def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
-    """Put what a checkpoint says of its selection on the model's configs, which come from new code.
+    """Add a checkpoint's record of its selection to the model's configs, which new code has created.
 
-    The model's history gets what was selected, too, with the scores if they were saved.
+    The selection also becomes part of the model's history, with its scores if they were saved.
     """
     for name, config in active_adapters(model):
         for folder in (checkpoint / name, checkpoint):
@@ -86,20 +79,19 @@ def _record(model: nn.Module, config: FGGMConfig, folder: Path) -> TaskRecord:
 
 
 def load_before_sharding_(model: Any, checkpoint: Path) -> None:
-    """Give an adapter that is about to resume its support while its values can still take their size.
+    """Load the support of an adapter that will resume, while its values can still be resized.
 
-    Under FSDP and DeepSpeed the trainer loads a checkpoint after the model is sharded.
+    Under FSDP and DeepSpeed the trainer loads a checkpoint after it has sharded the model.
 
     Raises:
-        ValueError: the checkpoint holds no adapter file.
+        ValueError: the checkpoint contains no adapter file.
     """
     if not unselected_adapters(model):
         return
     if not (checkpoint / SAFETENSORS_WEIGHTS_NAME).exists():
         raise ValueError(
-            f"{checkpoint} holds no {SAFETENSORS_WEIGHTS_NAME}, which tells what was selected: FSDP writes none with "
-            "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select before training (fggm select) and load "
-            "that adapter."
+            f"{checkpoint} has no {SAFETENSORS_WEIGHTS_NAME}, so its selection is unknown. FSDP does not write it with "
+            "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select with fggm select and load that adapter."
         )
     with as_trained(model):
         model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)

@@ -1,4 +1,4 @@
-"""How well a causal language model answers: loss and accuracy given the true tokens, exact match when it writes."""
+"""Evaluates a causal language model on answers: loss and token accuracy, and exact match of generated answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,17 @@ from ..selection.likelihood import IGNORED
 from ..tuner.hosts.bitsandbytes import four_bit_layers_as_they_are
 from .data import TokenizedExamples
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """What an evaluation found. Every figure is over all samples at once, whatever the batches were.
+    """Results of an evaluation, over all samples together, so they do not depend on the batches.
 
     Args:
-        samples: examples evaluated.
-        tokens: tokens of their answers, end tokens included.
+        samples: number of examples.
+        tokens: number of answer tokens, including end tokens.
         loss: mean negative log-likelihood of these tokens, in nats.
-        accuracy: share of these tokens that were the most likely one, given the true ones before.
-        exact_match: share of the answers that greedy decoding writes exactly; None if it was not asked for.
+        accuracy: share of these tokens that were the most likely token, given the true tokens before them.
+        exact_match: share of the answers that greedy decoding generates exactly; None if it was not requested.
     """
 
     samples: int
@@ -50,14 +47,14 @@ class AnswerScores:
 def score_answers(
     model: nn.Module, examples: TokenizedExamples, batch_size: int = 8, description: str = "Evaluating"
 ) -> AnswerScores:
-    """Loss and accuracy on the answers, with the model in eval mode (it is left so; 4-bit layers as they are).
+    """Loss and accuracy on the answers, equal for every batch size up to rounding. Leaves the model in eval mode."""
+    from transformers import DataCollatorForSeq2Seq
 
-    Neither depends on the batch size but by the rounding of the model's own arithmetic.
-    """
     model.eval()
+    collate = DataCollatorForSeq2Seq(examples.tokenizer)
     loss, correct, tokens = 0.0, 0, 0
-    for chosen in _batches(examples, batch_size, description):
-        batch = _padded_right([examples[i] for i in chosen], examples.tokenizer).to(_device(model))
+    for indices in _batches(examples, batch_size, description):
+        batch = collate([examples[index] for index in indices]).to(next(model.parameters()).device)
         with four_bit_layers_as_they_are(model):
             logits, targets = _answer_logits(model, batch)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
@@ -75,73 +72,57 @@ def written_answers(
     max_new_tokens: int = 64,
     description: str = "Generating",
 ) -> list[str]:
-    """What greedy decoding writes for each example, in their order; the model is left in eval mode.
+    """The answers that greedy decoding generates, in the order of the examples. Leaves the model in eval mode.
 
     Raises:
-        ValueError: an example has no prompt to go on from.
+        ValueError: an example has no prompt.
     """
     model.eval()
     tokenizer, texts = examples.tokenizer, [""] * len(examples)
-    for chosen in _batches(examples, batch_size, description):
-        prompts = tokenizer.pad(
-            {"input_ids": [_prompt_and_answer(examples[i])[0] for i in chosen]},
-            padding_side="left",
-            return_tensors="pt",
-        ).to(_device(model))
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    for indices in _batches(examples, batch_size, description):
+        prompts = [_prompt_and_answer(examples[index])[0] for index in indices]
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        batch = batch.to(next(model.parameters()).device)
+        options = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **greedy}
         with four_bit_layers_as_they_are(model):
-            written = model.generate(
-                input_ids=prompts["input_ids"],
-                attention_mask=prompts["attention_mask"],
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )[:, prompts["input_ids"].shape[1] :]
-        for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            texts[i] = text
+            sequences = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+        answers = sequences[:, batch["input_ids"].shape[1] :]
+        for index, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
+            texts[index] = text
     return texts
 
 
 def exact_match(
     model: Any, examples: TokenizedExamples, batch_size: int = 8, max_new_tokens: int = 64, **options
 ) -> float:
-    """Share of the examples whose answer greedy decoding writes, compared as text without surrounding spaces.
+    """Share of the answers that greedy decoding generates. Spaces around an answer are ignored.
 
     Raises:
-        ValueError: an example has no prompt to go on from.
+        ValueError: an example has no prompt.
     """
-    written = written_answers(model, examples, batch_size, max_new_tokens, **options)
-    answers = [_prompt_and_answer(examples[i])[1] for i in range(len(examples))]
-    texts = examples.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return sum(text.strip() == answer.strip() for text, answer in zip(written, texts, strict=True)) / len(examples)
+    generated = written_answers(model, examples, batch_size, max_new_tokens, **options)
+    answers = [_prompt_and_answer(examples[index])[1] for index in range(len(examples))]
+    expected = examples.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return sum(text.strip() == answer.strip() for text, answer in zip(generated, expected, strict=True)) / len(examples)
 
 
 def _batches(examples: TokenizedExamples, batch_size: int, description: str) -> Iterator[list[int]]:
-    """Positions of examples of similar length, the longest first: what does not fit shows at once."""
-    lengths = [len(examples[i]["input_ids"]) for i in range(len(examples))]
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    """Indices of examples of similar length. The longest come first, so that a lack of memory shows at once."""
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc=description, unit="batch", disable=None, leave=False):
         yield order[start : start + batch_size]
 
 
-def _padded_right(rows: list[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase) -> Any:
-    from transformers import DataCollatorForSeq2Seq
-
-    return DataCollatorForSeq2Seq(tokenizer)(rows)
-
-
 def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """float32 ``[b, t, vocabulary]`` and int64 ``[b, t]``, at the positions where any row has a label."""
+    """Logits, float32 ``[b, t, vocabulary]``, and targets, int64 ``[b, t]``, where any row has a label."""
     targets = batch["labels"][:, 1:]
     positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        # the logits of a long prompt would take more memory than the rest of the pass
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        # the logits of a long prompt would need more memory than the rest of the forward pass
         logits = model(**inputs, logits_to_keep=positions).logits
     else:
         logits = model(**inputs).logits[:, positions]
@@ -151,9 +132,5 @@ def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 def _prompt_and_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     length = sum(label == IGNORED for label in row["labels"])
     if not length:
-        raise ValueError("generating needs prompts, and these examples are plain text; leave --generate out")
+        raise ValueError("generating needs prompts, but these examples are plain text; omit --generate")
     return row["input_ids"][:length], row["input_ids"][length:]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

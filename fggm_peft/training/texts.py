@@ -1,83 +1,70 @@
-"""General text as a selection's reference: a file of paragraphs, tokenized and batched."""
+"""Text files as references of a selection: their paragraphs, tokenized and batched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from ..selection.reference import ReferenceData, is_text_file
-from ..tuner import FGGMConfig
+from ..selection.reference import is_text_file
 from .base_model import this_process
 from .data import DataError, Example, TokenizedExamples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PARAGRAPH_LENGTH = 256  # tokens of a paragraph; what is longer loses its end
+PARAGRAPH_LENGTH = 256  # tokens; longer paragraphs are truncated
 
 
 def read_paragraphs(file: str | Path) -> list[Example]:
-    """The paragraphs of a text: what stands between empty lines. The loss is on all of each.
+    """The paragraphs of a text file, which empty lines separate. The loss is on the whole paragraph.
 
     Raises:
-        DataError: there is no such file, or nothing in it.
+        DataError: the file cannot be read or is empty.
     """
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
-    found = [Example("", part.strip()) for part in text.split("\n\n") if part.strip()]
-    if not found:
+    paragraphs = [Example("", paragraph.strip()) for paragraph in text.split("\n\n") if paragraph.strip()]
+    if not paragraphs:
         raise DataError(f"{path} is empty")
-    return found
+    return paragraphs
 
 
 def text_batches(file: str | Path, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> DataLoader:
-    """A dataloader over the paragraphs of a text, as ``select_parameters(reference=...)`` takes it.
+    """A dataloader over the paragraphs of a text file, for ``select_parameters(reference=...)``.
 
-    Each process of a distributed run reads a share. A paragraph of more than 256 tokens loses its end.
+    Each process of a distributed run reads a share. Paragraphs are truncated to 256 tokens.
 
     Raises:
-        DataError: there is no such file, or nothing in it.
+        DataError: the file cannot be read or is empty.
     """
     from transformers import DataCollatorForSeq2Seq
 
     process = this_process()
-    share = read_paragraphs(file)[process.process_index :: process.num_processes]
-    examples: Any = TokenizedExamples(share, tokenizer, PARAGRAPH_LENGTH)
+    paragraphs = read_paragraphs(file)[process.process_index :: process.num_processes]
+    examples: Any = TokenizedExamples(paragraphs, tokenizer, PARAGRAPH_LENGTH)
     return DataLoader(examples, batch_size=batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
 
-def has_texts(sources: Any) -> bool:
-    """Whether a text file is among references."""
-    return any(map(is_text_file, _listed(sources)))
+def has_texts(references: Any) -> bool:
+    """Whether one of the references is a text file."""
+    return any(map(is_text_file, references if isinstance(references, (list, tuple)) else [references]))
 
 
-def _listed(sources: Any) -> Sequence[Any]:
-    return sources if isinstance(sources, (list, tuple)) else [sources]
-
-
-def with_texts(sources: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """References with every text file in it replaced by its batches; all else as it is.
-
-    Args:
-        sources: as ``select_parameters`` takes them.
+def with_texts(references: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """The references of ``select_parameters``, with each text file replaced by its batches.
 
     Raises:
-        DataError: a text cannot be read.
-        ValueError: there is a text, and no tokenizer.
+        DataError: a text file cannot be read.
+        ValueError: one of the references is a text file, and ``tokenizer`` is None.
     """
-    if not has_texts(sources):
-        return sources
+    if not has_texts(references):
+        return references
     if tokenizer is None:
-        raise ValueError("a reference that is a text file needs a tokenizer: give the trainer its processing_class")
-    return [text_batches(source, tokenizer) if is_text_file(source) else source for source in _listed(sources)]
-
-
-def reference_of(given: ReferenceData, config: FGGMConfig, tokenizer: PreTrainedTokenizerBase | None) -> ReferenceData:
-    """What a trainer's adapter is weighed against: what the trainer was given, or else what the config says."""
-    return with_texts(config.reference if given is None else given, tokenizer)
+        raise ValueError("a text file as a reference needs a tokenizer; pass processing_class to the trainer")
+    sources = references if isinstance(references, (list, tuple)) else [references]
+    return [text_batches(source, tokenizer) if is_text_file(source) else source for source in sources]

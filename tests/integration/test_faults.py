@@ -224,7 +224,7 @@ def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(number, 
     assert in_child(train_and_be_killed, tmp_path, number, at) == -number
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
     trainer = saving_trainer(tmp_path)
-    with pytest.warns(UserWarning, match="checkpoint-4 was not written to its end"):
+    with pytest.warns(UserWarning, match="checkpoint-4 is incomplete"):
         trainer.train(resume_from_checkpoint=True)
     assert trainer.selection_report is None and trainer.state.global_step == 6
     uninterrupted = saving_trainer(tmp_path / "uninterrupted")
@@ -236,7 +236,7 @@ def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(number, 
 def test_resuming_without_a_complete_checkpoint_raises_an_error_that_names_the_folder(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     with (
-        pytest.warns(UserWarning, match="checkpoint-1 was not written to its end"),
+        pytest.warns(UserWarning, match="checkpoint-1 is incomplete"),
         pytest.raises(ValueError, match=f"No valid checkpoint.*{tmp_path.name}"),
     ):
         saving_trainer(tmp_path).train(resume_from_checkpoint=True)
@@ -331,5 +331,5 @@ def test_a_checkpoint_partly_overwritten_by_another_run_is_not_valid(tmp_path, m
     with pytest.raises(OSError, match="No space left"):
         saving_trainer(tmp_path, max_steps=1).train()
     assert (tmp_path / "checkpoint-1").exists()
-    with pytest.raises(ValueError, match="No valid checkpoint"), pytest.warns(UserWarning, match="not written to its"):
+    with pytest.raises(ValueError, match="No valid checkpoint"), pytest.warns(UserWarning, match="is incomplete"):
         last_complete_checkpoint(tmp_path)

@@ -17,7 +17,7 @@ from fggm_peft.deltas.meta_base import skeleton
 from fggm_peft.deltas.saved_selection import saved_adapter, shares_of
 from fggm_peft.plots import agreement_plot, density_plot, overlap_plot, spectrum_plot, to_svg
 from fggm_peft.selection.report import AgreementCheck
-from fggm_peft.training.trainer import logged
+from fggm_peft.training.trainer import log_entry
 from fggm_peft.tuner.support import fggm_layers
 
 MANY = token_batches(sizes=(8,) * 9)
@@ -50,7 +50,7 @@ def test_a_reference_and_repeated_passes_are_counted_too():
     groups = report.sample_passes // 16
     assert groups > 1 and report.sample_passes == groups * (report.samples + report.reference_samples) == groups * 16
     assert 0 < report.reference_share < 1 and "for the reference" in report.cost
-    log = logged(report)
+    log = log_entry(report)
     assert log["selection/sample_passes"] == groups * 16 and 0 < log["selection/reference_share"] < 1
     assert all(isinstance(value, (int, float)) for value in log.values())
 

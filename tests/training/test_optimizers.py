@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import TrainingArguments
 
 from fggm_peft import FGGMConfig, FGGMTrainer, estimate, select_parameters
-from fggm_peft.training.trl import keep_values_wide_
+from fggm_peft.training.trl import restore_float32_
 from fggm_peft.tuner.support import fggm_layers
 
 BASES = {
@@ -87,7 +87,7 @@ def test_a_trainer_widens_what_trl_has_rounded_unless_it_was_asked_for(dtype, ke
     model = get_peft_model(quantized(llama(), "nf4"), FGGMConfig(criterion="random", training_dtype=dtype))
     for values in trained_values(model):
         values.data = values.data.to(torch.bfloat16)  # as TRL does
-    keep_values_wide_(model)
+    restore_float32_(model)
     assert value_dtypes(model) == {kept}
 
 
@@ -97,7 +97,7 @@ def test_another_dtype_is_refused():
 
 
 def test_bfloat16_adds_nothing_to_a_value_that_is_some_hundred_steps_long():
-    """What the page on training and the docstring of ``keep_values_wide_`` say of rounding to nearest."""
+    """What the page on training and the docstring of ``restore_float32_`` say of rounding to nearest."""
     for step in (1e-5, 3e-4, 1e-3):
         value = torch.zeros(1, dtype=torch.bfloat16)
         for _ in range(1000):

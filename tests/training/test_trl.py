@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification
 
 from fggm_peft import FGGMConfig, select_parameters
-from fggm_peft.training import FGGMTrainerMixin
-from fggm_peft.training.batches import Prompts, selection_batch
+from fggm_peft.training import FGGMTrainerMixin, batches
+from fggm_peft.training.batches import selection_batch, with_answers
 from fggm_peft.tuner.support import fggm_layers
 
 trl = pytest.importorskip("trl")
@@ -178,8 +178,10 @@ def test_grpo_selects_on_answers_of_the_model(tmp_path, monkeypatch):
         peft_config=config(num_samples=None),
     )
     asked = []
-    answered = Prompts.answered
-    monkeypatch.setattr(Prompts, "answered", lambda self, prompts: asked.extend(prompts) or answered(self, prompts))
+    generate = batches.with_answers
+    monkeypatch.setattr(
+        batches, "with_answers", lambda trainer, prompts: asked.extend(prompts) or generate(trainer, prompts)
+    )
     trainer.train()
     assert trainer.selection_report.samples == 24
     assert sorted(asked) == sorted(rows()["prompt"])  # each once, though TRL repeats them for its groups
@@ -188,7 +190,7 @@ def test_grpo_selects_on_answers_of_the_model(tmp_path, monkeypatch):
 
 
 def test_prompts_without_answers_need_a_model_that_writes_them():
-    with pytest.raises(ValueError, match=r"prompts without answers; FGGMTrainerMixin"):
+    with pytest.raises(ValueError, match=r"prompts without answers; use FGGMTrainerMixin"):
         selection_batch([{"prompt": "1 plus one is"}])
 
 
@@ -197,7 +199,7 @@ def test_answers_of_the_model_end_at_their_first_end_of_sequence():
     with torch.no_grad():
         model.lm_head.weight[1] *= 60  # the end is likely
     trainer = SimpleNamespace(model=model, processing_class=tokenizer)
-    batch = Prompts(trainer).answered(["a", "bcd"])
+    batch = with_answers(trainer, ["a", "bcd"])
     assert batch["input_ids"][0, :3].tolist()[:2] == [0, 0]  # padding on the left
     width = 3
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
@@ -214,7 +216,7 @@ def test_answers_are_drawn_by_the_trainers_settings_and_end_at_any_of_its_ends()
     model, tokenizer = text_model(), byte_tokenizer()
     settings = GenerationConfig(max_new_tokens=12, eos_token_id=[1, *range(40, 120)], pad_token_id=0)
     trainer = SimpleNamespace(model=model, processing_class=tokenizer, generation_config=settings)
-    batch = Prompts(trainer).answered(["ab", "cd", "ef"])
+    batch = with_answers(trainer, ["ab", "cd", "ef"])
     width = batch["input_ids"].shape[1]
     assert width <= 2 + 12
     for ids, labels in zip(batch["input_ids"][:, 2:], batch["labels"][:, 2:], strict=True):
