@@ -73,7 +73,7 @@ def main() -> None:
         print(f"{task}: loss {before:.2f} before, {learn(base_model(), task, folder):.2f} after training")
 
     print("\nWhat the supports share:")
-    print(overlap(*folders.values(), base=base))
+    print(overlap(*folders.values()))
 
     # Somebody else has the same base and loads one of them
     theirs = PeftModel.from_pretrained(base_model(), folders["counting up"])
@@ -86,7 +86,7 @@ def main() -> None:
     # All three in one model, and one of them out again
     ledger = Ledger(output / "ledger")
     for folder in folders.values():
-        ledger.add(folder.name, folder, base=base)
+        ledger.add(folder.name, folder)
     model = base_model()
     ledger.apply(model)
     print(f"\nmerged: {', '.join(ledger.tasks)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.spectrum import SHARES
-from .tuner.module_paths import density_grid, place_of
+from .tuner.module_paths import density_grid, parse_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -260,7 +260,7 @@ def spectrum_plot(
     kinds: dict[str, list[str]] = {}
     for name, values in spectra.items():
         if max(values) > 0:
-            kinds.setdefault(place_of(name).kind, []).append(name)
+            kinds.setdefault(parse_path(name).kind, []).append(name)
     names = density_grid({members[0]: (1.0, 1) for members in kinds.values()}).kinds
     figure, (axes,) = new_figure(3.1 + 0.07 * len(kinds))
     shares = 100 * np.array(SHARES)

@@ -20,9 +20,7 @@ def run(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of an FGGM adapter.")],
     to: Annotated[Literal["lora"], typer.Option(help="The form: a LoRA adapter of PEFT.")] = "lora",
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for the LoRA adapter.")] = None,
-    max_rank: Annotated[
-        Optional[int], typer.Option(min=1, help="Cut what needs a higher rank by its singular values.")
-    ] = None,
+    max_rank: Annotated[Optional[int], typer.Option(min=1, help="Largest rank that may be written.")] = None,
     base: Annotated[
         Optional[str], typer.Option(help="Folder or Hub id of the base, for its layers (default: the one it names).")
     ] = None,
@@ -32,7 +30,7 @@ def run(
     """Export ADAPTER as a LoRA adapter that loads with PEFT alone, and in engines that only know LoRA.
 
     A delta of k rows or columns is a LoRA of rank k: exact. Ranks are padded with zeros to 8, 16, 32, 64, 128, 256,
-    320 or 512. With --max-rank the error is measured and shown.
+    320 or 512.
     """
     require_adapter(adapter)
     if output is None and not dry_run:
@@ -40,10 +38,10 @@ def run(
     from ..deltas import export_lora, lora_ranks
 
     if dry_run or output is None:
-        found = lora_ranks(adapter, max_rank, base)
+        found = lora_ranks(adapter, base)
         return Result({"adapter": adapter, "to": to, "output": None, **found.to_dict()}, _shown(found, None))
     require_free(output, overwrite)
-    found = export_lora(adapter, output, max_rank, base, progress=True)
+    found = export_lora(adapter, output, max_rank, base)
     return Result({"adapter": adapter, "to": to, "output": str(output), **found.to_dict()}, _shown(found, output))
 
 
@@ -54,12 +52,8 @@ def _shown(found: LoraExport, output: Path | None) -> Group:
 
     table = Table(title=None if output is None else Text(f"Saved to {output}"))
     table.add_column("module", overflow="fold")
-    for heading in ("rank needed", "rank", *([] if output is None else ["relative error"])):
+    for heading in ("required rank", "rank"):
         table.add_column(heading, justify="right")
     for name, module in found.modules.items():
-        error = [] if output is None else ["exact" if module.is_exact else f"{module.error:.3%}"]
-        table.add_row(Text(name), str(module.required), str(module.rank), *error)
-    if output is not None:
-        return Group(table, Text(str(found)))
-    told = f"needs rank {found.required_rank}, would have rank {found.rank} at most"
-    return Group(table, Text(f"{told}, {'exact' if found.is_exact else 'not exact'}"))
+        table.add_row(Text(name), str(module.required), str(module.rank))
+    return Group(table, Text(str(found)))

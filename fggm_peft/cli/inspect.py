@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,15 +17,12 @@ if TYPE_CHECKING:
 
 def run(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of an FGGM adapter.")],
-    base: Annotated[
-        Optional[str], typer.Option(help="Folder or Hub id of the base, for shapes (default: the one it names).")
-    ] = None,
 ) -> Result:
     """Show what an adapter has changed: of each module how much, and the rank that it needs as a LoRA."""
     require_adapter(adapter)
     from ..deltas import SparseDelta
 
-    delta = SparseDelta.read(adapter, base)
+    delta = SparseDelta.read(adapter)
     modules = {name: _figures(delta, name) for name in delta.modules}
     data = {
         "adapter": adapter,

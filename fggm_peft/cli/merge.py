@@ -51,7 +51,7 @@ def run(
     else:
         kept = Ledger(ledger)
         for name, folder in zip(_task_names(adapter), adapter, strict=True):
-            kept.add(name, folder, base=model)
+            kept.add(name, folder)
         report = kept.apply(model, progress=True)
     save_merged(model, output, report, _tokenizer(base))
     data = {

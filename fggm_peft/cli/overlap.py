@@ -15,9 +15,6 @@ PICTURES = (".svg", ".png", ".pdf")
 
 def run(
     adapters: Annotated[list[str], typer.Argument(metavar="A B...", help="Folders or Hub ids of FGGM adapters.")],
-    base: Annotated[
-        Optional[str], typer.Option(help="Folder or Hub id of the base, for shapes (default: the one they name).")
-    ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="Show every module too.")] = False,
     plot: Annotated[Optional[Path], typer.Option(help="Draw a heat map into this file (.svg, .png or .pdf).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of the plot.")] = False,
@@ -37,7 +34,7 @@ def run(
         raise FileExistsError(f"{plot} is there already; name another file, or pass --overwrite")
     from ..deltas import overlap
 
-    found = overlap(*adapters, base=base)
+    found = overlap(*adapters)
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         found.heat_map(plot)

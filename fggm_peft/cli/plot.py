@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,6 @@ from .output import require_adapter, require_free
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
-    from torch import nn
 
     from ..deltas.saved_selection import SavedAdapter
 
@@ -23,14 +22,7 @@ if TYPE_CHECKING:
 def run(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids of FGGM adapters.", metavar="ADAPTER...")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
-    model: Annotated[
-        Optional[str],
-        typer.Option(help="Folder or Hub id of the base, if not where the adapters say. Only its config is read."),
-    ] = None,
     format: Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Of the pictures.")] = "svg",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
-    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures in the output folder.")] = False,
 ) -> Result:
     """Draw what each ADAPTER may move, layer by layer, and what several have in common.
@@ -42,21 +34,14 @@ def run(
     for name in adapters:
         require_adapter(name)
 
-    from ..deltas.meta_base import skeleton
     from ..deltas.saved_selection import saved_adapter
     from ..plots import save_all
 
     found = [saved_adapter(name) for name in adapters]
-    base = model or _common_base(found)
-    try:
-        bare = skeleton(base, found[0].config, trust_remote_code)
-    except ValueError as error:
-        raise ValueError(f"{error} (here: --model)") from error
-    drawing = _Drawing(found, bare)
+    drawing = _Drawing(found)
     with complete_folder(output) as folder:
         files = save_all(drawing.pictures(), folder, format)
     data = {
-        "model": base,
         "output": str(output),
         "pictures": [file.name for file in files],
         "adapters": drawing.entries,
@@ -65,31 +50,15 @@ def run(
     return Result(data, _table(data))
 
 
-def _common_base(adapters: list[SavedAdapter]) -> str:
-    """The base that all adapters name.
-
-    Raises:
-        ValueError: there is none, or there are several.
-    """
-    names = {adapter.config.base_model_name_or_path for adapter in adapters}
-    if len(names) > 1:
-        raise ValueError(f"the adapters name different bases ({', '.join(sorted(map(str, names)))}): give --model")
-    (name,) = names
-    if not name:
-        raise ValueError("the adapters do not name their base: give --model")
-    return name
-
-
 class _Drawing:
     """Draws adapters of one base, and keeps what it says of each.
 
     Args:
         adapters: at least one.
-        model: their base, without weights.
     """
 
-    def __init__(self, adapters: list[SavedAdapter], model: nn.Module):
-        self.adapters, self.model = adapters, model
+    def __init__(self, adapters: list[SavedAdapter]):
+        self.adapters = adapters
         self.names = _names(adapters)
         self.entries: list[dict[str, Any]] = []
         self.overlap: dict[str, Any] | None = None
@@ -110,23 +79,22 @@ class _Drawing:
         if curves:
             yield "agreement", agreement_plot(curves, SUFFICIENT_AGREEMENT)
         if len(self.adapters) > 1:
-            found = support_overlap(self.model, [adapter.folder for adapter in self.adapters])
+            found = support_overlap([adapter.folder for adapter in self.adapters])
             assert found is not None  # all are FGGM
             self.overlap = {"names": self.names, **found}
             yield "overlap", overlap_plot(self.names, found["jaccard"], found["chance"])
 
     def _of_one(self, name: str, adapter: SavedAdapter) -> Iterator[tuple[str, Figure]]:
-        from ..deltas.saved_selection import shares_of
         from ..plots import density_plot, spectrum_plot
 
         several = len(self.adapters) > 1
         suffix, title = (f"-{_file_name(name)}", name) if several else ("", "")
-        shares = shares_of(self.model, adapter.supports(self.model))
+        shares = adapter.shares()
         why = adapter.why_no_spectrum()
         total = sum(entries for _, entries in shares.values())
         missing = {"spectrum": why} if why else {}
         if not adapter.checks:
-            missing["agreement"] = 'it was not selected with num_samples="auto", or by an older version'
+            missing["agreement"] = 'it was not selected with num_samples="auto"'
         self.entries.append(
             {
                 "adapter": adapter.name,

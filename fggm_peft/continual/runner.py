@@ -106,7 +106,7 @@ class Runner:
             self._keep(model, method, ledger)
             self.on_tasks_done(len(lessons[len(ledger) - 2][1]))
         folders = [self._task_folder(number, name) for number, (name, _) in enumerate(lessons[: len(ledger) - 1])]
-        overlap = support_overlap(model, folders)
+        overlap = support_overlap(folders)
         return result_of(self.run, ledger, method.sees_all_tasks, self._cut(), overlap)
 
     def _lessons(self, method: Method) -> list[Lesson]:

@@ -1,6 +1,6 @@
-"""What is done with finished deltas: read, verified and saved, compared, combined, taken out again, exported.
+"""Operations on finished deltas: read, verify, save, compare, combine, remove and export them.
 
-Nothing here is imported before it is used, so that importing the package stays quick.
+Modules are imported on first use, so that importing the package stays fast.
 """
 
 from __future__ import annotations
@@ -10,39 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..tuner.files.reading import read_adapter, read_supports
-    from .apply import apply_deltas, export_merged
+    from ..tuner.files.saving import save_adapter
+    from .apply import apply_deltas, consolidate, export_merged
     from .arithmetic import compose, prune, subtract
-    from .consolidation import consolidate
     from .delta import ModuleDelta, SparseDelta
     from .difference import diff
     from .ledger import Ledger
-    from .overlaps import Overlap, overlap
-    from .saving import save_adapter
+    from .overlaps import Overlap, overlap, support_overlap
     from .to_lora import LoraExport, export_lora, lora_ranks
     from .verification import Verification, verify
 
-_HOMES = {
-    "Ledger": ".ledger",
-    "LoraExport": ".to_lora",
-    "ModuleDelta": ".delta",
-    "Overlap": ".overlaps",
-    "SparseDelta": ".delta",
-    "Verification": ".verification",
-    "apply_deltas": ".apply",
-    "compose": ".arithmetic",
-    "consolidate": ".consolidation",
-    "diff": ".difference",
-    "export_lora": ".to_lora",
-    "export_merged": ".apply",
-    "lora_ranks": ".to_lora",
-    "overlap": ".overlaps",
-    "prune": ".arithmetic",
-    "read_adapter": "..tuner.files.reading",
-    "read_supports": "..tuner.files.reading",
-    "save_adapter": ".saving",
-    "subtract": ".arithmetic",
-    "verify": ".verification",
+_MODULES = {
+    "..tuner.files.reading": ("read_adapter", "read_supports"),
+    "..tuner.files.saving": ("save_adapter",),
+    ".apply": ("apply_deltas", "consolidate", "export_merged"),
+    ".arithmetic": ("compose", "prune", "subtract"),
+    ".delta": ("ModuleDelta", "SparseDelta"),
+    ".difference": ("diff",),
+    ".ledger": ("Ledger",),
+    ".overlaps": ("Overlap", "overlap", "support_overlap"),
+    ".to_lora": ("LoraExport", "export_lora", "lora_ranks"),
+    ".verification": ("Verification", "verify"),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Ledger",
@@ -64,11 +54,12 @@ __all__ = [
     "read_supports",
     "save_adapter",
     "subtract",
+    "support_overlap",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return getattr(import_module(_MODULE_OF[name], __name__), name)

@@ -1,4 +1,4 @@
-"""Adds deltas to a base model for good, and writes the result as a checkpoint that needs no PEFT."""
+"""Adds deltas to a base model permanently, and writes the result as a checkpoint that does not need PEFT."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.finite import all_finite
+from ..core.granularity import sum_rounded_once
 from ..tuner.files.atomic import complete_folder, write_json
-from ..tuner.files.reading import module_paths
+from ..tuner.files.reading import adapted_layers
 from ..tuner.files.tensors import BASE_PART, PREFIX
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.merge import add_to_dense_
 from ..tuner.merging.report import MergeReport, ModuleMerge, total
 from ..tuner.merging.sidecar import keep_beside
-from .delta import ModuleDelta, SparseDelta, moved_to
-from .meta_base import layer_of
+from ..tuner.target import find_targets
+from .delta import ModuleDelta, SparseDelta
 
 logger = logging.getLogger(__name__)
 
@@ -34,32 +34,32 @@ REPORT = "merge_report.json"
 def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = False) -> MergeReport:
     """Add deltas to a base model in place, one after another.
 
-    Each entry is added in float32 and rounded once for each delta, as ``merge_adapter`` does. A quantized layer stays
-    as it is and gets the deltas beside it (``quantized_merge="keep"``). Everything is checked before anything changes.
+    Each entry is added in float32 and rounded once for each delta, as in ``merge_adapter``. A quantized layer does not
+    change; it gets the deltas as a sidecar (``quantized_merge="keep"``). Everything is checked before anything changes.
 
     Args:
         model: the base, without adapters.
-        sources: what ``SparseDelta.read`` takes, in order.
-        progress: show a bar.
+        sources: what ``SparseDelta.read`` accepts, in order.
+        progress: show a progress bar.
 
     Returns:
-        What became of each module's delta.
+        The outcome for each module.
 
     Raises:
         ValueError: a delta was made for another base, or its values are not finite.
         TypeError: the model has adapters.
     """
-    deltas = [SparseDelta.read(source, base=model) for source in sources]
-    layers = plain_layers(model, deltas)
-    whole = [_whole_parameters(model, delta) for delta in deltas]
-    guard_four_bit_layers(model)  # as for an adapter: the base must stay one that can be dequantized
+    deltas = [SparseDelta.read(source) for source in sources]
+    layers = layers_to_change(model, deltas)
+    replacements = [(_replaced_parameters(model, delta), delta.others) for delta in deltas]
+    guard_four_bit_layers(model)  # the base must stay one that can be dequantized
     records = []
-    for name, layer in tqdm(layers.items(), "Merging", disable=not progress):
-        held = [delta.modules[name] for delta in deltas if name in delta.modules]
-        records.append(replace(add_module_(model, name, layer, held), name=name))
-    for parameters, delta in zip(whole, deltas, strict=True):
-        for name, parameter in parameters.items():
-            parameter.data.copy_(delta.others[name])
+    for path, layer in tqdm(layers.items(), "Merging", disable=not progress):
+        module_deltas = [delta.modules[path] for delta in deltas if path in delta.modules]
+        records.append(replace(_add_to_layer_(model, path, layer, module_deltas), name=path))
+    for parameters, tensors in replacements:
+        for key, parameter in parameters.items():
+            parameter.data.copy_(tensors[key])
     report = MergeReport(records)
     logger.info("%s", report)
     return report
@@ -68,19 +68,19 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = Fals
 def export_merged(
     model: Any, sources: Sequence[Any], output: str | Path, tokenizer: Any = None, progress: bool = False
 ) -> MergeReport:
-    """Merge deltas into a dense base model, in place, and save it as any other, with the report beside it.
+    """Merge deltas into a dense base model in place, and save it with the report.
 
     Args:
-        model: the base, of transformers, unquantized.
-        sources: what ``SparseDelta.read`` takes, in order.
-        output: the folder; what is in it under other names stays.
+        model: the base, an unquantized model of transformers.
+        sources: what ``SparseDelta.read`` accepts, in order.
+        output: the folder; its other files stay.
         tokenizer: saved too, if given.
 
     Returns:
-        The report that is in the folder as ``merge_report.json``.
+        The report, which is saved as ``merge_report.json``.
 
     Raises:
-        ValueError: as ``apply_deltas``; and the base is quantized, so that deltas could not be in its weights.
+        ValueError: as ``apply_deltas``, or the base is quantized, so that the deltas could not be in its weights.
     """
     require_dense(model)
     report = apply_deltas(model, sources, progress)
@@ -89,16 +89,16 @@ def export_merged(
 
 
 def require_dense(model: Any) -> None:
-    """Raise ``ValueError`` for a quantized base, which a delta can not be merged into without a loss."""
+    """Raise ``ValueError`` for a quantized base; merging into it would lose part of a delta."""
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "the base is quantized, and a merged checkpoint of it would lose part of the deltas. Load the base "
-            "unquantized, or merge with quantized_merge='requantize' by merge_and_unload()"
+            "unquantized, or use merge_and_unload() with quantized_merge='requantize'"
         )
 
 
 def save_merged(model: Any, output: str | Path, report: MergeReport, tokenizer: Any = None) -> None:
-    """Write a merged model with its report, whole or not at all."""
+    """Write a merged model and its report; the folder never contains an incomplete one."""
     with complete_folder(Path(output)) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -106,63 +106,53 @@ def save_merged(model: Any, output: str | Path, report: MergeReport, tokenizer: 
         write_json(folder / REPORT, report.to_dict())
 
 
-def plain_layers(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[str, FGGMLayer]:
-    """The layers of a base that deltas are about to change, wrapped for the time being; checked against the deltas.
+def layers_to_change(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[str, FGGMLayer]:
+    """The layers of a base that the deltas change, after all checks. The model stays as it is.
 
     Raises:
         ValueError: a module is missing or has another shape, or a value is not finite.
         TypeError: the model has adapters.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise TypeError("the model has adapters: pass the base model itself (model.unload() gives it)")
-    modules = module_paths(model)
-    quantization = get_quantization_kwargs(model)
+        raise TypeError("the model has adapters: pass the base model itself (model.unload() returns it)")
     layers: dict[str, FGGMLayer] = {}
     for delta in deltas:
-        for name, module in delta.modules.items():
-            if name not in layers:
-                layers[name] = layer_of(modules.get(name), name, **quantization)
-            _require_fit(name, layers[name], module)
+        layers |= adapted_layers(model, {path: module.shape for path, module in delta.modules.items()})
+        for path, module in delta.modules.items():
+            if not all(all_finite(tensor) for part, tensor in module.tensors.items() if part != "indices"):
+                raise ValueError(f"the delta of {path} has a value that is NaN or infinite")
+            if module.bias is not None and getattr(layers[path].get_base_layer(), "bias", None) is None:
+                raise ValueError(f"the delta changes the bias of {path}, which has no bias in this model")
     return layers
 
 
-def _require_fit(name: str, layer: FGGMLayer, module: ModuleDelta) -> None:
-    if layer.weight_shape != module.shape:
-        raise ValueError(
-            f"the delta was made for another base: {name} is {list(layer.weight_shape)} here, {list(module.shape)} in "
-            "the delta"
-        )
-    if not all(all_finite(tensor) for part, tensor in module.tensors.items() if part != "indices"):
-        raise ValueError(f"the delta of {name} has a value that is NaN or infinite")
-    if module.bias is not None and getattr(layer.get_base_layer(), "bias", None) is None:
-        raise ValueError(f"the delta changes the bias of {name}, which has none here")
-
-
-def add_module_(model: nn.Module, name: str, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleMerge:
-    """Add deltas to one layer of the model: into its weight, or beside it if it is quantized."""
-    deltas = [moved_to(delta, layer.device) for delta in deltas]
+def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleMerge:
+    """Add deltas to the weight of one layer, or to its sidecar if it is quantized."""
+    deltas = [delta.to(layer.device) for delta in deltas]
     if layer.quantization_backend is not None:
-        record = _keep_(model, name, layer, deltas)
+        keep = [delta.weight_delta() for delta in deltas]
+        replace_module(model, path, keep_beside(layer.get_base_layer(), keep))
+        square = sum(float(delta.values.double().square().sum()) for delta in deltas)
+        record = ModuleMerge(square**0.5, square, 0.0, "kept")
     else:
         record = change_weight_(
-            layer, lambda matrix: total([add_to_dense_(matrix, delta.scaled(), False)[0] for delta in deltas])
+            layer, lambda matrix: total([add_to_dense_(matrix, delta.weight_delta(), False)[0] for delta in deltas])
         )
-    bias = getattr(layer.get_base_layer(), "bias", None)
     for delta in deltas:
-        if delta.bias is not None:
-            add_bias_(bias.data, delta)
+        add_bias_(getattr(layer.get_base_layer(), "bias", None), delta)
     return record
 
 
-def add_bias_(bias: Tensor, delta: ModuleDelta, sign: float = 1.0) -> None:
-    """Add the bias entries of a delta on the same device to a bias ``[o]`` in place, in float32, rounded once."""
-    assert delta.bias is not None
-    rows = delta.indices.long()
-    bias.index_copy_(0, rows, (bias[rows].float() + sign * delta.bias.float()).to(bias.dtype))
+def add_bias_(bias: Tensor | None, delta: ModuleDelta, scale: float = 1.0) -> None:
+    """Add a delta's bias entries, if it has some, to a bias ``[o]`` in place: in float32, rounded once."""
+    if delta.bias is None or bias is None:
+        return
+    rows = delta.indices.to(bias.device).long()
+    bias.data.index_copy_(0, rows, sum_rounded_once(bias.data[rows], delta.bias.to(bias.device), scale))
 
 
 def change_weight_(layer: FGGMLayer, change: Callable[[Tensor], Any]) -> Any:
-    """Let ``change`` work on the dense weight ``[o, i]`` in place, however the layer stores it; returns its result."""
+    """Call ``change`` with the dense weight as ``[o, i]``, to be changed in place, and return its result."""
     weight = layer.get_base_layer().weight.data
     matrix = layer.matrix(weight)
     result = change(matrix)
@@ -170,30 +160,74 @@ def change_weight_(layer: FGGMLayer, change: Callable[[Tensor], Any]) -> Any:
     return result
 
 
-def _keep_(model: nn.Module, name: str, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleMerge:
-    set_module(model, name, keep_beside(layer.get_base_layer(), [delta.scaled() for delta in deltas]))
-    square = sum(float(delta.values.double().square().sum()) for delta in deltas)
-    return ModuleMerge(square**0.5, square, 0.0, "kept")
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where the one of this path is."""
-    parent, _, child = name.rpartition(".")
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put another module at a path."""
+    parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
-def _whole_parameters(model: nn.Module, delta: SparseDelta) -> Mapping[str, Tensor]:
-    """Names of the whole tensors in the delta's file -> what they replace in the model.
+def _replaced_parameters(model: nn.Module, delta: SparseDelta) -> Mapping[str, Tensor]:
+    """Key of a whole tensor in the delta's file -> the parameter of the model that it replaces.
 
     Raises:
-        ValueError: the model has none of the name, or of another shape.
+        ValueError: the model has no such parameter, or it has another shape.
     """
-    there: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    found = {}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    parameters = {}
     for key, tensor in delta.others.items():
         name = key.removeprefix(PREFIX).replace(BASE_PART, ".")
-        if name not in there or there[name].shape != tensor.shape:
-            raise ValueError(f"{key}: the model has no {name} of the shape {list(tensor.shape)}")
-        if BASE_PART not in key:
-            found[key] = there[name]
-    return found
+        if name not in state or state[name].shape != tensor.shape:
+            raise ValueError(f"{key}: the model has no {name} of shape {list(tensor.shape)}")
+        if BASE_PART not in key:  # PEFT saves the base's own embedding under such a name
+            parameters[key] = state[name]
+    return parameters
+
+
+def consolidate(model: Any, adapter_names: Sequence[str] | None = None) -> nn.Module:
+    """Merge a model's adapters into one frozen sidecar for each quantized layer.
+
+    The result is that of ``merge_and_unload`` with ``quantized_merge="keep"``, whatever the adapters' configs say.
+    Each quantized layer keeps its weights and gets one frozen delta for each granularity, on the union of all supports
+    that were merged into it. So memory grows with the union and not with the number of tasks, and quantization loses
+    nothing. Layers that are not quantized take the deltas into their weights.
+
+    Args:
+        model: a ``PeftModel`` with FGGM adapters on a quantized base; do not use it afterwards.
+        adapter_names: the adapters to merge, in order; all by default. Other adapters are dropped.
+
+    Returns:
+        The base model; ``get_peft_model`` can add the adapter of the next task.
+
+    Raises:
+        TypeError: the model is not a ``PeftModel``, or no layer is quantized: then ``merge_and_unload`` is exact.
+        ValueError: an adapter is unknown, is not an FGGM adapter, is merged already, or has values that are not finite.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"consolidate takes a PeftModel with FGGM adapters, not a {type(model).__name__}")
+    names = list(model.peft_config) if adapter_names is None else list(adapter_names)
+    _require_mergeable(model, names)
+    targets = [target for name in names for target in find_targets(model, name).values()]
+    layers = {target.path: target.layer for target in targets}
+    if not any(layer.quantization_backend is not None for layer in layers.values()):
+        raise TypeError("no layer of the base is quantized: use merge_and_unload(), which is exact")
+    records = []
+    for path, layer in layers.items():
+        record = layer.merge(True, names, keep_originals=False, quantized_merge="keep")
+        if record is not None:
+            records.append(replace(record, name=path))
+    logger.info("%s", MergeReport(records))
+    return model.unload()
+
+
+def _require_mergeable(model: PeftModel, names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown or not names:
+        raise ValueError(f"there is no adapter {unknown or names} on this model; it has {', '.join(model.peft_config)}")
+    if others := [name for name in names if model.peft_config[name].peft_type != "FGGM"]:
+        raise ValueError(f"only FGGM adapters have a sparse delta, not {', '.join(others)}")
+    for name in names:
+        for path, target in find_targets(model, name).items():
+            if merged := target.layer.merged_adapters:
+                raise ValueError(f"{', '.join(merged)} are merged ({path}); call unmerge_adapter() first")
+            if not all(all_finite(parameter) for parameter in target.parameters):
+                raise ValueError(f"the adapter {name!r} has a value that is NaN or infinite ({path})")

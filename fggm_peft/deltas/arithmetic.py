@@ -1,6 +1,7 @@
-"""Arithmetic of deltas: weighted sums on the union of supports, differences, and the largest part of one.
+"""Arithmetic of deltas: weighted sums on the union of supports, differences, and pruning.
 
-Deltas of one granularity keep it; different ones are written as elements, one module at a time.
+Deltas of one granularity keep it. Deltas of different granularities are converted to single elements, one module at a
+time.
 """
 
 from __future__ import annotations
@@ -11,127 +12,103 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.granularity import ELEMENTS, Granularity
 from ..core.index_codec import index_dtype
 from ..core.ranking import best_per_parameter
-from ..core.weight_delta import WeightDelta, combined, restricted, unit_squares, united
-from .delta import ModuleDelta, SparseDelta, made_delta
-from .meta_base import Base
+from ..core.registry import require_one_of
+from ..core.weight_delta import restricted, unit_squares
+from ..tuner.several.weighted import WeightedDelta, combine, common_granularity
+from .delta import ModuleDelta, SparseDelta, new_delta
 
-SCOPES = ("layer", "global")
 
-
-def compose(sources: Sequence[Any], weights: Sequence[float] | None = None, base: Base | None = None) -> SparseDelta:
+def compose(sources: Sequence[Any], weights: Sequence[float] | None = None) -> SparseDelta:
     """The weighted sum of deltas of one base model, on the union of their supports.
 
-    The values are float32 (float64 if one of them is). Whole tensors (``modules_to_save``) must be the same in all.
+    The values are float32 (float64 if a delta has float64 values). Whole tensors (``modules_to_save``) must be equal
+    in all deltas.
 
     Args:
-        sources: what ``SparseDelta.read`` takes.
-        weights: one for each; 1 by default.
-        base: see ``SparseDelta.read``.
+        sources: what ``SparseDelta.read`` accepts.
+        weights: one for each source; 1 by default.
 
     Raises:
-        ValueError: they were made for different bases, or have whole tensors that differ, or bias entries that the
-            granularity of the sum cannot hold.
+        ValueError: the deltas have different bases, different whole tensors, or bias entries that the granularity of
+            the sum does not have.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if not sources or len(weights) != len(sources):
-        raise ValueError(f"compose wants one delta or more and as many weights, got {len(sources)} and {len(weights)}")
-    deltas = [SparseDelta.read(source, base) for source in sources]
+        raise ValueError(f"compose needs one weight for each delta, got {len(weights)} for {len(sources)} deltas")
+    deltas = [SparseDelta.read(source) for source in sources]
     for delta in deltas[1:]:
         deltas[0].require_same_base(delta)
-    others = _same_others(deltas)
-    granularities = {delta.config.granularity for delta in deltas}
-    granularity = granularities.pop() if len(granularities) == 1 else ELEMENTS
-    with_bias = any(module.bias is not None for delta in deltas for module in delta.modules.values())
-    if with_bias and not granularity.has_bias:
-        raise ValueError("bias entries belong to chosen rows; deltas that have them combine with deltas of rows only")
-    names = list(dict.fromkeys(name for delta in deltas for name in delta.modules))
+    others = _common_others(deltas)
+    granularity = common_granularity([delta.granularity for delta in deltas])
     modules = {}
-    for name in names:
-        parts = [(d.modules[name], w) for d, w in zip(deltas, weights, strict=True) if name in d.modules]
-        modules[name] = _sum(parts, granularity)
+    for path in dict.fromkeys(path for delta in deltas for path in delta.modules):
+        terms = [(d.modules[path], w) for d, w in zip(deltas, weights, strict=True) if path in d.modules]
+        if any(module.bias is not None and module.granularity != granularity for module, _ in terms):
+            raise ValueError("deltas with bias entries can only be added to deltas of the same granularity")
+        shape = terms[0][0].shape
+        total, bias = combine([WeightedDelta(m.weight_delta(), m.bias, w) for m, w in terms], granularity, shape)
+        indices = total.indices.to(index_dtype(shape[0] * shape[1]))
+        modules[path] = ModuleDelta(granularity, shape, indices, total.values, bias)
     made_by = "compose: weights " + ", ".join(f"{weight:g}" for weight in weights)
-    return made_delta(deltas[0].config, granularity, modules, made_by, others)
+    return new_delta(deltas[0].config, granularity, modules, made_by, others)
 
 
-def subtract(minuend: Any, subtrahend: Any, base: Base | None = None) -> SparseDelta:
-    """``minuend - subtrahend`` on the union of their supports; otherwise as ``compose``."""
-    return compose([minuend, subtrahend], [1.0, -1.0], base)
+def subtract(minuend: Any, subtrahend: Any) -> SparseDelta:
+    """``minuend - subtrahend`` on the union of their supports; see ``compose``."""
+    return compose([minuend, subtrahend], [1.0, -1.0])
 
 
-def prune(source: Any, density: float, scope: str = "layer", base: Base | None = None) -> SparseDelta:
-    """The part of a delta that moves its weights most: the units with the largest mean square of their values.
+def prune(source: Any, density: float, scope: str = "layer") -> SparseDelta:
+    """The units of a delta that change the weights most: those with the largest mean square of their values.
 
     Args:
-        source: what ``SparseDelta.read`` takes.
-        density: share of the weights' entries that stay, in (0, 1].
-        scope: "layer" keeps that share of every weight, "global" of all of them together.
-        base: see ``SparseDelta.read``.
+        source: what ``SparseDelta.read`` accepts.
+        density: share of the weights' entries that stays, in (0, 1].
+        scope: "layer" applies the density to each weight, "global" to all together.
 
     Raises:
-        ValueError: the density or the scope is no such thing, or nothing would be left.
+        ValueError: an argument is not legal, or no unit would be left.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be {' or '.join(map(repr, SCOPES))}, got {scope!r}")
-    delta = SparseDelta.read(source, base)
-    groups = [[name] for name in delta.modules] if scope == "layer" else [list(delta.modules)]
-    modules = {}
-    for names in groups:
-        held = [delta.modules[name] for name in names]
-        costs = [module.granularity.parameters_per_unit(module.shape) for module in held]
-        budget = round(density * sum(module.shape[0] * module.shape[1] for module in held))
-        scores = [unit_squares(module.scaled()) for module in held]
-        for name, module, kept in zip(names, held, best_per_parameter(scores, costs, budget), strict=True):
-            modules[name] = _restricted(module, kept)
+    require_one_of("scope", scope, ("layer", "global"))
+    delta = SparseDelta.read(source)
+    groups = [[path] for path in delta.modules] if scope == "layer" else [list(delta.modules)]
+    modules: dict[str, ModuleDelta] = {}
+    for paths in groups:
+        group = [delta.modules[path] for path in paths]
+        costs = [module.granularity.parameters_per_unit(module.shape) for module in group]
+        budget = round(density * sum(module.shape[0] * module.shape[1] for module in group))
+        scores = [unit_squares(module.weight_delta()) for module in group]
+        best = best_per_parameter(scores, costs, budget)
+        modules |= {p: _restricted(m, keep) for p, m, keep in zip(paths, group, best, strict=True)}
     if not any(len(module.indices) for module in modules.values()):
-        raise ValueError(f"nothing is left of the delta at a density of {density:g}")
-    return made_delta(
-        delta.config, delta.config.granularity, modules, f"prune: density {density:g}, {scope}", delta.others
+        raise ValueError(f"no unit of the delta is left at a density of {density:g}")
+    return new_delta(
+        delta.config, delta.granularity, modules, f"prune: density {density:g}, scope {scope}", delta.others
     )
 
 
-def _sum(parts: Sequence[tuple[ModuleDelta, float]], granularity: Granularity) -> ModuleDelta:
-    shape = parts[0][0].shape
-    deltas = [module.scaled(weight) for module, weight in parts]
-    if granularity == ELEMENTS and any(d.granularity != ELEMENTS for d in deltas):
-        # a module of one delta only must be of the granularity of the whole, too
-        empty = torch.empty(0, dtype=index_dtype(shape[0] * shape[1]))
-        deltas.append(WeightDelta(ELEMENTS, empty, torch.empty(0)))
-    total = combined(deltas, shape)
-    indices = total.indices.to(index_dtype(shape[0] * shape[1]))
-    bias = None
-    if any(module.bias is not None for module, _ in parts):
-        # bias entries are elements of a vector that has the indices of the rows
-        vectors = [(module.indices, module.bias, weight) for module, weight in parts if module.bias is not None]
-        zero = (total.indices, torch.zeros(len(total.indices)), 1.0)
-        elements = [WeightDelta(ELEMENTS, i, values, weight) for i, values, weight in [zero, *vectors]]
-        bias = united(elements).values
-    return ModuleDelta(total.granularity, shape, indices, total.values, bias)
-
-
-def _restricted(module: ModuleDelta, kept: Tensor) -> ModuleDelta:
-    part = restricted(module.scaled(), kept)
-    bias = None if module.bias is None else module.bias[kept]
+def _restricted(module: ModuleDelta, keep: Tensor) -> ModuleDelta:
+    part = restricted(module.weight_delta(), keep)
+    bias = None if module.bias is None else module.bias[keep]
     return ModuleDelta(module.granularity, module.shape, part.indices, part.values, bias)
 
 
-def _same_others(deltas: Sequence[SparseDelta]) -> dict[str, Tensor]:
-    """The whole tensors, if all deltas have the same.
+def _common_others(deltas: Sequence[SparseDelta]) -> dict[str, Tensor]:
+    """The whole tensors, if they are equal in all deltas.
 
     Raises:
-        ValueError: they differ: whole tensors are no differences that could be added.
+        ValueError: they differ. Whole tensors are not differences, so they cannot be added.
     """
     first = deltas[0].others
-    for delta in deltas[1:]:
-        names = first.keys() | delta.others.keys()
-        for name in sorted(names):
-            if name not in first or name not in delta.others or not torch.equal(first[name], delta.others[name]):
+    for other in (delta.others for delta in deltas[1:]):
+        for name in sorted(first.keys() | other.keys()):
+            if name not in first or name not in other or not torch.equal(first[name], other[name]):
                 raise ValueError(
-                    f"{name} is a whole tensor (modules_to_save, bias='all' or an embedding), not a delta, and is not "
-                    "the same in all of these adapters, so that they have no sum"
+                    f"{name} is a whole tensor (modules_to_save, bias='all' or an embedding) and differs between these "
+                    "adapters, so they cannot be added"
                 )
     return first

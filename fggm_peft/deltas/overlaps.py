@@ -1,4 +1,4 @@
-"""How much deltas share: the Jaccard index of their supports, and whether they move shared entries the same way."""
+"""The overlap of deltas: the Jaccard index of their supports, and the cosine of their values on shared entries."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from peft.utils import CONFIG_NAME
+from torch import Tensor
 
+from ..core.fingerprint import sketches_from
 from ..core.granularity import Granularity, Shape
-from ..core.weight_delta import WeightDelta, as_elements, restricted, shared
-from ..selection.protection import Support, supports_in_file
+from ..core.weight_delta import as_elements, restricted, shared
+from ..tuner.files.reading import read_supports
 from .delta import ModuleDelta, SparseDelta
-from .meta_base import Base, weight_shapes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-CONFIG = "adapter_config.json"
-
 
 @dataclass(frozen=True)
 class Shared:
-    """What two deltas have in common in some weights; sums that add up over weights.
+    """The overlap of two deltas in some weights, as sums that add up over weights.
 
     Args:
-        both: entries in both supports.
-        expected: entries that random supports of the same sizes would share on average.
-        total: entries of the one plus entries of the other.
-        product: inner product of the values on the entries in both.
-        square_a, square_b: squared norms of either's values there.
+        both: number of entries in both supports.
+        expected: number of entries that random supports of the same sizes share on average.
+        total: entries of the first support plus entries of the second.
+        product: inner product of the values on the shared entries.
+        square_a, square_b: squared norms of the values on the shared entries.
     """
 
     both: float = 0.0
@@ -47,17 +46,17 @@ class Shared:
 
     @property
     def jaccard(self) -> float:
-        """``|A and B| / |A or B|``, in entries; 0 where both are empty."""
+        """``|A and B| / |A or B|`` in entries; 0 if both are empty."""
         return _jaccard(self.both, self.total)
 
     @property
     def chance(self) -> float:
-        """``e / (|A| + |B| - e)`` with ``e`` what random supports would share on average."""
+        """The Jaccard index of random supports: ``e / (|A| + |B| - e)`` with ``e`` the expected shared entries."""
         return _jaccard(self.expected, self.total)
 
     @property
     def cosine(self) -> float | None:
-        """Of the values on the shared entries; None where they share none, or one of them is zero there."""
+        """The cosine of the values on the shared entries; None if there are none, or one delta is zero there."""
         norm = (self.square_a * self.square_b) ** 0.5
         return self.product / norm if norm else None
 
@@ -71,10 +70,10 @@ def _jaccard(both: float, total: float) -> float:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What every two of several deltas share.
+    """The overlap of every pair of several deltas.
 
     Args:
-        names: of the deltas.
+        names: names of the deltas.
         modules: module path -> ``[T][T]``.
     """
 
@@ -83,9 +82,13 @@ class Overlap:
 
     @cached_property
     def total(self) -> list[list[Shared]]:
-        """Over all modules, ``[T][T]``."""
+        """The sum over all modules, ``[T][T]``."""
         count = range(len(self.names))
         return [[sum((pairs[a][b] for pairs in self.modules.values()), Shared()) for b in count] for a in count]
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(a, b) for b in range(len(self.names)) for a in range(b)]
 
     def matrix(self, measure: str) -> list[list[float | None]]:
         """``[T][T]`` of "jaccard", "chance" or "cosine" over all modules."""
@@ -93,18 +96,15 @@ class Overlap:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types: the matrices over all modules, and every pair in every module."""
-        pairs = [(a, b) for a in range(len(self.names)) for b in range(a)]
-        return {
-            "names": self.names,
-            **{measure: self.matrix(measure) for measure in ("jaccard", "chance", "cosine")},
-            "modules": {
-                module: [{"a": self.names[b], "b": self.names[a], **found[b][a].to_dict()} for a, b in pairs]
-                for module, found in self.modules.items()
-            },
+        modules = {
+            path: [{"a": self.names[a], "b": self.names[b], **module[a][b].to_dict()} for a, b in self._pairs]
+            for path, module in self.modules.items()
         }
+        matrices = {measure: self.matrix(measure) for measure in ("jaccard", "chance", "cosine")}
+        return {"names": self.names, **matrices, "modules": modules}
 
     def table(self, by_module: bool = False) -> Table:
-        """A row for each pair, and with ``by_module`` for each of its modules."""
+        """A row for each pair and, with ``by_module``, for each of its modules."""
         from rich.table import Table
         from rich.text import Text
 
@@ -113,19 +113,21 @@ class Overlap:
             table.add_column(heading, overflow="fold")
         for heading in ("Jaccard", "by chance", "shared", "cosine there"):
             table.add_column(heading, justify="right")
-        total = self.total
-        for b in range(len(self.names)):
-            for a in range(b):
-                lines = [("all", total[a][b])]
-                if by_module:
-                    lines += [(module, found[a][b]) for module, found in self.modules.items()]
-                for module, pair in lines:
-                    named = [Text(f"{self.names[a]}, {self.names[b]}"), *([Text(module)] if by_module else [])]
-                    table.add_row(*named, *_cells(pair))
+        for a, b in self._pairs:
+            rows = [("all", self.total[a][b])]
+            rows += [(path, module[a][b]) for path, module in self.modules.items()] if by_module else []
+            for path, pair in rows:
+                cosine = "" if pair.cosine is None else f"{pair.cosine:+.3f}"
+                labels = [f"{self.names[a]}, {self.names[b]}", *([path] if by_module else [])]
+                numbers = [f"{pair.jaccard:.3f}", f"{pair.chance:.3f}", f"{int(pair.both):,}", cosine]
+                table.add_row(*map(Text, labels), *numbers)
         return table
 
     def heat_map(self, file: str | Path) -> None:
-        """Draw the Jaccard index below the diagonal and what chance gives above it; the suffix says as what.
+        """Draw the Jaccard index below the diagonal and its value by chance above it.
+
+        Args:
+            file: its suffix determines the format.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -135,112 +137,106 @@ class Overlap:
         save(overlap_plot(self.names, self.matrix("jaccard"), self.matrix("chance"), "Overlap"), file)
 
     def __str__(self) -> str:
-        lines = [
+        return "\n".join(
             f"{self.names[a]}, {self.names[b]}: Jaccard {pair.jaccard:.3f}, by chance {pair.chance:.3f}"
-            for b in range(len(self.names))
-            for a in range(b)
+            for a, b in self._pairs
             for pair in (self.total[a][b],)
-        ]
-        return "\n".join(lines)
+        )
 
 
-def _cells(pair: Shared) -> list[str]:
-    cosine = "" if pair.cosine is None else f"{pair.cosine:+.3f}"
-    return [f"{pair.jaccard:.3f}", f"{pair.chance:.3f}", f"{int(pair.both):,}", cosine]
-
-
-def overlap(*sources: Any, names: Sequence[str] | None = None, base: Base | None = None) -> Overlap:
-    """What deltas of one base model share, module by module and in all.
+def overlap(*sources: Any, names: Sequence[str] | None = None) -> Overlap:
+    """Compare the supports and values of deltas of one base model, by module and in total.
 
     Args:
-        sources: two or more of what ``SparseDelta.read`` takes.
-        names: of the deltas; the names of their folders or their positions by default.
-        base: see ``SparseDelta.read``.
+        sources: at least two of what ``SparseDelta.read`` accepts.
+        names: names of the deltas; by default their folders' names or their positions.
 
     Raises:
-        ValueError: they were made for different bases, or are fewer than two.
+        ValueError: the deltas were made for different bases, or there are fewer than two.
     """
     if len(sources) < 2:
-        raise ValueError(f"an overlap is of two deltas or more, got {len(sources)}")
+        raise ValueError(f"an overlap needs two deltas or more, got {len(sources)}")
     if names is not None and len(names) != len(sources):
-        raise ValueError(f"{len(sources)} deltas have {len(sources)} names, got {len(names)}")
-    deltas = [SparseDelta.read(source, base) for source in sources]
+        raise ValueError(f"pass one name for each of the {len(sources)} deltas, got {len(names)} names")
+    deltas = [SparseDelta.read(source) for source in sources]
     for delta in deltas[1:]:
         deltas[0].require_same_base(delta)
-    paths = list(dict.fromkeys(path for delta in deltas for path in delta.modules))
-    found: dict[str, list[list[Shared]]] = {}
-    for path in paths:
-        held = [delta.modules.get(path) for delta in deltas]
-        found[path] = [[_of_values(a, b) for b in held] for a in held]
-    labels = list(names) if names is not None else _labels(sources)
-    return Overlap(labels, found)
+    modules: dict[str, list[list[Shared]]] = {}
+    for path in dict.fromkeys(path for delta in deltas for path in delta.modules):
+        column = [delta.modules.get(path) for delta in deltas]
+        modules[path] = [[_compare(a, b) for b in column] for a in column]
+    return Overlap(list(names) if names is not None else _labels(sources), modules)
 
 
 def _labels(sources: Sequence[Any]) -> list[str]:
-    """Folders by their names, or whole where two have one name; others by their position."""
+    """Names of folders, or their paths if names repeat; positions for other sources."""
     paths = [str(s) if isinstance(s, (str, Path)) else f"delta {n}" for n, s in enumerate(sources, 1)]
     short = [Path(path).name for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 
-def _of_values(a: ModuleDelta | None, b: ModuleDelta | None) -> Shared:
-    held = [module for module in (a, b) if module is not None]
+def _compare(a: ModuleDelta | None, b: ModuleDelta | None) -> Shared:
     if a is None or b is None:
-        return Shared(total=float(sum(module.values.numel() for module in held)))
-    counts = _of_supports((a.granularity, a.indices), (b.granularity, b.indices), a.shape)
-    first, second = a.scaled(), b.scaled()
+        return Shared(total=float(sum(module.values.numel() for module in (a, b) if module is not None)))
+    counts = _compare_supports((a.granularity, a.indices), (b.granularity, b.indices), a.shape)
+    first, second = a.weight_delta(), b.weight_delta()
     if a.granularity != b.granularity:
         first, second = as_elements(first, a.shape), as_elements(second, b.shape)
-    in_a, in_b = shared(first.indices, second.indices)
-    x, y = _values(first, in_a), _values(second, in_b)
+    positions = shared(first.indices, second.indices)
+    x, y = (restricted(d, at).values.double().reshape(-1) for d, at in zip((first, second), positions, strict=True))
     return counts + Shared(product=float(x @ y), square_a=float(x @ x), square_b=float(y @ y))
 
 
-def _values(delta: WeightDelta, positions: Tensor) -> Tensor:
-    return restricted(delta, positions).values.double().reshape(-1)
+Support = tuple[Granularity, Tensor]
 
 
-def _of_supports(a: Support | None, b: Support | None, shape: Shape) -> Shared:
+def _compare_supports(a: Support | None, b: Support | None, shape: Shape) -> Shared:
     sizes = [0 if s is None else len(s[1]) * s[0].parameters_per_unit(shape) for s in (a, b)]
-    both = 0 if a is None or b is None else _common(*a, *b, shape)
+    both = 0 if a is None or b is None else _count_common(a, b, shape)
     return Shared(both, sizes[0] * sizes[1] / (shape[0] * shape[1]), float(sum(sizes)))
 
 
-def _common(kind_a: Granularity, a: Tensor, kind_b: Granularity, b: Tensor, shape: Shape) -> int:
-    """How many entries two supports share."""
-    if kind_a == kind_b:
-        return len(shared(a, b)[0]) * kind_a.parameters_per_unit(shape)
-    return len(shared(kind_a.sorted_elements(a, shape)[0], kind_b.sorted_elements(b, shape)[0])[0])
+def _count_common(a: Support, b: Support, shape: Shape) -> int:
+    """Number of entries that two supports share."""
+    if a[0] == b[0]:
+        return len(shared(a[1], b[1])[0]) * a[0].parameters_per_unit(shape)
+    return len(shared(a[0].sorted_elements(a[1], shape)[0], b[0].sorted_elements(b[1], shape)[0])[0])
 
 
 def shared_entries(a: SparseDelta, b: SparseDelta) -> int:
-    """How many weight entries both deltas may change."""
+    """Number of weight entries that both deltas may change."""
     pairs = [(a.modules[path], b.modules[path]) for path in a.modules.keys() & b.modules.keys()]
-    return sum(_common(x.granularity, x.indices, y.granularity, y.indices, x.shape) for x, y in pairs)
+    return sum(_count_common((x.granularity, x.indices), (y.granularity, y.indices), x.shape) for x, y in pairs)
 
 
-def support_overlap(model: nn.Module, folders: Sequence[Path]) -> dict[str, Any] | None:
-    """The Jaccard index of every two saved deltas' supports; of the values nothing is read.
+def support_overlap(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The Jaccard index of every pair of saved supports; the values are not read.
 
-    Args:
-        model: the base, of which the modules' shapes are taken.
-        folders: one for each delta.
+    Raises:
+        ValueError: a weight has different shapes.
 
     Returns:
-        ``{"jaccard": [[...]], "chance": [[...]]}``, ``[T, T]``, over all modules. None if a folder holds no FGGM delta.
+        ``{"jaccard": [[...]], "chance": [[...]]}``, ``[T, T]``, over all modules. None if a folder has no FGGM adapter.
     """
     if not all(_is_fggm(folder) for folder in folders):
         return None
-    supports = [dict(supports_in_file(model, str(folder))) for folder in folders]
-    shapes = weight_shapes(model, dict.fromkeys(name for held in supports for name in held))
-    found = {
-        name: [[_of_supports(a.get(name), b.get(name), shape) for b in supports] for a in supports]
-        for name, shape in shapes.items()
+    supports: list[dict[str, Support]] = []
+    shapes: dict[str, Shape] = {}
+    for folder in folders:
+        config, indices = read_supports(folder)
+        supports.append({path: (config.granularity, units) for path, units in indices.items()})
+        sketches = sketches_from(config.base_fingerprint or {})
+        for path in indices:
+            if shapes.setdefault(path, sketches[path].shape) != sketches[path].shape:
+                raise ValueError(f"the adapters were made for different base models: {folder} has another {path}")
+    modules = {
+        path: [[_compare_supports(a.get(path), b.get(path), shape) for b in supports] for a in supports]
+        for path, shape in shapes.items()
     }
-    result = Overlap([folder.name for folder in folders], found)
+    result = Overlap([folder.name for folder in folders], modules)
     return {measure: result.matrix(measure) for measure in ("jaccard", "chance")}
 
 
 def _is_fggm(folder: Path) -> bool:
-    file = folder / CONFIG
+    file = folder / CONFIG_NAME
     return file.is_file() and json.loads(file.read_text()).get("peft_type") == "FGGM"

@@ -15,7 +15,7 @@ from ..core.criteria import CRITERIA, Criterion
 from ..core.spectrum import spectrum
 from ..core.statistics import STATISTICS, ones
 from ..tuner.config import FGGMConfig
-from ..tuner.files.task_scores import Kept, kept_of
+from ..tuner.files.task_scores import StoredScores, stored_scores
 from ..tuner.layer import FGGMLayer
 from ..tuner.settings.selection import score_bytes
 from ..tuner.support import Choice, choose_supports, criterion_scores
@@ -44,7 +44,7 @@ class Outcome:
     samples: int = 0
     reference_samples: int = 0
     reference_seconds: float = 0.0
-    scores: dict[str, dict[str, Kept]] = field(default_factory=dict)
+    scores: dict[str, dict[str, StoredScores]] = field(default_factory=dict)
     sample_passes: int = 0
     checks: list[AgreementCheck] = field(default_factory=list)
     mean_scores: dict[str, float] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Chooser:
                 kept = outcome.scores.setdefault(statistic, {})
                 for name, layer in group.items():
                     granularity = layer.granularity[self.adapter_name]
-                    kept[name] = kept_of(totals.mean(name, statistic), granularity, layer.weight_shape)
+                    kept[name] = stored_scores(totals.mean(name, statistic), granularity, layer.weight_shape)
 
     @staticmethod
     def _run(data: FisherPass, group: Group, num_samples: Any, enough, description: str) -> Totals:

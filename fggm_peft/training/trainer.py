@@ -20,14 +20,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..deltas.saving import keep_card
 from ..selection import SelectionReport, select_parameters
 from ..selection.likelihood import LogLikelihood
 from ..selection.reference import ReferenceData
 from ..selection.select import active_adapter
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import complete_card
-from ..tuner.files.saving import as_trained
+from ..tuner.files.saving import as_trained, keep_card
 from .batches import selection_batch
 from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
 from .texts import with_texts

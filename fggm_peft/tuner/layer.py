@@ -57,7 +57,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("fggm_values", "fggm_bias")
-    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge", "room")
+    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge", "padded_sizes")
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any):
         super().__init__()
@@ -75,7 +75,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
             setattr(self, f"fggm_{part}", places)
         self._quantization_kwargs = quantization_kwargs
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
-        self.room: dict[str, int] = {}  # units that a support is filled up to
+        self.padded_sizes: dict[str, int] = {}  # units that a support is padded to, see several.hotswap
         # bases that a merge has replaced, oldest first; a list hides them from torch, see _apply
         self._replaced_bases: list[nn.Module] = []
         self.in_features: int
@@ -195,7 +195,7 @@ class FGGMLayer(nn.Module, BaseTunerLayer):
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
         self.fggm_indices.settle(adapter_name)
-        self.room.pop(adapter_name, None)
+        self.padded_sizes.pop(adapter_name, None)
         for parameter in self.trained(adapter_name):
             data = parameter.data
             data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))

@@ -30,9 +30,9 @@ from .merging.merge import commit_mode, pending, preview_merge
 from .merging.report import MergeReport
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
-from .several.weighted import WeightedSum, add_weighted_adapter
+from .several.weighted import add_weighted_adapter, new_combination
 from .support import choose_supports, criterion_scores, fggm_layers, forecast_supports, write_supports
-from .target import find_targets
+from .target import Target, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class FGGMModel(BaseTuner):
         for name, layer in layers.items():
             if sizes and not layer.selected[adapter_name]:
                 k, encoded = entry_within(sizes, name) or 0, entry_within(shapes, name)
-                await_support_(layer, adapter_name, k, encoded, check, keep_dtype)
+                await_support_(Target(name, layer, adapter_name), k, encoded, check, keep_dtype)
 
     # With bias="fggm_only" the bias entries of chosen rows are parameters of their own, and the base's
     # bias never trains; PEFT would take the name for the whole bias. bias="all" is PEFT's own.
@@ -203,8 +203,8 @@ class FGGMModel(BaseTuner):
         if adapter_name in self.peft_config:
             warnings.warn(f"adapter {adapter_name!r} exists already and stays as it is", stacklevel=2)
             return
-        wanted = WeightedSum(adapters, weights, combination_type, density, majority_sign_method)
-        add_weighted_adapter(self, wanted, adapter_name)
+        how = new_combination(combination_type, density, majority_sign_method)
+        add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
     # Merging -------------------------------------------------------------------------------------
 

@@ -1,25 +1,25 @@
-"""Where modules sit, by their paths alone: in which layer, and of what type."""
+"""Derives a module's layer and type from its path, and tabulates densities by them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 NO_LAYER = ""
 GROUPS = 4
-"""How many groups of layers a coarse grid has at most."""
+"""Maximum number of groups of layers in a coarse grid."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Of one module.
+class ParsedPath:
+    """The parts of a module path.
 
     Args:
-        stack: what stands before the number of its layer, such as "model.layers"; empty for a module without one.
-        layer: that number; None without one.
-        kind: the rest of its path, with ``*`` for further numbers, such as those of experts.
+        stack: path before the layer's number, such as "model.layers"; empty if there is no number.
+        layer: the layer's number, or None.
+        kind: the rest of the path, with ``*`` for further numbers, such as those of experts.
     """
 
     stack: str
@@ -27,24 +27,24 @@ class Place:
     kind: str
 
 
-def place_of(name: str) -> Place:
-    """The place of a module path; the first number in it is taken for the layer's."""
-    parts = name.split(".")
+def parse_path(path: str) -> ParsedPath:
+    """Split a module path at its first number, which is the layer's."""
+    parts = path.split(".")
     number = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
     if number is None:
-        return Place("", None, name)
+        return ParsedPath("", None, path)
     kind = ".".join("*" if part.isdecimal() else part for part in parts[number + 1 :])
-    return Place(".".join(parts[:number]), int(parts[number]), kind or "*")
+    return ParsedPath(".".join(parts[:number]), int(parts[number]), kind or "*")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Shares of weights by type and layer.
+    """Densities by module type and layer.
 
     Args:
-        kinds: names of the types, each as short as tells it from the others.
-        layers: names of the layers: their numbers, with the stack before them where there are several.
-        values: ``[kinds][layers]`` in [0, 1]; None where a layer has no module of the type.
+        kinds: names of the types, as short as distinguishes them.
+        layers: numbers of the layers, after the name of the stack if there are several stacks.
+        values: ``[kinds][layers]`` in [0, 1]; None if a layer has no module of the type.
     """
 
     kinds: list[str]
@@ -53,9 +53,9 @@ class Grid:
 
     @property
     def is_even(self) -> bool:
-        """Whether all shares are the same, but for rounding to whole units."""
-        known = [value for row in self.values for value in row if value is not None]
-        return max(known) - min(known) <= 0.02 * max(known)
+        """Whether all densities are equal, except for rounding to whole units."""
+        densities = [value for row in self.values for value in row if value is not None]
+        return max(densities) - min(densities) <= 0.02 * max(densities)
 
     def to_dict(self) -> dict[str, Any]:
         """For a config: ``{"layers": [...], kind: [...], ...}``."""
@@ -64,85 +64,80 @@ class Grid:
 
 
 def grid_from_dict(data: Any) -> Grid | None:
-    """What ``to_dict`` gave; None for anything else, since a config may come from a stranger."""
+    """The inverse of ``to_dict``; None for anything else, because a config may come from a stranger."""
     if not isinstance(data, dict) or not isinstance(layers := data.get("layers"), list) or len(data) < 2:
         return None
     rows = {str(kind): row for kind, row in data.items() if kind != "layers"}
-    values = [value for row in rows.values() for value in (row if isinstance(row, list) else [row])]
-    shares = [value for value in values if value is not None]
-    is_whole = all(isinstance(row, list) and len(row) == len(layers) for row in rows.values())
-    if not is_whole or not shares or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in shares):
+    if not all(isinstance(row, list) and len(row) == len(layers) for row in rows.values()):
+        return None
+    densities = [value for row in rows.values() for value in row if value is not None]
+    if not densities or not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in densities):
         return None
     return Grid(list(rows), list(map(str, layers)), list(rows.values()))
 
 
 def density_grid(shares: Mapping[str, tuple[float, int]], groups: int | None = None) -> Grid:
-    """What share of the weights may move, by type and layer.
-
-    Modules of one type in one layer are taken together, and so are layers of one group.
+    """Tabulate densities by type and layer. Modules of one cell are averaged by their sizes.
 
     Args:
-        shares: module path -> share that may move, entries of the weight.
-        groups: put the layers of each stack into so many groups at most; None for none.
+        shares: module path -> density, number of entries of the weight.
+        groups: combine the layers of each stack into at most this number of groups.
     """
-    places = {name: place_of(name) for name in shares}
-    kinds = list(dict.fromkeys(place.kind for place in places.values()))
-    column_of = _columns(places.values(), groups)
+    parsed = {path: parse_path(path) for path in shares}
+    kinds = list(dict.fromkeys(path.kind for path in parsed.values()))
+    column_of = _columns(list(parsed.values()), groups)
     columns = list(dict.fromkeys(column_of.values()))
-    moving, total = ({(k, c): 0.0 for k in kinds for c in columns} for _ in range(2))
-    for name, (share, entries) in shares.items():
-        place = places[name]
-        cell = place.kind, column_of[place.stack, place.layer]
-        moving[cell], total[cell] = moving[cell] + share * entries, total[cell] + entries
-    values = [[moving[k, c] / total[k, c] if total[k, c] else None for c in columns] for k in kinds]
-    return Grid(_short(kinds), columns, values)
+    selected, total = ({(kind, column): 0.0 for kind in kinds for column in columns} for _ in range(2))
+    for path, (density, entries) in shares.items():
+        cell = parsed[path].kind, column_of[parsed[path].stack, parsed[path].layer]
+        selected[cell], total[cell] = selected[cell] + density * entries, total[cell] + entries
+    values = [[selected[k, c] / total[k, c] if total[k, c] else None for c in columns] for k in kinds]
+    return Grid(_shortened(kinds), columns, values)
 
 
-def _columns(places: Iterable[Place], groups: int | None) -> dict[tuple[str, int | None], str]:
+def _columns(paths: Sequence[ParsedPath], groups: int | None) -> dict[tuple[str, int | None], str]:
     """(stack, layer) -> name of the column, in order."""
-    layers: dict[str, set[int]] = {}
-    has_others = False
-    for place in places:
-        if place.layer is None:
-            has_others = True
-        else:
-            layers.setdefault(place.stack, set()).add(place.layer)
-    stacks = dict(zip(layers, _short(list(layers), from_front=True), strict=True)) if len(layers) > 1 else {}
-    found: dict[tuple[str, int | None], str] = {}
-    for stack, numbers in layers.items():
-        prefix = f"{stacks[stack]} " if stacks else ""
-        for part in _parts(sorted(numbers), groups):
-            text = str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}"
-            found |= {(stack, number): prefix + text for number in part}
-    if has_others:
-        found["", None] = NO_LAYER
-    return found
+    stacks: dict[str, set[int]] = {}
+    for path in paths:
+        if path.layer is not None:
+            stacks.setdefault(path.stack, set()).add(path.layer)
+    prefixes = dict(zip(stacks, _shortened(list(stacks), from_front=True), strict=True)) if len(stacks) > 1 else {}
+    columns: dict[tuple[str, int | None], str] = {}
+    for stack, layers in stacks.items():
+        prefix = f"{prefixes[stack]} " if prefixes else ""
+        for group in _split(sorted(layers), groups):
+            text = str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}"
+            columns |= {(stack, layer): prefix + text for layer in group}
+    if any(path.layer is None for path in paths):
+        columns["", None] = NO_LAYER
+    return columns
 
 
-def _parts(numbers: Sequence[int], groups: int | None) -> list[Sequence[int]]:
-    """The numbers in at most so many groups of nearly the same size."""
+def _split(numbers: Sequence[int], groups: int | None) -> list[Sequence[int]]:
+    """Split the numbers into at most ``groups`` groups of nearly equal size."""
     count = len(numbers) if groups is None else min(groups, len(numbers))
     edges = [len(numbers) * part // count for part in range(count + 1)]
     return [numbers[start:end] for start, end in pairwise(edges)]
 
 
-def _short(names: list[str], from_front: bool = False) -> list[str]:
-    """Each name's last parts (or first, for stacks), as few as tell it from the others."""
-    found = []
-    for name in names:
+def _shortened(names: list[str], from_front: bool = False) -> list[str]:
+    """The last (or first) parts of each name, as few as distinguish it from the others."""
+
+    def cut(name: str, count: int) -> str:
         parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            cut = (lambda p, n=count: p[:n]) if from_front else (lambda p, n=count: p[-n:])
-            if sum(cut(other.split(".")) == cut(parts) for other in names) == 1:
-                break
-        found.append(".".join(cut(parts)))
-    return found
+        return ".".join(parts[:count] if from_front else parts[-count:])
+
+    def shortest(name: str) -> str:
+        counts = range(1, name.count(".") + 1)
+        return next((cut(name, n) for n in counts if sum(cut(other, n) == cut(name, n) for other in names) == 1), name)
+
+    return [shortest(name) for name in names]
 
 
 def markdown_table(grid: Grid) -> str:
-    """The grid for a page without pictures: types down, layers across, shares in percent."""
-    heads = [f"layers {name}" if "–" in name else f"layer {name}" if name else "no layer" for name in grid.layers]
-    lines = ["| | " + " | ".join(map(_cell, heads)) + " |", "|---" * (len(heads) + 1) + "|"]
+    """The grid as a Markdown table: types down, layers across, densities in percent."""
+    headings = [f"layers {name}" if "–" in name else f"layer {name}" if name else "no layer" for name in grid.layers]
+    lines = ["| | " + " | ".join(map(_cell, headings)) + " |", "|---" * (len(headings) + 1) + "|"]
     for kind, row in zip(grid.kinds, grid.values, strict=True):
         cells = ["" if value is None else f"{100 * value:.3g} %" for value in row]
         lines.append(f"| {_cell(kind)} | " + " | ".join(cells) + " |")

@@ -101,13 +101,13 @@ def test_export(folder, tmp_path, granularity):
     told = succeed("export", folder / granularity, "--to", "lora", "--dry-run")
     assert told["output"] is None and not list(tmp_path.iterdir())
     found = succeed("export", folder / granularity, "--to", "lora", "--output", tmp_path / "lora")
-    assert found["is_exact"] and found["relative_error"] == 0 and found["rank"] == told["rank"]
+    assert found["rank"] == told["rank"]
     expected = PeftModel.from_pretrained(load(folder / "base").float(), folder / granularity)
     loaded = PeftModel.from_pretrained(load(folder / "base").float(), tmp_path / "lora")
     assert (logits(loaded, BATCH) - logits(expected, BATCH)).abs().max() < 1e-5
     assert "is not empty" in fail("export", folder / granularity, "--output", tmp_path / "lora")
-    cut = fggm("export", folder / granularity, "-o", tmp_path / "lora", "--max-rank", 2, "--overwrite")
-    assert cut.code == 0 and "relative error" in cut.out
+    limited = ("export", folder / granularity, "-o", tmp_path / "lora", "--max-rank", 2, "--overwrite")
+    assert "convert_to_lora" in fail(*limited)
     assert fggm("export", folder / granularity).code == 2
     assert fggm("export", folder / granularity, "--to", "gguf", "--dry-run").code == 2
 

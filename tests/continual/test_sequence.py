@@ -297,7 +297,7 @@ def test_the_overlap_of_supports_is_that_of_the_dense_masks(granularity, folder,
 
 def test_what_left_no_delta_has_no_overlap(folder, tmp_path):
     (result,) = run_stream(read_stream(settings(folder, methods=["sft"])), tmp_path)
-    assert result["overlap"] is None and support_overlap(text_model(), [tmp_path]) is None
+    assert result["overlap"] is None and support_overlap([tmp_path]) is None
 
 
 def test_methods_and_rates_can_be_chosen_and_the_report_is_of_the_whole_folder(folder, tmp_path):

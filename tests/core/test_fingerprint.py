@@ -127,7 +127,7 @@ def test_a_lightly_tuned_sibling_is_refused(by, share, dtype):
 def test_a_quantized_stranger_is_refused(kind, by):
     kept = fingerprint(layers(llama()))
     found = base_difference(layers(quantized(changed(llama(), by), kind)), kept)
-    assert "quantizing explains" in found and "model.layers." in found
+    assert "quantization explains" in found and "model.layers." in found
 
 
 def test_it_takes_well_under_a_second_for_a_hundred_million_parameters():

@@ -13,9 +13,8 @@ from models import gpt2, llama, logits, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fggm_peft import AdapterFileError
-from fggm_peft import deltas as sharing
-from fggm_peft.deltas import SparseDelta
+from fggm_peft import AdapterFileError, BaseMismatchError, deltas
+from fggm_peft.deltas import SparseDelta, apply_deltas, compose
 
 BATCH = token_batches()[0]
 
@@ -27,7 +26,7 @@ def test_a_delta_is_the_same_from_a_model_a_folder_and_a_folder_of_its_own(granu
     expected = {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}
     model.save_pretrained(tmp_path / "peft")
     of_model = SparseDelta.read(model)
-    of_folder = SparseDelta.read(tmp_path / "peft", base=llama())
+    of_folder = SparseDelta.read(tmp_path / "peft")
     own = SparseDelta.read(of_model.save(tmp_path / "own"))  # its file says the shapes
     for delta in (of_model, of_folder, own):
         found = dense(delta)
@@ -45,13 +44,22 @@ def test_peft_loads_what_is_saved(granularity, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder), BATCH), logits(model, BATCH))
 
 
-def test_the_base_that_the_config_names_tells_the_shapes(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    model = adapter("element")
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    model.save_pretrained(tmp_path / "delta")
-    found = SparseDelta.read(tmp_path / "delta")
-    assert found.modules["model.layers.0.mlp.down_proj"].shape == (64, 96)
+def test_the_representation_is_one_line():
+    a, b = (SparseDelta.read(adapter("row", seed)) for seed in (0, 1))
+    text = repr(a)
+    assert text == str(a) and text.startswith("SparseDelta(") and "\n" not in text
+    assert f"{a.parameters:,} values in rows of 6 weights" in text and "made by compose: weights 1, -1" in repr(a - b)
+
+
+def test_operators_are_weighted_sums():
+    a, b = (SparseDelta.read(adapter("row", seed)) for seed in (0, 1))
+    for result, weights in ((a + b, [1, 1]), (a - b, [1, -1]), (0.5 * a + b * -2, [0.5, -2])):
+        expected = dense(compose([a, b], weights))
+        found = dense(result)
+        assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+    for wrong in (lambda: a + 1, lambda: a * b, lambda: a - "b"):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            wrong()
 
 
 def test_a_transposed_weight_has_its_matrix_shape(tmp_path):
@@ -63,7 +71,7 @@ def test_bias_entries_and_whole_modules_travel_along(tmp_path):
     model = adapter("row", base=llama(attention_bias=True), bias="fggm_only", modules_to_save=["model.norm"])
     model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(0.5)
     model.save_pretrained(tmp_path / "peft")
-    delta = SparseDelta.read(tmp_path / "peft", base=llama(attention_bias=True))
+    delta = SparseDelta.read(tmp_path / "peft")
     name = "model.layers.0.self_attn.q_proj"
     assert delta.modules[name].bias.shape == (len(delta.modules[name].indices),)
     assert list(delta.others) == ["base_model.model.model.norm.weight"]
@@ -92,7 +100,7 @@ def test_a_damaged_file_is_an_error_that_names_the_tensor(changes, message, tmp_
     folder = saved_adapter(tmp_path / "delta")
     damaged(folder, **changes)
     with pytest.raises(AdapterFileError, match=message):
-        SparseDelta.read(folder, base=llama())
+        SparseDelta.read(folder)
 
 
 def test_what_is_no_delta_is_refused_with_what_it_is(tmp_path):
@@ -110,25 +118,22 @@ def test_what_is_no_delta_is_refused_with_what_it_is(tmp_path):
     (folder / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": None, "base_fingerprint": None})
     )
-    with pytest.raises(ValueError, match="base="):
+    with pytest.raises(AdapterFileError, match=r"base_fingerprint .* has no shape of"):
         SparseDelta.read(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(AdapterFileError, match="is damaged"):
-        SparseDelta.read(folder, base=llama())
+        SparseDelta.read(folder)
 
 
 def test_importing_the_package_loads_none_of_it():
-    script = (
-        "import fggm_peft, sys; print(sorted(name for name in sys.modules if name.startswith('fggm_peft.sharing')))"
-    )
+    script = "import fggm_peft, sys; print(sorted(name for name in sys.modules if name.startswith('fggm_peft.deltas')))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['fggm_peft.sharing']"
-    assert all(callable(getattr(sharing, name)) for name in sharing.__all__)
+    assert result.stdout.strip() == "['fggm_peft.deltas']"
+    assert all(callable(getattr(deltas, name)) for name in deltas.__all__)
 
 
 def test_another_base_is_noticed(tmp_path):
     folder = saved_adapter(tmp_path / "delta")
-    with pytest.raises(AdapterFileError, match="made for another base model"):
-        SparseDelta.read(folder, base=llama(hidden_size=32))
-    with pytest.raises(ValueError, match="made for another base"):
-        SparseDelta.read(folder, base=gpt2())
+    for base in (llama(hidden_size=32), gpt2()):
+        with pytest.raises(BaseMismatchError, match="made for another base"):
+            apply_deltas(base, [folder])

@@ -50,7 +50,7 @@ def test_modules_of_one_delta_alone_count_as_apart():
 def test_folders_are_read_and_named(tmp_path):
     for name in ("one", "two"):
         saved_adapter(tmp_path / name, "row", seed=len(name) + (name == "two"))
-    found = overlap(tmp_path / "one", tmp_path / "two", base=llama())
+    found = overlap(tmp_path / "one", tmp_path / "two")
     assert found.names == ["one", "two"] and "one, two: Jaccard" in str(found)
     data = found.to_dict()
     assert data["modules"]["model.layers.0.self_attn.q_proj"][0]["a"] == "one"

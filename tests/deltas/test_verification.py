@@ -37,7 +37,7 @@ def adapter(tmp_path):
 
 def test_a_sound_adapter_is_described(adapter, base):
     found = verify(adapter, str(base))
-    assert found.base == "matches" and verify(adapter).base == "not asked"
+    assert found.base == "matches" and verify(adapter).base == "not checked"
     assert (found.granularity, found.criterion, found.format) == ("element", "random", 1)
     assert found.modules == 14 and found.density == pytest.approx(0.05, abs=1e-3) and not found.is_zero
     assert found.parameters == sum(t.numel() for key, t in load_file(adapter / FILE).items() if "values" in key)
@@ -72,8 +72,8 @@ def test_another_base_and_damage_are_errors(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"delta_dtype": "bfloat16"}, "values are float32, announced as bfloat16"),
-        ({"density_by_module": {"model.layers.*.mlp.up_proj": "0:0.5"}}, "densities are not those"),
+        ({"delta_dtype": "bfloat16"}, "values are float32, not delta_dtype=bfloat16"),
+        ({"density_by_module": {"model.layers.*.mlp.up_proj": "0:0.5"}}, "densities differ"),
         ({"granularity": "row"}, "for 64 rows"),
     ],
 )

@@ -220,5 +220,5 @@ def test_an_adapter_waiting_for_its_tensors_can_be_copied_saved_and_loaded(tmp_p
 def test_invalid_support_sizes_raise_an_error_before_allocating(size):
     config = FGGMConfig(target_modules=["up_proj"])
     config.support_sizes = {"model.layers.0.mlp.up_proj": size}
-    with pytest.raises(ValueError, match="does not fit the 96 that are there"):
+    with pytest.raises(ValueError, match="does not fit the 96 of the weight"):
         get_peft_model(llama(), config)

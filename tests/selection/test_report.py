@@ -13,8 +13,7 @@ from models import adapted, fisher_scores, llama, t5, token_batches
 from reference import sorted_spectrum
 
 from fggm_peft import FGGMConfig, select_parameters
-from fggm_peft.deltas.meta_base import skeleton
-from fggm_peft.deltas.saved_selection import saved_adapter, shares_of
+from fggm_peft.deltas.saved_selection import saved_adapter
 from fggm_peft.plots import agreement_plot, density_plot, overlap_plot, spectrum_plot, to_svg
 from fggm_peft.selection.report import AgreementCheck
 from fggm_peft.training.trainer import log_entry
@@ -173,15 +172,12 @@ def test_agreements_that_are_not_known_are_bridged():
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
 def test_shares_of_a_saved_adapter_are_those_of_its_report(granularity, task_type, tmp_path):
-    llama().save_pretrained(tmp_path / "base")
     config = {"density_pattern": {"q_proj": 0.5}, "task_type": task_type}
     model = adapted(llama(), granularity, **config)
     report = select_parameters(model, token_batches(), progress=False)
     model.save_pretrained(tmp_path / "adapter")
     adapter = saved_adapter(str(tmp_path / "adapter"))
-    base = skeleton(str(tmp_path / "base"), adapter.config)
-    assert all(parameter.is_meta for parameter in base.parameters())
-    assert shares_of(base, adapter.supports(base)) == report.shares()
+    assert adapter.shares() == report.shares()
 
 
 def test_plot_draws_one_adapter_with_what_its_files_have(folder, tmp_path):
@@ -206,7 +202,7 @@ def test_plot_draws_one_adapter_with_what_its_files_have(folder, tmp_path):
 def test_plot_compares_several_adapters(folder, selected, tmp_path):
     one, model = tmp_path / "one", folder / "model"
     succeed("select", model, "-o", one, "--criterion", "random", "--density", 0.5)
-    found = succeed("plot", selected, one, "--output", tmp_path / "plots", "--model", model)
+    found = succeed("plot", selected, one, "--output", tmp_path / "plots")
     expected = {"density-selected.svg", "density-one.svg", "overlap.svg", "agreement.svg"}
     assert set(found["pictures"]) == expected
     assert found["overlap"]["names"] == ["selected", "one"] and found["overlap"]["jaccard"][0][0] == 1
@@ -227,9 +223,8 @@ def test_plot_refuses_what_it_cannot_draw(folder, selected, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
     assert "LORA adapter, not FGGM" in fail("plot", tmp_path / "lora", *out)
-    assert "--model" in fail("plot", selected, "--model", tmp_path / "nowhere", *out)
-    llama(hidden_size=32).save_pretrained(tmp_path / "other")
-    assert "another base" in fail("plot", selected, "--model", tmp_path / "other", *out)
+    adapted(llama(hidden_size=32), criterion="random").save_pretrained(tmp_path / "other")
+    assert "different base models" in fail("plot", selected, tmp_path / "other", *out)
     assert not (tmp_path / "plots").exists()
 
 

@@ -56,7 +56,7 @@ def test_a_swapped_adapter_computes_as_if_it_had_been_loaded_in_the_same_tensors
     assert torch.equal(logits(model, BATCH), logits(loaded(folders[2]), BATCH))
 
 
-def test_room_keeps_every_shape_and_every_result(folders):
+def test_padding_keeps_every_shape_and_every_result(folders):
     model = loaded(folders[2])
     expected = logits(model, BATCH)
     prepare_model_for_compiled_hotswap(model, density=0.3)
@@ -81,14 +81,14 @@ def test_what_is_filled_up_loads_as_what_it_was(folders, tmp_path):
     torch.testing.assert_close(logits(loaded(tmp_path / "again"), BATCH), logits(loaded(folders[2]), BATCH))
 
 
-def test_an_adapter_that_does_not_fit_the_room_changes_nothing(folders):
+def test_an_adapter_that_exceeds_the_padding_changes_nothing(folders):
     model = loaded(folders[2])
     prepare_model_for_compiled_hotswap(model, density=0.15)
     before = [tensor.clone() for tensor in tensors_of(model)]
-    with pytest.raises(AdapterFileError, match=r"units do not fit the room for \d+"):
+    with pytest.raises(AdapterFileError, match=r"units exceed the \d+ that"):
         hotswap_adapter(model, folders[0], "default")
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(model), strict=True))
-    with pytest.raises(ValueError, match=r"more than density 0.05 leaves room for; give at least 0.1"):
+    with pytest.raises(ValueError, match=r"more than density=0.05 allows; use at least 0.1"):
         prepare_model_for_compiled_hotswap(model, density=0.05)
 
 
@@ -139,10 +139,10 @@ def test_biases_and_modules_that_are_trained_whole_are_swapped_too(tmp_path):
     nn.init.normal_(other.base_model.model[1].modules_to_save["default"].weight)
     other.save_pretrained(tmp_path / "other")
     x = torch.randn(5, 6)
-    for room in (None, 0.5):
+    for density in (None, 0.5):
         model = PeftModel.from_pretrained(base(), first)
-        if room:
-            prepare_model_for_compiled_hotswap(model, density=room)
+        if density:
+            prepare_model_for_compiled_hotswap(model, density=density)
             torch.testing.assert_close(model(x), PeftModel.from_pretrained(base(), first)(x))
         model.base_model.model[0].set_scale("default", 3.0)
         hotswap_adapter(model, tmp_path / "other", "default")

@@ -11,8 +11,8 @@ from command_line import fail
 
 from fggm_peft.core.errors import AdapterFileError
 from fggm_peft.deltas import read_adapter
+from fggm_peft.deltas.base_model import FileWeights
 from fggm_peft.deltas.saved_selection import saved_adapter
-from fggm_peft.deltas.weights import FileWeights
 from fggm_peft.tuner.files.hub import may_be_hub_id
 
 PATHS = ["./nothere", "../nothere", "~/nothere", "/nothere", "a/b/nothere", "a b/nothere", "runs/nothere/"]
@@ -69,7 +69,9 @@ def test_the_folder_is_named_where_the_hub_cannot_be_reached(read, no_network, t
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises((AdapterFileError, FileNotFoundError)) as caught:
         read("runs/nothere")
-    assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, nor is it on the Hub" in str(caught.value)
+    assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, and it cannot be loaded from the Hub" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -77,7 +79,7 @@ def test_a_command_says_so_before_it_loads_anything(command, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = fail(command, *(argument.format("runs/nothere") for argument in COMMANDS[command]))
-    assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, nor is it on the Hub" in message
+    assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, and it cannot be loaded from the Hub" in message
 
 
 def test_a_card_is_written_into_a_folder(tmp_path, monkeypatch):

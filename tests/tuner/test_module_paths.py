@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fggm_peft.tuner.module_paths import density_grid, grid_from_dict, markdown_table, place_of
+from fggm_peft.tuner.module_paths import density_grid, grid_from_dict, markdown_table, parse_path
 
 
 def grid(*names, **options):
@@ -21,9 +21,9 @@ def grid(*names, **options):
         ("0", "", 0, "*"),
     ],
 )
-def test_the_place_of_a_module_is_read_from_its_path(name, stack, layer, kind):
-    place = place_of(name)
-    assert (place.stack, place.layer, place.kind) == (stack, layer, kind)
+def test_the_parse_path_a_module_is_read_from_its_path(name, stack, layer, kind):
+    parsed = parse_path(name)
+    assert (parsed.stack, parsed.layer, parsed.kind) == (stack, layer, kind)
 
 
 def test_unequal_sets_of_modules_leave_cells_empty():

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and digests that tell whether they are what they were."""
+"""Writes files and folders as a whole or not at all, and computes digests that show whether they changed."""
 
 from __future__ import annotations
 
@@ -11,29 +11,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file, in folders that are made for it, so that it is never seen half-written."""
+    """Write a text file, and its folder if necessary, so that it is never incomplete."""
+    with _partial(file) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair must not stop a report
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file so that it is never incomplete."""
+    write_whole(file, json.dumps(value, indent=1))
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that it is never incomplete."""
+    with _partial(file) as partial:
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial, metadata)
+
+
+@contextmanager
+def _partial(file: Path) -> Iterator[Path]:
+    """A temporary file next to ``file`` that replaces it when the block ends without an error."""
     partial = file.with_name(file.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        partial.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair must not cost a report
-    except OSError:  # a full disk
+        yield partial
+    except OSError:  # for example a full disk
         partial.unlink(missing_ok=True)
         raise
     partial.replace(file)
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write a file as JSON, whole or not at all."""
-    write_whole(file, json.dumps(value, indent=1))
-
-
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder``, whose files move into it when the block ends without an error.
+    """A temporary folder whose files move into ``folder`` when the block ends without an error.
 
-    Files of the same name are replaced, each at once; whatever else is in ``folder`` stays.
+    Files of the same name are replaced one by one, each atomically. Other files in ``folder`` stay.
     """
     folder = folder.expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +63,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def _move_into(folder: Path, temporary: Path) -> None:
     folder.mkdir(exist_ok=True)
-    # the config goes last: PEFT takes a folder for an adapter by it
+    # the config moves last, because PEFT recognizes an adapter by it
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
         if entry.is_dir():
             _move_into(folder / entry.name, entry)
@@ -56,7 +72,7 @@ def _move_into(folder: Path, temporary: Path) -> None:
 
 
 def digest_of_folder(path: Path, suffixes: Sequence[str] | None = None) -> str:
-    """sha256 over names and contents of a file or of the files in a folder, not counting hidden files and caches."""
+    """sha256 over names and contents of the files in a folder, or of one file. Hidden files and caches are ignored."""
     if path.is_file():
         return digest_of_files({"": path})
     files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
@@ -65,17 +81,17 @@ def digest_of_folder(path: Path, suffixes: Sequence[str] | None = None) -> str:
 
 def _counts(name: str, file: Path, suffixes: Sequence[str] | None) -> bool:
     is_hidden = any(part.startswith(".") for part in name.split("/"))
-    # datasets leaves files of this name in a folder that it only reads
+    # datasets writes cache files into a folder that it reads
     return not is_hidden and not file.name.startswith("cache-") and (suffixes is None or file.suffix in suffixes)
 
 
 def digest_of_files(files: Mapping[str, Path]) -> str:
     """sha256 over the keys and the contents of files."""
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for key, path in sorted(files.items()):
         content = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 content.update(block)
-        whole.update(f"{key}\0{content.hexdigest()}\n".encode())
-    return whole.hexdigest()
+        total.update(f"{key}\0{content.hexdigest()}\n".encode())
+    return total.hexdigest()

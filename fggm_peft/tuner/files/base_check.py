@@ -1,4 +1,4 @@
-"""Is this the base that an adapter was made on? Takes and compares fingerprints of adapted layers."""
+"""Checks that a model is the base that an adapter was made on, by comparing fingerprints of the adapted layers."""
 
 from __future__ import annotations
 
@@ -30,45 +30,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_COSTLY = 12
-"""How many weights are sampled where each has to be dequantized or brought from elsewhere for it."""
+"""Number of weights that are sampled if each must be dequantized or moved for it."""
 
 MAX_DISTANCE = {"bnb 8bit": 0.05, "bnb 4bit": 0.2}
-"""``|W' - W| / |W|`` that quantizing may explain, by PEFT's name of the backend; measured in docs/format.md."""
+"""Largest ``|W' - W| / |W|`` that quantization explains, by PEFT's backend name; measured in docs/format.md."""
 MAX_DISTANCE_ELSEWHERE = 0.3
 
 
 def fingerprint(layers: Mapping[str, FGGMLayer]) -> dict[str, str]:
-    """Module path -> the sketch of its base weight, as text; without samples where the weight is not at hand."""
-    costly = _chosen_costly(layers)
+    """Module path -> text of the sketch of its base weight; without samples if the weight cannot be read."""
+    costly = _costly_to_read(layers)
     count = samples_per_weight(len(costly) or len(layers))
-    return {name: _sketch(layer, name, count, costly).to_text() for name, layer in layers.items()}
+    return {path: _sketch(layer, path, count, costly).to_text() for path, layer in layers.items()}
 
 
 def require_base(layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:
-    """Raise if the layers are not on the base that the config's fingerprint was taken of.
+    """Raise if the layers do not belong to the base whose fingerprint is in the config.
 
     Raises:
-        BaseMismatchError: names the first module that differs; a warning if ``config.check_base`` is False.
+        BaseMismatchError: names the first module that differs. A warning if ``config.check_base`` is False.
     """
-    kept = sketches_from(config.base_fingerprint or {})
+    sketches = sketches_from(config.base_fingerprint or {})
     problem = base_difference(layers, config.base_fingerprint or {})
     if problem is None:
-        if kept and not any(_is_at_hand(layers[name]) for name in kept if name in layers):
-            logger.warning("the base was not checked, as none of its weights is in memory yet or still whole")
+        if sketches and not any(_is_readable(layers[path]) for path in sketches if path in layers):
+            logger.warning("the base was not checked: its weights are sharded or not in memory yet")
         return
-    base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     if not config.check_base:
         warnings.warn(f"the adapter was made for another base: {problem}", stacklevel=2)
         return
+    base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     raise BaseMismatchError(
         f"the adapter was made for another base: {problem}. Load the base model that its config names{base}, with the "
-        "deltas merged that came before it, or pass check_base=False."
+        "earlier deltas merged into it, or pass check_base=False."
     )
 
 
 @dataclass
 class BaseCheck:
-    """``require_base`` for a loader that brings one tensor after another: at the first of them, once.
+    """Runs ``require_base`` once, for a loader that brings tensors one by one.
 
     Args:
         layers: module path -> layer, all that the adapter has.
@@ -84,45 +84,48 @@ class BaseCheck:
             self.is_done = True
 
 
-def base_difference(layers: Mapping[str, FGGMLayer], kept: Mapping[str, str]) -> str | None:
-    """In words what is not as the fingerprint says, of the first module that differs; None if all is."""
-    found = {name: sketch for name, sketch in sketches_from(kept).items() if name in layers}
-    for name, sketch in found.items():
-        shape = tuple(layers[name].weight_shape)
+def base_difference(layers: Mapping[str, FGGMLayer], expected: Mapping[str, str]) -> str | None:
+    """A description of the first module that differs from its expected sketch; None if all agree."""
+    sketches = {path: sketch for path, sketch in sketches_from(expected).items() if path in layers}
+    for path, sketch in sketches.items():
+        shape = tuple(layers[path].weight_shape)
         if shape != sketch.shape:
-            return f"{name} is {list(shape)} here, {list(sketch.shape)} in the adapter"
-    costly = _chosen_costly(layers)
-    loose: dict[str, tuple[Tensor, Tensor]] = {}
+            return f"{path} is {list(shape)} here, {list(sketch.shape)} in the adapter"
+    costly = _costly_to_read(layers)
+    quantized: dict[str, tuple[Tensor, Tensor]] = {}
     limit = 0.0
-    for name, sketch in found.items():
+    for path, sketch in sketches.items():
         if sketch.samples is None:
             continue
-        here = _sketch(layers[name], name, len(sketch.samples), costly)
-        if here.samples is None:
+        current = _sketch(layers[path], path, len(sketch.samples), costly)
+        if current.samples is None:
             continue
-        if sketch.quantized or here.quantized:
-            loose[name] = sketch.samples, here.samples
-            limit = max(limit, _limit(layers[name], sketch))
-        elif distance := exact_difference(sketch, here):
-            return f"the weight of {name} differs by {distance:.2g} of its size"
-    if loose and relative_distance(list(loose.values())) > limit:
-        apart = {name: relative_distance([pair]) for name, pair in loose.items()}
-        name = next(name for name, distance in apart.items() if distance > limit)
-        return f"the weight of {name} differs by {apart[name]:.2g} of its size, and quantizing explains {limit:g}"
+        if sketch.quantized or current.quantized:
+            quantized[path] = sketch.samples, current.samples
+            limit = max(limit, _limit(layers[path], sketch))
+        elif distance := exact_difference(sketch, current):
+            return f"the weight of {path} differs by {distance:.2g} of its size"
+    if quantized and relative_distance(list(quantized.values())) > limit:
+        distances = {path: relative_distance([pair]) for path, pair in quantized.items()}
+        path = next(path for path, distance in distances.items() if distance > limit)
+        return f"the weight of {path} differs by {distances[path]:.2g} of its size; quantization explains {limit:g}"
     return None
 
 
-def dense_weight(layer: FGGMLayer) -> Tensor:
-    """The base's weight ``[o, i]`` without what is merged into it just now; not to be written to.
+def _sketch(layer: FGGMLayer, path: str, count: int, costly: set[str]) -> WeightSketch:
+    shape = (int(layer.weight_shape[0]), int(layer.weight_shape[1]))
+    with torch.no_grad():
+        weight = _readable_weight(layer, path in costly)
+        return WeightSketch(shape) if weight is None else sketch_weight(path, weight, count, _is_quantized(layer))
 
-    Raises:
-        ValueError: it is quantized, sharded, or not in memory.
-    """
-    weight = layer.get_base_weight().detach() if layer.quantization_backend is None else None
-    if weight is None or layer._replaced_bases:
-        raise ValueError("the base is quantized, and its entries are not those that new values stand for")
-    if weight.is_meta or is_shard(weight):
-        raise ValueError("the base's weight is " + ("on the meta device" if weight.is_meta else "sharded"))
+
+def _readable_weight(layer: FGGMLayer, may_cost: bool) -> Tensor | None:
+    """The weight ``[o, i]`` without merged deltas; None if it cannot be read, or only at a cost."""
+    if not _is_readable(layer) or layer._replaced_bases or (_is_costly(layer) and not may_cost):
+        return None
+    if layer.quantization_backend is not None:
+        return layer.weight_copy() if layer.quantization_backend.supports_merge else None
+    weight = layer.get_base_weight().detach()
     if layer.merged_adapters:
         weight = weight.clone()
         for name in reversed(layer.merged_adapters):
@@ -130,43 +133,29 @@ def dense_weight(layer: FGGMLayer) -> Tensor:
     return layer.matrix(weight)
 
 
-def _sketch(layer: FGGMLayer, name: str, count: int, costly: set[str]) -> WeightSketch:
-    shape = (int(layer.weight_shape[0]), int(layer.weight_shape[1]))
-    with torch.no_grad():
-        weight = _readable_weight(layer, name in costly)
-        quantized = layer.quantization_backend is not None
-        return WeightSketch(shape) if weight is None else sketch_weight(name, weight, count, quantized)
-
-
-def _readable_weight(layer: FGGMLayer, may_cost: bool) -> Tensor | None:
-    if not _is_at_hand(layer) or (_is_costly(layer) and not may_cost):
-        return None
-    if layer.quantization_backend is None:
-        return dense_weight(layer)
-    if layer._replaced_bases or not layer.quantization_backend.supports_merge:
-        return None
-    return layer.weight_copy()
-
-
-def _is_at_hand(layer: FGGMLayer) -> bool:
+def _is_readable(layer: FGGMLayer) -> bool:
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     return weight is None or not (is_shard(weight) or (weight.is_meta and not is_offloaded(base)))
 
 
+def _is_quantized(layer: FGGMLayer) -> bool:
+    return layer.quantization_backend is not None
+
+
 def _is_costly(layer: FGGMLayer) -> bool:
-    return layer.quantization_backend is not None or is_offloaded(layer.get_base_layer())
+    return _is_quantized(layer) or is_offloaded(layer.get_base_layer())
 
 
-def _chosen_costly(layers: Mapping[str, FGGMLayer]) -> set[str]:
-    """Of the weights that cost something to look at a few, spread over the model."""
-    names = [name for name, layer in layers.items() if _is_costly(layer)]
-    count = min(MAX_COSTLY, len(names))
-    return {names[place * (len(names) - 1) // max(1, count - 1)] for place in range(count)}
+def _costly_to_read(layers: Mapping[str, FGGMLayer]) -> set[str]:
+    """A few of the modules whose weights are costly to read, spread over the model."""
+    paths = [path for path, layer in layers.items() if _is_costly(layer)]
+    count = min(MAX_COSTLY, len(paths))
+    return {paths[position * (len(paths) - 1) // max(1, count - 1)] for position in range(count)}
 
 
-def _limit(layer: FGGMLayer, kept: WeightSketch) -> float:
-    """Of what it was quantized with when the sketch was taken nothing is known."""
+def _limit(layer: FGGMLayer, expected: WeightSketch) -> float:
+    """The sketch does not say which quantization it was taken with, so 4 bits are assumed."""
     backend = getattr(layer.quantization_backend, "backend_name", "")
-    here = MAX_DISTANCE.get(backend, MAX_DISTANCE_ELSEWHERE) if layer.quantization_backend else 0.0
-    return max(here, MAX_DISTANCE["bnb 4bit"] if kept.quantized else 0.0)
+    limit = MAX_DISTANCE.get(backend, MAX_DISTANCE_ELSEWHERE) if _is_quantized(layer) else 0.0
+    return max(limit, MAX_DISTANCE["bnb 4bit"] if expected.quantized else 0.0)

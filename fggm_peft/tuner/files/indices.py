@@ -1,11 +1,11 @@
-"""The indices of a layer's supports, which may be there before a loader that goes by shapes brings them."""
+"""The indices of a layer's supports. They may exist with the right size before a loader brings their values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,9 +14,7 @@ from torch import Tensor
 from ...core.errors import AdapterFileError
 from ...core.granularity import Granularity
 from ...core.index_codec import ENCODED_PARTS, codec_of
-
-if TYPE_CHECKING:
-    from ..layer import FGGMLayer
+from ..target import Target
 
 T = TypeVar("T")
 
@@ -24,32 +22,32 @@ T = TypeVar("T")
 class SupportIndices(BufferDict):
     """``[k]`` indices for each adapter, in state dicts.
 
-    PEFT resizes a layer to the file before it loads it. transformers' own loader (``model.load_adapter``,
-    ``AutoModel.from_pretrained``) asks nobody: it puts a tensor in the place of one that has its shape. So an adapter
-    that a saved config describes is born with room of the right size, and is without a support until the tensors come:
-    the indices, or those that encode them, for which there is a place beside (``AwaitedPart``) until they are decoded.
+    PEFT calls the tuner before it loads a file, and the layer takes the file's sizes. transformers' own loader
+    (``model.load_adapter``, ``AutoModel.from_pretrained``) only assigns tensors to existing ones of the same shape. So
+    an adapter that is made from a saved config starts with tensors of the saved sizes. It counts as not selected until
+    the loader brings its indices, or all tensors that encode them (``EncodedPart``).
 
     Args:
-        selected: the layer's; an adapter is set to True in it when its indices have come.
+        selected: the layer's dict; an adapter is set to True when its indices arrive.
     """
 
     def __init__(self, selected: dict[str, bool]):
         super().__init__(persistent=True)
         self.selected = selected
-        self.awaited: dict[str, Awaited] = {}
-        self.parts = {part: AwaitedPart(self, part) for part in ENCODED_PARTS}
+        self.awaited: dict[str, AwaitedSupport] = {}
+        self.parts = {part: EncodedPart(self, part) for part in ENCODED_PARTS}
 
-    def await_(self, name: str, k: int, what: Awaited) -> None:
-        """Make room for ``k`` indices that a loader will bring."""
+    def await_(self, name: str, k: int, support: AwaitedSupport) -> None:
+        """Reserve ``k`` indices that a loader will bring."""
         empty = self[name].new_full((k,), -1)
-        # a place that nothing is put in would be reported as missing
-        self.register_buffer(name, empty, persistent=not what.shapes)
-        for part, shape in what.shapes.items():
+        # a persistent buffer that the file does not contain would be reported as missing
+        self.register_buffer(name, empty, persistent=not support.shapes)
+        for part, shape in support.shapes.items():
             self.parts[part][name] = torch.zeros(shape, dtype=torch.uint8, device=empty.device)
-        self.awaited[name] = what
+        self.awaited[name] = support
 
     def settle(self, name: str) -> None:
-        """Nothing is awaited any longer: the support has come from elsewhere."""
+        """Stop waiting for a loader: the support is known."""
         if self.awaited.pop(name, None) is not None:
             self.register_buffer(name, self[name], persistent=True)
             for part in self.parts.values():
@@ -67,28 +65,28 @@ class SupportIndices(BufferDict):
             self._arrived(name)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        here = [name for name in self.awaited if prefix + name in state_dict]
-        for name in here:
+        arriving = [name for name in self.awaited if prefix + name in state_dict]
+        for name in arriving:
             self.register_buffer(name, self[name], persistent=True)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in here:
+        for name in arriving:
             self._arrived(name)
 
     def part_arrived(self, name: str, part: str) -> None:
-        """One of the tensors that encode the indices has come; with the last of them they are decoded.
+        """Record that a tensor of encoded indices was assigned; the last one decodes them.
 
         Raises:
-            AdapterFileError: they are no indices of this weight.
+            AdapterFileError: the tensors do not encode indices of this weight.
         """
-        what = self.awaited[name]
-        what.check()
-        what.come.add(part)
-        tensors = {part: self.parts[part][name] for part in what.shapes}
-        if what.come < tensors.keys() or any(tensor.is_meta for tensor in tensors.values()):
+        support = self.awaited[name]
+        support.check()
+        support.arrived.add(part)
+        tensors = {part: self.parts[part][name] for part in support.shapes}
+        if support.arrived < tensors.keys() or any(tensor.is_meta for tensor in tensors.values()):
             return
         try:
-            codec = codec_of(what.granularity.index_codecs, tensors)
-            indices = codec.decode([tensors[part] for part in codec.parts], len(self[name]), what.units)
+            codec = codec_of(support.granularity.index_codecs, tensors)
+            indices = codec.decode([tensors[part] for part in codec.parts], len(self[name]), support.units)
         except ValueError as error:
             raise _damaged(name, str(error)) from error
         self[name] = indices.to(tensors[part].device, self[name].dtype)
@@ -107,30 +105,29 @@ def _damaged(name: str, problem: str) -> AdapterFileError:
 
 
 @dataclass
-class Awaited:
-    """What a loader is to bring of one support.
+class AwaitedSupport:
+    """A support that a loader will bring.
 
     Args:
-        granularity: of the support.
-        units: there are to choose from.
-        shapes: part -> shape, of the tensors that encode the indices; empty where they come as they are.
+        units: number of units to choose from.
+        shapes: part -> shape of the tensors that encode the indices; empty if the indices are plain.
         check: raises if the adapter was made for another base.
-        come: the parts that have come.
+        arrived: the parts that the loader has brought.
     """
 
     granularity: Granularity
     units: int
     shapes: dict[str, tuple[int, ...]]
     check: Callable[[], None]
-    come: set[str] = field(default_factory=set)
+    arrived: set[str] = field(default_factory=set)
 
 
-class AwaitedPart(BufferDict):
-    """The places of one part of encoded indices, while a loader may bring it: adapter -> uint8."""
+class EncodedPart(BufferDict):
+    """One tensor of encoded indices for each adapter (uint8), while a loader may bring it."""
 
     def __init__(self, indices: SupportIndices, part: str):
         super().__init__(persistent=True)
-        self.__dict__["indices"] = indices  # not as a module within this one
+        self.__dict__["indices"] = indices  # not as a submodule
         self.part = part
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -139,51 +136,44 @@ class AwaitedPart(BufferDict):
             self.indices.part_arrived(name, self.part)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        return  # whoever loads state dicts has decoded indices
+        return  # state dicts contain decoded indices
 
 
 def are_legal(indices: Tensor, units: int) -> bool:
-    """Whether they are sorted, unique, and below ``units``."""
+    """Whether the indices are sorted, unique and in ``[0, units)``."""
     if not indices.numel():
         return True
     return bool((indices[0] >= 0) & (indices[-1] < units) & (indices[1:] > indices[:-1]).all())
 
 
 def await_support_(
-    layer: FGGMLayer,
-    adapter_name: str,
-    k: int,
-    shapes: Mapping[str, Any] | None,
-    check: Callable[[], None],
-    keep_dtype: bool = False,
+    target: Target, k: int, shapes: Mapping[str, Any] | None, check: Callable[[], None], keep_dtype: bool = False
 ) -> None:
-    """Make room in a layer for a support of ``k`` units that a loader will bring; until then there is none.
+    """Reserve a support of ``k`` units that a loader will bring; until then the target is not selected.
 
     Args:
-        shapes: part -> shape, of the tensors that will bring it encoded.
-        check: raises if the adapter was made for another base; called when they come from a loader that does not ask.
-        keep_dtype: the values have the dtype that the config names; else they get one that holds whatever comes.
+        shapes: part -> shape of the tensors that encode the indices, from a saved config.
+        check: raises if the adapter was made for another base; called when a loader assigns the first tensor.
+        keep_dtype: keep the values' dtype, which the config names. Otherwise they become at least float32.
 
     Raises:
-        ValueError: there are fewer units than that, or the shapes are none of encoded indices.
+        ValueError: there are fewer than ``k`` units, or the shapes cannot be those of encoded indices.
     """
-    granularity = layer.granularity[adapter_name]
-    units = granularity.units(layer.weight_shape)
-    if not isinstance(k, int) or not 0 <= k <= units:
-        raise ValueError(f"a support of {k!r} units does not fit the {units} that are there")
-    legal = {part: _legal(part, shape, units) for part, shape in (shapes or {}).items()}
-    what = Awaited(granularity, units, legal, check)
-    layer.resize_(adapter_name, k)
-    # the loader casts to what it finds, and float32 holds them all
-    for parameter in [] if keep_dtype else layer.trained(adapter_name):
+    if not isinstance(k, int) or not 0 <= k <= target.units:
+        raise ValueError(f"{target.path}: a support of {k!r} units does not fit the {target.units} of the weight")
+    legal = {part: _legal_shape(part, shape, target.units) for part, shape in (shapes or {}).items()}
+    target.layer.resize_(target.adapter_name, k)
+    # the loader casts to the existing dtype, and float32 holds every dtype of a file
+    for parameter in [] if keep_dtype else target.parameters:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    layer.fggm_indices.await_(adapter_name, k, what)
+    support = AwaitedSupport(target.granularity, target.units, legal, check)
+    target.layer.fggm_indices.await_(target.adapter_name, k, support)
 
 
-def _legal(part: str, shape: Any, units: int) -> tuple[int, ...]:
-    """The shape of a part, which a stranger has written.
+def _legal_shape(part: str, shape: Any, units: int) -> tuple[int, ...]:
+    """Check the shape of an encoded part, which may come from a stranger.
 
-    No code is longer than a bit for each unit and one for each index, but where there are few of either.
+    A code takes at most one bit for each unit and one for each index, plus a few bytes.
     """
     sizes = shape if isinstance(shape, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in shape) else None
     if part not in ENCODED_PARTS or sizes is None or math.prod(sizes) > units + 64:
@@ -191,13 +181,12 @@ def _legal(part: str, shape: Any, units: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def entry_within(entries: Mapping[str, T], name: str) -> T | None:
-    """What a saved config says of a module, None if nothing.
+def entry_within(entries: Mapping[str, T], path: str) -> T | None:
+    """The entry of a saved config for a module, or None.
 
-    The model may be the body of the one that was saved (``AutoModel``), or have more around it: then one path ends
-    like the other.
+    The model may be the body of the saved one (``AutoModel``), or contain it. Then one path ends with the other.
     """
-    if name in entries:
-        return entries[name]
-    alike = [path for path in entries if path.endswith(f".{name}") or name.endswith(f".{path}")]
-    return entries[alike[0]] if len(alike) == 1 else None
+    if path in entries:
+        return entries[path]
+    similar = [other for other in entries if other.endswith(f".{path}") or path.endswith(f".{other}")]
+    return entries[similar[0]] if len(similar) == 1 else None

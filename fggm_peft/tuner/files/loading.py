@@ -1,7 +1,6 @@
-"""Checks a file's tensors against the model, then makes room for them.
+"""Checks a file's tensors against the model, then resizes the adapter to them.
 
-Adapters come from strangers: every key, shape, dtype, index and value is checked before anything in the
-model changes.
+Adapters may come from strangers: every key, shape, dtype, index and value is checked before the model changes.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 
 from ...core.errors import AdapterFileError
 from ..config import FGGMConfig
-from ..hosts.sharding import plain_name
-from ..layer import FGGMLayer
-from ..several.padding import fill_up_
-from ..support import fggm_layers
+from ..hosts.sharding import plain_name, state_prefix
+from ..several.hotswap import pad
+from ..target import Target, find_targets
 from .base_check import require_base
 from .tensors import MARK, PARTS, PREFIX, StoredModule
 
@@ -21,92 +19,84 @@ from .tensors import MARK, PARTS, PREFIX, StoredModule
 def fit_layers_to_state_dict(
     model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> None:
-    """Resize the adapter's values and indices to those of a file that is about to be loaded.
+    """Resize an adapter's values and indices to those of a file that is about to be loaded.
 
     Args:
         model: has the adapter's layers.
-        config: says how the values are stored, and which base they were made on.
-        state_dict: keys as the model has them, adapter name included; changed in place: indices are decoded, and
+        config: contains the fingerprint of the base.
+        state_dict: keys as in the model, adapter name included. It is changed in place: indices are decoded, and
             tensors that wrappers or DeepSpeed leave out are added.
 
     Raises:
-        AdapterFileError: a tensor is missing, or does not fit; names its key. Nothing has changed then.
+        AdapterFileError: a tensor is missing or does not fit; names its key. Nothing has changed then.
         BaseMismatchError: the model is not the base that the adapter was made on.
     """
-    require_base(fggm_layers(model, adapter_name), config)
-    fitting: dict[FGGMLayer, dict[str, Tensor]] = {}
-    names: dict[FGGMLayer, str] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, FGGMLayer) or adapter_name not in layer.fggm_values:
-            continue
-        name = plain_name(name)
-        stored = _taken(state_dict, name, layer, adapter_name)
+    targets, prefix = find_targets(model, adapter_name), state_prefix(model)
+    require_base({path: target.layer for path, target in targets.items()}, config)
+    checked: dict[str, dict[str, Tensor]] = {}
+    for path, target in targets.items():
+        stored = _take(state_dict, prefix + path, target)
         if not stored.tensors:
-            continue  # PEFT reports keys that are missing altogether
-        if adapter_name in layer.merged_adapters:
+            continue  # PEFT reports missing keys
+        if target.is_merged:
             raise ValueError(
-                f"adapter {adapter_name!r} is merged ({name}); call unmerge_adapter() before loading over it"
+                f"adapter {adapter_name!r} is merged ({path}); call unmerge_adapter() before you load another over it"
             )
-        fitting[layer], names[layer] = _checked(layer, config, adapter_name, stored), name
+        checked[path] = _checked(stored, target)
     _require_known_keys(model, state_dict)
-    selected = any(len(tensors["indices"]) for tensors in fitting.values())
-    for layer, tensors in fitting.items():
-        state_dict |= {f"{names[layer]}.fggm_{part}.{adapter_name}": tensor for part, tensor in tensors.items()}
-        if (room := layer.room.get(adapter_name)) is not None:
-            fill_up_(state_dict, names[layer], layer, adapter_name, room)
-        layer.resize_(adapter_name, len(tensors["indices"]) if room is None else room, tensors["values"].dtype)
-        layer.selected[adapter_name] = selected
+    is_selected = any(len(tensors["indices"]) for tensors in checked.values())
+    for path, tensors in checked.items():
+        layer = targets[path].layer
+        if (size := layer.padded_sizes.get(adapter_name)) is not None:
+            tensors = pad(tensors, targets[path].granularity, size)
+        state_dict |= {f"{prefix}{path}{MARK}{part}.{adapter_name}": tensor for part, tensor in tensors.items()}
+        layer.resize_(adapter_name, len(tensors["indices"]), tensors["values"].dtype)
+        layer.selected[adapter_name] = is_selected
         layer.fggm_indices.settle(adapter_name)
         layer.freeze_empty_()
 
 
-def _taken(state_dict: dict[str, Tensor], name: str, layer: FGGMLayer, adapter_name: str) -> StoredModule:
-    """Take the tensors of one layer out of ``state_dict``, with what saving on several devices leaves out."""
+def _take(state_dict: dict[str, Tensor], name: str, target: Target) -> StoredModule:
+    """Remove the tensors of one layer from ``state_dict``, and add those that sharded saving leaves out."""
     tensors = {}
     for part in PARTS:
-        # PEFT adds the adapter's name by the names of modules, and misses parts that are encoded and those within
-        # torch's checkpoint_wrapper; a model that is no PeftModel has no prefix
-        for key in (f"{name}.fggm_{part}.{adapter_name}", f"{name}.fggm_{part}", f"{PREFIX}{name}.fggm_{part}"):
+        # PEFT inserts the adapter's name by module names. It misses encoded indices, and modules inside torch's
+        # checkpoint_wrapper. A model that is not a PeftModel has no prefix.
+        for key in (f"{name}{MARK}{part}.{target.adapter_name}", f"{name}{MARK}{part}", f"{PREFIX}{name}{MARK}{part}"):
             if key in state_dict:
                 tensors[part] = state_dict.pop(key)
     indices = tensors.get("indices")
-    if indices is not None and not indices.numel():  # DeepSpeed saves nothing frozen, and empty values are
-        values = layer.fggm_values[adapter_name].detach()
-        shape = layer.granularity[adapter_name].values_shape(layer.weight_shape, 0)
-        tensors.setdefault("values", values.new_zeros(shape))
-        if adapter_name in layer.fggm_bias:
-            tensors.setdefault("bias", values.new_zeros(0))
-    return StoredModule(tensors, f"{name}.fggm_", f".{adapter_name}")
+    if indices is not None and not indices.numel():  # DeepSpeed does not save frozen parameters, so no empty values
+        tensors = {**target.layer.nothing(target.adapter_name), **tensors}
+    return StoredModule(tensors, f"{name}{MARK}", f".{target.adapter_name}")
 
 
-def _checked(layer: FGGMLayer, config: FGGMConfig, adapter_name: str, stored: StoredModule) -> dict[str, Tensor]:
-    """``indices``, ``values`` and perhaps ``bias`` as the layer takes them."""
-    granularity = layer.granularity[adapter_name]
-    tensors = stored.checked(granularity, layer.weight_shape)
-    k = len(tensors["indices"])
-    if k > layer.room.get(adapter_name, k):
+def _checked(stored: StoredModule, target: Target) -> dict[str, Tensor]:
+    """``indices``, ``values`` and perhaps ``bias`` with the dtypes of the layer."""
+    tensors = stored.checked(target.granularity, target.shape)
+    k, size = len(tensors["indices"]), target.layer.padded_sizes.get(target.adapter_name)
+    if size is not None and k > size:
         raise AdapterFileError(
-            f"{stored.where}indices{stored.suffix}: {k} units do not fit the room for {layer.room[adapter_name]} that "
-            "prepare_model_for_compiled_hotswap has made; give it a higher density"
+            f"{stored.where}indices{stored.suffix}: {k} units exceed the {size} that "
+            "prepare_model_for_compiled_hotswap reserved; call it with a higher density"
         )
-    wanted = adapter_name in layer.fggm_bias
-    problem = "bias entries are " + ("missing" if wanted else "unexpected")
-    stored.require("bias", wanted == ("bias" in tensors), problem)
-    dtype = layer.fggm_values[adapter_name].dtype
-    index_type = layer.fggm_indices[adapter_name].dtype
-    found = {part: tensor.to(dtype) for part, tensor in tensors.items() if part != "indices"}
-    return {"indices": tensors["indices"].to(stored.tensors["values"].device, index_type), **found}
+    has_bias = target.bias is not None
+    problem = "bias entries are " + ("missing" if has_bias else "unexpected")
+    stored.require("bias", has_bias == ("bias" in tensors), problem)
+    device = tensors["values"].device
+    dtypes = dict.fromkeys(tensors, target.values.dtype) | {"indices": target.indices.dtype}
+    return {part: tensor.to(device, dtypes[part]) for part, tensor in tensors.items()}
 
 
 def _require_known_keys(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Raise for a tensor that no layer has taken and the model has no place for."""
-    strange = [key for key in state_dict if MARK in key and key.rpartition(MARK)[2].partition(".")[0] in PARTS]
-    if strange:
+    """Raise for a tensor that belongs to no layer."""
+    unknown = [key for key in state_dict if MARK in key and key.rpartition(MARK)[2].partition(".")[0] in PARTS]
+    if unknown:
         raise AdapterFileError(
-            f"{strange[0]}: the model has no such layer with this adapter. The file was made for another base model, "
+            f"{unknown[0]}: the model has no such layer with this adapter. The file was made for another base model "
             "or for other target modules."
         )
     known = {plain_name(key).removeprefix(PREFIX) for key in model.state_dict()}
-    strange = [key for key in state_dict if plain_name(key).removeprefix(PREFIX) not in known]
-    if strange:
-        raise AdapterFileError(f"{strange[0]}: unknown key. The file was made for another base model or is damaged.")
+    unknown = [key for key in state_dict if plain_name(key).removeprefix(PREFIX) not in known]
+    if unknown:
+        raise AdapterFileError(f"{unknown[0]}: unknown key. The file was made for another base model or is damaged.")

@@ -1,4 +1,4 @@
-"""The one way to read an adapter file outside of PEFT's loading: decoded, and checked before anything uses it."""
+"""Reads adapter files without a model: everything is decoded and checked before it is returned."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_quantization_kwargs
 from torch import Tensor, nn
 
-from ...core.errors import AdapterFileError
+from ...core.errors import AdapterFileError, BaseMismatchError
 from ...core.fingerprint import sketches_from
 from ...core.finite import all_finite
 from ...core.granularity import Shape
@@ -28,107 +27,102 @@ from .tensors import MARK, opened, read_modules
 Delta = dict[str, Tensor]
 
 
-def read_adapter(
-    adapter: str | Path, model: nn.Module | None = None, **hub: Any
-) -> tuple[FGGMConfig, dict[str, Delta]]:
-    """An adapter's config and, for every module, its delta.
-
-    Args:
-        adapter: a folder, or a Hub id.
-        model: the base, adapted or not. Needed if the values are absolute, or if an older version of the library has
-            written the file, which does not say how large the weights are.
-        hub: ``revision``, ``token``, ``subfolder`` and the like, for the Hub.
-
-    Returns:
-        The config, and module path -> ``{"indices": [k], "values": ..., "bias": [k]}``: indices as int32 (int64 in a
-        weight of over 2**31 entries), sorted and unique; values as the granularity shapes them, in the dtype of the
-        file; bias only where it is trained. On the CPU.
-
-    Raises:
-        AdapterFileError: a file is missing or damaged, or does not fit ``model``; names the file and the tensor.
-        ValueError: it is an adapter of another method, or it needs ``model``.
-    """
-    contents = contents_of(*find_adapter(adapter, **hub))
-    return contents.config, contents.deltas
-
-
 @dataclass(frozen=True)
 class AdapterContents:
-    """All of an adapter, decoded and checked.
+    """The decoded and checked contents of an adapter, on the CPU.
 
     Args:
         file: the file of tensors.
         deltas: module path -> ``indices``, ``values`` and perhaps ``bias``.
         shapes: module path -> ``(o, i)`` of the weight.
-        dtypes: module path -> what the values have in the file.
-        others: what else is in the file, by its key there: modules that are saved whole, biases, embeddings.
+        others: the other tensors of the file by key: modules that are saved whole, biases, embeddings.
     """
 
     config: FGGMConfig
     file: Path
     deltas: dict[str, Delta]
     shapes: dict[str, Shape]
-    dtypes: dict[str, torch.dtype]
     others: dict[str, Tensor]
 
 
-def contents_of(config: FGGMConfig, file: Path, model: nn.Module | None = None) -> AdapterContents:
-    """All of the adapter that ``find_adapter`` has found, as ``read_adapter`` reads it."""
+def read_adapter(adapter: str | Path, **hub: Any) -> tuple[FGGMConfig, dict[str, Delta]]:
+    """Read an adapter's config and the delta of every module.
+
+    Args:
+        adapter: a folder or a Hub id.
+        hub: ``revision``, ``token``, ``subfolder`` and similar arguments, for a Hub id.
+
+    Returns:
+        The config, and module path -> ``{"indices": [k], "values": ..., "bias": [k]}``: sorted, unique indices as
+        int32 (int64 for a weight of more than 2**31 entries); values in the granularity's shape and the file's dtype;
+        ``bias`` only if it was trained.
+
+    Raises:
+        AdapterFileError: a file is missing or damaged; names the file and the tensor.
+        ValueError: the adapter belongs to another method.
+    """
+    contents = read_contents(*find_adapter(adapter, **hub))
+    return contents.config, contents.deltas
+
+
+def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
+    """Read everything in an adapter's file; the arguments are the result of ``find_adapter``."""
     with opened(file) as tensors:
         modules = read_modules(tensors, file)
         others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if MARK not in key}
     for key, tensor in others.items():
         _require_expected(key, tensor, config, file)
-    layers = None if model is None else adapted_layers(model, modules, str(file.parent))
-    shapes = _shapes(config, layers, modules, str(file.parent))
-    granularity = config.granularity
-    deltas = {name: stored.checked(granularity, shapes[name]) for name, stored in modules.items()}
-    dtypes = {name: stored.tensors["values"].dtype for name, stored in modules.items()}
-    return AdapterContents(config, file, deltas, shapes, dtypes, others)
+    shapes = _shapes(config, modules, file)
+    deltas = {path: stored.checked(config.granularity, shapes[path]) for path, stored in modules.items()}
+    return AdapterContents(config, file, deltas, shapes, others)
+
+
+def read_supports(
+    adapter: str | Path, model: nn.Module | None = None, **hub: Any
+) -> tuple[FGGMConfig, dict[str, Tensor]]:
+    """Read only the supports of an adapter: the config, and module path -> indices.
+
+    Args:
+        model: the base model. If given, its layers must have the shapes that the adapter was made for.
+    """
+    config, file = find_adapter(adapter, **hub)
+    with opened(file) as tensors:
+        modules = read_modules(tensors, file, only_shapes_of=("values", "bias"))
+    shapes = _shapes(config, modules, file)
+    if model is not None:
+        adapted_layers(model, shapes, str(adapter))
+    return config, {path: stored.support(config.granularity, shapes[path]) for path, stored in modules.items()}
 
 
 def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
-    """Raise for a tensor that is no delta, unless PEFT may have put it there."""
+    """Raise for a tensor that is neither part of a delta nor one that PEFT adds to a file."""
     parts = key.split(".")
-    saved_whole = any(f".{name}." in f".{key}" for name in config.modules_to_save or [])  # ends of modules' paths
+    saved_whole = any(f".{name}." in f".{key}" for name in config.modules_to_save or [])  # ends of module paths
     bias = config.bias == "all" and parts[-1] == "bias"
-    embedding = parts[-1] == "weight"  # PEFT adds embeddings that are targeted or were resized
+    embedding = parts[-1] == "weight"  # PEFT saves embeddings that are targeted or were resized
     if not (saved_whole or bias or embedding):
         raise AdapterFileError(f"{file}: unknown key {key}")
     if tensor.is_floating_point() and not all_finite(tensor):
         raise AdapterFileError(f"{file}: {key}: a value is NaN or infinite")
 
 
-def read_supports(
-    adapter: str | Path, model: nn.Module | None = None, **hub: Any
-) -> tuple[FGGMConfig, dict[str, Tensor]]:
-    """As ``read_adapter``, but of the values only the shapes are read: module path -> indices."""
-    config, file = find_adapter(adapter, **hub)
-    granularity = config.granularity
-    with opened(file) as tensors:
-        modules = read_modules(tensors, file, unread=("values", "bias"))
-    layers = None if model is None else adapted_layers(model, modules, str(adapter))
-    shapes = _shapes(config, layers, modules, str(adapter))
-    return config, {name: stored.support(granularity, shapes[name]) for name, stored in modules.items()}
-
-
 def find_adapter(adapter: str | Path, subfolder: str | None = None, **hub: Any) -> tuple[FGGMConfig, Path]:
-    """The config of an adapter, and its file of tensors, downloaded if need be.
+    """The config of an adapter and the path of its file of tensors, which is downloaded if necessary.
 
     Raises:
-        AdapterFileError: one is missing, or the config is damaged.
-        ValueError: it is an adapter of another method.
+        AdapterFileError: a file is missing, or the config is damaged.
+        ValueError: the adapter belongs to another method.
     """
-    config = read_config(_fetched(adapter, CONFIG_NAME, subfolder, hub))
-    return config, _fetched(adapter, SAFETENSORS_WEIGHTS_NAME, subfolder, hub)
+    config = read_config(_fetch(adapter, CONFIG_NAME, subfolder, hub))
+    return config, _fetch(adapter, SAFETENSORS_WEIGHTS_NAME, subfolder, hub)
 
 
 def read_config(file: Path) -> FGGMConfig:
-    """The config in an ``adapter_config.json``.
+    """Read an ``adapter_config.json``.
 
     Raises:
-        AdapterFileError: it is damaged; names the file.
-        ValueError: it is that of another method.
+        AdapterFileError: the file is damaged; names the file.
+        ValueError: the config belongs to another method.
     """
     try:
         settings = json.loads(file.read_text())
@@ -146,54 +140,54 @@ def read_config(file: Path) -> FGGMConfig:
     return config
 
 
-def _fetched(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+def _fetch(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
     folder = Path(adapter).expanduser()
     if folder.is_dir():
         file = folder / (subfolder or "") / name
         if file.is_file():
             return file
-        raise AdapterFileError(f"{str(adapter)!r} has no {name}. Adapters are read from safetensors alone.")
+        raise AdapterFileError(f"{str(adapter)!r} has no {name}. Adapters are only read from safetensors files.")
     with from_hub(str(adapter), "adapter", AdapterFileError):
         return Path(hf_hub_download(str(adapter), name, subfolder=subfolder, **hub))
 
 
-def adapted_layers(model: nn.Module, names: Iterable[str], where: str) -> dict[str, FGGMLayer]:
-    """The layers that an adapter adapts, by module path."""
-    modules, quantization = module_paths(model), get_quantization_kwargs(model)
-    return {name: weight_layer(modules, name, where, **quantization) for name in names}
-
-
-def _shapes(
-    config: FGGMConfig, layers: Mapping[str, FGGMLayer] | None, names: Iterable[str], where: str
-) -> dict[str, Shape]:
-    """Module path -> ``(o, i)``: of the model's layers if they are known, else as the config says."""
-    if layers is not None:
-        return {name: layers[name].weight_shape for name in names}
-    kept = sketches_from(config.base_fingerprint or {})
-    if missing := [name for name in names if name not in kept]:
-        raise AdapterFileError(
-            f"{where}: the config does not say what shape {missing[0]} has, as files of older versions do not. Read it "
-            "with its base: model=..."
-        )
-    return {name: kept[name].shape for name in names}
+def _shapes(config: FGGMConfig, paths: Iterable[str], file: Path) -> dict[str, Shape]:
+    """Module path -> ``(o, i)``, from the config's fingerprint of the base."""
+    sketches = sketches_from(config.base_fingerprint or {})
+    if missing := [path for path in paths if path not in sketches]:
+        raise AdapterFileError(f"{file}: base_fingerprint in {CONFIG_NAME} has no shape of {missing[0]}")
+    return {path: sketches[path].shape for path in paths}
 
 
 def module_paths(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path within the base model -> module, whatever is wrapped around the base."""
+    """Module path in the base model -> module; wrappers around the base are ignored."""
     return {path_in_base(path): module for path, module in model.named_modules()}
 
 
-def weight_layer(modules: Mapping[str, nn.Module], name: str, where: str, **quantization: Any) -> FGGMLayer:
-    """The layer that an adapter adapts, or would adapt, at a path.
+def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "") -> dict[str, FGGMLayer]:
+    """The layers of a model that an adapter changes, as ``FGGMLayer``s. The model stays as it is.
+
+    Args:
+        shapes: module path -> ``(o, i)`` that the adapter was made for.
+        where: names the adapter in errors.
 
     Raises:
-        AdapterFileError: the model has no such module, or one that cannot be adapted.
+        BaseMismatchError: a module is missing, has no weight that can be adapted, or has another shape.
     """
-    module = modules.get(name)
-    try:
-        if module is not None:
-            return module if isinstance(module, FGGMLayer) else make_layer(module, name, **quantization)
-    except TypeError:
-        pass
-    what = "no module" if module is None else "no layer with a weight"
-    raise AdapterFileError(f"{where}: {name} is {what} of this model. The delta was made for another base model.")
+    modules, quantization = module_paths(model), get_quantization_kwargs(model)
+    layers, problem = {}, ""
+    for path, shape in shapes.items():
+        module = modules.get(path)
+        if module is None:
+            problem = f"{path} is not a module of this model"
+        else:
+            try:
+                layers[path] = module if isinstance(module, FGGMLayer) else make_layer(module, path, **quantization)
+            except TypeError:
+                problem = f"{path} is not an adaptable layer of this model"
+            else:
+                if tuple(layers[path].weight_shape) != tuple(shape):
+                    problem = f"{path} is {list(layers[path].weight_shape)} here, {list(shape)} in the delta"
+        if problem:
+            raise BaseMismatchError(f"{where}{': ' if where else ''}the delta was made for another base: {problem}")
+    return layers

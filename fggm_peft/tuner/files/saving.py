@@ -1,10 +1,13 @@
-"""Converts an adapter's tensors to those of a file: checks them, rounds the values and encodes the indices."""
+"""Converts an adapter's tensors to those of a file, and writes adapters as a whole or not at all."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,127 +18,40 @@ from ...core.finite import all_finite
 from ...core.granularity import Granularity, Shape
 from ...core.index_codec import ENCODED_PARTS, smallest_codec
 from ..config import FGGMConfig
-from ..hosts.sharding import plain_name
-from ..layer import FGGMLayer
-from ..support import fggm_layers
+from ..hosts.sharding import plain_name, state_prefix
+from ..target import find_targets
+from .atomic import complete_folder
 from .base_check import base_difference, fingerprint
-from .tensors import PARTS, PREFIX
+from .tensors import MARK, PARTS
 
 
 class UntrainedAdapterWarning(UserWarning):
-    """An adapter is being saved that changes nothing."""
+    """The adapter that is being saved changes nothing."""
 
 
-def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Turn the tensors of an adapter into those that a file holds, in place; the config gets what a file says.
+def save_adapter(model: Any, folder: str | Path, is_main_process: bool = True, **options: Any) -> None:
+    """Like ``model.save_pretrained(folder)``, but the folder never contains a part of an adapter.
 
-    Args:
-        state_dict: keys as the model has them, adapter name included.
-
-    Raises:
-        AdapterFileError: a value is NaN or infinite, also after rounding; names the module.
-    """
-    keys = {plain_name(key): key for key in state_dict}
-    layers = {plain_name(n): m for n, m in model.named_modules() if isinstance(m, FGGMLayer)}
-    moved = False
-    written: dict[str, dict[str, Tensor]] = {}
-    densities: dict[str, float] = {}
-    for name, layer in layers.items():
-        found = {part: keys.get(f"{name}.fggm_{part}.{adapter_name}") for part in ("indices", "values", "bias")}
-        tensors = {part: state_dict[key] for part, key in found.items() if key is not None}
-        if adapter_name in layer.fggm_indices.awaited:  # there is room for a support, and none has come
-            tensors = layer.nothing(adapter_name)
-            for part in PARTS:
-                state_dict.pop(keys.get(f"{name}.fggm_{part}.{adapter_name}", ""), None)
-        if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
-            continue
-        module = name.removeprefix(PREFIX)
-        granularity, shape = layer.granularity[adapter_name], layer.weight_shape
-        written[module] = encoded(granularity, shape, config, tensors, module)
-        densities[module] = len(tensors["indices"]) / max(1, granularity.units(shape))
-        for key in found.values():
-            state_dict.pop(key, None)
-        state_dict |= {f"{name}.fggm_{part}.{adapter_name}": tensor for part, tensor in written[module].items()}
-        moved |= any(bool(tensors[part].any()) for part in ("values", "bias") if part in tensors)
-    if written:
-        _warn_if_nothing_moves(adapter_name, any(densities.values()), moved)
-        config.describe_file(densities)
-        refresh_fingerprint(model, config, adapter_name)
-    _describe_shapes(model, config, adapter_name, written)
-
-
-def _describe_shapes(
-    model: nn.Module, config: FGGMConfig, adapter_name: str, written: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Let the config say how large the supports are, and the tensors that encode them, if there are any."""
-    layers = fggm_layers(model, adapter_name)
-    known = any(layer.selected[adapter_name] for layer in layers.values())
-    sizes = {name: len(layer.fggm_indices[adapter_name]) for name, layer in layers.items()}
-    config.support_sizes = sizes if known else None
-    config.index_shapes = index_shapes(written) if known else None
-
-
-def index_shapes(written: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, list[int]]] | None:
-    """Module -> part -> shape, of the indices that are encoded; None if none are."""
-    found = {
-        name: {part: list(tensors[part].shape) for part in ENCODED_PARTS if part in tensors}
-        for name, tensors in written.items()
-    }
-    return {name: shapes for name, shapes in found.items() if shapes} or None
-
-
-def refresh_fingerprint(model: nn.Module, config: FGGMConfig, adapter_name: str) -> None:
-    """Let the config have the fingerprint of the base that its adapter is on.
-
-    One that fits is kept, as it may come from the unquantized base.
-    """
-    layers = fggm_layers(model, adapter_name)
-    kept = config.base_fingerprint or {}
-    if kept.keys() != layers.keys() or base_difference(layers, kept) is not None:
-        config.base_fingerprint = fingerprint(layers)
-
-
-def _is_elsewhere(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) or tensor.is_meta
-
-
-def encoded(
-    granularity: Granularity,
-    shape: Shape,
-    config: FGGMConfig,
-    tensors: Mapping[str, Tensor],
-    module: str,
-) -> dict[str, Tensor]:
-    """Part -> tensor of one module, as a file holds them.
+    PEFT writes each file in place, so a process that is killed leaves an incomplete file. This function writes to a
+    temporary folder first. It keeps the author's text in an existing model card, as PEFT does.
 
     Args:
-        tensors: "indices", "values" and perhaps "bias".
-        module: named in errors.
-
-    Raises:
-        AdapterFileError: a value is NaN or infinite, also after rounding.
+        model: a ``PeftModel``.
+        is_main_process: whether this process writes. Other processes only help to gather sharded tensors.
+        options: arguments of ``PeftModel.save_pretrained``.
     """
-    indices, n = tensors["indices"], granularity.units(shape)
-    found = {part: tensors[part] for part in ("values", "bias") if part in tensors}
-    if config.delta_dtype is not None:
-        dtype = getattr(torch, config.delta_dtype)
-        found = {part: tensor.to(dtype) for part, tensor in found.items()}
-    for part, tensor in found.items():
-        if not all_finite(tensor):
-            rounded = "" if config.delta_dtype is None else f" as {config.delta_dtype}"
-            raise AdapterFileError(
-                f"{module}: a number of its {part} is NaN or infinite{rounded}, so the adapter is not saved. Go back "
-                "to an earlier checkpoint, or lower the learning rate."
-            )
-    codec = smallest_codec(granularity.index_codecs, indices, n)
-    return found | dict(zip(codec.parts, codec.encode(indices, n), strict=True))
-
-
-def _warn_if_nothing_moves(adapter_name: str, chosen: bool, moved: bool) -> None:
-    if moved:
+    if not is_main_process:
+        model.save_pretrained(str(folder), is_main_process=False, **options)
         return
-    what = "has no values: nothing was chosen" if not chosen else "holds values of zero only: nothing was trained"
-    warnings.warn(f"the adapter {adapter_name!r} {what}", UntrainedAdapterWarning, stacklevel=4)
+    with complete_folder(Path(folder)) as temporary:
+        keep_card(Path(folder), temporary)
+        model.save_pretrained(str(temporary), **options)
+
+
+def keep_card(folder: Path, temporary: Path) -> None:
+    """Copy an existing model card to the temporary folder, where saving updates it."""
+    if (folder / "README.md").is_file():
+        shutil.copy(folder / "README.md", temporary / "README.md")
 
 
 @contextmanager
@@ -153,3 +69,89 @@ def as_trained(model: nn.Module) -> Iterator[None]:
     finally:
         for config, dtype in zip(configs, dtypes, strict=True):
             config.delta_dtype = dtype
+
+
+def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Convert the tensors of an adapter to those of a file, in place, and complete the config.
+
+    Args:
+        state_dict: keys as in the model, adapter name included.
+
+    Raises:
+        AdapterFileError: a value is NaN or infinite, perhaps after rounding; names the module.
+    """
+    targets, prefix = find_targets(model, adapter_name), state_prefix(model)
+    keys = {plain_name(key): key for key in state_dict}
+    encoded: dict[str, dict[str, Tensor]] = {}
+    densities: dict[str, float] = {}
+    for path, target in targets.items():
+        names = {part: f"{prefix}{path}{MARK}{part}.{adapter_name}" for part in PARTS}
+        parts = [part for part in ("indices", "values", "bias") if names[part] in keys]
+        tensors = {part: state_dict[keys[names[part]]] for part in parts}
+        if adapter_name in target.layer.fggm_indices.awaited:  # a loader never brought the support
+            tensors = target.layer.nothing(adapter_name)
+        if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
+            continue
+        encoded[path] = encode(target.granularity, target.shape, config, tensors, path)
+        densities[path] = len(tensors["indices"]) / max(1, target.units)
+        for name in names.values():
+            state_dict.pop(keys.get(name, ""), None)
+        state_dict |= {names[part]: tensor for part, tensor in encoded[path].items()}
+    if encoded:
+        _warn_if_untrained(adapter_name, encoded)
+        config.describe_file(densities)
+        layers, old = {path: target.layer for path, target in targets.items()}, config.base_fingerprint or {}
+        # an old fingerprint that fits is kept, because it may come from the unquantized base
+        if old.keys() != layers.keys() or base_difference(layers, old) is not None:
+            config.base_fingerprint = fingerprint(layers)
+    is_selected = any(target.is_selected for target in targets.values())
+    config.support_sizes = {path: len(target.indices) for path, target in targets.items()} if is_selected else None
+    config.index_shapes = index_shapes(encoded) if is_selected else None
+
+
+def index_shapes(encoded: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, list[int]]] | None:
+    """Module path -> part -> shape of the encoded indices; None if all indices are plain."""
+    shapes = {
+        path: {part: list(tensors[part].shape) for part in ENCODED_PARTS if part in tensors}
+        for path, tensors in encoded.items()
+    }
+    return {path: parts for path, parts in shapes.items() if parts} or None
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) or tensor.is_meta
+
+
+def encode(
+    granularity: Granularity, shape: Shape, config: FGGMConfig, tensors: Mapping[str, Tensor], path: str
+) -> dict[str, Tensor]:
+    """Part -> tensor of one module, as a file holds them.
+
+    Args:
+        tensors: "indices", "values" and perhaps "bias".
+        path: the module path, for errors.
+
+    Raises:
+        AdapterFileError: a value is NaN or infinite, perhaps after rounding.
+    """
+    indices, units = tensors["indices"], granularity.units(shape)
+    parts = {part: tensors[part] for part in ("values", "bias") if part in tensors}
+    if config.delta_dtype is not None:
+        parts = {part: tensor.to(getattr(torch, config.delta_dtype)) for part, tensor in parts.items()}
+    for part, tensor in parts.items():
+        if not all_finite(tensor):
+            rounded = "" if config.delta_dtype is None else f" as {config.delta_dtype}"
+            raise AdapterFileError(
+                f"{path}: a number of its {part} is NaN or infinite{rounded}, so the adapter is not saved. Go back "
+                "to an earlier checkpoint, or lower the learning rate."
+            )
+    codec = smallest_codec(granularity.index_codecs, indices, units)
+    return parts | dict(zip(codec.parts, codec.encode(indices, units), strict=True))
+
+
+def _warn_if_untrained(adapter_name: str, encoded: Mapping[str, Mapping[str, Tensor]]) -> None:
+    values = [tensors[part] for tensors in encoded.values() for part in ("values", "bias") if part in tensors]
+    if not any(bool(tensor.any()) for tensor in values):
+        is_empty = not any(tensor.numel() for tensor in values)
+        problem = "has no values: no support was selected" if is_empty else "has only zero values: it was not trained"
+        warnings.warn(f"the adapter {adapter_name!r} {problem}", UntrainedAdapterWarning, stacklevel=4)

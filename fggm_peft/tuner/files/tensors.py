@@ -1,7 +1,7 @@
-"""The tensors of an adapter file: how they are called, and the checks that need no model.
+"""Names of the tensors in an adapter file, and the checks that need no model.
 
-Files come from strangers. A safetensors file is opened only if its header is of a reasonable size; of a module's
-tensors nothing is believed before ``StoredModule`` has looked at it.
+Files may come from strangers. A file is opened only if its header has a plausible size, and ``StoredModule`` checks
+every tensor of a module before anything uses it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ...core.granularity import Granularity, Shape
 from ...core.index_codec import INDEX_PARTS, codec_of, describe
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the path of a module."""
+"""The prefix that PEFT adds to every module path."""
 BASE_PART = ".base_layer."
-"""In the names of the base's own weights: PEFT saves an embedding with its adapter, for it may have been resized."""
+"""Part of the names of the base's own weights. PEFT saves resized embeddings under such names."""
 MARK = ".fggm_"
+"""Separates a module path from the name of its tensor."""
 PARTS = ("values", "bias", *INDEX_PARTS)
-"""What may follow ``MARK`` in the key of a tensor of ours."""
+"""The names that may follow ``MARK``."""
 MAX_HEADER_BYTES = 2**25
 MAX_TENSORS = 2**17
 _DTYPES = {
@@ -42,18 +43,19 @@ _DTYPES = {
 
 
 class StoredModule:
-    """The tensors of one module in a file, and the names that errors give them.
+    """The tensors of one module in a file.
 
     Args:
-        tensors: part -> tensor; on the meta device where only shape and dtype have been read.
-        where: goes before the parts in errors, e.g. "model.layers.0.mlp.up_proj.fggm_".
-        suffix: goes behind them.
+        tensors: part -> tensor. A tensor is on the meta device if only its shape and dtype were read.
+        where: precedes a part's name in errors, e.g. "model.layers.0.mlp.up_proj.fggm_".
+        suffix: follows it.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str, suffix: str = ""):
         self.tensors, self.where, self.suffix = dict(tensors), where, suffix
 
     def require(self, part: str, legal: bool, problem: str) -> None:
+        """Raise ``AdapterFileError`` for one part unless it is legal."""
         if not legal:
             raise self.error(part, problem)
 
@@ -63,9 +65,9 @@ class StoredModule:
         )
 
     def support(self, granularity: Granularity, shape: Shape) -> Tensor:
-        """The indices, decoded: ``[k]`` integers, sorted, unique, in range, as many as there are values.
+        """The decoded indices: ``[k]`` integers, sorted, unique, in range, one for each unit of the values.
 
-        Values are looked at for their shape and dtype alone.
+        The check uses only the shape and dtype of the values.
 
         Raises:
             AdapterFileError: a tensor is missing, or does not fit a weight of this shape.
@@ -74,63 +76,61 @@ class StoredModule:
         self.require("values", "values" in self.tensors, "this tensor is missing")
         self.require("indices", bool(parts), "this tensor is missing")
         values = self.tensors["values"]
+        problem = f"granularity={granularity} does not fit a weight of shape {list(shape)}"
+        self.require("values", granularity.supports(shape), problem)
+        units = granularity.units(shape)
         k = values.shape[granularity.unit_dim] if values.dim() > granularity.unit_dim else -1
-        fits = granularity.supports(shape)
-        self.require("values", fits, f"granularity={granularity} does not fit a weight of shape {list(shape)}")
-        n = granularity.units(shape)
-        expected = granularity.values_shape(shape, k)
-        fits = values.is_floating_point() and tuple(values.shape) == expected and 0 <= k <= n
-        wanted = "expected floating-point values " + str(list(granularity.values_shape(shape, max(k, 0))))
-        self.require("values", fits, f"{wanted}, got {describe(values)}, for {n} {granularity.name}s")
+        fits = tuple(values.shape) == granularity.values_shape(shape, k) and 0 <= k <= units
+        expected = "expected floating-point values " + str(list(granularity.values_shape(shape, max(k, 0))))
+        problem = f"{expected}, got {describe(values)}, for {units} {granularity}s"
+        self.require("values", fits and values.is_floating_point(), problem)
         try:
             codec = codec_of(granularity.index_codecs, parts)
-            return codec.decode([self.tensors[part] for part in codec.parts], k, n)
+            return codec.decode([self.tensors[part] for part in codec.parts], k, units)
         except ValueError as error:
             raise self.error(parts[0], str(error)) from error
 
     def checked(self, granularity: Granularity, shape: Shape) -> dict[str, Tensor]:
-        """``indices``, decoded, ``values`` and, if there are some, ``bias`` ``[k]``, all finite.
+        """The decoded ``indices``, the ``values`` and, if present, the ``bias`` ``[k]``; all values are finite.
 
         Raises:
             AdapterFileError: a tensor is missing, does not fit a weight of this shape, or is not finite.
         """
-        found = {"indices": self.support(granularity, shape), "values": self.tensors["values"]}
-        k = len(found["indices"])
+        tensors = {"indices": self.support(granularity, shape), "values": self.tensors["values"]}
+        k = len(tensors["indices"])
         if (bias := self.tensors.get("bias")) is not None:
             fits = bias.is_floating_point() and tuple(bias.shape) == (k,)
             self.require("bias", fits, f"expected floating-point values [{k}], got {describe(bias)}")
-            found["bias"] = bias
-        for part in ("values", "bias"):
-            tensor = found.get(part)
-            legal = tensor is None or tensor.is_meta or all_finite(tensor)
-            self.require(part, legal, "a value is NaN or infinite")
-        return found
+            tensors["bias"] = bias
+        for part in tensors.keys() - {"indices"}:
+            self.require(part, tensors[part].is_meta or all_finite(tensors[part]), "a value is NaN or infinite")
+        return tensors
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, its header checked.
+    """Open a safetensors file after a check of its header.
 
     Raises:
-        AdapterFileError: it is damaged, or its header is out of all proportion; also for what the block reads of it.
+        AdapterFileError: the file is damaged or its header is implausible. Errors inside the block are converted too.
     """
     require_header(file)
     try:
         with safe_open(file, "pt") as tensors:
             keys = tensors.keys()
             if len(keys) > MAX_TENSORS:
-                raise AdapterFileError(f"{file} is damaged: it holds {len(keys)} tensors")
+                raise AdapterFileError(f"{file} is damaged: it contains {len(keys)} tensors")
             for key in keys:
-                kind = tensors.get_slice(key).get_dtype()
-                if MARK in key and kind not in _DTYPES:
-                    raise AdapterFileError(f"{file}: {key} is of the unknown dtype {kind}")
+                dtype = tensors.get_slice(key).get_dtype()
+                if MARK in key and dtype not in _DTYPES:
+                    raise AdapterFileError(f"{file}: {key} has the unknown dtype {dtype}")
             yield tensors
     except SafetensorError as error:
         raise AdapterFileError(f"{file} is damaged: {error}") from error
 
 
 def require_header(file: Path) -> None:
-    """Raise ``AdapterFileError`` if the length of a safetensors file's header is impossible."""
+    """Raise ``AdapterFileError`` if the header of a safetensors file has an impossible length."""
     with file.open("rb") as stream:
         start = stream.read(8)
     length = int.from_bytes(start, "little")
@@ -138,14 +138,14 @@ def require_header(file: Path) -> None:
         raise AdapterFileError(f"{file} is damaged: {file.stat().st_size} bytes with a header of {length}")
 
 
-def read_modules(tensors: Any, file: Path, unread: tuple[str, ...] = ()) -> dict[str, StoredModule]:
-    """The modules of an opened file, by module path.
+def read_modules(tensors: Any, file: Path, only_shapes_of: tuple[str, ...] = ()) -> dict[str, StoredModule]:
+    """The modules of an open file, by module path.
 
     Args:
-        unread: parts of which only shape and dtype are taken; their tensors are on the meta device.
+        only_shapes_of: parts whose data is not read; their tensors are on the meta device.
 
     Raises:
-        AdapterFileError: a key is none that an adapter has.
+        AdapterFileError: a key is unknown.
     """
     modules: dict[str, StoredModule] = {}
     for key in sorted(tensors.keys()):
@@ -155,19 +155,18 @@ def read_modules(tensors: Any, file: Path, unread: tuple[str, ...] = ()) -> dict
         if part not in PARTS:
             raise AdapterFileError(f"{file}: unknown key {key}")
         module = modules.setdefault(path.removeprefix(PREFIX), StoredModule({}, f"{file}: {path}{MARK}"))
-        module.tensors[part] = _unread(tensors, key) if part in unread else tensors.get_tensor(key)
+        module.tensors[part] = _without_data(tensors, key) if part in only_shapes_of else tensors.get_tensor(key)
     return modules
 
 
-def _unread(tensors: Any, key: str) -> Tensor:
-    """A tensor of a file by its shape and dtype alone."""
-    part = tensors.get_slice(key)
-    return torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+def _without_data(tensors: Any, key: str) -> Tensor:
+    stored = tensors.get_slice(key)
+    return torch.empty(stored.get_shape(), dtype=_DTYPES[stored.get_dtype()], device="meta")
 
 
 def require_readable(folder: Path) -> None:
-    """Raise ``AdapterFileError`` if a folder holds an adapter file that cannot be read; it need not hold one."""
+    """Raise ``AdapterFileError`` if a folder contains an adapter file that cannot be read."""
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if file.is_file():
         with opened(file) as tensors:
-            read_modules(tensors, file, unread=PARTS)
+            read_modules(tensors, file, only_shapes_of=PARTS)

@@ -23,6 +23,11 @@ def path_in_base(name: str) -> str:
     return plain_name(name).removeprefix(PREFIX)
 
 
+def state_prefix(model: nn.Module) -> str:
+    """The prefix of the keys in a model's state dict: PEFT's for a ``PeftModel``, even if it is wrapped."""
+    return PREFIX if any(plain_name(name).startswith(PREFIX) for name, _ in model.named_modules()) else ""
+
+
 def is_shard(parameter: Tensor) -> bool:
     """Whether it is this rank's part of a parameter, of FSDP2 or of DeepSpeed's ZeRO-3."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")

@@ -1,11 +1,15 @@
-"""Another task's delta into the place of a loaded one, in place: same tensors, same shapes, no recompilation.
+"""Replaces a loaded adapter by another one in place: same tensors, same shapes, no recompilation.
 
-PEFT's own ``hotswap_adapter`` goes by the ranks and alphas of LoRA's config. These two have its signatures.
+PEFT's own ``hotswap_adapter`` depends on LoRA's ranks and alphas. These functions have its signatures.
+
+A compiled model needs constant shapes. So every support is padded to one size with units whose values are zero: it
+stays sorted and unique, and the delta does not change.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,11 +17,11 @@ from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils import infer_device, load_peft_weights
 from torch import Tensor, nn
 
+from ...core.granularity import Granularity
+from ...core.weight_delta import spread
 from ..config import FGGMConfig
 from ..files.tensors import MARK, PREFIX
-from ..layer import FGGMLayer
-from ..support import fggm_layers
-from .padding import make_room_
+from ..target import Target, Targets, find_targets
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
 
@@ -25,48 +29,48 @@ _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
 def hotswap_adapter(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
-    """Put the adapter of a folder, or of the Hub, in the place of the loaded adapter ``adapter_name``.
+    """Replace the loaded adapter ``adapter_name`` by the adapter in a folder or on the Hub.
 
-    Values and indices are written into the tensors that are there. Where the sizes differ, the tensors get new ones,
-    unless ``prepare_model_for_compiled_hotswap`` has made room that a smaller support fits in; a compiled model
-    is then not compiled again. Modules that the new adapter lacks get a delta of zero.
+    Values and indices are written into the existing tensors. If the sizes differ, the tensors are replaced, unless
+    ``prepare_model_for_compiled_hotswap`` has padded the supports; then a compiled model is not compiled again.
+    Modules that the new adapter does not change get a delta of zero.
 
     Args:
         model: has the adapter; may be compiled.
-        model_name_or_path: where the new adapter is.
-        adapter_name: the adapter's, as it stays.
-        torch_device: where the file is loaded to; default: as PEFT infers it.
-        kwargs: what PEFT takes to find a file, such as ``subfolder`` or ``revision``.
+        model_name_or_path: folder or Hub id of the new adapter.
+        adapter_name: name of the adapter to replace; the name stays.
+        torch_device: device that the file is loaded to; by default PEFT infers it.
+        kwargs: PEFT's arguments to locate a file, such as ``subfolder`` or ``revision``.
 
     Raises:
-        ValueError: the adapter is merged, or the two are of different methods or granularities.
-        RuntimeError: the new adapter has modules that the loaded one lacks.
-        AdapterFileError: the file does not fit the model, or its supports the room. Nothing has changed.
+        ValueError: the adapter is merged, or the two have different methods or granularities.
+        RuntimeError: the new adapter changes modules that the loaded one does not.
+        AdapterFileError: the file does not fit the model, or a support exceeds the padding. Nothing has changed then.
     """
     model = getattr(model, "_orig_mod", model)
-    where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config = PeftConfig.from_pretrained(model_name_or_path, **where)
-    slot = _slot(model, adapter_name)
-    _require_compatible(model.peft_config[adapter_name], config)
-    state_dict = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **where)
-    _complete_(state_dict, slot, adapter_name)
+    location = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    config = PeftConfig.from_pretrained(model_name_or_path, **location)
+    targets = _replaceable(model, adapter_name)
     old = model.peft_config[adapter_name]
+    _require_compatible(old, config)
+    state_dict = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **location)
+    _complete_(state_dict, targets)
     config.inference_mode = old.inference_mode
-    model.peft_config[adapter_name] = config  # it says what is in the file, and of which base
+    model.peft_config[adapter_name] = config  # it describes the file and its base
     try:
         set_peft_model_state_dict(model, state_dict, adapter_name)
     except Exception:
         model.peft_config[adapter_name] = old
         raise
-    for layer in slot.values():
-        layer.set_scale(adapter_name, 1.0)
+    for target in targets.values():
+        target.layer.set_scale(adapter_name, 1.0)
 
 
 def prepare_model_for_compiled_hotswap(model: nn.Module, *, density: float, adapter_name: str = "default") -> None:
-    """Make room for supports of up to ``density`` of every module's units, so that hotswapping changes no shape.
+    """Pad supports to ``density`` of every module's units, so that hotswapping changes no shape.
 
-    Supports are filled up with units whose values are zero: the model computes what it did. Call it after the first
-    adapter is loaded and before ``torch.compile``.
+    The padding has values of zero, so the model computes the same. Call it after the first adapter is loaded and
+    before ``torch.compile``.
 
     Raises:
         ValueError: a loaded support is larger already, or the model is compiled.
@@ -77,32 +81,58 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, density: float, adap
         raise ValueError(
             "call prepare_model_for_compiled_hotswap before torch.compile: it changes the adapter's shapes"
         )
-    slot = _slot(model, adapter_name)
-    if not any(layer.selected[adapter_name] for layer in slot.values()):
+    targets = _replaceable(model, adapter_name)
+    if not any(target.is_selected for target in targets.values()):
         raise ValueError(f"adapter {adapter_name!r} has no support yet: load an adapter, or call select_parameters")
-    room = {name: math.ceil(density * _units(layer, adapter_name)) for name, layer in slot.items()}
-    for name, layer in slot.items():
-        if (k := len(layer.fggm_indices[adapter_name])) > room[name]:
+    sizes = {path: math.ceil(density * target.units) for path, target in targets.items()}
+    for path, target in targets.items():
+        if (k := len(target.indices)) > sizes[path]:
             raise ValueError(
-                f"adapter {adapter_name!r} has {k} of {_units(layer, adapter_name)} units in {name}, more than density "
-                f"{density} leaves room for; give at least {k / _units(layer, adapter_name):.4f}"
+                f"adapter {adapter_name!r} has {k} of {target.units} units in {path}, more than density={density} "
+                f"allows; use at least {k / target.units:.4f}"
             )
-    for name, layer in slot.items():
-        make_room_(layer, adapter_name, room[name])
+    for path, target in targets.items():
+        _pad_(target, sizes[path])
 
 
-def _units(layer: FGGMLayer, adapter_name: str) -> int:
-    return layer.granularity[adapter_name].units(layer.weight_shape)
+def pad(tensors: Mapping[str, Tensor], granularity: Granularity, size: int) -> dict[str, Tensor]:
+    """Fill up a support to ``size`` units; the lowest free units are added, with values of zero.
+
+    Args:
+        tensors: "indices" ``[k]``, "values" and perhaps "bias" ``[k]``, with ``k <= size``.
+    """
+    old = tensors["indices"]
+    free = torch.ones(size, dtype=torch.bool, device=old.device)  # `size` units contain enough free ones
+    free[old[old < size].long()] = False
+    added = free.nonzero()[: size - len(old), 0].to(old.dtype)
+    indices = torch.cat([old, added]).sort().values
+    dims = {"values": granularity.unit_dim, "bias": 0}
+    padded = {part: spread(tensors[part], old, indices, dim) for part, dim in dims.items() if part in tensors}
+    return {"indices": indices, **padded}
 
 
-def _slot(model: Any, adapter_name: str) -> dict[str, FGGMLayer]:
-    """The layers whose adapter is to be replaced."""
-    slot = fggm_layers(model, adapter_name)
-    if not slot:
-        raise ValueError(f"there is no FGGM adapter {adapter_name!r} on this model to put another in the place of")
-    if any(adapter_name in layer.merged_adapters for layer in slot.values()):
-        raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before hotswapping it")
-    return slot
+def _pad_(target: Target, size: int) -> None:
+    """Pad a loaded support, and record the size for the adapters that will replace it."""
+    tensors = {"indices": target.indices, "values": target.values.detach()}
+    if target.bias is not None:
+        tensors["bias"] = target.bias.detach()
+    padded = pad({part: tensor.clone() for part, tensor in tensors.items()}, target.granularity, size)
+    target.layer.resize_(target.adapter_name, size)
+    target.indices.copy_(padded["indices"])
+    target.values.data.copy_(padded["values"])
+    if target.bias is not None:
+        target.bias.data.copy_(padded["bias"])
+    target.layer.padded_sizes[target.adapter_name] = size
+    target.layer.freeze_empty_()
+
+
+def _replaceable(model: Any, adapter_name: str) -> Targets:
+    targets = find_targets(model, adapter_name)
+    if not targets:
+        raise ValueError(f"this model has no FGGM adapter {adapter_name!r} to replace")
+    if any(target.is_merged for target in targets.values()):
+        raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before you hotswap it")
+    return targets
 
 
 def _require_compatible(old: FGGMConfig, new: PeftConfig) -> None:
@@ -111,22 +141,22 @@ def _require_compatible(old: FGGMConfig, new: PeftConfig) -> None:
     for name in ("granularity", "bias"):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(
-                f"Configs are incompatible: for {name}, {getattr(old, name)!r} != {getattr(new, name)!r}. "
-                "Load the adapter under a name of its own instead."
+                f"Configs are incompatible: for {name}, '{getattr(old, name)}' != '{getattr(new, name)}'. "
+                "Load the adapter under another name instead."
             )
 
 
-def _complete_(state_dict: dict[str, Tensor], slot: dict[str, FGGMLayer], adapter_name: str) -> None:
-    """Refuse modules that the slot lacks, and give those that the file lacks a delta of zero."""
-    here = {key.rpartition(MARK)[0].removeprefix(PREFIX) for key in state_dict if MARK in key}
-    if unexpected := sorted(here - set(slot)):
+def _complete_(state_dict: dict[str, Tensor], targets: Targets) -> None:
+    """Raise for modules that have no target, and add a delta of zero for targets that the file does not change."""
+    paths = {key.rpartition(MARK)[0].removeprefix(PREFIX) for key in state_dict if MARK in key}
+    if unexpected := sorted(paths - set(targets)):
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}. "
-            "Load the adapter under a name of its own instead."
+            "Load the adapter under another name instead."
         )
-    for name in set(slot) - here:
-        layer, key = slot[name], f"{PREFIX}{name}{MARK}"
-        state_dict[f"{key}indices"] = layer.fggm_indices[adapter_name].clone()
-        state_dict[f"{key}values"] = torch.zeros_like(layer.fggm_values[adapter_name])
-        if adapter_name in layer.fggm_bias:
-            state_dict[f"{key}bias"] = torch.zeros_like(layer.fggm_bias[adapter_name])
+    for path in set(targets) - paths:
+        target, key = targets[path], f"{PREFIX}{path}{MARK}"
+        state_dict[f"{key}indices"] = target.indices.clone()
+        state_dict[f"{key}values"] = torch.zeros_like(target.values)
+        if target.bias is not None:
+            state_dict[f"{key}bias"] = torch.zeros_like(target.bias)

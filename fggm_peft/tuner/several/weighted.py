@@ -1,13 +1,13 @@
-"""Several adapters combined into a new one: PEFT's weighted combinations, on the union of the supports.
+"""Weighted sums of sparse deltas on the union of their supports, and PEFT's other ways to combine adapters.
 
-A combination is what PEFT's functions (``peft.utils.merge_utils``) make of the dense deltas. Outside the union of
-the supports every delta is zero, and so is what they make of it, so no dense delta is ever formed.
+The results equal those of PEFT's functions (``peft.utils.merge_utils``) for the dense deltas. Every delta is zero
+outside the union of the supports, and so is the result. So no dense delta is formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,13 +20,12 @@ from peft.utils.merge_utils import (
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ...core.granularity import Granularity
+from ...core.granularity import ELEMENTS, Granularity, Shape
 from ...core.weight_delta import WeightDelta, as_elements, spread, union
 from ..config import FGGMConfig
-from ..support import fggm_layers
+from ..target import Target, Targets, find_targets
 
 if TYPE_CHECKING:
-    from ..layer import FGGMLayer
     from ..model import FGGMModel
 
 SIGN_METHODS = ("total", "frequency")
@@ -34,189 +33,220 @@ SIGN_METHODS = ("total", "frequency")
 
 @dataclass(frozen=True)
 class Combination:
-    """How deltas become one.
+    """How several tensors become one; by default as a weighted sum.
 
     Args:
-        pruning: which part of each delta is kept first: the largest entries, random ones (the rest scaled up), or all.
-        elects_sign: of each entry only the deltas that agree with the majority's sign count, and their mean is taken.
+        pruning: what is kept of each tensor: everything, its largest entries, or random ones, which are rescaled.
+        elects_sign: average, for each entry, only the tensors that agree with the majority's sign.
+        density: share of a dense delta's entries that pruning keeps.
+        majority_sign_method: how the majority is counted.
     """
 
-    pruning: Literal["none", "magnitude", "random"]
-    elects_sign: bool
-
-
-COMBINATIONS = {
-    "linear": Combination("none", False),
-    "magnitude_prune": Combination("magnitude", False),
-    "ties": Combination("magnitude", True),
-    "dare_linear": Combination("random", False),
-    "dare_ties": Combination("random", True),
-}
-
-
-@dataclass(frozen=True)
-class WeightedSum:
-    """What to combine, and how.
-
-    Raises:
-        ValueError: a value is out of its range; says which.
-    """
-
-    adapters: Sequence[str]
-    weights: Sequence[float]
-    combination_type: str = "linear"
+    pruning: Literal["none", "magnitude", "random"] = "none"
+    elects_sign: bool = False
     density: float | None = None
     majority_sign_method: str = "total"
 
-    def __post_init__(self) -> None:
-        if not self.adapters or len(self.adapters) != len(self.weights):
-            raise ValueError(f"give one weight for each adapter, got {len(self.weights)} for {list(self.adapters)}")
-        if self.combination_type not in COMBINATIONS:
-            raise ValueError(
-                f"Invalid combination_type: {self.combination_type!r}; it must be one of {', '.join(COMBINATIONS)}"
-            )
-        if self.majority_sign_method not in SIGN_METHODS:
-            raise ValueError(f"majority_sign_method must be one of {SIGN_METHODS}, got {self.majority_sign_method!r}")
-        prunes = COMBINATIONS[self.combination_type].pruning != "none"
-        if prunes and (self.density is None or not 0 < self.density <= 1):
-            raise ValueError(
-                f"combination_type {self.combination_type!r} keeps the share `density` of each delta, in (0, 1], "
-                f"got {self.density!r}"
-            )
-
-    @property
-    def combination(self) -> Combination:
-        """How; of a single adapter there is nothing but its weighted self, as in PEFT."""
-        return COMBINATIONS["linear" if len(self.adapters) == 1 else self.combination_type]
-
     def of(self, tensors: Sequence[Tensor], weights: Sequence[float], entries: int) -> Tensor:
-        """The combination of deltas that are given where one of them may differ from zero.
+        """Combine tensors of one shape.
 
         Args:
-            tensors: all of one shape.
-            weights: one for each.
-            entries: how many entries a dense delta has; ``density`` is a share of these.
+            weights: one for each tensor.
+            entries: number of entries of a dense delta, which ``density`` is a share of.
         """
-        pruned = torch.stack([self._pruned(tensor, entries) for tensor in tensors])
-        factors = reshape_weight_task_tensors(pruned, torch.tensor(weights, dtype=pruned.dtype, device=pruned.device))
-        if not self.combination.elects_sign:
-            return (pruned * factors).sum(0)
-        majority = calculate_majority_sign_mask(pruned, method=self.majority_sign_method)  # type: ignore[arg-type]
-        return disjoint_merge(pruned * factors, majority)
+        tensors = [self._pruned(tensor, entries) for tensor in tensors]
+        if not self.elects_sign:
+            total = torch.zeros_like(tensors[0])
+            for tensor, weight in zip(tensors, weights, strict=True):
+                total.add_(tensor, alpha=weight)
+            return total
+        stack = torch.stack(tensors)
+        factors = reshape_weight_task_tensors(stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device))
+        majority = calculate_majority_sign_mask(stack, method=self.majority_sign_method)  # type: ignore[arg-type]
+        return disjoint_merge(stack * factors, majority)
 
     def _pruned(self, tensor: Tensor, entries: int) -> Tensor:
-        if self.combination.pruning == "none" or self.density == 1:
+        if self.pruning == "none" or self.density == 1:
             return tensor
         assert self.density is not None
-        if self.combination.pruning == "random":
+        if self.pruning == "random":
             return random_pruning(tensor, self.density, rescale=True)
-        kept = min(int(self.density * entries), tensor.numel())
-        largest = tensor.abs().flatten().topk(kept).indices
+        largest = tensor.abs().flatten().topk(min(int(self.density * entries), tensor.numel())).indices
         result = torch.zeros_like(tensor)
         result.view(-1)[largest] = tensor.flatten()[largest]
         return result
 
 
-def add_weighted_adapter(model: FGGMModel, wanted: WeightedSum, adapter_name: str) -> None:
-    """Add an adapter that is the combination of others; they stay as they are.
+COMBINATIONS = {
+    "linear": Combination(),
+    "magnitude_prune": Combination("magnitude"),
+    "ties": Combination("magnitude", True),
+    "dare_linear": Combination("random"),
+    "dare_ties": Combination("random", True),
+}
+
+
+def new_combination(combination_type: str, density: float | None, majority_sign_method: str) -> Combination:
+    """A combination by PEFT's name.
 
     Raises:
-        ValueError: one of the adapters does not exist or has no support yet, or they cannot be combined.
+        ValueError: an argument is not legal.
     """
-    layers = _layers_of_each(model, wanted.adapters)
-    sources = _modules_trained_whole(model, wanted.adapters)
-    config = _config(model, wanted, layers, sources)
-    model.peft_config[adapter_name] = config
+    if combination_type not in COMBINATIONS:
+        raise ValueError(f"Invalid combination_type: {combination_type!r}; it must be one of {', '.join(COMBINATIONS)}")
+    if majority_sign_method not in SIGN_METHODS:
+        raise ValueError(f"majority_sign_method must be one of {SIGN_METHODS}, got {majority_sign_method!r}")
+    prunes = COMBINATIONS[combination_type].pruning != "none"
+    if prunes and (density is None or not 0 < density <= 1):
+        raise ValueError(
+            f"combination_type {combination_type!r} keeps the share `density` of each delta, in (0, 1], got {density!r}"
+        )
+    return replace(COMBINATIONS[combination_type], density=density, majority_sign_method=majority_sign_method)
+
+
+@dataclass(frozen=True)
+class WeightedDelta:
+    """One term of a combination: the delta of a weight, perhaps of its bias ``[k]``, and a factor."""
+
+    delta: WeightDelta
+    bias: Tensor | None
+    weight: float
+
+
+def common_granularity(granularities: Sequence[Granularity]) -> Granularity:
+    """The granularity of all, or single elements if they differ."""
+    return granularities[0] if len(set(granularities)) == 1 else ELEMENTS
+
+
+def combine(
+    terms: Sequence[WeightedDelta], granularity: Granularity, shape: Shape, how: Combination = COMBINATIONS["linear"]
+) -> tuple[WeightDelta, Tensor | None]:
+    """Combine deltas of one weight on the union of their supports.
+
+    Args:
+        terms: at least one.
+        granularity: of the result: that of all terms, or single elements.
+        shape: ``(o, i)``.
+
+    Returns:
+        The delta, in float32 at least, and the bias entries ``[k]`` if a term has some.
+    """
+    deltas = [_in_units(term.delta, granularity, shape) for term in terms]
+    indices, weights = union(deltas), [term.weight for term in terms]
+    spread_values = [spread(delta.values, delta.indices, indices, granularity.unit_dim) for delta in deltas]
+    values = how.of(_in_one_dtype(spread_values), weights, shape[0] * shape[1])
+    entries, entry_weights = [], []
+    for term in terms:
+        if term.bias is not None:
+            bias = _wide(term.bias) * term.delta.scale
+            entries.append(spread(bias, term.delta.indices, indices, 0))
+            entry_weights.append(term.weight)
+    total = how.of(_in_one_dtype(entries), entry_weights, shape[0]) if entries else None
+    return WeightDelta(granularity, indices, values), total
+
+
+def _in_units(delta: WeightDelta, granularity: Granularity, shape: Shape) -> WeightDelta:
+    """The delta in units of another granularity, with the scale in its values, in float32 at least."""
+    scaled = WeightDelta(delta.granularity, delta.indices, _wide(delta.values) * delta.scale)
+    return scaled if delta.granularity == granularity else as_elements(scaled, shape)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _in_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def add_weighted_adapter(
+    model: FGGMModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
+) -> None:
+    """Add an adapter that combines others; the others do not change.
+
+    Raises:
+        ValueError: an adapter does not exist or has no support yet, or they cannot be combined.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"give one weight for each adapter, got {len(weights)} for {list(adapters)}")
+    if len(adapters) == 1:
+        how = COMBINATIONS["linear"]  # as PEFT does
+    sources = {name: _selected_targets(model, name) for name in adapters}
+    wrappers = _modules_trained_whole(model, adapters)
+    model.peft_config[adapter_name] = _config(model, adapters, sources, bool(wrappers))
     model.inject_adapter(model.model, adapter_name)
     model._cast_adapter_dtype(adapter_name)
     model.set_requires_grad(adapter_name, requires_grad=False)
-    for layer in fggm_layers(model.model, adapter_name).values():
-        _fill(layer, wanted, adapter_name)
+    for path, target in find_targets(model.model, adapter_name).items():
+        terms = [(sources[name][path], w) for name, w in zip(adapters, weights, strict=True) if path in sources[name]]
+        _fill(target, terms, how)
     with torch.no_grad():
-        for wrapper, name in sources.items():
+        for wrapper, name in wrappers.items():
             wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[name].state_dict())
 
 
-def _layers_of_each(model: FGGMModel, adapters: Sequence[str]) -> dict[str, dict[str, FGGMLayer]]:
-    for name in adapters:
-        if name not in model.peft_config:
-            raise ValueError(f"Adapter {name} does not exist")
-    layers = {name: fggm_layers(model.model, name) for name in adapters}
-    for name, of_adapter in layers.items():
-        if not all(layer.selected[name] for layer in of_adapter.values()):
-            raise ValueError(f"adapter {name!r} has no support yet: call fggm_peft.select_parameters, and train it")
-    return layers
+def _selected_targets(model: FGGMModel, adapter_name: str) -> Targets:
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"Adapter {adapter_name} does not exist")
+    targets = find_targets(model.model, adapter_name)
+    if not all(target.is_selected for target in targets.values()):
+        raise ValueError(f"adapter {adapter_name!r} has no support yet: call fggm_peft.select_parameters, and train it")
+    return targets
 
 
 def _modules_trained_whole(model: nn.Module, adapters: Sequence[str]) -> dict[ModulesToSaveWrapper, str]:
-    """The modules that exactly one of the adapters trains whole, and which does."""
+    """The modules that one of the adapters trains as a whole, and the adapter's name."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     owners = {module: [name for name in adapters if name in module.modules_to_save] for module in wrappers}
-    if several := sum(len(names) > 1 for names in owners.values()):
+    if conflicts := sum(len(names) > 1 for names in owners.values()):
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{several} such instance(s)."
+            f"{conflicts} such instance(s)."
         )
     return {module: names[0] for module, names in owners.items() if names}
 
 
-def _config(model: FGGMModel, wanted: WeightedSum, layers, sources) -> FGGMConfig:
-    configs = [model.peft_config[name] for name in wanted.adapters]
-    kinds = {config.granularity for config in configs}
+def _config(
+    model: FGGMModel, adapters: Sequence[str], sources: dict[str, Targets], has_whole_modules: bool
+) -> FGGMConfig:
+    configs = [model.peft_config[name] for name in adapters]
+    granularities = [config.granularity for config in configs]
     bias = {config.bias for config in configs if config.bias != "none"}
-    if len(kinds) > 1 and bias:
-        names = ", ".join(sorted(map(str, kinds)))
+    if len(set(granularities)) > 1 and bias:
+        names = ", ".join(sorted({str(granularity) for granularity in granularities}))
         raise ValueError(
             f"adapters of different granularities ({names}) combine into single elements, which "
-            f"cannot hold the bias entries of rows; one of {list(wanted.adapters)} has bias={bias.pop()!r}"
+            f"cannot hold the bias entries of rows; one of {list(adapters)} has bias={bias.pop()!r}"
         )
-    first = configs[0]
-    names = {name for of_adapter in layers.values() for name in of_adapter}
-    whole = {name for config in configs for name in config.modules_to_save or []} if sources else None
+    whole = {name for config in configs for name in config.modules_to_save or []} if has_whole_modules else None
     return FGGMConfig(
-        granularity=kinds.pop() if len(kinds) == 1 else "element",
-        target_modules=sorted(names),
+        granularity=common_granularity(granularities),
+        target_modules=sorted({path for targets in sources.values() for path in targets}),
         modules_to_save=sorted(whole) if whole else None,
         bias=bias.pop() if bias else "none",
-        quantized_merge=first.quantized_merge,
-        task_type=first.task_type,
-        base_model_name_or_path=first.base_model_name_or_path,
-        inference_mode=first.inference_mode,
+        quantized_merge=configs[0].quantized_merge,
+        task_type=configs[0].task_type,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+        inference_mode=configs[0].inference_mode,
     )
 
 
-def _fill(layer: FGGMLayer, wanted: WeightedSum, adapter_name: str) -> None:
-    """Give the new adapter of one layer its support and values."""
-    granularity = layer.granularity[adapter_name]
-    here = [(n, w) for n, w in zip(wanted.adapters, wanted.weights, strict=True) if n in layer.fggm_values]
-    deltas = [_as_granularity(layer, name, granularity) for name, _ in here]
-    weights = [weight for _, weight in here]
-    if not deltas:  # a name of another adapter's target that ends like this one's
-        layer.set_support(adapter_name, layer.fggm_indices[adapter_name])
+def _fill(target: Target, terms: Sequence[tuple[Target, float]], how: Combination) -> None:
+    """Give the new adapter its support and values. Units without a remaining value are left out."""
+    if not terms:  # a path that only ends like one of another adapter's targets
+        target.layer.set_support(target.adapter_name, target.indices)
         return
-    indices = union(deltas)
-    o, i = layer.weight_shape
-    dim = granularity.unit_dim
-    values = wanted.of([spread(d.values, d.indices, indices, dim) for d in deltas], weights, o * i)
-    kept = values.movedim(dim, 0).reshape(len(indices), -1).any(1)
-    bias = None
-    if adapter_name in layer.fggm_bias:
-        entries = [layer.fggm_bias[n].detach().float() * layer.scaling[n] for n, _ in here if n in layer.fggm_bias]
-        at = [layer.fggm_indices[n] for n, _ in here if n in layer.fggm_bias]
-        own = [weight for name, weight in here if name in layer.fggm_bias]
-        bias = wanted.of([spread(e, a, indices, 0) for e, a in zip(entries, at, strict=True)], own, o)
-        kept |= bias != 0
-    layer.set_support(adapter_name, indices[kept])
+    weighted = [WeightedDelta(source.delta(), source.bias, weight) for source, weight in terms]
+    total, bias = combine(weighted, target.granularity, target.shape, how)
+    dim = target.granularity.unit_dim
+    nonzero = total.values.movedim(dim, 0).reshape(len(total.indices), -1).any(1)
+    if bias is not None:
+        nonzero |= bias != 0
+    target.layer.set_support(target.adapter_name, total.indices[nonzero])
     with torch.no_grad():
-        layer.fggm_values[adapter_name].copy_(values.index_select(dim, kept.nonzero()[:, 0]))
-        if bias is not None:
-            layer.fggm_bias[adapter_name].copy_(bias[kept])
-
-
-def _as_granularity(layer: FGGMLayer, adapter_name: str, granularity: Granularity) -> WeightDelta:
-    """An adapter's delta in units of one kind, its scale in its values, float32 at least."""
-    delta = layer.delta(adapter_name)
-    values = delta.values.detach()
-    values = values.to(torch.promote_types(values.dtype, torch.float32)) * delta.scale
-    scaled = WeightDelta(delta.granularity, delta.indices, values)
-    return scaled if delta.granularity == granularity else as_elements(scaled, layer.weight_shape)
+        target.values.copy_(total.values.index_select(dim, nonzero.nonzero()[:, 0]))
+        if target.bias is not None and bias is not None:
+            target.bias.copy_(bias[nonzero])
