@@ -1,4 +1,4 @@
-"""The core can be used, and tested, without PEFT and without a model."""
+"""``core`` imports torch only, so it works without PEFT and without a model."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def loaded():
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_the_core_stands_alone_as_a_package_of_its_own(loaded):
+def test_the_core_works_as_a_separate_package(loaded):
     assert {"granularity", "linear", "threshold", "criteria", "per_sample"} <= set(MODULES)
     assert {"core", "torch"} <= loaded
 

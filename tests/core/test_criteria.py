@@ -1,4 +1,4 @@
-"""What ranks the units: every criterion of the registry, for every granularity."""
+"""Every registered criterion, for every granularity."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def matrices() -> dict[str, torch.Tensor]:
 
 
 def quantities(granularity, matrices=None, seed=0, **more):
-    """What the library gathers, from matrices of the whole weight."""
+    """The statistics that a pass collects, computed from dense matrices."""
 
     def no_weight():
         raise AssertionError("this criterion does not look at the weight")
@@ -60,21 +60,21 @@ def quantities(granularity, matrices=None, seed=0, **more):
 
 
 @pytest.mark.parametrize(("name", "granularity"), [case for case in CASES if case[0] != "random"])
-def test_a_criterion_is_its_formula(name, granularity, matrices):
+def test_every_criterion_computes_its_formula(name, granularity, matrices):
     found = CRITERIA[name].score(quantities(granularity, matrices))
     assert found.dtype == torch.float32 and found.shape == (units(granularity, SHAPE),)
     torch.testing.assert_close(found.double(), criterion_scores(name, granularity, matrices), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("name", "granularity"), CASES)
-def test_scores_are_finite_and_not_negative_where_everything_is_zero(name, granularity, matrices):
+def test_scores_of_zero_statistics_are_finite_and_not_negative(name, granularity, matrices):
     zeros = {key: torch.zeros_like(value) for key, value in matrices.items()}
     found = CRITERIA[name].score(quantities(granularity, zeros))
     assert torch.isfinite(found).all() and (found >= 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if CRITERIA[name].reference])
-def test_a_reference_that_is_zero_leaves_the_task_to_decide(name, matrices):
+def test_with_a_zero_reference_only_the_task_ranks_the_units(name, matrices):
     granularity = granularity_of(name)
     zero = matrices | {key: torch.zeros_like(matrices[key]) for key in ("reference", "reference input")}
     found = CRITERIA[name].score(quantities(granularity, zero))
@@ -82,8 +82,8 @@ def test_a_reference_that_is_zero_leaves_the_task_to_decide(name, matrices):
     assert torch.equal(found.argsort(), alone.argsort())
 
 
-def test_gain_per_harm_is_the_ratio_of_its_formula_within_a_weight(granularity, matrices):
-    """``sqrt(F_new) / (F_ref + 1 %)`` of the units themselves, times a constant."""
+def test_gain_per_harm_is_proportional_to_its_formula_within_a_weight(granularity, matrices):
+    """Scores equal ``sqrt(F_new) / (F_ref + 1 %)`` of each unit, times a constant."""
     found = CRITERIA["gain_per_harm"].score(quantities(granularity, matrices)).double()
     new, kept = (unit_scores(granularity, matrices[name]) for name in ("fisher", "reference"))
     ratio = found / (new.sqrt() / (kept + 0.01 * kept.mean()))
@@ -91,9 +91,7 @@ def test_gain_per_harm_is_the_ratio_of_its_formula_within_a_weight(granularity, 
 
 
 @pytest.mark.parametrize("name", ["random", "weight_magnitude"])
-def test_a_data_free_criterion_gives_the_same_scores_for_the_same_seed_and_leaves_the_global_rng_alone(
-    name, granularity, matrices
-):
+def test_a_data_free_criterion_depends_only_on_the_seed_and_does_not_use_the_global_rng(name, granularity, matrices):
     state = torch.get_rng_state()
     first, second = (CRITERIA[name].score(quantities(granularity, matrices, seed=3)) for _ in range(2))
     assert torch.equal(first, second)
@@ -107,7 +105,7 @@ def test_random_scores_differ_by_seed_and_are_never_zero(granularity):
     assert all((s > 0).all() and (s <= 1).all() for s in scores)
 
 
-def test_a_random_unit_whose_draw_is_zero_may_still_be_chosen(granularity, monkeypatch):
+def test_a_unit_with_a_random_draw_of_zero_can_still_be_selected(granularity, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda count, generator: torch.zeros(count))
     assert (CRITERIA["random"].score(quantities(granularity)) > 0).all()
 
@@ -121,12 +119,12 @@ def test_a_random_unit_whose_draw_is_zero_may_still_be_chosen(granularity, monke
         if not CRITERIA[name].supports(granularity_from(granularity))
     ],
 )
-def test_a_granularity_for_which_a_criterion_has_no_meaning_is_refused_by_the_config(name, granularity):
+def test_the_config_rejects_granularities_that_a_criterion_does_not_support(name, granularity):
     with pytest.raises(ValueError, match=f"criterion '{name}' requires granularity=.*got granularity='{granularity}'"):
         FGGMConfig(criterion=name, granularity=granularity)
 
 
-def test_an_unknown_criterion_or_statistic_suggests_the_nearest():
+def test_an_unknown_criterion_or_statistic_suggests_the_closest_name():
     with pytest.raises(ValueError, match=r"unknown criterion 'fischer'.*Did you mean 'fisher'"):
         CRITERIA["fischer"]
     with pytest.raises(ValueError, match=r"unknown statistic 'fischer'.*Did you mean 'fisher'"):
@@ -156,7 +154,7 @@ def reference_of(name):
 
 
 @pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
-def test_batches_of_another_size_choose_the_same(name, granularity):
+def test_the_batch_size_does_not_change_the_support(name, granularity):
     whole = token_batches(sizes=(8,))[0]
     found = []
     for size in (1, 4):
@@ -166,7 +164,7 @@ def test_batches_of_another_size_choose_the_same(name, granularity):
 
 
 @pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
-def test_every_data_criterion_says_how_far_two_halves_of_the_samples_agree(name, granularity):
+def test_every_data_criterion_reports_the_agreement_of_two_halves_of_the_samples(name, granularity):
     whole = token_batches(sizes=(2,))[0]
     twice = {key: value.repeat_interleave(2, 0) for key, value in whole.items()}
     _, report = supports(name, granularity, [twice, twice], reference_of(name) and [twice, twice])
@@ -176,7 +174,7 @@ def test_every_data_criterion_says_how_far_two_halves_of_the_samples_agree(name,
 
 
 @pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
-def test_groups_of_modules_within_score_memory_choose_the_same(name, granularity):
+def test_limited_score_memory_does_not_change_the_support(name, granularity):
     threshold = ScoreMass(0.6)
     one, _ = supports(name, granularity, token_batches(), reference_of(name), threshold)
     bytes_of_the_largest = 2 * 4 * 96 * 64 * (2 if CRITERIA[name].reference else 1)
@@ -189,7 +187,7 @@ def test_groups_of_modules_within_score_memory_choose_the_same(name, granularity
 
 
 @pytest.mark.parametrize("name", [n for n in CRITERIA if n in ("input_ratio", "output_magnitude")])
-def test_a_criterion_of_inputs_or_outputs_runs_no_backward(name, monkeypatch):
+def test_a_criterion_of_inputs_or_outputs_runs_no_backward_pass(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a backward pass"))
     grad_enabled = []
     model = adapted(llama(), granularity_of(name), criterion=name)
@@ -200,8 +198,8 @@ def test_a_criterion_of_inputs_or_outputs_runs_no_backward(name, monkeypatch):
 
 
 @pytest.mark.parametrize("threshold", [TopDensity(0.2), TopDensity(0.2, scope="global")])
-def test_a_criterion_of_ones_own_is_a_function_and_a_line(granularity, threshold):
-    """Registered from outside the package, with the statistics that it looks at."""
+def test_a_custom_criterion_needs_one_function_and_one_registration(granularity, threshold):
+    """It is registered outside the package and declares the statistics that it uses."""
     name = "mine"
     mine = {"task": ("fisher",), "reference": ("fisher",)}
     CRITERIA.register(name, **mine)(lambda q: q.task["fisher"] * q.reference["fisher"])
@@ -215,7 +213,7 @@ def test_a_criterion_of_ones_own_is_a_function_and_a_line(granularity, threshold
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_scores_that_are_no_scores_are_refused_and_the_module_is_named(value):
+def test_invalid_scores_raise_an_error_that_names_the_module(value):
     CRITERIA.register("broken", task=("fisher",))(lambda q: q.task["fisher"] * 0 + value)
     try:
         with pytest.raises(ValueError, match=r"module model\.layers\.0"):
@@ -224,7 +222,7 @@ def test_scores_that_are_no_scores_are_refused_and_the_module_is_named(value):
         del CRITERIA._entries["broken"]
 
 
-def test_a_module_whose_scores_are_all_zero_is_named_with_what_can_still_choose():
+def test_a_module_with_all_zero_scores_causes_a_warning_with_the_remedy():
     silent = lambda q: q.task["fisher"] * (0 if q.shape == (96, 64) else 1)  # noqa: E731  # gate and up
     CRITERIA.register("silent", task=("fisher",))(silent)
     try:

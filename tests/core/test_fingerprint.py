@@ -1,4 +1,4 @@
-"""The fingerprint of a base: known again in every dtype and quantized, and not taken for its siblings."""
+"""The fingerprint of a base model: it matches in every dtype and quantization, and differs for other models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layers(model: nn.Module) -> dict:
 
 
 def saved(folder, base=None, **config):
-    """A trained adapter whose support needs no data; returns the model."""
+    """Train and save an adapter with a data-free criterion; returns the model."""
     model = adapted(llama() if base is None else base, criterion="random", density=0.2, **config)
     train(model, BATCHES, steps=2)
     model.save_pretrained(folder)
@@ -49,10 +49,10 @@ def changed(model: nn.Module, by: float, share: float = 1.0) -> nn.Module:
     return model
 
 
-# the sketch of one weight ------------------------------------------------------------------------
+# The sketch of one weight ------------------------------------------------------------------------
 
 
-def test_places_are_the_hashes_that_the_docs_say():
+def test_sampled_positions_are_the_documented_hashes():
     digest = hashlib.sha256(b"layers.0.up/3").digest()
     assert sample_places("layers.0.up", (7, 11), 5)[3] == int.from_bytes(digest[:8], "big") % 77
     weight = torch.randn(7, 11)
@@ -63,7 +63,7 @@ def test_places_are_the_hashes_that_the_docs_say():
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_a_sketch_is_its_text(dtype, quantized):
+def test_a_sketch_survives_conversion_to_text(dtype, quantized):
     sketch = sketch_weight("a", torch.randn(3, 5).to(dtype), 9, quantized)
     read = WeightSketch.from_text(sketch.to_text())
     assert read.shape == (3, 5) and read.quantized == quantized and torch.equal(read.samples, sketch.samples)
@@ -73,14 +73,14 @@ def test_a_sketch_is_its_text(dtype, quantized):
 @pytest.mark.parametrize(
     "text", ["", "3", "3x", "3x4 int8 AAAA", "3x4 float32 AAA", "3x4 float32 AAAA", "3x4 float32 ", 5, "3x4\nx"]
 )
-def test_what_is_no_sketch_is_an_error(text):
+def test_invalid_text_of_a_sketch_raises_an_error(text):
     with pytest.raises(ValueError, match="not the sketch"):
         WeightSketch.from_text(text)
 
 
 @pytest.mark.parametrize("here", DTYPES)
 @pytest.mark.parametrize("kept", DTYPES)
-def test_a_weight_is_the_same_in_another_dtype_and_not_after_a_small_change(kept, here):
+def test_a_sketch_matches_in_another_dtype_but_not_after_a_small_change(kept, here):
     weight = torch.randn(64, 64) * 0.05
     sketch = sketch_weight("a", weight.to(kept), 256)
     assert exact_difference(sketch, sketch_weight("a", weight.to(here), 256)) == 0.0
@@ -88,7 +88,7 @@ def test_a_weight_is_the_same_in_another_dtype_and_not_after_a_small_change(kept
     assert exact_difference(sketch, sketch_weight("a", other.to(here), 256)) > 1e-4
 
 
-def test_small_models_are_sampled_as_often_as_large_ones():
+def test_small_models_have_as_many_samples_as_large_models():
     assert samples_per_weight(210) == 16 and samples_per_weight(2) * 2 == LEAST_SAMPLES
 
 
@@ -96,18 +96,18 @@ def test_a_weight_without_entries_has_no_samples():
     assert sketch_weight("a", torch.zeros(0, 4), 8).samples is None
 
 
-# models ------------------------------------------------------------------------------------------
+# Models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("here", DTYPES)
 @pytest.mark.parametrize("kept", DTYPES)
-def test_a_base_is_known_in_every_dtype(kept, here):
+def test_a_base_matches_in_every_dtype(kept, here):
     assert base_difference(layers(llama(here)), fingerprint(layers(llama(kept)))) is None
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_a_quantized_base_is_known_by_the_dense_one_and_the_other_way_round(kind, build):
+def test_a_quantized_base_matches_the_dense_base_and_vice_versa(kind, build):
     dense = fingerprint(layers(build()))
     assert base_difference(layers(quantized(build(), kind)), dense) is None
     kept = fingerprint(layers(quantized(build(), kind)))
@@ -118,19 +118,19 @@ def test_a_quantized_base_is_known_by_the_dense_one_and_the_other_way_round(kind
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("by", "share"), [(1e-3, 1.0), (1e-3, 0.05), (1e-2, 0.02)])
-def test_a_lightly_tuned_sibling_is_refused(by, share, dtype):
+def test_a_lightly_fine_tuned_base_is_rejected(by, share, dtype):
     kept = fingerprint(layers(llama()))
     assert "differs by" in base_difference(layers(changed(llama(), by, share).to(dtype)), kept)
 
 
 @pytest.mark.parametrize(("kind", "by"), [("int8", 0.2), ("nf4", 0.5), ("fp4", 0.5)])
-def test_a_quantized_stranger_is_refused(kind, by):
+def test_another_quantized_base_is_rejected(kind, by):
     kept = fingerprint(layers(llama()))
     found = base_difference(layers(quantized(changed(llama(), by), kind)), kept)
     assert "quantization explains" in found and "model.layers." in found
 
 
-def test_it_takes_well_under_a_second_for_a_hundred_million_parameters():
+def test_a_fingerprint_of_a_hundred_million_parameters_takes_well_under_a_second():
     model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(25)))
     model = layers(get_peft_model(model, FGGMConfig(target_modules=r"\d+")).base_model.model)
     start = time.perf_counter()
@@ -140,10 +140,10 @@ def test_it_takes_well_under_a_second_for_a_hundred_million_parameters():
     assert len(json.dumps(kept)) < 10_000
 
 
-# adapters ----------------------------------------------------------------------------------------
+# Adapters ----------------------------------------------------------------------------------------
 
 
-def test_loading_on_another_base_is_an_error_that_names_the_module_and_the_base(tmp_path):
+def test_loading_on_another_base_raises_an_error_that_names_the_module_and_the_base(tmp_path):
     saved(tmp_path)
     with pytest.raises(BaseMismatchError, match=r"model\.layers\.0\.\S+ differs by .* check_base=False"):
         PeftModel.from_pretrained(changed(llama(), 1e-2), tmp_path)
@@ -151,7 +151,7 @@ def test_loading_on_another_base_is_an_error_that_names_the_module_and_the_base(
         PeftModel.from_pretrained(llama(hidden_size=32), tmp_path)
 
 
-def test_check_base_false_makes_it_a_warning_and_is_not_saved(tmp_path):
+def test_check_base_false_only_warns_and_is_not_saved(tmp_path):
     saved(tmp_path)
     with pytest.warns(UserWarning, match="another base"):
         model = PeftModel.from_pretrained(changed(llama(), 1e-2), tmp_path, check_base=False)
@@ -159,13 +159,13 @@ def test_check_base_false_makes_it_a_warning_and_is_not_saved(tmp_path):
     model.save_pretrained(tmp_path / "again")
     assert "check_base" not in json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert FGGMConfig.from_pretrained(tmp_path / "again").check_base
-    # what was saved knows the base that it was saved on
+    # the saved adapter has the fingerprint of its new base
     PeftModel.from_pretrained(changed(llama(), 1e-2), tmp_path / "again")
     with pytest.raises(BaseMismatchError):
         PeftModel.from_pretrained(llama(), tmp_path / "again")
 
 
-def test_a_second_adapter_is_checked_too_and_can_be_let_pass(tmp_path):
+def test_a_second_adapter_is_checked_too_and_the_check_can_be_disabled(tmp_path):
     saved(tmp_path)
     model = adapted(changed(llama(), 1e-2))
     with pytest.raises(BaseMismatchError):
@@ -176,7 +176,7 @@ def test_a_second_adapter_is_checked_too_and_can_be_let_pass(tmp_path):
     assert fggm_layers(model, "third")["model.layers.0.mlp.up_proj"].fggm_values["third"].any()
 
 
-def test_adapters_that_are_active_or_merged_do_not_matter(granularity, tmp_path):
+def test_active_and_merged_adapters_do_not_change_the_fingerprint(granularity, tmp_path):
     saved(tmp_path / "one")
     model = saved(tmp_path / "two", granularity=granularity)
     model.merge_adapter()
@@ -188,7 +188,7 @@ def test_adapters_that_are_active_or_merged_do_not_matter(granularity, tmp_path)
     PeftModel.from_pretrained(llama(), tmp_path / "merged" / "one")
 
 
-def test_a_task_of_a_sequence_belongs_to_the_base_with_the_earlier_ones_merged(tmp_path):
+def test_the_base_of_a_task_in_a_sequence_includes_the_earlier_merged_tasks(tmp_path):
     base = saved(tmp_path / "one").merge_and_unload()
     saved(tmp_path / "two", base).unload()
     with pytest.raises(BaseMismatchError):
@@ -197,7 +197,7 @@ def test_a_task_of_a_sequence_belongs_to_the_base_with_the_earlier_ones_merged(t
     PeftModel.from_pretrained(model, tmp_path / "two")
 
 
-def test_an_adapter_made_on_a_quantized_base_loads_on_the_dense_one_and_keeps_a_dense_fingerprint(tmp_path):
+def test_an_adapter_saved_from_a_quantized_base_keeps_its_dense_fingerprint(tmp_path):
     saved(tmp_path / "dense")
     model = PeftModel.from_pretrained(quantized(llama(), "nf4"), tmp_path / "dense", is_trainable=True)
     model.save_pretrained(tmp_path / "again")
@@ -205,7 +205,7 @@ def test_an_adapter_made_on_a_quantized_base_loads_on_the_dense_one_and_keeps_a_
     assert one == two and "quantized" not in str(two)
 
 
-def test_tied_embeddings_are_one_weight_under_two_names(tmp_path):
+def test_tied_embeddings_count_as_one_weight(tmp_path):
     def build():
         return llama(tie_word_embeddings=True)
 
@@ -215,7 +215,7 @@ def test_tied_embeddings_are_one_weight_under_two_names(tmp_path):
         PeftModel.from_pretrained(changed(build(), 1e-2), tmp_path)
 
 
-def test_weights_that_are_not_there_yet_are_not_checked_and_that_is_said(tmp_path, caplog):
+def test_missing_weights_are_not_checked_and_this_is_logged(tmp_path, caplog):
     saved(tmp_path)
     with torch.device("meta"):
         base = llama()
@@ -229,7 +229,7 @@ def test_a_base_on_the_meta_device_has_a_fingerprint_of_shapes():
     assert set(model.peft_config["default"].base_fingerprint.values()) == {"64x64", "32x64", "96x64", "64x96"}
 
 
-def test_settings_taken_from_another_adapter_s_config_do_not_bind_its_base(tmp_path):
+def test_a_config_reused_for_another_base_gets_the_fingerprint_of_that_base(tmp_path):
     saved(tmp_path)
     base = changed(llama(), 1e-2)
     model = get_peft_model(base, FGGMConfig.from_pretrained(tmp_path))

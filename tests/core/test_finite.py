@@ -1,4 +1,4 @@
-"""What is finite and what is not, wherever it stands and whatever it is stored as."""
+"""The check for non-finite entries, for every position and dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.f
 @DTYPES
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [(0, 0), (3, 5), (6, 8)])
-def test_one_entry_is_enough(dtype, what, place):
+def test_one_non_finite_entry_is_found(dtype, what, place):
     tensor = torch.randn(7, 9).to(dtype)
     assert all_finite(tensor)
     tensor[place] = what
@@ -29,9 +29,9 @@ def test_the_largest_numbers_of_a_dtype_are_finite(dtype):
     assert all_finite(torch.tensor([limits.min, 0.0, limits.max], dtype=torch.float64).to(dtype))
 
 
-def test_nothing_is_finite():
+def test_an_empty_tensor_is_finite():
     assert all_finite(torch.empty(0, 4))
 
 
-def test_a_parameter_may_be_asked():
+def test_a_parameter_that_requires_grad_can_be_checked():
     assert all_finite(torch.nn.Parameter(torch.ones(3)))

@@ -1,4 +1,4 @@
-"""The cases of the Triton kernels on a real device, compiled rather than interpreted."""
+"""The Triton kernel cases, compiled on a real device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A support and the values on it mean the same dense delta to every method of every granularity."""
+"""Every method of every granularity agrees with the dense delta."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ INDEX_DTYPES = [torch.int32, torch.int64]
 
 
 def counts(name, shape):
-    """No unit, one, about half, all."""
+    """No unit, one unit, about half and all units."""
     total = units(name, shape)
     return sorted({0, 1, (total + 1) // 2, total})
 
 
 def weights(shape, dtype=torch.float32):
-    """The same numbers, contiguous and as the transpose that a Conv1D stores."""
+    """The same matrix, contiguous and transposed as in a Conv1D."""
     weight = torch.randn(shape).to(dtype)
     return [weight, weight.T.contiguous().T]
 
@@ -36,7 +36,7 @@ def test_units_times_parameters_per_unit_is_the_whole_weight(granularity, shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_hold_one_number_for_each_entry_that_may_move(granularity, shape, make_delta):
+def test_values_contain_one_number_for_each_entry_of_the_support(granularity, shape, make_delta):
     kind = granularity_from(granularity)
     for k in counts(granularity, shape):
         delta = make_delta(granularity, shape, k)
@@ -46,7 +46,7 @@ def test_values_hold_one_number_for_each_entry_that_may_move(granularity, shape,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_reduce_sums_the_scores_of_a_units_entries(granularity, shape):
+def test_reduce_sums_the_scores_of_the_entries_of_a_unit(granularity, shape):
     matrix = torch.rand(shape, dtype=torch.float64)
     for scores in (matrix, matrix.T.contiguous().T):
         torch.testing.assert_close(granularity_from(granularity).reduce(scores), unit_scores(granularity, matrix))
@@ -54,7 +54,7 @@ def test_reduce_sums_the_scores_of_a_units_entries(granularity, shape):
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gather_reads_the_chosen_entries_in_the_order_of_the_values(granularity, shape, index_dtype, make_delta):
+def test_gather_reads_the_selected_entries_in_the_order_of_the_values(granularity, shape, index_dtype, make_delta):
     for weight in weights(shape):
         for k in counts(granularity, shape):
             delta = make_delta(granularity, shape, k, index_dtype=index_dtype)
@@ -65,7 +65,7 @@ def test_gather_reads_the_chosen_entries_in_the_order_of_the_values(granularity,
 
 @pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_put_writes_the_chosen_entries_and_no_other(granularity, shape, index_dtype, make_delta):
+def test_put_writes_only_the_selected_entries(granularity, shape, index_dtype, make_delta):
     for weight in weights(shape):
         for k in counts(granularity, shape):
             delta = make_delta(granularity, shape, k, index_dtype=index_dtype)
@@ -77,7 +77,7 @@ def test_put_writes_the_chosen_entries_and_no_other(granularity, shape, index_dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_adding_rounds_each_touched_entry_once_and_leaves_the_others(granularity, dtype, make_delta):
+def test_adding_rounds_each_changed_entry_once_and_keeps_the_others(granularity, dtype, make_delta):
     shape = (9, 11)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for weight in weights(shape, dtype):
@@ -114,7 +114,7 @@ def test_products_and_their_gradients_agree_with_the_dense_delta(granularity, in
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), name=st.sampled_from(list(GRANULARITIES)), shape=st.sampled_from(SHAPES))
-def test_delta_rows_are_rows_of_the_dense_delta_with_its_gradient(data, name, shape, make_delta):
+def test_delta_rows_and_their_gradients_agree_with_the_dense_delta(data, name, shape, make_delta):
     k = data.draw(st.integers(0, units(name, shape)))
     index_dtype = data.draw(st.sampled_from(INDEX_DTYPES))
     tokens = torch.tensor(data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=8)), dtype=torch.int64)
@@ -129,7 +129,7 @@ def test_delta_rows_are_rows_of_the_dense_delta_with_its_gradient(data, name, sh
         torch.testing.assert_close(gradient, wanted)
 
 
-def test_delta_rows_train_the_values_of_the_rows_that_were_read(granularity, make_delta):
+def test_delta_rows_give_gradients_to_the_values_of_the_read_rows(granularity, make_delta):
     total = units(granularity, (5, 4))
     delta = make_delta(granularity, (5, 4), total)
     tokens = torch.tensor([2, 0, 2])
@@ -138,12 +138,12 @@ def test_delta_rows_train_the_values_of_the_rows_that_were_read(granularity, mak
     assert torch.equal(counted, torch.tensor([1.0, 0, 2, 0, 0]).double()[:, None].expand(5, 4))
 
 
-def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():
+def test_an_unknown_name_lists_the_known_names_and_suggests_the_closest():
     with pytest.raises(ValueError, match=r"unknown granularity 'rows'; known are 'row'.*Did you mean 'row'"):
         granularity_from("rows")
 
 
-def test_a_name_in_a_registry_can_be_taken_once():
+def test_a_name_can_be_registered_only_once():
     registry = Registry("fruit")
     registry.register("pear")(1)
     with pytest.raises(ValueError, match="already a fruit named 'pear'"):

@@ -1,4 +1,4 @@
-"""Index codecs: lossless, as small as they promise, and deaf to streams that say something else."""
+"""Index codecs are lossless, within their size bound, and reject invalid streams."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def size(tensors) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_every_codec_gives_back_what_it_got_and_knows_its_size(data):
+def test_every_codec_is_lossless_and_predicts_its_size(data):
     n = data.draw(st.integers(1, 3000))
     indices = torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1)))), dtype=torch.int64)
     for name in INDEX_CODECS:
@@ -46,7 +46,7 @@ def test_every_codec_gives_back_what_it_got_and_knows_its_size(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_no_supports_take_more_than_the_most_for_as_many_indices(data):
+def test_the_size_bound_holds_for_every_support(data):
     sizes = data.draw(st.lists(st.integers(1, 2000), min_size=1, max_size=4))
     supports = [torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1)))), dtype=torch.int64) for n in sizes]
     k = sum(map(len, supports))
@@ -57,7 +57,7 @@ def test_no_supports_take_more_than_the_most_for_as_many_indices(data):
 
 
 @pytest.mark.parametrize("density", [1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
-def test_the_most_is_near_what_random_supports_take(density):
+def test_the_size_bound_is_near_the_size_of_random_supports(density):
     sizes = [100_000, 400_000, 500_000]
     taken = sum(INDEX_CODECS["golomb_rice"].nbytes(support(int(density * n), n), n) for n in sizes)
     most = most_index_bytes(INDEX_CODECS, int(density * sum(sizes)), sizes)
@@ -69,7 +69,7 @@ def bits(stream: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (5, 100), (64, 1000), (7, 4096), (300, 301), (2, 10**6)])
-def test_golomb_rice_is_laid_out_as_its_docstring_says(k, n):
+def test_golomb_rice_has_the_documented_layout(k, n):
     indices = support(k, n).tolist()
     high, low = INDEX_CODECS["golomb_rice"].encode(torch.tensor(indices), n)
     gaps = [x - before - 1 for before, x in zip([-1, *indices], indices)]  # noqa: B905
@@ -78,7 +78,7 @@ def test_golomb_rice_is_laid_out_as_its_docstring_says(k, n):
     assert [bits(plane)[:k] for plane in low] == [[(gap >> p) & 1 for gap in gaps] for p in range(len(low))]
 
 
-def test_without_low_bits_it_is_the_bitmask():
+def test_golomb_rice_without_low_bits_is_a_bitmask():
     high, low = INDEX_CODECS["golomb_rice"].encode(torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 15]), 17)
     assert high.tolist() == [0b11101111, 0b10000011] and low.shape == (0, 2)
 
@@ -89,25 +89,25 @@ def elias_fano_bytes(k: int, n: int) -> int:
 
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.05, 0.15, 0.22, 0.3, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("n", [2048 * 2048, 576 * 1536])
-def test_it_is_near_the_entropy_and_never_larger_than_elias_fano_or_a_bitmask(density, n):
+def test_the_size_is_near_the_entropy_and_never_above_elias_fano_or_a_bitmask(density, n):
     indices = support(round(n * density), n)
     k = len(indices)
     size = smallest_codec(granularity_from("element").index_codecs, indices, n).nbytes(indices, n)
     assert size <= min(elias_fano_bytes(k, n), -(-n // 8))
-    if density <= 0.5:  # of a nearly full support the entropy goes to zero
+    if density <= 0.5:  # the entropy of a nearly full support goes to zero
         assert size <= 1.03 * entropy_bytes(k, n)
     assert size + 2 * k <= 1.065 * (entropy_bytes(k, n) + 2 * k)
 
 
 def clustered(n: int) -> torch.Tensor:
-    """Rows of very unequal density."""
+    """Indices in rows of very unequal density."""
     generator = torch.Generator().manual_seed(0)
     rate = torch.randn(n, 1, generator=generator).exp() * 0.05
     return (torch.rand(n, n, generator=generator) < rate).view(-1).nonzero().view(-1)
 
 
 @pytest.mark.parametrize("indices", [clustered(512), torch.arange(4096, 14336), torch.arange(0, 512 * 512, 37)])
-def test_indices_that_are_not_random_take_no_more_than_random_ones(indices):
+def test_clustered_indices_take_no_more_than_random_indices(indices):
     n = 512 * 512
     codec = INDEX_CODECS["golomb_rice"]
     encoded = codec.encode(indices, n)
@@ -120,7 +120,7 @@ def test_entropy_is_the_logarithm_of_the_number_of_supports():
     assert entropy_bytes(3, 10) == pytest.approx(math.log2(math.comb(10, 3)) / 8)
 
 
-def test_a_weight_of_over_two_to_the_31_entries_has_wide_indices():
+def test_a_weight_with_over_two_to_the_31_entries_has_int64_indices():
     n = 2**40
     indices = torch.tensor([0, 5, 2**31 + 7, 2**39, n - 1])
     assert index_dtype(n) == torch.int64 and index_dtype(2**31 - 1) == torch.int32
@@ -130,7 +130,7 @@ def test_a_weight_of_over_two_to_the_31_entries_has_wide_indices():
 
 
 @pytest.mark.parametrize("name", list(INDEX_CODECS))
-def test_no_stream_makes_it_crash_or_give_an_illegal_support(name):
+def test_no_stream_causes_a_crash_or_an_invalid_support(name):
     codec, n, k = INDEX_CODECS[name], 1000, 60
     indices = support(k, n)
     good = codec.encode(indices, n)
@@ -164,7 +164,7 @@ WRONG = {
 
 @pytest.mark.parametrize("change", WRONG)
 @pytest.mark.parametrize("name", list(INDEX_CODECS))
-def test_a_tensor_of_another_shape_or_dtype_is_refused(name, change):
+def test_a_tensor_of_another_shape_or_dtype_is_rejected(name, change):
     codec = INDEX_CODECS[name]
     good = codec.encode(support(60, 1000), 1000)
     for which in range(len(good)):
@@ -175,13 +175,13 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused(name, change):
 
 @pytest.mark.parametrize("k", [59, 61, 0, 10**15])
 @pytest.mark.parametrize("name", list(INDEX_CODECS))
-def test_a_stream_of_another_number_of_indices_is_refused(name, k):
+def test_a_stream_with_another_number_of_indices_is_rejected(name, k):
     codec = INDEX_CODECS[name]
     with pytest.raises(ValueError):
         codec.decode(codec.encode(support(60, 1000), 1000), k, 1000)
 
 
-def test_parts_name_the_codec_that_wrote_them():
+def test_the_tensor_names_identify_the_codec():
     for name in INDEX_CODECS:
         assert codec_of(INDEX_CODECS, INDEX_CODECS[name].parts) is INDEX_CODECS[name]
     for parts in ([], ["indices_hi"], ["indices", "indices_lo"]):
@@ -190,7 +190,7 @@ def test_parts_name_the_codec_that_wrote_them():
     assert len(set(INDEX_PARTS)) == len(INDEX_PARTS)
 
 
-def test_no_indices_have_no_bytes():
+def test_bytes_for_no_indices_are_rejected():
     with pytest.raises(ValueError, match="bytes follow the last"):
         INDEX_CODECS["golomb_rice"].decode(
             (torch.zeros(1, dtype=torch.uint8), torch.zeros(1, 0, dtype=torch.uint8)), 0, 63

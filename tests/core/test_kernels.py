@@ -1,4 +1,4 @@
-"""Where Triton kernels run and where they do not; what they give, in Triton's interpreter; that they compile."""
+"""The dispatch of Triton kernels, their results in Triton's interpreter, and their compilation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import nn
 from fggm_peft.core import kernels
 
 TESTS = Path(__file__).parents[1]
-SHARED_MEMORY = {80: 163, 90: 227}  # KiB that one program may have
+SHARED_MEMORY = {80: 163, 90: 227}  # capability -> KiB per program
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """CPU tensors are taken for a GPU's, and Triton for installed."""
+    """Treat CPU tensors as GPU tensors, and Triton as installed."""
     monkeypatch.setattr(kernels, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(kernels, "_installed", True)
     monkeypatch.setattr(kernels, "_mode", "1")
@@ -40,10 +40,10 @@ def test_the_kernels_pass_their_cases_in_tritons_interpreter():
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 50
 
 
-# Who runs where ------------------------------------------------------------------------------------
+# Dispatch ------------------------------------------------------------------------------------------
 
 
-def test_tensors_on_a_cpu_go_to_no_kernel_in_any_mode():
+def test_cpu_tensors_use_no_kernel_in_any_mode():
     x, g, indices = operands()
     before = kernels.use_triton("always")
     try:
@@ -52,7 +52,7 @@ def test_tensors_on_a_cpu_go_to_no_kernel_in_any_mode():
         assert kernels.use_triton(before) == "always"
 
 
-def test_half_precision_goes_to_kernels_where_they_are_expected_to_win(on_gpu):
+def test_half_precision_uses_kernels_where_they_are_expected_to_be_faster(on_gpu):
     x, g, indices = operands()
     assert kernels.adds(x, g) and kernels.samples(x, g, indices) and kernels.gathers(g, x, indices)
     assert not kernels.gathers(g, operands(i=2049)[0], indices), "the product is the greater part"
@@ -65,7 +65,7 @@ def test_half_precision_goes_to_kernels_where_they_are_expected_to_win(on_gpu):
 @pytest.mark.parametrize(
     "reason", ["off", "not installed", "float64", "unequal dtypes", "records a gradient", "a subclass", "exporting"]
 )
-def test_everything_else_stays_with_pytorch(reason, on_gpu, monkeypatch):
+def test_all_other_cases_use_pytorch(reason, on_gpu, monkeypatch):
     x, g, indices = operands()
     if reason == "off":
         kernels.use_triton("0")
@@ -82,10 +82,10 @@ def test_everything_else_stays_with_pytorch(reason, on_gpu, monkeypatch):
     elif reason == "exporting":
         monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert not kernels.samples(x, g, indices) and not kernels.gathers(x, g, indices)
-    assert kernels.adds(x, g) == (reason == "unequal dtypes")  # values are float32 on a weight of any dtype
+    assert kernels.adds(x, g) == (reason == "unequal dtypes")  # a weight of any dtype may have float32 values
 
 
-def test_a_parameter_whose_gradient_is_not_recorded_goes_to_a_kernel(on_gpu):
+def test_a_parameter_uses_a_kernel_only_without_grad(on_gpu):
     weight, values = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(3))
     assert not kernels.adds(weight, values)
     with torch.no_grad():
@@ -93,14 +93,14 @@ def test_a_parameter_whose_gradient_is_not_recorded_goes_to_a_kernel(on_gpu):
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_devices_before_ampere_stay_with_pytorch(capability, expected, monkeypatch):
+def test_devices_before_ampere_use_pytorch(capability, expected, monkeypatch):
     properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", {1: properties}.__getitem__)
     tensor = types.SimpleNamespace(is_cuda=True, get_device=lambda: 1)
     assert kernels._on_gpu(tensor) == expected
 
 
-def test_a_wrong_mode_lists_the_right_ones():
+def test_an_unknown_mode_lists_the_valid_modes():
     with pytest.raises(ValueError, match=r"'on' says nothing .* FGGM_PEFT_TRITON or use_triton\(\) to '0'"):
         kernels.use_triton("on")
 
@@ -119,7 +119,7 @@ def test_the_environment_sets_the_mode(value, expected):
         assert result.stdout.strip() == expected
 
 
-# Compiling needs no device -------------------------------------------------------------------------
+# Compilation without a device ----------------------------------------------------------------------
 
 
 def compiled(kernel, config, constants, capability):
@@ -128,7 +128,7 @@ def compiled(kernel, config, constants, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = kernel.fn if hasattr(kernel, "configs") else kernel  # what the tuner wraps
+    function = kernel.fn if hasattr(kernel, "configs") else kernel  # the kernel inside the autotuner
     units = dict.fromkeys({"g_o", "x_i", "chosen_unit", "other_unit", "result_unit", "stride_i"}, 1)
     constants = {name: value for name, value in (units | constants).items() if name in function.arg_names}
     kinds = {"scale": "fp32", "indices": "*i32", "starts": "*i64"}
@@ -147,7 +147,7 @@ def compiled(kernel, config, constants, capability):
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_every_kernel_compiles_for_a_device_that_is_not_there(capability):
+def test_every_kernel_compiles_without_a_device(capability):
     pytest.importorskip("triton")
     from fggm_peft.core.triton import elements, tiles
 
@@ -164,14 +164,14 @@ def test_every_kernel_compiles_for_a_device_that_is_not_there(capability):
         assert ("BLOCK_COLUMNS" in constants) == (with_tensor_cores in program.asm["ptx"])
 
 
-def test_the_benchmark_says_that_it_needs_a_device():
+def test_the_benchmark_without_a_device_raises_an_error():
     command = [sys.executable, str(TESTS.parent / "benchmarks" / "gpu_kernels.py")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS.parent)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "This needs a CUDA device" in result.stderr
 
 
-def test_the_page_on_gpus_has_the_switch_and_its_points(monkeypatch):
+def test_the_page_on_gpus_documents_the_switch_points(monkeypatch):
     monkeypatch.setattr(kernels, "_mode", "1")
     page = (TESTS.parent / "docs" / "gpu.md").read_text()
     names: dict = {}

@@ -21,7 +21,7 @@ from fggm_peft.core.linear import (
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(5, 7), (8, 3), (1, 6), (6, 1), (16, 16)]
-INPUTS = [(), (4,), (2, 3), (2, 1, 3), (0,)]  # what stands before the features
+INPUTS = [(), (4,), (2, 3), (2, 1, 3), (0,)]  # leading dimensions of the input
 
 
 def run_effective(x, weight, bias, deltas):
@@ -50,7 +50,7 @@ def counts(name, shape):
 
 
 def outputs_and_gradients(form, x, weight, bias, deltas, g):
-    """Output, then the gradients of x, of the bias and of each delta's values; each a fresh leaf."""
+    """Output and gradients of x, of the bias and of the values of each delta; all are new leaf tensors."""
     x = x.detach().requires_grad_()
     bias = None if bias is None else bias.detach().requires_grad_()
     leaves = [leaf for leaf in (x, bias, *(d.values for d in deltas)) if leaf is not None]
@@ -76,7 +76,7 @@ def assert_like_dense(form, x, weight, bias, deltas):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS_OF_ONE)
-def test_forward_and_every_gradient_agree_with_dense(form, dtype, granularity, make_delta):
+def test_forward_and_all_gradients_agree_with_dense(form, dtype, granularity, make_delta):
     values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for shape in SHAPES:
         for k in counts(granularity, shape):
@@ -108,7 +108,7 @@ def test_input_weight_and_output_gradient_may_be_strided(form, granularity, make
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_several_deltas_of_any_kind_add_up_each_with_its_scale(form, make_delta):
+def test_several_deltas_of_any_granularity_add_up_with_their_scales(form, make_delta):
     shape = (8, 6)
     deltas = [
         make_delta(name, shape, 1 + position % 4, torch.float64, scale=scale, seed=position)
@@ -143,7 +143,7 @@ def test_random_shapes_and_supports_agree_with_dense(form, data, make_delta):
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_random_shapes_and_supports_agree_with_dense_where_the_product_is_split(data, make_delta):
+def test_split_products_of_random_shapes_and_supports_agree_with_dense(data, make_delta):
     shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
     name, dtype = data.draw(st.sampled_from(SLICES)), data.draw(st.sampled_from(DTYPES))
     values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -156,9 +156,7 @@ def test_random_shapes_and_supports_agree_with_dense_where_the_product_is_split(
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_effective_matrix_is_the_dense_sum_and_gives_the_values_their_entries(
-    dtype, transposed, granularity, make_delta
-):
+def test_the_effective_matrix_is_the_dense_sum_with_its_gradients(dtype, transposed, granularity, make_delta):
     shape = (5, 7)
     for k in counts(granularity, shape):
         deltas = [make_delta(granularity, shape, k, scale=0.5), make_delta(granularity, shape, 1, seed=1)]
@@ -178,7 +176,7 @@ def test_effective_matrix_is_the_dense_sum_and_gives_the_values_their_entries(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_effective_form_computes_exactly_what_the_merged_weight_gives(dtype, granularity, make_delta):
+def test_the_effective_form_equals_the_merged_weight_exactly(dtype, granularity, make_delta):
     deltas = [make_delta(granularity, (16, 12), 7, scale=0.01), make_delta(granularity, (16, 12), 5, seed=1)]
     x, weight, bias = torch.randn(6, 12).to(dtype), torch.randn(16, 12).to(dtype), torch.randn(16).to(dtype)
     with torch.no_grad():
@@ -188,8 +186,8 @@ def test_the_effective_form_computes_exactly_what_the_merged_weight_gives(dtype,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SLICES)
-def test_a_split_product_is_taken_with_the_entries_of_the_merged_weight(name, dtype, make_delta):
-    """With unit vectors every sum has one term, so nothing but the entries themselves can differ."""
+def test_a_split_product_uses_the_entries_of_the_merged_weight(name, dtype, make_delta):
+    """With unit vectors as inputs, every sum has one term, so the outputs are the entries themselves."""
     delta = make_delta(name, (16, 12), 5, scale=0.01)
     weight = torch.randn(16, 12).to(dtype)
     before, x = weight.clone(), torch.eye(12, dtype=dtype)
@@ -202,7 +200,7 @@ def test_a_split_product_is_taken_with_the_entries_of_the_merged_weight(name, dt
     assert torch.equal(weight, before)
 
 
-def test_splitting_pays_for_few_positions_on_few_units_and_never_for_single_entries(make_delta):
+def test_products_are_split_only_for_few_positions_on_few_rows_or_columns(make_delta):
     shape, few = (512, 512), 26  # 5 %
     row, column, element = (make_delta(name, shape, few) for name in ("row", "column", "element"))
     assert pays_to_split(row, shape, 100) and pays_to_split(column, shape, 100)
@@ -211,7 +209,7 @@ def test_splitting_pays_for_few_positions_on_few_units_and_never_for_single_entr
     assert not pays_to_split(element, shape, 1)
 
 
-def test_a_weight_that_is_wider_or_narrower_than_the_input_is_taken_in_the_inputs_dtype(granularity, make_delta):
+def test_a_weight_of_another_dtype_is_converted_to_the_dtype_of_the_input(granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3)
     x, weight = torch.randn(4, 7).bfloat16(), torch.randn(5, 7)
     y = effective_linear(x, weight.clone, None, [delta])
@@ -220,7 +218,7 @@ def test_a_weight_that_is_wider_or_narrower_than_the_input_is_taken_in_the_input
     assert torch.equal(y, F.linear(x, merged.bfloat16()))
 
 
-def test_the_effective_form_keeps_nothing_as_large_as_the_weight(granularity, make_delta):
+def test_the_effective_form_saves_no_tensor_as_large_as_the_weight(granularity, make_delta):
     delta = make_delta(granularity, (64, 48), 2)
     x, weight, kept = torch.randn(3, 48, requires_grad=True), torch.randn(64, 48), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -231,8 +229,8 @@ def test_the_effective_form_keeps_nothing_as_large_as_the_weight(granularity, ma
 
 @pytest.mark.parametrize("form", FORMS_OF_ONE)
 @pytest.mark.parametrize("k, kept", [(0, 0), (7, 7), (16, 16), (17, 48), (48, 48)])
-def test_few_columns_keep_their_own_inputs_only(k, kept, form, make_delta):
-    """The key's and the value's layer have the same input: beyond a third, parts would be more than the whole."""
+def test_few_columns_save_only_their_own_inputs(k, kept, form, make_delta):
+    """Layers such as key and value share one input: beyond a third of it, separate copies would need more memory."""
     delta = make_delta("column", (64, 48), k)
     x, sizes = torch.randn(50, 48, requires_grad=True), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.shape) and t, lambda t: t):
@@ -240,7 +238,7 @@ def test_few_columns_keep_their_own_inputs_only(k, kept, form, make_delta):
     assert sum(shape[1] for shape in sizes.values() if shape[0] == 50) == kept
 
 
-def test_the_weight_is_asked_for_in_backward_only_if_the_input_wants_a_gradient(make_delta):
+def test_backward_reads_the_weight_only_if_the_input_requires_grad(make_delta):
     calls = []
 
     def source():
@@ -256,7 +254,7 @@ def test_the_weight_is_asked_for_in_backward_only_if_the_input_wants_a_gradient(
 
 
 @pytest.mark.parametrize("form", FORMS_OF_ONE)
-def test_a_frozen_delta_counts_but_gets_no_gradient_and_keeps_no_input(form, granularity, make_delta):
+def test_a_frozen_delta_is_added_but_gets_no_gradient_and_saves_no_input(form, granularity, make_delta):
     delta = make_delta(granularity, (64, 48), 3)
     delta.values.requires_grad_(False)
     x, weight, kept = torch.randn(50, 48, requires_grad=True), torch.randn(64, 48), []
@@ -270,7 +268,7 @@ def test_a_frozen_delta_counts_but_gets_no_gradient_and_keeps_no_input(form, gra
     assert relative_error(x.grad, torch.autograd.grad(wanted.sum(), x)[0]) < TOLERANCE[torch.float32]
 
 
-def test_the_additive_form_leaves_the_base_output_alone(granularity, make_delta):
+def test_the_additive_form_does_not_change_the_base_output(granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3)
     base = torch.randn(4, 5)
     before = base.clone()
@@ -278,7 +276,7 @@ def test_the_additive_form_leaves_the_base_output_alone(granularity, make_delta)
     assert torch.equal(base, before)
 
 
-def test_differentiating_twice_is_refused(granularity, make_delta):
+def test_second_derivatives_raise_an_error(granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3, torch.float64)
     weight = torch.randn(5, 7, dtype=torch.float64)
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)

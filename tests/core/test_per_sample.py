@@ -1,4 +1,4 @@
-"""Squared per-sample gradients against one sample, and one position, at a time in float64."""
+"""Squared per-sample gradients against a float64 loop over single samples and positions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def halves(gradients, granularity, units, half=HALF):
 
 
 def naive_halves(weight_gradients, granularity, half=HALF):
-    """From ``[b, o, i]`` float64."""
+    """Scores from per-sample gradients ``[b, o, i]`` float64."""
     scores = unit_scores(granularity, weight_gradients.square())
     return torch.stack([scores[half == which].sum(0) for which in (0, 1)])
 
@@ -47,8 +47,8 @@ def units(granularity, o, i):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("t", [1, 2, 3, 40])
-def test_linear_scores_agree_with_the_naive_loop_in_both_halves(granularity, t, dtype):
-    o, i = 6, 5  # t = 2 is the last with the Gram form: 2 * 11 < 30
+def test_linear_scores_agree_with_the_naive_loop_on_both_sides_of_the_switch(granularity, t, dtype):
+    o, i = 6, 5  # t = 2 is the largest length with the Gram form: 2 * 11 < 30
     x, g = torch.randn(5, t, i).to(dtype), torch.randn(5, t, o).to(dtype)
     assert gram_is_cheaper(t, o, i) == (t <= 2)
     actual = halves(LinearGradients(x, g), granularity, units(granularity, o, i))
@@ -58,7 +58,7 @@ def test_linear_scores_agree_with_the_naive_loop_in_both_halves(granularity, t, 
 
 
 @pytest.mark.parametrize("t", [1, 4, 25])
-def test_the_gram_and_the_direct_form_give_the_same(t, monkeypatch):
+def test_the_gram_form_and_the_direct_form_agree(t, monkeypatch):
     x, g = torch.randn(3, t, 7, dtype=torch.float64), torch.randn(3, t, 9, dtype=torch.float64)
     expected = per_sample_gradients(x, g).square()
     for use_gram in (True, False):
@@ -73,9 +73,9 @@ def test_the_gram_and_the_direct_form_give_the_same(t, monkeypatch):
     t=st.sampled_from([1, 2, 9, 127, 128, 131, 200]),
     spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
 )
-def test_the_digest_of_an_input_gives_the_scores_whatever_part_of_the_gradient_is_zero(t, spans):
+def test_scores_from_an_input_digest_are_correct_for_any_zero_part_of_the_gradient(t, spans):
     x, g = torch.randn(len(spans), t, 5, dtype=torch.float64), torch.randn(len(spans), t, 3, dtype=torch.float64)
-    for sample, (start, end) in enumerate(spans):  # an empty span leaves nothing
+    for sample, (start, end) in enumerate(spans):  # an empty span makes the whole gradient zero
         g[sample, : round(start * t)] = 0
         g[sample, round(end * t) :] = 0
     digest = GramDigest(x)
@@ -87,16 +87,16 @@ def test_the_digest_of_an_input_gives_the_scores_whatever_part_of_the_gradient_i
 @example(t=127, o=254, i=254, layers=1)
 @example(t=128, o=160, i=160, layers=1)
 @example(t=128, o=161, i=160, layers=1)
-def test_the_gram_form_is_taken_when_it_multiplies_less(t, o, i, layers):
-    # per sample and layer: x @ x.mT, computed once for all of them, and its product with g, against g.mT @ x. Of the
-    # Gram matrix in four blocks a side, ten of sixteen are formed
+def test_the_gram_form_is_used_when_it_needs_fewer_multiplications(t, o, i, layers):
+    # cost of one sample and layer: x @ x.mT (shared by all layers) and its product with g, against g.mT @ x; ten of the
+    # sixteen blocks of the Gram matrix are computed
     square = 16 * t * t if t < 128 else 10 * t * t
     assert gram_is_cheaper(t, o, i, layers) == (square * i + layers * square * o < layers * 16 * t * o * i)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("t", [1, 127, 128, 130])
-def test_blocks_of_the_lower_triangle_give_the_whole_quadratic_form(t, dtype):
+def test_blocks_of_the_lower_triangle_give_the_full_quadratic_form(t, dtype):
     x, g = torch.randn(2, t, 7).to(dtype), torch.randn(2, t, 5).to(dtype)
     blocks = GramMatrix()(x)
     assert (len(blocks), blocks[0].start, blocks[-1].end) == (4 if t >= 128 else 1, 0, t)
@@ -117,8 +117,8 @@ def test_scores_agree_with_autograd_on_both_sides_of_every_switch(t, o, i):
 
 
 @pytest.mark.parametrize("size", [0, 8 * 5 * 4, 8 * 5 * 4 + 1, 8 * 5 * 7])
-def test_a_matrix_in_pieces_of_any_size_gives_the_same(granularity, size, monkeypatch):
-    monkeypatch.setattr(per_sample, "_CHUNK_BYTES", size)  # 3 rows (as many as positions), 4, 4 and all 7 at once
+def test_the_chunk_size_does_not_change_the_scores(granularity, size, monkeypatch):
+    monkeypatch.setattr(per_sample, "_CHUNK_BYTES", size)  # chunks of 3 (the number of positions), 4, 4 and all 7 rows
     monkeypatch.setattr(per_sample, "gram_is_cheaper", lambda *args: False)
     x, g = torch.randn(5, 3, 5, dtype=torch.float64), torch.randn(5, 3, 7, dtype=torch.float64)
     expected = naive_halves(per_sample_gradients(x, g), granularity)
@@ -132,14 +132,14 @@ def test_positions_without_a_gradient_change_nothing(spans, gap):
     x, g = torch.randn(b, t, i, dtype=torch.float64), torch.randn(b, t, o, dtype=torch.float64)
     for sample, (start, end) in enumerate(spans):
         g[sample, :start], g[sample, end:] = 0, -0.0
-    g[:, :, 0] *= not gap  # a feature without a gradient is not a position without one
+    g[:, :, 0] *= not gap  # a zero feature does not make a position zero
     half = torch.arange(b) % 2
     for name in GRANULARITIES:
         expected = naive_halves(per_sample_gradients(x, g), name, half)
         assert relative_error(halves(LinearGradients(x, g), name, units(name, o, i), half), expected) < FLOAT32
 
 
-def test_padding_at_either_end_is_left_out_of_the_products():
+def test_padding_at_either_end_is_excluded_from_the_products():
     x, g = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
     g[0, 5:], g[1, :6], g[2] = 0, 0, 0
     parts = per_sample._by_length(x, g)
@@ -148,7 +148,7 @@ def test_padding_at_either_end_is_left_out_of_the_products():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_not_left_out(value, granularity):
+def test_non_finite_gradients_are_not_excluded(value, granularity):
     x, g = torch.ones(2, 4, 3), torch.zeros(2, 4, 5)
     g[1, 2, 3] = value
     actual = halves(LinearGradients(x, g), granularity, units(granularity, 5, 3), torch.tensor([0, 1]))
@@ -173,7 +173,7 @@ def test_squares_of_small_bf16_gradients_do_not_underflow():
     assert relative_error(gradients.column_scores(), expected.sum(1)) < FLOAT32
 
 
-def test_scores_are_added_to_what_is_there(granularity):
+def test_scores_are_added_in_place(granularity):
     x, g = torch.randn(5, 3, 4), torch.randn(5, 3, 6)
     once = halves(LinearGradients(x, g), granularity, units(granularity, 6, 4))
     twice = once.clone()
@@ -181,14 +181,14 @@ def test_scores_are_added_to_what_is_there(granularity):
     torch.testing.assert_close(twice, 2 * once)
 
 
-def test_layers_with_one_input_share_its_gram_matrix_which_is_forgotten_when_they_are_done():
+def test_layers_share_the_gram_matrix_of_their_input_until_all_are_done():
     x, other, gram = torch.randn(2, 3, 8), torch.randn(2, 3, 8), GramMatrix(shared_by=2)
     torch.testing.assert_close(gram(x)[0].products, x @ x.mT)
     assert gram(x) is gram(x)
     torch.testing.assert_close(gram(other)[0].products, other @ other.mT)
     gram.done()
     assert len(gram._known) == 2
-    gram.done()  # a layer may be done without having asked
+    gram.done()  # a layer may finish without using the Gram matrix
     assert not gram._known
 
 
@@ -226,7 +226,7 @@ each_convolution = pytest.mark.parametrize(("build", "size"), CONVOLUTIONS.value
 
 
 @each_convolution
-def test_unfolded_patches_times_the_weight_are_the_convolution(build, size):
+def test_unfolded_patches_times_the_weight_give_the_convolution(build, size):
     layer, x = build().double(), torch.randn(2, *size, dtype=torch.float64)
     patches = unfold_convolution(layer, x)
     weight = layer.weight.flatten(1).unflatten(0, (layer.groups, -1))  # [groups, o, i]
@@ -250,7 +250,7 @@ def test_convolution_scores_agree_with_autograd_per_sample(build, size, granular
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_grouped_gradients_take_wide_and_narrow_inputs(granularity, dtype):
+def test_grouped_gradients_accept_every_dtype(granularity, dtype):
     x, g = torch.randn(5, 4, 3, 2).to(dtype), torch.randn(5, 4, 3, 5).to(dtype)
     expected = torch.cat([per_sample_gradients(x[:, :, q], g[:, :, q]) for q in range(3)], 1)
     actual = halves(GroupedGradients(x, g), granularity, units(granularity, 15, 2))
@@ -262,10 +262,10 @@ def test_grouped_gradients_take_wide_and_narrow_inputs(granularity, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
-def test_embedding_scores_sum_a_repeated_tokens_gradients_before_squaring(granularity, index_dtype, dtype):
+def test_embedding_scores_sum_the_gradients_of_a_repeated_token_before_squaring(granularity, index_dtype, dtype):
     tokens = torch.tensor([[0, 3, 3, 3], [3, 0, 1, 0], [6, 6, 6, 6], [2, 1, 0, 3], [5, 5, 2, 2]], dtype=index_dtype)
     g = torch.randn(5, 4, 3).to(dtype)
-    expected = per_sample_gradients(F.one_hot(tokens.long(), 7), g).mT  # a table is [tokens, features]
+    expected = per_sample_gradients(F.one_hot(tokens.long(), 7), g).mT  # an embedding table is [tokens, features]
     actual = halves(EmbeddingGradients(tokens, g, 7), granularity, units(granularity, 7, 3))
     assert actual.dtype == torch.float32
     assert relative_error(actual, naive_halves(expected, granularity)) < FLOAT32

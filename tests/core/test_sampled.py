@@ -1,4 +1,4 @@
-"""Sparse products in stock operators against dense ones, on both sides of the density switch."""
+"""Sparse products with PyTorch operators against dense products, on both sides of the density switch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def by_pairs(product):
-    """A sampled product by (row, column) pairs, in the signature of the one by flat indices."""
+    """Adapts a product sampled at (row, column) pairs to the signature with flat indices."""
     return lambda x, g, indices: product(x, g, indices // x.shape[1], indices % x.shape[1])
 
 
@@ -35,7 +35,7 @@ def some(total, k, seed=0, dtype=torch.int32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_algorithm
-def test_the_chosen_entries_of_a_product_agree_with_dense(algorithm, dtype):
+def test_sampled_entries_of_a_product_agree_with_dense(algorithm, dtype):
     o, i = 20, 30
     for k in (0, 1, 7, 30, 31, 60, 599, 600):  # 30 is 5 %, the switch of float32
         indices = some(o * i, k, seed=k)
@@ -62,7 +62,7 @@ def test_any_shape_and_support_agrees_with_dense(algorithm, data, o, i, n):
 
 
 @each_algorithm
-def test_strided_inputs_are_read_as_they_are(algorithm):
+def test_strided_inputs_are_supported(algorithm):
     x, g = torch.randn(6, 5, dtype=torch.float64).T, torch.randn(4, 5, dtype=torch.float64).T
     for k in (1, 24):
         indices = some(24, k)
@@ -71,7 +71,7 @@ def test_strided_inputs_are_read_as_they_are(algorithm):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_density_alone_decides_which_algorithm_runs(dtype, monkeypatch):
+def test_only_the_density_decides_which_algorithm_runs(dtype, monkeypatch):
     ran = []
     monkeypatch.setattr(sampled, "bag_sampled_product", lambda x, g, r, c: ran.append("bag"))
     monkeypatch.setattr(sampled, "dense_chunks", lambda x, g, i: ran.append("chunks"))
@@ -83,7 +83,7 @@ def test_the_density_alone_decides_which_algorithm_runs(dtype, monkeypatch):
     assert ran == ["bag", "bag", "chunks", "chunks"] * 2
 
 
-def test_a_torch_without_the_private_operator_uses_public_ones(monkeypatch):
+def test_without_torchs_private_operator_public_operators_are_used(monkeypatch):
     without = types.SimpleNamespace(**{name: getattr(torch, name) for name in ("cat", "float32", "promote_types")})
     without.ops = types.SimpleNamespace(aten=types.SimpleNamespace())
     monkeypatch.setattr(sampled, "torch", without)
@@ -93,11 +93,11 @@ def test_a_torch_without_the_private_operator_uses_public_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 3, 7, 100])
-def test_chunks_of_any_size_give_the_same(rows_per_chunk, monkeypatch):
+def test_the_chunk_size_does_not_change_the_result(rows_per_chunk, monkeypatch):
     x, g = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 13, dtype=torch.float64)
     monkeypatch.setattr(sampled, "_CHUNK_ENTRIES", rows_per_chunk * 6)
     monkeypatch.setattr(sampled, "_GATHER_ENTRIES", rows_per_chunk * 5)
-    # rows 4 to 6 are left empty
+    # rows 4 to 6 stay empty
     indices = torch.cat([torch.arange(20), torch.arange(50, 78)])
     dense = (g.T @ x).view(-1)[indices]
     for algorithm in (ALGORITHMS["chunks"], ALGORITHMS["dots"]):
@@ -105,7 +105,7 @@ def test_chunks_of_any_size_give_the_same(rows_per_chunk, monkeypatch):
 
 
 @each_algorithm
-def test_int32_indices_reach_the_last_row_of_the_largest_weight_that_has_them(algorithm):
+def test_int32_indices_can_address_the_last_row_of_their_largest_weight(algorithm):
     o, i = 32767, 65536  # the next row would end at 2**31
     x, g = torch.rand(1, i), torch.rand(1, o)
     indices = torch.tensor([5, (o - 1) * i + 7, o * i - 1], dtype=torch.int32)
@@ -126,7 +126,7 @@ def test_add_sparse_product_adds_the_product_with_the_sparse_matrix(dtype):
         assert relative_error(y, expected) < TOLERANCE[dtype]
 
 
-def test_add_sparse_product_leaves_outputs_without_entries_alone():
+def test_add_sparse_product_does_not_change_outputs_without_entries():
     y = torch.randn(4, 6)
     before = y.clone()
     sampled.add_sparse_product_(

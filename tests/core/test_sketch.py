@@ -1,4 +1,4 @@
-"""Sketched row and column scores against the exact ones, in the mean, in their spread and in what they choose."""
+"""Sketched row and column scores against exact scores: mean, variance and selected units."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with_units = pytest.mark.parametrize("granularity", ["row", "column"])
 
 
 def inputs(dtype=torch.float32, b: int = 3):
-    """Rows and columns whose scores differ, and features that are not independent of each other."""
+    """Correlated inputs and gradients with unequal scores of rows and columns."""
     generator = torch.Generator().manual_seed(1)
     o, i, t = SIZES["o"], SIZES["i"], SIZES["t"]
     x = torch.randn(b, t, 4, generator=generator) @ torch.randn(4, i, generator=generator)
@@ -58,7 +58,7 @@ def exact(x, g, granularity: str):
 
 
 @with_units
-def test_the_mean_over_seeds_is_the_exact_score_and_the_spread_is_that_of_random_signs(granularity):
+def test_the_mean_over_seeds_is_the_exact_score_with_the_variance_of_random_signs(granularity):
     x, g = inputs()
     size, seeds = 4, 2000
     matrices = per_sample_gradients(x, g)
@@ -68,14 +68,14 @@ def test_the_mean_over_seeds_is_the_exact_score_and_the_spread_is_that_of_random
     variance = 2 / size * (vectors.square().sum(2).square() - vectors.pow(4).sum(2))
     found = torch.stack([sketched(x, g, granularity, seed, size) for seed in range(seeds)]).double()
     deviations = (found.mean(0) - expected) / (variance / seeds).sqrt()
-    # 72 (60) numbers of a normal distribution, nearly: beyond 4.5 is one chance in two thousand
+    # 72 (60) nearly normal numbers: one exceeds 4.5 with a probability of 1 in 2000
     assert deviations.abs().max() < 4.5
-    # the table of signs is common to a pass, so the spread is judged over all seeds
+    # all samples of a pass share one table of signs, so the variance is tested over all seeds
     torch.testing.assert_close(found.var(0).mean(), variance.mean(), rtol=0.1, atol=0)
 
 
 @with_units
-def test_the_variance_falls_as_one_over_the_number_of_projections(granularity):
+def test_the_variance_is_inversely_proportional_to_the_number_of_projections(granularity):
     x, g = inputs()
     variances = {}
     for size in (2, 4, 8):
@@ -87,7 +87,7 @@ def test_the_variance_falls_as_one_over_the_number_of_projections(granularity):
 
 @with_units
 def test_errors_of_different_samples_are_not_correlated(granularity):
-    """The same sample eight times: the mean of the estimates has an eighth of the variance of one."""
+    """For eight copies of a sample, the mean estimate has an eighth of the variance of one estimate."""
     x, g = (tensor[:1].expand(8, -1, -1) for tensor in inputs())
     errors = torch.stack([sketched(x, g, granularity, seed) for seed in range(500)]).double()
     errors = errors - exact(x, g, granularity)
@@ -97,7 +97,7 @@ def test_errors_of_different_samples_are_not_correlated(granularity):
 @with_units
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bit_inputs_are_accumulated_in_float32(granularity, dtype):
-    """The estimate from rounded inputs is that from the same numbers in float64, to float32's precision."""
+    """The estimate from 16-bit inputs equals the estimate from the same numbers in float64, up to float32 precision."""
     x, g = inputs(dtype)
     found = sketched(x, g, granularity)
     assert found.dtype == torch.float32
@@ -112,7 +112,7 @@ def test_squares_of_small_gradients_do_not_underflow(granularity):
     assert relative_error(sketched(x, small, granularity), expected) < 1e-6
 
 
-# Where the exact form is taken -------------------------------------------------------------------
+# The switch to exact scores ----------------------------------------------------------------------
 
 
 @given(
@@ -122,7 +122,7 @@ def test_squares_of_small_gradients_do_not_underflow(granularity):
     size=st.integers(1, 64),
     layers=st.sampled_from([1, 2, 4]),
 )
-def test_a_sketch_is_taken_when_it_multiplies_less(t, o, i, size, layers):
+def test_a_sketch_is_used_when_it_needs_fewer_multiplications(t, o, i, size, layers):
     gram = t * t * i + layers * t * t * o  # per sample, for all layers with this input
     direct = layers * t * o * i
     assert sketch_is_cheaper(t, o, i, size, layers) == (size * t * i + layers * size * t * o < min(gram, direct))
@@ -130,7 +130,7 @@ def test_a_sketch_is_taken_when_it_multiplies_less(t, o, i, size, layers):
 
 @with_units
 @pytest.mark.parametrize("t", [16, 17])
-def test_at_the_boundary_the_scores_are_exact_and_beyond_it_estimated(granularity, t):
+def test_scores_are_exact_up_to_the_switch_and_estimated_beyond(granularity, t):
     x, g = torch.randn(2, t, 64), torch.randn(2, t, 80)
     error = relative_error(sketched(x, g, granularity, size=16), exact(x, g, granularity))
     assert error < 1e-5 if t == 16 else error > 1e-2
@@ -141,11 +141,11 @@ def test_narrow_weights_are_scored_exactly():
     assert relative_error(sketched(x, g, "row", size=16), exact(x, g, "row")) < 1e-5
 
 
-# What is drawn -----------------------------------------------------------------------------------
+# Random numbers ----------------------------------------------------------------------------------
 
 
 @with_units
-def test_scores_depend_on_seed_place_and_sample_and_on_nothing_else(granularity):
+def test_scores_depend_only_on_seed_module_and_sample(granularity):
     x, g = inputs()
     once = sketched(x, g, granularity)
     assert torch.equal(once, sketched(x, g, granularity))
@@ -155,13 +155,13 @@ def test_scores_depend_on_seed_place_and_sample_and_on_nothing_else(granularity)
     torch.testing.assert_close(once, alone, rtol=1e-5, atol=0)
 
 
-def test_nothing_is_drawn_from_torchs_own_generator():
+def test_torchs_global_generator_is_not_used():
     before = torch.random.get_rng_state()
     sketched(*inputs(), "row")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_layers_with_one_input_share_its_projection(monkeypatch):
+def test_layers_share_the_projection_of_their_input(monkeypatch):
     x, g = inputs()
     sketch, gram = Sketch(4, 0), GramMatrix(shared_by=2)
     products = []
@@ -199,7 +199,7 @@ def mean_scores(build, batches, granularity, seeds=40, log_likelihood=None, **co
 
 
 def assert_unbiased(found, expected, sketched_names=None):
-    """Every module's mean is within its own standard error of the exact score; those named have an error at all."""
+    """Check that the mean of each module is within its standard error, which is positive for the sketched modules."""
     for name, scores in found.items():
         scores = scores.double()
         is_sketched = bool((scores.var(0) > 0).any())
@@ -222,7 +222,7 @@ def test_the_pass_is_unbiased_with_padding_and_left_padded_nan(granularity, padd
 
 
 @with_units
-def test_conv1d_is_sketched_and_an_embedding_exact(granularity):
+def test_conv1d_is_sketched_and_embeddings_are_exact(granularity):
     targets = {"target_modules": ["c_attn", "c_fc", "wte"]}
     batches = token_batches(padding="right", length=12)
     expected = fisher_scores(adapted(gpt2(), granularity, **targets), batches)
@@ -231,7 +231,7 @@ def test_conv1d_is_sketched_and_an_embedding_exact(granularity):
 
 
 class Convolutions(nn.Module):
-    """A plain and a grouped convolution over images that the tokens stand for."""
+    """A plain and a grouped convolution over images made from tokens."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ class Convolutions(nn.Module):
 
 
 @with_units
-def test_a_convolution_is_sketched_and_a_grouped_one_exact(granularity):
+def test_convolutions_are_sketched_and_grouped_convolutions_are_exact(granularity):
     targets = {"target_modules": ["plain", "grouped"]}
     batches = class_batches()
     expected = fisher_scores(adapted(Convolutions(), granularity, **targets), batches, class_log_likelihood)
@@ -255,10 +255,10 @@ def test_a_convolution_is_sketched_and_a_grouped_one_exact(granularity):
 
 
 @with_units
-def test_a_layer_called_twice_is_sketched_as_one(granularity, monkeypatch):
+def test_a_layer_called_twice_is_sketched_as_one_layer(granularity, monkeypatch):
     targets = {"target_modules": ["shared"]}
     batches = class_batches()
-    # 4 projections are not fewer operations than the whole gradient of 8 x 8
+    # 4 projections do not need fewer operations than the full gradient of 8 x 8
     monkeypatch.setattr(data_pass, "SKETCH_SIZE", 2)
     config = {**targets, **SKETCH}
     expected = fisher_scores(adapted(Twice(), granularity, **targets), batches, class_log_likelihood)
@@ -283,13 +283,13 @@ def assert_same(a, b):
 
 
 @with_units
-def test_the_same_seed_chooses_the_same_and_another_seed_does_not(granularity):
+def test_the_seed_determines_the_support(granularity):
     assert_same(support(granularity), support(granularity))
     other = support(granularity, seed=1)
     assert any(not torch.equal(indices, other[name]) for name, indices in support(granularity).items())
 
 
-def test_the_choice_depends_neither_on_the_batches_nor_on_other_modules():
+def test_the_support_does_not_depend_on_batches_or_other_modules():
     whole = token_batches(sizes=(8,), length=14)[0]
     batches = [
         [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, 8, size)] for size in (1, 4)
@@ -302,7 +302,7 @@ def test_the_choice_depends_neither_on_the_batches_nor_on_other_modules():
 
 @with_units
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_and_groups_of_modules_choose_the_same(granularity, use_reentrant):
+def test_gradient_checkpointing_and_groups_of_modules_do_not_change_the_support(granularity, use_reentrant):
     plain = support(granularity)
     assert_same(plain, support(granularity, checkpointing=use_reentrant))
     bytes_of_one = 2 * 4 * 96
@@ -325,14 +325,14 @@ def test_labels_of_the_model_and_a_reference_are_sketched_too():
     assert any(not torch.equal(indices, drawn[2][name]) for name, indices in drawn[0].items())
 
 
-def test_the_pass_leaves_the_random_state():
+def test_the_pass_does_not_change_the_random_state():
     model = adapted(llama(), **SKETCH)
     state = torch.random.get_rng_state()
     select_parameters(model, token_batches(length=14), progress=False)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# What it is worth --------------------------------------------------------------------------------
+# Quality -----------------------------------------------------------------------------------------
 
 
 def choices(model, batches) -> dict[str, Choice]:
@@ -351,7 +351,7 @@ def trained_llama():
 
 
 @with_units
-def test_a_sketch_agrees_with_the_exact_choice_better_than_other_data_does(granularity):
+def test_a_sketch_agrees_with_the_exact_support_better_than_other_data(granularity):
     state = trained_llama().state_dict()
 
     def choose(batches, **config):
@@ -380,12 +380,12 @@ def test_a_sketch_agrees_with_the_exact_choice_better_than_other_data_does(granu
         ({"fisher_estimate": "rough"}, "fisher_estimate must be one of 'exact', 'sketch', got 'rough'"),
     ],
 )
-def test_what_has_no_sketch_is_refused_when_the_config_is_made(arguments, message):
+def test_the_config_rejects_settings_without_a_sketch(arguments, message):
     with pytest.raises(ValueError, match=message):
         FGGMConfig(**{"fisher_estimate": "sketch", **arguments})
 
 
-def test_every_granularity_has_a_sketch_or_refuses_one():
+def test_every_granularity_supports_or_rejects_a_sketch():
     for name in GRANULARITIES:
         if name == "element":
             continue

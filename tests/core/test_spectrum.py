@@ -1,4 +1,4 @@
-"""A spectrum is what a sort would give, to within its bins."""
+"""A spectrum agrees with sorting, up to the width of its bins."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from fggm_peft.core.spectrum import SHARES, spectrum
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 99), st.sampled_from([0.3, 1.0, 8.0]), st.sampled_from([0.0, 0.5]))
-def test_it_is_the_sorted_scores_over_their_mean(units, seed, power, zeros):
+def test_the_spectrum_contains_the_sorted_scores_over_their_mean(units, seed, power, zeros):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(units, generator=generator) ** power * (torch.rand(units, generator=generator) >= zeros)
     for found, exact in zip(spectrum(scores), sorted_spectrum(scores), strict=True):
         assert 0.9915 * exact <= found <= 1.0006 * exact
 
 
-def test_scores_of_zero_and_of_minus_zero_are_zero():
+def test_zero_and_negative_zero_scores_are_zero():
     assert spectrum(torch.zeros(5)) == [0.0] * len(SHARES)
     assert spectrum(torch.tensor([-0.0, 1.0, 0.0]))[-1] == 0.0
 
 
-def test_its_shares_begin_with_the_best_and_end_with_the_worst():
+def test_the_shares_begin_with_the_best_and_end_with_the_worst_unit():
     assert len(SHARES) == 65 and (SHARES[0], SHARES[-1]) == (0.0, 1.0) and list(SHARES) == sorted(SHARES)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_what_is_no_score_is_refused(value):
+def test_invalid_scores_are_rejected(value):
     with pytest.raises(NonFiniteScoreError):
         spectrum(torch.tensor([1.0, value]))

@@ -1,4 +1,4 @@
-"""What a pass gathers, against autograd in float64 and the model's own loss."""
+"""The statistics that a pass collects, against float64 autograd of the model's own loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fggm_peft.tuner.support import fggm_layers
 
 
 def gathered(model, batches, *statistics, log_likelihood=None):
-    """The means over all samples, (module, statistic) -> tensor."""
+    """(module, statistic) -> mean over all samples."""
     config = model.peft_config["default"]
     data = FisherPass(model, config, "default", batches, log_likelihood, progress=False, statistics=statistics)
     layers = fggm_layers(model, "default")
@@ -32,7 +32,7 @@ def assert_close(found, expected, tolerance=1e-4):
     torch.testing.assert_close(found.double().view(expected.shape), expected, rtol=1e-3, atol=scale * tolerance)
 
 
-def test_the_mean_gradient_is_that_of_the_mean_log_likelihood_of_a_sample():
+def test_the_mean_gradient_is_the_gradient_of_the_mean_log_likelihood():
     batches, plain = token_batches(), llama().eval()
     found = gathered(adapted(llama()), batches, "mean_gradient")
     for batch in batches:
@@ -43,8 +43,8 @@ def test_the_mean_gradient_is_that_of_the_mean_log_likelihood_of_a_sample():
 
 
 @pytest.mark.parametrize("use_cache_of_gradients", [False, True])
-def test_moments_of_inputs_and_magnitudes_of_outputs_are_means_over_real_positions(use_cache_of_gradients):
-    """With gradients gathered in the same pass, under checkpointing, every position counts once, too."""
+def test_input_moments_and_output_magnitudes_are_means_over_unpadded_positions(use_cache_of_gradients):
+    """Every position counts once, even if a pass with checkpointing also collects gradients."""
     batches, plain = token_batches(), llama().eval()
     model = adapted(llama(), "row")
     names = ("input_second_moment", "output_magnitude")
@@ -67,7 +67,7 @@ def test_moments_of_inputs_and_magnitudes_of_outputs_are_means_over_real_positio
         assert_close(found[name, "output_magnitude"], y.abs().mean(0))
 
 
-def test_the_sum_of_gradients_is_that_of_the_layer_itself(example, adapt):
+def test_the_sum_of_gradients_agrees_with_autograd_of_the_layer(example, adapt):
     layer = example.layer()
     model = adapt(copy.deepcopy(layer), zero=True)
     wrapped = model.base_model.model.layer
@@ -92,14 +92,14 @@ def test_a_layer_called_twice_adds_up_its_calls():
 
 
 @pytest.mark.parametrize(("criterion", "granularity"), [("input_ratio", "column"), ("output_magnitude", "row")])
-def test_embeddings_have_no_features_to_look_at(criterion, granularity):
+def test_criteria_of_input_features_reject_embeddings(criterion, granularity):
     model = adapted(llama(), granularity, criterion=criterion, target_modules=["embed_tokens", "q_proj"])
     reference = token_batches() if criterion == "input_ratio" else None
     with pytest.raises(ValueError, match=r"module model\.embed_tokens: .*leave it out of the targets"):
         select_parameters(model, token_batches(), reference=reference, progress=False)
 
 
-def test_convolutions_are_seen_as_the_patches_that_their_weight_multiplies():
+def test_the_inputs_of_convolutions_are_their_patches():
     class Image(nn.Module):
         def __init__(self):
             super().__init__()
@@ -119,7 +119,7 @@ def test_convolutions_are_seen_as_the_patches_that_their_weight_multiplies():
     assert_close(found["conv", "output_magnitude"], Image().double().conv(pixels).abs().mean((0, 2, 3)).detach())
 
 
-def test_every_statistic_says_how_long_it_is_and_how_many_entries_a_number_stands_for(granularity):
+def test_every_statistic_declares_its_length_and_entries_per_number(granularity):
     from fggm_peft.core.granularity import granularity_from
     from fggm_peft.core.statistics import ones
 

@@ -27,7 +27,7 @@ from fggm_peft.core.threshold import (
 
 quick = settings(max_examples=40, deadline=None)
 densities = st.sampled_from([0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 1.0])
-# a strategy for each policy's field; a policy that is not here is tried with its defaults
+# a strategy for the fields of each policy; policies without one use their defaults
 FIELDS = {
     "top_density": {"density": densities},
     "score_mass": {"fraction": densities},
@@ -35,13 +35,13 @@ FIELDS = {
     "absolute_score": {"value": st.sampled_from([0.0, 0.25, 1.0, 100.0])},
     "parameter_budget": {"count": st.integers(4, 40), "floor": st.sampled_from([0.0, 0.1, {"default": 0.25}])},
 }
-# few different values make many ties; 0.25 and its like are exact in every dtype, also divided by a cost of 2 or 4
+# few distinct values give many ties; multiples of 0.25 are exact in every dtype, also divided by a cost of 2 or 4
 numbers = st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0, 1.0, 3.0]) | st.integers(0, 200).map(float)
 
 
 @st.composite
 def scored_weights(draw, most=4, costs=(1, 2, 4)):
-    """Scores of some weights and what a unit of each costs."""
+    """Scores of several weights, and the cost of a unit of each weight."""
     scores = draw(st.lists(st.lists(numbers, min_size=1, max_size=12), min_size=1, max_size=most))
     return scores, [draw(st.sampled_from(costs)) for _ in scores]
 
@@ -59,7 +59,7 @@ def policies(draw, name):
 
 
 def fits(policy, scores, costs, most=None):
-    """Whether the policy accepts these weights: a budget must hold a unit, the floors, and not more than may move."""
+    """Whether the policy accepts these weights: a budget must cover one unit and the floors, and fit the weights."""
     if policy.name != "parameter_budget":
         return True
     share = policy.floor["default"] if isinstance(policy.floor, dict) else policy.floor
@@ -80,13 +80,13 @@ def spent(units: list[int], costs: list[int]) -> int:
 each_policy = pytest.mark.parametrize("name", list(POLICIES))
 
 
-# What every policy promises ----------------------------------------------------------------------
+# All policies ------------------------------------------------------------------------------------
 
 
 @quick
 @given(data=st.data(), weights=scored_weights())
 @each_policy
-def test_chosen_units_are_sorted_unique_positive_and_no_worse_than_the_rest(name, data, weights):
+def test_selected_units_are_sorted_unique_positive_and_not_below_the_rest(name, data, weights):
     scores, costs = weights
     policy = data.draw(policies(name))
     if not fits(policy, scores, costs):
@@ -100,7 +100,7 @@ def test_chosen_units_are_sorted_unique_positive_and_no_worse_than_the_rest(name
 @quick
 @given(data=st.data(), weights=scored_weights())
 @each_policy
-def test_the_dtype_of_the_scores_changes_nothing(name, data, weights):
+def test_the_dtype_of_the_scores_does_not_change_the_selection(name, data, weights):
     scores, costs = weights
     policy = data.draw(policies(name))
     if fits(policy, scores, costs):
@@ -113,7 +113,7 @@ def test_the_dtype_of_the_scores_changes_nothing(name, data, weights):
 @quick
 @given(data=st.data())
 @each_policy
-def test_the_order_of_the_weights_does_not_matter_where_no_scores_tie(name, data):
+def test_without_ties_the_order_of_the_weights_does_not_matter(name, data):
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=4))
     values = data.draw(st.permutations(range(1, sum(sizes) + 1)))
     costs = [4] * len(sizes)
@@ -128,7 +128,7 @@ def test_the_order_of_the_weights_does_not_matter_where_no_scores_tie(name, data
 @quick
 @given(data=st.data(), weights=scored_weights())
 @pytest.mark.parametrize("name", [name for name in POLICIES if "layer" in POLICIES[name].scopes])
-def test_layer_scope_looks_at_one_weight_at_a_time_and_not_at_its_cost(name, data, weights):
+def test_layer_scope_selects_in_each_weight_separately_and_ignores_the_cost(name, data, weights):
     scores, costs = weights
     fields = {field: data.draw(values) for field, values in FIELDS.get(name, {}).items()}
     policy = POLICIES[name](**fields, scope="layer")
@@ -155,18 +155,18 @@ def test_scores_must_be_finite_and_not_negative(name, bad):
 
 
 @each_policy
-def test_nothing_is_chosen_of_weights_whose_scores_are_all_zero(name):
+def test_weights_with_all_zero_scores_are_not_selected(name):
     policy = POLICIES[name]() if name != "parameter_budget" else ParameterBudget(count=2)
     for zero in (0.0, -0.0):
         assert choose(policy, [[zero, zero, zero], [zero]], [1, 1]) == [[], []]
 
 
-# What each promises ------------------------------------------------------------------------------
+# Single policies ---------------------------------------------------------------------------------
 
 
 @quick
 @given(scores=st.lists(numbers, min_size=1, max_size=30), k=st.integers(0, 35))
-def test_top_indices_are_those_of_sorting_with_ties_to_the_lower_index(scores, k):
+def test_top_indices_agree_with_sorting_and_ties_prefer_the_lower_index(scores, k):
     assert top_indices(torch.tensor(scores), k).tolist() == reference.top_k(scores, k)
 
 
@@ -190,7 +190,7 @@ def test_top_indices_of_a_large_weight_are_exact(count):
 
 @quick
 @given(weights=scored_weights(), density=densities)
-def test_top_density_keeps_that_share_of_each_weight(weights, density):
+def test_top_density_selects_its_share_of_each_weight(weights, density):
     scores, costs = weights
     expected = [reference.top_k(s, max(1, round(density * len(s)))) for s in scores]
     assert choose(TopDensity(density), scores, costs) == expected
@@ -198,7 +198,7 @@ def test_top_density_keeps_that_share_of_each_weight(weights, density):
 
 @quick
 @given(weights=scored_weights(), density=densities)
-def test_global_top_density_keeps_that_share_of_all_parameters(weights, density):
+def test_global_top_density_selects_its_share_of_all_parameters(weights, density):
     scores, costs = weights
     total = sum(len(s) * c for s, c in zip(scores, costs, strict=True))
     expected = reference.within_budget(scores, costs, round(density * total))
@@ -207,7 +207,7 @@ def test_global_top_density_keeps_that_share_of_all_parameters(weights, density)
 
 @quick
 @given(weights=scored_weights(), fraction=densities)
-def test_score_mass_keeps_the_smallest_set_that_holds_the_fraction(weights, fraction):
+def test_score_mass_selects_the_smallest_set_with_the_fraction(weights, fraction):
     scores, costs = weights
     expected = [reference.holding([s], [1], fraction)[0] for s in scores]
     assert choose(ScoreMass(fraction), scores, costs) == expected
@@ -216,18 +216,18 @@ def test_score_mass_keeps_the_smallest_set_that_holds_the_fraction(weights, frac
 
 @quick
 @given(weights=scored_weights(costs=(3, 41, 4097)), fraction=densities)
-def test_score_mass_does_the_same_where_dividing_by_the_cost_rounds(weights, fraction):
+def test_score_mass_is_correct_when_dividing_by_the_cost_rounds(weights, fraction):
     scores, costs = weights
     expected = [reference.holding([s], [1], fraction)[0] for s in scores]
     assert choose(ScoreMass(fraction), scores, costs) == expected
     for s, cost in zip(scores, costs, strict=True):
-        # the global scope ranks by score / cost in float32, which is what it can tell the fraction to
+        # the global scope ranks by score / cost in float32, so the fraction has float32 precision
         near = [reference.holding([s], [cost], fraction * f) for f in (1 - 2.0**-22, 1, 1 + 2.0**-22)]
         assert choose(ScoreMass(fraction, scope="global"), [s], [cost]) in near
 
 
 @pytest.mark.parametrize("cost", [1, 3, 41, 4097])
-def test_score_mass_takes_no_unit_more_where_the_fraction_is_met_exactly(cost):
+def test_score_mass_selects_no_extra_unit_when_the_fraction_is_met_exactly(cost):
     for a in range(1, 10):
         for b in range(1, 10):
             assert choose(ScoreMass(0.5), [[a + b, a, b]], [cost]) == [[0]]
@@ -237,18 +237,18 @@ def test_score_mass_takes_no_unit_more_where_the_fraction_is_met_exactly(cost):
 
 @quick
 @given(weights=scored_weights(), k=FIELDS["mean_plus_std"]["k"])
-def test_mean_plus_std_keeps_what_lies_above(weights, k):
+def test_mean_plus_std_selects_the_scores_above_its_threshold(weights, k):
     scores, costs = weights
     for scope, groups in (("layer", [([s], [1]) for s in scores]), ("global", [(scores, costs)])):
         low, expected, high = (
             [chosen for group in groups for chosen in reference.above_mean(*group, k + shift)]
             for shift in (-1e-9, 0, 1e-9)
         )
-        assume(low == high)  # a score on the threshold itself falls on either side by rounding
+        assume(low == high)  # rounding decides about a score on the threshold itself
         assert choose(MeanPlusStd(k, scope=scope), scores, costs) == expected
 
 
-def test_mean_plus_std_keeps_nothing_of_equal_scores_unless_the_threshold_lies_below_them():
+def test_mean_plus_std_selects_equal_scores_only_with_a_threshold_below_them():
     for value in (0.1, 1.0, 3.7):
         assert choose(MeanPlusStd(0.0), [[value] * 7], [1]) == [[]]
     assert choose(MeanPlusStd(-0.5), [[1.0, 2.0, 3.0]], [1]) == [[1, 2]]
@@ -256,14 +256,14 @@ def test_mean_plus_std_keeps_nothing_of_equal_scores_unless_the_threshold_lies_b
 
 @quick
 @given(weights=scored_weights(), value=FIELDS["absolute_score"]["value"])
-def test_absolute_score_keeps_what_lies_above(weights, value):
+def test_absolute_score_selects_the_scores_above_its_threshold(weights, value):
     scores, costs = weights
     assert choose(AbsoluteScore(value), scores, costs) == [[i for i, s in enumerate(v) if s > value] for v in scores]
 
 
 @quick
 @given(weights=scored_weights(costs=(1, 2, 3, 7)), share=st.floats(0, 1))
-def test_a_parameter_budget_is_never_exceeded_and_leaves_no_unit_out_that_fits_at_the_cut(weights, share):
+def test_a_parameter_budget_is_never_exceeded_and_uses_every_unit_that_fits_at_the_cutoff(weights, share):
     scores, costs = weights
     total = sum(len(s) * c for s, c in zip(scores, costs, strict=True))
     count = min(costs) + int(share * (total - min(costs)))
@@ -279,7 +279,7 @@ def test_a_parameter_budget_is_never_exceeded_and_leaves_no_unit_out_that_fits_a
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_equal_scores_are_taken_from_the_front(scope):
+def test_equal_scores_are_selected_from_the_lowest_index(scope):
     scores = [[1.0, 1.0, 0.0, 1.0], [1.0, 1.0]]
     chosen = choose(TopDensity(0.5, scope=scope), scores, [1, 1])
     assert chosen == ([[0, 1], [0]] if scope == "layer" else [[0, 1, 3], []])
@@ -293,7 +293,7 @@ bounds = st.none() | st.integers(1, 6)
 
 @st.composite
 def bounded_budgets(draw):
-    """Weights of two types, floors for them, a bound on units and a budget that is possible within these."""
+    """Weights of two types with floors, a bound on units, and a budget that satisfies both."""
     scores, costs = draw(scored_weights(costs=(1, 2, 3, 7)))
     kinds = [draw(st.sampled_from("qv")) for _ in scores]
     floor = {"default": draw(shares)} | {kind: draw(shares) for kind in set(kinds) if draw(st.booleans())}
@@ -309,7 +309,7 @@ def bounded_budgets(draw):
 
 @quick
 @given(weights=bounded_budgets())
-def test_a_budget_is_spent_on_floors_first_and_never_exceeded(weights):
+def test_a_budget_covers_the_floors_first_and_is_never_exceeded(weights):
     scores, costs, kinds, most, floors, policy = weights
     chosen = choose(policy, scores, costs, kinds=kinds, most=most)
     assert chosen == reference.within_bounds(scores, costs, policy.count, floors, most)
@@ -324,7 +324,7 @@ def test_a_budget_is_spent_on_floors_first_and_never_exceeded(weights):
 
 @quick
 @given(weights=bounded_budgets(), data=st.data())
-def test_a_larger_budget_spends_no_less_and_keeps_what_a_smaller_one_chose_where_units_cost_the_same(weights, data):
+def test_with_equal_costs_a_larger_budget_extends_the_selection_of_a_smaller_one(weights, data):
     scores, costs, kinds, most, floors, policy = weights
     limits = [min(len(s), most or len(s)) for s in scores]
     if data.draw(st.booleans()):
@@ -341,7 +341,7 @@ def test_a_larger_budget_spends_no_less_and_keeps_what_a_smaller_one_chose_where
 @quick
 @given(data=st.data(), weights=scored_weights(), most=st.integers(1, 6))
 @each_policy
-def test_a_bound_on_units_keeps_the_best_of_each_weight(name, data, weights, most):
+def test_a_bound_on_units_selects_the_best_of_each_weight(name, data, weights, most):
     scores, costs = weights
     policy = data.draw(policies(name))
     if not fits(policy, scores, costs, most):
@@ -354,7 +354,7 @@ def test_a_bound_on_units_keeps_the_best_of_each_weight(name, data, weights, mos
         assert [len(indices) for indices in chosen] == [min(most, len(indices)) for indices in free]
 
 
-def test_what_a_bounded_weight_may_not_have_goes_to_the_others():
+def test_the_budget_beyond_a_bound_goes_to_the_other_weights():
     scores = [[9.0, 8.0, 7.0, 6.0], [1.0, 1.0, 1.0, 1.0]]
     for policy in (ParameterBudget(4), TopDensity(0.5, scope="global")):
         assert choose(policy, scores, [1, 1]) == [[0, 1, 2, 3], []]
@@ -364,7 +364,7 @@ def test_what_a_bounded_weight_may_not_have_goes_to_the_others():
 @quick
 @given(data=st.data(), most=bounds, sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4))
 @each_policy
-def test_a_forecast_holds_whatever_the_scores_are(name, data, most, sizes):
+def test_a_forecast_is_correct_for_all_scores(name, data, most, sizes):
     positive = st.floats(0.25, 100, width=16)
     scores = [data.draw(st.lists(positive, min_size=size, max_size=size)) for size in sizes]
     costs = [data.draw(st.sampled_from([1, 2, 3, 7])) for _ in sizes]
@@ -379,7 +379,7 @@ def test_a_forecast_holds_whatever_the_scores_are(name, data, most, sizes):
         assert forecast.units == [len(indices) for indices in chosen]
 
 
-# What is refused ---------------------------------------------------------------------------------
+# Errors ------------------------------------------------------------------------------------------
 
 BAD = [
     (TopDensity, "density", [0, -0.1, 1.01, float("nan"), float("inf"), True, "0.3", None], r"in \(0, 1\]"),
@@ -392,7 +392,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("policy", "field", "value", "legal"), [(p, f, v, r) for p, f, vs, r in BAD for v in vs])
-def test_a_bad_value_is_refused_with_the_value_and_the_legal_range(policy, field, value, legal):
+def test_an_invalid_value_raises_an_error_with_the_value_and_the_valid_range(policy, field, value, legal):
     with pytest.raises(ValueError, match=rf"{policy.__name__}\.{field} must be {legal}, got {re.escape(repr(value))}"):
         policy(**{field: value})
     with pytest.raises(ValueError, match=rf"must be {legal}, got {re.escape(repr(value))}"):
@@ -400,21 +400,21 @@ def test_a_bad_value_is_refused_with_the_value_and_the_legal_range(policy, field
 
 
 @each_policy
-def test_a_scope_that_a_policy_does_not_have_is_refused(name):
+def test_a_policy_rejects_an_unsupported_scope(name):
     other = next(s for s in ("model", "layer", "global") if s not in POLICIES[name].scopes)
     legal = " or ".join(map(repr, POLICIES[name].scopes))
     with pytest.raises(ValueError, match=f"scope must be {legal}, got {other!r}"):
         POLICIES[name](scope=other)
 
 
-def test_a_budget_beyond_the_targeted_weights_or_below_one_unit_is_refused():
+def test_a_budget_above_the_targeted_weights_or_below_one_unit_is_rejected():
     scores, costs = [torch.ones(3), torch.ones(2)], [4, 6]
     for count in (3, 25):
         with pytest.raises(ValueError, match=rf"one unit \(4 parameters\).*\(24 parameters\), got {count}"):
             ParameterBudget(count).choose(scores, costs)
 
 
-def test_floors_beyond_the_budget_or_for_a_type_that_is_not_there_are_refused():
+def test_floors_above_the_budget_or_for_a_missing_type_are_rejected():
     scores, costs = [torch.ones(3), torch.ones(2)], [4, 6]
     with pytest.raises(ValueError, match="floors alone take 14 parameters and the budget is 13"):
         ParameterBudget(13, floor=0.5).choose(scores, costs)  # two units of 4, one of 6
@@ -424,7 +424,7 @@ def test_floors_beyond_the_budget_or_for_a_type_that_is_not_there_are_refused():
         ParameterBudget(11).choose(scores, costs, most=1)
 
 
-def test_an_unknown_policy_suggests_the_nearest_and_an_unknown_argument_lists_the_known():
+def test_an_unknown_policy_suggests_the_closest_and_an_unknown_argument_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"unknown threshold policy 'top_densty'.*Did you mean 'top_density'"):
         policy_from_dict({"policy": "top_densty", "density": 0.3})
     with pytest.raises(ValueError, match=r"unknown threshold policy None; known are 'top_density'"):

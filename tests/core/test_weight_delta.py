@@ -1,4 +1,4 @@
-"""Sets and sums of sparse deltas of one weight, against dense matrices."""
+"""Sums and set operations of sparse deltas of one weight, against dense matrices."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dense(delta: WeightDelta, shape) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(lists_of_deltas())
-def test_a_combination_is_the_sum_of_the_dense_matrices_on_the_union(case):
+def test_a_combination_is_the_dense_sum_on_the_union_of_the_supports(case):
     shape, several = case
     total = combined(several, shape)
     assert relative_error(dense(total, shape), sum(dense(delta, shape) for delta in several)) < 1e-6
@@ -51,7 +51,7 @@ def test_a_combination_is_the_sum_of_the_dense_matrices_on_the_union(case):
 
 @settings(max_examples=100, deadline=None)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), deltas(shape))))
-def test_elements_and_entries_are_those_of_the_dense_matrix(case):
+def test_elements_and_entries_agree_with_the_dense_matrix(case):
     shape, delta = case
     expected = mask(delta.granularity.name, shape, delta.indices).flatten().nonzero().squeeze(1)
     assert torch.equal(delta.granularity.element_indices(delta.indices, shape), expected)
@@ -60,13 +60,13 @@ def test_elements_and_entries_are_those_of_the_dense_matrix(case):
 
 @settings(max_examples=100, deadline=None)
 @given(st.sets(st.integers(0, 20)), st.sets(st.integers(0, 20)))
-def test_what_is_shared_is_the_intersection(a, b):
+def test_the_shared_support_is_the_intersection(a, b):
     first, second = (torch.tensor(sorted(numbers), dtype=torch.int32) for numbers in (a, b))
     in_a, in_b = shared(first, second)
     assert first[in_a].tolist() == second[in_b].tolist() == sorted(a & b)
 
 
-def test_squares_and_restrictions_go_by_units(granularity, make_delta):
+def test_squares_and_restrictions_work_on_units(granularity, make_delta):
     shape = (6, 5)
     delta = make_delta(granularity, shape, 4, scale=-2.0)
     squares = dense(delta, shape).square()
@@ -78,6 +78,6 @@ def test_squares_and_restrictions_go_by_units(granularity, make_delta):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_a_sum_is_taken_in_float32_at_least(dtype, make_delta, granularity):
+def test_a_sum_is_computed_in_at_least_float32(dtype, make_delta, granularity):
     delta = make_delta(granularity, (4, 3), 3, dtype=dtype)
     assert united([delta, delta]).values.dtype == torch.promote_types(dtype, torch.float32)
