@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from ..measures import MEASURES, RESULT_NAMES, paired_difference, pareto_front, summarise
@@ -86,9 +87,12 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
 # --- look-ups ------------------------------------------------------------------------------------
 
 
-def runs_at(report: Mapping[str, Any], label: str, learning_rate: float) -> list[dict[str, Any]]:
-    """The runs of one point."""
-    return [run for run in report["runs"] if (run["label"], run["learning_rate"]) == (label, learning_rate)]
+def best_runs(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Label -> the runs of its best point."""
+    rates = {point["label"]: point["learning_rate"] for point in report["best"]["points"]}
+    return {
+        k: [r for r in report["runs"] if (r["label"], r["learning_rate"]) == (k, rate)] for k, rate in rates.items()
+    }
 
 
 def best_entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -205,8 +209,7 @@ def _differences(
             "b_rate": b["learning_rate"],
             "measures": {name: difference(by_run(a, name), by_run(b, name)) for name in COMPARED},
         }
-        for position, a in enumerate(best)
-        for b in best[position + 1 :]
+        for a, b in combinations(best, 2)
     ]
 
 
@@ -233,16 +236,12 @@ def _pareto(name: str, values: Mapping[Point, Sequence[Mapping[str, Any]]]) -> d
 
 
 def _tuning_warnings(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    labels: dict[tuple[float, ...], list[str]] = {}
+    labels: dict[str, list[str]] = {}
     for point in points:
-        labels.setdefault(tuple(point["rates"]), []).append(point["label"])
-    if len(labels) < 2:
-        return []
-    parts = [f"{', '.join(names)}: {', '.join(f'{rate:g}' for rate in rates)}" for rates, names in labels.items()]
-    return [
-        "Not equally tuned: the methods were run with different learning rates, and more rates to choose from favor a "
-        f"method. {'; '.join(parts)}."
-    ]
+        labels.setdefault(", ".join(f"{rate:g}" for rate in point["rates"]), []).append(point["label"])
+    parts = "; ".join(f"{', '.join(names)}: {rates}" for rates, names in labels.items())
+    rule = "the methods were run with different learning rates, and a method with more rates has an advantage."
+    return [f"Not equally tuned: {rule} {parts}."] if len(labels) > 1 else []
 
 
 def _run_warnings(results: Sequence[Run], summary: Sequence[Mapping[str, Any]], count: int) -> list[str]:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ... import plots
-from .contents import COMPARED, FRONTS, HEADINGS, LESS_IS_BETTER, best_entries, counted, difference_of, runs_at
+from .contents import COMPARED, FRONTS, HEADINGS, LESS_IS_BETTER, best_entries, best_runs, counted, difference_of
 
 Report = Mapping[str, Any]
 Runs = Mapping[str, list[dict[str, Any]]]
@@ -35,14 +35,13 @@ def pictures_of(report: Report) -> dict[str, list[Picture]]:
 
     Matrices and curves are means over the runs of one order, that of the first run, at each method's best point.
     """
-    points, all_runs = report["best"]["points"], report["runs"]
-    looks = plots.looks([point["label"] for point in points])
-    count = max((len(run["tasks"]) for run in all_runs), default=0)
+    looks = plots.looks([point["label"] for point in report["best"]["points"]])
+    count = max((len(run["tasks"]) for run in report["runs"]), default=0)
     runs: dict[str, list[dict[str, Any]]] = {}
-    for point in points:
-        members = runs_at(report, point["label"], point["learning_rate"])
-        if members := [r for r in members if r["order"] == all_runs[0]["order"] and len(r["tasks"]) == count]:
-            runs[point["label"]] = members
+    for label, members in best_runs(report).items():
+        order = report["runs"][0]["order"]
+        if shown := [run for run in members if (run["order"], len(run["tasks"])) == (order, count)]:
+            runs[label] = shown
     matrices = {label: _mean_matrix([[r["zero_shot"], *r["R"]] for r in members]) for label, members in runs.items()}
     with plots.style():
         return {
@@ -121,7 +120,7 @@ def _intervals(measure: str, reference: str, rows: Mapping[str, Mapping[str, Any
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(f"difference ({'less' if measure in LESS_IS_BETTER else 'more'} is better)")
-    texts = [f"{label} {d['mean']:+.3f}{' (clear)' if d['is_clear'] else ''}" for label, d in rows.items()]
+    texts = [f"{label} {d['mean']:+.3f}" for label, d in rows.items()]
     counts = counted([difference["n"] for difference in rows.values()], "pair")
     has_intervals = any(difference["interval"] for difference in rows.values())
     bars = "bars are 95 % intervals, blue if they exclude zero" if has_intervals else "one pair has no interval"
@@ -158,11 +157,10 @@ def _curves(runs: Runs, matrices: Mapping[str, Matrix], looks: Mapping[str, plot
 
 def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
     """The loss on general text over the steps."""
-    losses = {
-        label: [found["losses"] for run in members if (found := run.get("general")) and found.get("losses")]
-        for label, members in runs.items()
-    }
-    series = {label: [_mean(step) for step in zip(*found, strict=True)] for label, found in losses.items() if found}
+    series = {}
+    for label, members in runs.items():
+        if losses := [run["general"]["losses"] for run in members if (run.get("general") or {}).get("losses")]:
+            series[label] = [_mean(step) for step in zip(*losses, strict=True)]
     if series:
         figure, (axes,) = plots.new_figure(2.6)
         _steps(axes, max(map(len, series.values())) - 1, series, looks)
@@ -173,9 +171,10 @@ def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
 
 
 def _steps(axes: Any, count: int, series: Mapping[str, list[float | None]], looks: Mapping[str, plots.Look]) -> None:
-    """Lines over the steps 0 to ``count``; a method that trains on all tasks at once has only its ends."""
+    """Lines over the steps 0 to ``count``; a method that trains on all tasks at once has only its end."""
     for label, values in series.items():
-        plots.lines(axes, range(count + 1) if len(values) == count + 1 else [0, count], {label: values}, looks)
+        steps, shown = (range(count + 1), values) if len(values) == count + 1 else ([count], values[-1:])
+        plots.lines(axes, steps, {label: shown}, looks)
     axes.set_xlabel("after task")
     axes.set_xticks(range(0, count + 1, 1 if count <= 10 else 5))
 

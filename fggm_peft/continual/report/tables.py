@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .contents import COMPARED, FRONTS, HEADINGS, best_entries, runs_at, summary_of
+from .contents import COMPARED, FRONTS, HEADINGS, best_entries, best_runs, summary_of
 
 Report = Mapping[str, Any]
 PHASES = ("selection", "training", "evaluation")
@@ -25,16 +25,22 @@ class Table(NamedTuple):
 
 def summary_table(report: Report) -> Table:
     """A row for every point."""
-    rows = [[*_point(entry), *_measures(entry)] for entry in report["summary"]]
-    return Table("All points", [*POINT, *HEADINGS.values()], rows, note=OVER_RUNS)
+    return _measure_table("All points", report["summary"])
 
 
 def best_table(report: Report) -> Table:
     """A row for every method, at its best learning rate."""
-    tried = [str(len(point["rates"])) for point in report["best"]["points"]]
-    rows = [[*_point(entry), of, *_measures(entry)] for entry, of in zip(best_entries(report), tried, strict=True)]
-    headings = ["method", "best rate", "runs", "rates tried", *HEADINGS.values()]
-    return Table("Best points", headings, rows, note=OVER_RUNS)
+    return _measure_table("Best points", best_entries(report))
+
+
+def _measure_table(title: str, entries: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for entry in entries:
+        figures = [entry[name] for name in HEADINGS]
+        # the number of runs is shown if only some of them have the measure
+        cells = [shown(f) + (f" (n = {f['n']})" if f and f["n"] != entry["runs"] else "") for f in figures]
+        rows.append([*_point(entry), *cells])
+    return Table(title, [*POINT, *HEADINGS.values()], rows, note=OVER_RUNS)
 
 
 def cost_table(report: Report) -> Table:
@@ -42,7 +48,7 @@ def cost_table(report: Report) -> Table:
     cells = [_cost_cells(entry["cost"]) for entry in report["summary"]]
     used = [heading for heading in (cells[0] if cells else {}) if any(row[heading] for row in cells)]
     rows = [[*_point(e), *(row[name] for name in used)] for e, row in zip(report["summary"], cells, strict=True)]
-    note = "For a whole run, averaged over runs. Trainable values are those of the largest task."
+    note = "For a whole run, averaged over runs. Peaks are of memory. Trainable values are those of the largest task."
     return Table("Cost", [*POINT, *used], rows, note=note)
 
 
@@ -50,7 +56,7 @@ def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
     memory = cost.get("peak_memory") or {}
     return {
         **{f"{phase} s": shown(cost.get(f"{phase}_seconds"), ",.1f") for phase in PHASES},
-        **{f"{phase} peak memory": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
+        **{f"{phase} peak": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
         "trainable values": _mean(cost.get("parameters"), lambda count: f"{count:,.0f}"),
         "saved": _mean(cost.get("bytes"), bytes_shown),
     }
@@ -91,13 +97,12 @@ def pareto_tables(report: Report) -> list[Table]:
 def general_task_tables(report: Report) -> list[Table]:
     """Scores of the best points on tasks of general ability, before and after; empty if no run has them."""
     rows = []
-    for point in report["best"]["points"]:
-        members = runs_at(report, point["label"], point["learning_rate"])
+    for label, members in best_runs(report).items():
         runs = [(run.get("general") or {}).get("tasks") or {} for run in members]
         for task in dict.fromkeys(task for run in runs for task in run):
             scores = [run[task] for run in runs if task in run]
             figures = [summary_of(score.get(key) for score in scores) for key in ("base", "final", "change")]
-            rows.append([point["label"], task, str(len(scores)), *map(shown, figures)])
+            rows.append([label, task, str(len(scores)), *map(shown, figures)])
     headings = ["method", "task", "runs", "before", "after", "change"]
     return [Table("General ability", headings, rows, names=2, note=OVER_RUNS)] if rows else []
 
@@ -105,13 +110,12 @@ def general_task_tables(report: Report) -> list[Table]:
 def gate_tables(report: Report) -> list[Table]:
     """What gates decided at the best points; empty if no run has a gate."""
     rows = []
-    for point in report["best"]["points"]:
-        for run in runs_at(report, point["label"], point["learning_rate"]):
-            for entry in run.get("gate") or []:
-                scores = ["" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("score", "needed")]
-                names = [str(entry.get(key, "")) for key in ("task", "earlier")]
-                name = f"seed {run['seed']}, {run['order']}"
-                rows.append([run["label"], name, *names, *scores, str(entry.get("action", ""))])
+    for run in (run for members in best_runs(report).values() for run in members):
+        for entry in run.get("gate") or []:
+            scores = ["" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("score", "needed")]
+            names = [str(entry.get(key, "")) for key in ("task", "earlier")]
+            name = f"seed {run['seed']}, {run['order']}"
+            rows.append([run["label"], name, *names, *scores, str(entry.get("action", ""))])
     headings = ["method", "run", "after task", "earlier task", "score", "needed", "action"]
     return [Table("Gates on earlier tasks", headings, rows, names=4)] if rows else []
 
@@ -146,9 +150,3 @@ def _mean(figure: Mapping[str, Any] | None, show: Callable[[float], str]) -> str
 
 def _point(entry: Mapping[str, Any]) -> list[str]:
     return [entry["label"], f"{entry['learning_rate']:g}", str(entry["runs"])]
-
-
-def _measures(entry: Mapping[str, Any]) -> list[str]:
-    """The measures of a point, with the number of runs if only some have the measure."""
-    figures = [entry[name] for name in HEADINGS]
-    return [shown(f) + (f" (n = {f['n']})" if f and f["n"] != entry["runs"] else "") for f in figures]
