@@ -1,4 +1,4 @@
-"""Budgets in the words of a user, on layers and models, and bounds on single modules."""
+"""The forms of a budget on layers and models, and bounds on single modules."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def chosen(model: nn.Module) -> dict[str, int]:
     return {name: len(layer.fggm_indices["default"]) for name, layer in fggm_layers(model, "default").items()}
 
 
-# What each form means ----------------------------------------------------------------------------
+# Forms of a budget -------------------------------------------------------------------------------
 
 
-def test_a_lora_of_a_rank_has_as_many_values_as_pefts_on_every_kind_of_layer(example, adapt):
+def test_a_lora_budget_equals_the_size_of_pefts_lora_on_every_layer_type(example, adapt):
     model = adapt(example.layer(), density=None, budget="lora:r=2")
     wrapped = nn.Sequential()
     wrapped.layer = example.layer()
@@ -47,13 +47,13 @@ def test_a_lora_of_a_rank_has_as_many_values_as_pefts_on_every_kind_of_layer(exa
         (lambda: bert(BERT_HEADS["token"]), ["query", "dense", "word_embeddings"]),
     ],
 )
-def test_a_lora_of_a_rank_has_as_many_values_as_pefts_on_whole_models(rank, build, targets):
+def test_a_lora_budget_equals_the_size_of_pefts_lora_on_models(rank, build, targets):
     lora = get_peft_model(build(), LoraConfig(r=rank, target_modules=targets))
     model = adapted(build(), budget=f"lora:r={rank}", target_modules=targets)
     assert model.peft_config["default"].resolved_budget == trainable(lora)
 
 
-def test_a_rank_that_pefts_lora_refuses_is_refused(layer_examples, adapt):
+def test_a_rank_that_pefts_lora_rejects_is_rejected(layer_examples, adapt):
     layer = layer_examples["conv2d grouped"].layer()
     with pytest.raises(ValueError, match="divisible by 2"):
         adapt(layer, density=None, budget="lora:r=3")
@@ -64,7 +64,7 @@ def test_a_rank_that_pefts_lora_refuses_is_refused(layer_examples, adapt):
 
 
 @pytest.mark.parametrize(("share", "of"), [("1%", 100), ("2.5 %", 40), ("100%", 1)])
-def test_a_share_is_of_the_entries_of_the_targeted_weights(share, of):
+def test_a_percentage_counts_the_entries_of_the_targeted_weights(share, of):
     model = adapted(llama(), budget=share)
     layers = fggm_layers(model, "default").values()
     assert model.peft_config["default"].resolved_budget == sum(x.get_base_layer().weight.numel() for x in layers) // of
@@ -72,8 +72,8 @@ def test_a_share_is_of_the_entries_of_the_targeted_weights(share, of):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", ["20KiB", "33.3KB", "80KiB", "150KB"])
-def test_a_size_is_that_of_the_file_at_most(size, dtype, granularity, tmp_path):
-    """From 4 to 55 % of the entries; the rest of a few percent is the header's, whose numbers have fewer digits."""
+def test_the_file_does_not_exceed_a_size_in_bytes(size, dtype, granularity, tmp_path):
+    """The sizes correspond to 4 % to 55 % of the entries; the header is estimated a few percent too large."""
     model = adapted(llama(dtype), granularity, budget=size, criterion="weight_magnitude")
     assert_within(model, {"20KiB": 20480, "33.3KB": 33300, "80KiB": 81920, "150KB": 150000}[size], tmp_path)
 
@@ -83,15 +83,15 @@ def test_a_size_is_that_of_the_file_at_most(size, dtype, granularity, tmp_path):
     [{"delta_dtype": "bfloat16"}, {"delta_dtype": "float16"}, {"training_dtype": "bfloat16"}],
 )
 @pytest.mark.parametrize("size", [30000, 90000])
-def test_a_size_is_of_the_values_as_the_file_has_them(size, settings, granularity, tmp_path):
+def test_a_size_in_bytes_uses_the_dtype_of_the_file(size, settings, granularity, tmp_path):
     model = adapted(llama(torch.bfloat16), granularity, budget=f"{size / 1000}KB", criterion="random", **settings)
     assert_within(model, size, tmp_path)
 
 
 @pytest.mark.parametrize("criterion", ["random", "weight_magnitude"])
 @pytest.mark.parametrize("share", [0.0003, 0.003, 0.03, 0.1, 0.3, 0.6])
-def test_the_file_of_elements_is_near_its_budget_at_every_density(share, criterion, tmp_path):
-    """With weights of four sizes in unequal numbers, and chosen evenly or where the weights are large."""
+def test_a_file_of_elements_is_near_its_budget_at_every_density(share, criterion, tmp_path):
+    """Four weights of different sizes; elements are selected uniformly or by weight magnitude."""
     model = nn.Sequential(*(nn.Linear(256, width, bias=False) for width in (64, 512, 1024, 256)))
     with torch.no_grad():
         model[1].weight *= 3
@@ -100,14 +100,14 @@ def test_the_file_of_elements_is_near_its_budget_at_every_density(share, criteri
     targets = [str(number) for number in range(4)]
     config = {"granularity": "element", "criterion": criterion, "target_modules": targets}
     model = get_peft_model(model, FGGMConfig(budget=f"{size / 1000}KB", **config))
-    # the bound is for the most uneasy distribution, which is the even one: all in one weight takes less
+    # the bound assumes the worst case, a uniform distribution; elements concentrated in one weight take less
     assert_within(model, size, tmp_path, 0.97 if criterion == "random" else 0.92)
 
 
 def assert_within(model: nn.Module, size: int, folder, least: float = 0.97) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     saved = (folder / "adapter_model.safetensors").stat().st_size
-    digits = 60 * len(fggm_layers(model, "default"))  # of the header, and what is left of less than a unit
+    digits = 60 * len(fggm_layers(model, "default"))  # slack for the header and for less than one unit
     assert least * size - digits - 96 * 8 < saved <= size
 
 
@@ -121,7 +121,7 @@ def test_the_case_of_a_budget_does_not_matter(written, as_in_the_docs):
     assert values[0].budget == written
 
 
-def test_a_number_is_the_same_as_a_parameter_budget(granularity):
+def test_a_number_is_equivalent_to_a_parameter_budget(granularity):
     models = [
         adapted(llama(), granularity, criterion="random", **config)
         for config in ({"budget": 3000}, {"threshold": ParameterBudget(3000)})
@@ -131,7 +131,7 @@ def test_a_number_is_the_same_as_a_parameter_budget(granularity):
     assert models[0].peft_config["default"].resolved_budget == 3000
 
 
-def test_bias_entries_count():
+def test_bias_entries_count_towards_the_budget():
     model = adapted(bert(BERT_HEADS["masked"]), bias="fggm_only", budget=2000)
     select_parameters(model, token_batches(padding="right"), progress=False)
     assert 2000 - 49 < trainable(model) <= 2000
@@ -143,7 +143,7 @@ quick = settings(max_examples=12, deadline=None)
 @quick
 @given(share=st.integers(2, 1000), most=st.none() | st.integers(1, 40), floor=st.sampled_from([None, 0.01]))
 @pytest.mark.parametrize("unit", ["row", "column", "element"])
-def test_a_budget_is_never_exceeded_and_spent_to_a_unit(unit, share, most, floor):
+def test_a_budget_is_used_up_to_less_than_one_unit_and_never_exceeded(unit, share, most, floor):
     total = 61440 if most is None else 0
     if most is not None:
         total = sum(min(most, n) * cost for n, cost in unit_counts(unit))
@@ -167,10 +167,10 @@ def unit_counts(granularity: str) -> list[tuple[int, int]]:
     ]
 
 
-# What is kept ------------------------------------------------------------------------------------
+# The saved config --------------------------------------------------------------------------------
 
 
-def test_the_saved_config_keeps_what_was_written_and_what_it_became(tmp_path):
+def test_the_saved_config_contains_the_budget_as_given_and_as_resolved(tmp_path):
     floor = {"q_proj": 0.05, "default": 0.0}
     model = adapted(llama(), budget="2%", budget_floor=floor, max_units=8)
     select_parameters(model, token_batches(), progress=False)
@@ -184,14 +184,14 @@ def test_the_saved_config_keeps_what_was_written_and_what_it_became(tmp_path):
     assert f"count {61440 // 50}" in (tmp_path / "README.md").read_text()
 
 
-def test_a_config_used_on_a_second_model_is_resolved_anew():
+def test_a_config_is_resolved_again_for_a_second_model():
     config = FGGMConfig(budget="1%", target_modules=["q_proj"])
     first = get_peft_model(llama(), config).peft_config["default"].resolved_budget
     second = get_peft_model(llama(layers=4), config).peft_config["default"].resolved_budget
     assert (first, second) == (2 * 64 * 64 // 100, 4 * 64 * 64 // 100)
 
 
-def test_floors_hold_for_module_types(granularity):
+def test_floors_apply_to_module_types(granularity):
     model = adapted(llama(), granularity, budget="20%", budget_floor={"k_proj": 0.3, "default": 0.02})
     report = select_parameters(model, token_batches(), progress=False)
     for module in report.modules:
@@ -200,7 +200,7 @@ def test_floors_hold_for_module_types(granularity):
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_max_units_bounds_every_module_whatever_the_policy(name):
+def test_max_units_bounds_every_module_with_every_policy(name):
     threshold = ParameterBudget(2000) if name == "parameter_budget" else POLICIES[name]()
     free = adapted(llama(), threshold=threshold)
     bounded = adapted(llama(), threshold=threshold, max_units=4)
@@ -212,12 +212,12 @@ def test_max_units_bounds_every_module_whatever_the_policy(name):
             assert set(b.fggm_indices["default"].tolist()) <= set(a.fggm_indices["default"].tolist())
 
 
-def test_max_units_also_bounds_modules_with_a_density_of_their_own():
+def test_max_units_also_bounds_modules_of_density_pattern():
     model = adapted(llama(), density_pattern={"q_proj": 1.0}, max_units=5, criterion="random")
     assert set(chosen(model).values()) == {5}
 
 
-# What is refused ---------------------------------------------------------------------------------
+# Errors ------------------------------------------------------------------------------------------
 
 forms = "number of values.*'50MiB'.*'1%'.*'lora:r=16'"
 BAD = [
@@ -257,32 +257,32 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
-def test_a_bad_value_is_refused_with_the_value_and_what_there_is(arguments, message):
+def test_an_invalid_value_raises_an_error_with_the_value_and_the_valid_values(arguments, message):
     with pytest.raises(ValueError, match=message):
         FGGMConfig(**arguments)
 
 
 @pytest.mark.parametrize("budget", [63, "0.1%", "256KB", "lora:r=999", 10**9])
-def test_a_budget_that_cannot_be_spent_says_the_least_and_the_most(budget):
+def test_an_impossible_budget_raises_an_error_with_the_minimum_and_the_maximum(budget):
     base = llama()
     with pytest.raises(ValueError, match=rf"budget={budget!r} is \d+ values.* at least 64 \(one row.* at most 61440"):
         adapted(base, budget=budget)
-    assert not fggm_layers(base, "default")  # the model is as it was
+    assert not fggm_layers(base, "default")  # the model is unchanged
 
 
-def test_a_budget_beyond_what_max_units_allows_names_it():
+def test_a_budget_above_max_units_raises_an_error_that_names_max_units():
     with pytest.raises(ValueError, match=r"at most \d+ \(all units \(max_units=2\)"):
         adapted(llama(), budget=5000, max_units=2)
 
 
-def test_floors_beyond_the_budget_are_refused_before_any_data_is_read():
+def test_floors_above_the_budget_are_rejected_before_data_is_read():
     with pytest.raises(ValueError, match=r"floors alone take \d+ parameters and the budget is 614"):
         adapted(llama(), budget="1%", budget_floor=0.1)
     with pytest.raises(ValueError, match=r"names 'query', but the types of modules here are 'down_proj'"):
         adapted(llama(), budget="1%", budget_floor={"query": 0.1})
 
 
-def test_a_budget_on_no_model_has_no_number():
+def test_a_percentage_budget_cannot_be_resolved_without_a_model():
     assert FGGMConfig(budget=7).policy() == ParameterBudget(7)
     with pytest.raises(ValueError, match="when the adapter is added to a model"):
         FGGMConfig(budget="1%").policy()

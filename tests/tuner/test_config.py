@@ -1,4 +1,4 @@
-"""``FGGMConfig``: what it refuses, and that PEFT's JSON brings it back as it was."""
+"""``FGGMConfig``: validation, and saving and loading as PEFT's JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
-def test_a_bad_value_is_a_value_error_that_says_the_value_and_the_range(arguments, message):
+def test_an_invalid_value_raises_an_error_with_the_value_and_the_valid_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         FGGMConfig(**arguments)
 
@@ -63,7 +63,7 @@ def test_every_registered_name_is_accepted(name):
         assert str(getattr(FGGMConfig(**{name: value}, **more), name)) == value
 
 
-def test_every_field_has_help_text_and_the_registered_names_are_in_it():
+def test_every_field_has_help_text_that_lists_the_registered_names():
     fields = {field.name: field for field in dataclasses.fields(FGGMConfig)}
     for field in fields.values():
         assert field.metadata.get("help"), field.name
@@ -72,14 +72,14 @@ def test_every_field_has_help_text_and_the_registered_names_are_in_it():
     assert all(policy.__name__ in fields["threshold"].metadata["help"] for policy in POLICIES._entries.values())
 
 
-def test_the_default_is_the_papers_choice():
+def test_the_defaults_are_those_of_the_paper():
     config = FGGMConfig()
     assert (config.granularity, config.criterion, config.fisher_labels) == (Rows(), "fisher", "data")
     assert config.policy() == TopDensity(0.3)
     assert config.init_weights
 
 
-def test_density_is_shorthand_for_top_density_and_a_pattern_overrides_it_for_its_modules():
+def test_density_means_top_density_and_density_pattern_overrides_it():
     config = FGGMConfig(density=0.2, density_pattern={"q_proj": 0.1, r"layers\.0\..*": 0.7})
     assert config.policy() == config.policy("model.layers.3.k_proj") == TopDensity(0.2)
     assert config.policy("model.layers.3.q_proj") == TopDensity(0.1)
@@ -119,7 +119,7 @@ def test_every_threshold_policy_survives_saving(name, scope, tmp_path):
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_a_threshold_may_be_given_as_its_dict(name):
+def test_a_threshold_can_be_given_as_a_dict(name):
     policy = POLICIES[name]()
     assert FGGMConfig(threshold=policy.to_dict()).threshold == policy
 
@@ -133,7 +133,7 @@ def test_target_modules_survive_saving_as_list_set_and_string(targets, tmp_path)
 
 
 @pytest.mark.parametrize("name", list(GRANULARITIES))
-def test_everything_else_survives_saving(name, tmp_path):
+def test_all_other_fields_survive_saving(name, tmp_path):
     config = FGGMConfig(
         density=0.15,
         granularity=name,
@@ -158,7 +158,7 @@ def test_everything_else_survives_saving(name, tmp_path):
     assert_comes_back(config, tmp_path)
 
 
-def test_a_file_edited_by_hand_is_checked_like_an_argument(tmp_path):
+def test_a_manually_edited_file_is_validated_like_an_argument(tmp_path):
     FGGMConfig().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"granularity": "colum"}))
@@ -167,7 +167,7 @@ def test_a_file_edited_by_hand_is_checked_like_an_argument(tmp_path):
 
 
 @pytest.mark.parametrize("threshold", [ScoreMass(0.6), ScoreMass(0.6, scope="global"), TopDensity(0.5)])
-def test_a_saved_adapter_comes_back_with_its_threshold_and_its_support(threshold, granularity, adapt, tmp_path):
+def test_a_loaded_adapter_has_the_threshold_and_the_support_of_the_saved_one(threshold, granularity, adapt, tmp_path):
     model = adapt(nn.Linear(7, 5), density=None, threshold=threshold, granularity=granularity)
     x = torch.randn(3, 7)
     expected = model(x)
@@ -180,11 +180,11 @@ def test_a_saved_adapter_comes_back_with_its_threshold_and_its_support(threshold
 
 
 @pytest.mark.parametrize(("size", "count"), [(1000, 1000), ("8GiB", 2**33), ("8 gib", 2**33), ("8gb", 8 * 10**9)])
-def test_a_size_is_in_bytes_however_its_unit_is_written(size, count):
+def test_a_size_is_parsed_with_every_spelling_of_its_unit(size, count):
     assert score_bytes(size) == count
 
 
-# What the library writes ---------------------------------------------------------------------------
+# Fields that the library writes --------------------------------------------------------------------
 
 WRITTEN = [field.name for field in dataclasses.fields(FGGMConfig) if not field.init]
 
@@ -195,12 +195,12 @@ def test_the_user_sets_at_most_29_fields():
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_field_that_the_library_writes_is_no_keyword(name):
+def test_fields_that_the_library_writes_are_not_keywords(name):
     with pytest.raises(TypeError, match=name):
         FGGMConfig(**{name: None})
 
 
-def test_every_way_to_read_a_config_restores_what_the_library_wrote(tmp_path):
+def test_every_way_to_read_a_config_restores_the_fields_of_the_library(tmp_path):
     config = FGGMConfig(budget="1%")
     written = {
         "selection": {"samples": 64},

@@ -1,4 +1,4 @@
-"""Adapter files from strangers: read once, read right, and refused in one way whatever is wrong with them."""
+"""Adapter files: reading, saving, sizes, and one type of error for every kind of damage."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def tiny(folder, granularity="element", **config):
     return model
 
 
-# reading -----------------------------------------------------------------------------------------
+# Reading -----------------------------------------------------------------------------------------
 
 
-def test_what_is_read_is_what_was_trained(granularity, tmp_path):
+def test_reading_restores_the_trained_deltas(granularity, tmp_path):
     bias = {"bias": "fggm_only"} if granularity == "row" else {}
     model = trained(granularity, **bias)
     model.save_pretrained(tmp_path)
@@ -56,7 +56,7 @@ def test_what_is_read_is_what_was_trained(granularity, tmp_path):
     assert all(torch.equal(supports[name], deltas[name]["indices"]) for name in layers)
 
 
-def test_other_tensors_are_told_and_those_without_a_reason_refused(tmp_path):
+def test_tensors_of_other_modules_are_reported_and_unknown_tensors_are_rejected(tmp_path):
     trained(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     assert verify(tmp_path).other_keys == ["base_model.model.lm_head.weight"]
     save_file({**load_file(tmp_path / FILE), "something": torch.zeros(3)}, tmp_path / FILE)
@@ -66,7 +66,7 @@ def test_other_tensors_are_told_and_those_without_a_reason_refused(tmp_path):
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
-def test_another_method_a_missing_file_and_a_pickle_are_clear_errors(tmp_path):
+def test_other_methods_missing_files_and_pickles_raise_clear_errors(tmp_path):
     (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match="is a LORA adapter"):
         read_adapter(tmp_path)
@@ -82,7 +82,7 @@ def test_another_method_a_missing_file_and_a_pickle_are_clear_errors(tmp_path):
         read_adapter(tmp_path / "nowhere")
 
 
-def test_a_newer_format_is_an_error_that_says_so(tmp_path):
+def test_a_newer_format_raises_an_error_that_says_to_upgrade(tmp_path):
     tiny(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text()) | {"fggm_format": 99, "made_with": {"fggm_peft": "9.9"}}
     (tmp_path / CONFIG).write_text(json.dumps(config | {"a_field_of_the_future": 1}))
@@ -93,12 +93,12 @@ def test_a_newer_format_is_an_error_that_says_so(tmp_path):
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
-# dtypes and size ---------------------------------------------------------------------------------
+# Dtypes and size ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_deltas_are_rounded_on_disk_and_wide_in_memory(granularity, dtype, low_cpu_mem_usage, tmp_path):
+def test_deltas_are_rounded_on_disk_and_float32_in_memory(granularity, dtype, low_cpu_mem_usage, tmp_path):
     model = trained(granularity, delta_dtype=dtype)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -112,8 +112,8 @@ def test_deltas_are_rounded_on_disk_and_wide_in_memory(granularity, dtype, low_c
     assert verify(tmp_path).dtypes == [dtype]
 
 
-def test_the_file_has_no_byte_that_is_not_needed(tmp_path):
-    """Values at their width, rows at 4 bytes each, and a header: 9,175,040 bfloat16 values take 17.6 MiB so."""
+def test_the_file_contains_only_values_rows_and_a_header(tmp_path):
+    """With 4 bytes per row and a header, 9,175,040 bfloat16 values take 17.6 MiB."""
     size = {"hidden_size": 512, "intermediate_size": 1024}
     model = adapted(llama(torch.bfloat16, **size), criterion="random", density=0.3, delta_dtype="bfloat16")
     layers = fggm_layers(model, "default").values()
@@ -129,7 +129,7 @@ def test_the_file_has_no_byte_that_is_not_needed(tmp_path):
 
 
 @pytest.mark.parametrize("density", [0.01, 0.05, 0.3])
-def test_a_file_of_elements_is_within_a_tenth_of_its_entropy(density, tmp_path):
+def test_a_file_of_elements_is_at_most_a_tenth_above_its_entropy(density, tmp_path):
     size = {"hidden_size": 512, "intermediate_size": 1024}
     model = adapted(llama(torch.bfloat16, **size), "element", criterion="random", density=density)
     model.peft_config["default"].delta_dtype = "bfloat16"
@@ -140,11 +140,11 @@ def test_a_file_of_elements_is_within_a_tenth_of_its_entropy(density, tmp_path):
     assert found.bound_bytes < found.bytes <= 1.1 * found.bound_bytes
 
 
-# saving ------------------------------------------------------------------------------------------
+# Saving ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_saved_and_the_module_named(value, tmp_path):
+def test_non_finite_values_are_not_saved_and_the_error_names_the_module(value, tmp_path):
     model = trained()
     fggm_layers(model, "default")["model.layers.1.mlp.up_proj"].fggm_values["default"].data[0, 0] = value
     with pytest.raises(AdapterFileError, match=r"^model\.layers\.1\.mlp\.up_proj: a number of its values is NaN"):
@@ -152,7 +152,7 @@ def test_what_is_not_finite_is_not_saved_and_the_module_named(value, tmp_path):
     assert not (tmp_path / FILE).exists()
 
 
-def test_a_delta_too_large_for_float16_is_not_saved_as_that(tmp_path):
+def test_a_delta_too_large_for_float16_is_not_saved_as_float16(tmp_path):
     model = trained(delta_dtype="float16")
     fggm_layers(model, "default")["model.layers.1.mlp.up_proj"].fggm_values["default"].data[0, 0] = 1e6
     with pytest.raises(AdapterFileError, match="infinite as float16"):
@@ -167,7 +167,7 @@ def test_an_adapter_that_changes_nothing_is_saved_with_a_warning(tmp_path):
     assert verify(tmp_path / "zero").is_zero
 
 
-def test_a_save_that_is_killed_leaves_the_old_files(tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_old_files(tmp_path, monkeypatch):
     trained().save_pretrained(tmp_path / "delta")
     (tmp_path / "delta" / "README.md").write_text("Written by hand.")
     (tmp_path / "delta" / "notes.txt").write_text("mine")
@@ -178,7 +178,7 @@ def test_a_save_that_is_killed_leaves_the_old_files(tmp_path, monkeypatch):
         (tmp_path / "reached").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fggm_peft.tuner.config.FGGMConfig.save_pretrained", die)  # the tensors are written by then
+    monkeypatch.setattr("fggm_peft.tuner.config.FGGMConfig.save_pretrained", die)  # the tensors are already written
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, tmp_path / "delta")
     assert (tmp_path / "reached").exists()
@@ -190,7 +190,7 @@ def test_a_save_that_is_killed_leaves_the_old_files(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "reached"]
 
 
-def test_the_config_says_what_reproduces_the_delta(tmp_path):
+def test_the_config_contains_what_is_needed_to_reproduce_the_delta(tmp_path):
     trained(density_pattern={"layers.1.mlp.up_proj": 0.5}).save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config["fggm_format"] == 1 and config["criterion"] == "random" and config["density"] == 0.2
@@ -199,11 +199,11 @@ def test_the_config_says_what_reproduces_the_delta(tmp_path):
     assert len(config["base_fingerprint"]) == 14
 
 
-# files that are wrong ----------------------------------------------------------------------------
+# Damaged files -----------------------------------------------------------------------------------
 
 
 def mutated(data: bytes, generator: random.Random) -> bytes:
-    """A file with one thing wrong: bits, bytes, length, or a number in its header."""
+    """The file with one random fault: a bit, bytes, the length or a number in its header."""
     kind = generator.randrange(6)
     length = struct.unpack("<Q", data[:8])[0]
     if kind == 0:
@@ -212,10 +212,10 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
         return data + bytes(generator.randrange(1, 64))
     if kind == 2:
         return struct.pack("<Q", generator.choice([0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1])) + data[8:]
-    if kind == 3:  # something in the header
+    if kind == 3:  # a byte of the header
         place = 8 + generator.randrange(length)
         return data[:place] + bytes([generator.randrange(256)]) + data[place + 1 :]
-    if kind == 4:  # a tensor described as something else
+    if kind == 4:  # the description of a tensor
         header = json.loads(data[8 : 8 + length])
         key = generator.choice([key for key in header if key != "__metadata__"])
         what = generator.randrange(4)
@@ -235,8 +235,8 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
     return data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :]
 
 
-def legal_if_read(config, base, deltas) -> None:
-    """What a mutation has left legal is a sparse delta all the same."""
+def assert_valid(config, base, deltas) -> None:
+    """Check that a mutated file that can be read is a valid sparse delta."""
     for name, delta in deltas.items():
         o, i = base.get_submodule(name).weight.shape
         indices = delta["indices"].long()
@@ -251,37 +251,37 @@ def fuzz(folder, count: int, seed: int, **config) -> int:
     model = PeftModel.from_pretrained(base, folder)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     generator = random.Random(seed)
-    refused = 0
+    rejected = 0
     for _ in range(count):
         (folder / FILE).write_bytes(mutated(data, generator))
         try:
             found, deltas = read_adapter(folder)
         except AdapterFileError as error:
-            refused += 1
+            rejected += 1
             assert str(folder) in str(error)
-            with pytest.raises(AdapterFileError):  # and so does loading, before anything in the model has changed
+            with pytest.raises(AdapterFileError):  # loading fails too, before it changes the model
                 FGGMConfig.from_pretrained(folder)
                 set_peft_model_state_dict(model, load_file(folder / FILE))
             now = model.state_dict()
             assert now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
         else:
-            legal_if_read(found, llama(), deltas)
-    return refused
+            assert_valid(found, llama(), deltas)
+    return rejected
 
 
 @pytest.mark.parametrize("granularity", ["element", "row"])
-def test_no_damage_gives_anything_but_one_kind_of_error(granularity, tmp_path):
+def test_every_kind_of_damage_raises_the_same_type_of_error(granularity, tmp_path):
     assert fuzz(tmp_path, 150, 1, granularity=granularity) > 75
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_no_damage_of_thousands_gives_anything_but_one_kind_of_error(seed, tmp_path):
+def test_thousands_of_damaged_files_raise_the_same_type_of_error(seed, tmp_path):
     assert fuzz(tmp_path, 1000, seed, granularity=["element", "row", "column"][seed % 3]) > 500
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5", '{"peft_type": 3}', '{"peft_type": "FGGM", "base_fingerprint": 5}'])
-def test_a_damaged_config_is_one_kind_of_error(text, tmp_path):
+def test_a_damaged_config_raises_an_error_that_names_the_file(text, tmp_path):
     tiny(tmp_path)
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(ValueError, match=r"adapter_config\.json|is a 3 adapter"):
@@ -305,18 +305,18 @@ def test_a_damaged_config_is_one_kind_of_error(text, tmp_path):
         ("selection", 3),
     ],
 )
-def test_a_config_with_a_field_of_nonsense_is_an_error_that_names_the_file_or_loads_all_the_same(name, value, tmp_path):
+def test_an_invalid_config_field_raises_an_error_that_names_the_file_or_is_ignored(name, value, tmp_path):
     tiny(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {name: value}))
-    if name in ("target_modules", "selection"):  # nothing that is read here depends on it
+    if name in ("target_modules", "selection"):  # reading does not depend on these fields
         read_adapter(tmp_path)
         return
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json"):
         read_adapter(tmp_path)
 
 
-def test_sizes_out_of_all_proportion_are_refused_before_they_are_read(tmp_path):
+def test_a_header_that_is_too_large_is_rejected_before_it_is_read(tmp_path):
     tiny(tmp_path)
     with (tmp_path / FILE).open("wb") as stream:
         stream.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
@@ -325,7 +325,7 @@ def test_sizes_out_of_all_proportion_are_refused_before_they_are_read(tmp_path):
         read_adapter(tmp_path)
 
 
-def test_values_that_are_not_finite_are_refused(granularity, tmp_path):
+def test_non_finite_values_are_rejected(granularity, tmp_path):
     tiny(tmp_path, granularity)
     tensors = load_file(tmp_path / FILE)
     key = next(key for key in tensors if key.endswith("values"))
@@ -336,7 +336,7 @@ def test_values_that_are_not_finite_are_refused(granularity, tmp_path):
             load()
 
 
-def test_a_module_that_the_model_does_not_adapt_is_refused(tmp_path):
+def test_a_module_without_an_adapter_in_the_model_is_rejected(tmp_path):
     tiny(tmp_path)
     state = load_file(tmp_path / FILE)
     model = trained("element", target_modules=["q_proj"])
@@ -346,7 +346,7 @@ def test_a_module_that_the_model_does_not_adapt_is_refused(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(model).items())
 
 
-def test_a_codec_of_another_granularity_is_refused(tmp_path):
+def test_a_codec_of_another_granularity_is_rejected(tmp_path):
     assert "golomb_rice" not in granularity_from("row").index_codecs
     tiny(tmp_path, "row")
     tensors = load_file(tmp_path / FILE)

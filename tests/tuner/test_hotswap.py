@@ -1,4 +1,4 @@
-"""Another task's delta in the place of a loaded one, eager and compiled."""
+"""Replacing a loaded adapter by another task's adapter, eager and compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH = token_batches()[0]
 
 
 def saved(folder: Path, base=llama, **config) -> Path:
-    """The folder of an adapter with random support and values."""
+    """Save an adapter with random support and values; returns its folder."""
     options = {"criterion": "random", "init_weights": False, "density": 0.2} | config
     get_peft_model(base(), FGGMConfig(**options)).save_pretrained(folder)
     return folder
@@ -25,7 +25,7 @@ def saved(folder: Path, base=llama, **config) -> Path:
 
 @pytest.fixture
 def folders(tmp_path, granularity):
-    """Three tasks of one granularity: two of one size, and one that is smaller."""
+    """Three tasks of one granularity: two of equal size and a smaller one."""
     return [
         saved(tmp_path / str(seed), granularity=granularity, seed=seed, density=density)
         for seed, density in enumerate((0.2, 0.2, 0.1))
@@ -41,7 +41,7 @@ def tensors_of(model) -> list[torch.Tensor]:
     return [t for layer in layers for t in (layer.fggm_values["default"], layer.fggm_indices["default"])]
 
 
-def test_a_swapped_adapter_computes_as_if_it_had_been_loaded_in_the_same_tensors(folders):
+def test_a_swapped_adapter_computes_like_a_loaded_one_in_the_same_tensors(folders):
     model = loaded(folders[0])
     before = [(tensor, tensor.data_ptr()) for tensor in tensors_of(model)]
     hotswap_adapter(model, folders[1], "default", torch_device="cpu")
@@ -52,11 +52,11 @@ def test_a_swapped_adapter_computes_as_if_it_had_been_loaded_in_the_same_tensors
     assert all(tensor.data_ptr() == place for tensor, place in before)
     assert torch.equal(logits(model, BATCH), logits(loaded(folders[1]), BATCH))
     assert model.peft_config["default"].seed == 1 and model.peft_config["default"].inference_mode
-    hotswap_adapter(model, folders[2], "default")  # another size, where nobody has asked for fixed ones
+    hotswap_adapter(model, folders[2], "default")  # without padding, the size may change
     assert torch.equal(logits(model, BATCH), logits(loaded(folders[2]), BATCH))
 
 
-def test_padding_keeps_every_shape_and_every_result(folders):
+def test_padding_changes_neither_shapes_nor_results(folders):
     model = loaded(folders[2])
     expected = logits(model, BATCH)
     prepare_model_for_compiled_hotswap(model, density=0.3)
@@ -74,7 +74,7 @@ def test_padding_keeps_every_shape_and_every_result(folders):
         model.unmerge_adapter()
 
 
-def test_what_is_filled_up_loads_as_what_it_was(folders, tmp_path):
+def test_padding_is_not_saved(folders, tmp_path):
     model = loaded(folders[2])
     prepare_model_for_compiled_hotswap(model, density=0.3)
     model.save_pretrained(tmp_path / "again")
@@ -93,7 +93,7 @@ def test_an_adapter_that_exceeds_the_padding_changes_nothing(folders):
 
 
 @pytest.mark.parametrize("granularity", ["row", "column"])
-def test_a_compiled_model_is_not_compiled_again(tmp_path, granularity):
+def test_a_swap_does_not_recompile_a_model(tmp_path, granularity):
     def base():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
@@ -115,7 +115,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path, granularity):
     assert len(compilations) == 1
 
 
-def test_modules_that_the_new_adapter_lacks_stand_still_and_others_are_refused(tmp_path):
+def test_missing_modules_get_no_delta_and_additional_modules_are_rejected(tmp_path):
     both = saved(tmp_path / "both", target_modules=["q_proj", "up_proj"])
     one = saved(tmp_path / "one", target_modules=["up_proj"], seed=1)
     model = loaded(both)
@@ -127,7 +127,7 @@ def test_modules_that_the_new_adapter_lacks_stand_still_and_others_are_refused(t
         hotswap_adapter(loaded(one), both, "default")
 
 
-def test_biases_and_modules_that_are_trained_whole_are_swapped_too(tmp_path):
+def test_biases_and_modules_to_save_are_swapped_too(tmp_path):
     def base():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))
@@ -149,14 +149,14 @@ def test_biases_and_modules_that_are_trained_whole_are_swapped_too(tmp_path):
         torch.testing.assert_close(model(x), other(x))
 
 
-def test_an_adapter_that_was_put_in_by_transformers_can_be_swapped(folders):
+def test_an_adapter_loaded_by_transformers_can_be_swapped(folders):
     model = llama()
     model.load_adapter(str(folders[0]))
     hotswap_adapter(model, folders[1], "default")
     assert torch.equal(logits(model, BATCH), logits(loaded(folders[1]), BATCH))
 
 
-def test_what_cannot_be_swapped_is_an_error(tmp_path):
+def test_unsupported_swaps_raise_an_error(tmp_path):
     row, column = saved(tmp_path / "row"), saved(tmp_path / "column", granularity="column")
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     model = loaded(row)

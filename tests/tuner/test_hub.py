@@ -1,4 +1,4 @@
-"""Publishing on the Hub and loading from it: PEFT's mixin, and what of ours takes a Hub id."""
+"""Publishing on the Hub and loading from it, with PEFT's mixin and with functions that accept Hub ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pushed(name: str, granularity: str = "row", seed: int = 0, base: nn.Module |
 
 @pytest.fixture
 def base(hub):
-    """A base model on the Hub, as "me/base"."""
+    """The base model "me/base" on the Hub."""
     text_model().push_to_hub("me/base")
     return LlamaForCausalLM.from_pretrained("me/base")
 
@@ -43,13 +43,16 @@ def base(hub):
 # PEFT's mixin ------------------------------------------------------------------------------------
 
 
-def test_what_is_pushed_loads_by_its_id_to_the_same_bits(granularity, hub):
+def test_a_pushed_adapter_loads_bit_exactly_by_its_id(granularity, hub):
     model = pushed("me/delta", granularity)
     assert hub.files("me/delta").keys() == FILES
     loaded = PeftModel.from_pretrained(text_model(), "me/delta")
     assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
     large = [request for request in hub.requests if "/large/" in request]
-    assert [request.split()[0] for request in large] == ["PUT", "GET"]  # on its own, both ways, and once
+    assert [request.split()[0] for request in large] == [
+        "PUT",
+        "GET",
+    ]  # the tensor file is uploaded and downloaded once, separately
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
@@ -67,7 +70,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
         assert torch.equal(delta.modules[path].values, fggm_layers(model, "default")[path].fggm_values["default"])
 
 
-def test_the_base_and_its_revision_are_recorded_and_found_again(hub, base):
+def test_the_base_and_its_revision_are_recorded_and_loaded(hub, base):
     huggingface_hub.create_tag("me/base", tag="v1")
     changed = text_model()
     changed.model.layers[0].self_attn.q_proj.weight.data += 0.01
@@ -83,7 +86,7 @@ def test_the_base_and_its_revision_are_recorded_and_found_again(hub, base):
         PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("me/base"), "me/delta")
 
 
-def test_a_private_delta_needs_the_token(hub, monkeypatch):
+def test_a_private_delta_requires_the_token(hub, monkeypatch):
     model = pushed("me/delta", private=True)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="me/delta"):
@@ -95,7 +98,7 @@ def test_a_private_delta_needs_the_token(hub, monkeypatch):
     assert verify("me/delta", token=TOKEN).modules == len(fggm_layers(model, "default"))
 
 
-def test_what_was_loaded_once_loads_again_without_the_hub(hub, monkeypatch):
+def test_a_cached_adapter_loads_offline(hub, monkeypatch):
     model = pushed("me/delta")
     for offline in (False, True):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
@@ -105,7 +108,7 @@ def test_what_was_loaded_once_loads_again_without_the_hub(hub, monkeypatch):
         assert (len(hub.requests) == before) == offline
 
 
-def test_a_process_that_is_told_the_address_in_its_environment_loads_it(hub, base, tmp_path):
+def test_a_process_with_the_endpoint_in_its_environment_loads_an_adapter(hub, base, tmp_path):
     model = adapter("element", base=base)
     model.push_to_hub("me/delta")
     code = """
@@ -124,7 +127,7 @@ print(sum(float(p.abs().sum()) for n, p in model.named_parameters() if "fggm_val
 # Model cards -------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_uploaded_keeps_its_card(hub, base, tmp_path):
+def test_an_uploaded_folder_keeps_its_card(hub, base, tmp_path):
     adapter("row", base=base).save_pretrained(tmp_path / "delta")
     huggingface_hub.create_repo("me/delta")
     huggingface_hub.upload_folder(repo_id="me/delta", folder_path=tmp_path / "delta")
@@ -133,14 +136,14 @@ def test_a_folder_that_is_uploaded_keeps_its_card(hub, base, tmp_path):
     assert (card.data.base_model, card.data.library_name) == ("me/base", "peft") and "fggm" in card.data.tags
     assert "import fggm_peft" in card.text
     model = adapter("row", seed=1, base=text_model())
-    model.push_to_hub("me/delta")  # which takes the card that it finds
+    model.push_to_hub("me/delta")  # keeps the existing card
     assert ModelCard.load("me/delta").content == card.content
 
 
-# What of ours takes an id ------------------------------------------------------------------------
+# Functions that accept a Hub id ------------------------------------------------------------------
 
 
-def test_deltas_are_compared_verified_and_inspected_by_their_ids(hub, base):
+def test_deltas_can_be_compared_verified_and_inspected_by_id(hub, base):
     models = {name: adapter("row", seed, base=text_model()) for seed, name in enumerate(("me/a", "me/b"))}
     for name, model in models.items():
         model.push_to_hub(name)
@@ -158,7 +161,7 @@ def test_deltas_are_compared_verified_and_inspected_by_their_ids(hub, base):
     assert succeed("overlap", "me/a", "me/b")["jaccard"] == found.matrix("jaccard")
 
 
-def test_what_is_on_the_hub_can_be_protected_and_kept_in_a_ledger(hub, tmp_path):
+def test_an_adapter_on_the_hub_can_be_protected_and_added_to_a_ledger(hub, tmp_path):
     earlier = pushed("me/earlier")
     supports = dict(supports_in_file(text_model(), "me/earlier"))
     later = adapted(text_model(), "row", density=0.2, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -181,7 +184,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_id_that_is_not_there_is_one_error_that_names_it(way, hub):
+def test_a_missing_id_raises_an_error_that_names_it(way, hub):
     with pytest.raises((ValueError, AdapterFileError), match="me/nothing"):
         WAYS[way]("me/nothing")
     huggingface_hub.create_repo("me/empty")
@@ -192,7 +195,7 @@ def test_an_id_that_is_not_there_is_one_error_that_names_it(way, hub):
         WAYS[way]("me/delta", revision="v9")
 
 
-def test_commands_say_in_one_line_what_is_not_there(hub):
+def test_commands_report_a_missing_id_in_one_line(hub):
     assert "'me/nothing'" in fail("inspect", "me/nothing")
     assert "'me/nothing'" in fail("overlap", "me/nothing", "me/nothing")
     pushed("me/delta")

@@ -1,4 +1,4 @@
-"""Names under which there is neither a folder here nor anything on the Hub."""
+"""Names that are neither a local folder nor a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMANDS = {
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(*_, **__):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
@@ -43,13 +43,13 @@ def test_a_path_cannot_be_a_hub_id(name):
 
 
 @pytest.mark.parametrize("name", ["me/delta", "me/delta-2.b_c", "gpt2"])
-def test_a_hub_id_may_be_one(name):
+def test_names_with_at_most_one_slash_may_be_hub_ids(name):
     assert may_be_hub_id(name)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("name", PATHS)
-def test_a_command_names_the_folder_that_is_not_there_at_once(name, command, no_network, tmp_path, monkeypatch):
+def test_a_command_names_a_missing_folder_without_using_the_network(name, command, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = fail(command, *(argument.format(name) for argument in COMMANDS[command]))
     assert str(Path(name).expanduser().absolute()) in message and "Hub id" in message
@@ -58,13 +58,13 @@ def test_a_command_names_the_folder_that_is_not_there_at_once(name, command, no_
 
 @pytest.mark.parametrize("read", [read_adapter, saved_adapter, FileWeights])
 @pytest.mark.parametrize("name", PATHS)
-def test_the_library_does_not_ask_the_hub_for_a_path(name, read, no_network):
+def test_the_library_does_not_look_up_a_path_on_the_hub(name, read, no_network):
     with pytest.raises((AdapterFileError, FileNotFoundError), match=r"there is no folder .*nothere.*be a Hub id"):
         read(name)
 
 
 @pytest.mark.parametrize("read", [read_adapter, saved_adapter, FileWeights])
-def test_the_folder_is_named_where_the_hub_cannot_be_reached(read, no_network, tmp_path, monkeypatch):
+def test_the_error_names_the_folder_when_the_hub_cannot_be_reached(read, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises((AdapterFileError, FileNotFoundError)) as caught:
@@ -75,19 +75,19 @@ def test_the_folder_is_named_where_the_hub_cannot_be_reached(read, no_network, t
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
-def test_a_command_says_so_before_it_loads_anything(command, tmp_path, monkeypatch):
+def test_a_command_names_a_missing_folder_before_loading_anything(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = fail(command, *(argument.format("runs/nothere") for argument in COMMANDS[command]))
     assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, and it cannot be loaded from the Hub" in message
 
 
-def test_a_card_is_written_into_a_folder(tmp_path, monkeypatch):
+def test_the_card_command_requires_a_local_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no folder 'me/delta'" in fail("card", "me/delta")
 
 
-def test_a_folder_may_be_given_from_home(tmp_path, monkeypatch):
+def test_a_folder_can_be_given_relative_to_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "delta").mkdir()
     with pytest.raises(AdapterFileError, match=r"has no adapter_config\.json"):

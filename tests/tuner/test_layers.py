@@ -1,4 +1,4 @@
-"""Adapted layers of every type, through ``get_peft_model``, against the layer's own forward in float64."""
+"""Adapted layers of every type, against the base layer's own forward in float64."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def adapted(model) -> FGGMLayer:
 
 
 def delta_of(layer, adapter="default"):
-    """One adapter's delta ``[o, i]``, dense, float64, differentiable in its values."""
+    """The dense delta of one adapter, ``[o, i]`` float64, differentiable in its values."""
     d = layer.delta(adapter)
     return d.scale * dense_delta(d.granularity.name, layer.weight_shape, d.indices, d.values)
 
 
 def bias_delta_of(layer, adapter="default"):
-    """One adapter's change of the bias ``[o]``."""
+    """The bias delta of one adapter, ``[o]`` float64."""
     zeros = torch.zeros(layer.weight_shape[0], dtype=torch.float64)
     entries = layer.fggm_bias[adapter].double() * layer.scaling[adapter]
     return zeros.index_add(0, layer.fggm_indices[adapter], entries)
@@ -43,7 +43,7 @@ def leaf(x):
 
 
 def assert_like_dense(model, base, x, dtype, adapters=("default",), after=lambda y: y):
-    """Output and gradients of input and values; ``base`` is the layer before it was adapted."""
+    """Check output and gradients of input and values; ``base`` is the layer without the adapter."""
     layer = adapted(model)
     leaves = [layer.fggm_values[name] for name in adapters] + [layer.fggm_bias[n] for n in adapters if layer.fggm_bias]
     x, x_dense = leaf(x), leaf(x)
@@ -84,7 +84,7 @@ def test_forward_and_gradients_agree_with_dense(example, granularity, dtype, ada
     assert not any(p.requires_grad for p in adapted(model).base_layer.parameters())
 
 
-def test_a_new_adapter_changes_nothing_bit_for_bit(example, granularity, adapt):
+def test_a_new_adapter_does_not_change_the_output(example, granularity, adapt):
     base, x = example.layer(), example.x()
     model = adapt(copy.deepcopy(base), granularity=granularity, zero=True)
     assert adapted(model).fggm_values["default"].count_nonzero() == 0
@@ -92,7 +92,7 @@ def test_a_new_adapter_changes_nothing_bit_for_bit(example, granularity, adapt):
     assert relative_error(model(x), expected) < 1e-7
 
 
-def test_a_disabled_adapter_leaves_the_base_layer_bit_for_bit(example, granularity, adapt):
+def test_a_disabled_adapter_gives_the_output_of_the_base_layer_bit_exactly(example, granularity, adapt):
     base, x = example.layer(), example.x()
     model = adapt(copy.deepcopy(base), granularity=granularity)
     with model.disable_adapter():
@@ -104,7 +104,7 @@ def test_a_disabled_adapter_leaves_the_base_layer_bit_for_bit(example, granulari
 
 
 @each_dtype
-def test_merging_rounds_the_sum_once_and_unmerging_restores_every_bit(example, granularity, dtype, adapt):
+def test_merging_rounds_once_and_unmerging_is_bit_exact(example, granularity, dtype, adapt):
     base, x = example.layer(dtype), example.x(dtype)
     model = adapt(copy.deepcopy(base), granularity=granularity)
     layer, before = adapted(model), model(x)
@@ -122,7 +122,7 @@ def test_merging_rounds_the_sum_once_and_unmerging_restores_every_bit(example, g
 
 @pytest.mark.parametrize("bias", ["none", "fggm_only"])
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "conv2d"])
-def test_the_layer_trains_exactly_what_the_merge_will_give(name, bias, layer_examples, adapt):
+def test_the_output_in_training_equals_the_merged_output_exactly(name, bias, layer_examples, adapt):
     base, x = layer_examples[name].layer(torch.bfloat16), layer_examples[name].x(torch.bfloat16)
     model = adapt(base, bias=bias, density=1.0)
     before = model(x)
@@ -130,7 +130,7 @@ def test_the_layer_trains_exactly_what_the_merge_will_give(name, bias, layer_exa
     assert torch.equal(model(x), before)
 
 
-def test_merging_for_good_returns_the_plain_layer(example, granularity, adapt):
+def test_merge_and_unload_returns_the_plain_layer(example, granularity, adapt):
     base, x = example.layer(), example.x()
     model = adapt(copy.deepcopy(base), granularity=granularity)
     expected = layer_output(base, x, delta_of(adapted(model)))
@@ -139,7 +139,7 @@ def test_merging_for_good_returns_the_plain_layer(example, granularity, adapt):
     assert relative_error(plain(x), expected) < TOLERANCE[torch.float32]
 
 
-def test_get_delta_weight_has_the_shape_and_orientation_of_the_base_weight(example, granularity, adapt):
+def test_get_delta_weight_has_the_layout_of_the_base_weight(example, granularity, adapt):
     base = example.layer()
     layer = adapted(adapt(base, granularity=granularity))
     layer.set_scale("default", 0.5)
@@ -149,7 +149,7 @@ def test_get_delta_weight_has_the_shape_and_orientation_of_the_base_weight(examp
     assert not delta.requires_grad
 
 
-def test_without_gradients_few_positions_never_copy_the_weight_and_many_do(granularity, adapt, monkeypatch):
+def test_without_gradients_only_many_positions_copy_the_weight(granularity, adapt, monkeypatch):
     base, copies = nn.Linear(7, 5), []
     model = adapt(copy.deepcopy(base), granularity=granularity)
     layer, original = adapted(model), adapted(model).weight_copy
@@ -162,7 +162,7 @@ def test_without_gradients_few_positions_never_copy_the_weight_and_many_do(granu
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d_of_transformers"])
-def test_in_training_few_positions_on_few_rows_or_columns_leave_the_weight_where_it_is(kind, adapt, monkeypatch):
+def test_in_training_few_positions_on_few_rows_or_columns_do_not_copy_the_weight(kind, adapt, monkeypatch):
     base = nn.Linear(64, 64) if kind == "linear" else Conv1D(64, 64)
     for granularity, expected in (("row", 0), ("column", 0), ("element", 2)):
         copies = []
@@ -178,7 +178,7 @@ def test_in_training_few_positions_on_few_rows_or_columns_leave_the_weight_where
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_computes_in_its_dtype_and_keeps_float32_values(example, granularity, dtype, adapt):
+def test_autocast_computes_in_its_dtype_with_float32_values(example, granularity, dtype, adapt):
     base, x = example.layer(dtype), example.x(torch.float32)
     model = adapt(copy.deepcopy(base), granularity=granularity)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -188,7 +188,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_values(example, granul
     assert adapted(model).fggm_values["default"].dtype == torch.float32
 
 
-def test_autocast_leaves_float64_alone(granularity, adapt):
+def test_autocast_does_not_change_float64(granularity, adapt):
     base, x = nn.Linear(7, 5, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
     model = adapt(copy.deepcopy(base), granularity=granularity)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -196,17 +196,17 @@ def test_autocast_leaves_float64_alone(granularity, adapt):
     assert y is None or y.dtype == torch.float64
 
 
-def test_a_layer_on_the_meta_device_gives_the_shape(granularity, adapt):
+def test_a_layer_on_the_meta_device_returns_the_correct_shape(granularity, adapt):
     model = adapt(nn.Linear(7, 5), granularity=granularity).to("meta")
     x = torch.empty(4, 7, device="meta", requires_grad=True)
     for positions in (x, x.expand(40, 4, 7)):
         assert model(positions).shape == (*positions.shape[:-1], 5)
 
 
-# Where the base layer must run itself ---------------------------------------------------------------
+# Base layers with their own forward -----------------------------------------------------------------
 
 
-def test_a_hooked_base_layer_is_called_and_its_hooks_count(example, granularity, adapt):
+def test_hooks_of_the_base_layer_run_and_can_change_the_output(example, granularity, adapt):
     base, x, calls = example.layer(), example.x(), []
     model = adapt(copy.deepcopy(base), granularity=granularity)
     adapted(model).base_layer.register_forward_hook(lambda module, args, output: calls.append(1) or output)
@@ -218,7 +218,7 @@ def test_a_hooked_base_layer_is_called_and_its_hooks_count(example, granularity,
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "conv2d", "embedding"])
-def test_a_layer_wrapped_by_another_tuner_keeps_what_that_adds(name, granularity, layer_examples, adapt):
+def test_a_layer_wrapped_by_another_tuner_keeps_its_adapter(name, granularity, layer_examples, adapt):
     base, x = layer_examples[name].layer(), layer_examples[name].x()
     host = nn.Sequential()
     host.layer = copy.deepcopy(base)
@@ -242,7 +242,7 @@ class ShiftedConv2d(nn.Conv2d):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """As Gemma's and BART's."""
+    """An embedding like those of Gemma and BART."""
 
     embed_scale = 2.5
 
@@ -259,7 +259,7 @@ class ScaledEmbedding(nn.Embedding):
     ],
     ids=["linear", "conv2d", "embedding"],
 )
-def test_a_subclass_with_a_forward_of_its_own_is_asked_for_its_output(build, like, granularity, layer_examples, adapt):
+def test_the_forward_of_a_subclass_is_used(build, like, granularity, layer_examples, adapt):
     base, x = build(), layer_examples[like].x()
     assert_like_dense(adapt(copy.deepcopy(base), granularity=granularity), base, x, torch.float32)
 
@@ -267,7 +267,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_asked_for_its_output(build, lik
 # Several adapters, and biases ----------------------------------------------------------------------
 
 
-def test_several_active_adapters_add_up_each_with_its_scale(example, adapt):
+def test_several_active_adapters_add_up_with_their_scales(example, adapt):
     base, x = example.layer(), example.x()
     names = list(GRANULARITIES)
     model = adapt(copy.deepcopy(base), granularity=names[0])
@@ -295,7 +295,7 @@ def test_several_active_adapters_add_up_each_with_its_scale(example, adapt):
 @each_dtype
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "conv1d", "conv2d"])
 @pytest.mark.parametrize("hooked", [False, True])
-def test_the_biases_of_chosen_rows_train_merge_and_come_back(name, dtype, hooked, layer_examples, adapt):
+def test_the_biases_of_selected_rows_train_merge_and_unmerge(name, dtype, hooked, layer_examples, adapt):
     base, x = layer_examples[name].layer(dtype), layer_examples[name].x(dtype)
     model = adapt(copy.deepcopy(base), bias="fggm_only")
     layer = adapted(model)
@@ -315,7 +315,7 @@ def test_the_biases_of_chosen_rows_train_merge_and_come_back(name, dtype, hooked
 
 
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "conv2d"])
-def test_with_bias_all_the_base_layers_own_bias_gets_its_gradient(name, granularity, layer_examples, adapt):
+def test_with_bias_all_the_bias_of_the_base_layer_gets_its_gradient(name, granularity, layer_examples, adapt):
     base, x = layer_examples[name].layer(), layer_examples[name].x()
     model = adapt(copy.deepcopy(base), bias="all", granularity=granularity)
     bias = adapted(model).get_base_layer().bias
@@ -325,7 +325,7 @@ def test_with_bias_all_the_base_layers_own_bias_gets_its_gradient(name, granular
 
 
 @pytest.mark.parametrize("name", ["linear without bias", "conv2d grouped", "embedding"])
-def test_layers_without_a_bias_take_bias_fggm_only_as_none(name, layer_examples, adapt):
+def test_layers_without_a_bias_treat_bias_fggm_only_as_none(name, layer_examples, adapt):
     base, x = layer_examples[name].layer(), layer_examples[name].x()
     model = adapt(copy.deepcopy(base), bias="fggm_only")
     assert not adapted(model).fggm_bias
@@ -335,7 +335,7 @@ def test_layers_without_a_bias_take_bias_fggm_only_as_none(name, layer_examples,
 # State -------------------------------------------------------------------------------------------
 
 
-def test_training_an_adapter_without_a_support_is_an_error_and_evaluating_it_is_not(adapt):
+def test_an_adapter_without_a_support_can_be_evaluated_but_not_trained(adapt):
     base, x = nn.Linear(7, 5), torch.randn(3, 7)
     model = adapt(copy.deepcopy(base), criterion="fisher")
     with pytest.raises(AdapterNotSelectedError, match=r"'default' has no support yet.*select_parameters"):
@@ -346,7 +346,7 @@ def test_training_an_adapter_without_a_support_is_an_error_and_evaluating_it_is_
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_a_copy_of_an_adapted_model_computes_trains_and_merges_on_its_own(example, granularity, duplicate, adapt):
+def test_a_copy_of_an_adapted_model_is_independent(example, granularity, duplicate, adapt):
     base, x = example.layer(), example.x()
     model = adapt(copy.deepcopy(base), granularity=granularity)
     expected = model(x)
@@ -358,7 +358,7 @@ def test_a_copy_of_an_adapted_model_computes_trains_and_merges_on_its_own(exampl
     assert torch.equal(model(x), expected)
 
 
-def test_values_and_indices_are_state_that_torch_moves_casts_and_saves(granularity, adapt):
+def test_torch_moves_casts_and_saves_values_and_indices(granularity, adapt):
     layer = adapted(adapt(nn.Linear(7, 5), granularity=granularity))
     assert {"fggm_values.default", "fggm_indices.default"} <= set(layer.state_dict())
     assert dict(layer.named_parameters())["fggm_values.default"].requires_grad
@@ -373,7 +373,7 @@ def test_values_and_indices_are_state_that_torch_moves_casts_and_saves(granulari
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((32767, 65536), torch.int32), ((32768, 65536), torch.int64), ((4, 5), torch.int32)]
 )
-def test_indices_are_int64_only_where_a_flat_index_would_not_fit_in_int32(shape, dtype, granularity, adapt):
+def test_indices_are_int64_only_if_a_flat_index_does_not_fit_int32(shape, dtype, granularity, adapt):
     with torch.device("meta"):
         model = adapt(nn.Linear(shape[1], shape[0]), granularity=granularity)
     layer = adapted(model)
@@ -382,11 +382,11 @@ def test_indices_are_int64_only_where_a_flat_index_would_not_fit_in_int32(shape,
     assert layer.fggm_indices["default"].dtype == dtype
 
 
-# What cannot be adapted ------------------------------------------------------------------------------
+# Unsupported layers ----------------------------------------------------------------------------------
 
 
 class Matrix(nn.Module):
-    """Experts as one 3-D parameter."""
+    """A module with one 3-D parameter, as used for experts."""
 
     def __init__(self):
         super().__init__()
@@ -405,22 +405,22 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize(("name", "build"), UNSUPPORTED.items(), ids=UNSUPPORTED)
-def test_an_unsupported_module_is_a_type_error_that_names_it_and_lists_the_supported(name, build, adapt):
+def test_an_unsupported_module_raises_an_error_that_lists_the_supported_types(name, build, adapt):
     with pytest.raises(TypeError, match=rf"layer is a .*\.{name}, which FGGM does not support") as error:
         adapt(build())
     for description in LAYER_TYPES:
         assert description in str(error.value)
 
 
-def test_a_four_bit_embedding_is_not_taken_for_an_embedding(adapt):
+def test_a_four_bit_embedding_is_not_supported(adapt):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Embedding4bit(16, 64).to("cpu")
     with pytest.raises(TypeError, match=r"Embedding4bit, which FGGM does not support"):
         adapt(layer)
 
 
-def test_an_unsupported_module_leaves_the_model_as_it_was():
-    """PEFT wraps target after target; those that came before the bad one are unwrapped again."""
+def test_an_unsupported_module_does_not_change_the_model():
+    """Targets that PEFT wrapped before the unsupported module are unwrapped again."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
     before = str(model)
     with pytest.raises(TypeError, match="LSTM"):

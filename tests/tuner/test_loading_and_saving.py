@@ -1,4 +1,4 @@
-"""What is on disk after ``save_pretrained``, and what happens to a file from a stranger."""
+"""``save_pretrained`` and loading: contents of the files, bit-exactness, and damaged files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trained(granularity: str = "row", dtype=torch.float32, **config):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_adapter_loads_to_the_same_bits(granularity, dtype, low_cpu_mem_usage, tmp_path):
+def test_a_saved_adapter_loads_bit_exactly(granularity, dtype, low_cpu_mem_usage, tmp_path):
     model = trained(granularity, dtype)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -46,7 +46,7 @@ def test_a_saved_adapter_loads_to_the_same_bits(granularity, dtype, low_cpu_mem_
     assert torch.equal(logits(model, BATCHES[0]), logits(loaded, BATCHES[0]))
 
 
-def test_only_values_and_indices_are_in_the_file(granularity, tmp_path):
+def test_the_file_contains_only_values_and_indices(granularity, tmp_path):
     model = trained(granularity)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -55,7 +55,7 @@ def test_only_values_and_indices_are_in_the_file(granularity, tmp_path):
     assert values == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_the_config_comes_back_with_its_policy_and_what_selection_found(tmp_path):
+def test_the_loaded_config_has_the_policy_and_the_result_of_the_selection(tmp_path):
     model = trained(threshold=ScoreMass(0.5))
     model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
@@ -64,14 +64,14 @@ def test_the_config_comes_back_with_its_policy_and_what_selection_found(tmp_path
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "FGGM"
 
 
-def test_a_loaded_adapter_trains_on_without_selecting(tmp_path):
+def test_a_loaded_adapter_continues_training_without_a_selection(tmp_path):
     trained().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     losses = train(model, BATCHES[:1], steps=4)
     assert losses[-1] < losses[0]
 
 
-def test_an_adapter_saved_before_selection_still_asks_for_it(tmp_path):
+def test_an_adapter_saved_before_the_selection_still_requires_it(tmp_path):
     get_peft_model(llama(), FGGMConfig()).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     model.train()
@@ -79,7 +79,7 @@ def test_an_adapter_saved_before_selection_still_asks_for_it(tmp_path):
         model(**BATCHES[0])
 
 
-def test_adapters_of_several_tasks_stand_side_by_side(tmp_path):
+def test_a_model_can_contain_the_adapters_of_several_tasks(tmp_path):
     for number, granularity in enumerate(("row", "element")):
         trained(granularity, density=0.2 + 0.1 * number).save_pretrained(tmp_path / granularity)
     model = PeftModel.from_pretrained(llama(), tmp_path / "row", adapter_name="row")
@@ -92,14 +92,14 @@ def test_adapters_of_several_tasks_stand_side_by_side(tmp_path):
     assert not fggm_layers(model, "row")
 
 
-def test_modules_to_save_travel_with_the_delta(tmp_path):
+def test_modules_to_save_are_saved_and_loaded_with_the_delta(tmp_path):
     model = trained(modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(logits(model, BATCHES[0]), logits(loaded, BATCHES[0]))
 
 
-def test_loading_into_the_same_sizes_keeps_the_parameters_that_an_optimizer_holds():
+def test_loading_equal_sizes_keeps_the_parameter_objects_of_the_optimizer():
     model = trained()
     state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -137,7 +137,9 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_a_damaged_file_is_one_error_that_names_the_tensor_and_changes_nothing(name, granularity, tmp_path):
+def test_a_damaged_file_raises_an_error_that_names_the_tensor_and_does_not_change_the_model(
+    name, granularity, tmp_path
+):
     model = trained(granularity)
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -152,7 +154,7 @@ def test_a_damaged_file_is_one_error_that_names_the_tensor_and_changes_nothing(n
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
-def test_a_missing_tensor_is_named(tmp_path):
+def test_the_error_names_a_missing_tensor(tmp_path):
     model = trained()
     state = get_peft_model_state_dict(model)
     state.pop(next(key for key in state if key.endswith("fggm_indices")))
@@ -160,13 +162,13 @@ def test_a_missing_tensor_is_named(tmp_path):
         set_peft_model_state_dict(model, state)
 
 
-def test_an_adapter_for_another_base_is_refused(tmp_path):
+def test_an_adapter_for_another_base_is_rejected(tmp_path):
     trained().save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match=r"another base: .*down_proj is \[32, 96\] here"):
         PeftModel.from_pretrained(llama(hidden_size=32), tmp_path)
 
 
-def test_the_model_card_says_how_to_load_it_and_keeps_what_its_author_wrote(tmp_path):
+def test_the_model_card_contains_loading_code_and_keeps_the_text_of_its_author(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
@@ -180,7 +182,7 @@ def test_the_model_card_says_how_to_load_it_and_keeps_what_its_author_wrote(tmp_
 
 
 @pytest.mark.parametrize("by_transformers", [False, True])
-def test_loading_does_not_choose_again_what_no_data_was_needed_for(granularity, by_transformers, tmp_path, monkeypatch):
+def test_loading_does_not_repeat_a_data_free_selection(granularity, by_transformers, tmp_path, monkeypatch):
     source = get_peft_model(llama(), FGGMConfig(granularity=granularity, criterion="random", init_weights=False))
     source.save_pretrained(tmp_path)
     monkeypatch.setattr("fggm_peft.tuner.model.choose_supports", None)

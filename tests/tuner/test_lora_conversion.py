@@ -1,4 +1,4 @@
-"""PEFT's conversion of an adapter to LoRA: exact where the rank suffices."""
+"""PEFT's conversion of an adapter to LoRA, which is exact if the rank suffices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adapted(base: nn.Module, granularity: str, **config) -> PeftModel:
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("kind", [kind for kind in GRANULARITIES if kind != "element"])
-def test_rows_and_columns_are_a_lora_of_that_rank(kind, build, tmp_path):
+def test_rows_and_columns_convert_to_a_lora_of_their_number(kind, build, tmp_path):
     model = adapted(build(), kind, max_units=4)
     for layer in model.modules():
         if hasattr(layer, "set_scale"):
@@ -34,7 +34,7 @@ def test_rows_and_columns_are_a_lora_of_that_rank(kind, build, tmp_path):
     torch.testing.assert_close(logits(lora, BATCH), logits(model, BATCH), rtol=1e-4, atol=1e-4)
 
 
-def test_a_rank_below_that_of_the_delta_keeps_as_much_as_a_matrix_of_that_rank_can(granularity):
+def test_a_lower_rank_gives_the_best_approximation_of_that_rank(granularity):
     model = adapted(llama(), granularity)
     config, state = convert_to_lora(model, rank=0.8)
     for name, module in model.named_modules():
@@ -49,7 +49,7 @@ def test_a_rank_below_that_of_the_delta_keeps_as_much_as_a_matrix_of_that_rank_c
         assert float(singular[:rank].square().sum() / singular.square().sum()) > 0.8 - 1e-6
 
 
-def test_a_delta_over_a_quantized_base_converts_without_it(granularity):
+def test_a_delta_on_a_quantized_base_converts_without_the_base(granularity):
     model = adapted(quantized(llama(), "nf4"), granularity, target_modules=["up_proj"])
     _, state = convert_to_lora(model, rank=64)
     for layer in range(2):
@@ -58,7 +58,7 @@ def test_a_delta_over_a_quantized_base_converts_without_it(granularity):
         torch.testing.assert_close(state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"], delta)
 
 
-def test_layers_that_are_not_linear_and_biases_are_refused_by_pefts_errors():
+def test_peft_rejects_convolutions_and_biases():
     torch.manual_seed(0)
     model = adapted(nn.Sequential(nn.Conv1d(2, 4, 3)), "row", target_modules=["0"])
     assert not model.supports_lora_conversion()
@@ -69,7 +69,7 @@ def test_layers_that_are_not_linear_and_biases_are_refused_by_pefts_errors():
         convert_to_lora(model, rank=2)
 
 
-def test_converting_leaves_the_model_alone(granularity):
+def test_conversion_does_not_change_the_model(granularity):
     model = adapted(llama(), granularity)
     before = copy.deepcopy(model.state_dict())
     assert model.supports_lora_conversion()

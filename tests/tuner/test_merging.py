@@ -1,4 +1,4 @@
-"""Merging into dense bases: exact, restorable bit for bit, checked before anything changes."""
+"""Merging into dense bases is exact, reversible bit for bit, and checked before the model changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fggm_peft.core.weight_delta import WeightDelta
 from fggm_peft.tuner.merging import merge as merging
 from fggm_peft.tuner.support import fggm_layers
 
-BATCHES = token_batches(sizes=(5, 4, 5))  # enough positions for the effective-weight form
+BATCHES = token_batches(sizes=(5, 4, 5))  # enough positions to use the effective weight
 
 
 def trained(granularity: str, dtype: torch.dtype = torch.float32, adapters=("default",), **config):
@@ -38,7 +38,7 @@ def assert_same_state(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_merged_model_computes_what_was_trained(granularity, dtype):
+def test_the_merged_model_gives_the_outputs_of_the_trained_model(granularity, dtype):
     model = trained(granularity, dtype)
     model.eval()
     before = logits(model, BATCHES[0])
@@ -52,7 +52,7 @@ def test_the_merged_model_computes_what_was_trained(granularity, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerging_restores_every_bit_over_many_cycles_and_adapters(granularity, dtype):
+def test_unmerging_is_bit_exact_over_many_cycles_and_adapters(granularity, dtype):
     model = trained(granularity, dtype, adapters=("default", "second"))
     before = base_state(model)
     for cycle in range(50):
@@ -69,8 +69,8 @@ def fggm_names(model):
     return [f"base_model.model.{name}.base_layer.weight" for name in fggm_layers(model, "default")]
 
 
-def test_each_touched_entry_is_rounded_once(granularity):
-    """A bfloat16 base gets round(weight + delta), the sum taken in float32; nothing else changes."""
+def test_each_changed_entry_is_rounded_once(granularity):
+    """A bfloat16 base becomes round(weight + delta), where the sum is computed in float32; other entries stay equal."""
     model = trained(granularity, torch.bfloat16)
     layers = fggm_layers(model, "default")
     expected = {
@@ -82,7 +82,7 @@ def test_each_touched_entry_is_rounded_once(granularity):
         assert torch.equal(layer.get_base_weight(), expected[name])
 
 
-def test_scale_counts_in_merge_and_forward(granularity):
+def test_merge_and_forward_apply_the_scale(granularity):
     model = trained(granularity)
     for layer in fggm_layers(model, "default").values():
         layer.set_scale("default", -0.5)
@@ -91,7 +91,7 @@ def test_scale_counts_in_merge_and_forward(granularity):
     torch.testing.assert_close(logits(model, BATCHES[0]), before, rtol=1e-5, atol=1e-6)
 
 
-def test_merging_with_bias_entries_restores_them_too():
+def test_unmerging_also_restores_biases():
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     config = FGGMConfig(target_modules=["0", "2"], criterion="random", init_weights=False, bias="fggm_only")
@@ -107,14 +107,14 @@ def test_merging_with_bias_entries_restores_them_too():
     assert_same_state(base_state(model), before)
 
 
-def test_the_report_says_what_survived():
+def test_the_report_contains_the_survived_share_of_the_delta():
     model = trained("row", torch.bfloat16)
     report = model.merge_adapter()
     assert isinstance(report, MergeReport) and len(report.modules) == 14
     assert {module.outcome for module in report.modules} == {"added"}
     assert 0.95 < report.survived < 1.05 and "14 added" in str(report)
     model.unmerge_adapter()
-    with torch.no_grad():  # a delta far below bfloat16's resolution vanishes, and the report says so
+    with torch.no_grad():  # a delta far below the resolution of bfloat16 is lost
         for layer in fggm_layers(model, "default").values():
             layer.fggm_values["default"] *= 1e-6
     report = model.merge_adapter()
@@ -123,7 +123,7 @@ def test_the_report_says_what_survived():
 
 
 @pytest.mark.parametrize("unload", [False, True])
-def test_safe_merge_refuses_nan_before_any_layer_changes(granularity, unload):
+def test_safe_merge_rejects_nan_before_any_layer_changes(granularity, unload):
     model = trained(granularity)
     last = list(fggm_layers(model, "default").values())[-1]
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_safe_merge_refuses_nan_before_any_layer_changes(granularity, unload):
     assert not any(layer.merged for layer in fggm_layers(model, "default").values())
 
 
-def test_originals_move_with_the_model_and_stay_out_of_the_file(tmp_path):
+def test_original_weights_move_with_the_model_and_are_not_saved(tmp_path):
     model = trained("row", torch.bfloat16)
     before = base_state(model)
     model.merge_adapter()
@@ -146,7 +146,7 @@ def test_originals_move_with_the_model_and_stay_out_of_the_file(tmp_path):
     assert all(torch.equal(a.bfloat16(), before[name]) for name, a in base_state(model).items())
 
 
-def test_tasks_follow_one_another_on_a_merged_base():
+def test_a_new_adapter_trains_on_a_merged_base():
     model = trained("row").merge_and_unload()
     first = logits(model, BATCHES[0])
     again = get_peft_model(model, FGGMConfig(granularity="column", criterion="random"))
@@ -155,12 +155,12 @@ def test_tasks_follow_one_another_on_a_merged_base():
     assert losses[-1] < losses[0]
 
 
-def test_unload_gives_the_base_back_untouched():
+def test_unload_returns_the_unchanged_base():
     model = trained("element")
     torch.testing.assert_close(logits(model.unload(), BATCHES[0]), logits(llama(), BATCHES[0]), rtol=0, atol=0)
 
 
-def test_unmerging_restores_a_weight_that_two_adapted_layers_share(granularity):
+def test_unmerging_restores_a_weight_shared_by_two_adapted_layers(granularity):
     base = llama(tie_word_embeddings=True)
     config = FGGMConfig(granularity=granularity, criterion="random", target_modules=["embed_tokens", "lm_head"])
     config.init_weights = False
@@ -171,7 +171,7 @@ def test_unmerging_restores_a_weight_that_two_adapted_layers_share(granularity):
     assert_same_state(base_state(model), before)
 
 
-def test_bias_entries_and_adapters_of_any_name_are_kept_apart():
+def test_adapter_names_do_not_collide_with_bias_entries():
     config = {"target_modules": ["0"], "criterion": "random", "init_weights": False}
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), FGGMConfig(bias="fggm_only", **config), "a")
     model.add_adapter("a_bias", FGGMConfig(seed=1, **config))
@@ -181,7 +181,7 @@ def test_bias_entries_and_adapters_of_any_name_are_kept_apart():
     assert_same_state(base_state(model), before)
 
 
-def test_an_adapter_cannot_be_loaded_over_while_it_is_merged(tmp_path):
+def test_a_merged_adapter_cannot_be_overwritten_by_loading(tmp_path):
     model = trained("row")
     model.save_pretrained(tmp_path)
     before = base_state(model)
@@ -194,7 +194,7 @@ def test_an_adapter_cannot_be_loaded_over_while_it_is_merged(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, -0.7])
-def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granularity, dtype, scale, monkeypatch):
+def test_merging_in_chunks_gives_the_same_sum_and_the_record_of_all_entries(granularity, dtype, scale, monkeypatch):
     monkeypatch.setattr(merging, "PIECE", 7)
     torch.manual_seed(0)
     kind = granularity_from(granularity)
@@ -216,7 +216,7 @@ def test_in_pieces_the_sum_is_the_same_and_the_record_that_of_all_entries(granul
     assert record.error_norm == pytest.approx(float((change - meant).norm()), rel=1e-3, abs=1e-6)
 
 
-def test_a_delta_below_float32_is_merged_into_float64_and_accounted_for(granularity):
+def test_a_delta_below_float32_resolution_merges_into_float64_and_is_recorded(granularity):
     kind, weight = granularity_from(granularity), torch.randn(5, 4, dtype=torch.float64)
     indices = torch.tensor([1, 3], dtype=torch.int32)
     values = torch.full(kind.values_shape((5, 4), 2), 1e-10, dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_a_delta_below_float32_is_merged_into_float64_and_accounted_for(granular
     assert record.survived == pytest.approx(1, abs=1e-4)
 
 
-def test_a_bias_in_float64_is_merged_in_float64(adapt):
+def test_a_float64_bias_is_merged_in_float64(adapt):
     layer = torch.nn.Linear(4, 5, dtype=torch.float64)
     model, x = adapt(layer, bias="fggm_only", training_dtype="float32"), torch.randn(3, 4, dtype=torch.float64)
     before = model(x)

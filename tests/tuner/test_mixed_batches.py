@@ -1,4 +1,4 @@
-"""One batch, an adapter of its own for each sample: as if every sample had come alone."""
+"""Batches with a different adapter for each sample give the outputs of single samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = [KINDS[0], "__base__", KINDS[-1], KINDS[0], KINDS[1]]
 
 
 def with_an_adapter_of_each_granularity(model: nn.Module, **config) -> nn.Module:
-    """One adapter for each granularity, of its name, with random supports and values."""
+    """A model with one adapter for each granularity and of its name, with random supports and values."""
     for seed, kind in enumerate(GRANULARITIES):
         options = FGGMConfig(criterion="random", granularity=kind, seed=seed, density=0.3, **config)
         if seed:
@@ -35,7 +35,7 @@ def with_an_adapter_of_each_granularity(model: nn.Module, **config) -> nn.Module
 
 
 def alone(model: nn.Module, name: str, inputs: dict, call=lambda model, **kwargs: model(**kwargs).logits):
-    """What the model makes of a batch of which every sample uses the same adapter."""
+    """The output for a batch in which every sample uses the same adapter."""
     if name == "__base__":
         with model.disable_adapter():
             return call(model, **inputs)
@@ -48,7 +48,7 @@ def batch_of(size: int) -> dict:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_each_layer_computes_with_every_samples_own_adapter(example, dtype, adapt):
+def test_every_layer_uses_the_adapter_of_each_sample(example, dtype, adapt):
     x = torch.cat([example.x(dtype) for _ in range(5)])[:5]
     model = nn.Sequential()
     model.layer = copy.deepcopy(example.layer(dtype))
@@ -62,7 +62,7 @@ def test_each_layer_computes_with_every_samples_own_adapter(example, dtype, adap
         assert torch.equal(model(x)[1], mixed[1])
 
 
-def test_the_biases_of_chosen_rows_go_with_their_adapter():
+def test_bias_entries_belong_to_their_adapter():
     config = {"target_modules": ["0"], "criterion": "random", "bias": "fggm_only", "init_weights": False}
     model = get_peft_model(nn.Sequential(nn.Linear(6, 8)), FGGMConfig(**config), "a")
     model.add_adapter("b", FGGMConfig(seed=1, **config))
@@ -79,9 +79,9 @@ def test_the_biases_of_chosen_rows_go_with_their_adapter():
         (lambda: llama(), {"target_modules": ["q_proj", "embed_tokens"]}),
         (lambda: bert(BertForSequenceClassification), {"modules_to_save": ["classifier"]}),
     ],
-    ids=["every linear layer", "an embedding", "a head that is trained whole"],
+    ids=["every linear layer", "an embedding", "a head in modules_to_save"],
 )
-def test_a_model_computes_for_each_sample_what_it_would_alone(build, config):
+def test_a_mixed_batch_gives_the_outputs_of_single_samples(build, config):
     model = with_an_adapter_of_each_granularity(build(), **config)
     inputs = batch_of(len(NAMES))
     mixed = model(**inputs, adapter_names=NAMES).logits
@@ -91,7 +91,7 @@ def test_a_model_computes_for_each_sample_what_it_would_alone(build, config):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("build", [llama, t5])
-def test_generating_gives_each_sample_what_its_adapter_says(build, beams):
+def test_generation_uses_the_adapter_of_each_sample(build, beams):
     model = with_an_adapter_of_each_granularity(build())
     inputs = batch_of(len(NAMES))
     settings = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
@@ -106,7 +106,7 @@ def test_generating_gives_each_sample_what_its_adapter_says(build, beams):
         assert not torch.equal(mixed, generate(model, **inputs)[:, : mixed.shape[1]])
 
 
-def test_what_cannot_be_mixed_is_an_error_as_in_lora_and_leaves_no_hook_behind():
+def test_invalid_adapter_names_raise_the_errors_of_lora_and_leave_no_hooks():
     model = with_an_adapter_of_each_granularity(llama())
     inputs = batch_of(2)
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): colour, size"):
@@ -125,7 +125,7 @@ def test_what_cannot_be_mixed_is_an_error_as_in_lora_and_leaves_no_hook_behind()
     assert not any(layer._forward_pre_hooks for layer in fggm_layers(model, "row").values())
 
 
-def test_the_names_are_ignored_while_adapters_are_disabled():
+def test_adapter_names_are_ignored_while_adapters_are_disabled():
     model = with_an_adapter_of_each_granularity(llama())
     inputs = batch_of(2)
     with model.disable_adapter():
@@ -133,7 +133,7 @@ def test_the_names_are_ignored_while_adapters_are_disabled():
         assert torch.equal(model(**inputs, adapter_names=["row", "column"]).logits, expected)
 
 
-def test_an_adapter_gets_gradients_from_its_own_samples_alone():
+def test_an_adapter_gets_gradients_only_from_its_own_samples():
     model = with_an_adapter_of_each_granularity(llama())
     model.set_adapter("row")
     loss = model(**batch_of(2), adapter_names=["row", "__base__"]).logits[1].sum()

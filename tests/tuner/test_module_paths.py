@@ -1,4 +1,4 @@
-"""Modules by layer and type, whatever their paths look like."""
+"""Layer and type of a module, read from its path."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def grid(*names, **options):
         ("0", "", 0, "*"),
     ],
 )
-def test_the_parse_path_a_module_is_read_from_its_path(name, stack, layer, kind):
+def test_stack_layer_and_type_are_read_from_the_path(name, stack, layer, kind):
     parsed = parse_path(name)
     assert (parsed.stack, parsed.layer, parsed.kind) == (stack, layer, kind)
 
 
-def test_unequal_sets_of_modules_leave_cells_empty():
+def test_missing_modules_leave_cells_empty():
     found = grid("h.0.attn.q", "h.0.mlp.up", "h.1.mlp.up", "lm_head")
     assert (found.kinds, found.layers) == (["q", "up", "lm_head"], ["0", "1", ""])
     assert found.values == [[0.5, None, None], [0.5, 0.5, None], [None, None, 0.5]]
 
 
-def test_names_are_as_short_as_tells_them_apart():
+def test_names_are_as_short_as_possible():
     assert grid("h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.mlp.c_fc").kinds == ["attn.c_proj", "mlp.c_proj", "c_fc"]
     assert grid("h.0.dense", "h.0.output.dense").kinds == ["dense", "output.dense"]
     assert grid("encoder.block.0.q", "decoder.block.0.q").layers == ["encoder 0", "decoder 0"]
 
 
-def test_experts_of_a_layer_are_taken_together_by_their_size():
+def test_the_experts_of_a_layer_are_averaged_by_size():
     found = density_grid({"h.0.experts.0.up": (1.0, 10), "h.0.experts.1.up": (0.0, 30)})
     assert found.values == [[0.25]]
 
@@ -47,14 +47,14 @@ def test_experts_of_a_layer_are_taken_together_by_their_size():
     ("layers", "expected"),
     [(1, ["0"]), (3, ["0", "1", "2"]), (6, ["0", "1–2", "3", "4–5"]), (30, ["0–6", "7–14", "15–21", "22–29"])],
 )
-def test_groups_of_layers_hold_all_of_them(layers, expected):
+def test_groups_of_layers_contain_all_layers(layers, expected):
     found = density_grid({f"h.{n}.q": (n / layers, 4) for n in range(layers)}, groups=4)
     assert found.layers == expected
     (row,) = found.values
     assert row[0] == pytest.approx(sum(n / layers for n in range(layers // 4 or 1)) / (layers // 4 or 1))
 
 
-def test_the_table_is_markdown_and_leaves_unknown_cells_empty():
+def test_the_markdown_table_leaves_missing_cells_empty():
     lines = markdown_table(density_grid({"h.0.q": (0.3, 4), "h.1.q": (0.12345, 4), "head": (1.0, 4)})).splitlines()
     assert lines[0] == "| | layer 0 | layer 1 | no layer |" and lines[1] == "|---|---|---|---|"
     assert lines[2:] == ["| q | 30 % | 12.3 % |  |", "| head |  |  | 100 % |"]
@@ -65,16 +65,16 @@ def test_the_table_is_markdown_and_leaves_unknown_cells_empty():
     [None, [], {}, {"layers": ["0"]}, {"layers": "0", "q": [0.1]}, {"layers": ["0"], "q": [0.1, 0.2]}]
     + [{"layers": ["0"], "q": value} for value in ("x", ["x"], [2.0], [None], [float("nan")])],
 )
-def test_a_grid_from_a_stranger_is_checked(data):
+def test_an_invalid_grid_is_ignored(data):
     assert grid_from_dict(data) is None
 
 
-def test_a_grid_goes_to_a_dict_and_back():
+def test_a_grid_survives_conversion_to_a_dict():
     found = grid("h.0.q", "h.1.up")
     assert grid_from_dict(found.to_dict()) == found
 
 
-def test_shares_that_differ_by_rounding_only_are_even():
+def test_densities_that_differ_only_by_rounding_are_even():
     assert density_grid({"h.0.q": (0.3, 4), "h.1.q": (0.302, 4)}).is_even
     assert not density_grid({"h.0.q": (0.3, 4), "h.1.q": (0.4, 4)}).is_even
     assert density_grid({"h.0.q": (0.0, 4)}).is_even

@@ -1,4 +1,4 @@
-"""FGGM as a member of PEFT's enum and mappings: like any other method, however often it is imported."""
+"""FGGM is a member of PEFT's enum and mappings like any other method, even after repeated imports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 MEMBER = PeftType("FGGM")
 
 
-# Each scenario runs in a process of its own that has imported PEFT and not yet fggm_peft.
+# Each scenario runs in a separate process that has imported PEFT but not fggm_peft.
 SCENARIOS = {
     "imported twice": """
 import importlib, sys
@@ -90,7 +90,7 @@ print(json.dumps(problems))
 
 @pytest.fixture(scope="module")
 def problems():
-    """What went wrong in each scenario; one interpreter imports PEFT and forks, because the import takes seconds."""
+    """Scenario -> error text, or ""; one interpreter imports PEFT and forks, because the import takes seconds."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
     command = [sys.executable, "-c", RUNNER]
@@ -100,11 +100,11 @@ def problems():
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_fresh_process_comes_to_no_harm_when(name, problems):
+def test_a_fresh_process_works_when(name, problems):
     assert not problems[name], problems[name]
 
 
-def test_the_member_is_found_by_name_and_value_and_is_counted_once():
+def test_the_member_exists_once_and_is_found_by_name_and_value():
     assert MEMBER is PeftType.FGGM is PeftType["FGGM"]
     assert MEMBER in PeftType
     assert [member.name for member in PeftType].count("FGGM") == 1
@@ -113,7 +113,7 @@ def test_the_member_is_found_by_name_and_value_and_is_counted_once():
     assert (MEMBER.name, MEMBER.value) == ("FGGM", "FGGM")
 
 
-def test_the_member_is_a_string_like_the_others():
+def test_the_member_is_a_string_like_other_members():
     lora = PeftType.LORA
     assert MEMBER == "FGGM"
     assert hash(MEMBER) == hash("FGGM")
@@ -123,7 +123,7 @@ def test_the_member_is_a_string_like_the_others():
 
 
 @pytest.mark.parametrize(
-    "there_and_back",
+    "copy_member",
     [
         copy.copy,
         copy.deepcopy,
@@ -131,12 +131,12 @@ def test_the_member_is_a_string_like_the_others():
         lambda member: PeftType(json.loads(json.dumps(member))),
     ],
 )
-def test_the_member_survives_copies_pickle_and_json_as_itself(there_and_back):
-    assert there_and_back(MEMBER) is MEMBER
-    assert there_and_back(PeftType.LORA) is PeftType.LORA
+def test_copies_pickle_and_json_return_the_same_member(copy_member):
+    assert copy_member(MEMBER) is MEMBER
+    assert copy_member(PeftType.LORA) is PeftType.LORA
 
 
-def test_peft_knows_the_config_the_tuner_and_the_prefix():
+def test_peft_maps_the_member_to_config_tuner_and_prefix():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[MEMBER] is FGGMConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[MEMBER] is FGGMModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[MEMBER] == "fggm_"
@@ -144,7 +144,7 @@ def test_peft_knows_the_config_the_tuner_and_the_prefix():
     assert type(get_peft_config({"peft_type": "FGGM", "density": 0.2})) is FGGMConfig
 
 
-def test_an_fggm_folder_is_loaded_by_pefts_own_config_class(tmp_path):
+def test_pefts_config_class_loads_an_fggm_folder(tmp_path):
     FGGMConfig(density=0.2, target_modules=["q"]).save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     assert type(config) is FGGMConfig
@@ -159,7 +159,7 @@ def test_registering_again_changes_nothing():
 
 
 def adapt_in_worker(config: FGGMConfig, member: PeftType) -> tuple:
-    """What a worker process makes of a config that was sent to it."""
+    """Adapt a model with a config that was sent to a worker process."""
     from peft import get_peft_model
 
     model = get_peft_model(nn.Sequential(nn.Linear(3, 4)), config)
@@ -167,10 +167,13 @@ def adapt_in_worker(config: FGGMConfig, member: PeftType) -> tuple:
     return member, model.peft_config["default"], indices
 
 
-def test_a_spawned_worker_gets_configs_and_members_and_chooses_the_same_support():
+def test_a_spawned_worker_receives_configs_and_members_and_selects_the_same_support():
     config = FGGMConfig(target_modules=["0"], criterion="random", seed=3, density=0.5)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         member, returned, indices = pool.apply_async(adapt_in_worker, (config, MEMBER)).get(timeout=120)
     assert member is MEMBER
-    assert {**returned.to_dict(), "base_fingerprint": None} == config.to_dict()  # the worker's config has met a model
+    assert {
+        **returned.to_dict(),
+        "base_fingerprint": None,
+    } == config.to_dict()  # the worker added the fingerprint of its model
     assert torch.equal(indices, adapt_in_worker(config, MEMBER)[2])

@@ -1,4 +1,4 @@
-"""Combined adapters against PEFT's own merge functions on the dense deltas."""
+"""Combined adapters against PEFT's merge functions on dense deltas."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def dense(layer, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("granularities", [*[[kind] * 3 for kind in KINDS], KINDS], ids=str)
 @pytest.mark.parametrize("combination", [name for name in COMBINATIONS if not name.startswith("dare")])
 @pytest.mark.filterwarnings("ignore:The density 1.0 is greater")
-def test_a_combination_is_what_peft_makes_of_the_dense_deltas(combination, granularities, density, weights, sign):
+def test_a_combination_agrees_with_pefts_functions_on_dense_deltas(combination, granularities, density, weights, sign):
     model = with_adapters(small(), granularities, target_modules=["0", "2"])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.add_weighted_adapter(list("abc"), weights, "sum", combination, density, sign)
@@ -73,7 +73,7 @@ def test_a_combination_is_what_peft_makes_of_the_dense_deltas(combination, granu
 
 
 @pytest.mark.parametrize("combination", [name for name in COMBINATIONS if name.startswith("dare")])
-def test_random_pruning_draws_as_peft_does_where_everything_may_move(combination, granularity):
+def test_random_pruning_of_full_supports_draws_the_same_entries_as_peft(combination, granularity):
     model = with_adapters(small(), [granularity] * 2, density=1.0, target_modules=["2"])
     torch.manual_seed(3)
     model.add_weighted_adapter(["a", "b"], [0.7, -1.2], "sum", combination, density=0.4)
@@ -84,21 +84,21 @@ def test_random_pruning_draws_as_peft_does_where_everything_may_move(combination
     torch.testing.assert_close(dense(layer, "sum"), expected)
 
 
-def test_random_pruning_of_sparse_deltas_keeps_its_share_and_its_expectation():
+def test_random_pruning_of_sparse_deltas_keeps_its_share_and_the_expected_value():
     base = nn.Sequential(nn.Linear(100, 100))
     model = with_adapters(base, ["row", "element"], density=0.5, target_modules=["0"])
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "all", "linear")
     for number in range(200):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], f"s{number}", "dare_linear", density=0.25)
     (layer,) = fggm_layers(model, "all").values()
-    alive = 0.5 * 0.25  # each delta covers half of the weight, and a quarter of it is kept
+    alive = 0.5 * 0.25  # each delta covers half of the weight, and pruning retains a quarter of it
     assert abs(len(layer.fggm_indices["s0"]) / 10_000 - (1 - (1 - alive) ** 2)) < 0.02
     mean = sum(dense(layer, f"s{number}") for number in range(200)) / 200
     expected = dense(layer, "all")
     assert float((mean - expected).norm() / expected.norm()) < 0.2  # sqrt((1 - 0.25) / 0.25 / 200) = 0.12
 
 
-def test_values_stay_wide_over_a_half_precision_base(granularity):
+def test_values_stay_float32_on_a_half_precision_base(granularity):
     model = with_adapters(small().bfloat16(), [granularity] * 2, target_modules=["0"])
     model.add_weighted_adapter(["a", "b"], [1.0, 0.3], "sum")
     (layer,) = fggm_layers(model, "sum").values()
@@ -106,7 +106,7 @@ def test_values_stay_wide_over_a_half_precision_base(granularity):
     torch.testing.assert_close(dense(layer, "sum"), dense(layer, "a") + 0.3 * dense(layer, "b"))
 
 
-def test_a_model_with_a_linear_combination_computes_the_sum_of_its_parts():
+def test_a_linear_combination_gives_the_sum_of_its_adapters():
     model = with_adapters(llama(), KINDS)
     model.add_weighted_adapter(list("abc"), [1.0, 1.0, 1.0], "sum")
     model.base_model.set_adapter(list("abc"))
@@ -116,9 +116,11 @@ def test_a_model_with_a_linear_combination_computes_the_sum_of_its_parts():
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_subtracted_from_itself_leaves_nothing_in_the_file(granularity, tmp_path):
+def test_an_adapter_minus_itself_is_saved_without_entries(granularity, tmp_path):
     model = with_adapters(small(), [granularity], target_modules=["0"])
-    model.add_weighted_adapter(["a"], [-2.0], "negated", "ties", density=0.1)  # of one adapter only its weight counts
+    model.add_weighted_adapter(
+        ["a"], [-2.0], "negated", "ties", density=0.1
+    )  # for a single adapter only its weight matters
     (layer,) = fggm_layers(model, "negated").values()
     torch.testing.assert_close(dense(layer, "negated"), -2 * dense(layer, "a"))
     model.add_weighted_adapter(["a", "negated"], [2.0, 1.0], "nothing")
@@ -130,7 +132,7 @@ def test_what_is_subtracted_from_itself_leaves_nothing_in_the_file(granularity, 
 
 
 @pytest.mark.parametrize("combination", ["linear", "ties"])
-def test_modules_that_only_one_adapter_has_are_in_the_combination(combination):
+def test_a_combination_contains_modules_of_only_one_adapter(combination):
     model = get_peft_model(
         small(), FGGMConfig(target_modules=["0"], criterion="random", init_weights=False), adapter_name="a"
     )
@@ -158,7 +160,7 @@ def test_bias_entries_combine_with_their_rows():
     assert "mixed" not in model.peft_config
 
 
-def test_a_module_that_one_adapter_trains_whole_goes_along_and_two_are_refused():
+def test_modules_to_save_of_one_adapter_are_copied_and_of_two_are_rejected():
     config = {"target_modules": ["0"], "criterion": "random", "init_weights": False}
     model = get_peft_model(small(), FGGMConfig(modules_to_save=["2"], **config), adapter_name="a")
     model.add_adapter("b", FGGMConfig(**config))
@@ -184,7 +186,7 @@ def test_a_module_that_one_adapter_trains_whole_goes_along_and_two_are_refused()
         ((["a", "b"], [1.0, 1.0], "new", "ties", 0.5, "loudest"), "majority_sign_method must be one of"),
     ],
 )
-def test_what_cannot_be_combined_is_an_error_that_leaves_the_model_alone(arguments, message):
+def test_an_invalid_combination_raises_an_error_and_does_not_change_the_model(arguments, message):
     model = with_adapters(small(), ["row"] * 2, target_modules=["0"])
     model.add_adapter("empty", FGGMConfig(target_modules=["0"]))
     keys = set(model.state_dict())
@@ -193,7 +195,7 @@ def test_what_cannot_be_combined_is_an_error_that_leaves_the_model_alone(argumen
     assert set(model.state_dict()) == keys and "new" not in model.peft_config
 
 
-def test_a_name_that_is_taken_keeps_what_it_has():
+def test_an_existing_adapter_is_not_overwritten():
     model = with_adapters(small(), ["row"] * 2, target_modules=["0"])
     before = dense(model.base_model.model[0], "b")
     with pytest.warns(UserWarning, match="'b' exists already"):
@@ -201,7 +203,7 @@ def test_a_name_that_is_taken_keeps_what_it_has():
     assert torch.equal(dense(model.base_model.model[0], "b"), before)
 
 
-def test_a_combination_is_saved_and_loaded_like_any_adapter(tmp_path):
+def test_a_combination_can_be_saved_and_loaded(tmp_path):
     model = with_adapters(llama(), KINDS, density=0.1)
     model.add_weighted_adapter(list("abc"), [1.0, 0.5, -1.0], "sum", "ties", density=0.05)
     model.set_adapter("sum")
