@@ -19,7 +19,7 @@ from common import interleaved, ratios, show, write
 from torch import Tensor
 
 from fggm_peft.core.granularity import granularity_from
-from fggm_peft.core.linear import effective_linear, pays_to_split, split_linear
+from fggm_peft.core.linear import effective_linear, pays_to_split
 from fggm_peft.core.weight_delta import WeightDelta
 
 SHAPES = [(512, 512), (1024, 1024), (4096, 1536)]
@@ -51,7 +51,7 @@ def measure(shape: tuple[int, int], positions: int, density: float, name: str, d
 
     calls = {
         COPIED: partial(model, lambda weight, delta: effective_linear(x, weight.clone, None, [delta])),
-        SPLIT: partial(model, lambda weight, delta: split_linear(x, lambda: weight, None, delta)),
+        SPLIT: partial(model, lambda weight, delta: effective_linear(x, lambda: weight, None, [delta], True)),
     }
     split = ratios(interleaved(calls, 3), COPIED)[SPLIT]["ratio_min"]
     chosen = split if pays_to_split(deltas[0], shape, positions) else 1.0

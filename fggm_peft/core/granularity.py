@@ -29,7 +29,7 @@ def sum_rounded_once(entries: Tensor, values: Tensor, scale: float) -> Tensor:
 
 
 def _add_matrix_product_(y: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``y += scale * a @ b``, rounded once also where ``a`` and ``b`` are wider than ``y``."""
+    """``y += scale * a @ b``, rounded once even if ``a`` and ``b`` are wider than ``y``."""
     if a.dtype == y.dtype:
         y.addmm_(a, b, alpha=scale)
     else:
@@ -195,19 +195,34 @@ def granularity_from(value: str | Mapping[str, Any] | Granularity) -> Granularit
     return value if isinstance(value, Granularity) else GRANULARITIES.build(value, "granularity")
 
 
+class _Slices(Granularity):
+    """Rows or columns: slices of the weight along ``weight_dim``, which is also the dimension of the values."""
+
+    weight_dim: ClassVar[int]
+
+    def units(self, shape):
+        return shape[self.weight_dim]
+
+    def parameters_per_unit(self, shape):
+        return shape[1 - self.weight_dim]
+
+    def reduce(self, matrix):
+        return matrix.sum(1 - self.weight_dim)
+
+    def gather(self, weight, indices):
+        return weight.index_select(self.weight_dim, indices)
+
+    def put_(self, weight, indices, entries):
+        weight.index_copy_(self.weight_dim, indices.long(), entries)
+
+
 @GRANULARITIES.register("row")
 @dataclass(frozen=True)
-class Rows(Granularity):
+class Rows(_Slices):
     """Output features: row ``o`` of the weight (FGGM's choice). Values are ``[k, i]``."""
 
     weight_dim = 0
     takes_digest = True
-
-    def units(self, shape):
-        return shape[0]
-
-    def parameters_per_unit(self, shape):
-        return shape[1]
 
     def values_shape(self, shape, k):
         return (k, shape[1])
@@ -215,17 +230,8 @@ class Rows(Granularity):
     def element_indices(self, indices, shape):
         return (indices.long()[:, None] * shape[1] + torch.arange(shape[1], device=indices.device)).flatten()
 
-    def reduce(self, matrix):
-        return matrix.sum(1)
-
     def accumulate_(self, scores, gradients: RowGradients, half):
         scores.index_add_(0, half, gradients.row_scores().to(scores.dtype))
-
-    def gather(self, weight, indices):
-        return weight.index_select(0, indices)
-
-    def put_(self, weight, indices, entries):
-        weight.index_copy_(0, indices.long(), entries)
 
     def value_gradient(self, stored, g, indices):
         if kernels.gathers(g, stored, indices):
@@ -248,18 +254,11 @@ class Rows(Granularity):
 
 @GRANULARITIES.register("column")
 @dataclass(frozen=True)
-class Columns(Granularity):
+class Columns(_Slices):
     """Input features: column ``i`` of the weight. Values are ``[o, k]``."""
 
-    unit_dim = 1
-    weight_dim = 1
+    unit_dim = weight_dim = 1
     stores_partial_input = True
-
-    def units(self, shape):
-        return shape[1]
-
-    def parameters_per_unit(self, shape):
-        return shape[0]
 
     def values_shape(self, shape, k):
         return (shape[0], k)
@@ -267,17 +266,8 @@ class Columns(Granularity):
     def element_indices(self, indices, shape):
         return (torch.arange(shape[0], device=indices.device)[:, None] * shape[1] + indices.long()).flatten()
 
-    def reduce(self, matrix):
-        return matrix.sum(0)
-
     def accumulate_(self, scores, gradients, half):
         scores.index_add_(0, half, gradients.column_scores().to(scores.dtype))
-
-    def gather(self, weight, indices):
-        return weight.index_select(1, indices)
-
-    def put_(self, weight, indices, entries):
-        weight.index_copy_(1, indices.long(), entries)
 
     def pieces(self, weight, indices, tensors, size):
         step = max(1, size * len(weight) // tensors[0].numel())
@@ -285,7 +275,7 @@ class Columns(Granularity):
             yield part, indices, *pieces
 
     def stored_input(self, x, indices):
-        # the query, key and value layers share one input, of which each would keep a part of its own
+        # the query, key and value layers share one input, but each would store a part of its own
         return x.index_select(1, indices) if 3 * indices.numel() <= x.shape[1] else x
 
     def value_gradient(self, stored, g, indices):
@@ -302,8 +292,7 @@ class Columns(Granularity):
         gx.index_add_(1, indices, (g @ values).to(gx.dtype), alpha=scale)
 
     def delta_rows(self, rows, indices, values, shape):
-        zeros = values.new_zeros(len(rows), shape[1])
-        return zeros.index_copy(1, indices.long(), values[rows])
+        return values.new_zeros(len(rows), shape[1]).index_copy(1, indices.long(), values[rows])
 
 
 @GRANULARITIES.register("element")
@@ -332,18 +321,16 @@ class Elements(Granularity):
     def accumulate_(self, scores, gradients, half):
         gradients.add_element_scores_(scores, half)
 
-    # A transposed base weight (Conv1D) cannot be viewed flat, hence (row, column) pairs below.
     def gather(self, weight, indices):
         if weight.is_contiguous():
             return weight.view(-1).index_select(0, indices)
-        return weight[indices // weight.shape[1], indices % weight.shape[1]]
+        return weight[indices // weight.shape[1], indices % weight.shape[1]]  # a transposed weight (Conv1D) has no view
 
     def put_(self, weight, indices, entries):
         if weight.is_contiguous():
             weight.view(-1).index_copy_(0, indices.long(), entries)
         else:
-            width = weight.shape[1]
-            weight.index_put_((indices // width, indices % width), entries)
+            weight.index_put_((indices // weight.shape[1], indices % weight.shape[1]), entries)
 
     def add_(self, weight, indices, values, scale=1.0):
         if kernels.adds(weight, values):
@@ -365,7 +352,7 @@ class Elements(Granularity):
         add_sparse_product_(gx, g, starts, rows[order], values[order], scale)
 
     def delta_rows(self, rows, indices, values, shape):
-        if torch.compiler.is_exporting():  # no size in an exported program may depend on data
+        if torch.compiler.is_exporting():  # sizes in an exported program must not depend on data
             return values.new_zeros(shape[0] * shape[1]).index_copy(0, indices.long(), values).view(shape)[rows]
         unique, inverse = rows.unique(return_inverse=True)
         first = torch.searchsorted(indices, (unique * shape[1]).to(indices.dtype))

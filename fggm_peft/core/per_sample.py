@@ -1,9 +1,9 @@
 """Squared per-sample gradients of a weight, from its layer's input and the gradient at its output.
 
-The gradient of sample ``b`` with respect to a weight ``[o, i]`` is ``g[b].mT @ x[b]``; squared and
-summed over samples it is the diagonal of the empirical Fisher information (FGGM, arXiv 2601.18261,
-section 3; the same quantity as in EWC). None of the functions keeps a ``[b, o, i]`` tensor, and rows
-and columns never form an ``[o, i]`` one when the Gram form is the cheaper.
+The gradient of sample ``b`` with respect to a weight ``[o, i]`` is ``g[b].mT @ x[b]``. Its square, summed over samples,
+is the diagonal of the empirical Fisher information (FGGM, arXiv 2601.18261, section 3; the same quantity as in EWC). No
+function keeps a ``[b, o, i]`` tensor, and scores of rows and columns form no ``[o, i]`` tensor if the Gram form is
+cheaper.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class RowGradients(ABC):
-    """What row scores need to know of the gradients of one batch with respect to one weight."""
+    """The gradients of one batch with respect to one weight, as far as the scores of rows need them."""
 
     @abstractmethod
     def row_scores(self) -> Tensor:
@@ -42,29 +42,31 @@ class PerSampleGradients(RowGradients):
 
     @abstractmethod
     def total(self, samples: Tensor) -> Tensor:
-        """The sum of the gradients of the given samples, ``[b]`` booleans, with their signs: ``[o, i]`` float32."""
+        """The sum of the signed gradients of the given samples, ``[b]`` booleans: ``[o, i]`` float32."""
 
 
 def gram_is_cheaper(positions: int, outputs: int, inputs: int, shared_by: int = 1) -> bool:
-    """Whether the Gram form of row scores takes fewer operations than ``g.mT @ x`` does.
+    """Whether the Gram form of row scores takes fewer operations than ``g.mT @ x``.
 
-    That is ``c * t * (i / shared_by + o) < i * o`` if ``shared_by`` layers have the same input; ``c`` is the share of
-    the Gram matrix that is formed, ``(n + 1) / 2n`` in ``n`` blocks. For column scores exchange inputs and outputs.
+    The condition is ``c * t * (i / shared_by + o) < i * o`` if ``shared_by`` layers have the same input; ``c`` is the
+    share of the Gram matrix that is formed, ``(n + 1) / 2n`` in ``n`` blocks. For column scores exchange inputs and
+    outputs.
     """
     count = _block_count(positions)
     return (count + 1) * positions * (inputs / shared_by + outputs) < 2 * count * outputs * inputs
 
 
 def _block_count(positions: int) -> int:
-    # Fewer operations in more but smaller products; measured from 32 to 1024 positions, four pay from 128 on.
+    # More blocks are fewer operations in smaller products. Measured from 32 to 1024 positions: four pay from 128 on.
     return 4 if positions >= 128 else 1
 
 
 class Block(NamedTuple):
-    """Rows ``start`` to ``end`` of the lower triangle of ``x @ x.mT``, by blocks, as its quadratic form needs them.
+    """Rows ``start`` to ``end`` of the lower triangle of ``x @ x.mT``.
 
     Args:
-        products: ``[b, end - start, end]``; left of the diagonal block they are doubled, for the upper triangle.
+        products: ``[b, end - start, end]``. Left of the diagonal block they are doubled: the quadratic form counts the
+            upper triangle too.
     """
 
     start: int
@@ -73,30 +75,28 @@ class Block(NamedTuple):
 
 
 class GramMatrix:
-    """``x @ x.mT`` of each sample, remembered for layers with one input (q, k, v; gate, up).
-
-    Accumulated and returned in float32 at least.
+    """``x @ x.mT`` of each sample in float32 at least, cached for layers with the same input (q, k, v; gate, up).
 
     Args:
-        shared_by: how many layers may ask for it; it is forgotten when they are done.
+        shared_by: number of layers that use it; the cache is cleared after all of them have called ``done``.
     """
 
     def __init__(self, shared_by: int = 1):
         self.shared_by = shared_by
         self._done = 0
-        self._known: dict[tuple, tuple[Tensor, list[Block]]] = {}
+        self._cache: dict[tuple, tuple[Tensor, list[Block]]] = {}
 
     def __call__(self, x: Tensor) -> list[Block]:
-        key = x.data_ptr(), x.shape, x.stride()  # x is kept alive, so that its memory is not another's
-        if key not in self._known:
-            self._known[key] = x, _gram_blocks(_widened(x))
-        return self._known[key][1]
+        key = x.data_ptr(), x.shape, x.stride()
+        if key not in self._cache:
+            self._cache[key] = x, _gram_blocks(_widened(x))  # x stays alive, so that its memory is not reused
+        return self._cache[key][1]
 
     def done(self) -> None:
-        """One of the layers needs it no more."""
+        """One of the layers no longer needs it."""
         self._done += 1
         if self._done >= self.shared_by:
-            self._known.clear()
+            self._cache.clear()
 
 
 def _gram_blocks(x: Tensor) -> list[Block]:
@@ -130,7 +130,7 @@ class LinearGradients(PerSampleGradients):
     Args:
         x: layer input, ``[b, t, i]``.
         g: gradient of the summed log-likelihood at the layer's output, ``[b, t, o]``.
-        gram: the Gram matrix of ``x``, if other layers have this input too.
+        gram: the Gram matrix of ``x``, if other layers have the same input.
     """
 
     def __init__(self, x: Tensor, g: Tensor, gram: GramMatrix | None = None):
@@ -162,11 +162,10 @@ class LinearGradients(PerSampleGradients):
         return scores
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
-        table, which = scores.view(2, self.g.shape[2], self.x.shape[2]), half.tolist()
-        first = 0
+        table, halves, first = scores.view(2, *self.shape), half.tolist(), 0
         for x, g in _by_length(self.x, self.g):
             for sample, rows, matrix in _matrices(x, g):
-                table[which[first + sample], rows].addcmul_(matrix, matrix)
+                table[halves[first + sample], rows].addcmul_(matrix, matrix)
             first += len(x)
 
     def total(self, samples: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ class LinearGradients(PerSampleGradients):
 
 
 def _by_length(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The samples together; or one by one, without the positions at either end where ``g`` is 0, if those are many."""
+    """All samples together; or each on its own, cut to its busy span, if that saves much."""
     spans = _busy_spans(g)
     if spans is None:
         return [(x, g)]
@@ -183,14 +182,14 @@ def _by_length(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _busy_spans(g: Tensor) -> list[tuple[int, int]] | None:
-    """From the first to behind the last position of each sample where ``g`` is not 0; None if that is nearly all.
+    """For each sample, the span of positions outside of which ``g`` is 0; None if the spans are nearly everything.
 
-    Padding is such, and in the last block of a decoder all that precedes the answer: they add nothing. On an
-    accelerator many small products and asking for their sizes would cost more than is saved.
+    ``g`` is 0 at padding and, in the last block of a decoder, before the answer. On an accelerator, many small products
+    and the synchronization for their sizes would cost more than they save.
     """
     if g.device.type != "cpu":
         return None
-    idle, few = g[..., 0] == 0, 0.1 * g[..., 0].numel()  # a look at one feature first
+    idle, few = g[..., 0] == 0, 0.1 * g[..., 0].numel()  # look at one feature first
     if idle.sum() <= few:
         return None
     idle[idle.clone()] = ~g[idle].any(1)
@@ -203,15 +202,15 @@ def _busy_spans(g: Tensor) -> list[tuple[int, int]] | None:
 
 
 class InputDigest(ABC):
-    """What the row scores of the layers with one input need of it, in the place of that input ``[b, t, i]``."""
+    """A replacement for the input ``[b, t, i]`` of layers, from which their row scores can be computed."""
 
     @abstractmethod
     def row_scores(self, g: Tensor) -> Tensor:
-        """As ``PerSampleGradients.row_scores``, ``[b, o]``, from ``g`` ``[b, t, o]``."""
+        """Like ``PerSampleGradients.row_scores``, ``[b, o]``, from ``g`` ``[b, t, o]``."""
 
 
 class GramDigest(InputDigest):
-    """``x @ x.mT`` of each sample: ``[t, t]`` in the place of ``[t, i]``, and the scores are exact."""
+    """``x @ x.mT`` of each sample: ``[t, t]`` instead of ``[t, i]``. The scores are exact."""
 
     def __init__(self, x: Tensor):
         self.blocks = _gram_blocks(_widened(x))
@@ -220,24 +219,25 @@ class GramDigest(InputDigest):
         spans = _busy_spans(g)
         if spans is None:
             return _quadratic_form(g, self.blocks)
-        parts = [
-            _quadratic_form(g[b : b + 1, start:end], self._between(b, start, end))
-            for b, (start, end) in enumerate(spans)
-        ]
-        return torch.cat(parts)
+        return torch.cat(
+            [
+                _quadratic_form(g[b : b + 1, start:end], self._between(b, start, end))
+                for b, (start, end) in enumerate(spans)
+            ]
+        )
 
     def _between(self, sample: int, start: int, end: int) -> list[Block]:
         """The blocks of one sample for its positions from ``start`` to ``end``."""
-        found = []
+        blocks = []
         for block in self.blocks:
             first, last = max(start, block.start), max(start, min(end, block.end))
             rows = slice(first - block.start, max(first, last) - block.start)
-            found.append(Block(first - start, last - start, block.products[sample : sample + 1, rows, start:last]))
-        return found
+            blocks.append(Block(first - start, last - start, block.products[sample : sample + 1, rows, start:last]))
+        return blocks
 
 
 class DigestedGradients(RowGradients):
-    """Gradients of a layer of whose input only a digest is left."""
+    """Gradients of a layer whose input is available as a digest only."""
 
     def __init__(self, digest: InputDigest, g: Tensor):
         self.digest, self.g = digest, g
@@ -250,11 +250,11 @@ _CHUNK_BYTES = 2**20
 
 
 def _matrices(x: Tensor, g: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """The gradients as (sample, rows, some rows of it ``[rows, i]``), all samples of some rows before the next rows.
+    """The gradients in pieces (sample, rows, these rows ``[rows, i]``), all samples of some rows before the next rows.
 
-    On a CPU a piece and the sums it is added to stay in its cache: from ``t = 32`` to 512 this takes 0.4 to 1 times
-    as long as whole matrices. With fewer rows than positions the product itself would be slower. A matrix is
-    overwritten by the next.
+    On a CPU a piece stays in the cache with the sums that it is added to: for ``t`` from 32 to 512 this takes 0.4 to 1
+    times as long as whole matrices. With fewer rows than positions the product itself would be slower. Each piece
+    overwrites the one before.
     """
     x, g = _widened(x), _widened(g)
     outputs, inputs = g.shape[2], x.shape[2]
@@ -270,10 +270,10 @@ def _matrices(x: Tensor, g: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
 
 
 class GroupedGradients(PerSampleGradients):
-    """Gradients of a grouped convolution: every group is a small linear map of its own.
+    """Gradients of a grouped convolution; every group is a small linear map.
 
     Args:
-        x: ``[b, t, groups, i]`` with ``i`` the inputs of one group.
+        x: ``[b, t, groups, i]``; ``i`` are the inputs of one group.
         g: ``[b, t, groups, o / groups]``.
     """
 
@@ -296,19 +296,19 @@ class GroupedGradients(PerSampleGradients):
 
 
 class EmbeddingGradients(PerSampleGradients):
-    """Gradients of a table ``[o, i]`` (``o`` tokens) that was read at ``tokens``.
+    """Gradients of a table ``[o, i]`` of ``o`` tokens.
 
     Args:
-        tokens: ``[b, t]`` integers.
-        g: gradient at the looked-up vectors, ``[b, t, i]``.
-        rows: how many tokens the table has.
+        tokens: ``[b, t]`` integers, the rows that were read.
+        g: gradient at the vectors that were read, ``[b, t, i]``.
+        rows: number of rows of the table.
     """
 
     def __init__(self, tokens: Tensor, g: Tensor, rows: int):
         batch = torch.arange(len(tokens), device=tokens.device)[:, None]
         pairs, inverse = (batch * rows + tokens.long()).reshape(-1).unique(return_inverse=True)
         g = _widened(g).flatten(0, 1)
-        # a token that occurs twice in a sample sums its gradients before they are squared
+        # the gradients of a token that occurs twice in a sample are summed before they are squared
         self.sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, inverse, g)
         self.sample, self.token = pairs // rows, pairs % rows
         self.samples, self.shape = len(tokens), (rows, g.shape[-1])
@@ -318,13 +318,12 @@ class EmbeddingGradients(PerSampleGradients):
         return scores.index_put_((self.sample, self.token), self.sums.square().sum(1))
 
     def column_scores(self) -> Tensor:
-        scores = self.sums.new_zeros(self.samples, self.shape[1])
-        return scores.index_add_(0, self.sample, self.sums.square())
+        return self.sums.new_zeros(self.samples, self.shape[1]).index_add_(0, self.sample, self.sums.square())
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
-        for which in (0, 1):
-            chosen = half[self.sample] == which
-            table = scores[which].view(self.shape)
+        for row in (0, 1):
+            chosen = half[self.sample] == row
+            table = scores[row].view(self.shape)
             table.index_add_(0, self.token[chosen], self.sums[chosen].square().to(table.dtype))
 
     def total(self, samples: Tensor) -> Tensor:
@@ -339,9 +338,8 @@ def unfold_convolution(layer: nn.Module, x: Tensor) -> Tensor:
         ``[b, t, groups, i]``: ``t`` output positions, ``i`` the flattened inputs of one group.
     """
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    padding = layer._reversed_padding_repeated_twice  # "same" and tuples, already resolved
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, padding, mode=mode)
+    padding = layer._reversed_padding_repeated_twice  # "same" and tuples are resolved in it
+    x = F.pad(x, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     sizes: Sequence[int] = layer.kernel_size
     for dim, (size, stride, dilation) in enumerate(zip(sizes, layer.stride, layer.dilation, strict=True), start=2):
         x = x.unfold(dim, (size - 1) * dilation + 1, stride)[..., ::dilation]

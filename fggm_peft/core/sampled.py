@@ -1,7 +1,7 @@
-"""Sparse products in stock operators: no ``[o, i]`` matrix exists while they run.
+"""Sparse products by operators of PyTorch, without an ``[o, i]`` matrix.
 
-``embedding_bag`` with per-sample weights is a CSR product, and its per-sample-weight gradient is the
-sampled product of two dense matrices; torch's own sparse CSR is 4 to 11 times slower under autograd.
+``embedding_bag`` with per-sample weights is a CSR product, and the gradient of its weights is the sampled product of
+two dense matrices. PyTorch's own sparse CSR tensors are 4 to 11 times slower under autograd.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
 
-# Above these densities the dense product in row chunks is the faster one (benchmarks/suite).
+# above these densities the dense product in chunks of rows is faster (benchmarks/suite)
 _SAMPLED_MAX_DENSITY = {torch.float32: 0.05, torch.float64: 0.05}
 _SAMPLED_MAX_DENSITY_16_BIT = 0.01
 _CHUNK_ENTRIES = 1 << 20  # 4 MiB of float32; smaller chunks cost 5-10 % more
-_GATHER_ENTRIES = 1 << 22
 
 
 def starts_of(indices: Tensor, bounds: Tensor) -> Tensor:
@@ -54,17 +53,14 @@ def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
         indices: ``[k]`` integers.
 
     Returns:
-        ``[k]`` in the dtype of ``x``. Which algorithm computed it depends on the device, the dtype and the density.
+        ``[k]`` in the dtype of ``x``. The algorithm depends on the device, the dtype and the density.
     """
     if kernels.samples(x, g, indices):
         return kernels.sampled_product(x, g, indices)
     density = indices.numel() / (g.shape[1] * x.shape[1])
     if density > _SAMPLED_MAX_DENSITY.get(x.dtype, _SAMPLED_MAX_DENSITY_16_BIT):
         return dense_chunks(x, g, indices)
-    rows, columns = indices // x.shape[1], indices % x.shape[1]
-    if hasattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward"):
-        return bag_sampled_product(x, g, rows, columns)
-    return gathered_dots(x, g, rows, columns)
+    return bag_sampled_product(x, g, indices // x.shape[1], indices % x.shape[1])
 
 
 def bag_sampled_product(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -79,20 +75,8 @@ def bag_sampled_product(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> 
     )
 
 
-def gathered_dots(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same in public operators, for a torch whose private operator has gone."""
-    left, right = g.mT.contiguous(), x.mT.contiguous()
-    wide = torch.promote_types(x.dtype, torch.float32)
-    step = max(1, _GATHER_ENTRIES // max(1, x.shape[0]))
-    parts = [
-        (left[r].to(wide) * right[c].to(wide)).sum(1)
-        for r, c in zip(rows.split(step), columns.split(step), strict=True)
-    ]
-    return torch.cat(parts).to(x.dtype) if parts else x.new_empty(0)
-
-
 def _bounds(indices: Tensor, edges: Tensor) -> list[int]:
-    """How many of the sorted indices are below each edge; without data (a dry run) they are taken to lie evenly."""
+    """How many of the sorted indices are below each edge; without data (a dry run), as if they were evenly spread."""
     if indices.is_meta or isinstance(indices, FakeTensor):
         count = max(1, len(edges) - 1)
         return [indices.numel() * part // count for part in range(len(edges))]
@@ -100,11 +84,11 @@ def _bounds(indices: Tensor, edges: Tensor) -> list[int]:
 
 
 def dense_chunks(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-    """The same by the dense product of a few rows at a time, of which the entries are taken."""
+    """The same from dense products of a few rows at a time."""
     width = x.shape[1]
     step = max(1, _CHUNK_ENTRIES // width)
     result = x.new_empty(indices.numel())
-    # the last edge stays below 2**31 wherever the indices are int32
+    # the last edge stays below 2**31 if the indices are int32
     edges = torch.arange(0, g.shape[1] + step, step, device=indices.device).clamp_(max=g.shape[1]) * width
     bounds = _bounds(indices, edges)
     for chunk, (first, last) in enumerate(itertools.pairwise(bounds)):

@@ -1,7 +1,7 @@
-"""What a pass over data may gather of one weight. A criterion names the statistics that it looks at.
+"""Statistics that a pass over data collects for one weight. A criterion names the statistics that it uses.
 
-Each keeps two running sums, one for the even and one for the odd samples, so that a selection can say whether
-other data would have chosen the same. Sums add up over batches and over processes.
+Each statistic has two running sums, one for the even and one for the odd samples, so that a selection can estimate
+whether other data would have selected the same units. Sums add up over batches and over processes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .registry import Registry
 
 @dataclass(frozen=True)
 class Batch:
-    """What is known of a batch beside the model's inputs.
+    """A batch without the model's inputs.
 
     Args:
-        half: ``[b]`` 0 or 1, the running sum that each sample goes to.
+        half: ``[b]`` 0 or 1, the running sum that each sample is added to.
         padding: ``[b, t]`` True where a position is padding, or None.
         first: the number of its first sample, over all processes.
     """
@@ -50,10 +50,10 @@ class Statistic(ABC):
     """One quantity, with a running sum of ``size`` numbers for each half of the samples.
 
     Attributes:
-        looks_at: "gradient" needs a backward pass; "input" and "output" (of the layer) do without.
-        is_kept: it says of a task what later ones may take for a reference; it is not negative then.
-        has_sketch: it looks at the scores of rows and columns only, which a sketch can estimate and, of rows, a digest
-            of the input can give.
+        looks_at: "gradient" requires a backward pass; "input" and "output" (of the layer) do not.
+        is_kept: it is stored with a task and can be the reference of later tasks; it is not negative then.
+        has_sketch: it uses only scores of rows and columns, which a sketch can estimate and, for rows, a digest of the
+            input can replace.
     """
 
     looks_at: Literal["gradient", "input", "output"] = "gradient"
@@ -62,18 +62,18 @@ class Statistic(ABC):
 
     @abstractmethod
     def size(self, granularity: Granularity, shape: Shape) -> int:
-        """Length of a running sum for a weight ``(o, i)``."""
+        """Length of one running sum."""
 
     @abstractmethod
     def add_(self, sums: Tensor, granularity: Granularity, seen: RowGradients | Features, batch: Batch) -> None:
         """Add one batch to ``sums``, ``[2, size]`` float32."""
 
     def mean(self, total: Tensor, count: int) -> Tensor:
-        """What the criterion gets, from one running sum ``[size]`` or the sum of both."""
+        """The statistic itself, from a running sum ``[size]`` over ``count`` samples."""
         return total / count
 
     def entries(self, granularity: Granularity, shape: Shape) -> int:
-        """How many entries of the weight each number is the sum over."""
+        """The number of weight entries that each number is the sum over."""
         return granularity.parameters_per_unit(shape)
 
 
@@ -95,7 +95,7 @@ class Fisher(Statistic):
 
 @STATISTICS.register("mean_gradient")
 class MeanGradient(Statistic):
-    """The mean over samples of their gradient with its sign, ``[o * i]`` whatever the granularity."""
+    """The mean over samples of their signed gradients, ``[o * i]`` for every granularity."""
 
     is_kept = False
 
@@ -115,11 +115,11 @@ class MeanGradient(Statistic):
 class FeatureMean(Statistic):
     """The mean over positions of a function of each feature, ``[f]``; padding does not count.
 
-    Needs a forward pass only. The running sums end with the number of positions, which is not the same for all layers.
+    It requires a forward pass only. The last number of each running sum counts positions, because layers differ in it.
 
     Args:
         looks_at: "input" (``f = i``) or "output" (``f = o``).
-        function: of single numbers.
+        function: elementwise.
     """
 
     def __init__(self, looks_at: Literal["input", "output"], function: Callable[[Tensor], Tensor]):
@@ -143,6 +143,6 @@ class FeatureMean(Statistic):
 
 
 def ones(name: str, granularity: Granularity, shape: Shape) -> Tensor:
-    """A statistic whose every number is 1, in the form that criteria get."""
-    entry = STATISTICS[name]
-    return entry.mean(torch.ones(entry.size(granularity, shape)), 1)
+    """The statistic, in the form that criteria receive, with every number 1."""
+    statistic = STATISTICS[name]
+    return statistic.mean(torch.ones(statistic.size(granularity, shape)), 1)

@@ -21,7 +21,6 @@ from ..core.linear import (
     effective_matrix,
     is_autocast,
     pays_to_split,
-    split_linear,
 )
 from ..core.per_sample import EmbeddingGradients, GroupedGradients, LinearGradients, unfold_convolution
 from ..core.registry import Registry
@@ -77,10 +76,8 @@ class FGGMLinear(FGGMLayer):
             return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
         bias = self.bias_with_deltas(self.base_layer.bias)
         bias = None if bias is None else bias.to(dtype)
-        if self._splits(deltas, x):
-            output = split_linear(x.to(dtype), self.dense_weight, bias, deltas[0])
-        else:
-            output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
+        splits = self._splits(deltas, x)
+        output = effective_linear(x.to(dtype), self.dense_weight if splits else self.weight_copy, bias, deltas, splits)
         return output if is_autocast(x) else output.to(x.dtype)
 
     def _splits(self, deltas: list[WeightDelta], x: Tensor) -> bool:

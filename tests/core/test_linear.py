@@ -16,7 +16,6 @@ from fggm_peft.core.linear import (
     effective_matrix,
     effective_weight,
     pays_to_split,
-    split_linear,
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -36,7 +35,7 @@ def run_split(x, weight, bias, deltas):
     (delta,) = deltas
     if delta.granularity.weight_dim is None:
         pytest.skip("single entries are no slices of a weight")
-    return split_linear(x, lambda: weight, bias, delta)
+    return effective_linear(x, lambda: weight, bias, [delta], splits=True)
 
 
 FORMS = [run_effective, run_additive]
@@ -193,9 +192,9 @@ def test_a_split_product_uses_the_entries_of_the_merged_weight(name, dtype, make
     before, x = weight.clone(), torch.eye(12, dtype=dtype)
     with torch.no_grad():
         merged = effective_weight(weight.clone(), [delta])
-    assert torch.equal(split_linear(x, lambda: weight, None, delta), merged.mT)
+    assert torch.equal(effective_linear(x, lambda: weight, None, [delta], splits=True), merged.mT)
     zeros = torch.zeros(16, 12, dtype=dtype, requires_grad=True)
-    split_linear(zeros, lambda: weight, None, delta).backward(torch.eye(16, dtype=dtype))
+    effective_linear(zeros, lambda: weight, None, [delta], splits=True).backward(torch.eye(16, dtype=dtype))
     assert torch.equal(zeros.grad, merged)
     assert torch.equal(weight, before)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +21,6 @@ def by_pairs(product):
 ALGORITHMS = {
     "switch": sampled.sampled_product,
     "bag": by_pairs(sampled.bag_sampled_product),
-    "dots": by_pairs(sampled.gathered_dots),
     "chunks": sampled.dense_chunks,
 }
 each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
@@ -83,25 +80,14 @@ def test_only_the_density_decides_which_algorithm_runs(dtype, monkeypatch):
     assert ran == ["bag", "bag", "chunks", "chunks"] * 2
 
 
-def test_without_torchs_private_operator_public_operators_are_used(monkeypatch):
-    without = types.SimpleNamespace(**{name: getattr(torch, name) for name in ("cat", "float32", "promote_types")})
-    without.ops = types.SimpleNamespace(aten=types.SimpleNamespace())
-    monkeypatch.setattr(sampled, "torch", without)
-    x, g, indices = torch.randn(9, 30), torch.randn(9, 20), some(600, 12)
-    dense = (g.double().T @ x.double()).view(-1)[indices.long()]
-    assert relative_error(sampled.sampled_product(x, g, indices), dense) < TOLERANCE[torch.float32]
-
-
 @pytest.mark.parametrize("rows_per_chunk", [1, 3, 7, 100])
 def test_the_chunk_size_does_not_change_the_result(rows_per_chunk, monkeypatch):
     x, g = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 13, dtype=torch.float64)
     monkeypatch.setattr(sampled, "_CHUNK_ENTRIES", rows_per_chunk * 6)
-    monkeypatch.setattr(sampled, "_GATHER_ENTRIES", rows_per_chunk * 5)
     # rows 4 to 6 stay empty
     indices = torch.cat([torch.arange(20), torch.arange(50, 78)])
     dense = (g.T @ x).view(-1)[indices]
-    for algorithm in (ALGORITHMS["chunks"], ALGORITHMS["dots"]):
-        assert relative_error(algorithm(x, g, indices), dense) < TOLERANCE[torch.float64]
+    assert relative_error(sampled.dense_chunks(x, g, indices), dense) < TOLERANCE[torch.float64]
 
 
 @each_algorithm
