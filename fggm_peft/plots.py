@@ -16,8 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core.spectrum import SHARES
-from .tuner.module_paths import density_grid, parse_path
+from .tuner.module_paths import density_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,48 +238,6 @@ def density_plot(shares: Mapping[str, tuple[float, int]], title: str = "") -> Fi
     figure, (axes,) = new_figure(0.75 + heat_map_height(len(grid.kinds), grid.layers[:12]), 4.4)
     heat_map(axes, grid.values, grid.kinds, grid.layers, 0.0, high or 1.0, scale="selected share")
     axes.set(title=plain(title), xlabel="layer" if any(grid.layers) else "")
-    return figure
-
-
-@style()
-def spectrum_plot(
-    spectra: Mapping[str, Sequence[float]], densities: Mapping[str, float], unit: str, title: str = ""
-) -> Figure:
-    """How the scores fall from the best unit to the worst, for each type of module; the selected part is bold.
-
-    Curves are geometric means over the modules of a type, over the shares at which all of them are positive.
-
-    Args:
-        spectra: module path -> scores over their mean at ``core.spectrum.SHARES``; one of them is not all zero.
-        densities: module path -> selected share of its units.
-        unit: "row", "column" or "element".
-    """
-    import numpy as np
-
-    kinds: dict[str, list[str]] = {}
-    for name, values in spectra.items():
-        if max(values) > 0:
-            kinds.setdefault(parse_path(name).kind, []).append(name)
-    names = density_grid({members[0]: (1.0, 1) for members in kinds.values()}).kinds
-    figure, (axes,) = new_figure(3.1 + 0.07 * len(kinds))
-    shares = 100 * np.array(SHARES)
-    for look, members in zip(looks(names).values(), kinds.values(), strict=True):
-        curves = np.array([spectra[member] for member in members])
-        means = np.exp(np.log(np.maximum(curves, 1e-300)).mean(0))
-        start = max(
-            1, int((means[1:] == means[0]).sum())
-        )  # below the share of one unit, all values are the best unit's
-        is_shown = (curves > 0).all(0) & (np.arange(len(SHARES)) >= start)
-        is_bold = is_shown & (shares <= 100 * np.mean([densities[member] for member in members]))
-        axes.plot(shares[is_shown], means[is_shown], look["linestyle"], color=look["color"], linewidth=0.8, alpha=0.7)
-        axes.plot(shares[is_bold], means[is_bold], **look, linewidth=2.2, markersize=5, markevery=[-1])
-    axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_formatter("{x:g} %")  # the default formatter of log axes writes mathematics
-    axes.yaxis.set_major_formatter("{x:g}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter("")
-    axes.set(title=plain(title), xlabel=f"share of the {unit}s, best first", ylabel="score / mean score")
-    legend(axes, names)
     return figure
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
-
-from fggm_peft.core.spectrum import SHARES
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest relative error (Frobenius norm) allowed for sums of a few dozen products."""
@@ -210,10 +207,3 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
         "output_magnitude": lambda: q["output"] / q["output"].sum(),
         "weight_magnitude": lambda: unit(q["weight"].abs()),
     }[name]()
-
-
-def sorted_spectrum(scores):
-    """The spectrum of scores by sorting them, in float64."""
-    falling, mean = sorted(scores.double().tolist(), reverse=True), float(scores.double().mean())
-    ranks = [min(max(1, math.ceil(share * len(falling))), len(falling)) for share in SHARES]
-    return [falling[rank - 1] / mean if mean else 0.0 for rank in ranks]

@@ -23,7 +23,6 @@ from fggm_peft.plots import (
     save,
     save_all,
     shortened,
-    spectrum_plot,
     style,
     to_svg,
 )
@@ -47,7 +46,6 @@ def lines_figure(names):
 
 DRAW = {
     "density": lambda names: density_plot(dict.fromkeys(names, (0.5, 1))),
-    "spectrum": lambda names: spectrum_plot(dict.fromkeys(names, FALLING), dict.fromkeys(names, 0.1), "row"),
     "agreement": lambda names: agreement_plot({name: [(1, 0.2), (2, 0.9)] for name in names}, 0.8),
     "overlap": lambda names: overlap_plot(names, [[0.5] * 3] * 3, [[0.1] * 3] * 3),
     "lines": lines_figure,
@@ -112,14 +110,6 @@ def test_a_scale_of_colours_is_named_also_where_the_values_are_in_the_cells():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.37] * 3], ["r"], ["c", "d", "e"], 0.0, 1.0, scale="a <share>")
     assert {"a &lt;share&gt;", ".37"} <= set(texts(to_svg(figure, "plot")))
-
-
-def test_a_spectrum_is_bold_up_to_the_density_and_its_axes_have_plain_labels():
-    figure = spectrum_plot({"a": FALLING, "b": FALLING}, {"a": 0.1, "b": 0.0}, "row")
-    bold = [line for line in figure.axes[0].lines if line.get_linewidth() > 2]
-    assert max(bold[0].get_xdata()) <= 10 and len(bold[1].get_xdata()) == 0  # nothing of b is selected
-    svg = to_svg(figure, "plot")
-    assert {"10 %", "100 %", "1"} <= set(texts(svg)) and "mathdefault" not in svg
 
 
 def test_ticks_that_would_overlap_are_left_out_and_the_sufficient_level_is_named():

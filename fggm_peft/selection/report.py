@@ -31,7 +31,6 @@ class ModuleSelection:
         score_share: share of the module's total score that the chosen units hold.
         agreement: split-half agreement of this module, None if it was not measured.
         mean_score: mean score of a unit, over the weight entries that it holds.
-        spectrum: how the scores fall from the best unit to the worst, over their mean; see ``core.spectrum``.
     """
 
     name: str
@@ -42,7 +41,6 @@ class ModuleSelection:
     score_share: float
     agreement: float | None = None
     mean_score: float = 0.0
-    spectrum: list[float] = field(default_factory=list)
 
     @property
     def density(self) -> float:
@@ -182,15 +180,11 @@ class SelectionReport:
         return curves
 
     def plots(self) -> Iterator[tuple[str, Figure]]:
-        """Name and figure of each plot that the report has data for: density, spectrum, agreement."""
-        from ..plots import agreement_plot, density_plot, spectrum_plot
+        """Name and figure of each plot that the report has data for: density, agreement."""
+        from ..plots import agreement_plot, density_plot
         from .scoring import SUFFICIENT_AGREEMENT
 
         yield "density", density_plot(self.shares())
-        spectra = {module.name: module.spectrum for module in self.modules}
-        if any(max(values, default=0) > 0 for values in spectra.values()):
-            densities = {module.name: module.density for module in self.modules}
-            yield "spectrum", spectrum_plot(spectra, densities, self.granularity)
         curves = self.agreements()
         if any(agreement is not None for curve in curves.values() for _, agreement in curve):
             yield "agreement", agreement_plot(curves, SUFFICIENT_AGREEMENT)
@@ -211,7 +205,7 @@ class SelectionReport:
         """One row for each module. Needs pandas."""
         import pandas
 
-        return pandas.DataFrame(self.to_dict()["modules"]).set_index("name").drop(columns="spectrum")
+        return pandas.DataFrame(self.to_dict()["modules"]).set_index("name")
 
     def to_table(self) -> Table:
         """For rich to print, one row for each module."""

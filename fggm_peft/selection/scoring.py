@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from ..core.criteria import CRITERIA, Criterion
-from ..core.spectrum import spectrum
 from ..core.statistics import STATISTICS, ones
 from ..tuner.config import FGGMConfig
 from ..tuner.files.task_scores import StoredScores, stored_scores
@@ -48,7 +47,6 @@ class Outcome:
     sample_passes: int = 0
     checks: list[AgreementCheck] = field(default_factory=list)
     mean_scores: dict[str, float] = field(default_factory=dict)
-    spectra: dict[str, list[float]] = field(default_factory=dict)
     num_samples: Any = None
 
 
@@ -165,7 +163,7 @@ class Chooser:
             totals: the task's statistics; None for ones, so that the reference alone decides.
             half: take them from one half of the samples.
             reference_half: the same of the reference.
-            described_in: gets the spectra of the scores.
+            described_in: gets the mean scores.
         """
 
         def scores(name: str) -> Tensor:
@@ -192,7 +190,6 @@ class Chooser:
         layer = self.layers[name]
         entries = layer.granularity[self.adapter_name].parameters_per_unit(layer.weight_shape)
         outcome.mean_scores[name] = float(scores.double().mean()) / entries
-        outcome.spectra[name] = spectrum(scores)
 
     def _ranked_with(self, name: str) -> tuple[str, ...]:
         """The modules that are ranked together with one."""

@@ -265,7 +265,6 @@ def _report(layers, config, adapter_name, outcome: Outcome, record: TaskRecord, 
             score_share=outcome.choices[name].score_share,
             agreement=module_agreement.get(name),
             mean_score=outcome.mean_scores[name],
-            spectrum=outcome.spectra[name],
         )
         for name, layer in layers.items()
     ]
