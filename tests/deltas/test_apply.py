@@ -1,4 +1,4 @@
-"""Deltas merged into a base without PEFT, and checkpoints that need no library."""
+"""Merging deltas into a base without PEFT, and exporting merged checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = token_batches()[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_what_merge_and_unload_gives(granularity, dtype, tmp_path):
+def test_apply_equals_merge_and_unload(granularity, dtype, tmp_path):
     folder = saved_adapter(tmp_path / "delta", granularity)
     expected = PeftModel.from_pretrained(llama(dtype), folder).merge_and_unload().state_dict()
     model = llama(dtype)
@@ -29,7 +29,7 @@ def test_it_is_what_merge_and_unload_gives(granularity, dtype, tmp_path):
     assert report.survived == pytest.approx(1, abs=0.05)
 
 
-def test_the_embedding_that_peft_saves_beside_its_adapter_does_not_undo_the_merge(granularity, tmp_path):
+def test_an_embedding_saved_with_the_adapter_does_not_overwrite_the_merge(granularity, tmp_path):
     targets = ["embed_tokens", "q_proj"]
     folders = [saved_adapter(tmp_path / str(seed), granularity, seed, target_modules=targets) for seed in (0, 1)]
     assert any(".base_layer." in key for key in SparseDelta.read(folders[0]).others)
@@ -47,7 +47,7 @@ def test_the_embedding_that_peft_saves_beside_its_adapter_does_not_undo_the_merg
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_every_layer_type(granularity, example, adapt):
+def test_apply_supports_every_layer_type(granularity, example, adapt):
     layer = example.layer()
     base = torch.nn.Sequential()
     base.add_module("layer", copy.deepcopy(layer))
@@ -59,7 +59,7 @@ def test_every_layer_type(granularity, example, adapt):
     assert torch.allclose(base.layer.weight, before + change, atol=1e-6)
 
 
-def test_a_checkpoint_with_its_report(tmp_path):
+def test_a_merged_checkpoint_is_exported_with_its_report(tmp_path):
     folders = [saved_adapter(tmp_path / kind, kind, seed) for seed, kind in enumerate(("row", "element"))]
     tokenizer = byte_tokenizer()
     report = export_merged(llama(), folders, tmp_path / "merged", tokenizer)
@@ -72,7 +72,7 @@ def test_a_checkpoint_with_its_report(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == tokenizer.vocab_size
 
 
-def test_a_base_that_does_not_fit_stays_as_it_is(tmp_path):
+def test_an_incompatible_base_is_not_changed(tmp_path):
     folder = saved_adapter(tmp_path / "delta")
     with pytest.raises(ValueError, match="not a module of this model"):
         apply_deltas(gpt2(), [folder])

@@ -1,4 +1,4 @@
-"""Sums, differences and parts of deltas against dense float64 matrices."""
+"""Sums, differences and pruning of deltas, against dense float64 matrices."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def summed(parts: list[tuple[SparseDelta, float]]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_a_weighted_sum_is_that_of_the_dense_matrices(first, second, deltas):
+def test_a_weighted_sum_agrees_with_the_dense_sum(first, second, deltas):
     parts = [(deltas[first, 0], 0.5), (deltas[second, 1], -2.0), (deltas[first, 2], 1.0)]
     result = compose([delta for delta, _ in parts], [weight for _, weight in parts])
     expected = summed(parts)
@@ -51,7 +51,7 @@ def test_a_weighted_sum_is_that_of_the_dense_matrices(first, second, deltas):
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_a_difference_and_what_was_subtracted_are_what_it_was_subtracted_from(first, second, deltas):
+def test_a_difference_plus_its_subtrahend_gives_the_minuend(first, second, deltas):
     a, b = deltas[first, 0], deltas[second, 1]
     back = compose([subtract(a, b), b])
     expected = dense(a)
@@ -59,7 +59,7 @@ def test_a_difference_and_what_was_subtracted_are_what_it_was_subtracted_from(fi
         assert (matrix - expected.get(name, torch.zeros_like(matrix))).abs().max() < 1e-7
 
 
-def test_a_sum_loads_with_peft_and_computes_what_both_adapters_do(tmp_path, deltas):
+def test_a_sum_loads_with_peft_and_computes_like_both_adapters(tmp_path, deltas):
     for name, seed in (("row", 0), ("column", 1)):
         deltas[name, seed].save(tmp_path / name)
     compose([tmp_path / "row", tmp_path / "column"]).save(tmp_path / "both")
@@ -90,7 +90,7 @@ def test_bias_entries_are_summed_row_by_row():
         assert relative_error(found, expected) < 1e-6
 
 
-def test_what_has_no_sum_is_refused():
+def test_incompatible_deltas_are_rejected():
     rows = SparseDelta.read(adapter("row"))
     with pytest.raises(ValueError, match="different base models"):
         compose([rows, SparseDelta.read(adapter("row", base=llama(hidden_size=32)))])
@@ -104,7 +104,7 @@ def test_what_has_no_sum_is_refused():
         compose([with_bias, SparseDelta.read(adapter("element"))])
 
 
-def test_whole_modules_that_are_the_same_stay(tmp_path):
+def test_equal_whole_modules_are_retained(tmp_path):
     a, b = (SparseDelta.read(adapter("row", seed, modules_to_save=["norm"])) for seed in (0, 1))
     folder = compose([a, b]).save(tmp_path / "sum")
     assert set(PeftModel.from_pretrained(llama(), folder).peft_config["default"].modules_to_save) == {"norm"}
@@ -113,7 +113,7 @@ def test_whole_modules_that_are_the_same_stay(tmp_path):
 @pytest.mark.parametrize("granularity", ALL)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("density", [0.01, 0.07, 1.0])
-def test_pruning_keeps_the_units_that_move_most(granularity, scope, density, deltas):
+def test_pruning_keeps_the_largest_units(granularity, scope, density, deltas):
     delta = deltas[granularity, 0]
     if scope == "layer" and density == 0.01 and granularity != "element":
         with pytest.raises(ValueError, match="no unit of the delta is left"):
@@ -144,7 +144,7 @@ def test_pruning_keeps_the_units_that_move_most(granularity, scope, density, del
             assert torch.equal(dense(result)[name], torch.where(kept, dense(delta)[name], 0.0))
 
 
-def test_a_density_or_scope_that_is_none_is_refused():
+def test_invalid_densities_and_scopes_are_rejected():
     delta = SparseDelta.read(adapter("row"))
     for density in (0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="density"):

@@ -1,4 +1,4 @@
-"""Finished deltas folded into one frozen sidecar of a quantized base."""
+"""Consolidating finished deltas into one frozen sidecar of a quantized base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sidecars(model) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_two_adapters_become_one_sidecar_that_computes_the_same(first, second):
+def test_the_sidecar_of_two_adapters_gives_the_same_output(first, second):
     model = adapter(first, 0, base=quantized(llama(), "nf4"))
     other = adapter(second, 1)
     model.add_adapter("second", other.peft_config["default"])
@@ -46,10 +46,10 @@ def _layers(model):
     return [module for module in model.modules() if hasattr(module, "fggm_values")]
 
 
-def test_memory_grows_with_the_union_and_not_with_the_number_of_tasks(granularity):
+def test_memory_grows_with_the_union_of_the_supports_only(granularity):
     base, sizes = quantized(llama(), "nf4"), []
     for _ in range(3):
-        base = consolidate(adapter(granularity, 0, base=base))  # the same support each time
+        base = consolidate(adapter(granularity, 0, base=base))  # every task has the same support
         sizes.append(sum(t.numel() for sidecar in sidecars(base).values() for t in sidecar.buffers()))
     assert sizes[0] == sizes[1] == sizes[2]
     bigger = consolidate(adapter(granularity, 5, base=base))
@@ -57,7 +57,7 @@ def test_memory_grows_with_the_union_and_not_with_the_number_of_tasks(granularit
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_the_next_task_trains_on_top(kind):
+def test_the_next_task_trains_on_a_consolidated_base(kind):
     base = consolidate(adapter("row", 0, base=quantized(llama(), kind)))
     before = logits(base, BATCHES[0])
     model = adapted(base, "row", criterion="random", density=0.3, target_modules=LINEAR)
@@ -68,7 +68,7 @@ def test_the_next_task_trains_on_top(kind):
     assert relative_error(logits(consolidate(model), BATCHES[0]), trained) < (0.05 if kind == "int8" else 1e-5)
 
 
-def test_named_adapters_alone_are_folded():
+def test_only_named_adapters_are_consolidated():
     model = adapter("row", 0, base=quantized(llama(), "nf4"))
     expected = logits(model, BATCHES[0])
     other = adapter("row", 1)
@@ -76,7 +76,7 @@ def test_named_adapters_alone_are_folded():
     assert relative_error(logits(consolidate(model, ["default"]), BATCHES[0]), expected) < 1e-5
 
 
-def test_what_cannot_be_folded_is_refused():
+def test_unsupported_consolidations_are_rejected():
     with pytest.raises(TypeError, match="merge_and_unload"):
         consolidate(adapter("row"))
     with pytest.raises(TypeError, match="PeftModel"):

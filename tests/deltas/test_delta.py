@@ -1,4 +1,4 @@
-"""``SparseDelta``: read from folders and models, checked, and written as PEFT's three files."""
+"""``SparseDelta``: reading from folders and models, validation, and saving as PEFT's three files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BATCH = token_batches()[0]
 
 
 @pytest.mark.parametrize("granularity", ALL)
-def test_a_delta_is_the_same_from_a_model_a_folder_and_a_folder_of_its_own(granularity, tmp_path):
+def test_reading_a_model_and_its_folders_gives_the_same_delta(granularity, tmp_path):
     model = adapter(granularity)
     layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "fggm_values")}
     expected = {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}
     model.save_pretrained(tmp_path / "peft")
     of_model = SparseDelta.read(model)
     of_folder = SparseDelta.read(tmp_path / "peft")
-    own = SparseDelta.read(of_model.save(tmp_path / "own"))  # its file says the shapes
+    own = SparseDelta.read(of_model.save(tmp_path / "own"))  # this file contains the shapes
     for delta in (of_model, of_folder, own):
         found = dense(delta)
         assert found.keys() == expected.keys()
@@ -37,7 +37,7 @@ def test_a_delta_is_the_same_from_a_model_a_folder_and_a_folder_of_its_own(granu
 
 
 @pytest.mark.parametrize("granularity", ALL)
-def test_peft_loads_what_is_saved(granularity, tmp_path):
+def test_peft_loads_a_saved_delta(granularity, tmp_path):
     model = adapter(granularity)
     folder = SparseDelta.read(model).save(tmp_path / "delta")
     assert {file.name for file in folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -62,12 +62,12 @@ def test_operators_are_weighted_sums():
             wrong()
 
 
-def test_a_transposed_weight_has_its_matrix_shape(tmp_path):
+def test_the_shape_of_a_transposed_weight_is_its_matrix_shape(tmp_path):
     model = adapter("row", base=gpt2(), target_modules=["c_fc"])
     assert {module.shape for module in SparseDelta.read(model).modules.values()} == {(128, 32)}
 
 
-def test_bias_entries_and_whole_modules_travel_along(tmp_path):
+def test_bias_entries_and_modules_to_save_are_included(tmp_path):
     model = adapter("row", base=llama(attention_bias=True), bias="fggm_only", modules_to_save=["model.norm"])
     model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(0.5)
     model.save_pretrained(tmp_path / "peft")
@@ -96,14 +96,14 @@ def damaged(folder, **changed):
         ({"values": lambda t: t[:-1]}, "13 indices for 12 values"),
     ],
 )
-def test_a_damaged_file_is_an_error_that_names_the_tensor(changes, message, tmp_path):
+def test_a_damaged_file_raises_an_error_that_names_the_tensor(changes, message, tmp_path):
     folder = saved_adapter(tmp_path / "delta")
     damaged(folder, **changes)
     with pytest.raises(AdapterFileError, match=message):
         SparseDelta.read(folder)
 
 
-def test_what_is_no_delta_is_refused_with_what_it_is(tmp_path):
+def test_other_objects_and_folders_are_rejected(tmp_path):
     with pytest.raises(AdapterFileError, match="has no adapter_config"):
         SparseDelta.read(tmp_path)
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
@@ -125,14 +125,14 @@ def test_what_is_no_delta_is_refused_with_what_it_is(tmp_path):
         SparseDelta.read(folder)
 
 
-def test_importing_the_package_loads_none_of_it():
+def test_importing_fggm_peft_does_not_load_the_modules_of_deltas():
     script = "import fggm_peft, sys; print(sorted(name for name in sys.modules if name.startswith('fggm_peft.deltas')))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "['fggm_peft.deltas']"
     assert all(callable(getattr(deltas, name)) for name in deltas.__all__)
 
 
-def test_another_base_is_noticed(tmp_path):
+def test_another_base_is_rejected(tmp_path):
     folder = saved_adapter(tmp_path / "delta")
     for base in (llama(hidden_size=32), gpt2()):
         with pytest.raises(BaseMismatchError, match="made for another base"):

@@ -1,4 +1,4 @@
-"""The difference of two models, bit for bit, from models and from shards of checkpoints."""
+"""The exact difference of two models, from models and from sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def changed(base: nn.Module, granularity: str, modules: list[str], amount: float = 0.3) -> nn.Module:
-    """A copy in which some units of some weights are other numbers."""
+    """A copy of the model with changes to some units of some weights."""
     tuned = copy.deepcopy(base)
     generator = seeded(3)
     with torch.no_grad():
@@ -47,11 +47,11 @@ NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ALL)
-def test_the_base_with_the_difference_is_the_tuned_model_bit_for_bit(kind, dtype):
+def test_the_base_plus_the_difference_is_bit_exactly_the_tuned_model(kind, dtype):
     base = llama(dtype)
     tuned = changed(base, kind, NAMES)
     delta = diff(base, tuned)
-    assert str(delta.config.granularity) == kind  # what takes the fewest bytes
+    assert str(delta.config.granularity) == kind  # the granularity with the smallest file
     assert list(delta.modules) == NAMES
     for name in NAMES:
         differs = base.get_submodule(name).weight != tuned.get_submodule(name).weight
@@ -60,15 +60,15 @@ def test_the_base_with_the_difference_is_the_tuned_model_bit_for_bit(kind, dtype
     if not delta.config.selection["inexact_entries"]:
         apply_deltas(base, [delta])
         assert same_weights(base, tuned)
-    else:  # a float32 entry may be what no sum with a float32 value rounds to
+    else:  # some float32 entries cannot be reached by adding a float32 value
         assert dtype == torch.float32 and delta.config.selection["inexact_entries"] < 0.01 * delta.parameters
 
 
-def test_the_entries_that_no_value_reaches_are_counted():
+def test_inexact_entries_are_counted():
     base = nn.Sequential(nn.Linear(2, 1, bias=False))
     base[0].weight.data[:] = torch.tensor([[1.0, 1.0]])
     tuned = copy.deepcopy(base)
-    tuned[0].weight.data[:] = torch.tensor([[1e-9, 1.5]])  # 1 - 1e-9 has no float32 neighbour that is near enough
+    tuned[0].weight.data[:] = torch.tensor([[1e-9, 1.5]])  # no float32 value plus 1 rounds to 1e-9
     with pytest.warns(UserWarning, match="1 entries"):
         delta = diff(base, tuned, "element")
     assert delta.config.selection["inexact_entries"] == 1
@@ -77,7 +77,7 @@ def test_the_entries_that_no_value_reaches_are_counted():
 
 
 @pytest.mark.parametrize("granularity", ALL)
-def test_a_granularity_that_is_asked_for_is_taken(granularity):
+def test_the_granularity_can_be_given(granularity):
     base = llama(torch.bfloat16)
     tuned = changed(base, "element", NAMES)
     delta = diff(base, tuned, granularity)
@@ -102,7 +102,7 @@ def test_checkpoints_are_read_shard_by_shard(tmp_path, monkeypatch):
     assert same_weights(adapted.merge_and_unload(), tuned)
 
 
-def test_norms_go_along_whole_and_biases_with_their_rows(tmp_path):
+def test_norms_are_stored_whole_and_biases_with_their_rows(tmp_path):
     base = llama(torch.bfloat16, attention_bias=True)
     tuned = changed(base, "row", NAMES)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_norms_go_along_whole_and_biases_with_their_rows(tmp_path):
     assert str(delta.config.granularity) == "row" and "model.layers.0.self_attn.k_proj" in delta.modules
     assert all("norm" in name for name in delta.others)
     adapted = PeftModel.from_pretrained(llama(torch.bfloat16, attention_bias=True), delta.save(tmp_path / "delta"))
-    merged = adapted.merge_and_unload().to(torch.bfloat16)  # PEFT keeps whole modules in float32
+    merged = adapted.merge_and_unload().to(torch.bfloat16)  # PEFT stores modules_to_save in float32
     assert same_weights(merged, tuned)
     apply_deltas(base, [delta])
     assert same_weights(base, tuned)
@@ -121,7 +121,7 @@ def test_norms_go_along_whole_and_biases_with_their_rows(tmp_path):
         diff(llama(torch.bfloat16, attention_bias=True), tuned, "element")
 
 
-def test_a_tied_embedding_is_counted_once_and_told_of():
+def test_a_tied_embedding_is_counted_once_and_reported():
     base = llama(torch.bfloat16, tie_word_embeddings=True)
     tuned = changed(base, "row", ["model.embed_tokens"])
     with pytest.warns(UserWarning, match="shares its weight with lm_head"):
@@ -132,7 +132,7 @@ def test_a_tied_embedding_is_counted_once_and_told_of():
 
 
 @pytest.mark.parametrize("build", [gpt2, lambda: bert(BertForSequenceClassification, num_labels=3)])
-def test_models_of_other_kinds(build, tmp_path):
+def test_other_model_types(build, tmp_path):
     base = build().to(torch.bfloat16)
     tuned = copy.deepcopy(base)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_models_of_other_kinds(build, tmp_path):
     assert same_weights(base, tuned)
 
 
-def test_what_has_no_difference_is_refused(tmp_path):
+def test_incompatible_models_are_rejected(tmp_path):
     base = llama()
     with pytest.raises(ValueError, match="there is no difference"):
         diff(base, copy.deepcopy(base))

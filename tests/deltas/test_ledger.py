@@ -1,4 +1,4 @@
-"""The ledger: tasks merged in order, and any of them taken out again, bit for bit."""
+"""The ledger: tasks are merged in order, and any of them can be rolled back bit exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIXED = ["row", "column", "element"]
 
 
 def filled(folder, kinds, build=llama, **config) -> Ledger:
-    """Three tasks whose supports overlap."""
+    """A ledger of three tasks with overlapping supports."""
     ledger = Ledger(folder)
     for seed, (name, kind) in enumerate(zip(TASKS, kinds, strict=True)):
         ledger.add(name, SparseDelta.read(adapter(kind, seed, base=build(), density=0.4, **config)))
@@ -41,13 +41,13 @@ def without(ledger: Ledger, task: str, base: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_any_task_is_taken_out_bit_for_bit(task, dtype, mixed, granularity, tmp_path):
+def test_any_task_is_rolled_back_bit_exactly(task, dtype, mixed, granularity, tmp_path):
     ledger = filled(tmp_path, MIXED if mixed else [granularity] * 3)
     model = llama(dtype)
     report = ledger.apply(model)
     assert 0.8 < report.survived < 1.2 and not same_weights(model, llama(dtype))
     expected = without(ledger, task, llama(dtype))
-    found = Ledger(tmp_path).rollback(task, model)  # a ledger of its own: only the folder is needed
+    found = Ledger(tmp_path).rollback(task, model)  # a new ledger object needs only the folder
     assert same_weights(model, expected)
     assert (found.is_exact, found.restored_from) == (True, "originals")
     assert all(found.overlaps[name] > 0 for name in TASKS if name != task)
@@ -55,7 +55,7 @@ def test_any_task_is_taken_out_bit_for_bit(task, dtype, mixed, granularity, tmp_
 
 
 @pytest.mark.parametrize("order", [TASKS, TASKS[::-1]])
-def test_one_after_another_down_to_the_base(order, tmp_path):
+def test_rolling_back_all_tasks_restores_the_base(order, tmp_path):
     ledger = filled(tmp_path, MIXED)
     model = llama(torch.bfloat16)
     ledger.apply(model)
@@ -64,7 +64,7 @@ def test_one_after_another_down_to_the_base(order, tmp_path):
     assert same_weights(model, llama(torch.bfloat16)) and ledger.tasks == []
 
 
-def test_transposed_weights_and_biases(tmp_path):
+def test_transposed_weights_and_biases_are_rolled_back(tmp_path):
     ledger = filled(tmp_path, ["row"] * 3, gpt2, target_modules=["c_attn", "c_fc"], bias="fggm_only")
     model = gpt2()
     ledger.apply(model)
@@ -73,7 +73,7 @@ def test_transposed_weights_and_biases(tmp_path):
     assert ledger.rollback("second", model).is_exact and same_weights(model, expected)
 
 
-def test_the_base_or_its_checkpoint_serves_where_no_originals_were_kept(tmp_path):
+def test_without_originals_the_base_or_its_checkpoint_is_used(tmp_path):
     ledger = filled(tmp_path / "ledger", MIXED)
     llama(torch.bfloat16).save_pretrained(tmp_path / "base")
     for base in (llama(torch.bfloat16), tmp_path / "base"):
@@ -85,7 +85,7 @@ def test_the_base_or_its_checkpoint_serves_where_no_originals_were_kept(tmp_path
     assert ledger.tasks == TASKS
 
 
-def test_without_either_the_delta_is_subtracted_and_the_report_says_so(tmp_path):
+def test_without_originals_and_base_the_delta_is_subtracted_and_reported(tmp_path):
     ledger = filled(tmp_path, MIXED)
     model = llama()
     ledger.apply(model, keep_originals=False)
@@ -98,7 +98,7 @@ def test_without_either_the_delta_is_subtracted_and_the_report_says_so(tmp_path)
     assert max(float((t - state[name]).abs().max()) for name, t in model.state_dict().items()) < 1e-6
 
 
-def test_a_prefix_is_applied_and_rolled_back(tmp_path):
+def test_the_first_tasks_can_be_applied_and_rolled_back(tmp_path):
     ledger = filled(tmp_path, MIXED)
     model, expected = llama(), llama()
     ledger.apply(model, up_to="second")
@@ -114,7 +114,7 @@ def test_a_prefix_is_applied_and_rolled_back(tmp_path):
     assert same_weights(model, expected)
 
 
-def test_a_model_that_is_not_what_the_ledger_says_is_left_alone(tmp_path):
+def test_a_model_that_does_not_match_the_ledger_is_not_changed(tmp_path):
     ledger = filled(tmp_path, MIXED)
     model = llama()
     ledger.apply(model)
@@ -125,7 +125,7 @@ def test_a_model_that_is_not_what_the_ledger_says_is_left_alone(tmp_path):
     assert same_weights(model, before) and ledger.tasks == TASKS
 
 
-def test_a_merged_model_is_no_base(tmp_path):
+def test_a_merged_model_is_rejected_as_base(tmp_path):
     ledger = filled(tmp_path, MIXED)
     model = llama()
     ledger.apply(model)
@@ -138,11 +138,11 @@ def test_a_merged_model_is_no_base(tmp_path):
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_a_quantized_base_keeps_the_tasks_beside_it(kind, tmp_path):
+def test_a_quantized_base_stores_the_tasks_in_its_sidecar(kind, tmp_path):
     ledger = filled(tmp_path, MIXED, target_modules=["q_proj", "down_proj"])
     base, model = quantized(llama(), kind), quantized(llama(), kind)
     untouched = quantized(llama(), kind)
-    guard_four_bit_layers(untouched)  # bitsandbytes' own kernel for CPUs takes no odd widths
+    guard_four_bit_layers(untouched)  # bitsandbytes' CPU kernel does not support odd widths
     bare = logits(untouched, BATCH)
     ledger.apply(model)
     assert not torch.equal(logits(model, BATCH), bare)
@@ -155,7 +155,7 @@ def test_a_quantized_base_keeps_the_tasks_beside_it(kind, tmp_path):
     assert torch.equal(logits(model, BATCH), bare)
 
 
-def test_the_order_and_the_digests(tmp_path):
+def test_order_and_digests_are_verified(tmp_path):
     ledger = filled(tmp_path, MIXED)
     ledger.reorder(["third", "first", "second"])
     assert Ledger(tmp_path).tasks == ["third", "first", "second"]
@@ -170,7 +170,7 @@ def test_the_order_and_the_digests(tmp_path):
         ledger.apply(llama())
 
 
-def test_a_name_is_free_again_after_a_rollback(tmp_path):
+def test_a_name_can_be_reused_after_a_rollback(tmp_path):
     ledger = filled(tmp_path, MIXED)
     with pytest.raises(ValueError, match="has a task 'first' already"):
         ledger.add("first", adapter("row"))
@@ -181,7 +181,7 @@ def test_a_name_is_free_again_after_a_rollback(tmp_path):
     ledger.verify()
 
 
-def test_what_is_no_task_is_refused(tmp_path):
+def test_invalid_tasks_are_rejected(tmp_path):
     ledger = Ledger(tmp_path / "ledger")
     for name in ("", "../up", ".hidden", "a/b", "two words"):
         with pytest.raises(ValueError, match="name"):
@@ -204,13 +204,13 @@ def test_what_is_no_task_is_refused(tmp_path):
         ("no JSON", "is damaged"),
     ],
 )
-def test_a_damaged_ledger_is_told(written, message, tmp_path):
+def test_a_damaged_ledger_raises_an_error(written, message, tmp_path):
     (tmp_path / "ledger.json").write_text(written if isinstance(written, str) else json.dumps(written))
     with pytest.raises(ValueError, match=message):
         Ledger(tmp_path)
 
 
-def test_a_folder_outside_is_never_removed(tmp_path):
+def test_a_folder_outside_the_ledger_is_never_removed(tmp_path):
     ledger = filled(tmp_path / "ledger", MIXED)
     written = json.loads((tmp_path / "ledger" / "ledger.json").read_text())
     written["tasks"][0]["folder"] = "../precious"

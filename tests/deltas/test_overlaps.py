@@ -1,4 +1,4 @@
-"""What deltas share, against dense masks and matrices."""
+"""The overlap of deltas, against dense masks and matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def deltas() -> dict[tuple[str, int], SparseDelta]:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_jaccard_chance_and_cosine_are_those_of_the_dense_matrices(first, second, deltas):
+def test_jaccard_chance_and_cosine_agree_with_the_dense_matrices(first, second, deltas):
     a, b = deltas[first, 0], deltas[second, 1]
     found = overlap(a, b)
     both = either = expected = 0.0
@@ -39,7 +39,7 @@ def test_jaccard_chance_and_cosine_are_those_of_the_dense_matrices(first, second
     assert found.matrix("jaccard")[0][1] == found.matrix("jaccard")[1][0]
 
 
-def test_modules_of_one_delta_alone_count_as_apart():
+def test_modules_of_only_one_delta_count_as_disjoint():
     a = SparseDelta.read(adapter("row", target_modules=["q_proj"]))
     b = SparseDelta.read(adapter("row", target_modules=["v_proj"]))
     total = overlap(a, b).total[0][1]
@@ -60,7 +60,7 @@ def test_folders_are_read_and_named(tmp_path):
     assert len(found.table().rows) == 1 and len(found.table(by_module=True).rows) == 1 + len(data["modules"])
 
 
-def test_an_overlap_wants_two_deltas_of_one_base():
+def test_an_overlap_requires_two_deltas_of_one_base():
     delta = SparseDelta.read(adapter("row"))
     with pytest.raises(ValueError, match="two deltas or more"):
         overlap(delta)

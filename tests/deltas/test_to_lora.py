@@ -1,4 +1,4 @@
-"""LoRA adapters made of sparse deltas: exact, and loaded by PEFT alone."""
+"""Exact conversion of sparse deltas to LoRA adapters that load without this library."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ assert not any(name.startswith("fggm") for name in sys.modules)
 
 
 def by_plain_peft(base: nn.Module, folder: Path, tmp_path: Path) -> dict:
-    """The logits of the exported adapter in a process that knows nothing of this library."""
+    """Logits of the exported adapter in a process without this library."""
     base.save_pretrained(tmp_path / "base")
     torch.save(BATCH, tmp_path / "batch.pt")
     arguments = map(str, (tmp_path / "base", folder, tmp_path / "batch.pt", tmp_path / "logits.pt"))
@@ -69,7 +69,7 @@ def test_transposed_layers_and_embeddings_are_exact(granularity, build, targets,
     assert (logits(loaded, BATCH) - logits(model, BATCH)).abs().max() < 1e-5
 
 
-def test_every_layer_type_is_exact_or_refused(granularity, example, adapt, tmp_path):
+def test_every_layer_type_is_exact_or_rejected(granularity, example, adapt, tmp_path):
     layer = example.layer()
     model = adapt(layer, granularity=granularity)
     x = example.x()
@@ -86,12 +86,12 @@ def test_every_layer_type_is_exact_or_refused(granularity, example, adapt, tmp_p
     assert (loaded(x) - expected).abs().max() < 1e-4 * float(expected.abs().max())
 
 
-def test_the_examples_have_layers_that_are_refused_and_layers_that_are_not():
+def test_the_examples_contain_supported_and_unsupported_layers():
     grouped = [name for name, e in LAYER_EXAMPLES.items() if getattr(e.layer(), "groups", 1) > 1]
     assert grouped and len(grouped) < len(LAYER_EXAMPLES)
 
 
-def test_bias_entries_and_whole_modules_go_along(tmp_path):
+def test_bias_entries_and_modules_to_save_are_exported(tmp_path):
     base = llama(attention_bias=True)
     model = adapter(
         "row", base=base, bias="fggm_only", target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"]
@@ -103,7 +103,7 @@ def test_bias_entries_and_whole_modules_go_along(tmp_path):
     assert (found["adapted"] - expected).abs().max() < 1e-5
 
 
-def test_ranks_are_told_before_and_padded_to_what_engines_accept(tmp_path):
+def test_ranks_are_predicted_and_padded_to_those_that_engines_accept(tmp_path):
     model = adapter("row", density_pattern={"q_proj": 1 / 64, "v_proj": 9 / 32, "down_proj": 0.5}, density=0.2)
     told = lora_ranks(model)
     ranks = {name.rpartition(".")[2]: (module.required, module.rank) for name, module in told.modules.items()}
@@ -122,7 +122,7 @@ def test_ranks_are_told_before_and_padded_to_what_engines_accept(tmp_path):
     assert "requires rank 32" in str(written) and "exact" in (tmp_path / "lora" / "README.md").read_text()
 
 
-def test_a_delta_above_the_maximum_rank_is_refused_and_one_below_it_is_exact(granularity, tmp_path):
+def test_a_delta_above_the_maximum_rank_is_rejected_and_others_are_exact(granularity, tmp_path):
     model = adapter(granularity, density=0.3)
     required = lora_ranks(model).required_rank
     with pytest.raises(ValueError, match=rf"max_rank={required - 1}.*convert_to_lora\(model, rank={required - 1}\)"):
@@ -133,7 +133,7 @@ def test_a_delta_above_the_maximum_rank_is_refused_and_one_below_it_is_exact(gra
     assert (logits(loaded, BATCH) - logits(model, BATCH)).abs().max() < 1e-5
 
 
-def test_elements_in_few_rows_need_few_ranks():
+def test_elements_in_few_rows_need_a_low_rank():
     delta = SparseDelta.read(adapter("element", density=0.2))
     name, module = next(iter(delta.modules.items()))
     few = torch.tensor([3, 5, 70, 90], dtype=torch.int32)  # rows 0 and 1
@@ -141,7 +141,7 @@ def test_elements_in_few_rows_need_few_ranks():
     assert lora_ranks(SparseDelta(delta.config, modules), base=llama()).required_rank == 2
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path):
+def test_unsupported_exports_are_rejected(tmp_path):
     model = adapter("row")
     for value in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="max_rank"):

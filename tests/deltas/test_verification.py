@@ -35,7 +35,7 @@ def adapter(tmp_path):
     return tmp_path / "delta"
 
 
-def test_a_sound_adapter_is_described(adapter, base):
+def test_a_valid_adapter_is_described(adapter, base):
     found = verify(adapter, str(base))
     assert found.base == "matches" and verify(adapter).base == "not checked"
     assert (found.granularity, found.criterion, found.format) == ("element", "random", 1)
@@ -48,14 +48,14 @@ def test_a_sound_adapter_is_described(adapter, base):
     json.dumps(found.to_dict())
 
 
-def test_more_than_ten_layers_are_in_another_order_in_the_file(tmp_path):
+def test_more_than_ten_layers_are_verified_despite_the_sorted_keys_of_the_file(tmp_path):
     model = adapted(llama(layers=11, hidden_size=16, intermediate_size=16), density=0.1)
     select_parameters(model, BATCHES, progress=False)
     model.save_pretrained(tmp_path)
     assert verify(tmp_path).modules == 11 * 7
 
 
-def test_another_base_and_damage_are_errors(adapter, tmp_path):
+def test_another_base_and_damaged_files_raise_errors(adapter, tmp_path):
     other = llama()
     other.model.layers[0].mlp.up_proj.weight.data += 0.01
     with pytest.raises(BaseMismatchError, match=r"layers\.0\.mlp\.up_proj differs"):
@@ -77,14 +77,14 @@ def test_another_base_and_damage_are_errors(adapter, tmp_path):
         ({"granularity": "row"}, "for 64 rows"),
     ],
 )
-def test_what_the_config_announces_has_to_be_there(change, message, adapter):
+def test_a_file_that_contradicts_its_config_is_rejected(change, message, adapter):
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(AdapterFileError, match=message):
         verify(adapter)
 
 
-def test_the_command_shows_it_and_fails_with_one_line(adapter, base):
+def test_the_command_prints_a_description_or_a_one_line_error(adapter, base):
     found = succeed("verify", adapter, "--base", base)
     assert found["base"] == "matches" and found["parameters"] > 0
     shown = fggm("verify", adapter)
@@ -95,7 +95,7 @@ def test_the_command_shows_it_and_fails_with_one_line(adapter, base):
     assert fggm("verify", base).code == 1
 
 
-def test_densities_in_few_words_come_back():
+def test_grouped_densities_can_be_parsed():
     numbers = {"model.layers.0.up": 0.3, "model.layers.11.up": 0.25, "head": 1.0, "experts.1.0": 0.125}
     groups = by_layer_group(numbers)
     assert groups == {"model.layers.*.up": "0:0.3 11:0.25", "head": "1", "experts.*.*": "1.0:0.125"}
@@ -106,10 +106,10 @@ def test_densities_in_few_words_come_back():
     }
 
 
-# the card ----------------------------------------------------------------------------------------
+# The model card ----------------------------------------------------------------------------------
 
 
-def test_the_card_has_what_the_hub_and_a_reader_look_for(tmp_path):
+def test_the_card_contains_what_the_hub_and_readers_need(tmp_path):
     base = llama()
     base.config._name_or_path = base.name_or_path = "someone/a-model"
     model = adapted(base, threshold=ScoreMass(0.5), task_type="CAUSAL_LM", delta_dtype="bfloat16")
@@ -129,14 +129,14 @@ def test_the_card_has_what_the_hub_and_a_reader_look_for(tmp_path):
     assert len(rows) == 7 and all(row.count("%") == 2 for row in rows)
 
 
-def test_a_card_without_a_selection_has_the_densities_by_group(tmp_path):
+def test_a_card_without_a_selection_contains_densities_by_group(tmp_path):
     adapted(llama(), criterion="random", density=0.3).save_pretrained(tmp_path, save_embedding_layers=False)
     text = (tmp_path / "README.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| model.layers")]
     assert len(rows) == 7 and all("| 2 |" in row and "%" in row for row in rows)
 
 
-def test_the_code_on_the_card_runs(adapter, base, monkeypatch):
+def test_the_code_of_the_card_runs(adapter, base, monkeypatch):
     config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": str(base)}
     (adapter / CONFIG).write_text(json.dumps(config))
     succeed("card", adapter)
@@ -147,7 +147,7 @@ def test_the_code_on_the_card_runs(adapter, base, monkeypatch):
     assert "base_model" not in ModelCard.load(adapter / "README.md").data.to_dict(), "a folder has no name on the Hub"
 
 
-def test_a_card_is_written_anew_and_keeps_its_author_s_words(adapter):
+def test_a_rewritten_card_keeps_the_text_of_its_author(adapter):
     path = adapter / "README.md"
     path.unlink()
     assert succeed("card", adapter)["card"] == str(path)
@@ -163,7 +163,7 @@ def test_a_card_is_written_anew_and_keeps_its_author_s_words(adapter):
     assert data["license"] == "mit" and data["language"] == "en"
 
 
-def test_a_card_that_its_author_wrote_whole_is_left_alone_by_saving(adapter):
+def test_saving_does_not_change_a_card_written_by_its_author(adapter):
     card = "---\nlibrary_name: peft\n---\nLoad it after `import fggm_peft`.\n"
     (adapter / "README.md").write_text(card)
     PeftModel.from_pretrained(llama(), adapter).save_pretrained(adapter)
