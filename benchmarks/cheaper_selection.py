@@ -1,9 +1,9 @@
-"""Cheaper selection against the exact pass: what it chooses, and what it costs.
+"""The sketched selection against the exact pass: overlap of the selected units, and cost.
 
 OMP_NUM_THREADS=1 python benchmarks/cheaper_selection.py MODEL DATA [--samples 64] [--rows 4]
 
-MODEL is a folder of a causal language model, DATA a folder in TRACE's format. Several rows are put together to one
-sample, with the loss on all their answers, so that samples are longer than a sketch has projections.
+MODEL is a folder of a causal language model, DATA a folder in TRACE's format. Each sample consists of several rows,
+with the loss on all their answers, so that samples are longer than the number of projections.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Scores = dict[str, Tensor]
 
 
 def samples(tokenizer, data: str, count: int, rows: int) -> list[dict]:
-    """Batches of ``count`` samples, each of several rows in an order drawn by a seed."""
+    """Batches of ``count`` samples, each of several rows in a seeded random order."""
     examples = TokenizedExamples(load_examples(DataSource(data), tokenizer, None, 0), tokenizer, 1024)
     order = random.Random(0).sample(range(len(examples)), count * rows)
     together = [
@@ -55,7 +55,7 @@ def samples(tokenizer, data: str, count: int, rows: int) -> list[dict]:
 
 
 def both_granularities(base):
-    """The model with an adapter for rows and one for columns, neither with a support."""
+    """The model with an adapter for rows and one for columns, both without a support."""
     model = get_peft_model(base, FGGMConfig(granularity="row", target_modules="all-linear"))
     model.add_adapter("column", FGGMConfig(granularity="column", target_modules="all-linear"))
     return model
@@ -67,7 +67,7 @@ def run(fisher: FisherPass, layers: dict, projections: int) -> None:
 
 
 def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
-    """Variant -> module -> ``[2, units]``, all of one pass that every variant's hooks look at."""
+    """Variant -> module -> scores ``[2, units]``; the hooks of all variants share one pass."""
     model = both_granularities(base)
     layers = fggm_layers(model, "default")
     likelihood = default_log_likelihood(base, None)
@@ -95,7 +95,7 @@ def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
 
 
 def jaccard(a: Scores, b: Scores, density: float) -> float:
-    """Of the best units of every module, over all modules."""
+    """Jaccard index of the best units, over all modules."""
     both = either = 0
     for name, scores in a.items():
         k = round(density * len(scores))
@@ -124,7 +124,7 @@ def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """CPU seconds of a pass over some batches, as a ratio to a frozen forward and backward of the same."""
+    """CPU time of a pass over some batches, over that of a frozen forward and backward."""
     model = both_granularities(base)
     variants = {"frozen": lambda: frozen_pass(base, data)}
     for adapter, granularity in ADAPTERS.items():
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=4, help="rows of the data in one sample")
+    parser.add_argument("--rows", type=int, default=4, help="rows of the data in each sample")
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     loader = BaseModel(arguments.model, dtype="float32")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine's description, result files and tables."""
+"""Shared by the benchmarks: interleaved timing, a description of the machine, result files and tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCABULARY = 32000  # Llama's
 
 
 def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: int = VOCABULARY) -> LlamaForCausalLM:
-    """A randomly initialised Llama-like model of the usual proportions."""
+    """A randomly initialized Llama with the usual proportions."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -41,12 +41,12 @@ def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: i
 
 
 def clock() -> float:
-    """Seconds of this process: of its one thread, which other processes disturb less, or of the wall."""
+    """CPU seconds of a process with one thread, which other processes disturb less; otherwise wall-clock seconds."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
-    """The highest sum of what torch allocated on the CPU during a call, above what was allocated before it."""
+    """Peak memory that torch allocates on the CPU during a call, without what was allocated before."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
@@ -59,7 +59,7 @@ def peak_mib(call: Callable[[], Any]) -> float:
 
 
 def batches(count: int, size: int, length: int, vocab: int = VOCABULARY) -> list[dict[str, torch.Tensor]]:
-    """Random token batches without padding, with labels everywhere."""
+    """Random token batches without padding; every token has a label."""
     generator = torch.Generator().manual_seed(0)
     result = []
     for _ in range(count):
@@ -69,9 +69,9 @@ def batches(count: int, size: int, length: int, vocab: int = VOCABULARY) -> list
 
 
 def interleaved(variants: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call of each variant, taken in turns so that all see the same disturbances.
+    """Seconds of each call of each variant, in turns, so that disturbances affect all variants alike.
 
-    A call that returns a number has taken its own time.
+    If a call returns a float, that is its time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_number in tqdm(range(warm_up + repeats), desc="rounds", disable=None):
@@ -99,7 +99,7 @@ def ratios(seconds: dict[str, list[float]], floor: str) -> dict[str, dict[str, f
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the figures were taken."""
+    """The machine and the package versions of a measurement."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -124,7 +124,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, results: Any) -> Path:
-    """Write a result file with the machine's description beside the figures."""
+    """Write a result file with a description of the machine."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
@@ -132,7 +132,7 @@ def write(name: str, results: Any) -> Path:
 
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """Print variants as rows and their figures as columns."""
+    """Print a table with a row for each variant."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     table = Table(title=title)
     table.add_column("variant")

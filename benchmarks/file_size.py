@@ -1,6 +1,6 @@
-"""Bytes of an adapter file with as many trained values: FGGM's rows and elements, LoRA, SHiRA, and the entropy bound.
+"""Adapter file sizes with equally many trained values: FGGM, LoRA and SHiRA, against the entropy bound.
 
-The bound is the entropy of which units were chosen plus the bytes of the values; a LoRA has nothing to choose.
+The bound is the size of the values plus the entropy of the selected positions. A LoRA has no selected positions.
 
 python benchmarks/file_size.py [--quick]
 """
@@ -27,7 +27,7 @@ FILE = "adapter_model.safetensors"
 
 
 def saved(model: nn.Module, dtype: torch.dtype) -> tuple[int, int | None]:
-    """Bytes of the file with random values in ``dtype``, and the bound if it is an FGGM adapter."""
+    """Size of the file with random values in ``dtype``, and the bound of an FGGM adapter."""
     config = model.peft_config["default"]
     is_fggm = isinstance(config, FGGMConfig)
     for parameter in model.parameters():
@@ -50,7 +50,7 @@ def measure(hidden: int, layers: int, density: float, dtype: torch.dtype) -> dic
         model = METHODS[name](base, count)
         size, bound = saved(model, dtype)
         values = trainable(model)
-        if bound is None:  # SHiRA chooses elements; the entries of a LoRA are where they are
+        if bound is None:  # SHiRA selects elements; a LoRA selects nothing
             chosen = entropy_bytes(values, entries) if name == "SHiRA" else 0
             bound = round(chosen) + values * dtype.itemsize
         results[name] = {"values": values, "bytes": size, "bytes_per_value": size / values, "over_bound": size / bound}
@@ -69,7 +69,7 @@ def nine_million() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one case")
+    parser.add_argument("--quick", action="store_true", help="only one case")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     cases = [(density, dtype) for density in (0.01, 0.05, 0.3) for dtype in (torch.bfloat16, torch.float32)]

@@ -1,9 +1,9 @@
-"""What a base's fingerprint tells apart: the same model in other dtypes and quantized, disturbed, and fine-tuned.
+"""Which models the fingerprint of a base distinguishes: other dtypes, quantized, with noise, and fine-tuned.
 
 python benchmarks/fingerprint.py MODEL [--tasks FOLDER ...]
 
-MODEL is a folder or Hub id; a FOLDER holds the deltas of a sequence of tasks (``tasks`` of a run of ``fggm sequence``),
-merged one after another into siblings of it. Writes results/fingerprint.json.
+MODEL is a folder or Hub id. A FOLDER contains the deltas of a sequence of tasks (``tasks`` of a run of
+``fggm sequence``), which are merged into the model one after another. Writes results/fingerprint.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Fingerprint = dict[str, str]
 
 
 def load(model: str, kind: str) -> dict:
-    """The adapted layers of a model in a dtype or quantized."""
+    """The adapted layers of a model in a dtype or a quantization."""
     if kind in DENSE:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=DENSE[kind])
     else:
@@ -49,11 +49,11 @@ def load(model: str, kind: str) -> dict:
 
 
 def compared(kept: Fingerprint, layers: dict) -> dict[str, float | int | bool]:
-    """Distance over the sampled entries, modules that differ though nothing is quantized, and the verdict."""
+    """Distance of the sampled entries, number of dense modules that differ, and the verdict."""
     here = sketches_from(fingerprint(layers))
     pairs = [(sketch, here[name]) for name, sketch in sketches_from(kept).items()]
     pairs = [(a, b) for a, b in pairs if a.samples is not None and b.samples is not None]
-    count = [min(len(a.samples), len(b.samples)) for a, b in pairs]  # places are the same, if fewer
+    count = [min(len(a.samples), len(b.samples)) for a, b in pairs]  # the same positions, possibly fewer
     exact = sum(exact_difference(a, b) > 0 for a, b in pairs if not (a.quantized or b.quantized))
     start = time.perf_counter()
     refused = base_difference(layers, kept) is not None
@@ -66,7 +66,7 @@ def compared(kept: Fingerprint, layers: dict) -> dict[str, float | int | bool]:
 
 
 def disturb(by: float, share: float = 1.0, rows: bool = False) -> Callable[[nn.Module], None]:
-    """Normal noise on the linear layers' weights, of ``by`` times their standard deviation."""
+    """Add normal noise to the linear layers, ``by`` times the standard deviation of their weights."""
 
     def apply(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(0)

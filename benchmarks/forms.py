@@ -1,6 +1,6 @@
-"""Forward and backward of one layer on rows or columns: two products without a copy of the weight, over one with it.
+"""Forward and backward of a layer on rows or columns: two products without a copy of the weight, or one with a copy.
 
-Where the two cost the same is what ``core.linear.pays_to_split`` goes by.
+``core.linear.pays_to_split`` is based on where both cost the same.
 
 python benchmarks/forms.py [--quick]
 """
@@ -25,19 +25,19 @@ from fggm_peft.core.weight_delta import WeightDelta
 SHAPES = [(512, 512), (1024, 1024), (4096, 1536)]
 POSITIONS = [32, 128, 256, 512]
 DENSITIES = [0.01, 0.05, 0.3]
-TOGETHER = 2**27  # bytes of the layers that take turns
+TOGETHER = 2**27  # bytes of all layers in one call
 COPIED, SPLIT = "copied", "split"
 
 
 def measure(shape: tuple[int, int], positions: int, density: float, name: str, dtype: torch.dtype) -> dict[str, float]:
-    """Time of the split form over the copying one, and what the choice between them loses."""
+    """Time of the split form over that of the copying form, and the loss from the choice between them."""
     generator = torch.Generator().manual_seed(0)
     kind = granularity_from(name)
     units = kind.units(shape)
     indices = torch.randperm(units, generator=generator)[: max(1, round(units * density))].sort().values.int()
     values = torch.randn(kind.values_shape(shape, len(indices)), generator=generator) * 1e-3
     weight = torch.randn(shape, generator=generator).to(dtype)
-    # of a model's weights none is in a cache when its turn comes
+    # many layers, because a weight of a real model is in no cache when its layer runs
     count = math.ceil(TOGETHER / (weight.nbytes + values.nbytes))
     deltas = [WeightDelta(kind, indices, torch.nn.Parameter(values.clone())) for _ in range(count)]
     layers = [(weight.clone(), delta) for delta in deltas]
@@ -60,7 +60,7 @@ def measure(shape: tuple[int, int], positions: int, density: float, name: str, d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one shape and dtype")
+    parser.add_argument("--quick", action="store_true", help="only one shape and dtype")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     settings = list(itertools.product((torch.float32, torch.bfloat16), SHAPES))

@@ -1,8 +1,8 @@
-"""Each Triton kernel against the same in PyTorch's operators, on a CUDA device.
+"""Each Triton kernel against PyTorch's operators, on a CUDA device.
 
-Every way to compute one thing is checked against the others, then all are timed in turns. What the figures are for is
-the switch points in fggm_peft/core/kernels.py: the density up to which one dot product an entry is the fastest, and
-the width up to which a gathered product is.
+All implementations of an operation are compared with each other, and then timed in turns. The results determine the
+switch points in fggm_peft/core/kernels.py: the density up to which one dot product per entry is the fastest, and the
+width up to which a gathered product is the fastest.
 
 python benchmarks/gpu_kernels.py [--quick] [--repeats N]
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from fggm_peft.core import kernels, sampled
 from fggm_peft.core.granularity import Granularity, granularity_from
 
-CALLS = 20  # timed together, so that the time to launch one is not waited for
-PYTORCH = "PyTorch"  # what the library takes without Triton
+CALLS = 20  # timed together, which hides the launch time
+PYTORCH = "PyTorch"  # the implementation without Triton
 
 
 def support(total: int, density: float, device: str) -> Tensor:
@@ -31,13 +31,13 @@ def support(total: int, density: float, device: str) -> Tensor:
 
 
 def scatter(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
-    """``weight += delta`` of single elements; the values are float32 as they are trained."""
+    """``weight += delta`` for elements; the values are float32, as in training."""
     indices = support(g.shape[1] * x.shape[1], density, str(x.device))
     values = torch.randn(len(indices), device=x.device)
     weight = x.new_zeros(g.shape[1], x.shape[1])
 
     def by(add_: Callable) -> Callable[[], Tensor]:
-        own = weight.clone()  # each way adds to its own, as often as the others
+        own = weight.clone()  # each implementation adds to a separate copy
 
         def way() -> Tensor:
             add_(own, indices, values, 1.0)
@@ -52,7 +52,7 @@ def scatter(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tens
 
 
 def sampled_product(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
-    """Chosen entries of ``g.mT @ x``."""
+    """Selected entries of ``g.mT @ x``."""
     from fggm_peft.core.triton import elements
 
     indices = support(g.shape[1] * x.shape[1], density, str(x.device))
@@ -69,7 +69,7 @@ def sampled_product(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[
 
 
 def gathered_rows(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
-    """Chosen rows of ``g.mT @ x``; what gathering costs is how far the product alone is below."""
+    """Selected rows of ``g.mT @ x``; the difference to the product alone is the cost of gathering."""
     indices = support(g.shape[1], density, str(x.device))
     chosen = g.index_select(1, indices)
     return {
@@ -80,7 +80,7 @@ def gathered_rows(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[]
 
 
 def gathered_columns(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
-    """Chosen columns of ``g.mT @ x``."""
+    """Selected columns of ``g.mT @ x``."""
     indices = support(x.shape[1], density, str(x.device))
     chosen = x.index_select(1, indices)
     return {
@@ -99,7 +99,7 @@ COMPARED = {
 
 
 def check(ways: dict[str, Callable[[], Tensor]], tolerance: float = 2e-2) -> None:
-    """All ways compute the same; also the warm-up, in which Triton compiles and tunes."""
+    """Compare all implementations. Also warms up: Triton compiles and tunes its kernels."""
     results = {name: way().double().clone() for name, way in ways.items()}
     expected = results.pop(PYTORCH)
     for name, result in results.items():
@@ -142,11 +142,13 @@ def measure(quick: bool, repeats: int) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one shape, few densities")
+    parser.add_argument("--quick", action="store_true", help="one shape, few densities; writes nothing")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("This needs a CUDA device, and torch sees none: on a CPU the kernels only run in an interpreter.")
+        sys.exit(
+            "This benchmark requires a CUDA device, and torch finds none. On a CPU, kernels only run in an interpreter."
+        )
     results = measure(arguments.quick, 3 if arguments.quick else arguments.repeats)
     if not arguments.quick:
         print("written to", write("gpu_kernels", results))

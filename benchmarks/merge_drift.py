@@ -1,8 +1,8 @@
-"""What a thousand merges and unmerges leave in a bfloat16 base: FGGM, LoRA and SHiRA with deltas of one size.
+"""How a bfloat16 base changes over a thousand merges and unmerges, for FGGM, LoRA and SHiRA with equally large deltas.
 
-Drift is counted over all adapted weights after 1, 10, 100 and 1000 cycles: the share of entries that are not the bits
-they were, the largest difference over the standard deviation of its weight, and the norm of all differences over that
-of the delta.
+The drift of all adapted weights is measured after 1, 10, 100 and 1000 cycles: the share of entries whose bits changed,
+the largest difference over the standard deviation of its weight, and the norm of all differences over that of the
+delta.
 
 python benchmarks/merge_drift.py [--cycles N] [--hidden N]
 """
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from fggm_peft import FGGMConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RELATIVE_DELTA = 0.01  # norm of each delta over that of its weight
+RELATIVE_DELTA = 0.01  # norm of each delta over the norm of its weight
 
 METHODS = {
     "FGGM rows": FGGMConfig(criterion="random", granularity="row", density=0.1, init_weights=False),
@@ -32,7 +32,7 @@ METHODS = {
     "LoRA": LoraConfig(target_modules=TARGETS, r=8, lora_alpha=8, init_lora_weights=False),
     "SHiRA": ShiraConfig(target_modules=TARGETS, r=8, init_weights=False),
 }
-SCALED = {"FGGM": "fggm_values", "LoRA": "lora_B", "SHiRA": "shira_weight"}  # the factor that a delta is linear in
+SCALED = {"FGGM": "fggm_values", "LoRA": "lora_B", "SHiRA": "shira_weight"}  # parameters in which the delta is linear
 
 
 def adapted(name: str, hidden: int) -> PeftModel:

@@ -1,7 +1,7 @@
-"""Other ways to row scores from per-sample gradients: a loop, torch.func, and the peers that are installed.
+"""Other ways to compute row scores from per-sample gradients: a loop, torch.func, Opacus and BackPACK.
 
-Each is handed a model, gives every targeted weight its per-sample gradients by its own means, and reduces them to
-the sum over samples and inputs of their squares, as the Fisher pass does. ``peers(model)`` lists them.
+Each computes the per-sample gradients of every targeted weight, and sums their squares over samples and input features,
+like the Fisher pass. ``peers(model)`` lists those that are installed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Peer = Callable[[dict[str, Tensor]], Scores]
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy with parameters of its own, frozen, in the same memory."""
+    """A frozen copy that shares the memory of the parameters."""
     shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, shared)
 
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that ``target_modules="all-linear"`` means: all but the output head."""
+    """The layers that ``target_modules="all-linear"`` matches: all except the output head."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
@@ -61,7 +61,7 @@ def naive_loop(model: nn.Module) -> Peer:
 
 
 def torch_func(model: nn.Module) -> Peer:
-    """``vmap`` of ``grad`` over the samples. Its model gets no attention mask, which vmap cannot look into."""
+    """``vmap`` of ``grad`` over the samples, without an attention mask, whose values vmap cannot inspect."""
     model = twin(model)
     weights = {f"{name}.weight": layer.weight.detach() for name, layer in targets(model).items()}
 
@@ -80,12 +80,14 @@ def torch_func(model: nn.Module) -> Peer:
 
 
 def opacus(model: nn.Module) -> Peer:
-    """Opacus' ``GradSampleModule``, which leaves ``grad_sample`` on each weight."""
+    """Opacus' ``GradSampleModule``, which sets ``grad_sample`` on each weight."""
     from opacus import GradSampleModule
 
     model, layers = _trainable(model)
     likelihood = default_log_likelihood(model, None)
-    wrapped = GradSampleModule(model.train(), loss_reduction="sum")  # captures in training mode; there is no dropout
+    wrapped = GradSampleModule(
+        model.train(), loss_reduction="sum"
+    )  # hooks run in training mode only; the model has no dropout
 
     def run(batch: dict[str, Tensor]) -> Scores:
         likelihood(wrapped, batch).sum().backward()
@@ -99,7 +101,7 @@ def opacus(model: nn.Module) -> Peer:
 
 
 def backpack(model: nn.Module) -> Peer:
-    """BackPACK's ``SumGradSquared`` on the linear layers, which is all it has to know of the model."""
+    """BackPACK's ``SumGradSquared`` on the linear layers."""
     from backpack import backpack, extend
     from backpack.extensions import SumGradSquared
 
@@ -121,7 +123,7 @@ def backpack(model: nn.Module) -> Peer:
 
 
 def peers(model: nn.Module) -> dict[str, Peer]:
-    """Name -> what computes the scores of a batch; without the packages that are not installed."""
+    """Name -> function from a batch to scores, without packages that are not installed."""
     result = {LOOP: naive_loop(model), "torch.func, vmap of grad": torch_func(model)}
     for package, name, make in (
         ("opacus", "Opacus, grad_sample", opacus),

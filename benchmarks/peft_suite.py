@@ -1,7 +1,7 @@
-"""PEFT's own tests, from its source distribution, on FGGM and on the methods they are written for.
+"""PEFT's own tests, from its source distribution, for FGGM and for the methods that they were written for.
 
 Writes the counts to benchmarks/results/peft_suite.json and the table in docs/compatibility.md. Needs ``diffusers``,
-``parameterized`` and ``scikit-learn``, which PEFT's test modules import; it takes about half an hour.
+``parameterized`` and ``scikit-learn``, which PEFT's test modules import. Takes about half an hour.
 
 python benchmarks/peft_suite.py [--suite NAME ...]
 """
@@ -29,7 +29,7 @@ OUTCOMES = ("passed", "skipped", "failed")
 
 
 def count(suite: str, method: str, granularity: str = "row") -> dict[str, Any]:
-    """How many tests passed, were skipped and failed, and which failed."""
+    """The numbers of passed, skipped and failed tests, and the names of those that failed."""
     result = peft_suite.run(method, "-rfE", suite=suite, granularity=granularity)
     last = result.stdout.strip().splitlines()[-1]
     found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|failed|errors?)", last)}
@@ -42,9 +42,9 @@ def count(suite: str, method: str, granularity: str = "row") -> dict[str, Any]:
 
 
 def measure(suite: str) -> dict[str, dict[str, Any]]:
-    """The counts of FGGM over all granularities, and of PEFT's methods."""
+    """The counts for FGGM over all granularities, and for PEFT's methods."""
     methods = {"custom models": ("fggm", "lora", "shira"), "quantization": ("fggm", "lora", "shira")}
-    if suite in methods:  # their cases name the granularities
+    if suite in methods:  # their cases include all granularities
         return {method: count(suite, method) for method in methods[suite]}
     total: Counter = Counter()
     failed: list[str] = []

@@ -1,8 +1,8 @@
-"""Compare two results of the suite: what became slower or larger, by ratios, which machines share better than seconds.
+"""Compare two results of the suite, and list what became slower or larger. Ratios are compared instead of seconds.
 
-A time is worse if its ratio over the floor of its table grew by more than the tolerance and the noise of both tables;
-memory and sizes, which do not vary, by more than the tolerance for them. What only one of the files has is listed.
-Exits with 1 if something got worse, and with 2 if there is nothing to compare.
+A time is worse if its ratio over the floor of its table grew by more than the tolerance plus the noise of both tables.
+Memory and file sizes have no noise and a separate tolerance. Measurements in only one of the files are listed. Exits
+with 1 if something is worse, and with 2 if the files have nothing in common.
 
 python benchmarks/regression.py OLD.json NEW.json [--tolerance 0.05] [--size-tolerance 0.02]
 """
@@ -24,7 +24,7 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Change:
-    """One ratio in both files, and by how much it may have grown without being called worse."""
+    """A ratio in both files, and the growth up to which it does not count as worse."""
 
     where: str
     method: str
@@ -47,7 +47,7 @@ class Change:
 
 
 def changes(old: Results, new: Results, tolerance: float, size_tolerance: float) -> Iterator[Change]:
-    """Every ratio that both have, but for those of the floor, which are 1."""
+    """Every ratio in both files, except those of the floor, which are 1."""
     for where in old.keys() & new.keys():
         before, after = old[where], new[where]
         noise = before["noise"] - 1 + after["noise"] - 1
@@ -65,10 +65,10 @@ def rows_of(results: Results) -> set[tuple[str, str]]:
 
 
 def compare(old: Results, new: Results, tolerance: float = 0.05, size_tolerance: float = 0.02) -> tuple[int, list[str]]:
-    """The exit status, and the lines to print."""
+    """Exit status and lines to print."""
     found = list(changes(old, new, tolerance, size_tolerance))
     if not found:
-        return 2, ["the two files have no ratio in common"]
+        return 2, ["the files have no ratio in common"]
     worse = sorted((change for change in found if change.is_worse), key=lambda change: -change.growth)
     lines = [f"worse: {change}" for change in worse]
     lines += [f"not measured any more: {where}: {method}" for where, method in sorted(rows_of(old) - rows_of(new))]
@@ -81,8 +81,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--tolerance", type=float, default=0.05, help="growth of a time beyond the noise")
-    parser.add_argument("--size-tolerance", type=float, default=0.02, help="growth of memory and files")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="allowed growth of a time, beyond the noise")
+    parser.add_argument("--size-tolerance", type=float, default=0.02, help="allowed growth of memory and file sizes")
     arguments = parser.parse_args()
     old, new = (json.loads(path.read_text())["results"] for path in (arguments.old, arguments.new))
     status, lines = compare(old, new, arguments.tolerance, arguments.size_tolerance)

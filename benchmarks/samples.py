@@ -1,16 +1,19 @@
-"""How many samples does a selection take? Agreement of halves, and of small samples with large ones.
+"""How many samples does a selection need? Agreement of halves, and of small samples with large ones.
 
 python benchmarks/samples.py MODEL TASK [TASK ...] --general TEXT [--samples 1024]
 
 MODEL is a folder or Hub id of a causal language model, TASK a folder with ``train.json`` in TRACE's format, TEXT a file
-of plain text in paragraphs. One pass over each task serves every granularity, density and number of samples: it gathers
-rows and columns of all linear layers and single elements of every tenth block (of which rows and columns follow), in
-two halves, and chooses from them whenever the number of samples has doubled.
+of plain text in paragraphs. One pass over each task serves all granularities, densities and numbers of samples. It
+collects rows and columns of all linear layers and elements of every tenth block, in two halves of the samples, and
+selects whenever the number of samples has doubled.
 
-In the result file each curve has, by the number of samples ``n`` in ``counts``: ``halves``, the agreement of the
-supports of two halves of n/2; ``largest``, that of n samples with all of them, which contain them; ``independent``,
-that of n/2 samples with the other half of all; ``score_held``, what the support of n/2 samples holds of the scores of
-the other half of all, over what the support of its own half of all holds of them.
+Each curve in the result file has these values for every number of samples ``n`` in ``counts``:
+
+- ``halves``: agreement of the supports of two halves, each of n/2 samples.
+- ``largest``: agreement of the support of n samples with that of all samples, which include the n.
+- ``independent``: agreement of the support of n/2 samples with that of the other half of all samples.
+- ``score_held``: score of the support of n/2 samples, measured on the other half of all samples, over the score of the
+  support of its own half of all samples.
 """
 
 from __future__ import annotations
@@ -42,10 +45,10 @@ from fggm_peft.tuner.layer import FGGMLayer
 from fggm_peft.tuner.support import Choice, fggm_layers
 
 DENSITIES = (0.05, 0.1, 0.3)
-EVERY = 10  # single elements of every tenth block
+EVERY = 10  # elements are collected in every tenth block
 FIRST_CHECK, BATCH_SIZE, MAX_LENGTH = 16, 8, 128
 TIMED_SAMPLES = 32
-HALVES = {"even": 0, "odd": 1, "all": None}  # which of the samples a support is chosen from
+HALVES = {"even": 0, "odd": 1, "all": None}  # the samples that a support is selected from
 
 Layers = dict[str, FGGMLayer]
 Choices = dict[str, Choice]
@@ -53,7 +56,7 @@ Choices = dict[str, Choice]
 
 @dataclass(frozen=True)
 class Case:
-    """What is chosen, and by what."""
+    """A selection: criterion, granularity and density."""
 
     criterion: str
     granularity: str
@@ -69,7 +72,7 @@ WEIGHED = [Case("gain_per_harm", "column", density) for density in DENSITIES]
 
 
 class RowsAndColumns(Rows):
-    """Both in one vector ``[o + i]``, for a pass that serves either."""
+    """Rows and columns in one vector ``[o + i]``, for a pass that serves both."""
 
     def units(self, shape):
         return shape[0] + shape[1]
@@ -80,7 +83,7 @@ class RowsAndColumns(Rows):
 
 
 def units_of(case: Case, layer: FGGMLayer, gathered: Tensor) -> Tensor | None:
-    """Rows, columns or elements of what the pass has gathered of a layer; None where it has no elements."""
+    """Rows, columns or elements from the statistics of a layer; None if its elements were not collected."""
     outputs, inputs = layer.weight_shape
     if len(gathered) == outputs * inputs:
         return case.kind.reduce(gathered.view(outputs, inputs))
@@ -88,7 +91,7 @@ def units_of(case: Case, layer: FGGMLayer, gathered: Tensor) -> Tensor | None:
 
 
 def scored(case: Case, layer: FGGMLayer, task: Tensor, reference: Tensor | None) -> Tensor:
-    """What the criterion makes of Fisher information ``[units]``."""
+    """Scores of the criterion for Fisher information ``[units]``."""
     against: dict[str, Any] = {}
     if CRITERIA[case.criterion].reference:
         entries = layer.weight_shape[0] * layer.weight_shape[1]
@@ -102,12 +105,12 @@ def scored(case: Case, layer: FGGMLayer, task: Tensor, reference: Tensor | None)
 
 @dataclass
 class Study:
-    """Chooses whenever the number of samples has doubled, and compares what was chosen.
+    """Selects whenever the number of samples has doubled, and compares the supports.
 
     Args:
         layers: module path -> layer.
-        cases: what there is to choose.
-        score: (case, module path, what a pass has gathered of it) -> scores ``[units]``; None where there are none.
+        cases: the selections to make.
+        score: (case, module path, statistics of the module) -> scores ``[units]``; None if the case has none.
     """
 
     layers: Layers
@@ -118,7 +121,7 @@ class Study:
     seconds: float = 0.0
 
     def take(self, totals: Totals) -> bool:
-        """Choose from what there is so far. Never enough: the answer to a pass that asks."""
+        """Select from the samples so far. Returns False: the pass continues."""
         start, samples = time.perf_counter(), totals.samples
         for case in self.cases:
             for name, half in HALVES.items():
@@ -129,7 +132,7 @@ class Study:
         return False
 
     def curves(self, totals: Totals) -> Iterator[dict[str, Any]]:
-        """For each case what its supports have in common, by the number of samples."""
+        """The curves of each case, by the number of samples."""
         if totals.samples not in self.halves.get(self.cases[0], {}):
             self.take(totals)
         for case in self.cases:
@@ -167,9 +170,9 @@ class Study:
 
 
 def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) -> float:
-    """The score that a support holds on samples it was not chosen from, over that of the largest sample's support.
+    """The score of a support on other samples, over the score of the support of the largest sample.
 
-    Mean over modules, as a threshold looks at one at a time.
+    Mean over modules, because the threshold is applied to each module.
     """
 
     def held(name: str, choices: Choices) -> float:
@@ -179,7 +182,7 @@ def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) 
 
 
 def stops(halves: Mapping[int, float | None]) -> dict[str, Any]:
-    """How many samples it takes for agreements, None where there are too few here; where ``"auto"`` stops."""
+    """Samples needed for several agreements (None: more than there are), and where ``"auto"`` stops."""
 
     def first(wanted: float, least: int = 0) -> int | None:
         enough = [n for n, agreement in halves.items() if n >= least and agreement is not None and agreement >= wanted]
@@ -193,7 +196,7 @@ def stops(halves: Mapping[int, float | None]) -> dict[str, Any]:
 
 
 class Model:
-    """A base model by its name, and selections on it in bfloat16 autocast."""
+    """A base model, and selections on it in bfloat16 autocast."""
 
     def __init__(self, name: str):
         self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(name)
@@ -208,10 +211,10 @@ class Model:
         return get_peft_model(base, FGGMConfig(task_type="CAUSAL_LM", target_modules="all-linear", **config))
 
     def study(self, examples: list[Example], cases: list[Case], score: Callable) -> tuple[Study, Totals]:
-        """One pass that gathers rows and columns, and elements of every tenth block.
+        """One pass that collects rows and columns, and the elements of every tenth block.
 
         Args:
-            score: (case, layer, module path, what was gathered) -> scores, see ``Study``.
+            score: (case, layer, module path, statistics) -> scores, see ``Study``.
         """
         model = self.adapted(granularity="element")
         layers = fggm_layers(model, "default")
@@ -225,7 +228,7 @@ class Model:
         return study, totals
 
     def speed(self, examples: list[Example], granularity: str) -> dict[str, Any]:
-        """``select_parameters`` on a few samples."""
+        """Time of ``select_parameters`` on a few samples."""
         model = self.adapted(granularity=granularity, density=0.1)
         with torch.autocast("cpu", torch.bfloat16):
             report = select_parameters(model, self.batches(examples), TIMED_SAMPLES, progress=False)
@@ -233,12 +236,12 @@ class Model:
 
 
 def measure_reference(model: Model, text: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What there is of a general text, module by module; how many of its samples would rank columns alike."""
+    """Fisher information of a general text by module, and the agreement of its column rankings."""
     paragraphs = [Example("", part.strip()) for part in text.read_text(encoding="utf-8").split("\n\n") if part.strip()]
 
     def score(case: Case, layer: FGGMLayer, name: str, gathered: Tensor) -> Tensor:
         harm = units_of(case, layer, gathered)
-        return scored(case, layer, torch.ones_like(harm), harm)  # if every gain were equal
+        return scored(case, layer, torch.ones_like(harm), harm)  # as if all gains were equal
 
     study, totals = model.study(paragraphs, WEIGHED, score)
     found = {"curves": list(study.curves(totals)), "counts": list(study.halves[WEIGHED[0]])}
@@ -246,7 +249,7 @@ def measure_reference(model: Model, text: Path) -> tuple[dict[str, Tensor], dict
 
 
 def measure(model: Model, task: Path, limit: int, reference: Mapping[str, Tensor]) -> dict[str, Any]:
-    """All curves of one task, and how long its selections take."""
+    """All curves of one task, and the time of its selections."""
     examples = load_examples(DataSource(str(task)), model.tokenizer, limit)
 
     def score(case: Case, layer: FGGMLayer, name: str, gathered: Tensor) -> Tensor | None:
@@ -299,7 +302,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("tasks", nargs="+", type=Path)
     parser.add_argument("--general", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=MAX_SAMPLES, help="of each task at most")
+    parser.add_argument("--samples", type=int, default=MAX_SAMPLES, help="maximum number of samples per task")
     arguments = parser.parse_args()
     model = Model(arguments.model)
     reference, found = measure_reference(model, arguments.general)

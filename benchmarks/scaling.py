@@ -1,8 +1,8 @@
-"""Memory and operations of selection and training at 1.5, 7 and 70 billion weights, on paper.
+"""Estimated memory and operations of selection and training at 1.5, 7 and 70 billion weights.
 
-Models are built on the meta device from their shapes, so nothing is downloaded and nothing computed: the dry run
-(``fggm_peft.estimate``) counts the tensors of a step. What it cannot count there, quantized weights and shards, are
-formulas here; tests/integration/test_scaling.py compares all of them with what small models allocate.
+The models are built on the meta device, so nothing is downloaded or computed: ``fggm_peft.estimate`` counts the tensors
+of a step. Quantized weights and shards are formulas in this file. tests/integration/test_scaling.py compares all of
+them with the allocations of small models.
 
 python benchmarks/scaling.py           # writes results/scaling.json and the tables of docs/scaling.md
 python benchmarks/scaling.py --tables  # writes the tables again, from the result file
@@ -35,9 +35,9 @@ GIB = 2**30
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 DENSITY, LENGTH = 0.1, 2048
 CONTEXT = GIB // 2
-"""What a CUDA context and its libraries take, by common experience; not measured here."""
+"""Memory of a CUDA context and its libraries, a common assumption that is not measured here."""
 SIZES = (2, 3, 64, 65)
-"""Batches that are counted: two lines, one for few samples and one for many."""
+"""Batch sizes that are counted; they give two lines, one for few samples and one for many."""
 SHARES = {"bf16": 2.0, "8-bit": 1.0, "4-bit": 0.5}
 DEVICES = (24, 80, 141)
 
@@ -74,13 +74,13 @@ MODELS: dict[str, PretrainedConfig] = {
 
 
 def on_paper(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The frozen model without weights."""
+    """The frozen model on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """What "all-linear" adapts and bitsandbytes quantizes."""
+    """The layers that "all-linear" adapts and bitsandbytes quantizes."""
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
 
 
@@ -88,10 +88,10 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def base_bytes(model: nn.Module, precision: str) -> int:
-    """The frozen weights: embeddings, norms and head as they are, linear layers as bitsandbytes stores them.
+    """Bytes of the frozen weights. Only linear layers are quantized, in the format of bitsandbytes.
 
-    8-bit: a byte an entry and 4 for each row. 4-bit (nf4, double): half a byte, a byte for each 64, 4 for each 256
-    of those.
+    8-bit: 1 byte per entry and 4 per row. 4-bit (nf4, double quantization): half a byte per entry, 1 byte per block of
+    64 entries, and 4 bytes per 256 blocks.
     """
     entries = sum(layer.weight.numel() for layer in linears(model).values())
     others = sum(p.nbytes for p in model.parameters()) - sum(layer.weight.nbytes for layer in linears(model).values())
@@ -104,20 +104,21 @@ def base_bytes(model: nn.Module, precision: str) -> int:
 
 
 def score_bytes(model: nn.Module, granularity: str) -> int:
-    """Running sums of the Fisher pass: float32, for two halves of the samples."""
+    """Running sums of the Fisher pass, in float32, for two halves of the samples."""
     return 8 * sum(granularity_from(granularity).units(tuple(m.weight.shape)) for m in linears(model).values())
 
 
 def equal_rank(model: nn.Module, values: int) -> int:
-    """Of the LoRA that trains as many values."""
+    """Rank of the LoRA with this number of trainable values."""
     return max(1, round(values / sum(layer.in_features + layer.out_features for layer in linears(model).values())))
 
 
 def training_multiple(method: str, density: float, checkpointing: bool) -> float:
     """Operations of a step over those of a frozen forward and backward, in the linear layers.
 
-    Of 4 units (2 forward, 2 for the gradient of the input) FGGM adds 2 for each value, full fine-tuning 2 for each
-    weight, LoRA 6 (two thin products, thrice); checkpointing computes the forward again.
+    A frozen pass takes 4 operations per weight and position (2 forward, 2 for the gradient of the input). FGGM adds 2
+    per trainable value, full fine-tuning 2 per weight, and LoRA 6 per trainable value (two thin products, three times).
+    Checkpointing repeats the forward.
     """
     per_value = {"FGGM": 2, "full": 2, "LoRA": 6}[method]
     again = 2 + (2 * density if method == "LoRA" else 0)
@@ -127,8 +128,8 @@ def training_multiple(method: str, density: float, checkpointing: bool) -> float
 def selection_multiple(model: nn.Module, length: int) -> float:
     """Operations of the exact pass for rows over those of a frozen forward and backward, in the linear layers.
 
-    A Gram matrix of inputs is shared by q, k and v and by gate and up; where it is dearer, each sample's gradient is
-    formed.
+    q, k and v share the Gram matrix of their input, as do gate and up. If the Gram matrix is more expensive, the
+    gradient of each sample is formed instead.
     """
     blocks = 4 if length >= 128 else 1
     share = (blocks + 1) / (2 * blocks)
@@ -143,10 +144,10 @@ def selection_multiple(model: nn.Module, length: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes of a step: what stands (values with indices, states), and what there is at the peak.
+    """Bytes of a step: permanent memory (values with indices, optimizer states), and memory at the peak.
 
-    That is either where the logits are, with all that backward needs and no gradient of values yet, or near the end of
-    backward, with all gradients and little else.
+    The peak is either at the logits, with all activations and no gradients of values, or near the end of backward, with
+    all gradients and few activations.
     """
 
     values: int
@@ -163,7 +164,7 @@ class Step:
 
 
 def fggm_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
-    """Rows at the density of this page, AdamW; values in float32."""
+    """FGGM with rows at ``DENSITY``, AdamW and values in float32."""
     config = FGGMConfig(density=DENSITY)
     found = estimate(
         model, config, batch_size=size, sequence_length=length, checkpointing=checkpointing, make_batch=tokens
@@ -182,7 +183,7 @@ def fggm_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> 
 
 
 def lora_step(model: nn.Module, values: int, size: int, length: int, checkpointing: bool) -> Step:
-    """LoRA with as many values on the same layers, in float32."""
+    """LoRA with the same number of values on the same layers, in float32."""
     config = LoraConfig(r=equal_rank(model, values), target_modules=list(linears(model)))
     adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     try:
@@ -194,7 +195,7 @@ def lora_step(model: nn.Module, values: int, size: int, length: int, checkpointi
 
 
 def full_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
-    """Full fine-tuning in mixed precision: bfloat16 weights and gradients, float32 masters and states."""
+    """Full fine-tuning in mixed precision: bfloat16 weights and gradients, float32 master weights and states."""
     model.requires_grad_(True)
     try:
         found = step_memory(model, tokens, size, length, checkpointing)
@@ -210,8 +211,8 @@ def tokens(size: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def largest_batch(room: float, known: Mapping[int, float]) -> int:
-    """How many samples fit. At every moment of a step memory is a line in the batch size, so the peak is the highest
-    of several lines: those through the known sizes 2 and 3, and 64 and 65."""
+    """The largest batch that fits. Memory at each moment of a step is linear in the batch size, so the peak is the
+    maximum of lines: those through the known sizes 2 and 3, and 64 and 65."""
     first, second, third, fourth = sorted(known)
     fits = []
     for size, following in ((first, second), (third, fourth)):
@@ -221,7 +222,7 @@ def largest_batch(room: float, known: Mapping[int, float]) -> int:
 
 
 def shard_bytes(standing: float, block: float, activations: float, devices: int) -> float:
-    """On each device under FSDP: a share of what stands, two gathered blocks (one is fetched ahead), activations."""
+    """Bytes per device under FSDP: a shard of permanent memory, two gathered blocks (one prefetched), activations."""
     return standing / devices + 2 * block + activations
 
 
@@ -265,7 +266,7 @@ def beside(step: dict[str, int]) -> int:
 
 
 def numbered(sizes: Mapping[str, int]) -> dict[int, int]:
-    """Keys of JSON as the batch sizes that they are."""
+    """The JSON keys as integers."""
     return {int(size): value for size, value in sizes.items()}
 
 
@@ -312,7 +313,7 @@ def fits_table(results: dict[str, Any]) -> str:
 
 
 def sharded_table(results: dict[str, Any]) -> str:
-    """What stands is shared, and gradients too, so that a device's peak is where its own activations are the most."""
+    """Permanent memory and gradients are sharded, so a device's peak is at its maximum of activations."""
     found, rows = results["70 B"], []
     step = found["steps"]["checkpointing"]["FGGM"]
     standing = found["base"]["bf16"] + step["values"] + step["optimizer"] + 4 * step["count"]
@@ -359,7 +360,7 @@ TABLES = {
 
 
 def with_tables(page: str, results: dict[str, Any]) -> str:
-    """The page with every table between its marks made anew."""
+    """The page with all tables between their marks replaced."""
     for name, table in TABLES.items():
         mark = f"<!-- table: {name} -->"
         page = re.sub(rf"{mark}\n.*?(?=\n\n)", lambda _, m=mark, t=table: f"{m}\n{t(results)}", page, flags=re.DOTALL)
@@ -368,7 +369,7 @@ def with_tables(page: str, results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", action="store_true", help="from the result file")
+    parser.add_argument("--tables", action="store_true", help="write only the tables, from the result file")
     if not parser.parse_args().tables:
         write("scaling", {name: measure(config) for name, config in tqdm(MODELS.items(), desc="models", disable=None)})
     results = json.loads((RESULTS / "scaling.json").read_text())["results"]

@@ -1,11 +1,11 @@
 """What training the values in bfloat16 costs and saves, beside float32 and beside 8-bit optimizer states.
 
 A small Llama that reads bytes is trained on English (the topics of Python's help) and rounded to bfloat16; FGGM then
-learns the standard library's source code, always on the same support and batches. Reported for each way to keep and
-step the values: the loss on held-out source code, how much of the float32 run's movement is there (its projection on
-it), and the bytes of value, gradient and optimizer state for each value, counted on the tensors.
+learns the standard library's source code, always with the same support and batches. For each way to store and update
+the values, the script reports the loss on held-out source code, the projection of the values on those of the float32
+run (relative to their norm), and the bytes of value, gradient and optimizer state per value, counted on the tensors.
 
-Needs torchao; optimi (torch-optimi), for Kahan summation, is left out where it is not installed.
+Requires torchao. Kahan summation is measured only if optimi (torch-optimi) is installed.
 
 python benchmarks/value_precision.py [--quick] [--steps N]
 """
@@ -40,7 +40,7 @@ CASES = ((3e-4, "linear to 0"), (3e-3, "linear to 0"), (3e-4, "constant"))
 
 
 class Float32Masters(torch.optim.AdamW):
-    """AdamW on float32 copies of the values, which get the copies' roundings after each step."""
+    """AdamW on float32 copies of the values. After each step, the copies are rounded to the values."""
 
     def __init__(self, values: Iterable[nn.Parameter], lr: float):
         self.values = list(values)
@@ -103,7 +103,7 @@ def bytes_of(text: str) -> Tensor:
 
 
 def batches(text: Tensor, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Pieces of the text from anywhere in it."""
+    """Random pieces of the text."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(len(text) - LENGTH, (BATCH,), generator=generator)
@@ -118,7 +118,7 @@ def held_out_loss(model: nn.Module, text: Tensor) -> float:
 
 
 def base_model(steps: int) -> nn.Module:
-    """Trained on English in float32, then rounded."""
+    """A model that was trained on English in float32 and then rounded."""
     model = llama(128, 2, vocab=BYTES)
     learn(model, torch.optim.AdamW(model.parameters(), lr=2e-3), english(), steps, SCHEDULES["linear to 0"], seed=1)
     return model.to(torch.bfloat16).requires_grad_(False)
@@ -137,7 +137,7 @@ def learn(model: nn.Module, optimizer, text: Tensor, steps: int, schedule: Calla
 
 
 def bytes_a_value(optimizer, values: list[nn.Parameter]) -> float:
-    """Of the values, their gradients and whatever the optimizer keeps."""
+    """Bytes per value of values, gradients and optimizer state."""
     count = sum(value.numel() for value in values)
     kept = [t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor)]
     kept += optimizer.param_groups[0]["params"] if isinstance(optimizer, Float32Masters) else []
@@ -146,7 +146,7 @@ def bytes_a_value(optimizer, values: list[nn.Parameter]) -> float:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """A tensor, or those that one of torchao's is made of."""
+    """A tensor, or the tensors that a torchao tensor consists of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -181,11 +181,11 @@ def compare(base: nn.Module, lr: float, schedule: Callable, texts: dict[str, Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one case, few steps")
+    parser.add_argument("--quick", action="store_true", help="only one case, with few steps")
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
     steps = 40 if arguments.quick else arguments.steps
-    torch.compiler.set_stance("force_eager")  # torchao would compile a kernel for every shape
+    torch.compiler.set_stance("force_eager")  # otherwise torchao compiles a kernel for every shape
     code = source_code()
     cut = len(code) * 9 // 10
     texts = {"train": code[:cut], "test": code[cut:]}

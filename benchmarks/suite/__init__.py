@@ -1,1 +1,1 @@
-"""The benchmark suite: methods, measurements and goals are registries, and ``python -m suite`` runs them."""
+"""The benchmark suite. Methods, measurements and goals are registries; ``python -m suite`` runs them."""

@@ -1,7 +1,7 @@
-"""FGGM beside PEFT's methods and full fine-tuning: time and memory of a step, selection, files, merging, import.
+"""FGGM against PEFT's methods and full fine-tuning: time and memory of a step, selection, files, merging, import.
 
-Quick by default (about three minutes; nothing is written unless --output says where). ``--full`` takes half an hour
-on a quiet core and writes benchmarks/results/suite.json, case by case, and then docs/benchmarks.md and its chart.
+The default takes about three minutes and writes nothing without --output. ``--full`` takes half an hour on an idle
+core. It writes benchmarks/results/suite.json after each case, and in the end docs/benchmarks.md and its chart.
 
 PYTHONPATH=benchmarks python -m suite [--full] [--only NAME ...] [--output FILE] [--page]
 """
@@ -23,11 +23,11 @@ from .report import write_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SECONDS = {"quick": 5.0, "full": 25.0}
-"""About how long one timing of a case goes on, unless that is less than three rounds."""
+"""Approximate duration of one timing of a case, which has at least three rounds."""
 
 
 def run(todo: list[cases.Case], seconds: float, output: Path | None) -> dict:
-    """Measure case after case; what is there is written after each, so that a stop loses nothing."""
+    """Measure all cases. The results are written after each case, so that an interrupted run loses nothing."""
     contents = {"machine": machine(), "results": {}}
     progress = tqdm(todo, desc="cases")
     for case in progress:
@@ -59,10 +59,10 @@ def show_goals(results: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="everything, written to results and docs")
-    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), help="these measurements alone")
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
-    parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md from results/suite.json, only")
+    parser.add_argument("--full", action="store_true", help="measure everything, and write results and docs")
+    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), help="only these measurements")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md from results/suite.json")
     arguments = parser.parse_args()
     stored = RESULTS / "suite.json"
     if arguments.page:
@@ -76,7 +76,7 @@ def main() -> None:
     show_goals(contents["results"])
     if whole:
         write_page(contents, PAGE)
-    print("written to" if output else "nothing was written; --output FILE keeps the figures", output or "")
+    print("written to" if output else "nothing was written; pass --output FILE to save the results", output or "")
 
 
 if __name__ == "__main__":

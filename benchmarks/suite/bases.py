@@ -1,4 +1,4 @@
-"""Base models of the suite: random Llamas of several sizes, dense or quantized by bitsandbytes, and copies of them."""
+"""Base models of the suite: random Llamas, dense or quantized by bitsandbytes, and copies that share their weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def four_bit(layer: nn.Linear) -> nn.Module:
 
 
 def quantized(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    """Every linear layer but the head becomes what ``make`` makes of its shape; the rest is bfloat16, as in QLoRA."""
+    """Replace every linear layer except the head by a layer of ``make``; the rest is bfloat16, as in QLoRA."""
 
     def convert(model: nn.Module) -> nn.Module:
         model = model.to(DEVICE, torch.bfloat16)
@@ -39,7 +39,7 @@ def quantized(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], n
                 layer = make(module)
                 layer.load_state_dict(module.state_dict())
                 parent, _, child = name.rpartition(".")
-                # by the layer's own to(), which keeps what quantizing gives beside the weight
+                # the layer's own to() also moves the quantization state
                 setattr(model.get_submodule(parent), child, layer.to(DEVICE))
         return model
 
@@ -59,10 +59,10 @@ def make_base(hidden: int, layers: int, vocabulary: int, kind: str) -> nn.Module
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
-    """A copy whose frozen parameters are those of ``model``: many methods fit beside each other in memory."""
+    """A copy that shares the frozen parameters of ``model``, so that many methods fit into memory together."""
     shared: list[object] = list(model.parameters())
     for module in model.modules():
-        if hasattr(module, "init_8bit_state"):  # its first forward takes the scales from the weight, which all share
+        if hasattr(module, "init_8bit_state"):  # its first forward removes the scales from the shared weight
             if module.weight.CB is not None:
                 module.init_8bit_state()
             shared += [module.state.CB, module.state.SCB]

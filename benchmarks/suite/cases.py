@@ -1,4 +1,4 @@
-"""What is measured: which measurement at which sizes. ``quick`` is a first look, ``full`` everything."""
+"""The cases of the suite: measurements and their settings. ``quick`` is a subset, ``full`` is everything."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, its batch, and how much of it trains.
+    """A model, its batch, and its number of trainable values.
 
     Args:
-        hidden, layers, vocabulary: of a Llama of the usual proportions.
-        base: what it is stored as.
-        length, batch: tokens of a sample, samples.
-        density: trainable values over the targeted weights' entries.
-        peers: also measure what others offer for per-sample gradients.
+        hidden, layers, vocabulary: of a Llama with the usual proportions.
+        base: dtype or quantization of the weights.
+        length, batch: tokens per sample, samples.
+        density: trainable values over entries of the targeted weights.
+        peers: also measure other libraries for per-sample gradients.
     """
 
     hidden: int = 512
@@ -37,7 +37,7 @@ class Setting:
         return self.layers * (attention + feed_forward) + 2 * self.vocabulary * width
 
     def text(self) -> str:
-        """The setting in words, a key of the result file."""
+        """The setting as text, a key of the result file."""
         size = f"{self.parameters / 1e6:.0f} M (hidden {self.hidden} × {self.layers} layers)"
         return f"{size}, {self.base}, T {self.length}, batch {self.batch}, density {100 * self.density:g} %"
 

@@ -1,4 +1,4 @@
-"""What FGGM is to reach, and what of it was reached. A goal is one entry."""
+"""The goals of FGGM and their verdicts. A goal is one entry."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Find = Callable[[dict[str, Any]], Iterator[float]]
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that is to stay below a limit, in every table that has it.
+    """An upper limit for a ratio, in every table that contains the ratio.
 
     Args:
-        what: is measured, at which settings.
-        against: what it is divided by.
-        limit: the most that it may be.
-        table: name of the tables that have it.
-        find: a table -> the ratios in it; none where the goal does not hold.
-        reason: what keeps it from being reached, shown where it is not; at which sizes, and why.
+        what: the measurement and its settings.
+        against: the denominator.
+        limit: the largest ratio that meets the goal.
+        table: name of the tables that contain the ratio.
+        find: table -> its ratios; none if the goal does not apply to the table.
+        reason: why the goal is missed, shown if it is.
     """
 
     what: str
@@ -37,7 +37,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and all ratios that were measured for it: key of the table -> the worst of the table."""
+    """A goal and its measured ratios: key of a table -> the largest ratio in the table."""
 
     goal: Goal
     ratios: dict[str, float]
@@ -48,7 +48,7 @@ class Verdict:
 
 
 def over(method: str, peer: str, figure: str = "seconds", when: Callable[[dict], bool] = lambda setting: True) -> Find:
-    """``figure`` of a method over that of a peer, where both were measured and the setting is one it is meant for."""
+    """``figure`` of a method over that of a peer, if both were measured and the goal applies to the setting."""
 
     def find(table: dict[str, Any]) -> Iterator[float]:
         rows = table["rows"]
@@ -68,7 +68,7 @@ def figure_of(method: str, figure: str) -> Find:
 
 
 def over_peers(figure: str) -> Find:
-    """Exact rows over each other way to per-sample gradients."""
+    """Exact rows over each other library for per-sample gradients."""
 
     def find(table: dict[str, Any]) -> Iterator[float]:
         rows = table["rows"]
@@ -104,14 +104,14 @@ def ten_million(setting: dict[str, Any]) -> bool:
 
 STEP, PASS = "training step", "selection pass"
 FROZEN_PASS = "frozen forward and backward"
-PEERS = "naive loop, Opacus, BackPACK, torch.func; the worst"
-EQUAL_LORA, EQUAL_SHIRA = "LoRA with as many trainable values", "SHiRA with as many trainable values"
+PEERS = "naive loop, Opacus, BackPACK, torch.func; the largest ratio"
+EQUAL_LORA, EQUAL_SHIRA = "LoRA of equal size", "SHiRA of equal size"
 DENSER = (
-    "In small layers the calls take the time, about 0.2 ms a layer. In large ones every entry is read, added, "
-    "compared with what was meant (the report, a quarter of the time), kept for unmerging and written, bound by "
-    "memory; a LoRA's product has the size of the weight at every rank, and costs least where weights are small."
+    "Small layers spend most time on the calls, about 0.2 ms per layer. Large layers are bound by memory: every entry "
+    "is read, added, compared with the intended value (for the report, a quarter of the time), saved for unmerging "
+    "and written. A LoRA's product has the size of the weight at every rank, and is cheapest for small weights."
 )
-INDICES = "Single entries have an index each, which has to be decoded and checked; a LoRA's factors have none."
+INDICES = "Every element has an index, which is decoded and checked. A LoRA has no indices."
 
 GOALS: tuple[Goal, ...] = (
     Goal(
@@ -120,7 +120,7 @@ GOALS: tuple[Goal, ...] = (
         1.15,
         PASS,
         over("rows, exact", "frozen", when=short),
-        "The Gram matrix of an input costs T / hidden of a product; narrow models have little else to hide it behind.",
+        "The Gram matrix of an input costs T / hidden of a product, which is a large part in narrow models.",
     ),
     Goal(
         f"{PASS}, rows, sketch",
@@ -128,8 +128,8 @@ GOALS: tuple[Goal, ...] = (
         1.06,
         PASS,
         over("rows, sketch", "frozen"),
-        "Reading inputs and gradients once more takes as long as ever, and narrow models or few positions have few "
-        "products to cover it.",
+        "Inputs and gradients are read once more. In narrow models, or with few positions, this is a large part of the "
+        "time, because the products are small.",
     ),
     Goal(
         f"{PASS}, elements",
@@ -137,7 +137,7 @@ GOALS: tuple[Goal, ...] = (
         1.5,
         PASS,
         over("elements, exact", "frozen"),
-        "Below about 100 positions the sums of a weight are read and written for few products: memory decides.",
+        "Below about 100 positions, reading and writing the sums of a weight takes longer than the products.",
     ),
     Goal(f"{PASS}, rows, exact: time", PEERS, 1.0, PASS, over_peers("seconds")),
     Goal(f"{PASS}, rows, exact: peak memory", PEERS, 1.0, PASS, over_peers("peak_mib")),
@@ -147,7 +147,7 @@ GOALS: tuple[Goal, ...] = (
         0.9,
         STEP,
         over(ROWS, "LoRA", when=dense),
-        "A LoRA of few values costs little more than the frozen model, and nothing that trains can cost less.",
+        "A small LoRA costs little more than the frozen model, which is a lower limit for every method.",
     ),
     Goal(f"{STEP}, rows: peak memory", EQUAL_LORA, 1.05, STEP, over(ROWS, "LoRA", "peak_mib", dense)),
     Goal(
@@ -156,8 +156,8 @@ GOALS: tuple[Goal, ...] = (
         0.75,
         STEP,
         over(ELEMENTS, "SHiRA", when=dense),
-        "Both multiply with a whole weight that has the entries in it, and that product is most of a step; what SHiRA "
-        "does beyond it is too little to save more.",
+        "Both methods multiply with the whole weight, including the selected entries, and this product takes most of a "
+        "step. The rest of SHiRA's step is too short to save 25 %.",
     ),
     Goal(f"{STEP}, elements: peak memory", EQUAL_SHIRA, 1.0, STEP, over(ELEMENTS, "SHiRA", "peak_mib", dense)),
     Goal(
@@ -166,8 +166,8 @@ GOALS: tuple[Goal, ...] = (
         0.85,
         STEP,
         over(ROWS, "full, masked", when=a_third),
-        "70 % of the weights' gradients are saved, which are a third of a step's products, and the optimizer's work on "
-        "them; the copies of the weights with the chosen rows in them cost a part of that.",
+        "FGGM saves 70 % of the weight gradients, which are a third of a step's products, and their optimizer steps. "
+        "The copies of the weights that contain the selected rows cost a part of these savings.",
     ),
     Goal(
         f"{STEP}, 30 % rows: peak memory",
@@ -175,15 +175,15 @@ GOALS: tuple[Goal, ...] = (
         0.85,
         STEP,
         over(ROWS, "full, masked", "peak_mib", a_third),
-        "Where activations and logits are most of the peak, gradients and optimizer state are little of it.",
+        "If activations and logits are most of the peak, gradients and optimizer state are a small part of it.",
     ),
     Goal(
         f"{STEP}, rows, 4-bit base: peak memory",
-        "QLoRA with as many trainable values",
+        "QLoRA of equal size",
         1.05,
         STEP,
         over(ROWS, "LoRA", "peak_mib", four_bit),
-        "The layer at work has its weight dequantized, with the chosen rows in it.",
+        "The active layer has a dequantized copy of its weight that contains the selected rows.",
     ),
     Goal("merge and unmerge, rows", "LoRA", 0.1, "merge and unmerge", over(ROWS, "LoRA"), DENSER),
     Goal("merge and unmerge, elements", "LoRA", 0.25, "merge and unmerge", over(ELEMENTS, "LoRA"), DENSER),
@@ -195,7 +195,7 @@ GOALS: tuple[Goal, ...] = (
     Goal("loading 10 M values, columns", "LoRA", 1.0, "load", over(COLUMNS, "LoRA", when=ten_million)),
     Goal("loading 10 M values, elements", "LoRA", 1.0, "load", over(ELEMENTS, "LoRA", when=ten_million), INDICES),
     *(
-        Goal(f"file, {kind}s", "the values, and the entropy of which", 1.1, "file", figure_of(name, "over_bound"))
+        Goal(f"file, {kind}s", "the entropy bound", 1.1, "file", figure_of(name, "over_bound"))
         for name, kind in FGGM.items()
     ),
     Goal("import", "import of peft", 1.05, "import", over("fggm_peft", "peft")),
@@ -203,7 +203,7 @@ GOALS: tuple[Goal, ...] = (
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Each goal with what was measured for it."""
+    """The verdict of each goal."""
     found = []
     for goal in GOALS:
         ratios = {}

@@ -1,8 +1,8 @@
-"""What is measured of the methods at one setting. A measurement is one entry.
+"""The measurements of the methods at one setting. A measurement is one entry.
 
-An entry takes a setting and a limit of seconds, and gives tables: name -> method -> figures. In each table one method
-is the floor, whose figures all others are divided by; a ratio is of minima unless it says median. The noise of a table
-is the floor's median over its minimum: two ratios that are less apart than that are not known to differ.
+An entry takes a setting and a number of seconds, and returns tables: name -> method -> figures. One method in each
+table is the floor, by whose figures all others are divided. Ratios are of minima unless their name says median. The
+noise of a table is the floor's median over its minimum; smaller differences between ratios mean nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FILE = "adapter_model.safetensors"
 
 
 def timed(calls: dict[str, Callable[[], Any]], floor: str, seconds: float) -> Table:
-    """Rows of ratios over ``floor``: one round to warm up, and then as many as the seconds allow, in turns."""
+    """Rows of ratios over ``floor``: one warm-up round, then as many interleaved rounds as fit into ``seconds``."""
     start = time.perf_counter()
     interleaved(calls, 1, warm_up=0)
     once = time.perf_counter() - start
@@ -61,7 +61,7 @@ def timed(calls: dict[str, Callable[[], Any]], floor: str, seconds: float) -> Ta
 
 
 def add_ratios_(table: Table, figure: str) -> None:
-    """Beside a figure that rows have, its ratio over the floor's."""
+    """Add the ratio of a figure over that of the floor to each row."""
     rows = table["rows"]
     for row in rows.values():
         if figure in row and rows[table["floor"]].get(figure):
@@ -81,13 +81,13 @@ def batch_of(setting: Setting) -> dict[str, torch.Tensor]:
 
 
 class Step:
-    """Forward, backward and AdamW step of one model on one batch."""
+    """Forward, backward and AdamW step of a model on one batch."""
 
     def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]):
         self.model, self.batch = model.train(), batch
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
-        if self.optimizer is None:  # down to the embeddings' output, as any frozen base costs
+        if self.optimizer is None:  # backward to the output of the embeddings, which every method requires
             model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.detach().requires_grad_())
 
     def __call__(self) -> None:
@@ -98,7 +98,7 @@ class Step:
 
 
 def training_step(setting: Setting, seconds: float) -> dict[str, Table]:
-    """A step of each method, and the memory it takes: what is held before it, and the peak of what it allocates."""
+    """A step of each method, and its memory: model and optimizer before the step, plus the peak of its allocations."""
     base, batch = base_of(setting), batch_of(setting)
     values = round(targeted_values(base) * setting.density)
     names = methods_for(setting.base, setting.parameters)
@@ -117,7 +117,7 @@ def training_step(setting: Setting, seconds: float) -> dict[str, Table]:
 
 
 def decoding(setting: Setting, seconds: float) -> dict[str, Table]:
-    """The next token of each sample, adapters unmerged; without a context, of which all have the same."""
+    """The next token of each sample, with unmerged adapters and without a context, which costs all methods the same."""
     base, tokens = base_of(setting), batch_of(setting)["input_ids"][:, :1]
     values = round(targeted_values(base) * setting.density)
     names = [name for name in methods_for(setting.base, setting.parameters) if name in (FROZEN, *ADAPTERS)]
@@ -130,7 +130,7 @@ def decoding(setting: Setting, seconds: float) -> dict[str, Table]:
 
 
 def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
-    """A Fisher pass of each kind over one batch, and beside it what others offer for per-sample gradients."""
+    """A Fisher pass of each kind over one batch, and other libraries for per-sample gradients."""
     model, batch = base_of(setting), batch_of(setting)
     ours = fisher.selections(model, batch)
     calls = {FROZEN: functools.partial(fisher.frozen_pass, sharing_weights(model), batch), **ours}
@@ -141,7 +141,7 @@ def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
         calls |= others
     for name, call in calls.items():
         table["rows"][name]["peak_mib"] = peak_mib(call)
-    if setting.peers:  # the loop has one sample in memory at a time, and so is compared with such a pass
+    if setting.peers:  # the loop has one sample in memory, so it is compared with a pass over one sample
         first = {name: tensor[:1] for name, tensor in batch.items()}
         alone = fisher.Selection(model, first, granularity="row")
         table["rows"][LOOP]["ours_mib"] = peak_mib(alone)
@@ -149,11 +149,11 @@ def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
     return {"selection pass": table}
 
 
-# An adapter's life ------------------------------------------------------------------------------
+# Adapter files and merging ----------------------------------------------------------------------
 
 
 class Adapter:
-    """A method's adapter with random values, in a folder and on a base of its own."""
+    """An adapter of a method with random values, saved in a folder and loaded on a separate base."""
 
     def __init__(self, method: str, base: nn.Module, values: int, folder: Path):
         self.method, self.folder = method, folder / method
@@ -162,7 +162,7 @@ class Adapter:
         randomize_(self.own)
         self.values = trainable(self.own)
         self.save()
-        # merging changes the weights that the others share
+        # merging changes the weights, which the others share
         self.merged = PeftModel.from_pretrained(_own_weights(base), self.folder)
         self.merged.load_adapter(self.folder, "other")
 
@@ -187,7 +187,7 @@ class Adapter:
         self.merged.unmerge_adapter()
 
     def switch(self) -> float:
-        """From a model with one task's delta merged to one with another's."""
+        """Replace one merged delta by another."""
         self.merged.merge_adapter(["default"])
         start = clock()
         self.merged.unmerge_adapter()
@@ -200,7 +200,7 @@ class Adapter:
         return (self.folder / FILE).stat().st_size
 
     def bound_bytes(self) -> float:
-        """The values, and the entropy of where they are."""
+        """Size of the values plus the entropy of their positions."""
         size = sum(p.numel() * p.element_size() for p in self.own.parameters() if p.requires_grad)
         if self.method == ELEMENTS:
             size += entropy_bytes(self.values, spread(self.own))
@@ -219,7 +219,7 @@ def _own_weights(base: nn.Module) -> nn.Module:
 
 
 def adapter(setting: Setting, seconds: float) -> dict[str, Table]:
-    """Saving, loading, merging and switching, each over LoRA's; and the size of the file."""
+    """Saving, loading, merging and switching relative to LoRA, and the file size."""
     base = base_of(setting)
     values = round(targeted_values(base) * setting.density)
     names = [name for name in methods_for(setting.base, setting.parameters) if name in ADAPTERS]
@@ -246,7 +246,7 @@ def adapter(setting: Setting, seconds: float) -> dict[str, Table]:
 
 
 def import_(setting: Setting, seconds: float) -> dict[str, Table]:
-    """Seconds of a fresh process until a package is there."""
+    """Time to import a package in a new process."""
     return {"import": timed({name: functools.partial(import_seconds, name) for name in IMPORTED}, "peft", seconds)}
 
 
@@ -268,7 +268,7 @@ MEASUREMENTS: dict[str, Callable[[Setting, float], dict[str, Table]]] = {
 
 
 def measure(measurement: str, setting: Setting, seconds: float) -> dict[str, Table]:
-    """The tables of one case; ``seconds`` is about how long each of its timings may take."""
+    """The tables of one case; each of its timings takes about ``seconds``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tables = MEASUREMENTS[measurement](setting, seconds)

@@ -1,6 +1,6 @@
-"""The methods that are measured side by side, of equal size wherever they have one. A method is one entry.
+"""The measured methods, with equally many trainable values if their number can be chosen. A method is one entry.
 
-An entry makes a model that is ready to train from a frozen base, and as many trainable values as are wanted.
+An entry takes a frozen base and a number of trainable values, and returns a model that is ready to train.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def targets(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """``(o, i)`` of every targeted weight, also of a quantized one."""
+    """``(o, i)`` of every targeted weight; quantized weights included."""
     return [(module.out_features, module.in_features) for module in targets(model).values()]
 
 
@@ -39,14 +39,14 @@ def targeted_values(model: nn.Module) -> int:
 
 
 def fggm(base: nn.Module, values: int, granularity: str) -> nn.Module:
-    """Units at random: which they are does not change what they cost."""
+    """FGGM with random units: their positions do not change the cost."""
     density = values / targeted_values(base)
     config = FGGMConfig(target_modules=TARGETS, granularity=granularity, density=density, criterion="random")
     return get_peft_model(sharing_weights(base), config)
 
 
 def low_rank(base: nn.Module, values: int, make: Callable[[int], PeftConfig]) -> nn.Module:
-    """The rank whose number of trainable values is nearest to ``values``."""
+    """A low-rank method with the rank whose number of trainable values is nearest to ``values``."""
     one, two = (trainable(get_peft_model(sharing_weights(base), make(rank))) for rank in (1, 2))
     rank = max(1, round((values - (2 * one - two)) / (two - one)))
     return get_peft_model(sharing_weights(base), make(rank))
@@ -61,14 +61,14 @@ def shira_config(rank: int) -> ShiraConfig:
 
 
 def osf(base: nn.Module, values: int) -> nn.Module:
-    """The share of each weight's singular directions that leaves about ``values`` trainable."""
+    """OSF with the share of singular directions that leaves about ``values`` trainable."""
     all_directions = sum(min(shape) * (sum(shape) + 1) for shape in shapes(base))
     config = OSFConfig(target_modules=TARGETS, effective_rank=max(1e-3, 1 - values / all_directions))
     return get_peft_model(sharing_weights(base), config)
 
 
 def full(base: nn.Module, values: int) -> nn.Module:
-    """Every targeted weight trains, in memory of its own."""
+    """Full fine-tuning of every targeted weight, on copies of the weights."""
     model = sharing_weights(base)
     for layer in targets(model).values():
         layer.weight = nn.Parameter(layer.weight.detach().clone())
@@ -76,7 +76,7 @@ def full(base: nn.Module, values: int) -> nn.Module:
 
 
 def masked(base: nn.Module, values: int) -> nn.Module:
-    """The form in the paper: the full gradient of rows, with zeros where the mask has them."""
+    """The form in the paper: full fine-tuning with a mask on the gradients of rows."""
     model = full(base, values)
     density = values / targeted_values(base)
     for layer in targets(model).values():
@@ -103,27 +103,27 @@ METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
 }
 
 NEEDS_DENSE = ("SHiRA", "OSF", "full", "full, masked")
-"""Methods that PEFT does not offer on a quantized base, or nobody has."""
+"""Methods that do not support a quantized base."""
 NEEDS_TIME = ("OSF",)
-"""A singular value decomposition of each weight before the first step: left out of large models."""
+"""Methods that compute a singular value decomposition of each weight; not measured on large models."""
 ADAPTERS = (*FGGM, "LoRA", "DoRA", "SHiRA", "OSF")
 CANNOT_UNMERGE = ("OSF",)
 
 
 def methods_for(base: str, parameters: int) -> list[str]:
-    """The methods that a case takes: on a quantized base, or a large one, some cannot be had."""
+    """The methods that a case measures; some do not support quantized or large bases."""
     left_out = set(NEEDS_DENSE if base in ("int8", "nf4") else ())
-    if base == "int8":  # DoRA copies a layer for its norms, and the copy takes the layer's scales with it
+    if base == "int8":  # DoRA copies a layer for its norms, which removes the scales of the layer
         left_out |= {"DoRA"}
     if parameters > 60e6:
         left_out |= set(NEEDS_TIME)
     if parameters > 300e6:
-        left_out |= {"full", "full, masked"}  # each with optimizer state of its own, beside the others
+        left_out |= {"full", "full, masked"}  # together they do not fit into memory
     return [name for name in METHODS if name not in left_out]
 
 
 def held_mib(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> float:
-    """What a model and its optimizer hold between steps."""
+    """Memory of a model and its optimizer between steps."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     for state in optimizer.state.values() if optimizer is not None else ():
         tensors |= {id(t): t for t in state.values() if isinstance(t, torch.Tensor)}
@@ -131,7 +131,7 @@ def held_mib(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
 
 def randomize_(model: nn.Module) -> nn.Module:
-    """Small random values in all that trains, so that nothing is zero by birth."""
+    """Fill trainable parameters with small random values, because some start at zero."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -140,6 +140,6 @@ def randomize_(model: nn.Module) -> nn.Module:
 
 
 def spread(model: nn.Module) -> int:
-    """How many units an FGGM adapter has chosen from."""
+    """The number of units of the weights that an FGGM adapter targets."""
     layers = fggm_layers(model, "default").values()
     return sum(layer.granularity["default"].units(layer.weight_shape) for layer in layers)

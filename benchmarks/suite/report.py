@@ -1,4 +1,4 @@
-"""The suite's results as a page: the goals, a table of each measurement, and a chart."""
+"""The page of the suite's results: goals, a table for each measurement, and a chart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .goals import Results, Verdict, verdicts
 from .methods import FROZEN, METHODS
 
 BEGIN, END = "<!-- written by benchmarks/suite -->", "<!-- end -->"
-CHART_WIDTH = 9.5  # inches: ten methods stand side by side
+CHART_WIDTH = 9.5  # inches, for ten methods
 FIGURES = {
     "ratio_min": ("time", "{:.2f}"),
     "peak_mib_ratio": ("memory", "{:.2f}"),
@@ -19,11 +19,11 @@ FIGURES = {
     "over_bound": ("over bound", "{:.3f}"),
     "bytes_per_value_ratio": ("file", "{:.2f}"),
 }
-"""Figures that a table shows: what they are called, and how they are written."""
+"""Figures that a table shows -> their name and format."""
 
 
 def goals_table(found: list[Verdict]) -> str:
-    lines = ["| what | against | goal | measured | |", "|---|---|---:|---:|---|"]
+    lines = ["| measurement | against | goal | result | |", "|---|---|---:|---:|---|"]
     for verdict in found:
         goal = verdict.goal
         mark = "not measured" if not verdict.ratios else "met" if verdict.met else "**missed**"
@@ -39,7 +39,7 @@ def _measured(verdict: Verdict) -> str:
 
 
 def missed_text(found: list[Verdict]) -> str:
-    """Of each goal that is missed: where, by how much, and what the limit is."""
+    """For each missed goal: the cases, the largest ratio, and the reason."""
     lines = []
     for verdict in found:
         goal, missed = verdict.goal, {key: r for key, r in verdict.ratios.items() if r > verdict.goal.limit}
@@ -52,7 +52,7 @@ def missed_text(found: list[Verdict]) -> str:
 
 
 def measurement_tables(results: Results) -> str:
-    """One table for each measurement: settings as rows, methods as columns."""
+    """One table for each measurement, with settings as rows and methods as columns."""
     parts = []
     for name in dict.fromkeys(key.partition(": ")[0] for key in results):
         tables = {key.partition(": ")[2]: t for key, t in results.items() if key.partition(": ")[0] == name}
@@ -84,7 +84,7 @@ def machine_text(machine: dict[str, Any]) -> str:
 
 @style()
 def draw(results: Results, path: Path) -> None:
-    """A step's time and peak memory over the frozen model's, method by method and setting by setting."""
+    """Time and peak memory of a step over those of the frozen model, for all methods and settings."""
     steps = {k.partition(": ")[2]: t for k, t in results.items() if k.startswith("training step: ")}
     methods = [name for name in METHODS if name != FROZEN and any(name in table["rows"] for table in steps.values())]
     names = [_brief(table["setting"]) for table in steps.values()]
@@ -103,28 +103,28 @@ def _brief(setting: dict[str, Any]) -> str:
 
 
 def page_text(contents: dict[str, Any], chart: str) -> str:
-    """What stands between the marks of the page."""
+    """The text between the marks of the page."""
     found = verdicts(contents["results"])
     return "\n\n".join(
         [
             goals_table(found),
-            "Of several settings the least and the greatest ratio are shown, and the greatest counts.",
-            "### Missed, and why",
+            "For several settings, the smallest and the largest ratio are shown. The largest ratio decides.",
+            "### Missed goals",
             missed_text(found),
             "## All ratios",
             f"![Time and peak memory of a training step]({chart})",
-            f"In the chart: parameters, base, density, tokens of a sample. {machine_text(contents['machine'])}",
+            f"Rows of the chart: parameters, base, density, tokens per sample. {machine_text(contents['machine'])}",
             measurement_tables(contents["results"]),
         ]
     )
 
 
 def write_page(contents: dict[str, Any], page: Path) -> None:
-    """Put the results between the page's marks, and the chart beside it."""
+    """Write the results between the marks of the page, and the chart next to it."""
     chart = page.with_suffix(".png")
     if any(key.startswith("training step: ") for key in contents["results"]):
         draw(contents["results"], chart)
     head, begin, rest = page.read_text().partition(BEGIN)
     if not begin:
-        raise ValueError(f"{page} has no mark {BEGIN} to write behind")
+        raise ValueError(f"{page} has no mark {BEGIN}, which starts the results; add it")
     page.write_text(f"{head}{BEGIN}\n{page_text(contents, chart.name)}\n{END}{rest.partition(END)[2]}")
