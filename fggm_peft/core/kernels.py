@@ -1,7 +1,7 @@
-"""Which parts of the training step run as Triton kernels, decided here alone: where, in which dtype, at which size.
+"""Decides which parts of the training step run as Triton kernels: on which device, in which dtype, at which size.
 
-``adds``, ``samples`` and ``gathers`` ask; the functions beside them run the kernel. Whoever asks has the same in
-PyTorch's own operators for every other case. Triton is imported when the first kernel runs, and never without a GPU.
+``adds``, ``samples`` and ``gathers`` decide; the functions with the same stem run the kernel. Callers use PyTorch's
+operators in all other cases. Triton is imported when the first kernel runs, and never without a GPU.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALF)
-_OLDEST = (8, 0)  # compute capability: Ampere is the first that multiplies bfloat16
+_OLDEST = (8, 0)  # compute capability: Ampere is the first to multiply bfloat16
 
 # Estimates from what a kernel reads and multiplies; none has been measured (docs/gpu.md).
 _DOTS_MAX_DENSITY = {torch.float32: 0.05, torch.bfloat16: 0.015, torch.float16: 0.015}
-_GATHERED_MAX_WIDTH = 2048  # beyond, the product takes so long that gathering its operand is no great part of it
-_GATHERED_MIN_ENTRIES = 1 << 20  # below, too few tiles for every part of the device to have one
+_GATHERED_MAX_WIDTH = 2048  # above, the gathering is a small part of the time
+_GATHERED_MIN_ENTRIES = 1 << 20  # below, there are too few tiles to fill the device
 
 _VARIABLE = "FGGM_PEFT_TRITON"
-_MODES = ("0", "1", "always")
 
 
 def _checked(mode: str) -> str:
-    if mode not in _MODES:
+    if mode not in ("0", "1", "always"):
         raise ValueError(
             f"{mode!r} says nothing about Triton kernels: set {_VARIABLE} or use_triton() to '0' (never), "
             "'1' (where they are expected to be faster) or 'always' (wherever they can run)"
@@ -38,21 +37,21 @@ def _checked(mode: str) -> str:
 
 
 _mode = _checked(os.environ.get(_VARIABLE, "1"))
-# torch 2.8 brings Triton 3.4, the oldest that the kernels were compiled with
+# torch 2.8 brings Triton 3.4, the oldest version that the kernels were compiled with
 _installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") is not None
 
 
 def use_triton(mode: str) -> str:
-    """Choose where kernels run in this process, as the environment variable ``FGGM_PEFT_TRITON`` does from its start.
+    """Choose where kernels run in this process; the environment variable ``FGGM_PEFT_TRITON`` sets the initial mode.
 
     Args:
         mode: ``"0"`` for never, ``"1"`` for where they are expected to be faster, ``"always"`` for wherever they can.
 
     Returns:
-        What was chosen before.
+        The previous mode.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: the mode is unknown.
     """
     global _mode
     before, _mode = _mode, _checked(mode)
@@ -67,7 +66,7 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _can_run(*tensors: Tensor) -> bool:
-    """Plain tensors on a GPU, of dtypes that kernels have, and no gradient to record nor program to export."""
+    """Whether they are plain tensors on a GPU, of supported dtypes, without a gradient to record or an export."""
     return (
         _mode != "0"
         and _installed
@@ -79,22 +78,19 @@ def _can_run(*tensors: Tensor) -> bool:
 
 
 def adds(weight: Tensor, values: Tensor) -> bool:
-    """Whether ``add_elements_`` takes these: its one pass over the entries is expected to win everywhere."""
+    """Whether ``add_elements_`` takes these: its single pass over the entries is expected to win everywhere."""
     return _can_run(weight, values)
 
 
 def samples(x: Tensor, g: Tensor, indices: Tensor) -> bool:
-    """Whether ``sampled_product`` takes these.
-
-    Float32 has no tensor cores unless it is rounded, and PyTorch's product is the better one of those without.
-    """
+    """Whether ``sampled_product`` takes these: not many entries in float32, for which PyTorch's product is better."""
     if not (_can_run(x, g) and x.dtype == g.dtype):
         return False
     return _mode == "always" or x.dtype in _HALF or _few(x, g, indices)
 
 
 def gathers(chosen: Tensor, other: Tensor, indices: Tensor) -> bool:
-    """Whether ``gathered_product`` takes these: where gathering is a good part of the work."""
+    """Whether ``gathered_product`` takes these: gathering must be a large part of the work."""
     if not (_can_run(chosen, other) and chosen.dtype == other.dtype):
         return False
     width = other.shape[1]
@@ -107,9 +103,10 @@ def _few(x: Tensor, g: Tensor, indices: Tensor) -> bool:
 
 
 def _operator(schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """An operator under torch.compile, which keeps its graph in one piece; called plainly otherwise.
+    """Make a function an operator under torch.compile, which then keeps its graph in one piece.
 
-    An operator costs 20 to 160 microseconds a call (measured on a CPU), which is as long as some of the kernels take.
+    Other calls run the function itself: an operator costs 20 to 160 microseconds a call (measured on a CPU), as long as
+    some of the kernels take.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -140,16 +137,12 @@ def add_elements_(weight: Tensor, indices: Tensor, values: Tensor, scale: float)
     elements.add_elements_(weight, indices, values, scale)
 
 
-def _vector(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-    return x.new_empty(indices.numel())
-
-
-@_operator("(Tensor x, Tensor g, Tensor indices) -> Tensor", _vector)
+@_operator("(Tensor x, Tensor g, Tensor indices) -> Tensor", lambda x, g, indices: x.new_empty(indices.numel()))
 def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
     """The entries ``indices`` of ``g.mT @ x``, summed in float32; see ``sampled.sampled_product``.
 
-    A dot product for each entry where they are few; tiles of the whole product, of which entries are picked while a
-    tile is in registers, where they are many.
+    One dot product for each entry if there are few; otherwise tiles of the whole product, from which entries are picked
+    while a tile is in registers.
     """
     from .triton import elements
 
@@ -163,13 +156,13 @@ def _matrix(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = F
 
 @_operator("(Tensor chosen, Tensor other, Tensor indices, bool transposed=False) -> Tensor", _matrix)
 def gathered_product(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = False) -> Tensor:
-    """``chosen[:, indices].mT @ other``, summed in float32, without a copy of the chosen columns.
+    """``chosen[:, indices].mT @ other``, summed in float32, without a copy of the selected columns.
 
     Args:
         chosen: ``[n, units]``.
         other: ``[n, width]``.
         indices: ``[k]`` integers.
-        transposed: whether the result is wanted as ``[width, k]``.
+        transposed: whether to return ``[width, k]``.
 
     Returns:
         ``[k, width]`` in the dtype of both, or its transpose; contiguous.

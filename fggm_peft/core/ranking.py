@@ -1,6 +1,6 @@
-"""Takes entries from the highest score down, exactly, without sorting them.
+"""Exact selection of the best scores, without sorting.
 
-Everything is decided on the CPU, so that the same scores give the same choice on every device.
+Everything is computed on the CPU, so that the same scores lead to the same selection on every device.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteScoreError
-from .finite import all_finite
 
 _LOW_BITS = 16
 _BINS = 1 << _LOW_BITS
 _CHUNK = 1 << 20
 
-Weigh = Callable[[Tensor], Tensor]
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry of a floating-point tensor is NaN or infinite.
 
-def top_indices(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest positive scores, sorted; ties go to the lower index."""
-    return take([checked(scores)], [torch.ones_like], count)[0]
+    The smallest and the largest entry decide, since both are NaN if any entry is. ``isfinite`` makes four temporary
+    tensors and takes twenty times as long (8.7 million float32 on a CPU: 50 ms against 2.2 ms).
+    """
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def checked(scores: Tensor) -> Tensor:
     """``scores`` as float32 on the CPU.
 
     Raises:
-        NonFiniteScoreError: one is NaN, infinite or negative.
+        NonFiniteScoreError: a score is NaN, infinite or negative.
     """
     scores = scores.detach().to("cpu", torch.float32)
     if not all_finite(scores) or bool((scores < 0).any()):
@@ -37,13 +41,18 @@ def checked(scores: Tensor) -> Tensor:
     return scores
 
 
+def top_indices(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest positive scores, sorted; ties go to the lower index."""
+    return take([checked(scores)], [torch.ones_like], count)[0]
+
+
 def per_parameter(scores: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
-    """Scores of units -> scores per parameter, by which weights of different widths are compared."""
+    """Scores of units as scores per parameter, which compare weights of different widths."""
     return [checked(s) / cost for s, cost in zip(scores, costs, strict=True)]
 
 
 def only_best(scores: Tensor, most: int | None) -> Tensor:
-    """``scores`` with zeros for all but the ``most`` best; as they are if it is None."""
+    """``scores`` with zeros for all but the ``most`` best; unchanged if ``most`` is None."""
     if most is None or len(scores) <= most:
         return scores
     scores = checked(scores)
@@ -52,9 +61,8 @@ def only_best(scores: Tensor, most: int | None) -> Tensor:
 
 
 def above(scores: Sequence[Tensor], threshold: float) -> list[Tensor]:
-    """Indices of the scores above ``threshold``; a score of 0 is never among them."""
-    bound = max(threshold, 0.0)
-    return [(checked(s).double() > bound).nonzero().flatten() for s in scores]
+    """Indices of the positive scores above ``threshold``."""
+    return [(checked(s).double() > max(threshold, 0.0)).nonzero().flatten() for s in scores]
 
 
 def best_per_parameter(scores: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[Tensor]:
@@ -63,18 +71,20 @@ def best_per_parameter(scores: Sequence[Tensor], costs: Sequence[int], budget: i
     return take(per_parameter(scores, costs), weigh, budget)
 
 
-def take(ranks: Sequence[Tensor], weigh: Sequence[Weigh], budget: float, overshoot: bool = False) -> list[Tensor]:
+def take(
+    ranks: Sequence[Tensor], weigh: Sequence[Callable[[Tensor], Tensor]], budget: float, overshoot: bool = False
+) -> list[Tensor]:
     """Take entries from the highest rank down until their weights reach ``budget``.
 
-    Two passes of histograms over the bit patterns find the rank of the last entry exactly; among
-    entries of that rank those with lower (weight, index) come first. Memory beyond the ranks is a
-    few MiB; the ranks of 1e8 entries take about 15 times what summing them takes.
+    Two passes of histograms over the bit patterns find the rank of the last entry exactly; among entries of that rank
+    those with lower (weight, index) come first. Memory beyond the ranks is a few MiB; for 1e8 entries it takes about 15
+    times as long as a sum.
 
     Args:
         ranks: for each weight, ``[units]`` float32, finite, >= 0, on the CPU.
-        weigh: for each weight, ranks -> what their entries weigh, float64.
+        weigh: for each weight, ranks -> the weights of their entries, float64.
         budget: the total weight to reach.
-        overshoot: take the entry that crosses the budget too; otherwise stop before it.
+        overshoot: whether to take the entry that crosses the budget.
     """
     if budget <= 0:
         return [torch.empty(0, dtype=torch.int64) for _ in ranks]
@@ -88,8 +98,8 @@ def take(ranks: Sequence[Tensor], weigh: Sequence[Weigh], budget: float, oversho
         ties = ((bits == cut) & (bits > 0)).nonzero().flatten()
         if len(ties) and left > 0:
             each = float(weight_of(rank[ties[:1]]).double()[0])
-            wanted = left / each
-            count = min(len(ties), -int(-wanted // 1) if overshoot else int(wanted + 1e-9))
+            fitting = left / each
+            count = min(len(ties), -int(-fitting // 1) if overshoot else int(fitting + 1e-9))
             taken[ties[:count]] = True
             left -= count * each
         chosen.append((taken & (bits > 0)).nonzero().flatten())
@@ -97,7 +107,7 @@ def take(ranks: Sequence[Tensor], weigh: Sequence[Weigh], budget: float, oversho
 
 
 def _cutoff(ranks, weigh, budget: float, bin_of, inside: int | None) -> tuple[int, float]:
-    """The bin in which the running weight from the top passes ``budget``, and what is left for it."""
+    """The bin in which the running weight from the top passes ``budget``, and the budget that is left for it."""
     totals = torch.zeros(_BINS, dtype=torch.float64)
     for rank, weight_of in zip(ranks, weigh, strict=True):
         for chunk in rank.split(_CHUNK):
@@ -109,8 +119,7 @@ def _cutoff(ranks, weigh, budget: float, bin_of, inside: int | None) -> tuple[in
             totals += torch.bincount(bin_of(bits), weight_of(chunk).double(), minlength=_BINS)
     from_top = totals.flip(0).cumsum(0)
     passed = (from_top >= budget).nonzero().flatten()
-    if not len(passed):  # everything fits: cut below the smallest bin, so that all are taken
+    if not len(passed):  # everything fits: cut below the smallest bin
         return 0, budget
     position = int(passed[0])
-    before = float(from_top[position - 1]) if position else 0.0
-    return _BINS - 1 - position, budget - before
+    return _BINS - 1 - position, budget - (float(from_top[position - 1]) if position else 0.0)

@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.finite import all_finite
 from ..core.granularity import sum_rounded_once
+from ..core.ranking import all_finite
 from ..tuner.files.atomic import complete_folder, write_json
 from ..tuner.files.reading import adapted_layers
 from ..tuner.files.tensors import BASE_PART, PREFIX

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA, Quantities
 from ..core.errors import NonFiniteScoreError
-from ..core.finite import all_finite
+from ..core.ranking import all_finite
 from ..core.threshold import Forecast, ThresholdPolicy
 from .config import FGGMConfig
 from .hosts.sharding import path_in_base

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...core.errors import AdapterFileError, BaseMismatchError
 from ...core.fingerprint import sketches_from
-from ...core.finite import all_finite
 from ...core.granularity import Shape
+from ...core.ranking import all_finite
 from ..config import FGGMConfig
 from ..hosts.sharding import path_in_base
 from ..layer import FGGMLayer

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...core.errors import AdapterFileError
-from ...core.finite import all_finite
 from ...core.granularity import Granularity, Shape
 from ...core.index_codec import ENCODED_PARTS, smallest_codec
+from ...core.ranking import all_finite
 from ..config import FGGMConfig
 from ..hosts.sharding import plain_name, state_prefix
 from ..target import find_targets

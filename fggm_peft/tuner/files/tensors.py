@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...core.errors import AdapterFileError
-from ...core.finite import all_finite
 from ...core.granularity import Granularity, Shape
 from ...core.index_codec import INDEX_PARTS, codec_of, describe
+from ...core.ranking import all_finite
 
 PREFIX = "base_model.model."
 """The prefix that PEFT adds to every module path."""

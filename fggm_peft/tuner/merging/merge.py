@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import LossyMergeError
-from ...core.finite import all_finite
 from ...core.granularity import sum_rounded_once
 from ...core.linear import effective_weight
+from ...core.ranking import all_finite
 from ...core.weight_delta import WeightDelta
 from .report import MergeReport, ModuleMerge, account, from_products, products, total
 from .sidecar import KeptDeltaHook, keep_beside

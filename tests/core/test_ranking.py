@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fggm_peft.core.finite import all_finite
+from fggm_peft.core.ranking import all_finite
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 
