@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fggm_peft.continual.measures import Measures
+from fggm_peft.continual.measures import measures_of
 
 TASKS = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
 METHODS = {
@@ -58,18 +58,10 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
             noise = (random.normal(0, 0.012) + shared[j]) if learns else 0
             scores[t, j] = min(1, max(0, zero_shot[j] + left + noise))
     rows = [[None if math.isnan(value) else float(value) for value in row] for row in scores]
-    measured = Measures.of(scores, zero_shot)
-    measures: dict[str, Any] = {
-        "op": measured.final_op,
-        "op_mean": measured.mean_op,
-        "diagonal": measured.diagonal_mean,
-        "bwt": measured.backward_transfer,
-        "forgetting": measured.forgetting,
-        "fwt": measured.forward_transfer,
-    }
+    measures: dict[str, Any] = measures_of(scores, zero_shot)
     if method == "multitask":
         rows = rows[-1:]
-        measures = {**dict.fromkeys(measures), "op": measured.final_op}
+        measures = {**dict.fromkeys(measures), "op": measures["op"]}
     steps = len(rows) + 1
     losses = [2.8 + harms * pace * n / count + (random.normal(0, 0.005) if n and harms else 0) for n in range(steps)]
     general = {"base": 2.8, "change": losses[-1] - 2.8, "worst": max(losses) - 2.8, "losses": losses}

@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from fggm_peft.continual.methods.fine_tuning import FineTuning
 from fggm_peft.continual.methods.peft_method import PeftMethod
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import Run, runs_of
-from fggm_peft.continual.stream import Stream, StreamError
+from fggm_peft.continual.settings import StreamError
+from fggm_peft.continual.stream import Stream
 from fggm_peft.tuner.files.atomic import digest_of_folder
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch", "fggm-peft")
@@ -153,7 +153,7 @@ def _train_config(stream: Stream, run: Run, steps: int) -> dict[str, Any]:
         "sequence": {
             "order": run.order.name,
             "tasks": {task.name: task.metric for task in run.order.tasks},
-            "training": asdict(replace(training, learning_rate=run.learning_rate)),
+            "training": {**training.model_dump(), "learning_rate": run.learning_rate},
         },
     }
 

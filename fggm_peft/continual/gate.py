@@ -1,50 +1,37 @@
-"""Gates: what happens when learning a task costs an earlier one too much of its score."""
+"""Gates: limits on the loss of score that a new task may cause on earlier tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from .settings import StreamError, listed
+from pydantic import Field
 
-ACTIONS = ("stop", "rollback")
+from .settings import Settings, StreamError, suggestions
+
 EVERY_TASK = "*"
 
 
-@dataclass(frozen=True)
-class Gate:
-    """How much of an earlier task's score has to stay, and what is done where it does not.
+class Gate(Settings):
+    """The share of an earlier task's score that must remain, and what happens if it does not.
 
     Args:
-        keep: task -> share of its score right after it was learned, in (0, 1]; "*" stands for every other task.
-        action: "stop" ends the run after the task that broke the gate; "rollback" restores the weights from before
+        keep: task -> share of its score right after it was learned, in (0, 1]; "*" stands for all other tasks.
+        action: "stop" ends the run after the task that broke the gate. "rollback" restores the weights from before
             that task, bit for bit, and continues with the next task.
-
-    Raises:
-        StreamError: a share or an action is illegal.
     """
 
-    keep: Mapping[str, float]
-    action: str = "stop"
+    keep: dict[str, Annotated[float, Field(gt=0, le=1, strict=True)]] = Field(min_length=1)
+    action: Literal["stop", "rollback"] = "stop"
 
-    def __post_init__(self) -> None:
-        if not self.keep:
-            raise StreamError("keep is empty; name a task and a share, such as {intent: 0.9}")
-        for task, share in self.keep.items():
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-                raise StreamError(f"keep has {task}: {share!r}; a share is a number in (0, 1]")
-        if self.action not in ACTIONS:
-            raise StreamError(f"unknown action {self.action!r}; {listed(self.action, list(ACTIONS))}")
-
-    def require_tasks(self, tasks: Sequence[str]) -> None:
-        """Raise ``StreamError`` if the gate names a task that is not there."""
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Raise ``StreamError`` if the gate names an unknown task."""
         for name in self.keep:
-            if name != EVERY_TASK and name not in tasks:
-                raise StreamError(f"gate: unknown task {name!r}; {listed(name, [*tasks, EVERY_TASK])}")
+            if name not in (*tasks, EVERY_TASK):
+                raise StreamError(f"gate.keep: unknown task {name!r}; {suggestions(name, [*tasks, EVERY_TASK])}")
 
     def violations(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:
-        """The earlier tasks that fell too low: ``[{"earlier", "score", "needed"}]``.
+        """The earlier tasks whose score fell too low: ``[{"earlier", "score", "needed"}]``.
 
         Args:
             learned: earlier task -> its score right after it was learned, ``R[j,j]``.
@@ -59,7 +46,7 @@ class Gate:
 
 
 def read_gate(texts: Sequence[str], action: str) -> dict[str, Any]:
-    """The gate of a command line: ``["intent=0.9", "*=0.8"]`` and an action.
+    """The fields of a gate from the command line: ``["intent=0.9", "*=0.8"]`` and an action.
 
     Raises:
         StreamError: a text is not a task and a share.

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (the package lm_eval): found by name, run on a model, one score each."""
+"""Tasks of EleutherAI's lm-evaluation-harness (the package lm_eval): one score for each task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,30 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em", "f1", "word_perplexity", "perplexity", "bleu", "rougeL")
-"""Of the metrics that a task has, the first of these is its score; if it has none of them, the first it has."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """How a model did at a task.
-
-    Args:
-        value: mean over the task's examples, or whatever the task aggregates by.
-        metric: its name in lm_eval, such as "acc_norm"; with the filter, such as "exact_match,strict-match", unless
-            that is none.
-        higher_is_better: False for a perplexity.
-    """
-
-    value: float
-    metric: str
-    higher_is_better: bool
+"""The score of a task is the first of these metrics that it has, or else its first metric."""
 
 
 def require_tasks(names: Sequence[str], include: str | None) -> None:
-    """Raise StreamError if lm_eval is not installed, or has no task, group or tag of one of these names.
+    """Raise StreamError if lm_eval is not installed or does not know a task, group or tag.
 
     Args:
-        include: a folder with task files of one's own.
+        include: folder with your own task files.
     """
     try:
         known = _task_manager(include).all_tasks
@@ -51,17 +34,17 @@ def require_tasks(names: Sequence[str], include: str | None) -> None:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            where = "lm_eval" if include is None else f"lm_eval, nor in a readable YAML file in {include}"
+            where = "lm_eval" if include is None else f"lm_eval or in a readable YAML file in {include}"
             raise StreamError(f"lm_eval: no task {name!r} in {where}{hint}")
 
 
 @lru_cache
 def require_data(names: tuple[str, ...], include: str | None) -> None:
-    """Load the tasks' data, which downloads what is not in the cache, so that it is there when it is needed.
+    """Load the tasks' data; this downloads data that is not in the cache.
 
     Raises:
-        StreamError: it cannot be loaded, a task is named twice (itself, and by a group), or one would run code that
-            the model writes.
+        StreamError: it cannot be loaded, a task is named twice (by its name and by a group), or a task would run code
+            that the model writes.
     """
     try:
         with _quiet():
@@ -70,26 +53,26 @@ def require_data(names: tuple[str, ...], include: str | None) -> None:
         reason = " ".join(str(error).split())
         raise StreamError(f"general.lm_eval: cannot load {', '.join(names)}: {reason}") from error
     if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
-        raise StreamError(f"general.lm_eval: {unsafe[0]} runs code that the model writes; leave it out")
+        raise StreamError(f"general.lm_eval: {unsafe[0]} runs code that the model writes; remove it")
 
 
 def task_scores(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
-    *,
     include: str | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
     batch_size: int = 8,
-) -> dict[str, TaskScore]:
-    """The score of each task; a tag, or a group that has no score of its own, gives those of its members.
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """The score of each task: ``{"value", "metric", "higher_is_better"}``.
 
-    Training modes and the random state of torch, numpy and Python change; the caller keeps them.
+    A tag, or a group without a score of its own, is replaced by its members. The metric has the name of lm_eval, such
+    as "acc_norm", with the filter if there is one, such as "exact_match,strict-match". Training modes and the random
+    state of torch, numpy and Python change; the caller restores them.
 
     Args:
-        limit: examples of each task, the first ones.
-        shots: examples in the prompt, drawn by a fixed seed; None: as many as the task says.
+        options: of ``lm_eval.simple_evaluate``: ``limit`` (examples of each task, the first ones) and ``num_fewshot``
+            (examples in the prompt, drawn with a fixed seed; None: the task's own number).
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -99,19 +82,19 @@ def task_scores(
         results: Any = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
             tasks=list(names),
-            num_fewshot=shots,
-            limit=limit,
             task_manager=manager,
             bootstrap_iters=0,
             log_samples=False,
+            **options,
         )
-    members = _members(manager, results)
-    return {leaf: _score(results, leaf) for name in names for leaf in _scored(name, results, members)}
+    tags = {name: sorted(manager.task_index[name].tags) for name in manager.all_tags}
+    members = {**tags, **results["group_subtasks"]}
+    return {task: _score(results, task) for name in names for task in _with_scores(name, results, members)}
 
 
 @lru_cache
 def _task_manager(include: str | None) -> TaskManager:
-    """The index of all tasks, which takes seconds to make."""
+    """The index of all tasks; building it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
@@ -120,7 +103,7 @@ def _task_manager(include: str | None) -> TaskManager:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm_eval's warnings, which are about its own command line."""
+    """Suppress lm_eval's warnings about its own command line."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -130,29 +113,27 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _members(manager: TaskManager, results: Mapping[str, Any]) -> dict[str, list[str]]:
-    tags = {name: sorted(manager.task_index[name].tags) for name in manager.all_tags}
-    return {**tags, **results["group_subtasks"]}
-
-
-def _scored(name: str, results: Mapping[str, Any], members: Mapping[str, Sequence[str]]) -> list[str]:
-    """The name itself if it has a score, else the names below it that have."""
+def _with_scores(name: str, results: Mapping[str, Any], members: Mapping[str, Sequence[str]]) -> list[str]:
+    """The name itself if it has a score, else its members that have one."""
     if _metrics(results["results"].get(name, {})):
         return [name]
-    return [leaf for member in members.get(name, ()) for leaf in _scored(member, results, members)]
+    return [task for member in members.get(name, ()) for task in _with_scores(member, results, members)]
 
 
-def _score(results: Mapping[str, Any], name: str) -> TaskScore:
+def _score(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     metrics = _metrics(results["results"][name])
     ranks = {metric: rank for rank, metric in enumerate(MAIN_METRICS)}
-    key = min(metrics, key=lambda key: ranks.get(key.split(",")[0], len(ranks)))  # the first of equals
-    metric = key.removesuffix(",none")
-    direction = results["higher_is_better"].get(name, {}).get(metric.split(",")[0])
-    return TaskScore(float(metrics[key]), metric, direction is not False)
+    key = min(metrics, key=lambda key: ranks.get(key.split(",")[0], len(ranks)))  # the first one of several equals
+    is_better = results["higher_is_better"].get(name, {}).get(key.split(",")[0])
+    return {
+        "value": float(metrics[key]),
+        "metric": key.removesuffix(",none"),
+        "higher_is_better": is_better is not False,
+    }
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a task, by "metric,filter"; without their standard errors."""
+    """The metrics of a task by "metric,filter", without their standard errors."""
     return {
         key: value
         for key, value in row.items()

@@ -1,4 +1,4 @@
-"""Runs a stream: every method, learning rate, seed and order, each in a folder of its own that can be resumed."""
+"""Runs a stream: every method, learning rate, seed and order, each in its own folder, with resuming."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from tqdm.auto import tqdm
 from ..tuner.files.atomic import write_json
 from .report import require_report_packages
 from .runner import Runner, method_of
-from .stream import Method, Order, Stream, StreamError
+from .settings import StreamError
+from .stream import MethodSettings, Order, Stream, differences
 
 
 @dataclass(frozen=True)
 class Run:
     """One way through a stream."""
 
-    method: Method
+    method: MethodSettings
     learning_rate: float
     seed: int
     order: Order
 
     @property
     def name(self) -> str:
-        """Also that of its folder."""
+        """The path of its folder in ``runs``."""
         return f"{self.method.label}/lr{self.learning_rate:g}-seed{self.seed}-{self.order.name.replace(':', '')}"
+
+    def result_file(self, output: Path) -> Path:
+        """The file of its result, which exists when it is finished."""
+        return output / "runs" / self.name / "run.json"
 
 
 def runs_of(stream: Stream) -> list[Run]:
@@ -46,66 +51,64 @@ def runs_of(stream: Stream) -> list[Run]:
 def run_stream(
     stream: Stream, output: Path, resume: bool = False, checkpoint_steps: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Run what is not finished yet, and yield the result of every run.
+    """Compute all runs that are not finished, and yield the result of every run.
 
-    Several processes may do so in one folder: each takes runs that no other is at, and yields those that are finished
-    when it comes to them.
+    Several processes may work in one folder: each takes runs that no other process computes, and yields the runs that
+    are finished when it reaches them.
 
     Args:
-        output: gets a folder for each run.
-        resume: go on in a folder that has runs.
-        checkpoint_steps: steps between checkpoints within a task; None starts an interrupted task anew.
+        output: folder with a subfolder for each run.
+        resume: continue in a folder that contains runs.
+        checkpoint_steps: steps between checkpoints within a task; None restarts an interrupted task.
 
     Raises:
-        StreamError: the folder has runs and ``resume`` is False, or they are of another stream (says what differs);
-            the model is quantized; a method or an option is unknown.
+        StreamError: the folder contains runs and ``resume`` is False, or runs of another stream (the message names
+            the differences); the model is quantized; a method or an option is unknown.
         ImportError: a package that the report needs is not installed.
     """
-    check_runnable(stream, output, resume)
+    _check_runnable(stream, output, resume)
     file = output / "stream.json"
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, stream.fingerprint())
     tokenizer = stream.model.load_tokenizer()
-    pending = [run for run in runs_of(stream) if not (output / "runs" / run.name / "run.json").exists()]
+    pending = [run for run in runs_of(stream) if not run.result_file(output).exists()]
     total = sum(len(run.order.tasks) for run in pending)
     with tqdm(total=total, desc="Tasks", unit="task", disable=None) as bar:  # shows the remaining time
         for run in runs_of(stream):
             bar.set_postfix_str(run.name)
-            folder = output / "runs" / run.name
+            folder = run.result_file(output).parent
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                with FileLock(folder / ".lock", timeout=0):  # let go of by the system when a process dies
+                with FileLock(folder / ".lock", timeout=0):  # the system releases it when a process dies
                     result = Runner(stream, run, folder, tokenizer, checkpoint_steps, bar.update).result()
             except Timeout:
-                continue  # another process is at it
+                continue  # another process computes it
             yield result
 
 
 def finished_runs(stream: Stream, output: Path) -> list[dict[str, Any]]:
-    """The results that are in the folder, whichever process computed them."""
-    files = [output / "runs" / run.name / "run.json" for run in runs_of(stream)]
+    """The results in the folder, computed by any process."""
+    files = [run.result_file(output) for run in runs_of(stream)]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def all_results(stream: Stream, output: Path) -> list[dict[str, Any]]:
-    """The stream's results, and behind them those of other methods, rates, seeds and orders that are in the folder."""
-    mine = [output / "runs" / run.name / "run.json" for run in runs_of(stream)]
-    others = sorted(set(output.glob("runs/*/*/run.json")) - set(mine))
+    """The stream's results, then those of other methods, rates, seeds and orders in the folder."""
+    others = sorted(set(output.glob("runs/*/*/run.json")) - {run.result_file(output) for run in runs_of(stream)})
     return finished_runs(stream, output) + [json.loads(file.read_text()) for file in others]
 
 
-def check_runnable(stream: Stream, output: Path, resume: bool = False) -> None:
-    """Raise what ``run_stream`` would raise before it starts; nothing is loaded or written."""
+def _check_runnable(stream: Stream, output: Path, resume: bool) -> None:
     require_report_packages()
     if stream.model.quantization is not None:
-        raise StreamError("sequences run on dense models: a run is resumed from the weights that its methods changed")
+        raise StreamError("sequences need a dense model, because methods change its weights; remove quantization")
     for method in stream.methods:
-        method_of(method)  # an unknown option should be known now, not after hours
+        method_of(method)  # an unknown option is an error now, not after hours
     file = output / "stream.json"
     if not file.exists():
         return
     if not resume:
-        raise StreamError(f"{output} has runs already; go on with --resume, or name another folder")
-    if difference := stream.difference(json.loads(file.read_text())):
-        raise StreamError(f"the runs in {output} are of another stream: {'; '.join(difference[:3])}")
+        raise StreamError(f"{output} already contains runs; continue with --resume, or choose another folder")
+    if changes := differences(stream.fingerprint(), json.loads(file.read_text())):
+        raise StreamError(f"the runs in {output} are of another stream: {'; '.join(changes[:3])}")

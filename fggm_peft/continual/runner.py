@@ -1,8 +1,8 @@
-"""One run of a stream in a folder of its own: learns task after task, asks after each, and can be killed at any moment.
+"""One run of a stream in its own folder: it learns task after task, evaluates after each, and can be killed any time.
 
-The folder holds ``tasks.json`` (an entry for each finished task), ``state.pt`` (the model and the method between
-tasks), ``tasks/`` (each task's delta) and, at the end, ``run.json``. A task that was interrupted starts anew, or goes
-on from its newest checkpoint; both give the bits of a run that was not.
+The folder contains ``tasks.json`` (an entry for each finished task), ``state.pt`` (the model and the method between
+tasks), ``tasks/`` (each task's delta) and, at the end, ``run.json``. An interrupted task restarts, or continues from
+its newest checkpoint; both give the same bits as a run without interruption.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +21,16 @@ from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from ..deltas.overlaps import support_overlap
-from ..training.base_model import this_process
-from ..training.checkpoints import last_complete_checkpoint
-from ..training.evaluation import written_answers
+from ..training import last_complete_checkpoint, this_process, written_answers
 from ..tuner.files.atomic import digest_of_folder, write_json
 from .general import GeneralAbility
-from .memory import MemoryLog, PeakMemory, TrainingBegins, return_freed_memory
+from .memory import MemoryLog, return_freed_memory
 from .methods import Method, make_method
-from .metrics import load_metric
+from .metrics import task_score
 from .result import result_of
-from .stream import Method as MethodSettings
-from .stream import StreamError, Task
+from .settings import StreamError
+from .stream import MethodSettings
+from .task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,14 +39,13 @@ if TYPE_CHECKING:
     from .stream import Stream
 
 logger = logging.getLogger(__name__)
-Lesson = tuple[str, list[Task]]
-Ledger = list[dict[str, Any]]
-SELECTION = ("num_samples", "samples", "agreement", "reference_samples", "reference_seconds", "sample_passes")
-"""What the ledger has of a selection, by its names in the report; its seconds are ``selection_seconds``."""
+Lesson = tuple[str, Sequence[Task]]
+"""A name and the tasks that are learned together."""
+Entries = list[dict[str, Any]]
 
 
 def method_of(settings: MethodSettings) -> Method:
-    """The method that a stream describes.
+    """The method with these settings.
 
     Raises:
         StreamError: the method is unknown or an option is illegal.
@@ -80,98 +77,94 @@ class Runner:
         self.checkpoint_steps, self.on_tasks_done = checkpoint_steps, on_tasks_done
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
-        self.metrics = [load_metric(task.metric) for task in self.tasks]
-        self.ability = GeneralAbility(stream.general, tokenizer, self._batch_size)
+        self.batch_size = stream.training.evaluation_batch_size or stream.training.batch_size
+        self.ability = GeneralAbility(stream.general, tokenizer, self.batch_size)
         return_freed_memory()
-        self.memory = PeakMemory()
+        self.memory = MemoryLog()
 
     def result(self) -> dict[str, Any]:
-        """What came of it; computed now, or read if it is there."""
+        """The run's result, computed or read from the folder."""
         file = self.folder / "run.json"
         if not file.exists():
             logger.info("run %s", self.run.name)
-            write_json(file, self._computed())
+            write_json(file, self._compute())
             (self.folder / "state.pt").unlink(missing_ok=True)
         return json.loads(file.read_text())
 
-    def _computed(self) -> dict[str, Any]:
-        method, model, ledger = self._taken_up()
-        if not ledger:
-            ledger = [{"task": None, **self._evaluated(model, range(len(self.tasks)))}]
-        self.on_tasks_done(len(ledger) - 1)
-        lessons = self._lessons(method)
-        while len(ledger) <= len(lessons) and not is_stopped(ledger):
-            method, model, entry = self._learned(method, model, lessons, ledger)
-            ledger.append(entry)
-            self._keep(model, method, ledger)
-            self.on_tasks_done(len(lessons[len(ledger) - 2][1]))
-        folders = [self._task_folder(number, name) for number, (name, _) in enumerate(lessons[: len(ledger) - 1])]
-        overlap = support_overlap(folders)
-        return result_of(self.run, ledger, method.sees_all_tasks, self._cut(), overlap)
-
-    def _lessons(self, method: Method) -> list[Lesson]:
-        """What is learned at a time: one task, or all of them together."""
+    def _compute(self) -> dict[str, Any]:
+        method, model, entries = self._load_state()
+        if not entries:
+            entries = [{"task": None, **self._evaluate(model, len(self.tasks))}]
+        lessons: list[Lesson] = [(task.name, [task]) for task in self.tasks]
         if method.sees_all_tasks:
-            return [("all", list(self.tasks))]
-        return [(task.name, [task]) for task in self.tasks]
+            lessons = [("all", self.tasks)]
+        self.on_tasks_done(len(entries) - 1)
+        while len(entries) <= len(lessons) and not is_stopped(entries):
+            number = len(entries) - 1
+            method, model, entry = self._learn(method, model, number, lessons, entries)
+            entries.append(entry)
+            self._save_state(model, method, entries)
+            self.on_tasks_done(len(lessons[number][1]))
+        folders = [self._task_folder(number, name) for number, (name, _) in enumerate(lessons[: len(entries) - 1])]
+        truncated = {
+            task.name: {"prompts": test.cut_prompts, "answers": test.cut_answers}
+            for task, test in zip(self.tasks, self.tests, strict=True)
+            if test.cut_prompts or test.cut_answers
+        }
+        return result_of(self.run, entries, method.sees_all_tasks, truncated, support_overlap(folders))
 
-    def _learned(
-        self, method: Method, model: nn.Module, lessons: list[Lesson], ledger: Ledger
+    def _learn(
+        self, method: Method, model: nn.Module, number: int, lessons: list[Lesson], entries: Entries
     ) -> tuple[Method, nn.Module, dict[str, Any]]:
-        """The next entry of the ledger: of the lesson as it was learned, or as the gate left it."""
-        gate, number = self.stream.gate, len(ledger) - 1
+        """Train, evaluate and apply the gate; the entry describes the model after the gate."""
+        gate, (name, tasks) = self.stream.gate, lessons[number]
         is_last = number == len(lessons) - 1
-        model, entry = self._trained(model, method, number, lessons[number])
-        entry |= self._asked(model, number, is_last)
-        violations = [] if gate is None else gate.violations(learned(ledger), entry["scores"])
+        count = len(self.tasks) if is_last else number + 2  # for the forward transfer also the next task
+        model, entry = self._train(model, method, number, name, tasks)
+        entry |= self._evaluate(model, count, between_tasks=not is_last)
+        violations = [] if gate is None else gate.violations(learned(entries), entry["scores"])
         if gate is not None and violations:
             if gate.action == "rollback":
-                method, model, _ = self._taken_up()
-                entry = nothing_learned(entry) | self._asked(model, number, is_last)
+                method, model, _ = self._load_state()
+                entry |= {"parameters": 0, "bytes": 0, "digest": None}
+                entry |= self._evaluate(model, count, between_tasks=not is_last)
             action = {"stop": "stopped", "rollback": "rolled back"}[gate.action]
-            entry["gate"] = [{"task": lessons[number][0], **each, "action": action} for each in violations]
+            entry["gate"] = [{"task": name, **violation, "action": action} for violation in violations]
         return method, model, entry
 
-    def _asked(self, model: nn.Module, number: int, is_last: bool) -> dict[str, Any]:
-        """What is found after lesson ``number``: on the tasks seen, and for the forward transfer on the next."""
-        count = len(self.tasks) if is_last else number + 2
-        return self._evaluated(model, range(count), between_tasks=not is_last)
-
-    def _trained(
-        self, model: nn.Module, method: Method, number: int, lesson: Lesson
+    def _train(
+        self, model: nn.Module, method: Method, number: int, name: str, tasks: Sequence[Task]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        name, tasks = lesson
         folder = self._task_folder(number, name)
-        checkpoints = folder / "checkpoints"
         parts = [task.examples("train", self.tokenizer, self.run.seed) for task in tasks]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        entry: dict[str, Any] = {"task": name, "seconds": 0.0, "selection_seconds": 0.0, "parameters": 0, "bytes": 0}
-        entry |= {"steps": 0, "examples": 0}
-        trainer = None
+        entry: dict[str, Any] = {"task": name} | dict.fromkeys(("seconds", "selection_seconds"), 0.0)
+        entry |= dict.fromkeys(("parameters", "bytes", "steps", "examples"), 0)
+        trainer: Any = None
         with self.memory.phase("selection"):
             model = method.begin_task(model, number, examples)
             if method.trains:
-                arguments = self._arguments(tasks, method, number, checkpoints)
-                collator = DataCollatorForSeq2Seq(self.tokenizer)
-                start, memory_log = time.perf_counter(), MemoryLog()
+                arguments = self._arguments(tasks[0], method, number, folder / "checkpoints")
+                start = time.perf_counter()
                 trainer = method.trainer(
                     model=model,
                     args=arguments,
                     train_dataset=examples,
-                    data_collator=collator,
-                    callbacks=[TrainingBegins(self.memory), memory_log],
+                    data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+                    callbacks=[self.memory],
                 )
-                trainer.train(resume_from_checkpoint=_newest(checkpoints))
+                trainer.train(resume_from_checkpoint=_newest_checkpoint(folder / "checkpoints"))
                 report = getattr(trainer, "selection_report", None)
-                entry["selection_seconds"] = report.seconds if report is not None else 0.0
-                if report is not None:
-                    entry["selection"] = {name: getattr(report, name) for name in SELECTION}
-                entry["seconds"] = time.perf_counter() - start - entry["selection_seconds"]
-                trained: Any = trainer.model
-                entry |= {"steps": trainer.state.global_step, "examples": len(trainer.train_dataset)}  # type: ignore[arg-type]
-                entry["accelerator_memory"] = memory_log.figures()
-                entry["parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt before, and the checkpoints
+                selection_seconds = 0.0 if report is None else report.seconds
+                entry |= {
+                    "selection_seconds": selection_seconds,
+                    "seconds": time.perf_counter() - start - selection_seconds,
+                    "steps": trainer.state.global_step,
+                    "examples": len(trainer.train_dataset),
+                    "accelerator_memory": self.memory.accelerator_memory(),
+                    "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+                }
+        shutil.rmtree(folder, ignore_errors=True)  # files of an interrupted attempt, and the checkpoints
         folder.mkdir(parents=True)
         model = method.end_task(model, number, trainer, folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
@@ -182,21 +175,21 @@ class Runner:
     def _task_folder(self, number: int, name: str) -> Path:
         return self.folder / "tasks" / f"{number}-{name}"
 
-    def _arguments(self, tasks: list[Task], method: Method, number: int, folder: Path) -> TrainingArguments:
-        """The same for every method; the seed, and with it the order of the data, differs from task to task."""
-        training = replace(self.stream.training_of(tasks[0]), learning_rate=self.run.learning_rate)
+    def _arguments(self, task: Task, method: Method, number: int, folder: Path) -> TrainingArguments:
+        """The same for every method; the seed, and thus the order of the data, differs from task to task."""
+        training = self.stream.training_of(task)
         return TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=training.epochs,
             max_steps=training.max_steps or -1,
             per_device_train_batch_size=training.batch_size,
             gradient_accumulation_steps=training.gradient_accumulation,
-            learning_rate=training.learning_rate,
+            learning_rate=self.run.learning_rate,
             lr_scheduler_type=training.schedule,
             warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
-            bf16=bool(training.bf16),
+            bf16=training.bf16,
             seed=method.task_seed(number),
             save_strategy="no" if self.checkpoint_steps is None else "steps",
             save_steps=self.checkpoint_steps or 500,
@@ -207,60 +200,38 @@ class Runner:
             use_cpu=this_process().device.type == "cpu",
         )
 
-    # Asking ----------------------------------------------------------------------------------------
-
-    def _evaluated(self, model: nn.Module, tasks: range, between_tasks: bool = False) -> dict[str, Any]:
-        """Scores on tasks (by position), and general ability; nothing that training could notice."""
+    def _evaluate(self, model: nn.Module, count: int, between_tasks: bool = False) -> dict[str, Any]:
+        """Scores on the first ``count`` tasks, and general ability. Training is not affected."""
         start = time.perf_counter()
         training, device = model.training, this_process().device.type
-        autocast = torch.autocast(device, torch.bfloat16, enabled=bool(self.stream.training.bf16))
+        autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
         with self.memory.phase("evaluation"), torch.random.fork_rng(), autocast:
-            scores = {self.tasks[position].name: self._score(model, position) for position in tasks}
+            scores = {self.tasks[position].name: self._score(model, position) for position in range(count)}
             general = self.ability.measure(model, between_tasks)
         model.train(training)
         return {"scores": scores, "general": general, "evaluation_seconds": time.perf_counter() - start}
 
-    @property
-    def _batch_size(self) -> int:
-        return self.stream.training.evaluation_batch_size or self.stream.training.batch_size
-
     def _score(self, model: nn.Module, position: int) -> float:
-        task, examples, metric = self.tasks[position], self.tests[position], self.metrics[position]
-        written = written_answers(model, examples, self._batch_size, task.max_answer_length, f"Asking {task.name}")
-        columns = {"predictions": written, "references": list(examples.references)}
-        if "sources" in metric.features:
-            columns["sources"] = list(examples.sources)
-        result = metric.compute(**columns)
-        if task.metric in result:
-            return float(result[task.metric])
-        return float(next(value for value in result.values() if isinstance(value, (int, float))))
+        task, examples = self.tasks[position], self.tests[position]
+        answers = written_answers(model, examples, self.batch_size, task.max_answer_length, f"Evaluating {task.name}")
+        return task_score(task.metric, answers, examples.references, examples.sources)
 
-    def _cut(self) -> dict[str, dict[str, int]]:
-        """Task -> how many of its test prompts and answers are longer than its limits, where there are any."""
-        counts = {
-            task.name: {"prompts": examples.cut_prompts, "answers": examples.cut_answers}
-            for task, examples in zip(self.tasks, self.tests, strict=True)
-        }
-        return {name: count for name, count in counts.items() if any(count.values())}
-
-    # Between tasks ---------------------------------------------------------------------------------
-
-    def _keep(self, model: nn.Module, method: Method, ledger: Ledger) -> None:
-        """The state first, with how far it goes: a kill between the two files leaves both readable."""
-        ledger[-1]["peak_memory"] = dict(self.memory.peaks)
-        state = {"model": model.state_dict(), "method": method.state_dict(), "ledger": json.dumps(ledger)}
+    def _save_state(self, model: nn.Module, method: Method, entries: Entries) -> None:
+        """Save the state, which contains the entries, before ``tasks.json``: a kill between them is harmless."""
+        entries[-1]["peak_memory"] = dict(self.memory.peaks)
+        state = {"model": model.state_dict(), "method": method.state_dict(), "entries": json.dumps(entries)}
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "state.pt.partial"
         try:
             torch.save(state, partial)
-        except BaseException:  # a full disk: what was there before stays, and half a file does not
+        except BaseException:  # such as a full disk: keep the previous state, remove the incomplete file
             partial.unlink(missing_ok=True)
             raise
         partial.replace(self.folder / "state.pt")
-        write_json(self.folder / "tasks.json", ledger)
+        write_json(self.folder / "tasks.json", entries)
 
-    def _taken_up(self) -> tuple[Method, nn.Module, Ledger]:
-        """Method, model and ledger as the last finished task left them."""
+    def _load_state(self) -> tuple[Method, nn.Module, Entries]:
+        """Method, model and entries after the last finished task."""
         method = method_of(self.run.method)
         torch.manual_seed(self.run.seed)
         model = method.prepare(self.stream.model.load(), self.run.seed)
@@ -270,27 +241,22 @@ class Runner:
         state = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         method.load_state_dict(state["method"])
-        return method, model, json.loads(state["ledger"])
+        return method, model, json.loads(state["entries"])
 
 
-def learned(ledger: Sequence[dict[str, Any]]) -> dict[str, float]:
+def learned(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Finished task -> its score right after it was learned."""
-    return {entry["task"]: entry["scores"][entry["task"]] for entry in ledger if entry["task"] in entry["scores"]}
+    return {entry["task"]: entry["scores"][entry["task"]] for entry in entries if entry["task"] in entry["scores"]}
 
 
-def is_stopped(ledger: Sequence[dict[str, Any]]) -> bool:
+def is_stopped(entries: Sequence[dict[str, Any]]) -> bool:
     """Whether a gate has ended the run."""
-    return any(event["action"] == "stopped" for event in ledger[-1].get("gate", []))
+    return any(event["action"] == "stopped" for event in entries[-1].get("gate", []))
 
 
-def nothing_learned(entry: dict[str, Any]) -> dict[str, Any]:
-    """What stays of the entry of a task that was taken out again: what it cost."""
-    return entry | {"parameters": 0, "bytes": 0, "digest": None}
-
-
-def _newest(checkpoints: Path) -> str | None:
-    """The newest whole checkpoint of a task that was interrupted."""
+def _newest_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint of an interrupted task."""
     try:
-        return str(last_complete_checkpoint(checkpoints))
+        return str(last_complete_checkpoint(folder))
     except ValueError:
         return None

@@ -1,35 +1,55 @@
-"""From the text of a file to dataclasses: every field known, of its type, and named in the error where it is not."""
+"""Stream files: reading YAML and JSON, the base class of the pydantic models, and error messages of one line."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
-import math
 import re
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import yaml
-
-T = TypeVar("T")
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 
 class StreamError(ValueError):
-    """A description of a stream that cannot be run; names the file and the field."""
+    """A stream that cannot be run. The message names the file and the field."""
+
+
+class Settings(BaseModel):
+    """Fields of a stream file. Unknown fields and values of a wrong type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _folder_name(name: str) -> str:
+    if not name or "/" in name or name.startswith("."):
+        raise ValueError("it names a folder, so it must not be empty, contain '/' or start with '.'")
+    return name
+
+
+def path_in_data(path: str, info: ValidationInfo) -> str:
+    """The path, relative to the data folder of the stream file that is read."""
+    return str((info.context or {}).get("data", Path()) / Path(path).expanduser())
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+DataPath = Annotated[str, AfterValidator(path_in_data)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of YAML 1.2, in which 1e-4 is one, and without keys that are there twice."""
+    """YAML with the numbers of version 1.2, in which ``1e-4`` is a number, and without duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen and key.value != "<<":
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
+            if key.value in keys and key.value != "<<":
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -38,10 +58,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is there twice")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"duplicate key {duplicates[0]!r}")
     return dict(pairs)
 
 
@@ -49,13 +69,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The fields of a YAML or JSON file.
 
     Raises:
-        StreamError: it cannot be read; names the line.
+        StreamError: the file cannot be read; the message names the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        settings = (
-            json.loads(text, object_pairs_hook=_without_twins) if path.suffix == ".json" else yaml.load(text, _Loader)
-        )
+        is_json = path.suffix == ".json"
+        settings = json.loads(text, object_pairs_hook=_unique_keys) if is_json else yaml.load(text, _Loader)
     except json.JSONDecodeError as error:
         raise StreamError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
     except yaml.MarkedYAMLError as error:
@@ -68,76 +87,50 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """The value, which must have fields."""
-    if not isinstance(value, Mapping):
-        raise StreamError(f"{where} must have fields, got {value!r}")
-    return value
+def one_line(error: ValidationError, model: type[Settings], other_fields: Sequence[str] = ()) -> str:
+    """A validation error in one line, such as ``tasks[0].epochs: must be greater than 0, got -1``.
+
+    Args:
+        model: the class that was validated.
+        other_fields: legal fields of the file that are not fields of the class.
+    """
+    problem = max(error.errors(), key=lambda each: len(each["loc"]))  # in a union, the alternative that fits best
+    path, cls = "", model
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif "[" not in part and part != "str":  # else the name of an alternative of a union
+            path += f".{part}" if path else part
+            legal = [*_fields(cls), *(other_fields if cls is model else ())]
+            cls = _class_in(get_type_hints(cls).get(part)) if cls is not None else None
+    match problem["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"{path}: unknown field; {suggestions(path.rpartition('.')[2], legal)}"
+        case "missing":
+            return f"{path} is missing"
+        case "too_short" | "string_too_short":
+            return f"{path} is empty"
+        case "value_error":
+            message = str(problem["ctx"]["error"])
+            return f"{path}: {message}" if path else message
+    message = problem["msg"].replace("Input should be", "must be").replace("valid tuple", "list")
+    return f"{path}: {message}, got {problem['input']!r}"
 
 
-def built(
-    kind: type[T],
-    value: Any,
-    where: str,
-    readers: Mapping[str, Callable[[Any], Any]] | None = None,
-    without: tuple[str, ...] = (),
-    also: tuple[str, ...] = (),
-) -> T:
-    """The dataclass ``kind`` with the fields of a mapping, each checked against its type or made by its reader."""
-    if isinstance(value, kind):
-        return value
-    names = {entry.name: entry for entry in fields(kind) if entry.name not in without}  # type: ignore[arg-type]
-    prefix = f"{where}: " if where else ""
-    settings = mapping(value, where)
-    if unknown := [name for name in settings if name not in names]:
-        raise StreamError(f"{prefix}unknown field {unknown[0]!r}; {listed(unknown[0], [*names, *also])}")
-    required = [name for name, entry in names.items() if entry.default is MISSING and entry.default_factory is MISSING]
-    if missing := [name for name in required if settings.get(name) is None]:
-        raise StreamError(f"{prefix}{missing[0]} is missing")
-    hints, read = get_type_hints(kind), readers or {}
-    values = {
-        name: read[name](entry) if name in read else _typed(entry, hints[name], f"{prefix}{name}")
-        for name, entry in settings.items()
-    }
-    try:
-        return kind(**values)
-    except StreamError as error:
-        raise StreamError(f"{prefix}{error}") from error
+def _fields(cls: Any) -> list[str]:
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls)]
+    return list(getattr(cls, "model_fields", ()))
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """The value as the type of a field wants it: whole numbers for float, numbers that YAML took for texts, tuples."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        plain = get_origin(option) or option
-        if plain is tuple and isinstance(value, (list, tuple)):
-            return tuple(_typed(entry, get_args(option)[0], f"{where}[{i}]") for i, entry in enumerate(value))
-        if plain is float and (number := _number(value)) is not None:
-            return number
-        if plain is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if plain in (str, bool) and isinstance(value, plain):
-            return value
-        if plain is Mapping and isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values()):
-            return dict(value)
-    words = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", tuple: "a list"}
-    wanted = [words[get_origin(o) or o] for o in options if (get_origin(o) or o) in words]
-    raise StreamError(f"{where} must be {' or '.join(wanted)}, got {value!r}")
+def _class_in(annotation: Any) -> Any:
+    """The class with fields in an annotation such as ``tuple[Task, ...]`` or ``Gate | None``."""
+    if _fields(annotation):
+        return annotation
+    return next((cls for argument in get_args(annotation) if (cls := _class_in(argument))), None)
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def listed(name: object, known: list[str]) -> str:
-    """The known names, and the one that is most like an unknown one."""
-    nearest = difflib.get_close_matches(str(name), known, n=1)
-    return f"known are {', '.join(known)}" + (f". Did you mean {nearest[0]!r}?" if nearest else "")
+def suggestions(name: str, legal: Sequence[str]) -> str:
+    """The legal names, and the one that is most similar to an unknown name."""
+    nearest = difflib.get_close_matches(name, legal, n=1)
+    return f"legal are {', '.join(legal)}" + (f". Did you mean {nearest[0]!r}?" if nearest else "")

@@ -1,98 +1,111 @@
-"""A stream: a model, tasks in an order, how each is trained, and which methods, seeds and orders are compared on it."""
+"""A stream: a model, tasks in an order, how each is trained, and the methods, seeds and orders that are compared."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..training.base_model import BaseModel, computes_bfloat16
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from transformers.trainer_utils import SchedulerType
+
+from ..training import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
 from ..tuner.files.atomic import digest_of_folder
-from .fingerprint import differences, plain
+from ..tuner.files.hub import may_be_hub_id
 from .gate import Gate
 from .general import General
-from .settings import StreamError, listed
+from .settings import Count, FolderName, Positive, Settings, StreamError, path_in_data, suggestions
 from .task import Task
 
-__all__ = [
-    "Gate",
-    "General",
-    "Method",
-    "Order",
-    "Stream",
-    "StreamError",
-    "Task",
-    "Training",
-]
+PATH_OPTIONS = ("reference", "protect")
+"""Options of methods whose values may be names of files or folders in the data folder."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """How every task is trained, by every method.
+class Training(Settings):
+    """How every method trains every task.
 
     Args:
-        epochs: passes over a task's data; a task may have its own.
-        max_steps: stop a task after this many steps; goes before epochs.
-        batch_size: examples in one forward, on each device.
-        gradient_accumulation: forwards before one step.
-        learning_rate: highest of the schedule.
-        schedule: ``lr_scheduler_type`` of transformers; starts anew with each task.
+        epochs: passes over a task's data; a task may override it.
+        max_steps: number of steps of a task; overrides ``epochs``.
+        batch_size: examples in one forward pass, on each device.
+        gradient_accumulation: forward passes before one step.
+        learning_rate: maximum of the schedule.
+        schedule: ``lr_scheduler_type`` of transformers; it restarts with each task.
         warmup_ratio: share of a task's steps.
         weight_decay, max_grad_norm: as in transformers.
-        bf16: train and evaluate float32 weights in bfloat16 autocast, as transformers' argument of this name; "auto"
-            where the device has it in hardware.
-        evaluation_batch_size: prompts that are answered together; as in training if None.
+        bf16: train and evaluate float32 weights in bfloat16 autocast, as in transformers; "auto" enables it if the
+            device supports it in hardware.
+        evaluation_batch_size: prompts that are answered together; ``batch_size`` if None.
     """
 
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float = 2e-4
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    batch_size: Count = 8
+    gradient_accumulation: Count = 1
+    learning_rate: Positive = 2e-4
     schedule: str = "linear"
-    warmup_ratio: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    bf16: bool | str = False
-    evaluation_batch_size: int | None = None
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    bf16: bool = False
+    evaluation_batch_size: Count | None = None
 
-    def __post_init__(self) -> None:
-        from transformers.trainer_utils import SchedulerType
+    @field_validator("bf16", mode="before")
+    @classmethod
+    def _resolve_auto(cls, value: Any) -> bool:
+        if value == "auto":  # resolved here, so that a resumed run continues with the same precision
+            return computes_bfloat16()
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true, false or auto, got {value!r}")
+        return value
 
-        numbers = ("epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "max_grad_norm")
-        for name in (*numbers, "evaluation_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise StreamError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.bf16 == "auto":  # settled here, so that a run goes on as it began
-            object.__setattr__(self, "bf16", computes_bfloat16())
-        if not isinstance(self.bf16, bool):
-            raise StreamError(f"bf16 must be true, false or auto, got {self.bf16!r}")
-        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
-            raise StreamError("warmup_ratio must be within 0 and 1 and weight_decay not negative")
-        if self.schedule not in (known := [kind.value for kind in SchedulerType]):
-            raise StreamError(f"unknown schedule {self.schedule!r}; {listed(self.schedule, known)}")
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, value: str) -> str:
+        if value not in (legal := [kind.value for kind in SchedulerType]):
+            raise ValueError(f"unknown schedule {value!r}; {suggestions(value, legal)}")
+        return value
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to learn the tasks one after another.
+class MethodSettings(Settings):
+    """A method of a stream: its name in the registry, the label of its runs, and its options.
 
-    Args:
-        name: of the method, such as fggm or sft.
-        label: under which its runs are reported; different from that of every other method of the stream.
-        settings: of this method, whatever it takes.
+    A file may give the name alone, or the name and the options as fields of one mapping.
     """
 
-    name: str
-    label: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    name: str = Field(min_length=1)
+    label: FolderName
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_options(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            return value
+        options = dict(value)
+        name, label = options.pop("name", ""), options.pop("label", None)
+        options = {**options.pop("settings", {}), **options}
+        for option in PATH_OPTIONS:
+            if option in options:
+                options[option] = _existing_paths(options[option], info)
+        return {"name": name, "label": name if label is None else label, "settings": options}
 
 
-@dataclass(frozen=True)
+def _existing_paths(value: Any, info: ValidationInfo) -> Any:
+    """A name or a list of names; names of files and folders in the data folder become paths."""
+    if isinstance(value, list):
+        return [_existing_paths(entry, info) for entry in value]
+    path = path_in_data(value, info) if isinstance(value, str) else ""
+    return path if path and Path(path).exists() else value
+
+
+@dataclasses.dataclass(frozen=True)
 class Order:
     """A name and all tasks in one order."""
 
@@ -100,37 +113,55 @@ class Order:
     tasks: tuple[Task, ...]
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Everything that a comparison is made of. ``reading.read_stream`` makes one of a file.
+def _base_model(value: Any, info: ValidationInfo) -> Any:
+    """The base model of a name or of the fields of a mapping."""
+    fields = {"name": str(value)} if isinstance(value, (str, Path)) else value
+    if not isinstance(fields, Mapping) or info.context is None:
+        return fields
+    if "trust_remote_code" in fields:  # a file may come from anywhere
+        raise ValueError("a file cannot set trust_remote_code; pass a BaseModel from Python")
+    for name, legal in (("dtype", DTYPES), ("quantization", (*QUANTIZATIONS, None))):
+        if name in fields and fields[name] not in legal:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, legal))}, got {fields[name]!r}")
+    path = info.context["folder"] / Path(str(fields.get("name", ""))).expanduser()
+    if path.is_dir():
+        return {**fields, "name": str(path)}
+    if not may_be_hub_id(str(fields.get("name", ""))):
+        raise ValueError(f"no folder {path}")
+    return fields
+
+
+class Stream(Settings):
+    """Everything that a comparison consists of. ``read_stream`` reads it from a file.
 
     Args:
-        model: the base that every run starts from.
+        model: the base model that every run starts from.
         tasks: in the order called "given".
         methods: compared with one another.
-        training: the same for all of them.
-        learning_rates: every method is run with each; empty: only that of ``training``.
-        seeds: of everything that is drawn.
-        orders: "given", "reversed", "random:3" (a random order, the same for ever for the seed 3 and these names), or
-            a tuple of the tasks' names.
-        general: what is watched besides; None for nothing.
-        gate: what happens when an earlier task's score falls; None for nothing.
+        training: the same for all methods.
+        learning_rates: every method runs with each of them; empty: only with that of ``training``.
+        seeds: of all random draws.
+        orders: "given", "reversed", "random:3" (a random order that depends only on the seed 3 and the names of the
+            tasks), or a tuple of the tasks' names.
+        general: measures of general ability; None for none.
+        gate: limits on the loss of earlier tasks' scores; None for none.
 
     Raises:
-        StreamError: something is empty, there twice, or out of range.
+        pydantic.ValidationError: a field is empty, out of range, or contains a duplicate.
     """
 
-    model: BaseModel
-    tasks: tuple[Task, ...]
-    methods: tuple[Method, ...]
-    training: Training = field(default_factory=Training)
-    learning_rates: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    orders: tuple[str | tuple[str, ...], ...] = ("given",)
+    model: Annotated[BaseModel, BeforeValidator(_base_model)]
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    methods: tuple[MethodSettings, ...] = Field(min_length=1)
+    training: Training = Training()
+    learning_rates: tuple[Positive, ...] = ()
+    seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field((0,), min_length=1)
+    orders: tuple[str | tuple[str, ...], ...] = Field(("given",), min_length=1)
     general: General | None = None
     gate: Gate | None = None
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Stream:
         lists: dict[str, list[Any]] = {
             "tasks": [task.name for task in self.tasks],
             "methods": [method.label for method in self.methods],
@@ -139,37 +170,32 @@ class Stream:
             "orders": [_order_name(order) for order in self.orders],
         }
         for name, values in lists.items():
-            if not values and name != "learning_rates":
-                raise StreamError(f"{name} is empty; a stream needs at least one")
-            if twice := [value for value in values if values.count(value) > 1]:
-                hint = "; give them labels of their own" if name == "methods" else ""
-                raise StreamError(f"{name} has {twice[0]!r} more than once{hint}")
-        if wrong := [rate for rate in self.learning_rates if rate <= 0]:
-            raise StreamError(f"learning_rates must be above 0, got {wrong[0]}")
-        if wrong := [seed for seed in self.seeds if seed < 0]:
-            raise StreamError(f"seeds must not be negative, got {wrong[0]}")
+            if duplicates := [value for value in values if values.count(value) > 1]:
+                hint = "; give them different labels" if name == "methods" else ""
+                raise StreamError(f"{name} contains {duplicates[0]!r} more than once{hint}")
         self.task_orders()
         if self.gate is not None:
-            self.gate.require_tasks([task.name for task in self.tasks])
+            self.gate.check_tasks([task.name for task in self.tasks])
+        return self
 
     def with_methods(self, labels: Sequence[str]) -> Stream:
         """The stream with only the methods of these labels.
 
         Raises:
-            StreamError: there is none of such a label.
+            StreamError: a label is unknown.
         """
         by_label = {method.label: method for method in self.methods}
         if unknown := [label for label in labels if label not in by_label]:
-            raise StreamError(f"methods: unknown label {unknown[0]!r}; {listed(unknown[0], list(by_label))}")
-        return replace(self, methods=tuple(by_label[label] for label in labels))
+            raise StreamError(f"methods: unknown label {unknown[0]!r}; {suggestions(unknown[0], list(by_label))}")
+        return self.model_copy(update={"methods": tuple(by_label[label] for label in labels)})
 
     def rates(self) -> tuple[float, ...]:
-        """The learning rates that every method is run with."""
+        """The learning rates that every method runs with."""
         return self.learning_rates or (self.training.learning_rate,)
 
     def training_of(self, task: Task) -> Training:
-        """How this task is trained, its own number of epochs included."""
-        return self.training if task.epochs is None else replace(self.training, epochs=task.epochs)
+        """How this task is trained, with its own number of epochs."""
+        return self.training if task.epochs is None else self.training.model_copy(update={"epochs": task.epochs})
 
     def task_orders(self) -> list[Order]:
         """The tasks in each of ``orders``."""
@@ -180,7 +206,7 @@ class Stream:
         if not isinstance(order, str):
             if sorted(order) != sorted(by_name):
                 raise StreamError(
-                    f"orders: {', '.join(order)} is not each task once; the tasks are {', '.join(by_name)}"
+                    f"orders: {', '.join(order)} does not contain each task once; the tasks are {', '.join(by_name)}"
                 )
             return tuple(by_name[name] for name in order)
         if order == "given":
@@ -188,46 +214,53 @@ class Stream:
         if order == "reversed":
             return self.tasks[::-1]
         if match := re.fullmatch(r"random:(\d+)", order):
-            # by hashes of the names: the same in every version of Python, and wherever a task stands in the file
-            return tuple(sorted(self.tasks, key=lambda task: _sha256(f"{match[1]}:{task.name}")))
+            # by hashes of the names: independent of the version of Python and of the order in the file
+            digests = {name: hashlib.sha256(f"{match[1]}:{name}".encode()).hexdigest() for name in by_name}
+            return tuple(sorted(self.tasks, key=lambda task: digests[task.name]))
         raise StreamError(
-            f"orders: unknown order {order!r}; known are given, reversed, random:SEED, or a list of all tasks"
+            f"orders: unknown order {order!r}; legal are given, reversed, random:SEED, or a list of all tasks"
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Whatever decides the results of every run of this stream, as plain types: files by their content.
+        """Everything that determines the results of the runs, as JSON types. Files are represented by digests.
 
-        Methods, seeds, orders and learning rates of a sweep are not in it: a run has one of each, and adding another
-        leaves those that were there as they are.
+        It contains no methods, seeds, orders and learning rates to be compared: a run has one of each, and adding
+        another one does not change existing runs.
         """
-        model = asdict(self.model)
-        for name in ("device_map", "trust_remote_code"):  # where and whether it is loaded, not what
+        model = dataclasses.asdict(self.model)
+        for name in ("device_map", "trust_remote_code"):  # these do not change the weights
             del model[name]
         if Path(self.model.name).is_dir():
             model["name"] = digest_of_folder(Path(self.model.name))
-        general = None if self.general is None else self.general.fingerprint()
-        tasks = {task.name: task.fingerprint() for task in self.tasks}
-        training = asdict(self.training)
-        gate = None if self.gate is None else asdict(self.gate)
-        whole = {"model": model, "tasks": tasks, "training": training, "general": general, "gate": gate}
-        return plain({**whole, "order": list(tasks)})
-
-    def digest(self) -> str:
-        """sha256 of ``fingerprint``."""
-        return _sha256(json.dumps(self.fingerprint(), sort_keys=True))
-
-    def difference(self, other: Stream | Mapping[str, Any]) -> list[str]:
-        """What differs from another stream or a fingerprint that was saved: "training.epochs: 1.0, there 3.0".
-
-        Empty if and only if the digests are equal.
-        """
-        theirs = other.fingerprint() if isinstance(other, Stream) else plain(other)
-        return differences(self.fingerprint(), theirs)
+        fingerprint = {
+            "model": model,
+            "tasks": {task.name: task.fingerprint() for task in self.tasks},
+            "training": self.training.model_dump(),
+            "general": None if self.general is None else self.general.fingerprint(),
+            "gate": None if self.gate is None else self.gate.model_dump(),
+            "order": [task.name for task in self.tasks],
+        }
+        return json.loads(json.dumps(fingerprint))
 
 
 def _order_name(order: str | tuple[str, ...]) -> str:
     return order if isinstance(order, str) else ",".join(order)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def differences(fingerprint: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """The differences of two fingerprints, such as "training.epochs: 1.0, saved 3.0"; empty if they are equal."""
+    now, before = _flat(fingerprint), _flat(saved)
+    pairs = [(name, now.get(name, "missing"), before.get(name, "missing")) for name in {**now, **before}]
+    return [f"{name}: {_abbreviated(a)}, saved {_abbreviated(b)}" for name, a, b in pairs if a != b]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted names -> values as JSON, in which 1 and true differ."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: json.dumps(value, ensure_ascii=False)}
+    parts = (_flat(entry, f"{prefix}.{key}" if prefix else str(key)) for key, entry in value.items())
+    return {name: text for part in parts for name, text in part.items()}
+
+
+def _abbreviated(text: str) -> str:
+    return f"content {text[1:9]}" if re.fullmatch(r'"[0-9a-f]{64}"', text) else text

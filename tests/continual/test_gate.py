@@ -14,7 +14,7 @@ from fggm_peft.continual.gate import Gate
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
 from fggm_peft.continual.runner import Runner, learned
-from fggm_peft.continual.stream import StreamError
+from fggm_peft.continual.settings import StreamError
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +25,17 @@ def folder(tmp_path_factory):
 def falling(monkeypatch, falls) -> None:
     """Scores by a rule instead of a model: 1, except ``falls(task trained last)`` for the first task."""
     trained: list[str] = []
-    train = Runner._trained
+    train = Runner._train
 
-    def noted(self, model, method, number, lesson):
-        trained.append(lesson[0])
-        return train(self, model, method, number, lesson)
+    def noted(self, model, method, number, name, tasks):
+        trained.append(name)
+        return train(self, model, method, number, name, tasks)
 
     def score(self, model, position):
         name, learned_last = self.tasks[position].name, trained[-1] if trained else None
         return falls(learned_last) if name == self.tasks[0].name and learned_last else 1.0
 
-    monkeypatch.setattr(Runner, "_trained", noted)
+    monkeypatch.setattr(Runner, "_train", noted)
     monkeypatch.setattr(Runner, "_score", score)
 
 
@@ -57,14 +57,14 @@ def test_a_broken_gate_stops_the_run_with_the_task_that_broke_it(folder, tmp_pat
 def test_a_task_that_is_rolled_back_leaves_the_model_and_the_method_to_the_bit(method, folder, tmp_path, monkeypatch):
     falling(monkeypatch, lambda last: 0.5 if last == "minus" else 1.0)
     states = {}
-    keep = Runner._keep
+    keep = Runner._save_state
 
     def remembered(self, model, method, ledger):
         state = {**model.state_dict(), **method.state_dict()}
         states[ledger[-1]["task"]] = {name: value.clone() for name, value in state.items()}
         keep(self, model, method, ledger)
 
-    monkeypatch.setattr(Runner, "_keep", remembered)
+    monkeypatch.setattr(Runner, "_save_state", remembered)
     (result,) = run_stream(gated(folder, "rollback", methods=[method]), tmp_path)
     assert states["plus"].keys() == states["minus"].keys()
     assert all(torch.equal(states["minus"][name], value) for name, value in states["plus"].items())
@@ -76,10 +76,10 @@ def test_a_task_that_is_rolled_back_leaves_the_model_and_the_method_to_the_bit(m
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
-        ({"keep": {}}, "gate: keep is empty"),
-        ({"keep": {"plus": 1.5}}, r"gate: keep has plus: 1.5; a share is a number in \(0, 1\]"),
-        ({"keep": {"plus": 0.9}, "action": "rollbck"}, "gate: unknown action 'rollbck'.*Did you mean 'rollback'"),
-        ({"keep": {"pluss": 0.9}}, "gate: unknown task 'pluss'.*Did you mean 'plus'"),
+        ({"keep": {}}, "gate.keep is empty"),
+        ({"keep": {"plus": 1.5}}, r"gate.keep.plus: must be less than or equal to 1, got 1.5"),
+        ({"keep": {"plus": 0.9}, "action": "rollbck"}, "gate.action: must be 'stop' or 'rollback', got 'rollbck'"),
+        ({"keep": {"pluss": 0.9}}, "gate.keep: unknown task 'pluss'.*Did you mean 'plus'"),
     ],
 )
 def test_a_gate_that_makes_no_sense_is_refused(gate, message, folder):
@@ -88,7 +88,7 @@ def test_a_gate_that_makes_no_sense_is_refused(gate, message, folder):
 
 
 def test_a_gate_looks_at_earlier_tasks_only():
-    gate = Gate({"a": 0.9, "*": 0.5})
+    gate = Gate(keep={"a": 0.9, "*": 0.5})
     ledger = [{"task": None, "scores": {"a": 0.0}}, {"task": "a", "scores": {"a": 0.8, "b": 0.0}}]
     assert learned(ledger) == {"a": 0.8}
     assert gate.violations(learned(ledger), {"a": 0.73, "b": 0.0}) == []

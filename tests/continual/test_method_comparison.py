@@ -19,12 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fggm_peft import FGGMConfig
 from fggm_peft.continual import memory
-from fggm_peft.continual.measures import Measures
+from fggm_peft.continual.measures import measures_of
 from fggm_peft.continual.memory import ACCELERATOR_MEMORY, MemoryLog
 from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
-from fggm_peft.continual.stream import StreamError
+from fggm_peft.continual.settings import StreamError
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "method_comparison"
 DECLARED = runpy.run_path(str(BENCHMARK / "experiments.py"))
@@ -174,8 +174,7 @@ def test_accuracy_is_the_mean_at_the_end_and_forgetting_the_change_of_the_texts_
     assert last["forgetting"] == run["general"]["losses"][-1] - run["general"]["losses"][0]
     assert last["backward transfer"] == pytest.approx(run["R"][1][0] - run["R"][0][0])
     assert [entry["valid accuracy"] for entry in between] == pytest.approx([run["R"][0][0], sum(run["R"][1]) / 2])
-    measures = Measures.of(run["R"], run["zero_shot"])
-    assert last["forgetting of tasks"] == pytest.approx(measures.forgetting)
+    assert last["forgetting of tasks"] == pytest.approx(measures_of(run["R"], run["zero_shot"])["forgetting"])
 
 
 def tokens(folder, name: str) -> list[int]:
@@ -266,14 +265,14 @@ def test_memory_is_logged_at_every_step(monkeypatch):
     log = MemoryLog()
     for _ in range(3):
         log.on_step_end(None, None, None)
-    assert list(log.figures().values()) == [200, 300, 298]
+    assert list(log.accelerator_memory().values()) == [200, 300, 298]
 
 
 def test_without_an_accelerator_none_of_its_memory_is_taken(written):
     log = MemoryLog()
     log.on_step_end(None, None, None)
     if memory.accelerator() is None:
-        assert log.figures() == dict.fromkeys(ACCELERATOR_MEMORY, 0)
+        assert log.accelerator_memory() == dict.fromkeys(ACCELERATOR_MEMORY, 0)
         assert {written["fggm"][1]["train_info"][name] for name in ACCELERATOR_MEMORY} == {0}
 
 

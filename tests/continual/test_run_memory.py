@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fggm_peft.continual import memory
-from fggm_peft.continual.memory import INTERVAL, PeakMemory, return_freed_memory
+from fggm_peft.continual.memory import INTERVAL, MemoryLog, return_freed_memory
 
 MIB = 2**20
 
@@ -24,11 +24,11 @@ def resident(size: int) -> mmap.mmap:
 def test_a_phase_has_its_own_peak_above_what_the_process_held():
     return_freed_memory()  # so that nothing goes back to the system while the phases are watched
     held = resident(64 * MIB)  # before: does not count
-    found = PeakMemory()
+    found = MemoryLog()
     with found.phase("selection"):
         small = resident(32 * MIB)
         time.sleep(3 * INTERVAL)
-        found.switch("training")
+        found.on_train_begin(None, None, None)
         large = resident(128 * MIB)
         time.sleep(3 * INTERVAL)
         large.close()
@@ -52,9 +52,9 @@ def test_on_an_accelerator_it_is_the_allocators_mark(monkeypatch):
 
     device = Device()
     monkeypatch.setattr(memory, "accelerator", lambda: device)
-    found = PeakMemory()
-    with found.phase("training"):
+    found = MemoryLog()
+    with found.phase("selection"):
         device.peak = 100
-        found.switch("evaluation")
+        found.on_train_begin(None, None, None)
         device.peak = 50
-    assert found.peaks == {"training": 100, "evaluation": 50}
+    assert found.peaks == {"selection": 100, "training": 50}

@@ -28,7 +28,7 @@ from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.runner import Runner
-from fggm_peft.continual.stream import StreamError
+from fggm_peft.continual.settings import StreamError
 from fggm_peft.deltas.overlaps import support_overlap
 
 
@@ -223,8 +223,8 @@ def test_a_run_that_another_process_is_at_is_left_to_it(folder, tmp_path):
 
 def test_the_deltas_on_disk_one_on_another_are_the_model_at_the_end(folder, tmp_path, monkeypatch):
     states = []
-    keep = Runner._keep
-    monkeypatch.setattr(Runner, "_keep", lambda *run: (states.append(run[1].state_dict()), keep(*run)))
+    keep = Runner._save_state
+    monkeypatch.setattr(Runner, "_save_state", lambda *run: (states.append(run[1].state_dict()), keep(*run)))
     list(run_stream(read_stream(settings(folder, methods=["fggm"])), tmp_path))
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     for task in sorted(tmp_path.glob("runs/fggm/*/tasks/*")):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from ..measures import MEASURES, RESULT_NAMES, paired_difference, pareto_front, summarise
+from ..measures import MEASURES, paired_difference, pareto_front, summarise
 
 Run = Mapping[str, Any]
 Point = tuple[str, float]
@@ -23,7 +23,7 @@ HEADINGS = {
     "general": "general loss",
 }
 """Name of the measure in ``report.json`` -> heading."""
-FORMULAS = {name: MEASURES[measure].formula for name, measure in RESULT_NAMES.items()} | {
+FORMULAS = {name: measure.formula for name, measure in MEASURES.items()} | {
     "general": "change of the mean next-token loss on general text, after the last task, in nats; + is worse"
 }
 """Name of the measure in ``report.json`` -> formula in plain text."""

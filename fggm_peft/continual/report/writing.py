@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...tuner.files.atomic import write_whole
-from ..fingerprint import differences
+from ..stream import differences
 from .contents import report_of
 
 PACKAGES = ("adjustText", "jinja2", "matplotlib", "scipy", "seaborn")
