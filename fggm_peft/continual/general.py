@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, model_validator
 from torch import nn
 
-from ..selection.frozen_model import same_random_state
+from ..selection import same_random_state
 from ..training import PARAGRAPH_LENGTH, DataError, TokenizedExamples, read_paragraphs, score_answers
-from ..tuner.files.atomic import digest_of_folder
-from ..tuner.hosts.bitsandbytes import four_bit_layers_as_they_are
+from ..tuner.files import digest_of_folder
+from ..tuner.hosts import four_bit_layers_as_they_are
 from .lm_eval_tasks import require_data, require_tasks, task_scores
 from .settings import Count, DataPath, Settings, StreamError
 

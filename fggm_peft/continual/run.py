@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..tuner.files.atomic import write_json
+from ..tuner.files import write_json
 from .report import require_report_packages
 from .runner import Runner, method_of
 from .settings import StreamError

@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from ..deltas.overlaps import support_overlap
+from ..deltas import support_overlap
 from ..training import last_complete_checkpoint, this_process, written_answers
-from ..tuner.files.atomic import digest_of_folder, write_json
+from ..tuner.files import digest_of_folder, write_json
 from .general import GeneralAbility
 from .memory import MemoryLog, return_freed_memory
 from .methods import Method, make_method

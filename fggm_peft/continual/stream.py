@@ -14,8 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from transformers.trainer_utils import SchedulerType
 
 from ..training import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
-from ..tuner.files.atomic import digest_of_folder
-from ..tuner.files.hub import may_be_hub_id
+from ..tuner.files import digest_of_folder, may_be_hub_id
 from .gate import Gate
 from .general import General
 from .settings import Count, FolderName, Positive, Settings, StreamError, path_in_data, suggestions

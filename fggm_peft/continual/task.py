@@ -24,7 +24,7 @@ from ..training import (
     read_example,
     row_format,
 )
-from ..tuner.files.atomic import digest_of_files, digest_of_folder
+from ..tuner.files import digest_of_files, digest_of_folder
 from .metrics import require_metric
 from .settings import Count, DataPath, FolderName, Positive, Settings
 

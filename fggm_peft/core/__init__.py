@@ -6,3 +6,7 @@ Index convention, used in every docstring and einsum below: ``b`` sample, ``t`` 
 ``n`` all positions of a batch (``b`` and ``t`` flattened), ``o`` output feature, ``i`` input feature,
 ``k`` selected entry. A weight is ``[o, i]`` everywhere in here.
 """
+
+from .registry import Registry
+
+__all__ = ["Registry"]

@@ -6,7 +6,9 @@ from .layer_types import LAYER_TYPES, FGGMLinear, LayerType
 from .merging.report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
+from .settings.selection import require_reference
 from .several.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from .target import Target, find_targets
 
 register(FGGMConfig, FGGMModel)
 
@@ -19,6 +21,9 @@ __all__ = [
     "LayerType",
     "MergeReport",
     "ModuleMerge",
+    "Target",
+    "find_targets",
     "hotswap_adapter",
     "prepare_model_for_compiled_hotswap",
+    "require_reference",
 ]

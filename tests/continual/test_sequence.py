@@ -119,7 +119,7 @@ def test_finished_runs_are_read_and_another_stream_is_refused(folder, tmp_path):
 
 def test_an_unknown_option_of_a_method_is_known_before_the_first_step(folder, tmp_path):
     stream = read_stream(settings(folder, methods=[{"name": "replay", "label": "r", "share": 0.5}]))
-    with pytest.raises(StreamError, match=r"methods: r: .*no option 'share'; known are fraction"):
+    with pytest.raises(StreamError, match=r"methods: r: .*no option 'share'; legal are fraction"):
         list(run_stream(stream, tmp_path))
     assert not tmp_path.joinpath("stream.json").exists()
 

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: what earlier tasks need is held by springs."""
+"""Elastic weight consolidation: a penalty on changing the weights that earlier tasks need."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ...core.granularity import ELEMENTS
-from ...selection.data_pass import FisherPass
-from ...tuner import FGGMConfig
-from ...tuner.settings.selection import require_num_samples
-from ...tuner.support import fggm_layers
 from .gradients import PenalizedTrainer, linear_layers
 from .method import METHODS, Method, train_only_
 
-ADAPTER = "default"
+IGNORED = -100
 
 
 @METHODS.register("ewc")
@@ -28,21 +22,20 @@ ADAPTER = "default"
 class EWC(Method):
     """Online EWC (arXiv 1612.00796; the online form: Progress & Compress, arXiv 1805.06370).
 
-    The loss has ``penalty / 2 * sum F * (theta - theta*)^2`` added, with theta* the weights when the task begins. After
-    each task ``F <- decay * F + F_task``, where F_task is the diagonal empirical Fisher information of this library's
-    own pass: the mean over samples of the exact squared gradient of a sample's log-likelihood, summed over its
-    answer's tokens.
+    It adds ``penalty / 2 * sum F * (theta - theta*)^2`` to the loss, with theta* the weights at the start of the task.
+    After each task ``F <- decay * F + F_task``, where F_task is the diagonal empirical Fisher information: the mean
+    over samples of the squared gradient of a sample's log-likelihood, summed over its answer's tokens.
 
-    What is penalised is what trains: the weights of the linear layers. Embeddings, norms, biases and the head stay
-    frozen, because F is not computed for them and nothing would hold them.
+    Only the weights of the linear layers train. Embeddings, norms, biases and the head are frozen, because nothing
+    would penalize their changes.
 
-    Memory: 4 bytes for each trained weight (F in float32); while a task trains, as much again as the weights take
-    (theta*); while F_task is computed, another 12 bytes for each (two halves of the samples, and F_task).
+    Memory: 4 bytes for each trained weight (F in float32), the size of the weights while a task trains (theta*), and 4
+    bytes for each weight while F_task is computed.
 
     Args:
-        penalty: the paper's lambda. No default suits all: look for it together with the learning rate.
-        decay: the online form's gamma, in [0, 1].
-        num_samples: samples for F_task; None for all of the task's.
+        penalty: the paper's lambda. No default suits all tasks; tune it together with the learning rate.
+        decay: gamma of the online form, in [0, 1].
+        num_samples: samples for F_task; None for all samples of the task.
     """
 
     penalty: float = 1.0
@@ -52,7 +45,8 @@ class EWC(Method):
     _anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_num_samples(self.num_samples)
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1 or None, got {self.num_samples!r}")
         if self.penalty < 0 or not 0 <= self.decay <= 1:
             raise ValueError(f"EWC needs penalty >= 0 and decay in [0, 1], got {self.penalty!r} and {self.decay!r}")
 
@@ -67,8 +61,8 @@ class EWC(Method):
         """The penalty of each weight."""
         for name, anchor in self._anchor.items():
             weight = model.get_parameter(name)
-            moved = weight.float() - anchor.float()
-            yield self.penalty / 2 * (self._fisher[name].to(weight.device) * moved.square()).sum()
+            change = weight.float() - anchor.float()
+            yield self.penalty / 2 * (self._fisher[name].to(weight.device) * change.square()).sum()
 
     def end_task(self, model, number, trainer, folder):
         self._anchor = {}
@@ -79,22 +73,18 @@ class EWC(Method):
 
     def task_fisher(self, model: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
         """Parameter name -> F of the trainer's data, float32, in the weight's shape."""
-        targets = linear_layers(model)
-        config = FGGMConfig(granularity=ELEMENTS, target_modules=list(targets))
-        # the data in its own order: this draws nothing
-        data = trainer.get_eval_dataloader(trainer.train_dataset)
-        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
-        try:
-            layers = fggm_layers(adapted, ADAPTER)
-            fisher_pass = FisherPass(adapted, config, ADAPTER, data, None, progress=False)
-            totals = fisher_pass.run(layers, self.num_samples, None, 1, "Fisher of EWC")
-            fisher = {}
-            for name, layer in layers.items():
-                mean = totals.mean(name, "fisher")
-                fisher[f"{name}.weight"] = layer.unmatrix(mean.view(layer.weight_shape)).contiguous()
-            return fisher
-        finally:
-            adapted.unload()
+        data: Any = trainer.train_dataset
+        count = len(data) if self.num_samples is None else min(self.num_samples, len(data))
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        fisher = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        model.eval()
+        for index in range(count):
+            batch = {key: value.to(model.device) for key, value in trainer.data_collator([data[index]]).items()}
+            tokens = (batch["labels"][:, 1:] != IGNORED).sum()
+            gradients = torch.autograd.grad(model(**batch).loss * tokens, list(weights.values()))
+            for name, gradient in zip(weights, gradients, strict=True):
+                fisher[name].add_(gradient.float().square(), alpha=1 / count)
+        return fisher
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameter name -> F."""

@@ -1,4 +1,4 @@
-"""The references that every method stands between: plain, none at all, and everything at once."""
+"""Reference methods: plain fine-tuning, no training, and all tasks at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FineTuning(Method):
 @METHODS.register("multitask")
 @dataclass
 class MultiTask(FineTuning):
-    """Full fine-tuning on the data of all tasks at once, which a stream does not offer: an upper reference."""
+    """Full fine-tuning on the data of all tasks at once: an upper reference, because a stream does not offer this."""
 
     sees_all_tasks = True
 
@@ -27,7 +27,7 @@ class MultiTask(FineTuning):
 @METHODS.register("frozen")
 @dataclass
 class Frozen(Method):
-    """The base model as it is, asked without training: a lower reference."""
+    """The base model without training: a lower reference."""
 
     trains = False
 

@@ -1,4 +1,4 @@
-"""Trainers that have a word to say between the backward pass and the optimizer."""
+"""Trainers that change the gradients between the backward pass and the optimizer step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 
 class GradientTrainer(Trainer):
-    """transformers' ``Trainer``, with the gradients of a step changed before they are clipped and used.
+    """transformers' ``Trainer``, but the gradients of a step are changed before they are clipped and used.
 
-    Not for DeepSpeed, where gradients are not found on the parameters.
+    It does not support DeepSpeed, which does not keep gradients on the parameters.
     """
 
     @abstractmethod
     def change_gradients_(self) -> None:
-        """Called once a step, when the gradients of its last batch have been added up."""
+        """Called once per step, after the backward pass of its last batch."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -29,13 +29,13 @@ class GradientTrainer(Trainer):
 
 
 class PenalizedTrainer(GradientTrainer):
-    """Adds the gradient of a penalty once a step, whatever the number of batches in it.
+    """Adds the gradient of a penalty once per step, for any number of batches in it.
 
-    The logged loss is the task's alone; the penalty is logged under its own name.
+    The logged loss does not contain the penalty, which is logged under its own name.
 
     Args:
-        penalty: gives the terms whose sum is the penalty. They are differentiated one by one, so that the
-            intermediate results of only one of them are in memory.
+        penalty: returns the terms of the penalty. They are differentiated one by one, so that only the intermediate
+            results of one term are in memory.
     """
 
     def __init__(self, penalty: Callable[[], Iterable[Tensor]], **arguments: Any):
@@ -45,7 +45,7 @@ class PenalizedTrainer(GradientTrainer):
 
     def change_gradients_(self) -> None:
         self.last_penalty = 0.0
-        scaler = self.accelerator.scaler  # of float16: the other gradients are scaled
+        scaler = self.accelerator.scaler  # for float16, in which the other gradients are scaled
         for term in self.penalty():
             self.last_penalty = self.last_penalty + term.detach()
             (term if scaler is None else scaler.scale(term)).backward()
@@ -55,7 +55,7 @@ class PenalizedTrainer(GradientTrainer):
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of the blocks by module path: all but the output head, as PEFT's ``all-linear`` has it."""
+    """The linear layers by module path, without the output head, as in PEFT's ``all-linear``."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     return {

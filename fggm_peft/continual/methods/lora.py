@@ -1,34 +1,34 @@
-"""Low-rank adapters, one for the stream or one for each task."""
+"""LoRA, with one adapter for the stream or one for each task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from peft import LoraConfig
 
 from .method import METHODS
 from .peft_method import PeftMethod, save_task
 
-MODES = ("merged", "carried")
+Mode = Literal["merged", "carried"]
 
 
 @METHODS.register("lora")
 @dataclass
 class LoRA(PeftMethod):
-    """LoRA (arXiv 2106.09685): W + BA, of which A and B train.
+    """LoRA (arXiv 2106.09685): W + BA, where A and B train.
 
     Args:
-        mode: "merged": every task has an adapter of its own, merged when it ends; "carried": one adapter is trained on
-            from task to task, and the base never changes.
+        mode: "merged": every task has its own adapter, which is merged when the task ends. "carried": one adapter
+            trains on all tasks, and the base model never changes.
     """
 
     config_class = LoraConfig
-    mode: Literal["merged", "carried"] = "merged"
+    mode: Mode = "merged"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {self.mode!r}")
         super().__post_init__()
 
     def prepare(self, base, seed):

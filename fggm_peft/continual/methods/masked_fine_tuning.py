@@ -1,4 +1,4 @@
-"""Fisher-guided gradient masking as its paper writes it: full fine-tuning with a mask on the gradient."""
+"""FGGM as in its paper: full fine-tuning with a mask on the gradient."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from ...training import FGGMTrainer
-from ...tuner.files.task_scores import history_of
-from ...tuner.support import fggm_layers
+from ...tuner import find_targets
+from ...tuner.files import history_of
 from .fggm import FGGM
 from .gradients import GradientTrainer
 from .method import METHODS, train_all_, train_only_
@@ -27,8 +27,8 @@ class MaskedFineTuning(FGGM):
     """FGGM (arXiv 2601.18261, section 3): W <- W - lr * (M * g), with M from the same selection as ``fggm``.
 
     Optimizer state and gradients are as large as in full fine-tuning. Weights that are not targeted are frozen, as
-    they are under an adapter. The units are chosen when the trainer is made. Weight decay acts on the chosen
-    entries, so with it the result differs from ``fggm``, where it acts on the delta.
+    with an adapter. The units are selected when the trainer is constructed. Weight decay acts on the selected entries
+    of the weight; in ``fggm`` it acts on the delta, so the results differ.
     """
 
     _number: int = field(default=0, init=False, repr=False)
@@ -36,30 +36,30 @@ class MaskedFineTuning(FGGM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config.get("bias", "none") != "none" or self.config.get("modules_to_save"):
-            raise ValueError(f"{self.name!r} trains weights only: it takes neither bias nor modules_to_save")
+            raise ValueError(f"{self.name!r} trains weights only: it supports neither bias nor modules_to_save")
 
     def begin_task(self, model, number, examples):
         self._number = number
-        self.recall(model)
+        self.restore_history_(model)
         return model if self.is_masked(number) else train_all_(model)
 
     def trainer(self, **arguments: Any) -> Trainer:
         if not self.is_masked(self._number):
             return Trainer(**arguments)
-        frozen = self.choose(**arguments)
+        frozen = self.select(**arguments)
         train_only_(arguments["model"], list(frozen))
         return MaskedTrainer(frozen, **arguments)
 
-    def choose(self, model: nn.Module, **arguments: Any) -> dict[str, Tensor]:
-        """Parameter name -> True where it must not move, in its own shape; the model is as before."""
+    def select(self, model: nn.Module, **arguments: Any) -> dict[str, Tensor]:
+        """Parameter name -> True for frozen entries, in the parameter's shape. The model is not changed."""
         adapted: Any = self.wrap(model, self._number)
         try:
-            # its create_optimizer selects on exactly the batches that FGGM would select on
+            # create_optimizer selects on exactly the batches that FGGM would select on
             FGGMTrainer(**{**arguments, "model": adapted, "callbacks": None}).create_optimizer()
             frozen = {}
-            for name, layer in fggm_layers(adapted, ADAPTER).items():
-                layer.fggm_values[ADAPTER].data.fill_(1)
-                frozen[f"{name}.weight"] = layer.get_delta_weight(ADAPTER) == 0
+            for path, target in find_targets(adapted, ADAPTER).items():
+                target.values.data.fill_(1)
+                frozen[f"{path}.weight"] = target.layer.get_delta_weight(ADAPTER) == 0
             return frozen
         finally:
             adapted.unload()
@@ -70,10 +70,10 @@ class MaskedFineTuning(FGGM):
 
 
 class MaskedTrainer(GradientTrainer):
-    """Trains with masked gradients, and keeps AdamW's moments and weight decay off the masked entries.
+    """Trains with masked gradients. AdamW's moments and weight decay do not affect the masked entries.
 
     Args:
-        frozen: parameter name -> True where it must not move.
+        frozen: parameter name -> True for frozen entries.
     """
 
     def __init__(self, frozen: Mapping[str, Tensor], **arguments: Any):
@@ -90,7 +90,7 @@ class MaskedTrainer(GradientTrainer):
         return [(model.get_parameter(name), frozen) for name, frozen in self.frozen.items()]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Those whose whole weight decays; masked ones decay in ``_decay``."""
+        """Parameters without a mask; ``_decay`` applies the weight decay of masked parameters."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self.frozen]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
@@ -101,7 +101,7 @@ class MaskedTrainer(GradientTrainer):
 
     @torch.no_grad()
     def _decay(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """AdamW's decoupled weight decay (arXiv 1711.05101), on the entries that may move."""
+        """AdamW's decoupled weight decay (arXiv 1711.05101), on the entries that may change."""
         rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for parameter, frozen in self._masked():
             decayed = parameter * (1 - rates[parameter] * self.args.weight_decay)

@@ -1,4 +1,4 @@
-"""What the harness asks of a way to learn a stream of tasks."""
+"""The interface of a method that learns a stream of tasks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ...core.registry import Registry
+from ...core import Registry
 
 Examples = Sequence[Mapping[str, Sequence[int]]]
-"""A task's training data as a model takes it: ``TokenizedExamples``, or a list of such rows."""
+"""Tokenized training data of a task: ``TokenizedExamples``, or a list of such rows."""
 
 
 @dataclass
 class Method(ABC):
-    """One way of learning a stream of tasks. Its options are its dataclass fields.
+    """A method that learns a stream of tasks. Its options are its dataclass fields.
 
-    The harness calls ``prepare`` once, and for each task ``begin_task``, ``trainer(...).train()`` and ``end_task``; the
-    model that ``end_task`` returns is evaluated. Tasks are numbered from 0. Between tasks the model has the modules
-    that ``prepare`` gave it: its ``state_dict`` and the method's, loaded after ``prepare``, resume a run to the bit.
+    The runner calls ``prepare`` once, and for each task ``begin_task``, ``trainer(...).train()`` and ``end_task``; it
+    evaluates the model that ``end_task`` returns. Tasks are numbered from 0. Between tasks the model has the modules
+    that it had after ``prepare``: its ``state_dict`` and that of the method, loaded after ``prepare``, resume a run
+    exactly.
 
     Attributes:
         name: the name in the registry, which sets it.
-        sees_all_tasks: the harness gives it the data of all tasks at once, as task 0.
-        trains: without it, the harness makes no trainer and calls ``end_task`` with None.
+        sees_all_tasks: the method receives the data of all tasks at once, as task 0.
+        trains: if False, there is no trainer, and ``end_task`` receives None.
     """
 
     name: ClassVar[str]
@@ -40,7 +41,7 @@ class Method(ABC):
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """What ``from_options`` takes."""
+        """The legal names of ``from_options``."""
         return [option.name for option in fields(cls) if option.init]
 
     @classmethod
@@ -48,30 +49,30 @@ class Method(ABC):
         """The method with these options.
 
         Raises:
-            ValueError: one is unknown; the message lists the known ones.
+            ValueError: an option is unknown; the message lists the legal ones.
         """
-        known = cls.option_names()
+        legal = cls.option_names()
         for name in options:
-            if name not in known:
-                listed = f"known are {', '.join(known)}" if known else "it has none"
+            if name not in legal:
+                listed = f"legal are {', '.join(legal)}" if legal else "it has none"
                 raise ValueError(f"the method {cls.name!r} has no option {name!r}; {listed}")
         return cls(**options)
 
     def prepare(self, base: nn.Module, seed: int) -> nn.Module:
-        """The model that will be trained, wrapped or not; called once, also when a run is resumed."""
+        """The model to train, wrapped or not; called once, also when a run is resumed."""
         self.seed = seed
         return base
 
     @abstractmethod
     def begin_task(self, model: nn.Module, number: int, examples: Examples) -> nn.Module:
-        """The model to train on task ``number``; sets which of its parameters do."""
+        """The model to train on task ``number``, with ``requires_grad`` set on its parameters."""
 
     def trainer(self, **arguments: Any) -> Trainer:
-        """A trainer for the task that has begun; the arguments are those of transformers' ``Trainer``."""
+        """A trainer for the current task; the arguments are those of transformers' ``Trainer``."""
         return Trainer(**arguments)
 
     def end_task(self, model: nn.Module, number: int, trainer: Trainer | None, folder: Path | None) -> nn.Module:
-        """The model that goes on.
+        """The model for the evaluation and the next task.
 
         Args:
             trainer: has trained task ``number``.
@@ -80,25 +81,25 @@ class Method(ABC):
         return model
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method itself remembers between tasks."""
+        """State that the method itself needs in later tasks."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what ``state_dict`` gave.
+        """Restore the state of ``state_dict``.
 
         Raises:
-            ValueError: the method remembers nothing, and this is something.
+            ValueError: the method has no state, but ``state`` is not empty.
         """
         if state:
-            raise ValueError(f"the method {self.name!r} remembers nothing, but its state has {', '.join(state)}")
+            raise ValueError(f"the method {self.name!r} has no state, but got {', '.join(state)}")
 
     def task_seed(self, number: int) -> int:
-        """A seed for what is drawn in task ``number``, the same when a run is resumed."""
+        """A seed for the random draws of task ``number``, the same when a run is resumed."""
         return (self.seed * 0x9E3779B1 + number) % 2**32
 
     @contextmanager
     def randomness_of(self, number: int) -> Iterator[None]:
-        """Within, torch draws by ``task_seed``; afterwards as if nothing had been drawn."""
+        """Seed torch with ``task_seed`` inside the block, and restore its random state after it."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.task_seed(number))
             yield
@@ -108,7 +109,7 @@ METHODS: Registry[type[Method]] = Registry("method", named=True)
 
 
 def train_all_(model: nn.Module) -> nn.Module:
-    """Let every parameter train.
+    """Make every parameter trainable.
 
     Raises:
         ValueError: the model is quantized.
@@ -123,7 +124,7 @@ def train_all_(model: nn.Module) -> nn.Module:
 
 
 def train_only_(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Let the named parameters train, and no others."""
+    """Make only the named parameters trainable."""
     model.requires_grad_(False)
     for name in names:
         model.get_parameter(name).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Gradients only for the output features that a batch drives hardest."""
+"""MIGU: gradients only for the output features with the largest magnitudes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .method import METHODS
 @METHODS.register("migu")
 @dataclass
 class MIGU(FineTuning):
-    """MIGU (arXiv 2406.17245, section 3): full fine-tuning where a batch moves the features it drives hardest.
+    """MIGU (arXiv 2406.17245, section 3): full fine-tuning of the features with the largest outputs on a batch.
 
     For a linear layer with output y, the magnitude of feature o is the mean of |y_o| over the tokens of a step's
-    batches (padding included), divided by the sum over features (its L1 norm). After the backward pass the gradient is
-    kept for the top ``1 - threshold`` of the features and set to zero for the others: W <- W - lr * (M * g). Weights of
-    the linear layers of the blocks only; embeddings, biases, norms and the head train plainly. What AdamW makes of
-    a zero gradient (moments, weight decay) is left as it is. All this is as in the authors' code.
+    batches (padding included), divided by the sum over features (its L1 norm). After the backward pass, the top
+    ``1 - threshold`` of the features keep their gradient and the others get zero: W <- W - lr * (M * g). The mask
+    applies to weights of the linear layers; embeddings, biases, norms and the head train without a mask. AdamW treats
+    a zero gradient as usual (moments, weight decay). All this is as in the authors' code.
 
     Args:
         threshold: share of each layer's features without a gradient, in [0, 1).
-        first_task_masked: False trains the first task plainly, as the authors' code does.
+        first_task_masked: False trains the first task without a mask, as in the authors' code.
     """
 
     threshold: float = 0.7
@@ -50,7 +50,7 @@ class MIGU(FineTuning):
 
 
 class MIGUTrainer(GradientTrainer):
-    """Records output magnitudes while it trains, and masks gradients by them."""
+    """Records output magnitudes during training, and masks gradients by them."""
 
     def __init__(self, threshold: float, **arguments: Any):
         super().__init__(**arguments)
@@ -74,23 +74,21 @@ class MIGUTrainer(GradientTrainer):
 
     def change_gradients_(self) -> None:
         for layer, magnitude in self.magnitudes.items():
-            masked = ~kept_features(self.accelerator.reduce(magnitude), self.threshold)
+            masked = ~largest_features(self.accelerator.reduce(magnitude), self.threshold)
             gradient = layer.get_parameter("weight").grad
             if gradient is not None:
                 gradient.masked_fill_(masked if isinstance(layer, Conv1D) else masked[:, None], 0)  # Conv1D: [i, o]
         self.magnitudes.clear()
 
 
-def kept_features(magnitude: Tensor, threshold: float) -> Tensor:
+def largest_features(magnitude: Tensor, threshold: float) -> Tensor:
     """The top ``1 - threshold`` of the output features, at least one.
 
     Args:
-        magnitude: ``[o]``, not negative; summed over tokens or their mean, normalised or not: the choice is the same.
+        magnitude: ``[o]``, not negative; the scale does not matter.
 
     Returns:
         ``[o]``, True for features that keep their gradient.
     """
     count = max(1, round((1 - threshold) * len(magnitude)))
-    kept = torch.zeros_like(magnitude, dtype=torch.bool)
-    kept[magnitude.topk(count).indices] = True
-    return kept
+    return torch.zeros_like(magnitude, dtype=torch.bool).index_fill_(0, magnitude.topk(count).indices, True)

@@ -1,4 +1,4 @@
-"""A LoRA for each task, orthogonal to those before it."""
+"""O-LoRA: a LoRA for each task, orthogonal to those of earlier tasks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class OLoRA(PeftMethod):
     """O-LoRA (arXiv 2310.14152, section 3): LoRA with a penalty on overlap with earlier tasks' subspaces.
 
     The loss of task t has ``penalty * sum_s ||A_s A_t^T||_F^2`` added, for each layer and each earlier task s, with A
-    ``[r, i]``. Finished adapters are merged, which is what keeping them frozen beside the weight computes; their A are
-    remembered: ``r * i`` numbers a layer and task. (The authors' code takes absolute values in place of squares.)
+    ``[r, i]``. Finished adapters are merged, which is equivalent to keeping them frozen beside the weight; their A are
+    stored: ``r * i`` numbers for each layer and task. (The authors' code uses absolute values instead of squares.)
 
     Args:
         penalty: weight of the penalty (the paper's lambda_1).
@@ -62,7 +62,7 @@ class OLoRA(PeftMethod):
 
 
 def lora_a(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path within the base -> A ``[r, i]`` of its adapter."""
+    """Module path in the base model -> A ``[r, i]`` of its adapter."""
     return {
         name.removeprefix("base_model.model."): module.lora_A[ADAPTER].get_parameter("weight")
         for name, module in model.named_modules()

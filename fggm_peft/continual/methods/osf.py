@@ -1,4 +1,4 @@
-"""Training in the directions that a weight hardly uses."""
+"""OSF: training in the directions that a weight hardly uses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .peft_method import PeftMethod
 @METHODS.register("osf")
 @dataclass
 class OSF(PeftMethod):
-    """Orthogonal subspace fine-tuning (arXiv 2504.07097), as PEFT has it.
+    """Orthogonal subspace fine-tuning (arXiv 2504.07097), as implemented in PEFT.
 
-    The largest singular directions of each weight are kept; the others train, with gradients orthogonal to those kept.
-    Between tasks it does what PEFT's documentation says ("Sequential Task Learning"): the task becomes part of the
-    weights, their singular value decomposition is computed again, and a larger part of it is kept. (The page
-    unloads with ``unload()``, which in peft 0.21 drops what was learned: the delta is not in the weight until merged.)
-    For ``nn.Linear``; PEFT's OSF passes by GPT-2's Conv1D.
+    The largest singular directions of each weight are kept; the others train, with gradients orthogonal to them.
+    Between tasks it follows PEFT's documentation ("Sequential Task Learning"): the task is merged, the singular value
+    decomposition of the weights is computed again, and a larger part of it is kept. (The page calls ``unload()``,
+    which loses the task in peft 0.21, because the delta is not in the weight until it is merged.) PEFT's OSF adapts
+    ``nn.Linear`` and skips GPT-2's Conv1D.
 
     Args:
         effective_rank: the share of a weight's rank that is kept in the first task, in (0, 1).
-        growth: how much is added to it with every task; it stops at ``most``.
-        most: the largest share that is kept.
+        growth: increase of this share with every task, up to ``most``.
+        most: the largest share.
     """
 
     config_class = OSFConfig
@@ -41,5 +41,5 @@ class OSF(PeftMethod):
         super().__post_init__()
 
     def defaults(self, number):
-        kept = min(self.effective_rank + self.growth * number, self.most)
-        return {**super().defaults(number), "effective_rank": kept}
+        share = min(self.effective_rank + self.growth * number, self.most)
+        return {**super().defaults(number), "effective_rank": share}

@@ -1,4 +1,4 @@
-"""What methods have in common that train an adapter of PEFT."""
+"""Base class of the methods that train a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from ...deltas import save_adapter
 from .method import Examples, Method
 
 WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
+DEFAULTS = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 
 
 @dataclass
 class PeftMethod(Method):
-    """A fresh adapter for every task, which is saved and merged when the task ends.
+    """A new adapter for every task; it is saved and merged when the task ends.
 
     Args:
-        config: what the adapter's config is made of. ``task_type`` is CAUSAL_LM and ``target_modules`` "all-linear"
-            if it does not say otherwise. ``make_method`` takes these as options of their own.
+        config: fields of the adapter's config; ``DEFAULTS`` apply to fields that it does not contain. ``make_method``
+            also takes these fields as options.
     """
 
     config_class: ClassVar[type[PeftConfig]]
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.make_config(0)  # a bad option is an error now, not when the run has begun
+        self.make_config(0)  # raises an error for an illegal option now, not after hours
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -41,18 +42,18 @@ class PeftMethod(Method):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Method:
-        names = set(cls.option_names()) - {option.name for option in fields(cls) if option.init}
-        of_config = {name: value for name, value in options.items() if name in names}
-        own = {name: value for name, value in options.items() if name not in names}
-        return super().from_options({**own, "config": {**own.get("config", {}), **of_config}})
-
-    def make_config(self, number: int) -> PeftConfig:
-        """The config of task ``number``'s adapter, a new one each time, since PEFT writes into it."""
-        return self.config_class(**{**self.defaults(number), **copy.deepcopy(self.config)})
+        of_config = set(cls.option_names()) - {option.name for option in fields(cls) if option.init}
+        config = {name: value for name, value in options.items() if name in of_config}
+        own = {name: value for name, value in options.items() if name not in of_config}
+        return super().from_options({**own, "config": {**own.get("config", {}), **config}})
 
     def defaults(self, number: int) -> dict[str, Any]:
-        """What task ``number``'s config has unless ``config`` says otherwise."""
-        return {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+        """Fields of task ``number``'s config that ``config`` overrides."""
+        return dict(DEFAULTS)
+
+    def make_config(self, number: int) -> PeftConfig:
+        """A new config for task ``number``'s adapter; PEFT modifies it."""
+        return self.config_class(**{**self.defaults(number), **copy.deepcopy(self.config)})
 
     def wrap(self, model: nn.Module, number: int) -> nn.Module:
         """The model with task ``number``'s adapter."""
@@ -68,8 +69,8 @@ class PeftMethod(Method):
 
 
 def save_task(model: Any, trainer: Trainer | None, folder: Path | None) -> None:
-    """Save the adapter from the main process, if there is a folder for it."""
+    """Save the adapter in the folder, if there is one, from the main process."""
     if folder is not None:
         is_main = trainer is None or trainer.is_world_process_zero()
-        # "auto" would ask the Hub whether the vocabulary has been resized
+        # "auto" would query the Hub for a resized vocabulary
         save_adapter(model, folder, is_main, save_embedding_layers=False)

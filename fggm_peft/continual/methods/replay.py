@@ -1,4 +1,4 @@
-"""Full fine-tuning with some of the earlier tasks' data mixed in."""
+"""Experience replay: full fine-tuning with some of the earlier tasks' data."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from transformers import Trainer
 from .fine_tuning import FineTuning
 from .method import METHODS, Examples
 
-INDICES = "indices"
-
 
 @METHODS.register("replay")
 @dataclass
 class Replay(FineTuning):
-    """Experience replay: a share of each task's examples is kept and mixed into the data of every later task.
+    """Experience replay: a share of each task's examples is mixed into the data of every later task.
+
+    ``state_dict`` contains the indices of these examples in each task (``<task>.indices``) and their tokens, so that
+    a resumed run does not need the data of earlier tasks.
 
     Args:
-        fraction: of a task's examples, in (0, 1]; at least one is kept.
-
-    ``state_dict`` holds for each task which examples are kept (``<task>.indices``) and their tokens, so that a
-    resumed run needs no earlier task's data.
+        fraction: of a task's examples, in (0, 1]; at least one example.
     """
 
     fraction: float = 0.1
-    _memory: dict[int, list[dict[str, list[int]]]] = field(default_factory=dict, init=False, repr=False)
-    _kept: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _examples: dict[int, list[dict[str, list[int]]]] = field(default_factory=dict, init=False, repr=False)
+    _indices: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     _number: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -41,17 +39,16 @@ class Replay(FineTuning):
     def begin_task(self, model, number, examples: Examples):
         self._number = number
         generator = torch.Generator().manual_seed(self.task_seed(number))
-        share = max(1, round(self.fraction * len(examples)))
-        drawn = torch.randperm(len(examples), generator=generator)[:share]
-        self._kept[number] = drawn.sort().values
-        self._memory[number] = [
-            {key: list(values) for key, values in examples[index].items()} for index in self._kept[number].tolist()
+        count = max(1, round(self.fraction * len(examples)))
+        self._indices[number] = torch.randperm(len(examples), generator=generator)[:count].sort().values
+        self._examples[number] = [
+            {key: list(values) for key, values in examples[index].items()} for index in self._indices[number].tolist()
         ]
         return super().begin_task(model, number, examples)
 
     def replayed(self) -> list[dict[str, list[int]]]:
-        """The examples of earlier tasks that are mixed into the current one's."""
-        return [example for task in sorted(self._memory) if task < self._number for example in self._memory[task]]
+        """The examples of earlier tasks that are mixed into the current task's data."""
+        return [example for task in sorted(self._examples) if task < self._number for example in self._examples[task]]
 
     def trainer(self, **arguments: Any) -> Trainer:
         if earlier := self.replayed():
@@ -60,20 +57,19 @@ class Replay(FineTuning):
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {}
-        for task, examples in self._memory.items():
-            state[f"{task}.{INDICES}"] = self._kept[task]
+        for task, examples in self._examples.items():
+            state[f"{task}.indices"] = self._indices[task]
             for key in examples[0]:
                 state[f"{task}.{key}.values"] = torch.tensor([value for e in examples for value in e[key]])
                 state[f"{task}.{key}.lengths"] = torch.tensor([len(e[key]) for e in examples])
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._kept = {int(key.split(".")[0]): kept for key, kept in state.items() if key.endswith(f".{INDICES}")}
-        self._memory = {task: [{} for _ in kept] for task, kept in self._kept.items()}
+        self._indices = {int(key.split(".")[0]): value for key, value in state.items() if key.endswith(".indices")}
+        self._examples = {task: [{} for _ in indices] for task, indices in self._indices.items()}
         for name, lengths in state.items():
-            if not name.endswith(".lengths"):
-                continue
-            task, key, _ = name.split(".")
-            rows = state[f"{task}.{key}.values"].split(lengths.tolist())
-            for example, values in zip(self._memory[int(task)], rows, strict=True):
-                example[key] = values.tolist()
+            if name.endswith(".lengths"):
+                task, key, _ = name.split(".")
+                rows = state[f"{task}.{key}.values"].split(lengths.tolist())
+                for example, values in zip(self._examples[int(task)], rows, strict=True):
+                    example[key] = values.tolist()

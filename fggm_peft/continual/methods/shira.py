@@ -1,4 +1,4 @@
-"""Sparse adapters at random places."""
+"""SHiRA: sparse adapters on random entries."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .peft_method import PeftMethod
 @METHODS.register("shira")
 @dataclass
 class SHiRA(PeftMethod):
-    """SHiRA (arXiv 2406.13175): a few entries of each weight train, chosen at random anew for every task.
+    """SHiRA (arXiv 2406.13175): a few entries of each weight train, chosen at random for every task.
 
-    The random kind of mask is the one that PEFT has. Without a seed PEFT draws the same places every time, so each task
-    has a seed of its own; weights of one shape still have the same places within a task.
+    PEFT implements the random mask. Without a seed PEFT chooses the same entries every time, so each task has its own
+    seed; within a task, weights of the same shape have the same entries.
     """
 
     config_class = ShiraConfig

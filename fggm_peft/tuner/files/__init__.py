@@ -1,0 +1,8 @@
+"""Adapter files: reading, writing and checks. The names here serve the packages above."""
+
+from .atomic import digest_of_files, digest_of_folder, write_json, write_whole
+from .hub import may_be_hub_id
+from .task_scores import HISTORY, TaskRecord, history_of, scores_from
+
+__all__ = ["HISTORY", "TaskRecord", "digest_of_files", "digest_of_folder", "history_of", "may_be_hub_id"]
+__all__ += ["scores_from", "write_json", "write_whole"]

@@ -1,0 +1,1 @@
+"""Several adapters on one model: mixed batches, weighted sums, hot-swapping."""
