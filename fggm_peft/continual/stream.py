@@ -247,10 +247,10 @@ def _order_name(order: str | tuple[str, ...]) -> str:
 
 
 def differences(fingerprint: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """The differences of two fingerprints, such as "training.epochs: 1.0, saved 3.0"; empty if they are equal."""
+    """The differences of two fingerprints, such as "training.epochs: 1.0 instead of 3.0"; empty if they are equal."""
     now, before = _flat(fingerprint), _flat(saved)
     pairs = [(name, now.get(name, "missing"), before.get(name, "missing")) for name in {**now, **before}]
-    return [f"{name}: {_abbreviated(a)}, saved {_abbreviated(b)}" for name, a, b in pairs if a != b]
+    return [f"{name}: {_abbreviated(a)} instead of {_abbreviated(b)}" for name, a, b in pairs if a != b]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -391,7 +391,7 @@ def test_an_empty_text_is_an_error(tmp_path):
 def test_what_decides_the_figures_is_in_the_digest(folder, tmp_path):
     plain = read_stream(settings(folder))
     limited = read_stream(settings(folder, lm_eval_limit=3))
-    assert differences(limited.fingerprint(), plain.fingerprint()) == ["general.lm_eval_limit: 3, saved null"]
+    assert differences(limited.fingerprint(), plain.fingerprint()) == ["general.lm_eval_limit: 3 instead of null"]
     text_only = General(text=str(folder / "general.txt")).fingerprint()
     assert list(text_only) == ["text"] and len(text_only["text"]) == 64
     before = plain.fingerprint()

@@ -215,7 +215,7 @@ def test_the_report_of_several_folders_tells_their_runs_apart(tmp_path):
 
 def test_folders_of_different_streams_give_a_warning_and_an_empty_folder_an_error(tmp_path):
     a, b = (folder_of(tmp_path / str(n), [run("sft")], {"training": {"epochs": n}}) for n in (1, 3))
-    with pytest.warns(UserWarning, match=r"differ: training\.epochs: 1, there 3"):
+    with pytest.warns(UserWarning, match=r"differ: training\.epochs: 1 instead of 3"):
         read_results([a, b])
     with pytest.raises(FileNotFoundError, match="no finished run in"):
         read_results([tmp_path / "nothing"])

@@ -372,7 +372,7 @@ def test_a_fingerprint_that_was_saved_is_compared_as_well(settings):
     assert changes(stream, saved) == []
     saved["training"]["epochs"] = 3
     saved["training"]["gone"] = True
-    assert changes(stream, saved) == ["training.epochs: 1.0, saved 3", "training.gone: missing, saved true"]
+    assert changes(stream, saved) == ["training.epochs: 1.0 instead of 3", "training.gone: missing instead of true"]
 
 
 def test_whole_numbers_are_the_same_from_python_and_from_a_file():
