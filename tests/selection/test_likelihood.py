@@ -1,4 +1,4 @@
-"""The log-likelihood that the Fisher pass differentiates, against the model's own loss."""
+"""The default log-likelihood of the Fisher pass, against the model's own loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_ANSWER = PROMPTED | {"labels": torch.full_like(PROMPTED["labels"], -100)}
 
 
 def own_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The model's own loss of each sample alone, as a sum over its answer."""
+    """The model's own log-likelihood of each sample, summed over its answer."""
     result = []
     for sample in range(len(batch["labels"])):
         one = {key: value[sample : sample + 1] for key, value in batch.items()}
@@ -32,7 +32,7 @@ BATCHES = {"prompted": PROMPTED, "everywhere": EVERYWHERE, "no answer": NO_ANSWE
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=list(BATCHES))
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_it_is_the_models_own_loss_summed_and_so_are_its_gradients(build, batch):
+def test_likelihood_and_gradients_agree_with_the_models_own_loss(build, batch):
     model = build().eval()
     got, wanted = default_log_likelihood(model, None)(model, batch), own_loss(model, batch)
     torch.testing.assert_close(got, wanted)
@@ -46,9 +46,9 @@ def test_it_is_the_models_own_loss_summed_and_so_are_its_gradients(build, batch)
 @pytest.mark.parametrize(
     "targets, positions",
     [(["q_proj"], PROMPTED["labels"][:, 1:].ne(-100).any(0).sum()), (["lm_head"], PROMPTED["labels"].shape[1])],
-    ids=["head not chosen from", "head chosen from"],
+    ids=["head not a target", "head a target"],
 )
-def test_the_head_sees_only_positions_before_an_answer_unless_it_is_chosen_from(targets, positions):
+def test_the_head_computes_only_positions_of_the_answer_unless_it_is_a_target(targets, positions):
     model = adapted(llama(), target_modules=targets).eval()
     seen = []
     model.get_base_model().lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
@@ -56,7 +56,7 @@ def test_the_head_sees_only_positions_before_an_answer_unless_it_is_chosen_from(
     assert seen == [positions]
 
 
-def test_a_model_that_has_to_compute_all_logits_does():
+def test_models_without_logits_to_keep_compute_all_logits():
     model = llama().eval()
     likelihood = default_log_likelihood(model, None)
     wanted = likelihood(model, PROMPTED)

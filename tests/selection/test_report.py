@@ -24,10 +24,10 @@ def texts(figure) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", to_svg(figure, "plot"))
 
 
-# --- what the report says ------------------------------------------------------------------------
+# Contents ----------------------------------------------------------------------------------------
 
 
-def test_the_report_says_what_the_selection_cost():
+def test_the_report_contains_the_cost_of_the_selection():
     report = select_parameters(adapted(llama()), token_batches(), num_samples=6, progress=False)
     assert (report.num_samples, report.samples, report.sample_passes, report.backward) == (6, 6, 6, True)
     assert report.samples_per_second == pytest.approx(6 / report.seconds)
@@ -38,7 +38,7 @@ def test_the_report_says_what_the_selection_cost():
     json.dumps(found)
 
 
-def test_a_reference_and_repeated_passes_are_counted_too():
+def test_the_cost_includes_a_reference_and_repeated_passes():
     model = adapted(llama(), "column", criterion="gain_per_harm")
     text = [{"input_ids": batch["input_ids"]} for batch in token_batches(padding="right", seed=1)]
     report = select_parameters(
@@ -53,12 +53,12 @@ def test_a_reference_and_repeated_passes_are_counted_too():
 
 
 @pytest.mark.parametrize(("criterion", "kind"), [("output_magnitude", "(forward)"), ("random", "no pass over data")])
-def test_a_pass_without_a_backward_says_so(criterion, kind):
+def test_the_cost_names_a_pass_without_backward(criterion, kind):
     report = select_parameters(adapted(llama(), criterion=criterion), token_batches(), progress=False)
     assert kind in report.cost and not report.backward
 
 
-def test_every_check_of_auto_is_kept_and_the_adapter_remembers_them():
+def test_report_and_config_contain_every_check_of_the_automatic_number_of_samples():
     model = adapted(llama())
     report = select_parameters(model, MANY, progress=False)
     assert [(check.data, check.samples) for check in report.checks] == [("task", 32), ("task", 64)]
@@ -68,16 +68,18 @@ def test_every_check_of_auto_is_kept_and_the_adapter_remembers_them():
         "task": [(n, report.checks[k].agreement) for k, n in ((0, 32), (1, 64))] + [(72, report.agreement)]
     }
     assert model.peft_config["default"].selection["checks"] == [[c.samples, c.agreement] for c in report.checks]
-    # the agreement of a check is what a selection from so many samples reports
+    # a check has the agreement that a selection with its number of samples reports
     alone = select_parameters(adapted(llama()), MANY, num_samples=32, progress=False)
     assert alone.agreement == pytest.approx(report.checks[0].agreement) and not alone.checks
 
 
-def test_checks_of_a_reference_are_told_from_those_of_the_task():
+def test_checks_of_reference_and_task_are_distinguished():
     model = adapted(llama(), "column", criterion="gain_per_harm")
     report = select_parameters(model, MANY[:5], reference=MANY[5:9], progress=False)
     assert [(check.data, check.samples) for check in report.checks] == [("reference", 32), ("task", 32)]
-    assert report.agreements()["task"] == [(32, report.checks[1].agreement)]  # at the end another measure is taken
+    assert report.agreements()["task"] == [
+        (32, report.checks[1].agreement)
+    ]  # the final agreement is measured differently
 
 
 def test_mean_scores_are_means_over_weight_entries(granularity):
@@ -89,7 +91,7 @@ def test_mean_scores_are_means_over_weight_entries(granularity):
         assert module.mean_score == pytest.approx(float(scores[module.name].double().sum()) / entries, rel=1e-4)
 
 
-def test_the_card_has_a_table_where_densities_differ(tmp_path):
+def test_the_card_contains_a_table_if_densities_differ(tmp_path):
     model = adapted(llama(), density_pattern={"q_proj": 0.5})
     select_parameters(model, token_batches(), progress=False)
     model.save_pretrained(tmp_path / "differs")
@@ -101,11 +103,11 @@ def test_the_card_has_a_table_where_densities_differ(tmp_path):
     assert "The share is the same in every module." in card and "| q_proj" not in card
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# Plots -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [llama, t5])
-def test_all_pictures_of_a_report(build):
+def test_a_report_has_three_plots(build):
     model = adapted(build(), target_modules="all-linear")
     report = select_parameters(model, MANY[:5], progress=False)
     found = dict(report.plots())
@@ -117,13 +119,13 @@ def test_all_pictures_of_a_report(build):
 def test_a_report_without_agreements_has_only_a_density_plot():
     report = select_parameters(adapted(llama()), token_batches(), num_samples=None, progress=False)
     assert [name for name, _ in report.plots()] == ["density"]
-    unknown = [AgreementCheck("task", 32, None)]  # everything is chosen
+    unknown = [AgreementCheck("task", 32, None)]  # everything is selected
     found = dataclasses.replace(report, checks=unknown, samples=32)
     assert [name for name, _ in found.plots()] == ["density"]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 12, 30, 126])
-def test_labels_of_a_density_picture_do_not_touch(layers):
+def test_labels_of_a_density_plot_do_not_overlap(layers):
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj")
     shares = {f"model.layers.{n}.{kind}": (n / layers, 100) for n in range(layers) for kind in kinds}
     figure = density_plot(shares | {"lm_head": (0.5, 100)})
@@ -135,17 +137,17 @@ def test_labels_of_a_density_picture_do_not_touch(layers):
         assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
-def test_a_density_picture_of_one_module_and_of_nothing_chosen():
+def test_a_density_plot_of_one_module_and_of_an_empty_support():
     assert ".25" in texts(density_plot({"classifier": (0.25, 4)}))
     assert "0" in texts(density_plot({"classifier": (0.0, 4)}))
 
 
-def test_an_overlap_picture_has_chance_above_the_diagonal():
+def test_an_overlap_plot_has_chance_above_the_diagonal():
     figure = overlap_plot(["a", "b"], [[1.0, 0.3], [0.3, 1.0]], [[0.2, 0.18], [0.18, 0.2]])
     assert [text for text in texts(figure) if text[0] in ".1"] == ["1.0", ".18", ".30", "1.0"]
 
 
-def test_agreements_that_are_not_known_are_bridged():
+def test_an_agreement_plot_skips_unknown_agreements():
     figure = agreement_plot({"a": [(32, None), (64, 0.5)], "b": [(32, 0.6), (128, 0.9)], "none": [(32, None)]}, 0.8)
     assert "none" not in texts(figure) and {"a", "b"} <= set(texts(figure))
 
@@ -160,7 +162,7 @@ def test_select_writes_the_plots_of_its_report(folder, tmp_path):
     assert sorted(report["pictures"]) == [str(tmp_path / "plots" / name) for name in names]
 
 
-def test_select_refuses_pictures_that_it_cannot_write_before_it_loads_the_model(tmp_path):
+def test_select_rejects_an_unusable_plot_folder_before_loading_the_model(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     common = ("select", "no/model", "--data", "x", "--output", tmp_path / "out")
@@ -168,7 +170,7 @@ def test_select_refuses_pictures_that_it_cannot_write_before_it_loads_the_model(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_auto_saw_survives_in_the_adapters_config(tmp_path):
+def test_the_checks_survive_in_the_config_of_the_adapter(tmp_path):
     model = adapted(llama())
     select_parameters(model, MANY[:5], progress=False)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""``select_parameters``: what is chosen, what is reported, and what is refused."""
+"""``select_parameters``: the support, the report and errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.tuner.support import fggm_layers
 
 
-def test_the_support_holds_the_highest_scores(granularity):
+def test_the_support_contains_the_highest_scores(granularity):
     model = adapted(llama(), granularity, density=0.25)
     report = select_parameters(model, token_batches(), num_samples=None, progress=False)
     scores = fisher_scores(model, token_batches())
@@ -55,7 +55,7 @@ def test_the_support_holds_the_highest_scores(granularity):
         assert module.score_share == pytest.approx(float(share), rel=1e-4)
 
 
-def test_the_same_data_in_other_batches_gives_the_same_support(granularity):
+def test_the_batch_size_does_not_change_the_support(granularity):
     supports = []
     for size in (1, 4):
         whole = token_batches(sizes=(8,))[0]
@@ -66,7 +66,7 @@ def test_the_same_data_in_other_batches_gives_the_same_support(granularity):
     assert all(torch.equal(a, b) for a, b in zip(*supports, strict=True))
 
 
-def test_labels_of_the_model_are_drawn_by_the_seed():
+def test_labels_of_the_model_depend_on_the_seed():
     def support(**config):
         model = adapted(llama(), fisher_labels="model", **config)
         select_parameters(model, token_batches(), progress=False)
@@ -85,7 +85,7 @@ def shuffling(batches, fail_at=None):
 
 
 @pytest.mark.parametrize("fail_at", [None, 2])
-def test_the_pass_leaves_no_trace(fail_at):
+def test_the_pass_does_not_change_model_and_random_state(fail_at):
     model = adapted(llama(), modules_to_save=["lm_head"])
     model.train()
     model.base_model.model.model.layers[0].eval()
@@ -105,8 +105,8 @@ def test_the_pass_leaves_no_trace(fail_at):
     assert torch.equal(logits(model, token_batches()[0]), output)
 
 
-def test_auto_stops_when_the_halves_agree_and_says_so():
-    """Samples that repeat agree at once; the smallest number that is checked is enough."""
+def test_the_automatic_number_of_samples_stops_when_the_halves_agree():
+    """Repeated samples agree at the first check; other samples use all data."""
     model = adapted(llama())
     repeated = [token_batches(sizes=(4,))[0]] * 64
     one = {key: value[:1].expand(8, -1) for key, value in repeated[0].items()}
@@ -117,23 +117,23 @@ def test_auto_stops_when_the_halves_agree_and_says_so():
     assert model.peft_config["default"].selection["samples"] == 32
 
 
-def test_asking_for_more_samples_than_there_are_warns_and_uses_all():
+def test_too_large_num_samples_warns_and_uses_all_samples():
     with pytest.warns(UserWarning, match=r"num_samples=100.*has 8"):
         assert select_parameters(adapted(llama()), token_batches(), num_samples=100, progress=False).samples == 8
 
 
 @pytest.mark.parametrize("config", [{}, {"threshold": ScoreMass(0.8)}])
-def test_a_bound_on_score_memory_takes_several_passes_and_chooses_the_same(config):
+def test_limited_score_memory_does_not_change_the_support(config):
     def support(**arguments):
         model = adapted(llama(), "element", **config)
         select_parameters(model, token_batches(), progress=False, **arguments)
         return [layer.fggm_indices["default"] for layer in fggm_layers(model, "default").values()]
 
-    # the largest weight is 96 x 64 and takes 8 bytes an entry
+    # the largest weight is 96 x 64 and needs 8 bytes per entry
     assert all(torch.equal(a, b) for a, b in zip(support(), support(score_memory=96 * 64 * 8), strict=True))
 
 
-def test_a_global_threshold_spends_its_budget_over_the_model():
+def test_a_global_threshold_distributes_its_budget_over_the_model():
     model = adapted(llama(), threshold=ParameterBudget(10_000))
     report = select_parameters(model, token_batches(), progress=False)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -149,7 +149,7 @@ def test_density_pattern_overrides_single_modules():
         assert module.density == expected
 
 
-def test_bias_entries_of_chosen_rows_train():
+def test_bias_entries_of_selected_rows_train():
     model = adapted(bert(BERT_HEADS["masked"]), bias="fggm_only", target_modules=["query", "dense"])
     batches = token_batches(padding="right")
     report = select_parameters(model, batches, progress=False)
@@ -161,7 +161,7 @@ def test_bias_entries_of_chosen_rows_train():
     assert report.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_the_report_prints_and_converts():
+def test_the_report_converts_to_text_dict_and_pandas():
     report = select_parameters(adapted(llama()), token_batches(), progress=False)
     text = str(report)
     assert "model.layers.0.mlp.up_proj" in text and "8 samples" in text
@@ -171,7 +171,7 @@ def test_the_report_prints_and_converts():
     assert report.density == pytest.approx(0.3, abs=0.02)
 
 
-def test_training_an_adapter_that_was_never_selected_names_select_parameters():
+def test_training_an_unselected_adapter_raises_an_error_that_names_select_parameters():
     model = adapted(llama())
     model.train()
     with pytest.raises(AdapterNotSelectedError, match="select_parameters"):
@@ -179,11 +179,11 @@ def test_training_an_adapter_that_was_never_selected_names_select_parameters():
     assert logits(model, token_batches()[0]).isfinite().all()
 
 
-def test_selecting_again_needs_reset_once_values_are_trained():
+def test_selecting_again_after_training_requires_reset():
     batches = token_batches()
     model = adapted(llama())
     select_parameters(model, batches, progress=False)
-    select_parameters(model, batches, progress=False)  # nothing trained yet: nothing is lost
+    select_parameters(model, batches, progress=False)  # allowed, because nothing is trained yet
     train(model, batches)
     trained = logits(model, batches[0])
     with pytest.raises(AlreadyTrainedError, match="reset=True"):
@@ -191,7 +191,7 @@ def test_selecting_again_needs_reset_once_values_are_trained():
     assert torch.equal(logits(model, batches[0]), trained)
     select_parameters(model, batches, reset=True, progress=False)
     torch.testing.assert_close(logits(model, batches[0]), logits(llama(), batches[0]))
-    expected = fisher_scores(adapted(llama()), batches)  # scores are taken without the old delta
+    expected = fisher_scores(adapted(llama()), batches)  # scores do not depend on the old delta
     model = adapted(llama())
     select_parameters(model, batches, progress=False)
     train(model, batches)
@@ -217,14 +217,14 @@ def ignored_labels():
         ([(1, 2)], "must be dicts"),
     ],
 )
-def test_bad_data_is_one_clear_error_and_changes_nothing(data, message):
+def test_invalid_data_raises_an_error_and_does_not_change_the_model(data, message):
     model = adapted(llama())
     with pytest.raises(ValueError, match=message):
         select_parameters(model, data, progress=False)
     assert all(not layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
 
-def test_a_sample_without_answer_counts_as_nothing_learned_whatever_batch_it_is_in():
+def test_a_sample_without_answer_has_zero_scores_in_every_batch():
     (batch,) = token_batches(sizes=(4,))
     batch["labels"][1] = -100
     single = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]
@@ -234,12 +234,12 @@ def test_a_sample_without_answer_counts_as_nothing_learned_whatever_batch_it_is_
 
 
 @pytest.mark.parametrize("bad", [0, 1, -3, True, 2.5, "all"])
-def test_a_bad_number_of_samples_is_refused(bad):
+def test_an_invalid_number_of_samples_is_rejected(bad):
     with pytest.raises(ValueError, match="num_samples"):
         select_parameters(adapted(llama()), token_batches(), num_samples=bad)
 
 
-def test_a_nan_in_the_pass_names_module_and_batch():
+def test_a_nan_in_the_pass_raises_an_error_that_names_module_and_batch():
     model = adapted(llama())
     batches = token_batches()
 
@@ -250,7 +250,7 @@ def test_a_nan_in_the_pass_names_module_and_batch():
     with pytest.raises(NonFiniteScoreError, match="batch 1"):
         select_parameters(model, batches, log_likelihood=spoiled, progress=False)
 
-    def steep(model, batch):  # finite itself, but its squared gradients overflow
+    def steep(model, batch):  # the likelihood is finite, but its squared gradients overflow
         return default_log_likelihood(model.get_base_model(), "CAUSAL_LM")(model, batch) * 1e25
 
     with pytest.raises(NonFiniteScoreError, match=r"module model\.layers\.\d.*batch 0"):
@@ -258,12 +258,12 @@ def test_a_nan_in_the_pass_names_module_and_batch():
     assert all(not layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
 
-def test_an_iterator_cannot_be_passed_over_twice():
+def test_an_iterator_cannot_be_read_twice():
     with pytest.raises(ValueError, match="read once"):
         select_parameters(adapted(llama(), "element"), iter(token_batches()), score_memory=96 * 64 * 8, progress=False)
 
 
-def test_score_memory_must_hold_one_module_and_a_global_threshold():
+def test_score_memory_must_fit_one_module_and_requires_layer_scope():
     model = adapted(llama(), "element")
     with pytest.raises(ValueError, match="too small"):
         select_parameters(model, token_batches(), score_memory="1KB", progress=False)
@@ -272,8 +272,8 @@ def test_score_memory_must_hold_one_module_and_a_global_threshold():
         select_parameters(model, token_batches(), score_memory=96 * 64 * 8, progress=False)
 
 
-def test_inputs_that_do_not_separate_into_samples_are_refused_unless_alone():
-    """GPT-2's position embedding is looked up once for a whole batch."""
+def test_inputs_shared_by_all_samples_require_batch_size_1():
+    """GPT-2 looks up its position embedding once for a whole batch."""
     model = adapted(gpt2(), target_modules=["wpe"])
     batches = token_batches(padding="right")
     with pytest.raises(ValueError, match="batch size 1"):
@@ -282,12 +282,12 @@ def test_inputs_that_do_not_separate_into_samples_are_refused_unless_alone():
     assert select_parameters(model, single, progress=False).modules[0].chosen
 
 
-def test_a_custom_likelihood_excludes_labels_of_the_model():
+def test_a_custom_likelihood_rejects_labels_of_the_model():
     with pytest.raises(ValueError, match="fisher_labels"):
         select_parameters(adapted(llama(), fisher_labels="model"), token_batches(), log_likelihood=lambda m, b: None)
 
 
-def test_a_model_without_an_adapter_or_with_a_merged_one_is_refused():
+def test_models_without_an_adapter_or_with_a_merged_one_are_rejected():
     with pytest.raises(ValueError, match="get_peft_model"):
         select_parameters(llama(), token_batches())
     model = adapted(llama(), criterion="random")
@@ -296,7 +296,7 @@ def test_a_model_without_an_adapter_or_with_a_merged_one_is_refused():
         select_parameters(model, token_batches())
 
 
-def test_data_free_criteria_are_filled_at_birth_and_can_be_chosen_again():
+def test_data_free_criteria_select_at_creation_and_can_select_again():
     for criterion in ("random", "weight_magnitude"):
         model = adapted(llama(), criterion=criterion)
         before = [layer.fggm_indices["default"].clone() for layer in fggm_layers(model, "default").values()]
@@ -307,7 +307,7 @@ def test_data_free_criteria_are_filled_at_birth_and_can_be_chosen_again():
         assert report.samples == 0 and report.agreement is None
 
 
-def test_modules_the_data_never_reaches_stay_empty_and_are_named():
+def test_modules_without_gradients_stay_empty_and_are_reported():
     class WithIdle(Twice):
         def __init__(self):
             super().__init__()
@@ -332,12 +332,12 @@ def test_models_with_injected_layers_can_be_selected():
         assert model(**token_batches()[0]).loss.requires_grad
 
 
-def test_a_threshold_that_chooses_nothing_is_refused():
+def test_a_threshold_that_selects_nothing_raises_an_error():
     with pytest.raises(ValueError, match="chooses nothing"):
         select_parameters(adapted(llama(), threshold=MeanPlusStd(50.0)), token_batches(), progress=False)
 
 
-def test_a_density_pattern_that_matches_nothing_is_named():
+def test_an_unmatched_density_pattern_causes_a_warning():
     with pytest.warns(RuntimeWarning, match=r"density_pattern.*\['query'\]"):
         adapted(llama(), density_pattern={"query": 0.1, "q_proj": 0.2})
 
