@@ -1,7 +1,4 @@
-"""The program ``fggm``: every module of this folder that has a function ``run`` is one of its commands.
-
-Nothing in this folder imports torch or transformers before a command runs, so that ``fggm --help`` is quick.
-"""
+"""The program ``fggm``: every module in this folder that has a function ``run`` is one of its commands."""
 
 
 def main() -> None:

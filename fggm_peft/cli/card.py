@@ -1,4 +1,4 @@
-"""``fggm card``: write the model card of an adapter."""
+"""``fggm card``: writes the model card of an adapter."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .command import Result
-from .output import require_adapter
+from .output import Result, require_adapter
 
 
-def run(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
-) -> Result:
-    """Write the model card of ADAPTER (README.md), or the library's part of it anew.
+def run(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an FGGM adapter.")]) -> Result:
+    """Write the model card of ADAPTER (README.md), or update the library's part of it.
 
-    What its author has written is kept. A card of an older version gets the part under "How to Get Started".
+    The author's text is kept.
     """
     if not adapter.is_dir():
-        raise FileNotFoundError(f"no folder {str(adapter)!r}; a card is written into an adapter's own")
+        raise FileNotFoundError(f"no folder {str(adapter)!r}; a card is written into an adapter's folder")
     require_adapter(str(adapter))
 
     from ..tuner.files.model_card import write_card
     from ..tuner.files.reading import read_config
 
     path = write_card(adapter, read_config(adapter / "adapter_config.json"))
-    return Result({"card": str(path)}, f"Written: {path}. Put its license into the header.")
+    return Result({"card": str(path)}, f"Written: {path}. Add the license to its header.")

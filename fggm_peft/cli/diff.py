@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .command import Result
-from .output import ADAPTER_FILE, require_free
+from .output import ADAPTER_FILE, Result, require_free
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from .command import Result
-from .output import require_adapter, require_free
+from .output import Result, require_adapter, require_free
 
 if TYPE_CHECKING:
     from rich.console import Group

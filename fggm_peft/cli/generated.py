@@ -13,6 +13,7 @@ import typer
 
 SCALARS = {int, float, str, bool}
 JSON_TYPES = {int, float, bool, dict, list}
+MAX_HELP_LENGTH = 240
 
 
 def options_of(
@@ -24,15 +25,15 @@ def options_of(
 ) -> Callable[[type], Any]:
     """Decorator: makes a class a frozen dataclass with one option for each field of ``source``.
 
-    The option's name, type, default and help are those of the field. An option that is not given is None.
+    The option has the field's name, type, default and help. An option that is not given is None.
 
     Args:
         source: a dataclass with help texts in ``metadata["help"]``.
-        skip: fields that get no option. Fields with ``init=False`` never get one.
-        shown: fields that ``--help`` lists; None is all of them.
-        defaults: defaults that replace those of ``source`` in the help. A flag whose default is not False has a
-            second form, ``--no-...``.
-        aliases: field -> a second, shorter name.
+        skip: fields without an option, in addition to those with ``init=False``.
+        shown: fields that ``--help`` lists; None lists all.
+        defaults: defaults that replace those of ``source`` in the help. A flag has a second form, ``--no-...``, unless
+            its default is False.
+        aliases: field -> a second name.
     """
 
     def decorate(group: type) -> Any:
@@ -40,9 +41,9 @@ def options_of(
         for field in fields(source):
             if field.init and field.name not in skip:
                 default = (defaults or {}).get(field.name, field.default)
-                alias = (aliases or {}).get(field.name)
-                is_hidden = shown is not None and field.name not in shown
-                group.__annotations__[field.name] = _option(field, hints[field.name], default, alias, is_hidden)
+                info = {"hidden": shown is not None and field.name not in shown}
+                names = [option_name(name) for name in (field.name, (aliases or {}).get(field.name)) if name]
+                group.__annotations__[field.name] = _option(names, field, hints[field.name], default, info)
                 setattr(group, field.name, None)
         return dataclass(frozen=True)(group)
 
@@ -50,10 +51,10 @@ def options_of(
 
 
 def given_options(group: Any, source: type) -> dict[str, Any]:
-    """The generated options of a group that were given, as values of their fields in ``source``.
+    """The generated options that were given, as values for the fields of ``source``.
 
     Raises:
-        typer.BadParameter: a text cannot be read as its field's type.
+        typer.BadParameter: a text does not fit its field's type.
     """
     hints = get_type_hints(source)
     values = {field.name: getattr(group, field.name) for field in fields(group) if field.name in hints}
@@ -65,13 +66,13 @@ def option_name(field: str) -> str:
 
 
 def read_value(value: Any, annotation: Any, field: str) -> Any:
-    """The value of an option as its field's type; a text for a field of several types is read as JSON if possible.
+    """The value of an option, converted to its field's type.
 
-    A repeated option for a list or one string is that string if it is a regex or "all-linear". "none", and "all" for
-    a number, stand for None.
+    If a field has several types, its text is read as JSON if possible. A repeated option for "a list or a string" is a
+    string if it is one regex or "all-linear". "none" stands for None, and so does "all" for a number.
 
     Raises:
-        typer.BadParameter: the text has none of the types.
+        typer.BadParameter: the text fits none of the types.
     """
     types, words, is_optional = _members(annotation)
     if isinstance(value, list):
@@ -88,17 +89,13 @@ def read_value(value: Any, annotation: Any, field: str) -> Any:
         return parsed
     if str in types:
         return value
-    forms = [
-        *words,
-        *sorted("a JSON object" if kind is dict else kind.__name__ for kind in types if kind in JSON_TYPES),
-    ]
-    raise typer.BadParameter(f"{value!r} is not {' or '.join(forms)}", param_hint=option_name(field))
+    names = sorted("a JSON object" if kind is dict else kind.__name__ for kind in types & JSON_TYPES)
+    raise typer.BadParameter(f"{value!r} is not {' or '.join([*words, *names])}", param_hint=option_name(field))
 
 
 def _members(annotation: Any) -> tuple[set[Any], list[str], bool]:
     """The types and the literal words that a field accepts, and whether it accepts None."""
-    is_union = get_origin(annotation) in (Union, UnionType)
-    members = get_args(annotation) if is_union else (annotation,)
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
     types = {get_origin(member) or member for member in members} - {Literal, NoneType}
     if types.isdisjoint(SCALARS | JSON_TYPES) and not words:
@@ -112,32 +109,28 @@ def _names_or_pattern(texts: list[str]) -> list[str] | str:
     return [name for text in texts for name in text.split(",")]
 
 
-def _option(field: Field, annotation: Any, default: Any, alias: str | None, is_hidden: bool) -> Any:
+def _option(names: list[str], field: Field, annotation: Any, default: Any, info: dict[str, Any]) -> Any:
     types, words, _ = _members(annotation)
     kind: Any = str
-    metavar = None
     if list in types and types <= {list, str}:
-        kind, metavar = list[str], "<str>"
+        kind, info["metavar"] = list[str], "<str>"
     elif words and not types:
         kind = Literal[tuple(words)]
     elif len(types) == 1 and not words and types <= SCALARS:
         (kind,) = types
     elif str not in types:
         forms = [*words, *sorted(kind.__name__ for kind in types & {int, float})]
-        metavar = "|".join([*forms, *(["JSON"] if types - {int, float} else [])])
-    names = [option_name(field.name)]
-    if kind is bool and default is False:
-        names = [names[0]]
-    elif kind is bool:
-        names = [f"{names[0]}/--no-{names[0][2:]}"]
-    if alias is not None:
-        names.append(option_name(alias))
-    help = _first_sentence(field.metadata.get("help", ""))
-    if not isinstance(default, bool) and default not in (None, MISSING, "") and "(default:" not in help:
-        help = f"{help.rstrip('.')} (default: {getattr(default, 'value', default)})."
-    return Annotated[Optional[kind], typer.Option(*names, help=help, metavar=metavar, hidden=is_hidden)]
-
-
-def _first_sentence(text: str) -> str:
-    sentence = re.split(r"(?<=[.!?]) (?=[A-Z`'])", " ".join(text.split()), maxsplit=1)[0]
-    return sentence.replace("%%", "%").replace("[", r"\[")  # rich reads brackets as markup
+        info["metavar"] = "|".join([*forms, *(["JSON"] if types - {int, float} else [])])
+    if kind is bool:
+        names[0] += "" if default is False else f"/--no-{names[0][2:]}"
+    text = " ".join(field.metadata.get("help", "").split()).replace("%%", "%")
+    sentence, *others = re.split(r"(?<=[.!?]) (?=[A-Z`'])", text)
+    text = sentence
+    for other in others:  # the docs have the whole text
+        if len(text) + len(other) > MAX_HELP_LENGTH:
+            break
+        text = f"{text} {other}"
+    text = text.replace("[", r"\[")  # rich reads brackets as markup
+    if not isinstance(default, bool) and default not in (None, MISSING, "") and "(default:" not in text:
+        text = f"{text.rstrip('.')} (default: {getattr(default, 'value', default)})."
+    return Annotated[Optional[kind], typer.Option(*names, help=text, **info)]

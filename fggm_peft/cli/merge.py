@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .command import Result
 from .options import BaseOptions
-from .output import require_adapter, require_free
+from .output import Result, require_adapter, require_free
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -42,8 +41,8 @@ def run(
     from ..deltas import Ledger, apply_deltas
     from ..deltas.apply import require_dense, save_merged
 
-    if base.quantize is not None:
-        raise typer.BadParameter("a merged checkpoint of it would lose part of the deltas", param_hint="--quantize")
+    if base.base().quantization is not None:
+        raise typer.BadParameter("a merged checkpoint of it would lose part of the deltas", param_hint="--quantization")
     model = base.base().load()
     require_dense(model)
     if ledger is None:

@@ -1,108 +1,72 @@
-"""Options that several commands share, in groups, and the objects of the library that each group stands for."""
+"""Options that several commands share: the base model, the data, and the settings of a selection."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from peft import PeftConfig
 
+from ..training import BaseModel, DataSource, TokenizedExamples, load_examples
 from ..tuner import FGGMConfig
 from .generated import given_options, options_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..training.base_model import BaseModel
-    from ..training.data import TokenizedExamples
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of an FGGM adapter.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files in the output folder.")]
+Data = Annotated[str, typer.Option("--data", "-d", help="The task: a file, a folder or a Hub id.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per forward pass, on each device.")]
 
 
-@dataclass(frozen=True)
+@options_of(BaseModel, skip={"name"})
 class BaseOptions:
     """Base model."""
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")]
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the checkpoint has it.")
-    ] = "auto"
-    quantize: Annotated[
-        Optional[Literal["4bit", "8bit"]], typer.Option(help="Quantize the base with bitsandbytes (4bit: nf4, double).")
-    ] = None
-    device_map: Annotated[Optional[str], typer.Option(help="As in transformers, for instance auto.")] = None
-    attention: Annotated[Optional[str], typer.Option(help="attn_implementation, for instance sdpa.")] = None
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False
 
     def base(self) -> BaseModel:
-        from ..training.base_model import BaseModel
-
-        return BaseModel(
-            name=self.model,
-            revision=self.revision,
-            dtype=self.dtype,
-            quantization=self.quantize,
-            device_map=self.device_map,
-            attention=self.attention,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return BaseModel(self.model, **given_options(self, BaseModel))
 
 
-@dataclass(frozen=True)
+@options_of(DataSource, skip={"name", "split"})
 class DataOptions:
     """Data."""
 
     split: Annotated[
-        Optional[str], typer.Option(help="Which split of a folder or Hub data set: train, but test for eval.")
+        Optional[str], typer.Option(help="Split of a folder or a Hub dataset (default: train; test for fggm eval).")
     ] = None
-    subset: Annotated[Optional[str], typer.Option(help="Configuration of a Hub data set.")] = None
-    prompt_column: Annotated[Optional[str], typer.Option(help="Column of the prompts, if its name is unusual.")] = None
-    answer_column: Annotated[Optional[str], typer.Option(help="Column of the answers, if its name is unusual.")] = None
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Wrap prompt and answer in the tokenizer's chat template.")
-    ] = False
     max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of an example; longer ones lose the left of their prompt.")
+        int, typer.Option(min=2, help="Tokens of an example. A longer one loses the left part of its prompt.")
     ] = 1024
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows at most, drawn at random.")] = None
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use at most this many rows, drawn at random.")] = None
 
-    def examples(self, name: str, split: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TokenizedExamples:
-        """The examples of ``split`` of the data under ``name``."""
-        from ..training.data import DataSource, TokenizedExamples, load_examples
+    def examples(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        split: str | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> TokenizedExamples:
+        """The examples of the data under ``name``.
 
-        source = DataSource(
-            name=name,
-            split=split,
-            subset=self.subset,
-            prompt_column=self.prompt_column,
-            answer_column=self.answer_column,
-            use_chat_template=self.chat_template,
-        )
-        return TokenizedExamples(load_examples(source, tokenizer, self.limit, seed), tokenizer, self.max_length)
-
-
-@dataclass(frozen=True)
-class DryRunOptions:
-    """Dry run."""
-
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what training would cost, and read and write nothing.")
-    ] = False
-    optimizer: Annotated[str, typer.Option(help="Whose state to count: adamw, adam, sgd, rmsprop, adagrad.")] = "adamw"
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Count a step with gradient checkpointing.")
-    ] = False
+        Args:
+            split: replaces ``--split``.
+            limit: a further limit on the number of rows.
+        """
+        source = DataSource(name, **{**given_options(self, DataSource), "split": split or self.split or "train"})
+        limits = [number for number in (self.limit, limit) if number is not None]
+        examples = load_examples(source, tokenizer, min(limits, default=None), seed)
+        return TokenizedExamples(examples, tokenizer, self.max_length)
 
 
-_NOT_OF_A_SELECTION = {field.name for field in fields(PeftConfig)} | {
-    field.name for field in fields(FGGMConfig) if not field.init
-}
-# check_base belongs to loading and init_weights to tests
-NOT_OPTIONS = _NOT_OF_A_SELECTION | {"check_base", "init_weights"}
+# PEFT's own fields describe a finished adapter; check_base is for loading and init_weights for tests
+NOT_OPTIONS = {field.name for field in fields(PeftConfig)} | {"check_base", "init_weights"}
 
 
 @options_of(FGGMConfig, skip=NOT_OPTIONS)
@@ -124,7 +88,7 @@ class SelectionOptions:
         """The fields that the file or the options give.
 
         Raises:
-            ValueError: the file cannot be read, or a field is unknown.
+            ValueError: the file cannot be read, or it has an unknown field.
         """
         settings = {} if self.config is None else _read_config(self.config)
         given = self.given()
@@ -161,8 +125,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"the config {path} must be an object with fields of FGGMConfig")
     if settings.get("peft_type", "FGGM") != "FGGM":
         raise ValueError(f"{path} configures a {settings['peft_type']} adapter, not FGGM")
-    settings = {name: value for name, value in settings.items() if name not in _NOT_OF_A_SELECTION}
-    names = {field.name for field in fields(FGGMConfig)}
-    if unknown := sorted(settings.keys() - names):
-        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); it has {', '.join(sorted(names))}")
-    return settings
+    known = {field.name: field.init for field in fields(FGGMConfig)}
+    if unknown := sorted(settings.keys() - known.keys()):
+        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); it has {', '.join(sorted(known))}")
+    settable = {name for name, init in known.items() if init} - NOT_OPTIONS
+    return {name: value for name, value in settings.items() if name in settable | {"task_type"}}

@@ -7,8 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .command import Result
-from .output import require_adapter
+from .output import Result, require_adapter
 
 PICTURES = (".svg", ".png", ".pdf")
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .command import Result
-from .output import require_free
+from .output import Result, require_free
 
 if TYPE_CHECKING:
     from rich.table import Table

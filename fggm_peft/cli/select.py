@@ -1,22 +1,35 @@
-"""``fggm select``: choose which weights may move, and save that choice as an adapter of zero values."""
+"""``fggm select``: selects the weights that may change, and saves them as an adapter of zero values."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from ..tuner.files.atomic import complete_folder
-from .command import Result
-from .options import BaseOptions, DataOptions, DryRunOptions, SelectionOptions
-from .output import ADAPTER_FILE, require_free, require_protected
+from .options import BaseOptions, BatchSize, DataOptions, Overwrite, SelectionOptions
+from .output import ADAPTER_FILE, Result, file_size, require_free, require_protected
 
 if TYPE_CHECKING:
     from ..selection import SelectionReport
     from ..tuner import FGGMConfig
+
+
+@dataclass(frozen=True)
+class DryRunOptions:
+    """Dry run."""
+
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cost of training. Reads no data and writes nothing.")
+    ] = False
+    optimizer: Annotated[
+        str, typer.Option(help="Optimizer whose state is counted: adamw, adam, sgd, rmsprop, adagrad.")
+    ] = "adamw"
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Count a training step with gradient checkpointing.")
+    ] = False
 
 
 def run(
@@ -25,39 +38,36 @@ def run(
     data_options: DataOptions,
     dry: DryRunOptions,
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Folder for the adapter. Needed unless --dry-run is given.")
+        Optional[Path], typer.Option("--output", "-o", help="Folder for the adapter. Required without --dry-run.")
     ] = None,
     data: Annotated[
         Optional[str],
-        typer.Option(
-            "--data", "-d", help="The task: a file, a folder or a Hub id. Criteria that need none do without."
-        ),
+        typer.Option("--data", "-d", help="The task: a file, a folder or a Hub id. Some criteria need none."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in one forward; on each device.")] = 8,
+    batch_size: BatchSize = 8,
     plots: Annotated[
-        Optional[Path], typer.Option(help="Folder for pictures: density, spectrum of scores, agreement of halves.")
+        Optional[Path], typer.Option(help="Folder for plots of densities and split-half agreement.")
     ] = None,
-    plots_format: Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Of these pictures.")] = "svg",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output folder.")] = False,
+    plots_format: Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Format of the plots.")] = "svg",
+    overwrite: Overwrite = False,
 ) -> Result | None:
-    """Choose which weights of MODEL may move for the task in DATA.
+    """Select the weights of MODEL that may change for the task in DATA.
 
-    The result is an adapter of zero values that fggm train takes with --adapter. Runs on several devices under
-    accelerate launch or torchrun: each reads a share of the data, and all choose the same. A model that fits on
-    none of them is sharded, if accelerate is configured for FSDP (version 2).
+    The result is an adapter of zero values; train it with fggm train --adapter. Runs on several devices under
+    accelerate launch or torchrun: each device reads a share of the data, and all select the same weights. A model that
+    is too large for one device is sharded if accelerate is configured for FSDP (version 2).
 
-    With --dry-run no data is read and nothing is written: what training would cost is shown, at --batch-size samples
-    of --max-length tokens.
+    With --dry-run, the command shows the cost of training with --batch-size samples of --max-length tokens.
     """
     config = selection.fggm_config()
     if dry.dry_run:
-        return _estimate(base, config, dry, batch_size, data_options.max_length)
+        return _cost(base, config, dry, batch_size, data_options.max_length)
     if output is None:
         raise typer.BadParameter("name a folder for the adapter", param_hint="--output")
     require_free(output, overwrite)
-    require_protected(config)
+    require_protected(config.protect)
     if plots is not None:
-        _require_drawable(plots, output, overwrite)
+        _require_plots(plots, output, overwrite)
 
     from peft import get_peft_model
 
@@ -65,58 +75,39 @@ def run(
     from ..deltas import save_adapter
     from ..selection import select_parameters
     from ..training.base_model import shard_as_launched, this_process
+    from ..training.texts import has_texts, with_texts
     from ..tuner.files.saving import UntrainedAdapterWarning
 
-    if data is None and CRITERIA[config.criterion].needs_data:
-        raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
-    process = this_process()
     loader = None
-    if data is not None and CRITERIA[config.criterion].needs_data:
+    if CRITERIA[config.criterion].needs_data:
+        if data is None:
+            raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
         loader = _dataloader(base, data_options, data, config, batch_size)
-    against = _reference(base, config)
+    tokenizer = base.base().load_tokenizer() if has_texts(config.reference) else None
+    reference = with_texts(config.reference, tokenizer)
     model = shard_as_launched(get_peft_model(base.base().load(), config))
-    report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=against)
-    if not process.is_main_process:
+    report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=reference)
+    if not this_process().is_main_process:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedAdapterWarning)  # values of zero are what this command is for
+        warnings.simplefilter("ignore", UntrainedAdapterWarning)
         save_adapter(model, output)
-    return _result(report, base.model, output, None if plots is None else _drawn(report, plots, plots_format))
+    result: dict[str, Any] = {
+        "model": base.model,
+        "output": str(output),
+        "bytes": (output / ADAPTER_FILE).stat().st_size,
+    }
+    result |= report.to_dict()
+    if plots is not None:
+        result["pictures"] = _draw(report, plots, plots_format)
+    return Result(result, _shown(report, base.model, output, result.get("pictures", [])))
 
 
-def _reference(base: BaseOptions, config: FGGMConfig) -> Any:
-    """What the config says; a tokenizer is loaded only if there is a text to read with it."""
-    from ..training.texts import has_texts, with_texts
-
-    return with_texts(config.reference, base.base().load_tokenizer() if has_texts(config.reference) else None)
-
-
-def _require_drawable(plots: Path, output: Path, overwrite: bool) -> None:
-    """Raise before the model is loaded if pictures could not be drawn, or would get among the adapter's files."""
-    from ..plots import style
-
-    if plots.absolute() == output.absolute():
-        raise typer.BadParameter("name another folder than that of the adapter", param_hint="--plots")
-    require_free(plots, overwrite)
-    with style():
-        pass
-
-
-def _drawn(report: SelectionReport, folder: Path, format: str) -> list[str]:
-    """The files of the pictures that were drawn."""
-    from ..plots import save_all
-
-    with complete_folder(folder) as temporary:
-        files = save_all(report.plots(), temporary, format)
-    return [str(folder / file.name) for file in files]
-
-
-def _estimate(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_size: int, length: int) -> Result | None:
-    """What training would cost, without any data."""
+def _cost(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_size: int, length: int) -> Result | None:
     from ..cost import estimate
     from ..training.base_model import this_process
 
-    found = estimate(
+    cost = estimate(
         base.base().load(),
         config,
         batch_size=batch_size,
@@ -126,11 +117,11 @@ def _estimate(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_s
     )
     if not this_process().is_main_process:
         return None
-    return Result({"model": base.model, **found.to_dict()}, found.to_table())
+    return Result({"model": base.model, **cost.to_dict()}, cost.to_table())
 
 
 def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGMConfig, batch_size: int) -> Any:
-    """Batches in shuffled order; each process reads its own."""
+    """Shuffled batches. Each process reads its share, without repeating samples."""
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader
     from transformers import DataCollatorForSeq2Seq
@@ -139,25 +130,39 @@ def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGM
     from ..training.base_model import this_process
 
     tokenizer = base.base().load_tokenizer()
-    most = MAX_SAMPLES if config.num_samples == "auto" else config.num_samples
-    limits = [limit for limit in (options.limit, most) if limit is not None]
-    options = replace(options, limit=min(limits, default=None))  # a large data set need not be read whole
-    examples: Any = options.examples(data, options.split or "train", tokenizer, config.seed)
+    limit = MAX_SAMPLES if config.num_samples == "auto" else config.num_samples
+    examples: Any = options.examples(data, tokenizer, limit=limit, seed=config.seed)
     loader = DataLoader(examples, batch_size=batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
     if this_process().num_processes == 1:
         return loader
-    # even batches would repeat samples to fill the last round, and count them twice
     return prepare_data_loader(loader, even_batches=False, put_on_device=False)
 
 
-def _result(report: SelectionReport, model: str, output: Path, pictures: list[str] | None) -> Result:
+def _require_plots(plots: Path, output: Path, overwrite: bool) -> None:
+    """Raise before the model is loaded if the plots cannot be drawn, or would be written among the adapter's files."""
+    from ..plots import style
+
+    if plots.absolute() == output.absolute():
+        raise typer.BadParameter("name another folder than --output", param_hint="--plots")
+    require_free(plots, overwrite)
+    with style():
+        pass
+
+
+def _draw(report: SelectionReport, folder: Path, format: str) -> list[str]:
+    from ..plots import save_all
+    from ..tuner.files.atomic import complete_folder
+
+    with complete_folder(folder) as temporary:
+        files = save_all(report.plots(), temporary, format)
+    return [str(folder / file.name) for file in files]
+
+
+def _shown(report: SelectionReport, model: str, output: Path, pictures: list[str]) -> Any:
     from rich.console import Group
-    from rich.filesize import decimal
     from rich.text import Text
 
-    size = (output / ADAPTER_FILE).stat().st_size
-    data = {"model": model, "output": str(output), "bytes": size, **report.to_dict()}
-    note = "" if pictures is None else f"Drawn: {', '.join(pictures)}. "
-    data |= {} if pictures is None else {"pictures": pictures}
-    note += f"Saved to {output} ({decimal(size)}). Train it with: fggm train {model} --adapter {output} --data ..."
-    return Result(data, Group(report.to_table(), Text(note)))
+    plots = f"Plots: {', '.join(pictures)}. " if pictures else ""
+    size = file_size(output / ADAPTER_FILE)
+    note = f"{plots}Saved to {output} ({size}). Train it with: fggm train {model} --adapter {output} --data ..."
+    return Group(report.to_table(), Text(note))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
-from .command import Result
+from .output import Result
 
 if TYPE_CHECKING:
     from rich.table import Table

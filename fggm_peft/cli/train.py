@@ -1,8 +1,10 @@
-"""``fggm train``: train an adapter, and select it first where that has not been done."""
+"""``fggm train``: trains an adapter, and selects its weights first if necessary."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -10,31 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from transformers import TrainingArguments
 
-from ..tuner.files.atomic import complete_folder
-from .command import Result
 from .generated import given_options, option_name, options_of
-from .options import BaseOptions, DataOptions, SelectionOptions
-from .output import (
-    ADAPTER_FILE,
-    CHECKPOINTS,
-    MERGED,
-    no_empty_folders,
-    require_adapter,
-    require_checkpoint,
-    require_free,
-    require_protected,
-)
+from .options import BaseOptions, Data, DataOptions, Overwrite, SelectionOptions
+from .output import ADAPTER_FILE, Result, facts_table, file_size, require_adapter, require_free, require_protected
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from rich.table import Table
-    from transformers import PreTrainedTokenizerBase
 
     from ..training import FGGMTrainer
-    from ..training.data import TokenizedExamples
     from ..tuner import FGGMConfig
 
-
+CHECKPOINTS = "checkpoints"
+MERGED = "merged"
 DEFAULTS = {
     "num_train_epochs": 1.0,
     "learning_rate": 2e-4,
@@ -76,10 +65,10 @@ class TrainingOptions:
     """Training."""
 
     def arguments(self, folder: Path, seed: int) -> TrainingArguments:
-        """The Trainer's arguments, with checkpoints in ``folder``."""
+        """The trainer's arguments, with checkpoints in ``folder``."""
         import torch
 
-        from ..training.base_model import this_process
+        from ..training import this_process
 
         given = given_options(self, TrainingArguments)
         computed = {
@@ -97,13 +86,13 @@ class TrainingOptions:
 class AfterTrainingOptions:
     """After training."""
 
-    eval_data: Annotated[Optional[str], typer.Option(help="Evaluate on these, as fggm eval does.")] = None
-    eval_split: Annotated[str, typer.Option(help="Which split of the evaluation data.")] = "eval"
+    eval_data: Annotated[Optional[str], typer.Option(help="Evaluate on this task, as fggm eval does.")] = None
+    eval_split: Annotated[str, typer.Option(help="Split of the evaluation data.")] = "eval"
     merge: Annotated[bool, typer.Option("--merge", help="Also save the merged model, in OUTPUT/merged.")] = False
     push_to_hub: Annotated[
         Optional[str], typer.Option(metavar="REPOSITORY", help="Also publish the adapter under this Hub id.")
     ] = None
-    private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False
+    private: Annotated[bool, typer.Option("--private", help="Create a private Hub repository.")] = False
 
 
 def run(
@@ -112,67 +101,79 @@ def run(
     selection: SelectionOptions,
     data_options: DataOptions,
     after: AfterTrainingOptions,
-    data: Annotated[str, typer.Option("--data", "-d", help="The task: a file, a folder or a Hub id.")],
+    data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter and its checkpoints.")],
     adapter: Annotated[
-        Optional[str], typer.Option("--adapter", "-a", help="Train this one, from fggm select; else select first.")
+        Optional[str], typer.Option("--adapter", "-a", help="Train this adapter, from fggm select.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in the output.")] = False,
+    overwrite: Overwrite = False,
 ) -> Result | None:
     """Train an adapter for MODEL on the task in DATA, and save it.
 
     Without --adapter, the weights are selected first, from the same data. Runs on several devices under accelerate
     launch or torchrun. Every field of TrainingArguments is an option, also those not listed, e.g. --max-grad-norm 0.5.
     """
+    from transformers import DataCollatorForSeq2Seq
+
     from ..deltas import save_adapter
+    from ..training import FGGMTrainer, score_answers
 
     if adapter is not None:
         require_adapter(adapter)
-        given = [option_name(name) for name in selection.given() if name not in ("seed", "delta_dtype")]
-        if given or selection.config is not None:
-            raise typer.BadParameter("is for fggm select, which made it", param_hint=", ".join(given) or "--config")
+        names = [option_name(name) for name in selection.given() if name not in ("seed", "delta_dtype")]
+        if names or selection.config is not None:
+            raise typer.BadParameter("not with --adapter: it is selected", param_hint=", ".join(names) or "--config")
     config = selection.fggm_config()
     require_free(output, overwrite or resume)
     if resume:
-        require_checkpoint(output)
         config = _resumed_config(output / CHECKPOINTS, selection, config)
     else:
-        require_protected(config)
+        require_protected(config.protect)
     arguments = training.arguments(output / CHECKPOINTS, config.seed)
     tokenizer = base.base().load_tokenizer()
-    train_examples = data_options.examples(data, data_options.split or "train", tokenizer, config.seed)
-    eval_examples = None
+    examples: Any = data_options.examples(data, tokenizer, seed=config.seed)
+    eval_examples: Any = None
     if after.eval_data is not None:
-        eval_examples = data_options.examples(after.eval_data, after.eval_split, tokenizer, config.seed)
-    model = _adapted(base, adapter, config)
-    with no_empty_folders(output):
-        trainer = _trainer(model, arguments, train_examples, eval_examples)
+        eval_examples = data_options.examples(after.eval_data, tokenizer, after.eval_split, seed=config.seed)
+    with _no_empty_folders(output):
+        trainer = FGGMTrainer(
+            model=_adapted(base, adapter, config),
+            args=arguments,
+            train_dataset=examples,
+            eval_dataset=eval_examples,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+        )
         if overwrite and not resume and trainer.is_world_process_zero():
-            _remove_earlier_run(output)
+            for name in (CHECKPOINTS, MERGED):  # results of an earlier run
+                shutil.rmtree(output / name, ignore_errors=True)
         trained = trainer.train(resume_from_checkpoint=resume or None)
     if not trainer.is_world_process_zero():
         return None
+    model: Any = trainer.model
     save_adapter(model, output)
-    found = _figures(base.model, output, trainer, trained)
+    result = _figures(base.model, output, trainer, trained)
     if eval_examples is not None:
-        found["evaluation"] = _evaluate(model, eval_examples, arguments.per_device_eval_batch_size)
+        result["evaluation"] = score_answers(model, eval_examples, arguments.per_device_eval_batch_size).to_dict()
     if after.push_to_hub is not None:
-        found["hub"] = _publish(output, after.push_to_hub, after.private)
-    if after.merge:  # last, since the adapter is gone from the model then
-        found["merged"] = _save_merged(model, tokenizer, output / MERGED)
-    return Result(found, _table(found))
+        result["hub"] = _publish(output, after.push_to_hub, after.private)
+    if after.merge:  # last, since it removes the adapter from the model
+        result["merged"] = _save_merged(model, tokenizer, output / MERGED)
+    return Result(result, _shown(result))
 
 
 def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMConfig) -> FGGMConfig:
-    """The config that the checkpoint was selected by.
+    """The config of the newest checkpoint.
 
     Raises:
-        ValueError: an option says otherwise.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: an option differs from the checkpoint's selection.
     """
-    from ..training.checkpoints import last_complete_checkpoint
-    from ..tuner.config import FGGMConfig
+    from ..training import last_complete_checkpoint
+    from ..tuner import FGGMConfig
 
+    if not any(checkpoints.glob("checkpoint-*")):
+        raise FileNotFoundError(f"nothing to resume: no checkpoint in {checkpoints}; omit --resume")
     config = FGGMConfig.from_pretrained(str(last_complete_checkpoint(checkpoints)))
     # PEFT resolves the target modules, and a checkpoint stores values as they are trained
     for name in selection.settings().keys() - {"seed", "target_modules", "delta_dtype"}:
@@ -187,41 +188,26 @@ def _resumed_config(checkpoints: Path, selection: SelectionOptions, given: FGGMC
     return config
 
 
+@contextmanager
+def _no_empty_folders(output: Path) -> Iterator[None]:
+    """Remove the folders that a trainer creates, if it fails before its first checkpoint."""
+    try:
+        yield
+    finally:
+        for path in (output / CHECKPOINTS, output):
+            with suppress(OSError):  # it is not empty, or another process has removed it
+                path.rmdir()
+
+
 def _adapted(base: BaseOptions, adapter: str | None, config: FGGMConfig) -> Any:
     from peft import PeftModel, get_peft_model
-
-    from ..selection.select import active_adapter
 
     model = base.base().load()
     if adapter is None:
         return get_peft_model(model, config)
     adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    if config.delta_dtype is not None:
-        _, loaded = active_adapter(adapted, None)
-        loaded.delta_dtype = config.delta_dtype
+    adapted.active_peft_config.delta_dtype = config.delta_dtype or adapted.active_peft_config.delta_dtype
     return adapted
-
-
-def _trainer(
-    model: Any, arguments: TrainingArguments, train: TokenizedExamples, evaluation: TokenizedExamples | None
-) -> FGGMTrainer:
-    from transformers import DataCollatorForSeq2Seq
-
-    from ..training import FGGMTrainer
-
-    return FGGMTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=DataCollatorForSeq2Seq(train.tokenizer),
-    )
-
-
-def _remove_earlier_run(output: Path) -> None:
-    """What an earlier run left would otherwise be resumed from, or taken for this run's."""
-    for name in (CHECKPOINTS, MERGED):
-        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _figures(base: str, output: Path, trainer: FGGMTrainer, trained: Any) -> dict[str, Any]:
@@ -242,14 +228,8 @@ def _figures(base: str, output: Path, trainer: FGGMTrainer, trained: Any) -> dic
     }
 
 
-def _evaluate(model: PeftModel, examples: TokenizedExamples, batch_size: int) -> dict[str, Any]:
-    from ..training.evaluation import score_answers
-
-    return score_answers(model, examples, batch_size).to_dict()
-
-
 def _publish(folder: Path, repository: str, private: bool) -> str:
-    """Upload the adapter, without checkpoints and the merged model; returns the address."""
+    """Upload the adapter without checkpoints and merged model; returns the address."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -259,7 +239,9 @@ def _publish(folder: Path, repository: str, private: bool) -> str:
     return str(address)
 
 
-def _save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> str:
+def _save_merged(model: PeftModel, tokenizer: Any, output: Path) -> str:
+    from ..tuner.files.atomic import complete_folder
+
     merged = model.merge_and_unload()
     with complete_folder(output) as folder:
         merged.save_pretrained(folder)
@@ -267,25 +249,21 @@ def _save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: P
     return str(output)
 
 
-def _table(found: dict[str, Any]) -> Table:
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    table = Table(title=f"Saved to {found['output']}", show_header=False)
-    table.add_column()
-    table.add_column(justify="right", overflow="fold")
-    table.add_row("training loss", f"{found['train_loss']:.4f}")
-    table.add_row("steps", f"{found['steps']:,}")
-    table.add_row("seconds", f"{found['seconds']:.1f}")
-    table.add_row("trainable values", f"{found['parameters']:,}")
-    for name, form in (("density", ".2%"), ("agreement", ".3f")):
-        if found[name] is not None:
-            table.add_row(name, format(found[name], form))
-    table.add_row("adapter file", decimal(found["bytes"]))
-    if "evaluation" in found:
-        table.add_row("evaluation loss", f"{found['evaluation']['loss']:.4f}")
-        table.add_row("evaluation accuracy", f"{found['evaluation']['accuracy']:.1%}")
-    for name in ("merged", "hub"):
-        if name in found:
-            table.add_row(name, found[name])
-    return table
+def _shown(result: dict[str, Any]) -> Any:
+    density, agreement, evaluation = result["density"], result["agreement"], result.get("evaluation")
+    return facts_table(
+        f"Saved to {result['output']}",
+        {
+            "training loss": f"{result['train_loss']:.4f}",
+            "steps": f"{result['steps']:,}",
+            "seconds": f"{result['seconds']:.1f}",
+            "trainable values": f"{result['parameters']:,}",
+            "density": density and f"{density:.2%}",
+            "agreement": agreement and f"{agreement:.3f}",
+            "adapter file": file_size(Path(result["output"]) / ADAPTER_FILE),
+            "evaluation loss": evaluation and f"{evaluation['loss']:.4f}",
+            "evaluation accuracy": evaluation and f"{evaluation['accuracy']:.1%}",
+            "merged model": result.get("merged"),
+            "hub": result.get("hub"),
+        },
+    )

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .command import Result
-from .output import require_adapter
+from .output import Result, require_adapter
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -222,7 +222,7 @@ class Task(Settings):
                 f"path of task {self.name} is one file with its training data; for other splits give "
                 f"path: {{train: {Path(name).name}, {split}: ...}}"
             )
-        return DataSource(name, split=self._split_name(split), subset=self.subset, use_chat_template=self.chat_template)
+        return DataSource(name, split=self._split_name(split), subset=self.subset, chat_template=self.chat_template)
 
     def _load_rows(self, split: str, source: DataSource) -> Records:
         if self.rows is None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Optional, get_args
 
 from ..tuner.files.hub import may_be_hub_id
+from ..tuner.settings.fields import setting
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("4bit", "8bit")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["4bit", "8bit"]
+DTYPES, QUANTIZATIONS = get_args(Dtype), get_args(Quantization)
 
 
 class BaseModelError(ValueError):
@@ -68,26 +70,17 @@ def shard_as_launched(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which base model to load, and in which form.
+    """Which base model to load, and in which form."""
 
-    Args:
-        name: folder or Hub id.
-        revision: branch, tag or commit of a Hub id.
-        dtype: one of ``DTYPES``; "auto" is the checkpoint's dtype.
-        quantization: "4bit" (nf4, double quantization), "8bit", or None. Use None for a checkpoint that is already
-            quantized.
-        device_map: as in transformers; None puts the whole model on the device of this process.
-        attention: ``attn_implementation`` of transformers.
-        trust_remote_code: run code that comes with the checkpoint.
-    """
-
-    name: str
-    revision: str | None = None
-    dtype: str = "auto"
-    quantization: str | None = None
-    device_map: str | None = None
-    attention: str | None = None
-    trust_remote_code: bool = False
+    name: str = field(metadata={"help": "Folder or Hub id of a causal language model."})
+    revision: Optional[str] = setting(None, "Branch, tag or commit of a Hub id.")
+    dtype: Dtype = setting("auto", "'auto' is the checkpoint's dtype.")
+    quantization: Optional[Quantization] = setting(
+        None, "Quantize a dense checkpoint with bitsandbytes (4bit: nf4, double quantization)."
+    )
+    device_map: Optional[str] = setting(None, "As in transformers, e.g. auto; None: the device of this process.")
+    attention: Optional[str] = setting(None, "attn_implementation of transformers, e.g. sdpa.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the checkpoint.")
 
     def load(self) -> PreTrainedModel:
         """The causal language model, in eval mode.

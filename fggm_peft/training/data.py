@@ -6,14 +6,15 @@ import csv
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from torch.utils.data import Dataset
 
 from ..selection.likelihood import IGNORED
 from ..tuner.files.hub import may_be_hub_id
+from ..tuner.settings.fields import setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,23 +46,16 @@ class Example:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where rows come from, and which of their columns to use.
+    """Where rows come from, and which of their columns to use."""
 
-    Args:
-        name: a .json, .jsonl, .csv or .parquet file, a folder, or a Hub id.
-        split: of a folder or a Hub dataset; "eval" and "validation" are synonyms.
-        subset: configuration of a Hub dataset.
-        prompt_column: column of the prompts; None recognizes it by its name.
-        answer_column: column of the answers. Without a prompt column the loss is on the whole text.
-        use_chat_template: wrap prompts and answers in the tokenizer's chat template.
-    """
-
-    name: str
-    split: str = "train"
-    subset: str | None = None
-    prompt_column: str | None = None
-    answer_column: str | None = None
-    use_chat_template: bool = False
+    name: str = field(metadata={"help": "A .json, .jsonl, .csv or .parquet file, a folder, or a Hub id."})
+    split: str = setting("train", "Split of a folder or a Hub dataset. eval and validation are synonyms.")
+    subset: Optional[str] = setting(None, "Configuration of a Hub dataset.")
+    prompt_column: Optional[str] = setting(None, "Column of the prompts; None recognizes it by its name.")
+    answer_column: Optional[str] = setting(
+        None, "Column of the answers; None recognizes it by its name. Without a prompt column it is plain text."
+    )
+    chat_template: bool = setting(False, "Wrap prompts and answers in the tokenizer's chat template.")
 
     @property
     def split_names(self) -> list[str]:
@@ -270,7 +264,7 @@ def read_example(row, index: int, format: RowFormat, source: DataSource, tokeniz
         if prompt is None:
             return None  # empty rows separate the paragraphs of plain text
         raise DataError(f"{name} has an empty answer ({format.columns[-1]}); remove the row")
-    if isinstance(prompt, list) or (source.use_chat_template and prompt is not None):
+    if isinstance(prompt, list) or (source.chat_template and prompt is not None):
         return _rendered(prompt, str(answer), name, tokenizer)
     return Example("" if prompt is None else str(prompt), str(answer))
 

@@ -70,9 +70,9 @@ def test_select_with_a_criterion_that_needs_no_data(folder, tmp_path):
 
 def test_select_of_a_4_bit_base(folder, tmp_path):
     pytest.importorskip("bitsandbytes")
-    arguments = ("--data", folder / "data", "--output", tmp_path / "a", "--quantize", "4bit")
+    arguments = ("--data", folder / "data", "--output", tmp_path / "a", "--quantization", "4bit")
     assert succeed("select", folder / "model", *arguments)["samples"] == 32
-    found = succeed("eval", folder / "model", "--data", folder / "data", "--quantize", "4bit", "-a", tmp_path / "a")
+    found = succeed("eval", folder / "model", "--data", folder / "data", "--quantization", "4bit", "-a", tmp_path / "a")
     base, adapted = found["results"]
     assert base["loss"] == pytest.approx(adapted["loss"], rel=0.01)  # the adapter is zero
 
@@ -230,7 +230,7 @@ def test_resume_keeps_what_was_selected_and_refuses_another_selection(folder, tm
 def test_train_on_a_4_bit_base(folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     found = succeed(
-        *("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out", "--quantize", "4bit"),
+        *("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out", "--quantization", "4bit"),
         *("--max-steps", 2, "--num-samples", 16, "--gradient-checkpointing"),
     )
     assert found["steps"] == 2
@@ -288,7 +288,8 @@ def test_an_adapter_config_can_be_used_again(selected):
 
 
 def test_every_field_of_the_config_is_an_option():
-    expected = {"--" + field.name.replace("_", "-") for field in fields(FGGMConfig) if field.name not in NOT_OPTIONS}
+    names = {field.name for field in fields(FGGMConfig) if field.init} - NOT_OPTIONS
+    expected = {"--" + name.replace("_", "-") for name in names}
     for command in ("select", "train"):
         assert expected <= {option for parameter in commands()[command].params for option in parameter.opts}
 

@@ -119,6 +119,8 @@ def test_what_is_wrong_is_said_in_one_line(folder, tmp_path):
     other = saved_adapter(tmp_path / "other", base=llama(hidden_size=32))
     arguments = ("-a", other, "-o", tmp_path / "merged")
     assert "was made for another base" in fail("merge", folder / "base", *arguments)
-    assert fggm("merge", folder / "base", "-a", folder / "row", "-o", tmp_path / "m", "--quantize", "4bit").code == 2
+    assert (
+        fggm("merge", folder / "base", "-a", folder / "row", "-o", tmp_path / "m", "--quantization", "4bit").code == 2
+    )
     assert not (tmp_path / "merged").exists()
     assert fggm("rollback", tmp_path, "task", "--model", "somewhere").code == 1

@@ -108,7 +108,7 @@ def test_conversational_prompts_and_completions_are_rendered_as_messages(tmp_pat
 
 def test_the_chat_template_wraps_prompt_and_answer_on_request(tmp_path):
     rows = [{"prompt": "Say", "answer": "hi"}]
-    [example] = read(rows, tmp_path, byte_tokenizer(CHAT_TEMPLATE), use_chat_template=True)
+    [example] = read(rows, tmp_path, byte_tokenizer(CHAT_TEMPLATE), chat_template=True)
     assert example == Example("[user]Say<eos>[assistant]", "hi<eos>", is_rendered=True)
 
 
