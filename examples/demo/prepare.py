@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Writes the demo's model and tasks into a folder, for the ready stream ``demo``.
+"""Writes the demo's model and tasks to a folder, for the built-in stream ``demo``.
 
     python examples/demo/prepare.py demo-output/data
     fggm sequence demo --data demo-output/data --model demo-output/data/model --output demo-output/runs
 
-Nothing is downloaded: the model comes as a Python package, the tasks are made of what every Python carries.
+Nothing is downloaded: the model comes from a Python package, and the tasks from files of the Python installation.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Write everything that is not there yet."""
+    """Write the tasks, and the model if it is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="gets model/, a folder for each task, and general.txt")
-    parser.add_argument("--no-model", action="store_true", help="only the tasks, for a model of your own")
+    parser.add_argument(
+        "folder", type=Path, help="output folder for model/, one folder per task, general.txt and reference.txt"
+    )
+    parser.add_argument("--no-model", action="store_true", help="write only the tasks, to use another model")
     arguments = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from base_model import write_model

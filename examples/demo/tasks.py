@@ -1,9 +1,9 @@
-"""Three small tasks and a general text, made from files that every Python installation carries.
+"""Three small tasks and a general text, made from files that every Python installation contains.
 
 Nothing is downloaded: docstrings and source lines come from the standard library, word problems are generated, and the
-general text is the prose of Python's own language reference. Written as ``fggm sequence`` reads them: a folder with
-``train.json`` and ``test.json`` for each task (TRACE's format), ``general.txt``, whose loss is watched, and
-``reference.txt``, other paragraphs of the same kind, which a selection may look at.
+general text is prose from Python's language reference. The format is that of ``fggm sequence``: a folder with
+``train.json`` and ``test.json`` for each task (TRACE's format), ``general.txt``, whose loss is measured, and
+``reference.txt``, other paragraphs of the same kind, which a selection can use as a reference.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIDE_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "_
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that should follow it."""
+    """A prompt and its expected answer."""
 
     prompt: str
     answer: str
@@ -47,9 +47,9 @@ Split = tuple[list[Example], list[Example]]  # training and test
 
 
 def write_tasks(folder: Path, train_size: int = 480, test_size: int = 48, seed: int = 0) -> None:
-    """Write the three tasks, with disjoint training and test examples, and the two texts into ``folder``.
+    """Write the three tasks, with disjoint training and test examples, and the two texts to ``folder``.
 
-    A stream's ``limit`` draws from the training examples by the seed of a run; all runs are tested on the same.
+    The ``limit`` of a stream samples training examples with the seed of a run. All runs share the test examples.
     """
     for position, (name, make) in enumerate({"module": _module, "code": _code, "numeric": _numeric}.items()):
         train, test = make(train_size, test_size, random.Random(f"{seed}-{position}"))
@@ -79,22 +79,22 @@ def _prose_paragraphs() -> Iterator[str]:
 
 
 def _module(train_size: int, test_size: int, rng: random.Random) -> Split:
-    found = {module: _module_docstrings(module) for module in MODULES}
-    found = {module: texts for module, texts in found.items() if len(texts) >= 20}
-    for texts in found.values():
+    docstrings = {module: _module_docstrings(module) for module in MODULES}
+    docstrings = {module: texts for module, texts in docstrings.items() if len(texts) >= 20}
+    for texts in docstrings.values():
         rng.shuffle(texts)
-    # Round robin over the modules, so that training and test are both balanced.
-    rounds = max(map(len, found.values()))
+    # round robin over the modules, so that training and test examples are balanced
+    rounds = max(map(len, docstrings.values()))
     examples = [
         Example(f"Docstring: {texts[turn]}\nModule:", f" {module}")
         for turn in range(rounds)
-        for module, texts in found.items()
+        for module, texts in docstrings.items()
         if turn < len(texts)
     ]
     if len(examples) < train_size + test_size:
         raise RuntimeError(
-            f"the standard library in {STANDARD_LIBRARY} has only {len(examples)} usable "
-            "docstrings; this demo needs its .py sources"
+            f"the standard library in {STANDARD_LIBRARY} has only {len(examples)} usable docstrings, the demo requires "
+            f"{train_size + test_size}; use a Python installation with .py sources"
         )
     test, train = examples[:test_size], examples[test_size : test_size + train_size]
     rng.shuffle(train)
@@ -102,7 +102,7 @@ def _module(train_size: int, test_size: int, rng: random.Random) -> Split:
 
 
 def _module_docstrings(module: str) -> list[str]:
-    """First paragraphs of the docstrings of one module, without those that name it."""
+    """First paragraphs of the docstrings of a module, without those that contain its name."""
     texts = set()
     for path in _sources(module):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="ignore"))):
@@ -128,7 +128,7 @@ def _sources(module: str) -> list[Path]:
 def _code(train_size: int, test_size: int, rng: random.Random) -> Split:
     files = sorted(STANDARD_LIBRARY.glob("*.py"))
     rng.shuffle(files)
-    # Whole files go to one side or the other: no line of a test file is seen in training.
+    # files are split as a whole, so that training contains no line of a test file
     test_files, train_files = files[: len(files) // 4], files[len(files) // 4 :]
     return _code_examples(train_files, train_size, rng), _code_examples(test_files, test_size, rng)
 
