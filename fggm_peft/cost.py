@@ -225,7 +225,7 @@ def _forecast(targets: Targets, config: FGGMConfig, name: str) -> Forecast | Non
     """Forecast of the selection; None if the adapter has its support already."""
     if all(target.is_selected for target in targets.values()):
         return None
-    forecast = forecast_supports({path: target.layer for path, target in targets.items()}, config, name)
+    forecast = forecast_supports(targets, config)
     if not any(forecast.units):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
     return forecast

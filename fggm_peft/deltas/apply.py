@@ -22,7 +22,7 @@ from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.merge import add_to_dense_
 from ..tuner.merging.report import MergeReport, ModuleMerge, total
-from ..tuner.merging.sidecar import keep_beside
+from ..tuner.merging.sidecar import with_sidecar
 from ..tuner.target import find_targets
 from .delta import ModuleDelta, SparseDelta
 
@@ -131,7 +131,7 @@ def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequen
     deltas = [delta.to(layer.device) for delta in deltas]
     if layer.quantization_backend is not None:
         keep = [delta.weight_delta() for delta in deltas]
-        replace_module(model, path, keep_beside(layer.get_base_layer(), keep))
+        replace_module(model, path, with_sidecar(layer.get_base_layer(), keep))
         square = sum(float(delta.values.double().square().sum()) for delta in deltas)
         record = ModuleMerge(square**0.5, square, 0.0, "kept")
     else:

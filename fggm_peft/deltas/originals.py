@@ -21,7 +21,7 @@ from ..core.granularity import Granularity, granularity_from
 from ..core.weight_delta import in_one_granularity, union
 from ..tuner.files.atomic import write_tensors
 from ..tuner.layer import FGGMLayer
-from ..tuner.merging.sidecar import KEPT, KeptDelta, keep_beside, without_kept
+from ..tuner.merging.sidecar import Sidecar, sidecar_deltas, with_sidecar, without_sidecar
 from .apply import add_bias_, change_weight_, replace_module
 from .base_model import Base, find_weight, weights_of
 from .delta import ModuleDelta, SparseDelta
@@ -183,9 +183,9 @@ def remove_task_(
         layer = layers[path]
         others = [delta.modules[path] for name, delta in deltas.items() if name != task and path in delta.modules]
         if path in quantized:
-            bare = without_kept(layer.get_base_layer())
+            bare = without_sidecar(layer.get_base_layer())
             keep = [other.weight_delta() for other in others]
-            replace_module(model, path, keep_beside(bare, keep) if keep else bare)
+            replace_module(model, path, with_sidecar(bare, keep) if keep else bare)
             add_bias_(_weight_and_bias(layer)[1], module, scale=-1.0)
         elif originals is None:
             _subtract_(layer, module)
@@ -231,9 +231,8 @@ def _subtract_(layer: FGGMLayer, delta: ModuleDelta) -> None:
 
 def _require_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta], path: str) -> None:
     """Raise unless the sidecar is the sum of the deltas."""
-    sidecar: Any = getattr(layer.get_base_layer(), KEPT, None)
-    found = {} if sidecar is None else {delta.granularity: delta for delta in sidecar.deltas}
-    expected = {d.granularity: d for d in KeptDelta(None, [delta.weight_delta() for delta in deltas]).deltas}
+    found = {delta.granularity: delta for delta in sidecar_deltas(layer.get_base_layer())}
+    expected = {d.granularity: d for d in Sidecar([delta.weight_delta() for delta in deltas]).deltas}
     is_equal = found.keys() == expected.keys() and all(
         torch.equal(found[kind].indices.cpu(), delta.indices) and torch.equal(found[kind].values.cpu(), delta.values)
         for kind, delta in expected.items()

@@ -19,6 +19,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.files.task_scores import history_of
 from ..tuner.layer import FGGMLayer
 from ..tuner.support import bounds, fggm_layers, unwrapped
+from ..tuner.target import Target
 
 Support = tuple[Granularity, Tensor]
 
@@ -88,7 +89,8 @@ class Protection:
     def _require_enough(self, config: FGGMConfig, module: str, names: list[str], free: Mapping[str, int]) -> None:
         """The same for modules that are ranked together, of which ``free`` says how many units are not forbidden."""
         policy = config.policy(names[0])
-        costs, kinds, most = bounds(names, self.layers, config, self.adapter_name)
+        targets = {name: Target(name, self.layers[name], self.adapter_name) for name in names}
+        costs, kinds, most = bounds(targets, config)
         units = [
             self.layers[name].granularity[self.adapter_name].units(self.layers[name].weight_shape) for name in names
         ]

@@ -180,11 +180,12 @@ class Chooser:
                 against["reference_mean"] = {
                     key: reference.mean(key, together, reference_half) for key in self.criterion.reference
                 }
-            found = criterion_scores(layer, name, self.config, self.adapter_name, task=task, **against)
+            found = criterion_scores(Target(name, layer, self.adapter_name), self.config, task=task, **against)
             return self.protection.applied(name, found)
 
         observe = None if described_in is None else partial(self._describe, described_in)
-        return choose_supports(group, self.config, self.adapter_name, scores, observe)
+        targets = {name: Target(name, layer, self.adapter_name) for name, layer in group.items()}
+        return choose_supports(targets, self.config, scores, observe)
 
     def _describe(self, outcome: Outcome, name: str, scores: Tensor) -> None:
         layer = self.layers[name]

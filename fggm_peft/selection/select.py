@@ -22,6 +22,7 @@ from ..tuner.files.task_scores import TaskRecord, remember
 from ..tuner.layer import FGGMLayer
 from ..tuner.settings.selection import require_num_samples, require_protection
 from ..tuner.support import fggm_layers, forecast_supports, unwrapped, write_supports
+from ..tuner.target import Target, find_targets
 from ..version import __version__
 from .agreement import split_half_agreement
 from .data_pass import FisherPass
@@ -134,7 +135,7 @@ def prepare(
     layers = fggm_layers(task.model, adapter_name)
     with ranks.together("select_parameters"):
         _check_selectable(layers, adapter_name, reset)
-        forecast_supports(layers, config, adapter_name)  # a budget that cannot be spent is better known at once
+        forecast_supports(find_targets(task.model, adapter_name), config)  # raises if the budget cannot be spent
     _require_same_setting(ranks, layers, config)
     protect = (config.protect if protect is None else protect) or []
     protection = config.protection if protection is None else protection
@@ -164,7 +165,7 @@ def settle(task: FisherPass, chooser: Chooser, outcome: Outcome, start: float) -
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
     chosen = digest({name: choice.indices for name, choice in outcome.choices.items()})
     task.ranks.require_same("what they chose", {"support": chosen}, "Please report this; nothing has been changed.")
-    write_supports(layers, config, adapter_name, outcome.choices)
+    write_supports({name: Target(name, layer, adapter_name) for name, layer in layers.items()}, config, outcome.choices)
     supports = {name: choice.indices for name, choice in outcome.choices.items()}
     base = config.base_model_name_or_path or ""
     record = TaskRecord(config.granularity.to_dict(), outcome.samples, base, outcome.scores, supports)

@@ -9,14 +9,14 @@ from models import QUANTIZATIONS, adapted, llama, logits, quantized, token_batch
 from reference import relative_error
 
 from fggm_peft.deltas import SparseDelta, compose, consolidate
-from fggm_peft.tuner.merging.sidecar import KEPT
+from fggm_peft.tuner.merging.sidecar import SIDECAR
 
 BATCHES = token_batches()
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 
 def sidecars(model) -> dict[str, object]:
-    return {name: getattr(m, KEPT) for name, m in model.named_modules() if hasattr(m, KEPT)}
+    return {name: getattr(m, SIDECAR) for name, m in model.named_modules() if hasattr(m, SIDECAR)}
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)

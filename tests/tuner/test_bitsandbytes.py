@@ -184,7 +184,7 @@ def test_kept_deltas_pile_up_exactly_and_share_one_support(kind, granularity):
     model = get_peft_model(model, FGGMConfig())
     layer = fggm_layers(model, "default")["model.layers.0.mlp.up_proj"]
     torch.testing.assert_close(layer.weight_copy(), base_weight + total)
-    kept = layer.base_layer.fggm_kept.deltas
+    kept = layer.base_layer.fggm_sidecar.deltas
     assert len(kept) == 1 and torch.equal(kept[0].indices, kept[0].indices.unique())
     assert not any("fggm" in name for name in model.base_model.model.state_dict() if "base_layer" in name)
 
@@ -218,7 +218,7 @@ def test_autocast_reaches_neither_form_of_the_product(kind, granularity):
 
 def test_saving_a_base_with_kept_deltas_warns_that_they_are_not_in_it():
     base = trained("nf4", quantized_merge="keep").merge_and_unload()
-    with pytest.warns(UserWarning, match="not part of the base"):
+    with pytest.warns(UserWarning, match="of the base omit the deltas"):
         base.state_dict()
 
 

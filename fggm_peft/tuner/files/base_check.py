@@ -129,7 +129,7 @@ def _readable_weight(layer: FGGMLayer, may_cost: bool) -> Tensor | None:
     if layer.merged_adapters:
         weight = weight.clone()
         for name in reversed(layer.merged_adapters):
-            layer._restore_(weight, name, layer.fggm_originals[name])
+            layer.restore_(weight, name)
     return layer.matrix(weight)
 
 

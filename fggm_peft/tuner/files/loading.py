@@ -67,7 +67,7 @@ def _take(state_dict: dict[str, Tensor], name: str, target: Target) -> StoredMod
                 tensors[part] = state_dict.pop(key)
     indices = tensors.get("indices")
     if indices is not None and not indices.numel():  # DeepSpeed does not save frozen parameters, so no empty values
-        tensors = {**target.layer.nothing(target.adapter_name), **tensors}
+        tensors = {**target.layer.empty_tensors(target.adapter_name), **tensors}
     return StoredModule(tensors, f"{name}{MARK}", f".{target.adapter_name}")
 
 

@@ -89,7 +89,7 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
         parts = [part for part in ("indices", "values", "bias") if names[part] in keys]
         tensors = {part: state_dict[keys[names[part]]] for part in parts}
         if adapter_name in target.layer.fggm_indices.awaited:  # a loader never brought the support
-            tensors = target.layer.nothing(adapter_name)
+            tensors = target.layer.empty_tensors(adapter_name)
         if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
             continue
         encoded[path] = encode(target.granularity, target.shape, config, tensors, path)

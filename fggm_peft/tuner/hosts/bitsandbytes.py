@@ -1,8 +1,8 @@
-"""Keeps bitsandbytes 4-bit layers usable for training on a CPU.
+"""Workarounds for bitsandbytes 4-bit layers on a CPU.
 
-In eval mode without gradients ``Linear4bit`` (0.50) repacks its weight for a CPU kernel. Afterwards
-``dequantize_4bit`` returns garbage, the input gets no gradient, and ``state_dict`` and ``deepcopy`` are
-wrong: evaluate-then-train does exactly that. tests/tuner/test_bitsandbytes.py walks the whole loop.
+In eval mode without gradients, ``Linear4bit`` (0.50) repacks its weight for a CPU kernel. Afterwards
+``dequantize_4bit`` returns garbage, the input gets no gradient, and ``state_dict`` and ``deepcopy`` are wrong. This
+happens if a model is evaluated before it is trained; tests/tuner/test_bitsandbytes.py covers the whole loop.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from torch import nn
 
 
 def guard_four_bit_layers(model: nn.Module) -> int:
-    """Undo a repacking that has happened and prevent it from now on, in every 4-bit layer of ``model``.
-
-    All layers are guarded, not only the adapted ones: the gradient flows through the others too.
+    """Unpack the repacked 4-bit layers of ``model`` and prevent repacking, also in layers without an adapter.
 
     Returns:
-        How many layers had been repacked. Their scales had been rounded to bfloat16 by bitsandbytes.
+        Number of repacked layers. bitsandbytes had rounded their scales to bfloat16.
     """
     bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:  # not imported, so no layer of it can be in the model
+    if bitsandbytes is None:
         return 0
     restored = 0
     for module in model.modules():
@@ -37,8 +35,8 @@ def guard_four_bit_layers(model: nn.Module) -> int:
             restored += 1
     if restored:
         warnings.warn(
-            f"{restored} 4-bit layers had been repacked for inference by bitsandbytes, which rounds their scales "
-            "to bfloat16. They were unpacked; to start from the exact weights, wrap the model before evaluating it.",
+            f"bitsandbytes had repacked {restored} 4-bit layers for inference, which rounds their scales to bfloat16. "
+            "They were unpacked. To start from the exact weights, wrap the model before evaluating it.",
             stacklevel=3,
         )
     return restored
@@ -46,7 +44,7 @@ def guard_four_bit_layers(model: nn.Module) -> int:
 
 @contextmanager
 def four_bit_layers_as_they_are(model: nn.Module) -> Iterator[None]:
-    """Within it, evaluating repacks no 4-bit layer of ``model``; those that are repacked already stay so."""
+    """Prevent repacking of the 4-bit layers of ``model`` within the context; repacked layers stay repacked."""
     bitsandbytes = sys.modules.get("bitsandbytes")
     kind = () if bitsandbytes is None else bitsandbytes.nn.Linear4bit
     layers = [module for module in model.modules() if isinstance(module, kind) and not _is_repacked(module)]
@@ -69,14 +67,14 @@ def _unpack_(module: nn.Module) -> None:
 
     weight = module.weight
     data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-    if not state.nested:  # the inverse of 0.50 leaves the scales transposed and in bfloat16
+    if not state.nested:  # the inverse in 0.50 leaves the scales transposed and in bfloat16
         state.absmax = state.absmax.mT.reshape(-1).to(torch.float32)
     weight.data, weight.quant_state = data, state
     module.quant_state = state
 
 
 def recover_quantization_state(layer: nn.Module) -> None:
-    """Do what ``Linear4bit.forward`` does first: FSDP2 gathers a weight that has lost its quantization state."""
+    """Restore the quantization state of a weight that FSDP2 has gathered, as ``Linear4bit.forward`` does."""
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit):
         bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)

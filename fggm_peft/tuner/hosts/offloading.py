@@ -1,4 +1,4 @@
-"""Layers whose weight accelerate keeps on the CPU or the disk, and brings to a device for a forward only."""
+"""Layers whose weight accelerate offloads to the CPU or the disk; a forward pass loads it to a device."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ def is_offloaded(layer: nn.Module) -> bool:
 
 
 def execution_device(layer: nn.Module) -> torch.device:
-    """Where an offloaded layer computes."""
+    """The device on which an offloaded layer computes."""
     return torch.device(layer._hf_hook.execution_device)
 
 
-def kept_weight(layer: nn.Module) -> Tensor | None:
-    """The weight of an offloaded layer as it is kept, to be read only; None if it is on its device just now."""
+def offloaded_weight(layer: nn.Module) -> Tensor | None:
+    """The offloaded weight of a layer, read-only; None if the weight is loaded."""
     return layer._hf_hook.weights_map["weight"] if is_offloaded(layer) and layer.weight.is_meta else None
 
 
 def require_offloading_in_place(model: nn.Module) -> None:
-    """Raise where ``PeftModel.from_pretrained`` has taken accelerate's hooks from a base that is offloaded to disk.
+    """Raise if ``PeftModel.from_pretrained`` removed accelerate's hooks from a base that is offloaded to disk.
 
-    It dispatches the model anew after loading, and would look for our values in the files of the base.
+    It dispatches the model again after loading, and would look for the adapter's values in the files of the base.
 
     Raises:
-        ValueError: it has; names the two calls that load such an adapter.
+        ValueError: the hooks were removed; the message has the two calls that load such an adapter.
     """
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
     if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):

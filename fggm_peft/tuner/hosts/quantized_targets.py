@@ -1,4 +1,4 @@
-"""What ``target_modules="all-linear"`` stands for on a quantized base."""
+"""``target_modules="all-linear"`` on a quantized base."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ..config import FGGMConfig
 
 
 def include_quantized_layers_(config: FGGMConfig, model: nn.Module) -> None:
-    """Let "all-linear" also mean quantized linear layers that are no ``nn.Linear``, as HQQ's and GPTQ's are not.
+    """Let "all-linear" include quantized linear layers that are not ``nn.Linear``, such as HQQ's and GPTQ's.
 
-    PEFT goes by the class, and finds none of them.
+    PEFT finds linear layers by their class and misses these.
     """
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    found = {
-        name
-        for name, module in model.named_modules()
-        if module is not output and not name.startswith(tuple(adapted)) and _is_linear_of_its_own(module)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    paths = {
+        path
+        for path, module in model.named_modules()
+        if module is not head and not path.startswith(adapted) and _is_missed_by_peft(module)
     }
-    if found:
+    if paths:
         _maybe_include_all_linear_layers(config, model)
-        config.target_modules |= found
+        config.target_modules |= paths
 
 
-def _is_linear_of_its_own(module: nn.Module) -> bool:
+def _is_missed_by_peft(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)):
-        return False  # PEFT finds it
+        return False
     backend = resolve_quantization_backend(module)
     return backend is not None and backend.layer_type == "linear"

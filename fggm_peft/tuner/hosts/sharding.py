@@ -1,4 +1,4 @@
-"""What frameworks for several devices do to a model's weights and names."""
+"""Names and weights of a model that is wrapped or sharded for several devices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from ..files.tensors import PREFIX
 
-# they stand in the names of modules but not in those of state dicts
+# parts of module names that are missing in state dicts
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -19,7 +19,7 @@ def plain_name(name: str) -> str:
 
 
 def path_in_base(name: str) -> str:
-    """A module's path within the base model, whatever is wrapped around the base."""
+    """A module's path in the base model, without the names of PEFT's and other wrappers."""
     return plain_name(name).removeprefix(PREFIX)
 
 
@@ -29,19 +29,19 @@ def state_prefix(model: nn.Module) -> str:
 
 
 def is_shard(parameter: Tensor) -> bool:
-    """Whether it is this rank's part of a parameter, of FSDP2 or of DeepSpeed's ZeRO-3."""
+    """Whether a parameter is sharded by FSDP2 or DeepSpeed's ZeRO-3."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The weight itself, gathered if FSDP2 has sharded it; then every rank has to ask for it."""
+    """The weight, gathered if FSDP2 has sharded it; every rank must then call this."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def require_unsharded(model: nn.Module) -> None:
-    """Raise where an adapter is added to a base that FSDP2 or ZeRO-3 has sharded already.
+    """Raise if FSDP2 or ZeRO-3 has already sharded the base of a new adapter.
 
-    They would not know the adapter's parameters: each rank would train values of its own.
+    The frameworks would not know the adapter's parameters, and each rank would train values of its own.
 
     Raises:
         ValueError: names the first sharded weight.
@@ -49,7 +49,7 @@ def require_unsharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_shard(parameter):
             raise ValueError(
-                f"{name} is sharded already, and the adapter's values would not be trained with it. Add or load the "
-                "adapter first, then shard the model (fully_shard, accelerate's prepare, or the trainer). ZeRO-3 "
-                "shards while a model loads, if the TrainingArguments exist by then: load it before."
+                f"{name} is already sharded, so that the adapter's values would not be sharded with it. Add or load "
+                "the adapter first, then shard the model (fully_shard, accelerate's prepare, or the trainer). ZeRO-3 "
+                "shards a model while it loads if TrainingArguments exist: load the model before you create them."
             )

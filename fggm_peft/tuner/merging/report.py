@@ -1,4 +1,4 @@
-"""What became of a delta when it was merged: how much of it is in the weights now."""
+"""The result of a merge: how much of each delta is in the weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.weight_delta import WeightDelta
+
 
 @dataclass(frozen=True)
 class ModuleMerge:
-    """What merging did, or would do, to the delta of one module.
+    """What a merge did, or would do, to the delta of one module.
 
     Args:
         delta_norm: Frobenius norm of the delta.
@@ -30,21 +32,20 @@ class ModuleMerge:
 
     @property
     def survived(self) -> float:
-        """Share of the delta that is in the weight now: its change projected on the delta."""
+        """Share of the delta that is in the weight: the projection of the weight's change on the delta."""
         return self.projection / self.delta_norm**2 if self.delta_norm else 1.0
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of a delta, module by module."""
+    """What a merge did to the deltas of all modules."""
 
     modules: list[ModuleMerge]
 
     @property
     def survived(self) -> float:
-        """Share of the whole delta that is in the weights now."""
-        total = sum(m.delta_norm**2 for m in self.modules)
-        return sum(m.projection for m in self.modules) / total if total else 1.0
+        """Share of the whole delta that is in the weights."""
+        return total(self.modules).survived if self.modules else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         modules = {m.name: {**asdict(m), "survived": m.survived} for m in self.modules}
@@ -56,26 +57,32 @@ class MergeReport:
         return f"MergeReport({len(self.modules)} modules: {counts or 'nothing merged'}; {self.survived:.2%} survived)"
 
 
-def account(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
-    """Compare the actual change of a weight with the delta that was meant, entry by entry."""
+def compare(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
+    """Compare the actual change of a weight with the exact delta, entry by entry."""
     return from_products(products(change.float(), delta.float()), outcome)
 
 
 def products(change: Tensor, delta: Tensor) -> list[Tensor]:
-    """The three inner products that a record is made of, from tensors of one shape; those of parts add up."""
+    """The three inner products of a record; those of the parts of a weight add up."""
     change, delta = change.flatten(), delta.flatten()
     projection, error = change.dot(delta), change - delta
     return [delta.dot(delta), projection, error.dot(error)]
 
 
 def from_products(parts: Sequence[Tensor], outcome: str) -> ModuleMerge:
-    """The record of a module from the products of its parts, one after another; of none if the delta is empty."""
+    """The record of a module from the products of its parts; the list is empty if the delta is."""
     square, projection, error = torch.stack(list(parts)).double().view(-1, 3).sum(0).tolist() if parts else (0.0,) * 3
     return ModuleMerge(square**0.5, projection, error**0.5, outcome)
 
 
+def unchanged(deltas: Sequence[WeightDelta]) -> ModuleMerge:
+    """The record of deltas in a sidecar, which are exact."""
+    square = sum(float((delta.values.detach() * delta.scale).double().square().sum()) for delta in deltas)
+    return ModuleMerge(square**0.5, square, 0.0, "kept")
+
+
 def total(records: Sequence[ModuleMerge]) -> ModuleMerge:
-    """Several adapters' records of one module as one."""
+    """The records of several deltas as one."""
     return ModuleMerge(
         delta_norm=sum(r.delta_norm**2 for r in records) ** 0.5,
         projection=sum(r.projection for r in records),

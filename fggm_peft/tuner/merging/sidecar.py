@@ -1,4 +1,4 @@
-"""Finished deltas kept beside a quantized layer: frozen, exact, and in nobody's way."""
+"""Sidecars: finished deltas of a quantized layer, frozen and exact, whose product is added to the layer's output."""
 
 from __future__ import annotations
 
@@ -12,86 +12,81 @@ from ...core.granularity import Granularity
 from ...core.linear import additive_linear
 from ...core.weight_delta import WeightDelta, united
 
-KEPT = "fggm_kept"
+SIDECAR = "fggm_sidecar"
+"""Name of the submodule in its layer."""
 
 
-def keep_beside(base_layer: nn.Module, deltas: Sequence[WeightDelta]) -> nn.Module:
-    """The same layer, weights shared, with the deltas beside it and what was kept before.
-
-    ``base_layer`` itself stays as it is.
-    """
-    twin = without_kept(base_layer)
-    setattr(twin, KEPT, KeptDelta(getattr(base_layer, KEPT, None), deltas))
-    twin.register_forward_hook(KeptDeltaHook(), prepend=True)
+def with_sidecar(base_layer: nn.Module, deltas: Sequence[WeightDelta]) -> nn.Module:
+    """A layer with the same weights, and with the deltas added to its sidecar; ``base_layer`` does not change."""
+    twin = without_sidecar(base_layer)
+    setattr(twin, SIDECAR, Sidecar([*sidecar_deltas(base_layer), *deltas]))
+    twin.register_forward_hook(SidecarHook(), prepend=True)
     return twin
 
 
-def without_kept(base_layer: nn.Module) -> nn.Module:
-    """The same layer, weights shared, with nothing beside it; ``base_layer`` itself stays as it is."""
-    twin = _shallow_copy(base_layer)
-    twin._modules.pop(KEPT, None)
-    for key in [key for key, hook in twin._forward_hooks.items() if isinstance(hook, KeptDeltaHook)]:
+def without_sidecar(base_layer: nn.Module) -> nn.Module:
+    """A layer with the same weights and no sidecar; ``base_layer`` does not change."""
+    twin = copy.copy(base_layer)
+    # dicts of its own, so that hooks and submodules may differ
+    twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(twin).items()}
+    twin._modules.pop(SIDECAR, None)
+    for key in [key for key, hook in twin._forward_hooks.items() if isinstance(hook, SidecarHook)]:
         del twin._forward_hooks[key]
     return twin
 
 
-class KeptDelta(nn.Module):
-    """Finished deltas beside a quantized layer: frozen, one support for each granularity.
+def sidecar_deltas(base_layer: nn.Module) -> list[WeightDelta]:
+    """The deltas in a layer's sidecar, at most one of each granularity."""
+    sidecar = getattr(base_layer, SIDECAR, None)
+    return [] if sidecar is None else sidecar.deltas
 
-    It is a submodule of the layer it belongs to, and a forward hook of that layer adds its product;
-    so the layer keeps its class, and whatever wraps it next (FGGM, LoRA) adds to the kept output.
-    Memory grows with the union of the supports, not with the number of tasks.
+
+class Sidecar(nn.Module):
+    """The sum of deltas, with one support for each granularity.
+
+    It is a submodule of its layer, and a forward hook of the layer adds its product. The layer keeps its class, and
+    whatever wraps the layer next (FGGM, LoRA) adds to the output of both. Memory grows with the union of the supports,
+    not with the number of tasks.
     """
 
-    def __init__(self, previous: KeptDelta | None, deltas: Sequence[WeightDelta]):
+    def __init__(self, deltas: Sequence[WeightDelta]):
         super().__init__()
-        self._granularities: list[Granularity] = []  # the number of each is part of its buffers' names
-        for delta in previous.deltas if previous is not None else []:
-            self._add(delta)
-        for delta in deltas:
-            values = (delta.values * delta.scale).detach()
-            self._add(WeightDelta(delta.granularity, delta.indices.clone(), values))
+        self._granularities: list[Granularity] = []
+        for granularity in dict.fromkeys(delta.granularity for delta in deltas):
+            parts = [
+                WeightDelta(granularity, delta.indices, (delta.values * delta.scale).detach())
+                for delta in deltas
+                if delta.granularity == granularity
+            ]
+            total = parts[0] if len(parts) == 1 else united(parts)
+            number = len(self._granularities)
+            self._granularities.append(granularity)
+            self.register_buffer(f"indices_{number}", total.indices.clone(), persistent=False)
+            self.register_buffer(f"values_{number}", total.values, persistent=False)
 
     @property
     def deltas(self) -> list[WeightDelta]:
-        """The kept deltas, at most one of each granularity."""
+        buffers = self._buffers
         return [
-            WeightDelta(granularity, self._buffers[f"indices_{n}"], self._buffers[f"values_{n}"])
-            for n, granularity in enumerate(self._granularities)
+            WeightDelta(granularity, buffers[f"indices_{number}"], buffers[f"values_{number}"])
+            for number, granularity in enumerate(self._granularities)
         ]
 
-    def _add(self, new: WeightDelta) -> None:
-        if new.granularity not in self._granularities:
-            self._granularities.append(new.granularity)
-        n = self._granularities.index(new.granularity)
-        if f"indices_{n}" in self._buffers:
-            new = united([self.deltas[n], new])
-        self.register_buffer(f"indices_{n}", new.indices, persistent=False)
-        self.register_buffer(f"values_{n}", new.values, persistent=False)
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if "base_layer." not in prefix:  # else an adapter on top is being saved, which is not about the base
+        if "base_layer." not in prefix:  # otherwise an adapter on top is being saved, without the base
             warnings.warn(
-                "deltas that quantized_merge='keep' has put beside quantized layers are not part of the base's "
-                "state_dict or save_pretrained. Save each adapter before merging it, and load them again in order.",
+                "the state_dict and save_pretrained of the base omit the deltas that quantized_merge='keep' added to "
+                "quantized layers. Save each adapter before merging it, and load the adapters again in order.",
                 stacklevel=2,
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{len(d.indices)} {d.granularity.name}s" for d in self.deltas)
+        return ", ".join(f"{len(delta.indices)} {delta.granularity}s" for delta in self.deltas)
 
 
-class KeptDeltaHook:
-    """Adds the product of a layer's ``KeptDelta`` to its output."""
+class SidecarHook:
+    """Adds the product of a layer's sidecar to its output."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        kept = getattr(module, KEPT)
-        return additive_linear(output, args[0].to(output.dtype), kept.deltas)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """The same weights in a module object of its own, so that hooks and submodules may differ."""
-    twin = copy.copy(module)
-    twin.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
-    return twin
+        return additive_linear(output, args[0].to(output.dtype), sidecar_deltas(module))

@@ -1,0 +1,201 @@
+"""``AdapterState``: the supports and values of the adapters of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..core.granularity import ELEMENTS, Granularity, Shape
+from ..core.index_codec import index_dtype
+from ..core.weight_delta import WeightDelta
+from .files.indices import SupportIndices
+
+if TYPE_CHECKING:
+    from .config import FGGMConfig
+
+
+class AdapterState(BaseTunerLayer):
+    """The part of ``FGGMLayer`` that holds its adapters, like PEFT's ``LoraLayer``.
+
+    All state is where torch can see it:
+
+    - ``fggm_values[adapter]``: trainable, ``[k, i]`` for rows, ``[o, k]`` for columns, ``[k]`` for elements;
+    - ``fggm_indices[adapter]``: ``[k]`` int32 (int64 if ``o * i`` reaches 2**31), sorted, unique; elements are flat
+      indices ``o * i + i``;
+    - ``fggm_bias[adapter]``: ``[k]``, the bias entries of the selected rows, with ``bias="fggm_only"``.
+    """
+
+    adapter_layer_names = ("fggm_values", "fggm_bias")
+    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge", "padded_sizes")
+
+    weight_shape: Shape
+
+    def __init__(self) -> None:
+        self.fggm_values = nn.ParameterDict()
+        self.fggm_bias = nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        self.granularity: dict[str, Granularity] = {}
+        self.quantized_merge: dict[str, str] = {}
+        self.selected: dict[str, bool] = {}  # False until the support is known
+        self.fggm_indices = SupportIndices(self.selected)
+        for part, tensors in self.fggm_indices.parts.items():
+            setattr(self, f"fggm_{part}", tensors)
+        self.padded_sizes: dict[str, int] = {}  # units that a support is padded to, see several.hotswap
+        self._frozen_empty: set[str] = set()  # adapters that would train here if their support were not empty
+        self._selected_in_shards: set[str] = set()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, config: FGGMConfig, inference_mode: bool = False) -> None:
+        """Add an adapter with an empty support, which changes nothing and trains nothing."""
+        granularity = config.granularity
+        base_layer = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(base_layer)
+        if config.training_dtype is not None:
+            dtype = getattr(torch, config.training_dtype)
+        floating = dtype is not None and dtype.is_floating_point
+        options: dict[str, Any] = {"device": device, "dtype": dtype if floating else torch.float32}
+        o, i = self.weight_shape
+        empty = torch.empty(granularity.values_shape(self.weight_shape, 0), **options)
+        self.fggm_values[adapter_name] = nn.Parameter(empty)
+        self.fggm_indices[adapter_name] = torch.empty(0, dtype=index_dtype(o * i), device=device)
+        if config.bias == "fggm_only" and getattr(base_layer, "bias", None) is not None:
+            self.fggm_bias[adapter_name] = nn.Parameter(torch.empty(0, **options))
+        self.granularity[adapter_name] = granularity
+        self.quantized_merge[adapter_name] = config.quantized_merge
+        self.scaling[adapter_name] = 1.0
+        self.selected[adapter_name] = False
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    # Supports and values ------------------------------------------------------------------------
+
+    def trained(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's parameters in this layer: the values and, if it has them, the bias entries."""
+        return [tensors[adapter_name] for tensors in (self.fggm_values, self.fggm_bias) if adapter_name in tensors]
+
+    def empty_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of the adapter with an empty support: indices, values and, if it has them, bias entries."""
+        parts = {"indices": self.fggm_indices, "values": self.fggm_values, "bias": self.fggm_bias}
+        tensors = {part: of[adapter_name].detach()[:0] for part, of in parts.items() if adapter_name in of}
+        shape = self.granularity[adapter_name].values_shape(self.weight_shape, 0)
+        return {**tensors, "values": tensors["values"].new_zeros(shape)}
+
+    def resize_(self, adapter_name: str, k: int, dtype: torch.dtype | None = None) -> None:
+        """Resize the adapter to ``k`` units of zeros, perhaps of another dtype; nothing changes if they fit already.
+
+        The parameters stay the same objects, so that an existing optimizer trains the new sizes.
+        """
+        shape = self.granularity[adapter_name].values_shape(self.weight_shape, k)
+        for parameters, size in ((self.fggm_values, shape), (self.fggm_bias, (k,))):
+            values = parameters.get(adapter_name, None)
+            if values is None or (values.shape == size and dtype in (None, values.dtype)):
+                continue
+            trains = values.requires_grad or adapter_name in self._frozen_empty
+            if isinstance(values, DTensor):  # FSDP2 keeps the old parameter; the new one can only be saved
+                values = torch.zeros(size, dtype=values.dtype, device=values.device)
+                parameters[adapter_name] = nn.Parameter(values, requires_grad=trains)
+                self._selected_in_shards.add(adapter_name)
+            else:
+                values.grad = None
+                values.data = values.data.new_zeros(size, dtype=dtype)
+                values.requires_grad_(trains)
+        if self.fggm_indices[adapter_name].shape != (k,):
+            self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
+
+    def set_support(self, adapter_name: str, indices: Tensor, generator: torch.Generator | None = None) -> None:
+        """Set the units that train, with values of zero.
+
+        Args:
+            indices: ``[k]`` integers, sorted, unique, in range.
+            generator: draws normal starting values instead of zeros; for tests only.
+        """
+        self.resize_(adapter_name, len(indices))
+        self.fggm_indices[adapter_name].copy_(indices)
+        self.fggm_indices.settle(adapter_name)
+        self.padded_sizes.pop(adapter_name, None)
+        for parameter in self.trained(adapter_name):
+            data = parameter.data
+            data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
+        self.selected[adapter_name] = True
+        self.freeze_empty_()
+
+    def freeze_empty_(self) -> None:
+        """Freeze the values of empty supports, which never get a gradient.
+
+        DDP would wait for the gradient, FSDP2 would miss the optimizer state on resuming, and ZeRO-3 would fail to
+        fetch the values.
+        """
+        for name, values in self.fggm_values.items():
+            if not self.selected[name] or self.fggm_indices[name].numel():
+                self._frozen_empty.discard(name)
+            elif values.requires_grad:
+                self._frozen_empty.add(name)
+                for parameter in self.trained(name):
+                    parameter.requires_grad_(False)
+
+    # PEFT's interface ---------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.freeze_empty_()
+
+    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.freeze_empty_()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the delta of ``adapter`` by ``scale``; an adapter that is not in this layer is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Like PEFT's, but keeps the dtype: float32 values must not pass through bfloat16."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for tensors in (self.fggm_values, self.fggm_bias, self.fggm_indices):
+            if device is not None and adapter_name in tensors and not tensors[adapter_name].is_meta:
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
+    # Deltas -------------------------------------------------------------------------------------
+
+    def delta(self, adapter_name: str) -> WeightDelta:
+        """The adapter's sparse delta of the weight."""
+        return WeightDelta(
+            self.granularity[adapter_name],
+            self.fggm_indices[adapter_name],
+            self.fggm_values[adapter_name],
+            self.scaling[adapter_name],
+        )
+
+    def bias_delta(self, adapter_name: str) -> WeightDelta | None:
+        """The adapter's sparse delta of the bias as a matrix ``[1, o]``; None if it has no bias entries."""
+        if adapter_name not in self.fggm_bias or not self.fggm_indices[adapter_name].numel():
+            return None
+        indices, values = self.fggm_indices[adapter_name], self.fggm_bias[adapter_name]
+        return WeightDelta(ELEMENTS, indices, values, self.scaling[adapter_name])
+
+    def deltas(self, adapter_names: Sequence[str]) -> list[WeightDelta]:
+        """The deltas of those adapters that have a support here which is not empty."""
+        # checks the indices, because ZeRO-3 fetches a parameter that is accessed
+        return [self.delta(n) for n in adapter_names if self.selected.get(n) and self.fggm_indices[n].numel()]
+
+    def bias_with_deltas(self, bias: Tensor | None, adapter_names: Sequence[str] | None = None) -> Tensor | None:
+        """The bias ``[o]`` plus the adapters' bias entries, by default of the active adapters; differentiable."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if bias is not None and (delta := self.bias_delta(name)) is not None:
+                wide = torch.promote_types(bias.dtype, torch.float32)  # rounded once, as in the merge
+                added = (delta.values * delta.scale).to(wide)
+                bias = bias.to(wide).index_add(0, delta.indices, added).to(bias.dtype)
+        return bias
+
+    def added_bias(self, adapter_names: Sequence[str]) -> Tensor | None:
+        """The sum of the adapters' bias entries, ``[o]``; None if they have none."""
+        base_bias = getattr(self.get_base_layer(), "bias", None)
+        if base_bias is None or not any(name in self.fggm_bias for name in adapter_names):
+            return None
+        return self.bias_with_deltas(torch.zeros_like(base_bias, requires_grad=False), adapter_names)
