@@ -107,7 +107,7 @@ def test_the_card_contains_a_table_if_densities_differ(tmp_path):
 
 
 @pytest.mark.parametrize("build", [llama, t5])
-def test_a_report_has_three_plots(build):
+def test_a_report_has_a_density_plot_and_an_agreement_plot(build):
     model = adapted(build(), target_modules="all-linear")
     report = select_parameters(model, MANY[:5], progress=False)
     found = dict(report.plots())
