@@ -15,35 +15,36 @@ if TYPE_CHECKING:
     from ..layer import FGGMLayer
 
 BASE = "__base__"
-"""The name, PEFT's, of no adapter at all."""
+"""PEFT's name for no adapter."""
 
 
 @contextmanager
 def adapter_of_each_sample(model: nn.Module, layer_class: type, names: Any, num_beams: Any) -> Iterator[None]:
-    """Tell the adapted layers, and modules that are trained whole, which adapter each sample uses.
+    """Pass the adapter names to the adapted layers, and to modules that are trained as a whole.
 
     Args:
         model: the tuner.
-        layer_class: of the layers that take ``adapter_names`` in their forward.
-        names: one for each sample; ``"__base__"`` for no adapter. None: nothing is done.
-        num_beams: of ``generate``: the decoder sees every sample that many times, the encoder once.
+        layer_class: class of the layers that take ``adapter_names`` in their forward.
+        names: one for each sample; ``"__base__"`` for no adapter. If it is None, nothing happens.
+        num_beams: argument of ``generate``. The decoder sees each sample that many times, the encoder once.
 
     Raises:
-        ValueError: the model is in training mode, or there is no such adapter.
-        TypeError: ``names`` is no list.
+        ValueError: the model is in training mode, or an adapter does not exist.
+        TypeError: ``names`` is not a list.
     """
     if names is None:
         yield
         return
-    names = _checked(model, layer_class, names)
+    _require_legal(model, layer_class, names)
     beams = num_beams if isinstance(num_beams, int) else 1
-    encoder = _encoder(model)
-    once = set() if encoder is None else set(encoder.modules())
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    # a model without an encoder returns itself
+    in_encoder = set() if encoder is None or encoder is model.model else set(encoder.modules())
     handles = []
     for module in model.modules():
         if isinstance(module, (layer_class, AuxiliaryTrainingWrapper)):
-            seen = names if module in once else [name for name in names for _ in range(beams)]
-            handles.append(module.register_forward_pre_hook(partial(_pass_names, names=seen), with_kwargs=True))
+            repeated = list(names) if module in in_encoder else [name for name in names for _ in range(beams)]
+            handles.append(module.register_forward_pre_hook(partial(_add_names, names=repeated), with_kwargs=True))
     try:
         yield
     finally:
@@ -51,37 +52,28 @@ def adapter_of_each_sample(model: nn.Module, layer_class: type, names: Any, num_
             handle.remove()
 
 
-def _checked(model: nn.Module, layer_class: type, names: Any) -> list[str]:
+def _require_legal(model: nn.Module, layer_class: type, names: Any) -> None:
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-    known = {name for module in model.modules() if isinstance(module, layer_class) for name in module.fggm_values}
-    if unknown := sorted(set(names) - known - {BASE}):
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    return list(names)
+    existing = {name for module in model.modules() if isinstance(module, layer_class) for name in module.fggm_values}
+    if missing := sorted(set(names) - existing - {BASE}):
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")
 
 
-def _encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of a model that has a decoder too."""
-    if not hasattr(model, "get_encoder"):
-        return None
-    encoder = model.get_encoder()
-    return None if encoder is model.model else encoder  # a model without one gives itself
-
-
-def _pass_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
+def _add_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": names}
 
 
 def mixed_batch_forward(layer: FGGMLayer, names: Sequence[str], x: Tensor, *args, **kwargs) -> Tensor:
-    """What each sample's own adapter makes of it: one product of the base, and the delta's of each part of the batch.
+    """The output of the base layer for the whole batch, plus each sample's own adapter.
 
     Args:
-        names: as many as ``x`` has samples.
+        names: one for each sample of ``x``.
 
     Raises:
-        ValueError: another number of names, or an adapter is merged.
+        ValueError: the number of names differs, or an adapter is merged.
     """
     if len(x) != len(names):
         raise ValueError(
@@ -95,9 +87,8 @@ def mixed_batch_forward(layer: FGGMLayer, names: Sequence[str], x: Tensor, *args
     output = layer.base_layer(x, *args, **kwargs)
     mixed = output
     for name in dict.fromkeys(names):
-        if not layer.deltas([name]):
-            continue
-        part = torch.tensor([number for number, other in enumerate(names) if other == name], device=output.device)
-        of_part = layer.with_deltas(output[part], [name], x[part.to(x.device)])
-        mixed = mixed.index_copy(0, part, of_part)
+        if layer.deltas([name]):
+            samples = torch.tensor([n for n, other in enumerate(names) if other == name], device=output.device)
+            adapted = layer.with_deltas(output[samples], [name], x[samples.to(x.device)])
+            mixed = mixed.index_copy(0, samples, adapted)
     return mixed
