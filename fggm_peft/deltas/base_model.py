@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,13 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..tuner.files.hub import from_hub
 from ..tuner.files.model_card import AUTO_CLASSES
 
 Base = nn.Module | str | Path
 """A model, or the folder or Hub id of one."""
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def load_base(name: str, revision: str | None = None) -> nn.Module:
@@ -79,61 +80,77 @@ def _settings(name: str, revision: str | None, **options: Any) -> Any:
         ) from error
 
 
-class ModelWeights:
-    """The weights of a model in memory, by name."""
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a whole model, read on demand.
 
-    def __init__(self, model: nn.Module):
-        self.where = type(model).__name__
-        self._tensors = model.state_dict(keep_vars=True)
+    Args:
+        where: names the model in errors.
+        readers: name -> function that returns the tensor on the CPU.
+    """
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+    where: str
+    readers: Mapping[str, Callable[[], Tensor]]
 
-    def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        tensor = self._tensors[name].detach()
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device: the model's weights were never loaded")
-        return tensor.to("cpu")
+    def find(self, names: Iterable[str], prefix: str = "") -> Tensor | None:
+        """The tensor under the first name that exists, on the CPU.
+
+        Args:
+            names: names of one parameter; tied parameters have several.
+            prefix: path of the base in the model. Checkpoints of a base without a head omit it.
+        """
+        for name in names:
+            for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name):
+                if variant in self.readers:
+                    return self.readers[variant]()
+        return None
 
 
-class FileWeights:
-    """The weights of a checkpoint by name: one safetensors file, or shards with an index. Tensors are read on demand.
+def weights_of(source: Base) -> Weights:
+    """The weights of a model in memory, or of a checkpoint: one safetensors file, or shards with an index.
 
     Raises:
         FileNotFoundError: there is no safetensors file. Pickled weights are not read.
-        ValueError: the index is damaged.
+        ValueError: a file is damaged.
     """
+    if isinstance(source, nn.Module):
+        tensors: dict[str, Tensor] = source.state_dict(keep_vars=True)
+        return Weights(type(source).__name__, {name: partial(_from_memory, name, t) for name, t in tensors.items()})
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        with from_hub(str(source), "checkpoint", FileNotFoundError):
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+    return Weights(str(source), {name: partial(_from_file, name, file) for name, file in _files(folder).items()})
 
-    def __init__(self, source: str | Path):
-        folder = Path(source).expanduser()
-        if not folder.is_dir():
-            with from_hub(str(source), "checkpoint", FileNotFoundError):
-                folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
-        self.where = str(source)
-        self._files: dict[str, Path] = {}
-        if (folder / INDEX).is_file():
-            try:
-                shards = json.loads((folder / INDEX).read_text())["weight_map"]
-                self._files = {name: folder / Path(shard).name for name, shard in shards.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{folder / INDEX} is damaged: {error}") from error
-        elif (folder / SINGLE).is_file():
-            with _opened(folder / SINGLE) as tensors:
-                self._files = dict.fromkeys(tensors.keys(), folder / SINGLE)
-        else:
-            raise FileNotFoundError(
-                f"no {SINGLE} or {INDEX} in {self.where!r}. Pickled weights are not read: load the model and save it "
-                "again with save_pretrained"
-            )
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+def _files(folder: Path) -> dict[str, Path]:
+    """Name of a tensor -> its file."""
+    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        try:
+            return {
+                name: folder / Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged: {error}") from error
+    if single.is_file():
+        with _opened(single) as tensors:
+            return dict.fromkeys(tensors.keys(), single)
+    raise FileNotFoundError(
+        f"no {single.name} or {index.name} in {str(folder)!r}. Pickled weights are not read: load the model and save "
+        "it again with save_pretrained"
+    )
 
-    def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        with _opened(self._files[name]) as tensors:
-            return tensors.get_tensor(name)
+
+def _from_memory(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device: the model's weights were never loaded")
+    return tensor.detach().to("cpu")
+
+
+def _from_file(name: str, file: Path) -> Tensor:
+    with _opened(file) as tensors:
+        return tensors.get_tensor(name)
 
 
 def _opened(file: Path) -> Any:
@@ -141,25 +158,3 @@ def _opened(file: Path) -> Any:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is missing or damaged: {error}") from error
-
-
-Weights = ModelWeights | FileWeights
-
-
-def weights_of(source: Base) -> Weights:
-    """The weights of a model, or of a checkpoint by its folder or Hub id."""
-    return ModelWeights(source) if isinstance(source, nn.Module) else FileWeights(source)
-
-
-def find_weight(weights: Weights, names: Iterable[str], prefix: str = "") -> Tensor | None:
-    """The tensor under the first name that exists.
-
-    Args:
-        names: names of one parameter; tied parameters have several.
-        prefix: path of the base in the model. Checkpoints of a base without a head omit it.
-    """
-    for name in names:
-        for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name):
-            if variant in weights:
-                return weights.get(variant)
-    return None

@@ -58,7 +58,8 @@ class ModuleDelta:
 
     def to(self, device: torch.device | None) -> ModuleDelta:
         """The same delta on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, indices=self.indices.to(device), values=self.values.to(device), bias=bias)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -195,7 +196,7 @@ def new_delta(
         others: whole tensors.
     """
     has_bias = any(module.bias is not None for module in modules.values())
-    bias = "fggm_only" if has_bias else "all" if others and like.bias == "all" else "none"
+    bias: Any = "fggm_only" if has_bias else "all" if others and like.bias == "all" else "none"
     config = FGGMConfig(
         granularity=granularity,
         # PEFT compares a list of names with the ends of paths; a pattern is exact
@@ -226,9 +227,8 @@ def _fingerprint(like: FGGMConfig, modules: Mapping[str, ModuleDelta]) -> dict[s
     sketches = sketches_from(like.base_fingerprint or {})
     fingerprint = {}
     for path, module in modules.items():
-        sketch = sketches.get(path)
-        fits = sketch is not None and sketch.shape == module.shape
-        fingerprint[path] = (sketch if fits else WeightSketch(module.shape)).to_text()
+        sketch = sketches.get(path, WeightSketch(module.shape))
+        fingerprint[path] = (sketch if sketch.shape == module.shape else WeightSketch(module.shape)).to_text()
     return fingerprint
 
 

@@ -22,7 +22,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.files.tensors import PREFIX
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import make_layer
-from .base_model import Base, Weights, find_weight, skeleton, weights_of
+from .base_model import Base, Weights, skeleton, weights_of
 from .delta import ModuleDelta, SparseDelta, new_delta
 
 CANDIDATES = (Rows(), Columns(), Elements())
@@ -230,7 +230,7 @@ class _Comparison:
         return before, after
 
     def _read(self, weights: Weights, parameter: _Parameter) -> Tensor:
-        tensor = find_weight(weights, parameter.names, getattr(self.model, "base_model_prefix", ""))
+        tensor = weights.find(parameter.names, getattr(self.model, "base_model_prefix", ""))
         if tensor is None:
             raise ValueError(
                 f"{weights.where} has no {parameter.names[0]}, which a {type(self.model).__name__} has: it has another "

@@ -23,7 +23,7 @@ from ..tuner.files.atomic import write_tensors
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.sidecar import Sidecar, sidecar_deltas, with_sidecar, without_sidecar
 from .apply import add_bias_, change_weight_, replace_module
-from .base_model import Base, find_weight, weights_of
+from .base_model import Base, weights_of
 from .delta import ModuleDelta, SparseDelta
 
 _FORMAT = "fggm_originals 1"
@@ -105,10 +105,10 @@ class Originals:
                 continue
             weight, bias = _weight_and_bias(layer)
             if weights is not None:
-                original = find_weight(weights, [f"{path}.weight"])
+                original = weights.find([f"{path}.weight"])
                 if original is None or original.shape != weight.shape:
                     raise ValueError(f"{weights.where} is another base: it has no {path} of {list(weight.shape)}")
-                original_bias = find_weight(weights, [f"{path}.bias"])
+                original_bias = weights.find([f"{path}.bias"])
                 bias = None if original_bias is None else original_bias.to(weight.device, weight.dtype)
                 weight = original.to(weight.device, weight.dtype)
             changes = [delta.modules[path] for delta in deltas if path in delta.modules]
@@ -219,8 +219,9 @@ def _require_merged(layer: FGGMLayer, originals: ModuleOriginals, deltas: Sequen
 def _restore_(layer: FGGMLayer, originals: ModuleOriginals, deltas: Sequence[ModuleDelta]) -> None:
     matrix, bias = originals.with_deltas(layer, deltas)
     change_weight_(layer, lambda weight: weight.copy_(matrix))
-    if bias is not None:
-        layer.get_base_layer().bias.data.copy_(bias)
+    current = _weight_and_bias(layer)[1]
+    if bias is not None and current is not None:
+        current.copy_(bias)
 
 
 def _subtract_(layer: FGGMLayer, delta: ModuleDelta) -> None:

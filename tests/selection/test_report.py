@@ -100,7 +100,7 @@ def test_the_card_contains_a_table_if_densities_differ(tmp_path):
     select_parameters(model, token_batches(), progress=False)
     model.save_pretrained(tmp_path / "even")
     card = (tmp_path / "even" / "README.md").read_text()
-    assert "The share is the same in every module." in card and "| q_proj" not in card
+    assert "The density is the same in every module." in card and "| q_proj" not in card
 
 
 # Plots -------------------------------------------------------------------------------------------
