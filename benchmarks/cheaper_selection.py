@@ -24,12 +24,14 @@ from fggm_peft import FGGMConfig
 from fggm_peft.core.sketch import Sketch
 from fggm_peft.core.statistics import Batch
 from fggm_peft.selection import data_pass
-from fggm_peft.selection.data_pass import FisherPass
-from fggm_peft.selection.hooks import ScoreCollector
+from fggm_peft.selection.data_pass import DataPass
+from fggm_peft.selection.hooks import LayerHooks
 from fggm_peft.selection.likelihood import default_log_likelihood
+from fggm_peft.selection.recorder import CallRecorder
+from fggm_peft.selection.running_sums import RunningSums
 from fggm_peft.training.base_model import BaseModel
 from fggm_peft.training.data import DataSource, TokenizedExamples, load_examples
-from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 SIZES = (4, 8, 16, 32)
 DENSITIES = (0.05, 0.3)
@@ -61,36 +63,38 @@ def both_granularities(base):
     return model
 
 
-def run(fisher: FisherPass, layers: dict, projections: int) -> None:
+def run(fisher: DataPass, targets: dict, projections: int) -> None:
     data_pass.SKETCH_SIZE = projections
-    fisher.run(layers, None, None, 1, "")
+    fisher.run(targets)
 
 
 def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
     """Variant -> module -> scores ``[2, units]``; the hooks of all variants share one pass."""
     model = both_granularities(base)
-    layers = fggm_layers(model, "default")
     likelihood = default_log_likelihood(base, None)
-    found = {}
+    found: dict[str, CallRecorder] = {}
     with ExitStack() as stack:
         for adapter, granularity in ADAPTERS.items():
+            targets = find_targets(model, adapter)
             for size in (None, *SIZES):
                 sketch = None if size is None else Sketch(size, seed=0)
                 name = f"{granularity}s, " + ("exact" if size is None else f"sketch {size}")
-                found[name] = stack.enter_context(ScoreCollector(layers, adapter, sketch=sketch))
+                found[name] = CallRecorder(RunningSums(targets), sketch)
+                stack.enter_context(LayerHooks(targets, found[name]))
         first = 0
         model.eval()
         for number, batch in enumerate(data):
             half = (torch.arange(len(batch["labels"])) + first) % 2
-            for collector in found.values():
-                collector.begin(Batch(half, batch["attention_mask"] == 0, first))
+            for recorder in found.values():
+                recorder.open(Batch(half, batch["attention_mask"] == 0, first))
             likelihood(base, batch).sum().backward()
-            for collector in found.values():
-                collector.end(number)
+            for recorder in found.values():
+                recorder.finish(number)
             first += len(half)
     model.unload()
     return {
-        name: {module: sums["fisher"] for module, sums in collector.sums.items()} for name, collector in found.items()
+        name: {module: sums["fisher"] for module, sums in recorder.sums.tensors.items()}
+        for name, recorder in found.items()
     }
 
 
@@ -128,10 +132,10 @@ def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[
     model = both_granularities(base)
     variants = {"frozen": lambda: frozen_pass(base, data)}
     for adapter, granularity in ADAPTERS.items():
-        group = fggm_layers(model, adapter)
+        group = find_targets(model, adapter)
         for size in (0, *sizes):
             config = FGGMConfig(granularity=granularity, fisher_estimate="sketch" if size else "exact")
-            fisher = FisherPass(model, config, adapter, data, None, progress=False)
+            fisher = DataPass(model, config, data)
             name = f"{granularity}s, " + (f"sketch {size}" if size else "exact")
             variants[name] = lambda f=fisher, g=group, size=size: run(f, g, size)
 

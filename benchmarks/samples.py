@@ -37,12 +37,12 @@ from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import GRANULARITIES, Rows, granularity_from
 from fggm_peft.plots import legend, lines, looks, new_figure, save, style
-from fggm_peft.selection.agreement import split_half_agreement
-from fggm_peft.selection.data_pass import FisherPass, Totals
-from fggm_peft.selection.scoring import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT
+from fggm_peft.selection.agreement import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT, split_half_agreement
+from fggm_peft.selection.data_pass import DataPass, Totals
 from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples
 from fggm_peft.tuner.layer import FGGMLayer
 from fggm_peft.tuner.support import Choice, fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 DENSITIES = (0.05, 0.1, 0.3)
 EVERY = 10  # elements are collected in every tenth block
@@ -222,9 +222,9 @@ class Model:
             if int(re.search(r"\.(\d+)\.", name)[1]) % EVERY:
                 layer.granularity["default"] = RowsAndColumns()
         study = Study(layers, cases, lambda case, name, gathered: score(case, layers[name], name, gathered))
-        fisher = FisherPass(model, model.peft_config["default"], "default", self.batches(examples), None, progress=True)
+        data = DataPass(model, model.peft_config["default"], self.batches(examples), progress=True)
         with torch.autocast("cpu", torch.bfloat16):
-            totals = fisher.run(layers, None, study.take, FIRST_CHECK, "Samples")
+            totals = data.run(find_targets(model, "default"), None, study.take, FIRST_CHECK, "Samples")
         return study, totals
 
     def speed(self, examples: list[Example], granularity: str) -> dict[str, Any]:

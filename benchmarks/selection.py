@@ -1,7 +1,7 @@
 """The Fisher pass against a frozen forward and backward of the same batch, and against other per-sample gradients.
 
-All run interleaved in one process. A pass is timed from one batch to its request for the next, without its setup.
-Memory is the peak that torch allocates on the CPU during the pass, including its results.
+All are interleaved in one process. A pass is timed from the batch that it is handed to the next one it asks for: its
+setup is not of the batch. Memory is the peak of what torch allocated on the CPU during the pass, its results included.
 
 OMP_NUM_THREADS=1 python benchmarks/selection.py [--model FOLDER] [--quick] [--dtype bfloat16]
 """
@@ -21,16 +21,16 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fggm_peft import FGGMConfig
-from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.selection.data_pass import DataPass
 from fggm_peft.selection.likelihood import default_log_likelihood
-from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 CASES = ((32, 4), (128, 4), (512, 2))  # positions, samples
-PEER_REPEATS = 2  # they are so slow that noise does not matter
+PEER_REPEATS = 2  # they take so much longer that noise does not matter
 
 
 def frozen_pass(model, batch) -> None:
-    """Forward, and backward to the output of the embeddings, which every method on a frozen base requires."""
+    """Forward and backward down to the embeddings' output, as any frozen base costs."""
     likelihood = default_log_likelihood(model, None)
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
@@ -41,7 +41,7 @@ def frozen_pass(model, batch) -> None:
 
 
 class TimedBatch:
-    """A dataloader of one batch, which measures the seconds until the next batch is requested."""
+    """A dataloader of one batch; the seconds from handing it out to being asked for the next."""
 
     def __init__(self, batch: dict[str, torch.Tensor]):
         self.batch, self.seconds = batch, 0.0
@@ -53,28 +53,26 @@ class TimedBatch:
 
 
 class Selection:
-    """The Fisher pass over one batch."""
+    """Our pass over one batch."""
 
     def __init__(self, model: PreTrainedModel, batch: dict, statistic: str = "fisher", **config):
         self.data, self.statistic = TimedBatch(batch), statistic
         tuned = get_peft_model(twin(model), FGGMConfig(target_modules="all-linear", **config))
-        self.layers = fggm_layers(tuned, "default")
+        self.targets = find_targets(tuned, "default")
         self.model = tuned.get_base_model()
-        self.fisher = FisherPass(
-            tuned, tuned.peft_config["default"], "default", self.data, None, progress=False, statistics=(statistic,)
-        )
+        self.fisher = DataPass(tuned, tuned.peft_config["default"], self.data, statistics=(statistic,))
 
     def __call__(self) -> float:
-        self.fisher.run(self.layers, None, None, 1, "")
+        self.fisher.run(self.targets)
         return self.data.seconds
 
     def scores(self) -> Scores:
-        totals = self.fisher.run(self.layers, None, None, 1, "")
-        return {n.removeprefix("base_model.model."): totals.samples * totals.mean(n, "fisher") for n in self.layers}
+        totals = self.fisher.run(self.targets)
+        return {n.removeprefix("base_model.model."): totals.samples * totals.mean(n, "fisher") for n in self.targets}
 
     def sums_mib(self) -> float:
-        """Size of the running sums of elements, one for each half of the samples; they are the result."""
-        return sum(2 * 4 * math.prod(layer.weight_shape) for layer in self.layers.values()) / 2**20
+        """The running sums of elements, one for each half of the samples, which are the result."""
+        return sum(2 * 4 * math.prod(target.shape) for target in self.targets.values()) / 2**20
 
 
 def selections(model: PreTrainedModel, batch: dict) -> dict[str, Selection]:
@@ -97,7 +95,7 @@ def error(scores: Scores, expected: Scores) -> float:
 
 
 def layer_mib(model: PreTrainedModel, batch: dict) -> float:
-    """Activations that one block keeps for the backward of the frozen pass."""
+    """What one block keeps from forward to backward in the frozen pass."""
     layers = model.model.layers
     with_all = peak_mib(lambda: frozen_pass(model, batch))
     model.model.layers = layers[:-2]
@@ -108,7 +106,7 @@ def layer_mib(model: PreTrainedModel, batch: dict) -> float:
 
 
 def checkpointed_mib(model: PreTrainedModel, batch: dict) -> dict[str, float]:
-    """Peak memory with gradient checkpointing."""
+    """Peaks with gradient checkpointing."""
     ours = Selection(model, batch, granularity="row")
     passes = {"frozen, checkpointed": (twin(model), None), "rows, exact, checkpointed": (ours.model, ours)}
     result = {}
@@ -149,7 +147,7 @@ def measure(model: PreTrainedModel, length: int, size: int, repeats: int) -> dic
 
 
 def verdicts(results: dict[str, dict[str, float]], length: int, hidden: int) -> dict[str, dict[str, float | bool]]:
-    """For each goal of one case: the measured ratio, the goal, and whether it is met."""
+    """Each goal of one case, what was reached, and whether that is enough."""
 
     def verdict(reached: float, goal: float) -> dict[str, float | bool]:
         return {"reached": reached, "goal": goal, "met": reached <= goal}
@@ -165,7 +163,7 @@ def verdicts(results: dict[str, dict[str, float]], length: int, hidden: int) -> 
     rows = results["rows, exact"]
     one = results["rows, exact, one sample"]
     for peer in (name for name, row in results.items() if "error" in row and name != "rows, exact"):
-        same_size = one if peer == LOOP else rows  # the loop has only one sample in memory
+        same_size = one if peer == LOOP else rows  # the loop has one sample at a time in memory
         goals[f"rows: time over {peer}"] = verdict(rows["ratio_min"] / results[peer]["ratio_min"], 1.0)
         goals[f"rows: peak memory over {peer}"] = verdict(same_size["peak_mib"] / results[peer]["peak_mib"], 1.0)
     return goals
@@ -173,9 +171,9 @@ def verdicts(results: dict[str, dict[str, float]], length: int, hidden: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="also measure this model, a folder such as SmolLM2-135M")
+    parser.add_argument("--model", help="a folder, e.g. of SmolLM2-135M, to measure beside the random Llama")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--quick", action="store_true", help="a small random model at one length; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="a small random model at one length; nothing is written")
     parser.add_argument("--repeats", type=int, default=4)
     arguments = parser.parse_args()
     dtype, cases, repeats = getattr(torch, arguments.dtype), CASES, arguments.repeats
@@ -196,7 +194,7 @@ def main() -> None:
             goals[name] = verdicts(figures[name], length, hidden)
             show(name, figures[name])
             show("goals", goals[name])
-            if not arguments.quick:  # after each case, so that an interrupted run loses nothing
+            if not arguments.quick:  # after each case, so that what is done stays when the rest is given up
                 print("written to", write("selection", {"figures": figures, "goals": goals}))
 
 

@@ -19,7 +19,7 @@ from .core.index_codec import most_index_bytes
 from .core.registry import Registry
 from .core.threshold import Forecast
 from .selection.likelihood import task_type_of
-from .selection.scoring import running_bytes
+from .selection.score_memory import running_bytes
 from .selection.select import active_adapter
 from .step_memory import MakeBatch, copy_with_same_tensors, step_memory
 from .tuner.config import FGGMConfig
@@ -176,7 +176,7 @@ def estimate(
     make_optimizer = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     adapted, config, adapter_name = _copy_with_adapter(model, config, adapter_name)
     targets = find_targets(adapted, adapter_name)
-    forecast = _forecast(targets, config, adapter_name)
+    forecast = _forecast(targets, config)
     if forecast is not None:
         for target, k in zip(targets.values(), forecast.units, strict=True):
             _set_planned_support_(target, k)
@@ -221,7 +221,7 @@ def _copy_with_adapter(
     return adapted, own, name
 
 
-def _forecast(targets: Targets, config: FGGMConfig, name: str) -> Forecast | None:
+def _forecast(targets: Targets, config: FGGMConfig) -> Forecast | None:
     """Forecast of the selection; None if the adapter has its support already."""
     if all(target.is_selected for target in targets.values()):
         return None

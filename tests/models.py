@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from fggm_peft import FGGMConfig
-from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.selection.data_pass import DataPass
 from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 VOCABULARY = 50
 
@@ -181,10 +182,9 @@ def adapted(model: nn.Module, granularity: str = "row", **config) -> nn.Module:
 
 def fisher_scores(model: nn.Module, batches, log_likelihood=None) -> dict[str, torch.Tensor]:
     """Module path -> Fisher information collected by a pass, mean over samples, ``[units]``."""
-    fisher_pass = FisherPass(model, model.peft_config["default"], "default", batches, log_likelihood, progress=False)
-    layers = fggm_layers(model, "default")
-    totals = fisher_pass.run(layers, None, None, 1, "")
-    return {name: totals.mean(name, "fisher") for name in layers}
+    targets = find_targets(model, "default")
+    totals = DataPass(model, model.peft_config["default"], batches, log_likelihood).run(targets)
+    return {path: totals.mean(path, "fisher") for path in targets}
 
 
 def trace(model):

@@ -31,7 +31,7 @@ from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.threshold import POLICIES
 from fggm_peft.cost import OPTIMIZERS
-from fggm_peft.selection.hooks import ScoreCollector
+from fggm_peft.selection.running_sums import RunningSums
 from fggm_peft.tuner.support import fggm_layers
 
 SMALL = {"batch_size": 2, "sequence_length": 8}
@@ -307,14 +307,13 @@ def test_running_scores_are_those_of_the_pass(criterion, granularity, monkeypatc
         assert found.score_bytes == 0
         return
     sums = []
-    enter = ScoreCollector.__enter__
+    create = RunningSums.__init__
 
-    def entered(self):
-        collector = enter(self)
-        sums.append(sum(tensor.nbytes for module in collector.sums.values() for tensor in module.values()))
-        return collector
+    def counted(self, *arguments):
+        create(self, *arguments)
+        sums.append(sum(tensor.nbytes for module in self.tensors.values() for tensor in module.values()))
 
-    monkeypatch.setattr(ScoreCollector, "__enter__", entered)
+    monkeypatch.setattr(RunningSums, "__init__", counted)
     reference = token_batches(seed=1) if known.reference else None
     model = adapted(llama(), granularity, criterion=criterion)
     select_parameters(model, token_batches(), None, reference=reference, progress=False)

@@ -126,7 +126,7 @@ def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGM
     from torch.utils.data import DataLoader
     from transformers import DataCollatorForSeq2Seq
 
-    from ..selection.select import MAX_SAMPLES
+    from ..selection.agreement import MAX_SAMPLES
     from ..training.base_model import this_process
 
     tokenizer = base.base().load_tokenizer()

@@ -1,4 +1,4 @@
-"""The Fisher pass: which weights does the new task's data ask for?"""
+"""Selection of the weights that an adapter may change: a pass over data, then a threshold (see docs/score_path.md)."""
 
 from .frozen_model import same_random_state
 from .report import SelectionReport

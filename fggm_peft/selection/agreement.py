@@ -1,4 +1,4 @@
-"""Split-half agreement: would other data have chosen the same? Tells a mask from noise."""
+"""Split-half agreement: would other data have selected the same units? Shows whether the selection is noise."""
 
 from __future__ import annotations
 
@@ -8,45 +8,42 @@ import torch
 
 from ..tuner.support import Choice
 
+MIN_SAMPLES = 32
+MAX_SAMPLES = 1024
+SUFFICIENT_AGREEMENT = 0.8
+"""``num_samples="auto"`` stops here: they find 99 % of the score that more samples find (docs/choosing.md)."""
+
 
 def split_half_agreement(
-    first: Mapping[str, Choice], second: Mapping[str, Choice], costs: Mapping[str, int]
+    first: Mapping[str, Choice], second: Mapping[str, Choice], unit_entries: Mapping[str, int]
 ) -> tuple[float | None, dict[str, float | None]]:
     """Overlap of two sets of supports, corrected for chance.
 
     ``(dice - chance) / (1 - chance)`` with Dice's overlap ``2 |A and B| / (|A| + |B|)`` and ``chance`` its
-    expected value for random supports of the same sizes; units count by their parameters.
+    expected value for random supports of the same sizes. Units count by their entries.
 
     Args:
-        first: module path -> what one half of the samples chose.
-        second: the same for the other half.
-        costs: module path -> parameters that one unit holds.
+        first: module path -> choice from one half of the samples.
+        second: the same from the other half.
+        unit_entries: module path -> number of weight entries of one unit.
 
     Returns:
-        The agreement over all modules, and that of each: 1 is perfect, 0 is chance. None where it has
-        no meaning, because nothing or everything is chosen.
+        The agreement over all modules, and of each module: 1 is perfect, 0 is chance. None if nothing or everything
+        is selected.
     """
-    both = expected = size = 0.0
+    common_total = chance_total = size_total = 0.0
     modules: dict[str, float | None] = {}
     for name, a in first.items():
-        b = second[name]
-        common = _intersection(a, b)
+        b, entries = second[name], unit_entries[name]
+        common = int(torch.isin(a.indices, b.indices).sum())
         chance = len(a.indices) * len(b.indices) / a.units
-        mean = (len(a.indices) + len(b.indices)) / 2
-        modules[name] = _corrected(common, chance, mean)
-        both, expected, size = (
-            both + common * costs[name],
-            expected + chance * costs[name],
-            size + mean * costs[name],
-        )
-    return _corrected(both, expected, size), modules
+        size = (len(a.indices) + len(b.indices)) / 2
+        modules[name] = _corrected(common, chance, size)
+        common_total += common * entries
+        chance_total += chance * entries
+        size_total += size * entries
+    return _corrected(common_total, chance_total, size_total), modules
 
 
 def _corrected(common: float, chance: float, size: float) -> float | None:
     return (common - chance) / (size - chance) if size > chance else None
-
-
-def _intersection(a: Choice, b: Choice) -> int:
-    chosen = torch.zeros(a.units, dtype=torch.bool)
-    chosen[a.indices] = True
-    return int(chosen[b.indices].sum())

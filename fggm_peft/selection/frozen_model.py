@@ -1,10 +1,10 @@
-"""Runs a pass over a model and leaves no trace of it, also when the pass raises."""
+"""Context managers that run a pass over a model and restore the model afterwards, also after an error."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,23 +12,26 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Within it the model is frozen and in eval mode; after it all is as it was.
+def frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Freeze the model and put it into eval mode.
 
-    Restored are: training modes, ``requires_grad``, gradients, ``config.use_cache``, and the random
-    number generators of torch (every device), numpy and Python.
+    Restores training modes, ``requires_grad``, gradients, ``config.use_cache``, and the random number generators of
+    torch (every device), numpy and Python.
     """
-    with ExitStack() as stack:
-        stack.enter_context(same_random_state())
-        stack.enter_context(_frozen(model))
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(torch.enable_grad())
-        yield
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with same_random_state(), _in_eval_mode(model), torch.enable_grad():
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 @contextmanager
 def same_random_state() -> Iterator[None]:
-    """Within it torch (every device), numpy and Python may draw; after it all will draw as if they had not."""
+    """Restore the random number generators of torch (every device), numpy and Python."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -39,24 +42,11 @@ def same_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode in which gradient checkpointing still works.
 
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, in which modules that checkpoint their gradients still do so.
-
-    transformers checkpoints in training mode only. Such modules get that flag, whatever mode the model was in (a
-    trainer leaves it in eval mode until its first step); the dropout rates that they apply themselves are set to
-    zero meanwhile, and their children are in eval mode.
+    transformers checkpoints in training mode only, so modules that checkpoint keep ``training=True``, whatever mode the
+    model was in. Their own dropout rates are 0 meanwhile, and their children are in eval mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
@@ -67,16 +57,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for module, _ in modes:
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True
-                for name, value in list(vars(module).items()):
-                    if "drop" in name and isinstance(value, float):
-                        rates.append((module, name, value))
-                        setattr(module, name, 0.0)
+                rates += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
         if config is not None and use_cache is not None:
             config.use_cache = False
         yield
     finally:
-        for module, name, value in rates:
-            setattr(module, name, value)
+        for module, name, rate in rates:
+            setattr(module, name, rate)
         if config is not None and use_cache is not None:
             config.use_cache = use_cache
         for module, training in modes:

@@ -1,7 +1,7 @@
-"""``log p(y | x)`` of each sample, summed over its answer's tokens: what the Fisher pass differentiates.
+"""``log p(y | x)`` of each sample, summed over its answer's tokens. The selection pass differentiates it.
 
-One short function for each kind of head. ``labels="model"`` draws y from the model's own
-distribution instead of taking the data's (the true Fisher instead of the empirical one).
+There is one short function for each kind of head. With ``fisher_labels="model"``, y is drawn from the model's own
+distribution (the true Fisher information instead of the empirical one).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def default_log_likelihood(
     """The log-likelihood that fits the model's head.
 
     Args:
-        model: decides by its class name where ``task_type`` is None.
+        model: if ``task_type`` is None, the name of its class decides.
         task_type: PEFT's ``TaskType``.
-        generator: if given, labels are drawn from the model with it; it is on the CPU.
+        generator: if given, draws labels from the model; on the CPU.
 
     Raises:
-        ValueError: the head is not known; the message says what to pass instead.
+        ValueError: the head is unknown; the message says what to pass instead.
     """
     head = _HEADS.get(task_type or task_type_of(model) or "")
     if head is None:
         raise ValueError(
-            f"cannot tell the likelihood of a {type(model).__name__} (task_type={task_type!r}). Set task_type on the "
+            f"the likelihood of a {type(model).__name__} is unknown (task_type={task_type!r}). Set task_type on the "
             "FGGMConfig (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS), or pass log_likelihood=: a function of "
             "(model, batch) that returns the summed log-likelihood of each sample."
         )
@@ -49,7 +49,7 @@ def default_log_likelihood(
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
             raise ValueError(
-                "a batch has no labels; the Fisher pass needs them, as the model's loss does. For another loss pass "
+                "a batch has no labels, and the selection pass needs them. For another loss, pass "
                 "log_likelihood= (a trainer's selection_log_likelihood)"
             )
         return head(model, batch, labels, generator)
@@ -58,7 +58,7 @@ def default_log_likelihood(
 
 
 def task_type_of(model: nn.Module) -> str | None:
-    """PEFT's ``TaskType`` of a transformers model, by the name of its class."""
+    """PEFT's ``TaskType`` of a transformers model, from the name of its class."""
     name = type(model).__name__
     for part, task_type in (
         ("ForCausalLM", TaskType.CAUSAL_LM),
@@ -81,15 +81,15 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], **extra: Any) -> Tensor:
 
 def _causal(model, batch, labels, generator):
     labels = labels[:, 1:]
-    # a prompt has no loss, and the head is the widest layer of a small model
-    where = (labels != IGNORED).any(0).nonzero()[:, 0].cpu()
-    if not len(where) or "logits_to_keep" in batch or not _takes_positions(model):
+    # the prompt has no loss, and the head is the widest layer of a small model
+    positions = (labels != IGNORED).any(0).nonzero()[:, 0].cpu()
+    if not len(positions) or "logits_to_keep" in batch or not _takes_positions(model):
         return _token_sum(_logits(model, batch)[:, :-1], labels, generator)
-    return _token_sum(_logits(model, batch, logits_to_keep=where), labels[:, where], generator)
+    return _token_sum(_logits(model, batch, logits_to_keep=positions), labels[:, positions], generator)
 
 
 def _takes_positions(model: nn.Module) -> bool:
-    """Whether the model computes the logits of some positions only, with a head whose gradients nobody looks at."""
+    """Whether the model can compute the logits of some positions only, and its head is no target."""
     inner: Any = unwrapped(getattr(model, "module", model))  # of DistributedDataParallel
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return False
@@ -108,13 +108,13 @@ def _token_classification(model, batch, labels, generator):
 
 
 def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Sum over the answer's tokens of ``[b, t, v]`` logits; only their rows are widened to float32."""
+    """Log-likelihood ``[b]`` of the answers' tokens from logits ``[b, t, v]``; only their rows become float32."""
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels are {list(labels.shape)}, the logits' tokens are {list(logits.shape[:2])}")
     answer = labels != IGNORED
     if not answer.any():
-        return logits[..., 0].float().sum(1) * 0  # the likelihood of nothing; FisherPass counts how often
-    rows = (logits.flatten(0, 1) if answer.all() else logits[answer]).float()  # nothing is copied if all of it counts
+        return logits[..., 0].float().sum(1) * 0  # no answer: DataPass raises if this is so in all batches
+    rows = (logits.flatten(0, 1) if answer.all() else logits[answer]).float()  # no copy if every token counts
     targets = _checked(labels[answer], rows) if generator is None else _sample(rows, generator)
     tokens = -F.cross_entropy(rows, targets, reduction="none")
     sample = answer.nonzero()[:, 0]
@@ -138,23 +138,23 @@ def _sequence_classification(model, batch, labels, generator):
 
 
 def _checked(labels: Tensor, logits: Tensor) -> Tensor:
-    """The labels ``[n]``; an index error in a device's kernel would come late and say nothing.
+    """The labels ``[n]``. An index error in a device's kernel would come late and without a message.
 
     Raises:
-        ValueError: one is no class of the logits ``[n, c]``.
+        ValueError: a label is not a class of the logits ``[n, c]``.
     """
     classes = logits.shape[-1]
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
     if len(wrong):
         raise ValueError(
-            f"the labels hold {int(wrong[0])}, but the model's head has the classes 0..{classes - 1}. Are they of "
-            f"another tokenizer or label list? {IGNORED} marks what is no answer."
+            f"a label is {int(wrong[0])}, but the model's head has the classes 0..{classes - 1}. Check that the labels "
+            f"come from the same tokenizer or label list; {IGNORED} marks tokens outside the answer."
         )
     return labels
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One class for each row of ``[n, c]``, drawn on the CPU so that every device draws the same."""
+    """One class for each row of ``[n, c]``, drawn on the CPU so that it is the same on every device."""
     probabilities = logits.detach().float().softmax(-1).cpu()
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 

@@ -1,4 +1,4 @@
-"""What to do when the Fisher pass runs out of memory."""
+"""Advice in the error when the selection pass runs out of memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what torch says when the memory of a CPU is exhausted; devices raise torch.OutOfMemoryError
+# texts of torch's errors on a CPU; devices raise torch.OutOfMemoryError
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @contextmanager
-def advised(index: int, batch: Mapping[str, Any] | None) -> Iterator[None]:
-    """Add to an out-of-memory error which batch it was and what helps; its type stays what torch raised."""
+def with_advice(index: int, batch: Mapping[str, Any] | None) -> Iterator[None]:
+    """Add the batch and a remedy to an out-of-memory error, whose type does not change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -24,6 +24,6 @@ def advised(index: int, batch: Mapping[str, Any] | None) -> Iterator[None]:
         shapes = [list(value.shape) for value in (batch or {}).values() if isinstance(value, Tensor) and value.dim()]
         raise type(error)(
             f"{error}\nThe selection pass ran out of memory in batch {index}, whose shape is "
-            f"{shapes[0] if shapes else 'unknown'}. Scores are taken sample by sample, so a dataloader with a smaller "
-            "batch size chooses the same; gradient checkpointing and, for single elements, score_memory= help too."
+            f"{shapes[0] if shapes else 'unknown'}. Use a smaller batch size, which selects the same. Gradient "
+            "checkpointing also helps and, for single elements, score_memory=."
         ) from error

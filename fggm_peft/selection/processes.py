@@ -1,7 +1,7 @@
 """The processes that take part in one selection, each with its own share of the data.
 
-With ``torch.distributed`` initialised, every rank calls ``select_parameters``: scores are summed over
-ranks before the threshold, so that all ranks choose the same support. Without, there is one rank.
+If ``torch.distributed`` is initialized, every process calls ``select_parameters``. Scores are summed over the processes
+before the threshold, so that all of them select the same support.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from accelerate import PartialState
 from torch import Tensor
 
 
-class Ranks:
-    """Talks to the other processes of the default group; a rank that is alone sends nothing.
+class Processes:
+    """Communication in the default group; a single process sends nothing.
 
-    Every rank must make the same calls in the same order.
+    Every process must make the same calls in the same order.
     """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size() if together else 1
-        self.rank = dist.get_rank() if together else 0
+        is_distributed = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size() if is_distributed else 1
+        self.rank = dist.get_rank() if is_distributed else 0
 
     def gather(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, in the order of ranks."""
+        """A small picklable value of every process, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -38,7 +38,7 @@ class Ranks:
         return values
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, the same to the bit on each of them; the tensor itself is left alone."""
+        """The sum over processes, the same to the bit on each of them. The tensor itself does not change."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone().to(self._device(tensor.device))
@@ -46,11 +46,11 @@ class Ranks:
         return total.to(tensor.device)
 
     @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
-        """Run a block that makes no calls of its own; where it raises on one rank, it raises on all.
+    def together(self, action: str) -> Iterator[None]:
+        """Run a block that does not communicate. If it raises on one process, it raises on all.
 
         Raises:
-            RuntimeError: on the ranks where nothing went wrong, naming the one where it did.
+            RuntimeError: on the processes without an error of their own; names the rank that failed.
         """
         failure: Exception | None = None
         try:
@@ -62,32 +62,29 @@ class Ranks:
             raise failure
         for rank, report in enumerate(reports):
             if report is not None:
-                raise RuntimeError(f"{doing} failed on rank {rank}: {report}")
+                raise RuntimeError(f"{action} failed on rank {rank}: {report}")
 
-    def require_same(self, what: str, value: Mapping[str, Any], advice: str) -> None:
-        """Raise unless ``value`` is the same on every rank.
-
-        Raises:
-            RuntimeError: on every rank; names the first key that differs and what two ranks have there.
-        """
-        values = self.gather({key: json.dumps(entry, sort_keys=True, default=_plain) for key, entry in value.items()})
-        for rank, other in enumerate(values):
-            for key in sorted(values[0].keys() | other.keys()):
-                if values[0].get(key) != other.get(key):
+    def require_same(self, what: str, values: Mapping[str, Any], advice: str) -> None:
+        """Raise ``RuntimeError`` on every process unless ``values`` are the same on all; names the first difference."""
+        texts = {key: json.dumps(value, sort_keys=True, default=_plain) for key, value in values.items()}
+        first, *others = self.gather(texts)
+        for rank, other in enumerate(others, start=1):
+            for key in sorted(first.keys() | other.keys()):
+                if first.get(key) != other.get(key):
                     raise RuntimeError(
-                        f"the ranks differ in {what}: {key} is {_short(values[0].get(key))} on rank 0 and "
+                        f"the ranks differ in {what}: {key} is {_short(first.get(key))} on rank 0 and "
                         f"{_short(other.get(key))} on rank {rank}. {advice}"
                     )
 
     @staticmethod
     def _device(device: torch.device) -> torch.device:
-        """Where the default group can reduce a tensor that lives on ``device``."""
+        """A device on which the default group can reduce a tensor of ``device``."""
         if device.type != "cpu" or dist.get_backend() in ("gloo", "mpi", "undefined"):
             return device
         return PartialState().device
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
     """A hash of named integer tensors, the same on every device and machine."""
     result = hashlib.sha256()
     for name, tensor in tensors.items():

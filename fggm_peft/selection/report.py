@@ -1,4 +1,4 @@
-"""What a selection found, as an object, a table, a dict and a data frame."""
+"""The result of a selection as an object, a table, a dict and a data frame."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModuleSelection:
-    """What was chosen in one module.
+    """The result of a selection in one module.
 
     Args:
         name: module path.
         shape: ``(o, i)`` of the weight.
-        units: how many rows, columns or elements there were.
-        chosen: how many of them may move.
+        units: number of rows, columns or elements.
+        chosen: number of units that may change.
         parameters: trainable values, bias entries included.
-        score_share: share of the module's total score that the chosen units hold.
+        score_share: share of the module's total score that the chosen units have.
         agreement: split-half agreement of this module, None if it was not measured.
-        mean_score: mean score of a unit, over the weight entries that it holds.
+        mean_score: mean score of a unit per weight entry.
     """
 
     name: str
@@ -49,12 +49,12 @@ class ModuleSelection:
 
 @dataclass(frozen=True)
 class AgreementCheck:
-    """One look of ``num_samples="auto"`` at whether there are samples enough.
+    """One check of ``num_samples="auto"`` whether there are enough samples.
 
     Args:
         data: "task", or "reference" (with a number, if several were read).
-        samples: how many there were so far.
-        agreement: of what their halves would choose; None where nothing or everything would be chosen.
+        samples: number of samples so far.
+        agreement: of the choices from their two halves; None if nothing or everything would be chosen.
     """
 
     data: str
@@ -64,25 +64,24 @@ class AgreementCheck:
 
 @dataclass(frozen=True)
 class SelectionReport:
-    """What ``select_parameters`` chose, from how much data, and how sure one may be of it.
+    """What ``select_parameters`` selected, from how much data, and how stable the selection is.
 
     Args:
         granularity: "row", "column" or "element".
         criterion: name of the criterion.
         threshold: the policy as a dict.
         samples: samples used; 0 for a criterion that needs no data.
-        agreement: do two halves of the samples choose the same? 1 is perfect, 0 is what chance gives.
-            None where no data was used.
+        agreement: of the choices from two halves of the samples: 1 is perfect, 0 is chance. None without data.
         seconds: wall-clock time of the whole selection.
         modules: one entry for each adapted module.
-        reference_samples: samples of the reference that were passed over.
-        reference_seconds: what that took, within ``seconds``.
-        num_samples: what was asked for: a number, "auto", or None for all.
-        sample_passes: how often a sample was passed through the model, over all processes: each as often as
-            ``score_memory`` made necessary, those of the reference too.
-        backward: whether these passes had a backward.
-        checks: what "auto" saw, in order; with ``score_memory`` of the first group of modules, which decides.
-        record: the task's own statistics, see ``save_scores``.
+        reference_samples: samples that were read for the reference.
+        reference_seconds: time for the reference, part of ``seconds``.
+        num_samples: the argument: a number, "auto", or None for all.
+        sample_passes: number of samples that went through the model, over all processes, groups of modules and
+            references.
+        backward: whether these passes had a backward pass.
+        checks: the checks of "auto" in order; with ``score_memory``, those of the first group of modules.
+        record: the statistics of the task, see ``save_scores``.
     """
 
     granularity: str
@@ -101,19 +100,19 @@ class SelectionReport:
     record: TaskRecord | None = field(default=None, repr=False, compare=False)
 
     def save_scores(self, path: str | Path) -> Path:
-        """Write the task's own statistics as safetensors, for a later task to take as a reference.
+        """Write the statistics of the task as safetensors, so that a later task can use them as a reference.
 
-        Float32, a vector for each module; of elements the row and the column sums. The metadata say of what
-        granularity, from how many samples and of which base they are.
+        Each module has a float32 vector; for elements, the row sums and the column sums. The metadata have the
+        granularity, the number of samples and the base.
 
         Args:
-            path: a file, or an existing folder (such as the adapter's), which gets ``fggm_scores.safetensors``.
+            path: a file, or an existing folder (such as the adapter's) for ``fggm_scores.safetensors``.
 
         Returns:
             The file.
 
         Raises:
-            ValueError: the criterion gathers nothing that a later task could take for a reference.
+            ValueError: the criterion collects no statistics that can be a reference.
         """
         if self.record is None:
             raise ValueError("this report has no scores")
@@ -121,28 +120,28 @@ class SelectionReport:
 
     @property
     def parameters(self) -> int:
-        """Trainable values in all."""
+        """Number of trainable values."""
         return sum(module.parameters for module in self.modules)
 
     @property
     def density(self) -> float:
-        """Share of the targeted weights' entries that may move."""
+        """Share of the targeted weights' entries that may change."""
         total = sum(m.shape[0] * m.shape[1] for m in self.modules)
         return sum(m.density * m.shape[0] * m.shape[1] for m in self.modules) / total
 
     @property
     def samples_per_second(self) -> float:
-        """Sample passes in a second of the whole selection."""
+        """Sample passes per second of the whole selection."""
         return self.sample_passes / self.seconds if self.seconds else 0.0
 
     @property
     def reference_share(self) -> float:
-        """Share of the time that the reference took, in [0, 1]."""
+        """The reference's share of the time, in [0, 1]."""
         return self.reference_seconds / self.seconds if self.seconds else 0.0
 
     @property
     def cost(self) -> str:
-        """What the selection cost, in a sentence."""
+        """The cost of the selection, in a sentence."""
         if not self.sample_passes:
             return f"{self.seconds:.1f} s, no pass over data"
         kind = "forward and backward" if self.backward else "forward"
@@ -152,7 +151,7 @@ class SelectionReport:
 
     @property
     def empty_modules(self) -> list[str]:
-        """Modules in which nothing may move: every score there was 0, or too low."""
+        """Modules without a chosen unit, because every score was 0 or too low."""
         return [module.name for module in self.modules if not module.chosen]
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +165,7 @@ class SelectionReport:
         return result
 
     def shares(self) -> dict[str, tuple[float, int]]:
-        """Module path -> share of its weight that may move, entries of the weight; see ``tuner.layout``."""
+        """Module path -> (share of its weight that may change, entries of the weight)."""
         return {module.name: (module.density, module.shape[0] * module.shape[1]) for module in self.modules}
 
     def agreements(self) -> dict[str, list[tuple[int, float | None]]]:
@@ -182,7 +181,7 @@ class SelectionReport:
     def plots(self) -> Iterator[tuple[str, Figure]]:
         """Name and figure of each plot that the report has data for: density, agreement."""
         from ..plots import agreement_plot, density_plot
-        from .scoring import SUFFICIENT_AGREEMENT
+        from .agreement import SUFFICIENT_AGREEMENT
 
         yield "density", density_plot(self.shares())
         curves = self.agreements()
@@ -190,7 +189,7 @@ class SelectionReport:
             yield "agreement", agreement_plot(curves, SUFFICIENT_AGREEMENT)
 
     def summary(self) -> dict[str, Any]:
-        """What the adapter's config keeps: nothing that differs from run to run, such as seconds."""
+        """The part that the adapter's config stores. It is the same in every run, so it contains no times."""
         return {
             "samples": self.samples,
             "reference_samples": self.reference_samples,
@@ -202,13 +201,13 @@ class SelectionReport:
         }
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row for each module. Needs pandas."""
+        """One row for each module. Requires pandas."""
         import pandas
 
         return pandas.DataFrame(self.to_dict()["modules"]).set_index("name")
 
     def to_table(self) -> Table:
-        """For rich to print, one row for each module."""
+        """A rich table with one row for each module."""
         from rich.table import Table
 
         agreement = "not measured" if self.agreement is None else f"{self.agreement:.3f}"
@@ -219,7 +218,7 @@ class SelectionReport:
             f"{self.cost}",
         )
         table.add_column("module")
-        for heading in ("shape", f"{self.granularity}s", "chosen", "density", "score kept", "agreement"):
+        for heading in ("shape", f"{self.granularity}s", "chosen", "density", "score share", "agreement"):
             table.add_column(heading, justify="right")
         for m in self.modules:
             table.add_row(

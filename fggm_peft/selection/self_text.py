@@ -11,29 +11,28 @@ from torch.distributed.fsdp import FSDPModule
 from ..tuner.support import unwrapped
 from .likelihood import IGNORED
 
-_WRITTEN_TOGETHER = 32  # each step reads all weights once, however many texts grow by it
-_BATCH = 8  # of the pass over them
+_WRITTEN_TOGETHER = 32  # each step reads all weights once, whatever the number of texts
+_BATCH = 8  # batch size of the pass over the texts
 
 
 def written_batches(model: nn.Module, count: int, length: int, seed: int) -> list[dict[str, Tensor]]:
-    """Texts sampled from the model's own distribution, from its start token on, as batches with labels.
+    """Texts sampled from the model's own distribution, beginning with its start token, as batches with labels.
 
-    Whatever generation settings come with the model (temperature, top-p) do not apply. Tokens are drawn on the CPU by
-    ``seed``; no global random state is touched. All processes write all texts, because those of a sharded model have to
-    go along with each other.
+    The model's generation settings (temperature, top-p) do not apply. Tokens are drawn on the CPU by ``seed``, without
+    the global random state. All processes write all texts, because the processes of a sharded model run together.
 
     Args:
-        model: its config names the start and the end token; may be wrapped by PEFT.
+        model: a causal language model whose config has the start and the end token; may be wrapped by PEFT.
         count: number of texts.
         length: largest number of tokens of a text, with the start token; at most the model's positions.
 
     Raises:
-        ValueError: the model is no decoder, or has no start token.
+        ValueError: the model is not a decoder, or has no start token.
     """
     start, ends = _special_tokens(unwrapped(model))
     _require_in_vocabulary(unwrapped(model).config, start)
     length = min(length, getattr(unwrapped(model).config, "max_position_embeddings", None) or length)
-    # a wrapper that FSDP2 has made the root of its shards gathers them in its own forward
+    # if FSDP2 has made a wrapper the root of its shards, the wrapper's own forward gathers them
     call = model if isinstance(model, FSDPModule) else unwrapped(model)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     batches = []
@@ -55,7 +54,7 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
 
     if config is None or getattr(config, "is_encoder_decoder", False) or not callable(getattr(model, "generate", None)):
         raise ValueError(
-            f"reference='self' needs a causal language model of transformers, which a {type(model).__name__} is not. "
+            f"reference='self' requires a causal language model of transformers, not a {type(model).__name__}. "
             "Pass a dataloader of general data as reference= instead."
         )
     end = token("eos_token_id")
@@ -64,8 +63,8 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
     start = ends[0] if start is None and ends else start
     if not isinstance(start, int):
         raise ValueError(
-            "reference='self': the model's config names neither a start (bos_token_id) nor an end token (eos_token_id) "
-            "to write from. Set one, or pass a dataloader of general text as reference=."
+            "reference='self': the model's config has neither a start token (bos_token_id) nor an end token "
+            "(eos_token_id) to begin with. Set one, or pass a dataloader of general text as reference=."
         )
     return start, ends
 
@@ -81,7 +80,7 @@ def _require_in_vocabulary(config: Any, start: int) -> None:
 
 @torch.no_grad()
 def _written(call, start: int, ends: list[int], count: int, length: int, generator, device) -> dict[str, Tensor]:
-    """One batch; after its end token a text is padding."""
+    """One batch of texts, padded after their end tokens."""
     ids = torch.full((count, 1), start, device=device)
     mask, is_open, past = torch.ones_like(ids), torch.ones_like(ids), None
     for _ in range(length - 1):

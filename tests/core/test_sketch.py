@@ -26,8 +26,9 @@ from fggm_peft.core.per_sample import GramMatrix, LinearGradients
 from fggm_peft.core.sketch import Sketch, SketchedGradients, sketch_is_cheaper
 from fggm_peft.selection import data_pass
 from fggm_peft.selection.agreement import split_half_agreement
-from fggm_peft.selection.scoring import costs
+from fggm_peft.selection.measure import unit_entries
 from fggm_peft.tuner.support import Choice, fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 SIZES = {"o": 24, "i": 20, "t": 30}
 with_units = pytest.mark.parametrize("granularity", ["row", "column"])
@@ -360,8 +361,7 @@ def test_a_sketch_agrees_with_the_exact_support_better_than_other_data(granulari
         return choices(adapted(model, granularity, density=0.3, **config), batches)
 
     data = token_batches(sizes=(8,) * 12, length=24, padding="right", seed=3)
-    layers = fggm_layers(adapted(llama(), granularity), "default")
-    weights = costs(layers, "default")
+    weights = unit_entries(find_targets(adapted(llama(), granularity), "default"))
     whole = choose(data)
     of_sketch, _ = split_half_agreement(whole, choose(data, fisher_estimate="sketch"), weights)
     of_data, _ = split_half_agreement(choose(data[:6]), choose(data[6:]), weights)

@@ -13,17 +13,17 @@ from torch import nn
 from fggm_peft import select_parameters
 from fggm_peft.core.per_sample import GramMatrix
 from fggm_peft.core.statistics import STATISTICS
-from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.selection.data_pass import DataPass
 from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 
 def gathered(model, batches, *statistics, log_likelihood=None):
     """(module, statistic) -> mean over all samples."""
     config = model.peft_config["default"]
-    data = FisherPass(model, config, "default", batches, log_likelihood, progress=False, statistics=statistics)
-    layers = fggm_layers(model, "default")
-    totals = data.run(layers, None, None, 1, "")
-    return {(name, key): totals.mean(name, key) for name in layers for key in statistics}
+    targets = find_targets(model, "default")
+    totals = DataPass(model, config, batches, log_likelihood, statistics=statistics).run(targets)
+    return {(path, key): totals.mean(path, key) for path in targets for key in statistics}
 
 
 def assert_close(found, expected, tolerance=1e-4):

@@ -23,9 +23,12 @@ from torch import nn
 
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.statistics import Batch
-from fggm_peft.selection.hooks import ScoreCollector
+from fggm_peft.selection.hooks import LayerHooks
 from fggm_peft.selection.likelihood import default_log_likelihood
-from fggm_peft.tuner.support import fggm_layers, unwrapped
+from fggm_peft.selection.recorder import CallRecorder
+from fggm_peft.selection.running_sums import RunningSums
+from fggm_peft.tuner.support import unwrapped
+from fggm_peft.tuner.target import find_targets
 
 
 def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelihood=None) -> dict[str, torch.Tensor]:
@@ -144,10 +147,10 @@ def kept_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
             forward()
         return found
 
-    layers = fggm_layers(model, "default")
-    collector = ScoreCollector(layers, "default", input_embeddings=model.get_input_embeddings(), **settings)
-    with collector:
-        collector.begin(Batch(torch.zeros(len(batch["input_ids"]), dtype=torch.long)))
+    targets = find_targets(model, "default")
+    recorder = CallRecorder(RunningSums(targets), **settings)
+    with LayerHooks(targets, recorder, model.get_input_embeddings()):
+        recorder.open(Batch(torch.zeros(len(batch["input_ids"]), dtype=torch.long)))
         measured = shapes(lambda: model(**batch))
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     return set(measured - shapes(lambda: model(**batch)))
@@ -157,7 +160,7 @@ def test_a_pass_for_rows_keeps_no_inputs_and_one_for_columns_does(granularity):
     model, batch = adapted(llama(), granularity).eval(), token_batches()[0]
     inputs = {(*batch["input_ids"].shape, width) for width in (64, 96)}
     assert kept_by_layers(model, batch) == inputs
-    assert kept_by_layers(model, batch, digests=True) == (set() if granularity == "row" else inputs)
+    assert kept_by_layers(model, batch, uses_digests=True) == (set() if granularity == "row" else inputs)
 
 
 def test_calls_of_one_layer_by_several_forwards_are_summed_before_they_are_squared(granularity):

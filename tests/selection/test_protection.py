@@ -21,6 +21,7 @@ from fggm_peft import (
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.selection.protection import Protection, earlier_supports
 from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 FIRST, SECOND = token_batches(seed=1), token_batches(seed=2)
 
@@ -87,28 +88,28 @@ def test_one_task_of_disjoint_ones_is_taken_out_again_exactly(tmp_path):
 
 def test_partial_protection_scales_scores_down(granularity):
     model = adapted(llama(), granularity)
-    layers = fggm_layers(model, "default")
-    name, layer = next(iter(layers.items()))
+    targets = find_targets(model, "default")
+    name, target = next(iter(targets.items()))
     kind = granularity_from(granularity)
-    guard = Protection(layers, "default", 0.75, {name: [(kind, torch.tensor([0, 3], dtype=torch.int32))]})
-    scores = torch.ones(kind.units(layer.weight_shape))
+    guard = Protection(targets, 0.75, {name: [(kind, torch.tensor([0, 3], dtype=torch.int32))]})
+    scores = torch.ones(target.units)
     expected = scores.clone()
     expected[[0, 3]] = 0.25
     assert torch.equal(guard.applied(name, scores), expected)
     assert torch.equal(guard.applied("another", scores), scores)
-    none = Protection(layers, "default", 0.0, guard.earlier)
+    none = Protection(targets, 0.0, guard.earlier)
     assert torch.equal(none.applied(name, scores), scores)
 
 
 @pytest.mark.parametrize("new", list(GRANULARITIES))
 def test_a_units_protected_share_is_that_of_its_entries_in_any_earlier_delta(granularity, new):
     model = adapted(llama(), new)
-    layers = fggm_layers(model, "default")
-    name, layer = next(iter(layers.items()))
-    shape, kind = layer.weight_shape, granularity_from(granularity)
+    targets = find_targets(model, "default")
+    name, target = next(iter(targets.items()))
+    shape, kind = target.shape, granularity_from(granularity)
     lists = [torch.tensor([0, 5, 9], dtype=torch.int32), torch.tensor([5, 7], dtype=torch.int32)]
     held = torch.stack([mask(granularity, shape, indices) for indices in lists]).any(0).double()
-    guard = Protection(layers, "default", 1.0, {name: [(kind, indices) for indices in lists]})
+    guard = Protection(targets, 1.0, {name: [(kind, indices) for indices in lists]})
     expected = {"row": held.mean(1), "column": held.mean(0), "element": held.flatten()}[new]
     torch.testing.assert_close(guard.share(name).double(), expected, rtol=1e-6, atol=0)
 
@@ -132,7 +133,7 @@ def test_adapters_in_memory_are_protected_by_name_and_folders_beside_them(tmp_pa
     select(model, adapter_name="new", protect=["other", str(tmp_path)])
     for name, moving in masks(model, "new").items():
         assert moving.any() and not (moving & (held[name] | masks(model, "other")[name])).any()
-    with pytest.raises(ValueError, match="'new' is the adapter that is to be chosen"):
+    with pytest.raises(ValueError, match="'new' is the adapter that is being selected"):
         select(model, adapter_name="new", protect=["new"])
 
 
@@ -148,9 +149,9 @@ def test_a_quantized_base_is_protected_too(tmp_path):
 @pytest.mark.parametrize(
     ("threshold", "message"),
     [
-        (TopDensity(0.5), r"wants 2048 parameters of model\.layers\.0\.self_attn\.q_proj, .* leaves 1216 of 4096"),
+        (TopDensity(0.5), r"selects 2048 parameters of model\.layers\.0\.self_attn\.q_proj, .* leaves 1216 of 4096"),
         (TopDensity(0.5, scope="global"), r"of all modules together, .* leaves \d+ of 61440"),
-        (ParameterBudget(40_000), r"wants 39\d+ parameters of all modules together, .* leaves \d+ of 61440"),
+        (ParameterBudget(40_000), r"selects 39\d+ parameters of all modules together, .* leaves \d+ of 61440"),
     ],
 )
 def test_wanting_more_than_is_left_says_how_much_is_left(threshold, message, tmp_path):
@@ -167,7 +168,7 @@ def test_an_adaptive_threshold_wants_one_unit_of_each_module(threshold, tmp_path
     saved(tmp_path / "most", density=0.7)
     select(adapted(llama(), threshold=threshold, protect=[str(tmp_path / "most")]))
     saved(tmp_path / "all", density=1.0)
-    with pytest.raises(ValueError, match=r"wants 64 parameters of .* leaves 0 of 4096"):
+    with pytest.raises(ValueError, match=r"selects 64 parameters of .* leaves 0 of 4096"):
         select(adapted(llama(), threshold=threshold, protect=[str(tmp_path / "all")]))
 
 
@@ -193,7 +194,7 @@ BAD = {
     "not sorted": (change(lambda t: t[f"{Q}.fggm_indices"].fill_(3)), "not sorted and unique"),
     "another shape": (change(lambda t: t.update({f"{Q}.fggm_values": torch.ones(19, 5)})), "expected floating-point"),
     "floats for indices": (change(lambda t: t.update({f"{Q}.fggm_indices": torch.ones(19)})), "int32 or int64"),
-    "an unknown module": (change(rename), "other is no module of this model"),
+    "an unknown module": (change(rename), "no shape of other"),
     "cut short": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 40), "damaged"),
 }
 

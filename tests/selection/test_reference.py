@@ -137,7 +137,7 @@ def test_its_own_text_is_the_same_under_gradient_checkpointing(checkpointing):
 
 
 def test_a_model_that_cannot_write_is_told_what_to_pass_instead():
-    with pytest.raises(ValueError, match="reference='self' needs a causal language model"):
+    with pytest.raises(ValueError, match="reference='self' requires a causal language model"):
         select(adapted(t5(), criterion="gain_per_harm", reference="self", task_type="SEQ_2_SEQ_LM"))
     classifier = adapted(bert(BERT_HEADS["sequence"]), criterion="gain_per_harm", reference="self")
     batches = [{**b, "labels": torch.zeros(len(b["input_ids"]), dtype=torch.long)} for b in token_batches()]
@@ -338,7 +338,7 @@ def test_scores_are_saved_beside_the_adapter_only_if_asked(tmp_path):
 def test_a_criterion_that_gathers_nothing_to_keep_says_so(tmp_path):
     for criterion in ("random", "gradient_low_magnitude"):
         report = select(adapted(llama(), criterion=criterion))
-        with pytest.raises(ValueError, match="no statistics that a later task could take"):
+        with pytest.raises(ValueError, match="no statistics that a later task could use"):
             report.save_scores(tmp_path)
 
 
@@ -407,5 +407,5 @@ def test_a_reference_that_nobody_looks_at_is_refused():
 def test_labels_that_are_no_class_of_the_head_are_named():
     batches = token_batches()
     batches[1]["labels"][0, -1] = 50
-    with pytest.raises(ValueError, match=r"the labels hold 50, but the model's head has the classes 0\.\.49"):
+    with pytest.raises(ValueError, match=r"a label is 50, but the model's head has the classes 0\.\.49"):
         select(adapted(llama()), batches=batches)

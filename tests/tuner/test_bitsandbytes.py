@@ -11,8 +11,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from fggm_peft import FGGMConfig, FGGMLayer, LossyMergeError, select_parameters
-from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.selection.data_pass import DataPass
 from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 pytest.importorskip("bitsandbytes")
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")  # enough positions for the effective-weight form
@@ -82,8 +83,7 @@ def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity, for
             model(**BATCHES[0])
     scores = []
     for one in (model, dense):
-        fisher = FisherPass(one, one.peft_config["default"], "default", BATCHES, None, progress=False)
-        scores.append(fisher.run(fggm_layers(one, "default"), None, None, 1, ""))
+        scores.append(DataPass(one, one.peft_config["default"], BATCHES).run(find_targets(one, "default")))
     # int8 layers quantize their activations in eval mode, so their own outputs differ a little
     rounding = 0.05 if kind == "int8" else 1e-3
     for name in fggm_layers(model, "default"):

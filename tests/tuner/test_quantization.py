@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM, TorchAoConfig
 
 from fggm_peft import BaseMismatchError, FGGMConfig, Ledger, LossyMergeError, select_parameters
 from fggm_peft.deltas import verify
-from fggm_peft.selection.data_pass import FisherPass
+from fggm_peft.selection.data_pass import DataPass
 from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner.target import find_targets
 
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
 KINDS = pytest.mark.parametrize("kind", QUANTIZATIONS)
@@ -87,8 +88,7 @@ def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity):
     dense = get_peft_model(dense, FGGMConfig(granularity=granularity))
     scores = []
     for one in (model, dense):
-        fisher = FisherPass(one, one.peft_config["default"], "default", BATCHES, None, progress=False)
-        scores.append(fisher.run(fggm_layers(one, "default"), None, None, 1, ""))
+        scores.append(DataPass(one, one.peft_config["default"], BATCHES).run(find_targets(one, "default")))
     for name in fggm_layers(model, "default"):
         ours, theirs = (totals.mean(name, "fisher") for totals in scores)
         # the first layers' inputs need no gradient, so they take their own product

@@ -1,0 +1,218 @@
+"""From the input and the output gradient of each call to per-sample gradients, and into the running sums.
+
+Statistics of inputs and outputs are added in forward. Statistics of gradients are added in backward, as soon as all
+calls of a layer have their gradient: a layer that is called twice sums its gradients before they are squared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.per_sample import DigestedGradients, GramDigest, GramMatrix, InputDigest, LinearGradients, gram_is_cheaper
+from ..core.sketch import Sketch, SketchDigest, SketchedGradients, sketch_is_cheaper
+from ..core.statistics import Batch, Features
+from ..tuner.layer_types import FGGMLinear
+from ..tuner.target import Target
+from .running_sums import RunningSums
+from .shared_inputs import SharedInputs
+
+
+class Call(NamedTuple):
+    """What the backward of one call of a layer needs.
+
+    Args:
+        saved: a tensor to keep until then, or None.
+        finish: takes ``saved`` and the gradient at the layer's output.
+    """
+
+    saved: Tensor | None
+    finish: Callable[[Tensor | None, Tensor], None]
+
+
+class CalledAgainError(RuntimeError):
+    """A layer whose input was replaced by a digest was called again in one forward. The batch must begin again."""
+
+
+@dataclass
+class _OpenBatch:
+    batch: Batch
+    counts: bool
+    shared: SharedInputs
+    calls: Counter[str] = field(default_factory=Counter)  # forward calls of each module
+    waiting: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    in_backward: bool = False
+
+    @property
+    def samples(self) -> range:
+        """The numbers of the batch's samples, over all processes."""
+        return range(self.batch.first, self.batch.first + len(self.batch.half))
+
+
+class CallRecorder:
+    """Adds the calls of one batch after the other to running sums.
+
+    For each batch call ``open``, run the forward, then ``backward`` (if the sums need it) and ``finish``.
+
+    Args:
+        sums: of the targets whose layers are hooked.
+        sketch: estimates row and column scores of layers whose gradients are products of x and g. Without it, and for
+            other layers (embeddings, grouped convolutions), scores are exact.
+        uses_digests: keep no more of inputs than row scores need. The caller must handle ``CalledAgainError``: digests
+            of several calls do not add up.
+    """
+
+    def __init__(self, sums: RunningSums, sketch: Sketch | None = None, uses_digests: bool = False):
+        self.sums, self.sketch = sums, sketch
+        # statistics of inputs would be counted again in a batch that begins again
+        self.uses_digests = uses_digests and sums.are_of_unit_scores
+        self._open: _OpenBatch | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._open is not None
+
+    def open(self, batch: Batch, counts: bool = True) -> None:
+        """Start a batch.
+
+        Args:
+            counts: False for a batch that only takes part because other processes need it to.
+        """
+        self.close()
+        padding = batch.padding if batch.padding is not None and bool(batch.padding.any()) else None
+        self._open = _OpenBatch(replace(batch, padding=padding), counts, SharedInputs(padding))
+
+    def backward(self, log_likelihood: Tensor) -> None:
+        """Differentiate the summed log-likelihood, ``[b]``. Forward calls from now on are repeated ones."""
+        assert self._open is not None
+        self._open.in_backward = True
+        log_likelihood.sum().backward()
+
+    def finish(self, batch_index: int) -> None:
+        """Finish a batch.
+
+        Raises:
+            NonFiniteScoreError: a sum is NaN or infinite; names the module and the batch.
+        """
+        assert self._open is not None
+        for path, calls in self._open.waiting.items():
+            if calls:  # the output of one of its calls did not reach the loss
+                self._add_gradients(self.sums.targets[path])
+        self.sums.require_finite(batch_index)
+        self.close()
+
+    def close(self) -> None:
+        """Forget the batch."""
+        self._open = None
+        if self.sketch is not None:
+            self.sketch.forget()
+
+    # One call of a layer ----------------------------------------------------------------------------
+
+    def record_forward(self, target: Target, x: Tensor, output: Tensor) -> Call | None:
+        """Record a forward call; returns what its backward needs, if the sums need one."""
+        assert self._open is not None
+        if not self._open.in_backward:  # checkpointing repeats calls in backward; they have been counted
+            self._open.calls[target.path] += 1
+            self._add_features(target, x, output)
+        if not self.sums.needs_backward:
+            return None
+        digest = self._digest(target, x, output)
+        if digest is not None:
+            return Call(None, lambda _, g: self._record_digested(target, digest, g))
+        gram = self._open.shared.gram(x)
+        return Call(x, lambda saved, g: self._record_gradient(target, saved, g, gram))
+
+    def _record_gradient(self, target: Target, x: Tensor | None, g: Tensor, gram: GramMatrix) -> None:
+        assert self._open is not None and x is not None
+        _require_first_order(target, g)
+        shared, waiting = self._open.shared, self._open.waiting[target.path]
+        waiting.append((shared.cleaned_input(x), shared.cleaned(g)))
+        calls = self._open.calls[target.path]
+        if len(waiting) == calls:
+            self._add_gradients(target, gram if calls == 1 else None)
+        gram.done()
+
+    def _add_gradients(self, target: Target, gram: GramMatrix | None = None) -> None:
+        assert self._open is not None
+        calls = [(self._by_sample(target, x), self._by_sample(target, g)) for x, g in self._open.waiting[target.path]]
+        with torch.autocast(calls[0][1].device.type, enabled=False):  # scores are summed in float32
+            gradients = target.layer.per_sample(calls, gram or GramMatrix())
+            if self.sketch is not None and isinstance(gradients, LinearGradients):
+                gradients = SketchedGradients(gradients, self.sketch, self._open.samples, target.path)
+            self._add(target, "gradient", gradients)
+        self._open.waiting[target.path] = []
+
+    def _record_digested(self, target: Target, digest: InputDigest, g: Tensor) -> None:
+        assert self._open is not None
+        _require_first_order(target, g)
+        with torch.autocast(g.device.type, enabled=False):
+            g = self._by_sample(target, target.layer.output_features(self._open.shared.cleaned(g)))
+            self._add(target, "gradient", DigestedGradients(digest, g))
+
+    @torch.no_grad()
+    def _digest(self, target: Target, x: Tensor, output: Tensor) -> InputDigest | None:
+        """What row scores need of an input; None if they need all of it."""
+        assert self._open is not None
+        if not (self.uses_digests and isinstance(target.layer, FGGMLinear) and target.granularity.takes_digest):
+            return None
+        if self._open.calls[target.path] > 1 and not self._open.in_backward:
+            self.uses_digests = False
+            raise CalledAgainError(f"module {target.path} is called several times in one forward")
+        shared, samples, outputs = self._open.shared, self._open.samples, output.shape[-1]
+
+        def make() -> InputDigest | None:
+            with torch.autocast(x.device.type, enabled=False):
+                features = self._by_sample(target, shared.cleaned(target.layer.input_features(x)))
+                _, positions, inputs = features.shape
+                if self.sketch is not None and sketch_is_cheaper(positions, outputs, inputs, self.sketch.size):
+                    return SketchDigest(features, self.sketch, samples, target.path)
+                return GramDigest(features) if gram_is_cheaper(positions, outputs, inputs) else None
+
+        return shared.digest(x, make)
+
+    @torch.no_grad()
+    def _add_features(self, target: Target, x: Tensor, output: Tensor) -> None:
+        """Add the statistics of the layer's input and output."""
+        assert self._open is not None
+        layer, padding = target.layer, self._open.batch.padding
+        for side in self.sums.sides - {"gradient"}:
+            try:
+                values = layer.input_features(x) if side == "input" else layer.output_features(output.detach())
+            except TypeError as error:
+                raise ValueError(f"module {target.path}: {error}") from error
+            values, real = self._by_sample(target, values), None
+            if padding is not None and values.shape[:2] == padding.shape:
+                real = ~padding.to(values.device)
+            self._add(target, side, Features(values, real))
+
+    def _add(self, target: Target, side: str, measured) -> None:
+        assert self._open is not None
+        if self._open.counts:
+            self.sums.add_(target, side, measured, self._open.batch)
+
+    def _by_sample(self, target: Target, tensor: Tensor) -> Tensor:
+        """The tensor with one entry for each sample in its first dimension."""
+        assert self._open is not None
+        samples = len(self._open.samples)
+        if len(tensor) == samples:
+            return tensor
+        if samples == 1 and isinstance(target.layer, FGGMLinear):
+            return tensor.reshape(1, -1, tensor.shape[-1])
+        raise ValueError(
+            f"module {target.path} was called with a first dimension of {len(tensor)} in a batch of {samples} samples, "
+            "so its gradient cannot be split into samples. Use a dataloader with batch size 1, or exclude_modules."
+        )
+
+
+def _require_first_order(target: Target, g: Tensor) -> None:
+    if torch.is_grad_enabled() and g.requires_grad:
+        raise RuntimeError(
+            f"module {target.path}: the log-likelihood differentiates within itself (create_graph=True), so it has no "
+            "per-sample gradients. Remove that term from the log-likelihood."
+        )

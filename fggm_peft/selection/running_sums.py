@@ -1,0 +1,115 @@
+"""Running sums of the statistics of targets, in two halves of the samples, and their means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..core.errors import NonFiniteScoreError
+from ..core.per_sample import RowGradients
+from ..core.statistics import STATISTICS, Batch, Features
+from ..tuner.target import Target, Targets
+from .processes import Processes
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Statistics of all samples that a pass has read.
+
+    Args:
+        sums: (module path, statistic) -> ``[2, size]``, summed over all processes.
+        counts: number of samples in each half.
+    """
+
+    sums: Callable[[str, str], Tensor]
+    counts: tuple[int, int]
+
+    @property
+    def samples(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether both halves contain samples."""
+        return all(self.counts)
+
+    def mean(self, path: str, statistic: str, half: int | None = None) -> Tensor:
+        """A statistic of a module from all samples, or from one half of them."""
+        sums = self.sums(path, statistic)
+        if half is None:
+            return STATISTICS[statistic].mean(sums.sum(0), self.samples)
+        return STATISTICS[statistic].mean(sums[half], self.counts[half])
+
+
+class RunningSums:
+    """One tensor ``[2, size]`` float32 for each target and statistic, on the target's device.
+
+    Args:
+        targets: the weights to measure.
+        statistics: names of the statistics to sum.
+    """
+
+    def __init__(self, targets: Targets, statistics: Sequence[str] = ("fisher",)):
+        self.targets = targets
+        self.statistics = {name: STATISTICS[name] for name in statistics}
+        self.tensors = {
+            path: {
+                name: torch.zeros(2, entry.size(target.granularity, target.shape), device=target.indices.device)
+                for name, entry in self.statistics.items()
+            }
+            for path, target in targets.items()
+        }
+
+    @property
+    def sides(self) -> set[str]:
+        """What the statistics look at: "gradient", "input", "output"."""
+        return {statistic.looks_at for statistic in self.statistics.values()}
+
+    @property
+    def needs_backward(self) -> bool:
+        return "gradient" in self.sides
+
+    @property
+    def are_of_unit_scores(self) -> bool:
+        """Whether all statistics are made of squared gradients of units, for which a digest of the input may do."""
+        return self.sides == {"gradient"} and all(entry.has_sketch for entry in self.statistics.values())
+
+    def add_(self, target: Target, side: str, measured: RowGradients | Features, batch: Batch) -> None:
+        """Add one batch to the statistics that look at ``side``."""
+        for name, statistic in self.statistics.items():
+            if statistic.looks_at == side:
+                sums = self.tensors[target.path][name]
+                statistic.add_(sums, target.granularity, measured, replace(batch, half=batch.half.to(sums.device)))
+
+    def require_finite(self, batch_index: int) -> None:
+        """Raise ``NonFiniteScoreError`` if a sum is NaN or infinite; names the module and the batch."""
+        totals = torch.stack(
+            [torch.stack([sums.sum() for sums in module.values()]).sum().cpu() for module in self.tensors.values()]
+        )
+        if not torch.isfinite(totals).all():
+            path = list(self.tensors)[int((~torch.isfinite(totals)).nonzero()[0])]
+            raise NonFiniteScoreError(
+                f"the scores of module {path} became NaN or infinite in batch {batch_index}. Check that batch; a "
+                "float16 model may need bfloat16 or float32 for the selection pass."
+            )
+
+    def so_far(self, processes: Processes, samples: int) -> Totals:
+        """The statistics of all processes. A sum is exchanged when it is read."""
+        return Totals(lambda path, name: processes.sum(self.tensors[path][name]), _halves(samples))
+
+    def totals(self, processes: Processes, samples: int) -> Totals:
+        """The statistics of all processes, exchanged now."""
+        sums = {
+            (path, name): processes.sum(tensor)
+            for path, module in self.tensors.items()
+            for name, tensor in module.items()
+        }
+        return Totals(lambda path, name: sums[path, name], _halves(samples))
+
+
+def _halves(samples: int) -> tuple[int, int]:
+    """How many numbers below ``samples`` are even, and how many are odd."""
+    return (samples + 1) // 2, samples // 2
