@@ -1,9 +1,8 @@
-"""What ranks the units of a weight. A criterion is one short function over collected statistics.
+"""Criteria: scores that rank the units of a weight. A criterion is one short function of collected statistics.
 
-``F`` is the Fisher information of a unit: of the task's data, or of a reference, which stands for what the model
-should keep. A unit of ``c`` entries has the sum over them, so ``F / c`` is the mean of its entries. A threshold of
-global scope ranks by score per entry; the ratios are therefore those of the means, times ``c``. Within one weight that
-is a constant factor, which changes no choice.
+``F`` is the Fisher information of a unit: of the task's data, or of a reference, which represents what the model should
+keep. It is the sum over the ``c`` entries of the unit, so ``F / c`` is their mean. A threshold of global scope ranks by
+score per entry; the ratios are therefore ratios of means, times ``c``, which is constant within one weight.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from .registry import Registry
 from .statistics import STATISTICS
 
 FLOOR = 0.01
-"""What is added to a divisor, as a share of its mean: no unit is infinitely harmless, no weight infinitely small."""
+"""Added to a divisor, as a share of its mean, so that no ratio is infinite."""
 
 
 @dataclass(frozen=True)
 class Quantities:
-    """What a criterion may look at, for one weight.
+    """The input of a criterion, for one weight.
 
     Args:
         granularity: kind of unit.
         shape: ``(o, i)``.
-        weight: gives the base weight ``[o, i]``, dequantized if need be.
+        weight: returns the base weight ``[o, i]``, dequantized if necessary.
         generator: seeded for this weight, on the CPU.
         task: the statistics of the task's data that the criterion names, float32 (see ``statistics``).
         reference: those of the reference.
-        reference_mean: for each of them its mean over entries, of this weight where it is ranked by itself, of all
-            weights where they are ranked together (a threshold of global scope).
+        reference_mean: for each of them its mean over entries: of this weight or, with a threshold of global scope, of
+            all weights.
     """
 
     granularity: Granularity
@@ -47,7 +46,7 @@ class Quantities:
 
     @property
     def entries(self) -> int:
-        """``c``: how many entries a unit holds."""
+        """``c``: the number of entries of a unit."""
         return self.granularity.parameters_per_unit(self.shape)
 
     def floored_weight(self) -> Tensor:
@@ -58,12 +57,12 @@ class Quantities:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score units.
+    """A way to score units.
 
     Args:
-        score: quantities -> ``[units]``, finite and not negative; the highest scores may move.
-        task: names of the statistics of the task's data that it looks at (``statistics.STATISTICS``).
-        reference: names of the statistics of a reference that it looks at.
+        score: quantities -> ``[units]``, finite and not negative; the units with the highest scores are selected.
+        task: names of the statistics of the task's data that it uses (``statistics.STATISTICS``).
+        reference: names of the statistics of a reference that it uses.
         weight_dim: 0 if it ranks rows only, 1 if it ranks columns only, None if it ranks units of any granularity.
     """
 
@@ -76,7 +75,7 @@ class Criterion:
         for name in (*self.task, *self.reference):
             STATISTICS[name]
         if self.reference and not self.task:
-            raise ValueError("a criterion that looks at a reference must look at the task's data too")
+            raise ValueError("a criterion that uses a reference must use the task's data too")
 
     def supports(self, granularity: Granularity) -> bool:
         """Whether it can rank units of this granularity."""
@@ -84,12 +83,12 @@ class Criterion:
 
     @property
     def needs_data(self) -> bool:
-        """The adapter is born empty then, and ``select_parameters`` fills it."""
+        """Whether an adapter starts empty until ``select_parameters`` has read data."""
         return bool(self.task)
 
     @property
     def needs_backward(self) -> bool:
-        """Whether its pass over data has a backward."""
+        """Whether its pass over data runs backward."""
         return any(STATISTICS[name].looks_at == "gradient" for name in (*self.task, *self.reference))
 
 
@@ -107,8 +106,8 @@ def _fisher(q: Quantities) -> Tensor:
 def _gain_per_harm(q: Quantities) -> Tensor:
     """``sqrt(F) / (F_ref + eps)`` of the mean entry.
 
-    An entry that AdamW moves by d gains about ``|g| d`` on the task, with ``E g^2 = F``, and harms what the reference
-    stands for by about ``F_ref d^2 / 2``. Both are in nats, so that entries of different weights compare.
+    An entry that AdamW moves by d gains about ``|g| d`` on the task, with ``E g^2 = F``, and costs about
+    ``F_ref d^2 / 2`` on the reference. Both are in nats, so that entries of different weights compare.
     """
     return q.entries * (q.task["fisher"] / q.entries).sqrt() / _harm(q)
 
@@ -124,16 +123,16 @@ def _harm(q: Quantities) -> Tensor:
 
 
 def _floored(values: Tensor, mean: float) -> Tensor:
-    """``values + eps``, with eps 1 % of their mean; 1 where the mean is 0, so that the task alone decides."""
+    """``values + eps``, with eps 1 % of their mean; 1 if the mean is 0, so that only the task decides."""
     return values + FLOOR * mean if mean > 0 else torch.ones_like(values)
 
 
 @CRITERIA.register("input_ratio", task=_MOMENT, reference=_MOMENT, weight_dim=1)
 def _input_ratio(q: Quantities) -> Tensor:
-    """``sqrt(E x^2) / (E x_ref^2 + eps)``: ``gain_per_harm`` by a layer's inputs alone, one feature a column.
+    """``sqrt(E x^2) / (E x_ref^2 + eps)``: ``gain_per_harm`` from a layer's inputs only.
 
-    On reference text a column that moves by d changes the output by ``d x_i``. Nothing tells here how much one layer
-    matters against another, so both moments are taken relative to the layer's own mean on the reference.
+    On the reference, a column that moves by d changes the output by ``d x_i``. Inputs do not show how much one layer
+    matters against another, so both moments are divided by the layer's own mean on the reference.
     """
     reference = q.reference["input_second_moment"]
     mean = float(reference.mean())
@@ -142,7 +141,7 @@ def _input_ratio(q: Quantities) -> Tensor:
 
 @CRITERIA.register("gradient_low_magnitude", task=("mean_gradient",))
 def _gradient_low_magnitude(q: Quantities) -> Tensor:
-    """``|mean gradient| / (|W| + eps)`` (GaLLoP, arXiv 2510.19778); of a row or column, both summed first."""
+    """``|mean gradient| / (|W| + eps)`` (GaLLoP, arXiv 2510.19778); both are summed over a unit first."""
     gradient = q.granularity.reduce(q.task["mean_gradient"].view(q.shape).abs())
     return gradient / q.floored_weight().to(gradient.device)
 
@@ -156,7 +155,7 @@ def _output_magnitude(q: Quantities) -> Tensor:
 
 @CRITERIA.register("random")
 def _random(q: Quantities) -> Tensor:
-    # (0, 1], because a score of 0 is never chosen
+    # (0, 1], because a unit whose score is 0 is never selected
     return 1 - torch.rand(q.granularity.units(q.shape), generator=q.generator)
 
 

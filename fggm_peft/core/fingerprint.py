@@ -1,8 +1,7 @@
-"""A base model's weights in a few numbers, which tell another model from the same one in another dtype.
+"""A base model's weights in a few numbers, which distinguish another model from the same model in another dtype.
 
-Of each weight ``[o, i]`` the shape is kept and some of its entries, at places that only its name decides. An entry that
-is rounded to another dtype is known by rounding the kept one too, so dense weights are compared bit by bit; what a
-quantized load makes of them is compared by its distance.
+A fingerprint has the shape of each weight ``[o, i]`` and a few entries at positions that only its name determines.
+Dense weights are compared exactly, after rounding to the coarser of two dtypes; quantized weights by their distance.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 LEAST_SAMPLES = 2048
-"""Entries that are sampled of a whole model, at least."""
+"""The smallest number of entries that are sampled of a whole model."""
 SAMPLES_PER_WEIGHT = 16
 
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -27,11 +26,11 @@ _TEXT = re.compile(r"(\d{1,18})x(\d{1,18})(?: (\w+)(?: (quantized))? ([A-Za-z0-9
 
 @dataclass(frozen=True)
 class WeightSketch:
-    """What is kept of one weight.
+    """The shape of a weight and some of its entries.
 
     Args:
         shape: ``(o, i)``.
-        samples: ``[s]``, the entries at ``sample_places``, in the weight's dtype; None where they could not be read.
+        samples: ``[s]``, the entries at ``sample_places``, in the weight's dtype; None if they could not be read.
         quantized: the samples were dequantized, so they are not exact.
     """
 
@@ -49,11 +48,7 @@ class WeightSketch:
 
     @classmethod
     def from_text(cls, text: str) -> WeightSketch:
-        """The inverse of ``to_text``.
-
-        Raises:
-            ValueError: it is not the text of a sketch.
-        """
+        """The inverse of ``to_text``; raises ``ValueError`` for other text."""
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None or (match[3] is not None and match[3] not in _DTYPES):
             raise ValueError(f"not the sketch of a weight: {text!r:.80}")
@@ -71,7 +66,7 @@ class WeightSketch:
 
 
 def samples_per_weight(weights: int) -> int:
-    """How many entries are sampled of each of so many weights."""
+    """The number of entries that are sampled of each weight of a model with so many weights."""
     return max(SAMPLES_PER_WEIGHT, -(-LEAST_SAMPLES // max(1, weights)))
 
 
@@ -83,54 +78,47 @@ def sample_places(name: str, shape: tuple[int, int], count: int) -> list[int]:
 
 
 def sketch_weight(name: str, weight: Tensor, count: int, quantized: bool = False) -> WeightSketch:
-    """Sample ``count`` entries of a weight ``[o, i]``, a view of any layout on any device."""
+    """Sample ``count`` entries of a weight ``[o, i]`` of any layout on any device."""
     shape = (weight.shape[0], weight.shape[1])
     places = torch.tensor(sample_places(name, shape, count), dtype=torch.int64, device=weight.device)
     return WeightSketch(shape, weight[places // shape[1], places % shape[1]].cpu() if len(places) else None, quantized)
 
 
-def exact_difference(kept: WeightSketch, found: WeightSketch) -> float:
-    """How far two dense weights are apart at the sampled entries, beyond what their dtypes explain.
+def exact_difference(a: WeightSketch, b: WeightSketch) -> float:
+    """``|b - a| / |a|`` over the sampled entries of two dense weights; 0.0 if and only if they agree.
 
-    The finer is rounded to the coarser dtype and has to be equal then. Between float16 and bfloat16, where neither is
-    the finer, the rounding of both is allowed for.
-
-    Returns:
-        ``|found - kept| / |kept|`` over the sampled entries; 0.0 if and only if they agree.
+    They agree if they are equal after rounding to the coarser dtype. Between float16 and bfloat16, neither of which is
+    coarser, the rounding errors of both are allowed.
     """
-    assert kept.samples is not None and found.samples is not None
-    a, b = kept.samples, found.samples
-    dtypes = {a.dtype, b.dtype}
+    assert a.samples is not None and b.samples is not None
+    x, y = a.samples, b.samples
+    dtypes = {x.dtype, y.dtype}
     if dtypes == {torch.float16, torch.bfloat16}:
-        a, b = a.double(), b.double()
-        agree = (a - b).abs() <= a.abs() * 2**-8 + 2**-24
+        x, y = x.double(), y.double()
+        agree = (x - y).abs() <= x.abs() * 2**-8 + 2**-24
     else:
         coarse = min(dtypes, key=lambda dtype: dtype.itemsize)
-        a, b = a.to(coarse), b.to(coarse)
-        agree = (a == b) | (a.isnan() & b.isnan())
-    return 0.0 if agree.all() else max(relative_distance([(a, b)]), 1e-12)
+        x, y = x.to(coarse), y.to(coarse)
+        agree = (x == y) | (x.isnan() & y.isnan())
+    return 0.0 if agree.all() else max(relative_distance([(x, y)]), 1e-12)
 
 
 def relative_distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """``|b - a| / |a|`` over all pairs together, in the Euclidean norm; infinite if an entry is not finite."""
-    apart = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
+    difference = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
     size = sum(float(a.double().square().sum()) for a, _ in pairs)
-    ratio = (apart / max(size, 1e-300)) ** 0.5
+    ratio = (difference / max(size, 1e-300)) ** 0.5
     return ratio if ratio == ratio else float("inf")
 
 
 def sketches_from(fingerprint: Mapping[str, str]) -> dict[str, WeightSketch]:
-    """The sketches of a fingerprint as a config holds it.
-
-    Raises:
-        ValueError: one is damaged; names the module.
-    """
+    """The sketches of a config's fingerprint; raises ``ValueError`` that names the module whose sketch is damaged."""
     if not isinstance(fingerprint, Mapping):
         raise ValueError(f"a fingerprint is a dict of module -> sketch, got {fingerprint!r:.80}")
-    found = {}
+    sketches = {}
     for name, text in fingerprint.items():
         try:
-            found[str(name)] = WeightSketch.from_text(text)
+            sketches[str(name)] = WeightSketch.from_text(text)
         except ValueError as error:
             raise ValueError(f"base_fingerprint[{name!r}]: {error}") from error
-    return found
+    return sketches

@@ -1,8 +1,8 @@
-"""Row and column scores from a few random projections: at the default of 16 no dearer than the exact ones.
+"""Estimates of row and column scores from a few random projections.
 
 The squared length of a gradient's row ``v`` ``[i]`` is estimated by ``|v @ S| ** 2 / r`` with random signs ``S``
-``[i, r]``. That is unbiased, as ``S @ S.mT / r`` is the identity on average, and ``v @ S`` needs no gradient matrix:
-``g.mT @ (x @ S)``. Columns are the same with x and g exchanged.
+``[i, r]``. The estimate is unbiased, because ``S @ S.mT / r`` is the identity on average, and it needs no gradient
+matrix: ``v @ S`` is a row of ``g.mT @ (x @ S)``. For columns exchange x and g.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .per_sample import InputDigest, LinearGradients, gram_is_cheaper, same_memo
 def sketch_is_cheaper(positions: int, outputs: int, inputs: int, size: int, shared_by: int = 1) -> bool:
     """Whether ``size`` projections for row scores take fewer operations than the cheaper exact form.
 
-    Per sample and layer these are ``r * (t * i / shared_by + t * o)``, against ``t`` in the place of ``r`` for the Gram
-    form, or ``t * o * i``. For column scores exchange inputs and outputs.
+    Per sample and layer the sketch takes ``r * (t * i / shared_by + t * o)`` operations. The Gram form has ``t`` for
+    ``r``, and the direct form takes ``t * o * i``. For column scores exchange inputs and outputs.
     """
     if gram_is_cheaper(positions, outputs, inputs, shared_by):
         return size < positions
@@ -28,15 +28,14 @@ def sketch_is_cheaper(positions: int, outputs: int, inputs: int, size: int, shar
 
 
 class Sketch:
-    """Random signs for every sample and place of a pass, the same whatever else is in the batch or on the model.
+    """Random signs for every sample and module of a pass, independent of the rest of the batch and of the device.
 
-    A table of signs for each width, whose rows are flipped by signs of the sample's and the place's own: errors are
-    then uncorrelated between samples, as with a table of their own, which would take ``r`` times as long to draw.
-    All are drawn on the CPU, by generators of their own.
+    There is one table of signs for each width. Its rows are flipped by signs of the sample and the module, so that the
+    errors of samples are uncorrelated; a table for each sample would take ``r`` times as long to draw.
 
     Args:
-        size: ``r``, how many projections.
-        seed: of all that is drawn.
+        size: ``r``, the number of projections.
+        seed: of all signs.
     """
 
     def __init__(self, size: int, seed: int):
@@ -44,27 +43,27 @@ class Sketch:
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
         self._last: tuple[Tensor, str, Sequence[int], list[Tensor]] | None = None
 
-    def project(self, x: Tensor, place: str, samples: Sequence[int], remember: bool = False) -> list[Tensor]:
+    def project(self, x: Tensor, path: str, samples: Sequence[int], remember: bool = False) -> list[Tensor]:
         """``x[b] @ S[b]`` of each sample, ``[t, r]``, in float32 at least.
 
         Args:
             x: ``[b, t, f]``.
-            place: where in the model it stands.
-            samples: the numbers of its samples.
-            remember: other layers will ask for the same.
+            path: of the module.
+            samples: the numbers of the samples.
+            remember: keep the result for the next call, which may have the same arguments.
         """
         last = self._last
-        if last is not None and same_memory(last[0], x) and last[1:3] == (place, samples):
+        if last is not None and same_memory(last[0], x) and last[1:3] == (path, samples):
             return last[3]
-        table, flips = self._table(x.shape[2], x.device), self._flips(place, samples, x.shape[2]).to(x.device)
+        table, flips = self._table(x.shape[2], x.device), self._flips(path, samples, x.shape[2]).to(x.device)
         wide = torch.promote_types(x.dtype, torch.float32)
-        # sample by sample: what is widened or drawn for all at once would take as much memory as x, or more
+        # sample by sample, because a wide copy of the whole batch would take as much memory as x, or more
         projected = [sample.to(wide) @ (flip[:, None] * table).to(wide) for sample, flip in zip(x, flips, strict=True)]
-        self._last = (x, place, samples, projected) if remember else None
+        self._last = (x, path, samples, projected) if remember else None
         return projected
 
     def forget(self) -> None:
-        """Let go of what is remembered."""
+        """Release the remembered result."""
         self._last = None
 
     def _table(self, width: int, device: torch.device) -> Tensor:
@@ -72,25 +71,25 @@ class Sketch:
             self._tables[width, device] = self._signs(f"table {width}", width, self.size).to(device)
         return self._tables[width, device]
 
-    def _flips(self, place: str, samples: Sequence[int], width: int) -> Tensor:
-        return torch.stack([self._signs(f"{sample} {place}", width) for sample in samples])
+    def _flips(self, path: str, samples: Sequence[int], width: int) -> Tensor:
+        return torch.stack([self._signs(f"{sample} {path}", width) for sample in samples])
 
     def _signs(self, purpose: str, *size: int) -> Tensor:
         key = hashlib.blake2b(f"{self.seed} {purpose}".encode(), digest_size=8).digest()
-        # torch's generator on the CPU takes in no more than 32 bits
+        # torch's CPU generator uses at most 32 bits of the seed
         generator = torch.Generator().manual_seed(int.from_bytes(key[:4], "little"))
         return torch.randint(0, 2, size, generator=generator, dtype=torch.int8).mul_(2).sub_(1).float()
 
 
 class SketchedGradients(LinearGradients):
-    """Gradients whose row and column scores are sketched where that is cheaper; all else is exact.
+    """Gradients whose row and column scores are sketched if that is cheaper; everything else is exact.
 
     Args:
         gradients: of one batch.
         sketch: of the pass.
         samples: the numbers of the batch's samples.
-        name: module path. Modules of one parent have the same signs for inputs of one width, and so share the
-            projections where they share the input (q, k, v; gate, up).
+        name: module path. The children of a module have the same signs for inputs of one width, so that they share
+            projections if they share the input (q, k, v; gate, up).
     """
 
     def __init__(self, gradients: LinearGradients, sketch: Sketch, samples: Sequence[int], name: str):
@@ -112,12 +111,7 @@ class SketchedGradients(LinearGradients):
 
 
 class SketchDigest(InputDigest):
-    """The projections of an input, ``[t, r]`` for each sample: what sketched row scores need of it.
-
-    Args:
-        x: layer input, ``[b, t, i]``.
-        sketch, samples, name: as ``SketchedGradients`` has them.
-    """
+    """The projections of an input ``[b, t, i]``, ``[t, r]`` for each sample; arguments as in ``SketchedGradients``."""
 
     def __init__(self, x: Tensor, sketch: Sketch, samples: Sequence[int], name: str):
         self.projected = sketch.project(x, name.rpartition(".")[0], samples)

@@ -1,12 +1,9 @@
-"""Sparse deltas of one weight as sets and sums: unions, intersections, and any of them as elements.
-
-Nothing here makes a delta dense.
-"""
+"""Sparse deltas of one weight: sums, unions and intersections. No function here makes a delta dense."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,13 +14,13 @@ from .index_codec import index_dtype
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """One task's change of one weight: a support and the trained values on it.
+    """The change of one weight by one task: a support and the values on it.
 
     Args:
         granularity: kind of unit.
         indices: ``[k]`` integers, sorted, unique.
         values: ``granularity.values_shape(shape, k)``.
-        scale: the delta counts ``scale`` times.
+        scale: factor of the values.
     """
 
     granularity: Granularity
@@ -31,32 +28,42 @@ class WeightDelta:
     values: Tensor
     scale: float = 1.0
 
+    def as_elements(self, shape: Shape) -> WeightDelta:
+        """The same delta with every entry of its units as an element."""
+        indices, order = self.granularity.sorted_elements(self.indices, shape)
+        values = self.values.reshape(-1) if order is None else self.values.reshape(-1)[order]
+        return WeightDelta(ELEMENTS, indices.to(index_dtype(shape[0] * shape[1])), values, self.scale)
 
-def as_elements(delta: WeightDelta, shape: Shape) -> WeightDelta:
-    """The same delta with every entry of its units as an element of its own."""
-    indices, order = delta.granularity.sorted_elements(delta.indices, shape)
-    values = delta.values.reshape(-1) if order is None else delta.values.reshape(-1)[order]
-    return WeightDelta(ELEMENTS, indices.to(index_dtype(shape[0] * shape[1])), values, delta.scale)
+    def restricted(self, keep: Tensor) -> WeightDelta:
+        """The delta on the units at the positions ``keep`` only (int64, sorted)."""
+        values = self.values.index_select(self.granularity.unit_dim, keep)
+        return replace(self, indices=self.indices[keep], values=values)
+
+    def unit_squares(self) -> Tensor:
+        """The squared norm of each unit's values, ``[k]`` float32 at least."""
+        wide = torch.promote_types(self.values.dtype, torch.float32)
+        squares = self.values.detach().to(wide).square() * self.scale**2
+        return squares.movedim(self.granularity.unit_dim, 0).reshape(len(self.indices), -1).sum(1)
 
 
 def in_one_granularity(deltas: Sequence[WeightDelta], shape: Shape) -> Sequence[WeightDelta]:
-    """The same deltas: as they are if they have one granularity in common, else as elements."""
+    """The deltas themselves if they have the same granularity, otherwise as elements."""
     if len({delta.granularity for delta in deltas}) > 1:
-        return [as_elements(delta, shape) for delta in deltas]
+        return [delta.as_elements(shape) for delta in deltas]
     return deltas
 
 
 def union(deltas: Sequence[WeightDelta]) -> Tensor:
-    """The indices that any of the deltas has, sorted; all are of one granularity."""
+    """The sorted union of the indices of deltas of one granularity."""
     return torch.cat([delta.indices for delta in deltas]).unique(sorted=True)
 
 
 def spread(values: Tensor, indices: Tensor, onto: Tensor, dim: int) -> Tensor:
-    """Values of the units ``indices`` as values of all units ``onto``, zero where there are none.
+    """Values of the units ``indices`` as values of the units ``onto``, with zeros for the others.
 
     Args:
-        indices, onto: sorted and unique; ``onto`` has all of ``indices``.
-        dim: of the values, that counts units.
+        indices, onto: sorted and unique; ``onto`` contains all of ``indices``.
+        dim: the dimension of the values that counts units.
     """
     shape = list(values.shape)
     shape[dim] = len(onto)
@@ -66,44 +73,23 @@ def spread(values: Tensor, indices: Tensor, onto: Tensor, dim: int) -> Tensor:
 
 def united(deltas: Sequence[WeightDelta]) -> WeightDelta:
     """The sum of deltas of one granularity on the union of their supports, in float32 at least."""
-    first = deltas[0]
-    indices = union(deltas)
-    dim, shape = first.granularity.unit_dim, list(first.values.shape)
+    granularity, indices = deltas[0].granularity, union(deltas)
+    dim, shape, wide = granularity.unit_dim, list(deltas[0].values.shape), torch.float32
     shape[dim] = len(indices)
-    wide = torch.float32
     for delta in deltas:
         wide = torch.promote_types(wide, delta.values.dtype)
-    values = torch.zeros(shape, dtype=wide, device=first.values.device)
+    values = torch.zeros(shape, dtype=wide, device=deltas[0].values.device)
     for delta in deltas:
         position = torch.searchsorted(indices, delta.indices)
         values.index_add_(dim, position, delta.values.detach().to(wide), alpha=delta.scale)
-    return WeightDelta(first.granularity, indices, values)
-
-
-def combined(deltas: Sequence[WeightDelta], shape: Shape) -> WeightDelta:
-    """The sum of deltas of any granularities: theirs if they have one in common, else elements."""
-    return united(in_one_granularity(deltas, shape))
+    return WeightDelta(granularity, indices, values)
 
 
 def shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in ``a`` and where in ``b`` the numbers stand that both hold; each is sorted and unique."""
+    """The positions in ``a`` and in ``b`` of the numbers that both contain; each is sorted and unique."""
     if not len(a) or not len(b):
         empty = torch.empty(0, dtype=torch.int64, device=a.device)
         return empty, empty
     position = torch.searchsorted(b.long(), a.long()).clamp_(max=len(b) - 1)
     both = b[position] == a
     return both.nonzero().squeeze(1), position[both]
-
-
-def restricted(delta: WeightDelta, keep: Tensor) -> WeightDelta:
-    """The delta on the units at the positions ``keep`` alone (int64, sorted)."""
-    values = delta.values.index_select(delta.granularity.unit_dim, keep)
-    return WeightDelta(delta.granularity, delta.indices[keep], values, delta.scale)
-
-
-def unit_squares(delta: WeightDelta) -> Tensor:
-    """The squared norm of each unit's values, ``[k]`` float32 at least."""
-    wide = torch.promote_types(delta.values.dtype, torch.float32)
-    squares = delta.values.detach().to(wide).square() * delta.scale**2
-    other = [dim for dim in range(squares.dim()) if dim != delta.granularity.unit_dim]
-    return squares.sum(other) if other else squares

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..core.index_codec import index_dtype
 from ..core.ranking import best_per_parameter
 from ..core.registry import require_one_of
-from ..core.weight_delta import restricted, unit_squares
 from ..tuner.several.weighted import WeightedDelta, combine, common_granularity
 from .delta import ModuleDelta, SparseDelta, new_delta
 
@@ -81,7 +80,7 @@ def prune(source: Any, density: float, scope: str = "layer") -> SparseDelta:
         group = [delta.modules[path] for path in paths]
         costs = [module.granularity.parameters_per_unit(module.shape) for module in group]
         budget = round(density * sum(module.shape[0] * module.shape[1] for module in group))
-        scores = [unit_squares(module.weight_delta()) for module in group]
+        scores = [module.weight_delta().unit_squares() for module in group]
         best = best_per_parameter(scores, costs, budget)
         modules |= {p: _restricted(m, keep) for p, m, keep in zip(paths, group, best, strict=True)}
     if not any(len(module.indices) for module in modules.values()):
@@ -92,7 +91,7 @@ def prune(source: Any, density: float, scope: str = "layer") -> SparseDelta:
 
 
 def _restricted(module: ModuleDelta, keep: Tensor) -> ModuleDelta:
-    part = restricted(module.weight_delta(), keep)
+    part = module.weight_delta().restricted(keep)
     bias = None if module.bias is None else module.bias[keep]
     return ModuleDelta(module.granularity, module.shape, part.indices, part.values, bias)
 

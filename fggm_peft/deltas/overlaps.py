@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.fingerprint import sketches_from
 from ..core.granularity import Granularity, Shape
-from ..core.weight_delta import as_elements, restricted, shared
+from ..core.weight_delta import shared
 from ..tuner.files.reading import read_supports
 from .delta import ModuleDelta, SparseDelta
 
@@ -181,9 +181,9 @@ def _compare(a: ModuleDelta | None, b: ModuleDelta | None) -> Shared:
     counts = _compare_supports((a.granularity, a.indices), (b.granularity, b.indices), a.shape)
     first, second = a.weight_delta(), b.weight_delta()
     if a.granularity != b.granularity:
-        first, second = as_elements(first, a.shape), as_elements(second, b.shape)
+        first, second = first.as_elements(a.shape), second.as_elements(b.shape)
     positions = shared(first.indices, second.indices)
-    x, y = (restricted(d, at).values.double().reshape(-1) for d, at in zip((first, second), positions, strict=True))
+    x, y = (d.restricted(at).values.double().reshape(-1) for d, at in zip((first, second), positions, strict=True))
     return counts + Shared(product=float(x @ y), square_a=float(x @ x), square_b=float(y @ y))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import dense_delta, mask, relative_error, seeded, units
 
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
-from fggm_peft.core.weight_delta import WeightDelta, as_elements, combined, restricted, shared, unit_squares, united
+from fggm_peft.core.weight_delta import WeightDelta, in_one_granularity, shared, united
 
 KINDS = st.sampled_from(list(GRANULARITIES))
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
@@ -39,7 +39,7 @@ def dense(delta: WeightDelta, shape) -> torch.Tensor:
 @given(lists_of_deltas())
 def test_a_combination_is_the_dense_sum_on_the_union_of_the_supports(case):
     shape, several = case
-    total = combined(several, shape)
+    total = united(in_one_granularity(several, shape))
     assert relative_error(dense(total, shape), sum(dense(delta, shape) for delta in several)) < 1e-6
     union = torch.zeros(shape, dtype=torch.bool)
     for delta in several:
@@ -55,7 +55,7 @@ def test_elements_and_entries_agree_with_the_dense_matrix(case):
     shape, delta = case
     expected = mask(delta.granularity.name, shape, delta.indices).flatten().nonzero().squeeze(1)
     assert torch.equal(delta.granularity.element_indices(delta.indices, shape), expected)
-    assert torch.equal(dense(as_elements(delta, shape), shape), dense(delta, shape))
+    assert torch.equal(dense(delta.as_elements(shape), shape), dense(delta, shape))
 
 
 @settings(max_examples=100, deadline=None)
@@ -71,8 +71,8 @@ def test_squares_and_restrictions_work_on_units(granularity, make_delta):
     delta = make_delta(granularity, shape, 4, scale=-2.0)
     squares = dense(delta, shape).square()
     by_unit = {"row": squares.sum(1), "column": squares.sum(0), "element": squares.flatten()}[granularity]
-    assert relative_error(unit_squares(delta), by_unit[delta.indices.long()]) < 1e-6
-    part = restricted(delta, torch.tensor([1, 3]))
+    assert relative_error(delta.unit_squares(), by_unit[delta.indices.long()]) < 1e-6
+    part = delta.restricted(torch.tensor([1, 3]))
     kept = mask(granularity, shape, delta.indices[[1, 3]])
     assert torch.equal(dense(part, shape), torch.where(kept, dense(delta, shape), 0.0))
 

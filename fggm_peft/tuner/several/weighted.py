@@ -21,7 +21,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...core.granularity import ELEMENTS, Granularity, Shape
-from ...core.weight_delta import WeightDelta, as_elements, spread, union
+from ...core.weight_delta import WeightDelta, spread, union
 from ..config import FGGMConfig
 from ..target import Target, Targets, find_targets
 
@@ -148,7 +148,7 @@ def combine(
 def _in_units(delta: WeightDelta, granularity: Granularity, shape: Shape) -> WeightDelta:
     """The delta in units of another granularity, with the scale in its values, in float32 at least."""
     scaled = WeightDelta(delta.granularity, delta.indices, _wide(delta.values) * delta.scale)
-    return scaled if delta.granularity == granularity else as_elements(scaled, shape)
+    return scaled if delta.granularity == granularity else scaled.as_elements(shape)
 
 
 def _wide(tensor: Tensor) -> Tensor:
