@@ -1,4 +1,4 @@
-"""The Fisher pass against the naive one-sample loop: heads, layers, padding, checkpointing, dtypes."""
+"""The Fisher pass against a naive loop over single samples: heads, layers, padding, checkpointing, dtypes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fggm_peft.tuner.target import find_targets
 
 
 def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelihood=None) -> dict[str, torch.Tensor]:
-    """One sample at a time, the whole weight gradient by autograd, in the model's own dtype."""
+    """Scores from the full weight gradient of one sample at a time, in the model's own dtype."""
     model = model.eval()
     likelihood = log_likelihood or default_log_likelihood(model, None)
     modules = {name: model.get_submodule(name) for name in names}
@@ -62,13 +62,13 @@ def assert_same_scores(model: nn.Module, reference: nn.Module, batches, granular
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_scores_are_those_of_the_naive_one_sample_loop(granularity, padding):
+def test_scores_agree_with_the_naive_loop(granularity, padding):
     assert_same_scores(adapted(llama(), granularity), llama(), token_batches(padding=padding), granularity)
 
 
 @pytest.mark.parametrize("length", [9, 60])
 def test_gram_and_direct_form_give_the_same_scores(granularity, length):
-    """With 60 positions a layer of 64 x 64 takes the direct form, with 9 the Gram form."""
+    """A 64 x 64 layer uses the direct form for 60 positions and the Gram form for 9."""
     batches = token_batches(sizes=(2, 2), length=length)
     assert_same_scores(adapted(llama(layers=1), granularity), llama(layers=1), batches, granularity)
 
@@ -77,7 +77,9 @@ def test_conv1d_and_embedding_layers_are_scored(granularity):
     targets = ["c_attn", "c_proj", "c_fc", "wte"]
     model = adapted(gpt2(), granularity, target_modules=targets)
     reference = gpt2()
-    reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())  # untie: the head is no target
+    reference.lm_head.weight = nn.Parameter(
+        reference.lm_head.weight.detach().clone()
+    )  # untie the head, which is not a target
     assert_same_scores(model, reference, token_batches(padding="right"), granularity)
 
 
@@ -110,7 +112,7 @@ def test_regression_and_multi_label_heads_have_a_likelihood(labels):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(granularity, use_reentrant):
+def test_gradient_checkpointing_does_not_change_the_scores(granularity, use_reentrant):
     model = adapted(llama(attention_dropout=0.5), granularity)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.train()
@@ -118,7 +120,7 @@ def test_gradient_checkpointing_changes_nothing(granularity, use_reentrant):
 
 
 def test_a_layer_called_twice_sums_its_gradients_before_squaring(granularity):
-    """And its output may be modified in place."""
+    """The output of the layer may also be modified in place."""
     model = adapted(Twice(), granularity, target_modules=["shared", "embed"])
     batches = class_batches()
     got = fisher_scores(model, batches, class_log_likelihood)
@@ -138,8 +140,8 @@ def test_sixteen_bit_models_accumulate_in_float32(granularity, dtype):
         assert correlation > 0.99, name
 
 
-def kept_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
-    """Shapes of what one selection pass keeps for backward beyond what a plain one does."""
+def saved_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
+    """Shapes of tensors that a selection pass saves for backward in addition to a plain forward pass."""
 
     def shapes(forward) -> Counter:
         found: Counter = Counter()
@@ -156,15 +158,15 @@ def kept_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
     return set(measured - shapes(lambda: model(**batch)))
 
 
-def test_a_pass_for_rows_keeps_no_inputs_and_one_for_columns_does(granularity):
+def test_a_pass_saves_inputs_for_columns_but_not_for_rows(granularity):
     model, batch = adapted(llama(), granularity).eval(), token_batches()[0]
     inputs = {(*batch["input_ids"].shape, width) for width in (64, 96)}
-    assert kept_by_layers(model, batch) == inputs
-    assert kept_by_layers(model, batch, uses_digests=True) == (set() if granularity == "row" else inputs)
+    assert saved_by_layers(model, batch) == inputs
+    assert saved_by_layers(model, batch, uses_digests=True) == (set() if granularity == "row" else inputs)
 
 
-def test_calls_of_one_layer_by_several_forwards_are_summed_before_they_are_squared(granularity):
-    """As a preference loss does it, which compares two forwards; the first batch is begun again for it."""
+def test_gradients_of_several_forward_passes_are_summed_before_squaring(granularity):
+    """Preference losses compare two forward passes; the pass restarts the first batch for them."""
 
     def twice(model, batch):
         likelihood = default_log_likelihood(unwrapped(model), None)
@@ -187,7 +189,7 @@ def test_calls_of_one_layer_by_several_forwards_are_summed_before_they_are_squar
 
 
 class InPlace(nn.Module):
-    """Writes into what its layers return, in one of several ways."""
+    """Modifies the outputs of its layers in place, in one of several ways."""
 
     def __init__(self, bias: bool, flat: bool, write):
         super().__init__()
@@ -225,8 +227,8 @@ WRITES = {
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_model_may_write_into_what_a_layer_returns(bias, flat, write, granularity):
-    """With a bias, a linear layer's output of three dimensions is a view of its product."""
+def test_a_model_may_modify_the_output_of_a_layer_in_place(bias, flat, write, granularity):
+    """With a bias, a three-dimensional output of a linear layer is a view of its product."""
 
     def build():
         return InPlace(bias, flat, WRITES[write])
@@ -242,7 +244,7 @@ def test_a_model_may_write_into_what_a_layer_returns(bias, flat, write, granular
         )
 
 
-class WritesIntoInput(InPlace):
+class ModifiesInput(InPlace):
     def forward(self, input_ids, **_):
         hidden = torch.tanh_(self.first(self.embed(input_ids)))
         self.second(hidden).sum()
@@ -251,14 +253,14 @@ class WritesIntoInput(InPlace):
         return self.head(y + hidden).mean(1)
 
 
-def test_an_input_that_is_written_into_is_an_error_and_never_another_score(granularity):
-    model = adapted(WritesIntoInput(True, False, None), granularity, target_modules=["second"])
+def test_an_input_modified_in_place_raises_an_error(granularity):
+    model = adapted(ModifiesInput(True, False, None), granularity, target_modules=["second"])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         fisher_scores(model, class_batches(), class_log_likelihood)
 
 
 class Between(nn.Module):
-    """Three layers of which one reads what the model has written over since the one before read it."""
+    """Three layers; the model modifies their shared input in place between two of them."""
 
     def __init__(self, forward):
         super().__init__()
@@ -293,17 +295,17 @@ def shifted(m, h):
 
 
 @pytest.mark.parametrize("forward", [residual, scaled, shifted])
-def test_rows_see_an_input_as_it_was_when_each_layer_read_it(forward):
+def test_row_scores_use_the_input_at_the_time_of_each_call(forward):
     batches = class_batches()
     model = adapted(Between(forward), "row", target_modules=["a", "b", "c"])
     got = fisher_scores(model, batches, class_log_likelihood)
-    expected = naive_written_over(forward, batches)
+    expected = naive_with_copied_inputs(forward, batches)
     for name in got:
         torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-3, atol=1e-6)
 
 
-def naive_written_over(forward, batches) -> dict[str, torch.Tensor]:
-    """Rows' squared gradients of each sample alone, with layers that read a copy of their input."""
+def naive_with_copied_inputs(forward, batches) -> dict[str, torch.Tensor]:
+    """Row scores of single samples, with layers that read a copy of their input."""
     expected = {name: torch.zeros(64, dtype=torch.float64) for name in "abc"}
     for batch in batches:
         for sample in range(len(batch["labels"])):
@@ -317,7 +319,7 @@ def naive_written_over(forward, batches) -> dict[str, torch.Tensor]:
     return expected
 
 
-def test_a_likelihood_that_differentiates_within_itself_is_refused(granularity):
+def test_a_likelihood_with_an_inner_gradient_is_rejected(granularity):
     def penalised(model, batch):
         value = class_log_likelihood(model, batch)
         (slope,) = torch.autograd.grad(value.sum(), [model.get_base_model().penalised], create_graph=True)

@@ -1,4 +1,4 @@
-"""Keeping a new support away from earlier deltas."""
+"""Protection: a new support avoids the supports of earlier deltas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def supports(model, name="default"):
 
 
 def masks(model, name="default"):
-    """Module path -> ``[o, i]``, True where the adapter may move."""
+    """Module path -> ``[o, i]``, True for entries in the support."""
     return {
         module: mask(layer.granularity[name].name, layer.weight_shape, layer.fggm_indices[name])
         for module, layer in fggm_layers(model, name).items()
@@ -43,7 +43,7 @@ def masks(model, name="default"):
 
 
 def saved(folder, granularity="row", density=0.3, base=None, **config):
-    """A trained delta in a folder, and its masks."""
+    """Save a trained adapter; returns the masks of its support."""
     model = adapted(llama() if base is None else base, granularity, density=density, **config)
     select(model, FIRST)
     train(model, FIRST)
@@ -55,15 +55,15 @@ def saved(folder, granularity="row", density=0.3, base=None, **config):
 def test_full_protection_makes_supports_disjoint(granularity, criterion, tmp_path):
     held = saved(tmp_path / "first", granularity, criterion=criterion)
     model = adapted(llama(), granularity, density=0.3, criterion=criterion, protect=[str(tmp_path / "first")])
-    assert not any(len(indices) for indices in supports(model).values())  # it is not chosen at birth
+    assert not any(len(indices) for indices in supports(model).values())  # it is not selected when it is created
     report = select(model)
     assert report.density == pytest.approx(0.3, abs=0.02)
     for name, moving in masks(model).items():
         assert moving.any() and not (moving & held[name]).any()
 
 
-def test_one_task_of_disjoint_ones_is_taken_out_again_exactly(tmp_path):
-    """Three tasks learned in turn: without the second the weights are those of the first and third alone."""
+def test_a_task_with_a_disjoint_support_can_be_removed_exactly(tmp_path):
+    """Of three tasks trained in turn, removing the second gives the weights of the first and third."""
     base, merged = llama(), llama()
     deltas = []
     for number in range(3):
@@ -86,7 +86,7 @@ def test_one_task_of_disjoint_ones_is_taken_out_again_exactly(tmp_path):
         assert torch.equal(without, expected)
 
 
-def test_partial_protection_scales_scores_down(granularity):
+def test_partial_protection_reduces_scores(granularity):
     model = adapted(llama(), granularity)
     targets = find_targets(model, "default")
     name, target = next(iter(targets.items()))
@@ -102,7 +102,7 @@ def test_partial_protection_scales_scores_down(granularity):
 
 
 @pytest.mark.parametrize("new", list(GRANULARITIES))
-def test_a_units_protected_share_is_that_of_its_entries_in_any_earlier_delta(granularity, new):
+def test_the_protected_share_of_a_unit_counts_its_entries_in_earlier_deltas(granularity, new):
     model = adapted(llama(), new)
     targets = find_targets(model, "default")
     name, target = next(iter(targets.items()))
@@ -114,7 +114,7 @@ def test_a_units_protected_share_is_that_of_its_entries_in_any_earlier_delta(gra
     torch.testing.assert_close(guard.share(name).double(), expected, rtol=1e-6, atol=0)
 
 
-def test_elements_keep_out_of_earlier_rows_and_crossing_units_are_told(tmp_path):
+def test_elements_avoid_earlier_rows_and_crossing_units_cause_a_warning(tmp_path):
     held = saved(tmp_path, "row")
     elements = adapted(llama(), "element", density=0.1, protect=[str(tmp_path)])
     select(elements)
@@ -124,7 +124,7 @@ def test_elements_keep_out_of_earlier_rows_and_crossing_units_are_told(tmp_path)
         select(columns)
 
 
-def test_adapters_in_memory_are_protected_by_name_and_folders_beside_them(tmp_path):
+def test_loaded_adapters_and_folders_can_be_protected_together(tmp_path):
     held = saved(tmp_path)
     model = get_peft_model(llama(), FGGMConfig(density=0.2, target_modules="all-linear"), adapter_name="other")
     select(model, FIRST)
@@ -154,7 +154,7 @@ def test_a_quantized_base_is_protected_too(tmp_path):
         (ParameterBudget(40_000), r"selects 39\d+ parameters of all modules together, .* leaves \d+ of 61440"),
     ],
 )
-def test_wanting_more_than_is_left_says_how_much_is_left(threshold, message, tmp_path):
+def test_an_error_says_how_many_parameters_protection_leaves(threshold, message, tmp_path):
     saved(tmp_path, density=0.7)
     model = adapted(llama(), threshold=threshold, protect=[str(tmp_path)])
     with pytest.raises(ValueError, match=message):
@@ -164,7 +164,7 @@ def test_wanting_more_than_is_left_says_how_much_is_left(threshold, message, tmp
 
 
 @pytest.mark.parametrize("threshold", [ScoreMass(0.5), MeanPlusStd(0.5)])
-def test_an_adaptive_threshold_wants_one_unit_of_each_module(threshold, tmp_path):
+def test_an_adaptive_threshold_requires_one_unit_of_each_module(threshold, tmp_path):
     saved(tmp_path / "most", density=0.7)
     select(adapted(llama(), threshold=threshold, protect=[str(tmp_path / "most")]))
     saved(tmp_path / "all", density=1.0)
@@ -200,7 +200,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_delta_of_another_base_or_a_damaged_one_is_refused(name, tmp_path):
+def test_damaged_deltas_and_deltas_of_another_base_are_rejected(name, tmp_path):
     saved(tmp_path)
     damage, message = BAD[name]
     damage(tmp_path)
@@ -210,20 +210,20 @@ def test_a_delta_of_another_base_or_a_damaged_one_is_refused(name, tmp_path):
     assert all(not layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
 
-def test_a_delta_of_wider_layers_is_of_another_base(tmp_path):
+def test_a_delta_with_other_layer_sizes_is_rejected(tmp_path):
     saved(tmp_path, base=llama(hidden_size=32))
     with pytest.raises(AdapterFileError, match="another base"):
         select(adapted(llama(), protect=[str(tmp_path)]))
 
 
-def test_modules_that_the_new_adapter_does_not_touch_need_no_protection(tmp_path):
+def test_protected_modules_that_are_not_targets_are_ignored(tmp_path):
     saved(tmp_path)
     model = adapted(llama(), target_modules=["q_proj"], protect=[str(tmp_path)])
     select(model)
     assert set(earlier_supports(model, model.peft_config["default"], "default", [str(tmp_path)])) > set(supports(model))
 
 
-def test_another_kind_of_adapter_is_refused(tmp_path):
+def test_another_adapter_type_is_rejected(tmp_path):
     from peft import LoraConfig
 
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
@@ -232,14 +232,14 @@ def test_another_kind_of_adapter_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "1", True])
-def test_protection_is_a_number_from_0_to_1(value):
+def test_protection_must_be_a_number_from_0_to_1(value):
     with pytest.raises(ValueError, match=r"protection must be in \[0, 1\]"):
         FGGMConfig(protection=value)
     with pytest.raises(ValueError, match=r"protection must be in \[0, 1\]"):
         select(adapted(llama()), protection=value)
 
 
-def test_a_published_adapter_loads_without_the_deltas_that_it_kept_out_of(tmp_path):
+def test_an_adapter_loads_without_the_deltas_that_it_protected(tmp_path):
     saved(tmp_path / "first", criterion="weight_magnitude")
     model = adapted(llama(), criterion="weight_magnitude", protect=[str(tmp_path / "first")])
     select(model)

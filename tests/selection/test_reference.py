@@ -1,4 +1,4 @@
-"""What the model should keep: general text, its own text, earlier tasks; alone and together."""
+"""References of a selection: general text, the model's own text, earlier tasks, and their combinations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def supports(model) -> dict[str, torch.Tensor]:
 
 
 def assert_chosen(model, new, kept, granularity):
-    """The best quarter by ``sqrt(F_new) / (F_ref + 1 %)``, in float64."""
+    """Check that the support is the best quarter by ``sqrt(F_new) / (F_ref + 1 %)`` in float64."""
     for name, indices in supports(model).items():
         harm = kept[name].double()
         ratio = new[name].double().sqrt() / (harm + 0.01 * harm.mean())
@@ -49,7 +49,7 @@ def select(model, reference=None, batches=None, **arguments):
     return select_parameters(model, batches or token_batches(), reference=reference, progress=False, **arguments)
 
 
-def test_a_dataloader_of_general_text_is_weighed_against_the_task(granularity):
+def test_a_dataloader_can_be_the_reference(granularity):
     model = harm_model(granularity)
     report = select(model, GENERAL)
     assert (report.samples, report.reference_samples) == (8, 7)
@@ -60,7 +60,7 @@ def test_a_dataloader_of_general_text_is_weighed_against_the_task(granularity):
     json.dumps(report.to_dict())
 
 
-def test_batches_without_labels_are_text_that_is_its_own_label():
+def test_batches_without_labels_use_their_tokens_as_labels():
     plain = [{k: v for k, v in batch.items() if k != "labels"} for batch in GENERAL]
     labelled = [{**b, "labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in plain]
     models = harm_model(), harm_model()
@@ -69,7 +69,7 @@ def test_batches_without_labels_are_text_that_is_its_own_label():
     assert all(torch.equal(a, b) for a, b in zip(*(supports(m).values() for m in models), strict=True))
 
 
-def test_a_number_of_samples_bounds_the_reference_too_and_automatic_stops_when_it_agrees():
+def test_num_samples_applies_to_the_reference_too():
     assert select(harm_model(), GENERAL, num_samples=5).reference_samples == 5
     one = {key: value[:1].expand(8, -1) for key, value in token_batches(sizes=(1,))[0].items()}
     report = select(harm_model(), [one] * 64, batches=[one] * 64)
@@ -79,14 +79,14 @@ def test_a_number_of_samples_bounds_the_reference_too_and_automatic_stops_when_i
 # The model's own text ----------------------------------------------------------------------------
 
 
-def test_text_of_its_own_is_drawn_from_the_models_distribution_by_the_seed():
+def test_own_text_is_sampled_from_the_model_by_the_seed():
     model = llama().eval()
     first, again, other = (written_batches(model, 3, 6, seed) for seed in (0, 0, 1))
     assert torch.equal(first[0]["input_ids"], again[0]["input_ids"])
     assert not torch.equal(first[0]["input_ids"], other[0]["input_ids"])
     ids = first[0]["input_ids"]
     assert ids.shape[1] == 6 and (ids[:, 0] == model.config.bos_token_id).all()
-    # the second token's frequencies are the model's probabilities
+    # the frequencies of the second token agree with the model's probabilities
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
         expected = model(ids[:1, :1]).logits[0, -1].softmax(-1)
@@ -95,7 +95,7 @@ def test_text_of_its_own_is_drawn_from_the_models_distribution_by_the_seed():
     assert (counts - expected).abs().max() < 0.03
 
 
-def test_text_ends_with_the_end_token_and_padding_after_it():
+def test_own_text_is_padded_after_the_end_token():
     model = llama().eval()
     model.generation_config.eos_token_id = list(range(1, 40))
     (batch,) = written_batches(model, 8, 9, 0)
@@ -108,7 +108,7 @@ def test_text_ends_with_the_end_token_and_padding_after_it():
     assert batch["attention_mask"].sum() < 8 * 9
 
 
-def test_reference_self_on_the_config_needs_no_argument_and_leaves_no_trace():
+def test_reference_self_in_the_config_works_without_changing_the_model():
     model = harm_model(reference="self")
     model.train()
     before, output = trace(model), logits(model, token_batches()[0])
@@ -125,7 +125,7 @@ def test_reference_self_on_the_config_needs_no_argument_and_leaves_no_trace():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_its_own_text_is_the_same_under_gradient_checkpointing(checkpointing):
+def test_gradient_checkpointing_does_not_change_the_own_text(checkpointing):
     model = harm_model(reference="self")
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -136,7 +136,7 @@ def test_its_own_text_is_the_same_under_gradient_checkpointing(checkpointing):
     assert all(torch.equal(a, b) for a, b in zip(supports(model).values(), supports(expected).values(), strict=True))
 
 
-def test_a_model_that_cannot_write_is_told_what_to_pass_instead():
+def test_reference_self_requires_a_causal_language_model():
     with pytest.raises(ValueError, match="reference='self' requires a causal language model"):
         select(adapted(t5(), criterion="gain_per_harm", reference="self", task_type="SEQ_2_SEQ_LM"))
     classifier = adapted(bert(BERT_HEADS["sequence"]), criterion="gain_per_harm", reference="self")
@@ -145,7 +145,7 @@ def test_a_model_that_cannot_write_is_told_what_to_pass_instead():
         select(classifier, batches=batches)
 
 
-def test_texts_fit_the_positions_and_an_unknown_start_token_is_refused():
+def test_own_text_fits_the_positions_and_requires_a_valid_start_token():
     model = llama(max_position_embeddings=5)
     assert written_batches(model, 2, 8, seed=0)[0]["input_ids"].shape[1] <= 5
     model.generation_config.bos_token_id = 50
@@ -155,7 +155,7 @@ def test_texts_fit_the_positions_and_an_unknown_start_token_is_refused():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("reference", ["self", GENERAL], ids=["self", "text"])
-def test_a_quantized_base_is_weighed_and_left_as_it_was(kind, reference):
+def test_a_reference_does_not_change_a_quantized_base(kind, reference):
     base = quantized(llama(intermediate_size=128), kind)
     model = adapted(base, "column", criterion="gain_per_harm")
     before = trace(model)
@@ -168,7 +168,7 @@ def test_a_quantized_base_is_weighed_and_left_as_it_was(kind, reference):
 
 
 @pytest.mark.parametrize("given", ["config", "attribute", "callback"])
-def test_a_trainer_takes_its_reference_from_the_config_or_is_given_one(given, tmp_path):
+def test_a_trainer_gets_its_reference_from_config_attribute_or_callback(given, tmp_path):
     model = harm_model(reference="self" if given == "config" else None)
     callback = FGGMCallback(reference=GENERAL)
     options = {"trainer_class": Trainer, "callbacks": [callback]} if given == "callback" else {}
@@ -187,7 +187,7 @@ def test_a_trainer_takes_its_reference_from_the_config_or_is_given_one(given, tm
 # Several references ------------------------------------------------------------------------------
 
 
-def test_several_references_are_added_after_each_is_divided_by_its_mean_over_all_modules(granularity, tmp_path):
+def test_several_references_are_normalized_by_their_mean_and_added(granularity, tmp_path):
     other = token_batches(sizes=(5,), seed=8)
     report = select(adapted(llama(), granularity), batches=other)
     report.save_scores(tmp_path / "task.safetensors")
@@ -201,15 +201,15 @@ def test_several_references_are_added_after_each_is_divided_by_its_mean_over_all
         scores = fisher_scores(plain, source)
         mean = sum(float(values.double().sum()) for values in scores.values()) / entries
         for name, values in scores.items():
-            if source is other and granularity == "element":  # saved as row sums x column sums
+            if source is other and granularity == "element":  # saved as row sums and column sums
                 matrix = values.double().view(layers[name].weight_shape)
                 values = (matrix.sum(1, keepdim=True) @ matrix.sum(0, keepdim=True) / matrix.sum()).flatten()
             kept[name] = kept[name] + values.double() / mean
     assert_chosen(model, fisher_scores(plain, token_batches()), kept, granularity)
 
 
-def test_its_own_text_is_the_same_for_every_group_of_modules():
-    """Written once, when the first pass reads it: without dropout, and by the seed."""
+def test_own_text_is_the_same_for_every_group_of_modules():
+    """The text is generated once in the first pass, without dropout and by the seed."""
     chosen = []
     for memory in (None, 2 * 8 * 96 * 64):
         model = adapted(llama(attention_dropout=0.5), "element", criterion="gain_per_harm", reference="self")
@@ -218,17 +218,17 @@ def test_its_own_text_is_the_same_for_every_group_of_modules():
     assert all(torch.equal(indices, chosen[1][name]) for name, indices in chosen[0].items())
 
 
-def test_a_reference_that_can_be_read_once_does_not_serve_several_groups():
+def test_a_reference_that_can_be_read_only_once_is_rejected_for_several_groups():
     with pytest.raises(ValueError, match="read once"):
         select(harm_model("element"), iter(GENERAL), score_memory=2 * 8 * 96 * 64)
 
 
-def test_several_live_references_do_not_fit_score_memory():
+def test_several_references_with_data_do_not_support_score_memory():
     with pytest.raises(ValueError, match=r"several references.*score_memory"):
         select(harm_model("element"), [GENERAL, "self"], score_memory=3 * 8 * 96 * 64)
 
 
-def test_a_global_threshold_weighs_entries_of_all_modules_against_each_other():
+def test_a_global_threshold_ranks_the_units_of_all_modules_together():
     model = harm_model(density=None, threshold=TopDensity(0.2, scope="global"))
     select(model, GENERAL)
     plain = adapted(llama(), "column")
@@ -250,8 +250,8 @@ def test_a_global_threshold_weighs_entries_of_all_modules_against_each_other():
 TASKS = [token_batches(sizes=(4, 3), seed=seed) for seed in (11, 12, 13)]
 
 
-def test_history_over_two_tasks_is_their_sum_and_needs_no_old_data(granularity):
-    """Task after task in one process: what ``merge_and_unload`` returns remembers."""
+def test_the_history_is_the_sum_of_earlier_tasks_and_needs_no_old_data(granularity):
+    """In one process, the model that ``merge_and_unload`` returns carries the history."""
     base = llama()
     scores = []
     for number, batches in enumerate(TASKS):
@@ -280,7 +280,7 @@ def test_history_over_two_tasks_is_their_sum_and_needs_no_old_data(granularity):
     assert_chosen(model, scores[2], kept, granularity)
 
 
-def test_selecting_again_replaces_what_is_remembered_of_the_same_adapter():
+def test_selecting_again_replaces_the_history_of_the_same_adapter():
     model = harm_model(criterion="fisher")
     select(model), select(model)
     assert len(history_of(model.get_base_model())) == 1
@@ -290,7 +290,7 @@ def test_selecting_again_replaces_what_is_remembered_of_the_same_adapter():
 
 
 @pytest.mark.parametrize("criterion", ["gain_per_harm", "input_ratio"])
-def test_saved_scores_serve_as_history_in_another_process(criterion, tmp_path):
+def test_saved_scores_can_be_the_history_in_another_process(criterion, tmp_path):
     base, models = llama(), []
     first = harm_model(criterion=criterion, save_scores=True)
     select(first, GENERAL, TASKS[0])
@@ -304,7 +304,7 @@ def test_saved_scores_serve_as_history_in_another_process(criterion, tmp_path):
     assert models[1].peft_config["default"].to_dict()["reference"] == ["history", str(tmp_path / "first")]
 
 
-def test_scores_come_back_as_they_were_saved(granularity, tmp_path):
+def test_loaded_scores_equal_the_saved_scores(granularity, tmp_path):
     base = llama()
     base.config._name_or_path = base.name_or_path = "some/model"
     model = adapted(base, granularity)
@@ -328,14 +328,14 @@ def test_scores_come_back_as_they_were_saved(granularity, tmp_path):
     assert all(tensor.dtype == torch.float32 and tensor.dim() == 1 for tensor in load_file(file).values())
 
 
-def test_scores_are_saved_beside_the_adapter_only_if_asked(tmp_path):
+def test_scores_are_not_saved_with_the_adapter_by_default(tmp_path):
     model = adapted(llama())
     select(model)
     model.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / SCORES_FILE).exists()
 
 
-def test_a_criterion_that_gathers_nothing_to_keep_says_so(tmp_path):
+def test_saving_scores_without_statistics_raises_an_error(tmp_path):
     for criterion in ("random", "gradient_low_magnitude"):
         report = select(adapted(llama(), criterion=criterion))
         with pytest.raises(ValueError, match="no statistics that a later task could use"):
@@ -371,7 +371,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_of_scores_is_one_clear_error_and_changes_nothing(name, tmp_path):
+def test_an_invalid_score_file_raises_an_error_and_does_not_change_the_model(name, tmp_path):
     file = select(adapted(llama(), "column")).save_scores(tmp_path)
     BAD_FILES[name](file)
     model = harm_model(reference=str(file))
@@ -380,22 +380,22 @@ def test_a_bad_file_of_scores_is_one_clear_error_and_changes_nothing(name, tmp_p
     assert all(not layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
 
-def test_no_file_of_scores_says_how_to_write_one(tmp_path):
+def test_a_missing_score_file_raises_an_error_that_says_how_to_write_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="save_scores"):
         select(harm_model(reference=str(tmp_path)))
 
 
-# Bad arguments -----------------------------------------------------------------------------------
+# Invalid arguments -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if CRITERIA[name].reference])
-def test_a_criterion_without_the_reference_that_it_needs_names_the_ways_out(criterion):
+def test_a_missing_reference_raises_an_error_that_lists_the_options(criterion):
     model = adapted(llama(), "column", criterion=criterion)
     with pytest.raises(ValueError, match=r"reference='self'.*'history'.*dataloader"):
         select(model)
 
 
-def test_a_reference_that_nobody_looks_at_is_refused():
+def test_an_unused_reference_is_rejected():
     with pytest.raises(ValueError, match="'fisher' uses no reference; remove it, or use one of 'gain_per_harm'"):
         FGGMConfig(reference="self")
     with pytest.raises(ValueError, match="uses no reference"):
@@ -404,7 +404,7 @@ def test_a_reference_that_nobody_looks_at_is_refused():
         FGGMConfig(criterion="gain_per_harm", reference=[1])
 
 
-def test_labels_that_are_no_class_of_the_head_are_named():
+def test_labels_outside_the_classes_of_the_head_raise_an_error():
     batches = token_batches()
     batches[1]["labels"][0, -1] = 50
     with pytest.raises(ValueError, match=r"a label is 50, but the model's head has the classes 0\.\.49"):

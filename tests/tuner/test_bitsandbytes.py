@@ -1,4 +1,4 @@
-"""bitsandbytes bases on a CPU: the whole loop, its traps, and the four ways to merge."""
+"""bitsandbytes bases on a CPU: the whole workflow, known pitfalls, and the four ways to merge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fggm_peft.tuner.support import fggm_layers
 from fggm_peft.tuner.target import find_targets
 
 pytest.importorskip("bitsandbytes")
-BATCHES = token_batches(sizes=(5, 4, 5), padding="right")  # enough positions for the effective-weight form
+BATCHES = token_batches(sizes=(5, 4, 5), padding="right")  # enough positions to use the effective weight
 KINDS = pytest.mark.parametrize("kind", QUANTIZATIONS)
 
 
@@ -32,7 +32,7 @@ def trained(kind: str, granularity: str = "row", lr: float = 1e-2, **config):
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """A dense model with the very weights that the quantized one stands for."""
+    """A dense model with the dequantized weights of the quantized model."""
     dense = llama()
     for name, layer in fggm_layers(model, "default").items():
         dense.get_submodule(name).weight.data.copy_(layer.weight_copy())
@@ -46,7 +46,7 @@ def test_select_train_evaluate_train_save_reload_merge(kind, granularity, tmp_pa
     select_parameters(model, BATCHES, progress=False)
     losses = train(model, BATCHES[:1], steps=4)
     middle = logits(model, BATCHES[0])
-    losses += train(model, BATCHES[:1], steps=4)  # after an evaluation: bitsandbytes' repacking would break it
+    losses += train(model, BATCHES[:1], steps=4)  # after an evaluation, because bitsandbytes repacks its weights then
     assert losses[-1] < losses[3] < losses[0] and losses[4] < losses[0]
     end = logits(model, BATCHES[0])
     assert not torch.equal(start, middle) and not torch.equal(middle, end)
@@ -58,7 +58,7 @@ def test_select_train_evaluate_train_save_reload_merge(kind, granularity, tmp_pa
 
 
 @KINDS
-def test_forward_and_gradients_are_those_of_the_dequantized_model(kind, granularity):
+def test_forward_and_gradients_agree_with_the_dequantized_model(kind, granularity):
     model = adapted(kind, granularity, criterion="random", init_weights=False)
     dense = get_peft_model(
         dequantized(model), FGGMConfig(granularity=granularity, criterion="random", init_weights=False)
@@ -73,8 +73,8 @@ def test_forward_and_gradients_are_those_of_the_dequantized_model(kind, granular
 
 @KINDS
 @pytest.mark.parametrize("forward_first", [False, True])
-def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity, forward_first):
-    """The order matters to bitsandbytes' 8-bit layers: their scales move at the first forward."""
+def test_fisher_scores_agree_with_the_dequantized_model(kind, granularity, forward_first):
+    """The order matters, because bitsandbytes' 8-bit layers change their scales in the first forward pass."""
     model = adapted(kind, granularity)
     dense = get_peft_model(dequantized(model), FGGMConfig(granularity=granularity))
     model.train()
@@ -84,7 +84,7 @@ def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity, for
     scores = []
     for one in (model, dense):
         scores.append(DataPass(one, one.peft_config["default"], BATCHES).run(find_targets(one, "default")))
-    # int8 layers quantize their activations in eval mode, so their own outputs differ a little
+    # int8 layers quantize activations in eval mode, so their outputs differ slightly
     rounding = 0.05 if kind == "int8" else 1e-3
     for name in fggm_layers(model, "default"):
         ours, theirs = (totals.mean(name, "fisher") for totals in scores)
@@ -93,9 +93,9 @@ def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity, for
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4"])
-def test_a_model_that_was_evaluated_before_it_was_wrapped_still_trains(kind):
-    """bitsandbytes has repacked its weights by then, where the processor has the kernel for it."""
-    base = quantized(llama(intermediate_size=128), kind)  # repacking itself fails on widths such as 96
+def test_a_model_evaluated_before_adding_the_adapter_still_trains(kind):
+    """The evaluation repacks bitsandbytes' weights if the processor supports its kernel."""
+    base = quantized(llama(intermediate_size=128), kind)  # repacking fails for widths such as 96
     expected = logits(base, BATCHES[0])
     repacked = getattr(base.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False)
     if repacked:
@@ -124,7 +124,7 @@ def test_odd_shapes_evaluate_and_train(shape):
 
 @KINDS
 @pytest.mark.parametrize("mode", ["auto", "requantize", "dequantize", "keep"])
-def test_unmerging_puts_the_quantized_base_back(kind, mode):
+def test_unmerging_restores_the_quantized_base(kind, mode):
     model = trained(kind, quantized_merge=mode)
     before = logits(model, BATCHES[0])
     weights = [layer.weight_copy() for layer in fggm_layers(model, "default").values()]
@@ -133,7 +133,7 @@ def test_unmerging_puts_the_quantized_base_back(kind, mode):
     assert {module.outcome for module in report.modules} == {outcome}
     merged = logits(model, BATCHES[0])
     if mode in ("dequantize", "keep"):
-        # an int8 layer's own evaluation quantizes the activations
+        # int8 layers quantize activations in eval mode
         tolerance = 2e-2 if (kind, mode) == ("int8", "keep") else 1e-4
         torch.testing.assert_close(merged, before, rtol=tolerance, atol=tolerance)
     assert torch.equal(logits(copy.deepcopy(model), BATCHES[0]), merged)
@@ -145,7 +145,7 @@ def test_unmerging_puts_the_quantized_base_back(kind, mode):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("unload", [False, True])
-def test_auto_refuses_to_lose_a_task_and_changes_nothing(kind, unload):
+def test_auto_raises_an_error_instead_of_losing_the_delta(kind, unload):
     model = trained(kind)
     with torch.no_grad():
         for layer in fggm_layers(model, "default").values():
@@ -157,7 +157,7 @@ def test_auto_refuses_to_lose_a_task_and_changes_nothing(kind, unload):
     assert not any(layer.merged for layer in fggm_layers(model, "default").values())
 
 
-def test_the_survival_figure_is_that_of_the_weights():
+def test_the_survived_share_agrees_with_the_weights():
     model = trained("nf4", quantized_merge="requantize")
     layers = fggm_layers(model, "default")
     before = {name: layer.weight_copy() for name, layer in layers.items()}
@@ -170,7 +170,7 @@ def test_the_survival_figure_is_that_of_the_weights():
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_kept_deltas_pile_up_exactly_and_share_one_support(kind, granularity):
+def test_sidecar_deltas_add_up_exactly_on_one_support(kind, granularity):
     model = quantized(llama(), kind)
     total, base_weight = 0, None
     for seed in range(3):
@@ -190,7 +190,7 @@ def test_kept_deltas_pile_up_exactly_and_share_one_support(kind, granularity):
 
 
 @pytest.mark.parametrize("mode", ["dequantize", "requantize"])
-def test_what_was_kept_stays_when_the_next_task_is_merged_otherwise(mode):
+def test_the_sidecar_stays_when_the_next_task_is_merged_in_another_way(mode):
     model = trained("nf4", quantized_merge="keep").merge_and_unload()
     model = get_peft_model(model, FGGMConfig(granularity="column", criterion="random", quantized_merge=mode))
     train(model, BATCHES, steps=3)
@@ -203,10 +203,10 @@ def test_what_was_kept_stays_when_the_next_task_is_merged_otherwise(mode):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_autocast_reaches_neither_form_of_the_product(kind, granularity):
-    """bitsandbytes gives the dtype of the input back, whatever autocast says."""
+def test_autocast_does_not_change_the_dtype_of_the_product(kind, granularity):
+    """bitsandbytes returns the dtype of the input, regardless of autocast."""
     model = adapted(kind, granularity, criterion="random", init_weights=False, quantized_merge="keep")
-    short = {key: value[:1] for key, value in BATCHES[0].items()}  # few positions: the additive form
+    short = {key: value[:1] for key, value in BATCHES[0].items()}  # few positions use the additive form
     exact = logits(model, short)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(logits(model, short).float(), exact, rtol=0.1, atol=0.1)
@@ -216,13 +216,13 @@ def test_autocast_reaches_neither_form_of_the_product(kind, granularity):
         torch.testing.assert_close(logits(kept, short).float(), exact, rtol=0.1, atol=0.1)
 
 
-def test_saving_a_base_with_kept_deltas_warns_that_they_are_not_in_it():
+def test_saving_a_base_with_a_sidecar_warns_that_it_is_not_saved():
     base = trained("nf4", quantized_merge="keep").merge_and_unload()
     with pytest.warns(UserWarning, match="of the base omit the deltas"):
         base.state_dict()
 
 
-def test_dequantized_layers_take_the_dtype_of_the_model():
+def test_dequantized_layers_have_the_dtype_of_the_model():
     base = quantized(llama(), "int8").to(torch.bfloat16)
     model = get_peft_model(base, FGGMConfig(criterion="random", init_weights=False, quantized_merge="dequantize"))
     merged = model.merge_and_unload()
@@ -231,13 +231,13 @@ def test_dequantized_layers_take_the_dtype_of_the_model():
     assert logits(merged, BATCHES[0]).isfinite().all()
 
 
-def test_quantized_embeddings_are_refused_by_name():
+def test_quantized_embeddings_are_rejected_by_name():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     base = nn.Sequential(bitsandbytes.nn.Embedding4bit(64, 64).to("cpu"))
     with pytest.raises(TypeError, match=r"Embedding4bit.*Supported are"):
         get_peft_model(base, FGGMConfig(target_modules=["0"]))
 
 
-def test_layers_of_every_kind_are_one_class():
+def test_all_quantized_layers_have_one_class():
     names = {type(m).__name__ for k in QUANTIZATIONS for m in adapted(k).modules() if isinstance(m, FGGMLayer)}
     assert names == {"FGGMLinear"}

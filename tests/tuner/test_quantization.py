@@ -1,4 +1,4 @@
-"""torchao and HQQ bases on a CPU: PEFT's backends serve them as they serve bitsandbytes."""
+"""torchao and HQQ bases on a CPU, which use PEFT's quantization backends like bitsandbytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random_deltas(kind: str, granularity: str = "row", **config):
 
 
 def rounding(kind: str) -> float:
-    """Of layers that quantize their inputs too, relative to the output."""
+    """Relative error of the output, larger for layers that also quantize their inputs."""
     return 0.03 if "inputs" in kind else 1e-5
 
 
@@ -45,7 +45,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @KINDS
 def test_select_train_save_reload_merge(kind, granularity, tmp_path):
     model = adapted(kind, granularity, quantized_merge="dequantize")
-    assert len(fggm_layers(model, "default")) == 14  # all linear layers but the head
+    assert len(fggm_layers(model, "default")) == 14  # all linear layers except the head
     select_parameters(model, BATCHES, progress=False)
     losses = train(model, BATCHES[:1], steps=6)
     assert losses[-1] < losses[0]
@@ -60,8 +60,8 @@ def test_select_train_save_reload_merge(kind, granularity, tmp_path):
 
 @KINDS
 @pytest.mark.parametrize("positions", [3, 40])
-def test_forward_and_gradients_are_those_of_the_dequantized_weight(kind, granularity, positions):
-    """With few positions and no gradients the layer's own product is used, else a copy of the weight."""
+def test_forward_and_gradients_agree_with_the_dequantized_weight(kind, granularity, positions):
+    """The layer's own product is used for few positions without gradients, otherwise a copy of the weight."""
     layer = fggm_layers(random_deltas(kind, granularity), "default")[UP]
     delta = layer.delta("default")
     dense = dense_delta(granularity, layer.weight_shape, delta.indices, delta.values)
@@ -80,7 +80,7 @@ def test_forward_and_gradients_are_those_of_the_dequantized_weight(kind, granula
 
 
 @KINDS
-def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity):
+def test_fisher_scores_agree_with_the_dequantized_model(kind, granularity):
     model = adapted(kind, granularity)
     dense = llama()
     for name, layer in fggm_layers(model, "default").items():
@@ -91,13 +91,13 @@ def test_fisher_scores_are_those_of_the_dequantized_model(kind, granularity):
         scores.append(DataPass(one, one.peft_config["default"], BATCHES).run(find_targets(one, "default")))
     for name in fggm_layers(model, "default"):
         ours, theirs = (totals.mean(name, "fisher") for totals in scores)
-        # the first layers' inputs need no gradient, so they take their own product
+        # the inputs of the first layers require no gradient, so these layers use their own product
         assert relative(ours, theirs) < (0.02 if "inputs" in kind else 1e-3), name
 
 
 @KINDS
 @pytest.mark.parametrize("mode", ["auto", "requantize", "dequantize", "keep"])
-def test_unmerging_puts_the_quantized_base_back(kind, mode):
+def test_unmerging_restores_the_quantized_base(kind, mode):
     model = random_deltas(kind, quantized_merge=mode)
     before = logits(model, BATCHES[0])
     weights = [layer.weight_copy().clone() for layer in fggm_layers(model, "default").values()]
@@ -115,7 +115,7 @@ def test_unmerging_puts_the_quantized_base_back(kind, mode):
 
 
 @pytest.mark.parametrize("kind", ["int8", "hqq 8 bits"])
-def test_auto_refuses_to_lose_a_task_and_changes_nothing(kind):
+def test_auto_raises_an_error_instead_of_losing_the_delta(kind):
     model = random_deltas(kind)
     with torch.no_grad():
         for layer in fggm_layers(model, "default").values():
@@ -127,8 +127,8 @@ def test_auto_refuses_to_lose_a_task_and_changes_nothing(kind):
 
 
 @KINDS
-def test_the_base_is_known_again(kind, tmp_path):
-    """Two bits move a weight further than a fingerprint allows, so such a base is known by itself alone."""
+def test_the_fingerprint_matches_the_quantized_base(kind, tmp_path):
+    """Two-bit weights differ more than a fingerprint allows, so such a base matches only itself."""
     random_deltas(kind).save_pretrained(tmp_path / "quantized")
     assert verify(tmp_path / "quantized", quantized(llama(), kind)).base == "matches"
     dense = get_peft_model(llama(), FGGMConfig(criterion="random", init_weights=False))
@@ -144,7 +144,7 @@ def test_the_base_is_known_again(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "hqq 4 bits"])
-def test_earlier_deltas_are_protected_and_tasks_are_kept_in_order(kind, tmp_path):
+def test_protection_and_ledger_support_quantized_bases(kind, tmp_path):
     random_deltas(kind, density=0.2).save_pretrained(tmp_path / "a")
     later = adapted(kind, density=0.2)
     select_parameters(later, BATCHES, protect=[str(tmp_path / "a")], protection=1.0, progress=False)
@@ -161,7 +161,7 @@ def test_earlier_deltas_are_protected_and_tasks_are_kept_in_order(kind, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["int4", "hqq 4 bits"])
-def test_kept_deltas_are_what_the_next_task_starts_on(kind):
+def test_the_next_task_starts_from_the_sidecar(kind):
     model = random_deltas(kind, quantized_merge="keep")
     before = logits(model, BATCHES[0])
     model = get_peft_model(model.merge_and_unload(), FGGMConfig(granularity="element"))
@@ -171,8 +171,8 @@ def test_kept_deltas_are_what_the_next_task_starts_on(kind):
     assert losses[-1] < losses[0]
 
 
-def test_transformers_loads_the_base_quantized(tmp_path):
-    """By torchao; its loader of HQQ's layers raises NotImplementedError since transformers 5."""
+def test_transformers_loads_a_quantized_base(tmp_path):
+    """Only torchao: since transformers 5, its HQQ loader raises NotImplementedError."""
     torchao = pytest.importorskip("torchao.quantization")
     llama().save_pretrained(tmp_path / "base")
     settings = TorchAoConfig(torchao.Int8WeightOnlyConfig())
@@ -191,15 +191,15 @@ def test_transformers_loads_the_base_quantized(tmp_path):
     assert model.merge_adapter().survived > 0.9
 
 
-def test_a_torchao_layer_that_says_not_how_it_was_quantized_is_one_error():
-    """PEFT asks transformers' quantizer, and there is none where torchao was called alone."""
+def test_a_torchao_layer_without_its_quantization_config_raises_an_error():
+    """PEFT reads the config from transformers' quantizer, which is missing if torchao was called directly."""
     base = quantized(llama(), "int8")
     del base.hf_quantizer
     with pytest.raises(ValueError, match="get_apply_tensor_subclass"):
         get_peft_model(base, FGGMConfig())
 
 
-def test_all_linear_means_the_same_layers_whatever_they_are_quantized_by():
+def test_all_linear_targets_the_same_layers_for_every_quantization():
     dense = set(fggm_layers(get_peft_model(llama(), FGGMConfig()), "default"))
     for kind in ("int8", "hqq 4 bits"):
         model = adapted(kind, target_modules="all-linear")
@@ -210,7 +210,7 @@ def test_all_linear_means_the_same_layers_whatever_they_are_quantized_by():
     assert set(fggm_layers(get_peft_model(base, FGGMConfig()), "default")) == dense
 
 
-def test_a_base_that_hqq_has_quantized_in_part_is_targeted_as_a_whole():
+def test_all_linear_targets_quantized_and_dense_layers_of_a_partly_quantized_base():
     base = quantized(nn.Sequential(nn.Linear(32, 32)), "hqq 4 bits")
     base.append(nn.Linear(32, 32))
     assert set(fggm_layers(get_peft_model(base, FGGMConfig()), "default")) == {"0", "1"}
