@@ -226,7 +226,9 @@ def test_values_and_file_of_a_density_are_exact(config, granularity, tmp_path):
 def unencoded_bytes(model) -> int:
     """The adapter's values and indices in memory."""
     layers = fggm_layers(model, "default").values()
-    return sum(t.nbytes for layer in layers for t in (*layer.trained("default"), layer.fggm_indices["default"]))
+    return sum(
+        t.nbytes for layer in layers for t in (*layer.adapter_parameters("default"), layer.fggm_indices["default"])
+    )
 
 
 def data_bytes(path) -> int:

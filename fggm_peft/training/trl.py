@@ -23,7 +23,7 @@ def restore_float32_(model: Any) -> None:
             continue
         for name in layer.fggm_values:
             if model.peft_config[name].training_dtype != "bfloat16":
-                for values in layer.trained(name):
+                for values in layer.adapter_parameters(name):
                     if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
                         values.data = values.data.float()
 

@@ -74,7 +74,7 @@ class AdapterState(BaseTunerLayer):
 
     # Supports and values ------------------------------------------------------------------------
 
-    def trained(self, adapter_name: str) -> list[nn.Parameter]:
+    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's parameters in this layer: the values and, if it has them, the bias entries."""
         return [tensors[adapter_name] for tensors in (self.fggm_values, self.fggm_bias) if adapter_name in tensors]
 
@@ -118,7 +118,7 @@ class AdapterState(BaseTunerLayer):
         self.fggm_indices[adapter_name].copy_(indices)
         self.fggm_indices.settle(adapter_name)
         self.padded_sizes.pop(adapter_name, None)
-        for parameter in self.trained(adapter_name):
+        for parameter in self.adapter_parameters(adapter_name):
             data = parameter.data
             data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
         self.selected[adapter_name] = True
@@ -135,7 +135,7 @@ class AdapterState(BaseTunerLayer):
                 self._frozen_empty.discard(name)
             elif values.requires_grad:
                 self._frozen_empty.add(name)
-                for parameter in self.trained(name):
+                for parameter in self.adapter_parameters(name):
                     parameter.requires_grad_(False)
 
     # PEFT's interface ---------------------------------------------------------------------------

@@ -42,13 +42,13 @@ class BaseWeight(BaseTunerLayer):
     def weight_shape(self) -> Shape:
         """``(o, i)`` of the weight as a matrix."""
 
-    @abstractmethod
     def matrix(self, weight: Tensor) -> Tensor:
         """The stored weight as ``[o, i]``; a view if the memory layout allows one."""
+        return weight
 
-    @abstractmethod
     def unmatrix(self, matrix: Tensor) -> Tensor:
         """The inverse of ``matrix``."""
+        return matrix
 
     def has_plain_forward(self) -> bool:
         """Whether the base layer computes exactly what its type stands for."""
@@ -87,8 +87,8 @@ class BaseWeight(BaseTunerLayer):
             device = next((parameter.device for parameter in base_layer.parameters()), None)
         return execution_device(base_layer) if is_offloaded(base_layer) else device, dtype
 
-    def gives_weight(self) -> bool:
-        """Whether the layer's product may be computed from a copy of the weight, without calling the base layer.
+    def can_copy_weight(self) -> bool:
+        """Whether the output may be computed from a copy of the weight, without calling the base layer.
 
         False if another tuner wraps the base layer, or if it has hooks, is offloaded, trains, has a forward of its own
         or cannot be dequantized. Then only its output is used.
@@ -103,13 +103,8 @@ class BaseWeight(BaseTunerLayer):
             return self.quantization_backend.supports_merge
         return self.has_plain_forward() and not base.weight.requires_grad
 
-    @property
-    def form(self) -> str:
-        """How deltas enter the product in training: "effective weight" or "additive" (see ``core.linear``)."""
-        return "effective weight" if self.gives_weight() else "additive"
-
     def needs_weight_for_gradients(self, x: Tensor) -> bool:
         """Whether autograd sees no dependence of the base layer's output on ``x``, because it quantizes its inputs."""
         weight = getattr(self.get_base_layer(), "weight", None)
         quantizes_inputs = any(getattr(weight, name, None) is not None for name in _INPUT_QUANTIZATION)
-        return quantizes_inputs and x.requires_grad and torch.is_grad_enabled() and self.gives_weight()
+        return quantizes_inputs and x.requires_grad and torch.is_grad_enabled() and self.can_copy_weight()

@@ -61,9 +61,9 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
 
     # Layer types --------------------------------------------------------------------------------
 
-    @abstractmethod
     def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
-        """The output of the base layer with the deltas added to its weight."""
+        """The output of the base layer with the deltas added to its weight; by default in the additive form."""
+        return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
 
     @abstractmethod
     def with_deltas(self, output: Tensor, adapter_names: Sequence[str], x: Tensor) -> Tensor:
@@ -78,25 +78,13 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             gram: Gram matrix of the input, which other layers may share.
         """
 
-    @abstractmethod
     def input_features(self, x: Tensor) -> Tensor:
-        """The input of one call as the vectors that the weight multiplies, ``[b, t, i]``.
+        """The input of one call as vectors that the weight multiplies, ``[b, t, i]``; by default a ``TypeError``."""
+        raise TypeError(f"the columns of {type(self).__name__} are not input features; leave it out of the targets")
 
-        Raises:
-            TypeError: the layer has no input features.
-        """
-
-    @abstractmethod
     def output_features(self, output: Tensor) -> Tensor:
-        """The output of one call as vectors ``[b, t, o]``.
-
-        Raises:
-            TypeError: the layer's rows are not its output features.
-        """
-
-    def positions(self, x: Tensor) -> int:
-        """Number of rows of ``x`` as a matrix ``[n, i]``."""
-        return x.numel() // max(1, x.shape[-1])
+        """The output of one call as vectors ``[b, t, o]``; by default a ``TypeError``."""
+        raise TypeError(f"the rows of {type(self).__name__} are not output features; leave it out of the targets")
 
     # Forward ------------------------------------------------------------------------------------
 
@@ -295,7 +283,8 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         adapters = ", ".join(
             f"{name}={len(self.fggm_indices[name])} {granularity}s" for name, granularity in self.granularity.items()
         )
-        return ", ".join(part for part in (adapters, self.form, quantization_extra_repr(self)) if part)
+        form = "effective weight" if self.can_copy_weight() else "additive"  # see core.linear
+        return ", ".join(part for part in (adapters, form, quantization_extra_repr(self)) if part)
 
     def __repr__(self) -> str:
         return "fggm." + super().__repr__()

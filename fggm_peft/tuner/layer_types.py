@@ -1,4 +1,4 @@
-"""The types of layers that FGGM adapts: how each stores its weight, uses it, and is differentiated.
+"""Layer types: how each type of layer stores its weight, computes its output and differentiates the weight.
 
 A new type is one class, registered in ``LAYER_TYPES`` with a predicate of the modules that it wraps.
 """
@@ -26,21 +26,20 @@ from ..core.per_sample import EmbeddingGradients, GroupedGradients, LinearGradie
 from ..core.registry import Registry
 from .layer import FGGMLayer
 
-# Without gradients, copying the weight pays from about this many positions on; a decoding step
-# takes the additive form (measured: benchmarks/suite).
 _MIN_POSITIONS_TO_COPY = 32
+"""Without gradients, the additive form is faster for fewer positions, as in decoding (measured: benchmarks/suite)."""
 
 
 @dataclass(frozen=True)
 class LayerType:
-    """A class of adapted layers, and a predicate that tells which modules it wraps."""
+    """A subclass of ``FGGMLayer``, and a predicate of the modules that it wraps."""
 
     layer_class: type[FGGMLayer]
     matches: Callable[[nn.Module], bool]
 
 
 LAYER_TYPES: Registry[LayerType] = Registry("layer type", make=LayerType)
-"""The type that was registered last is tried first."""
+"""Types that were registered later are tried first."""
 
 
 @LAYER_TYPES.register("torch.nn.Linear", matches=lambda layer: isinstance(layer, nn.Linear))
@@ -70,10 +69,10 @@ class FGGMLinear(FGGMLayer):
 
     def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
         dtype = self._compute_dtype(x)
-        decoding = not torch.is_grad_enabled() and self.positions(x) < _MIN_POSITIONS_TO_COPY
-        additive = decoding or torch.compiler.is_exporting()  # the form that is made of plain operators
-        if dtype is None or additive or args or kwargs or not self.gives_weight():
-            return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
+        decoding = not torch.is_grad_enabled() and _positions(x) < _MIN_POSITIONS_TO_COPY
+        additive = decoding or torch.compiler.is_exporting()  # the additive form consists of plain operators
+        if dtype is None or additive or args or kwargs or not self.can_copy_weight():
+            return super().adapted_forward(deltas, x, *args, **kwargs)
         bias = self.bias_with_deltas(self.base_layer.bias)
         bias = None if bias is None else bias.to(dtype)
         splits = self._splits(deltas, x)
@@ -81,10 +80,10 @@ class FGGMLinear(FGGMLayer):
         return output if is_autocast(x) else output.to(x.dtype)
 
     def _splits(self, deltas: list[WeightDelta], x: Tensor) -> bool:
-        """Whether the weight can be left where it is; a dequantized one is a copy already."""
+        """Whether the product is split, so that the weight is not copied; a dequantized weight is a copy already."""
         if self.quantization_backend is not None or len(deltas) != 1:
             return False
-        return pays_to_split(deltas[0], self.weight_shape, self.positions(x))
+        return pays_to_split(deltas[0], self.weight_shape, _positions(x))
 
     def with_deltas(self, output, adapter_names, x):
         output = additive_linear(output, x.to(output.dtype), self.deltas(adapter_names))
@@ -92,7 +91,7 @@ class FGGMLinear(FGGMLayer):
         return output if bias is None else output + bias.to(output.dtype)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype the base layer would compute in; None if it would refuse ``x``."""
+        """The dtype in which the base layer computes; None if it would reject ``x``."""
         if is_autocast(x):
             return torch.get_autocast_dtype(x.device.type)
         if self.quantization_backend is not None:
@@ -131,10 +130,10 @@ class FGGMConv(FGGMLayer):
 
     def adapted_forward(self, deltas, x, *args, **kwargs):
         layer = self.get_base_layer()
-        if self.gives_weight() and not torch.compiler.is_exporting():
-            weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
-            return layer._conv_forward(x, weight, self.bias_with_deltas(layer.bias))
-        return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
+        if not self.can_copy_weight() or torch.compiler.is_exporting():
+            return super().adapted_forward(deltas, x, *args, **kwargs)
+        weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
+        return layer._conv_forward(x, weight, self.bias_with_deltas(layer.bias))
 
     def with_deltas(self, output, adapter_names, x):
         layer = self.get_base_layer()
@@ -150,7 +149,7 @@ class FGGMConv(FGGMLayer):
         return GroupedGradients(patches, g.unflatten(2, (layer.groups, -1)))
 
     def input_features(self, x):
-        return unfold_convolution(self.get_base_layer(), x).flatten(1, 2)  # every group is a position of its own
+        return unfold_convolution(self.get_base_layer(), x).flatten(1, 2)  # each group is a position
 
     def output_features(self, output):
         return output.flatten(2).mT
@@ -158,25 +157,15 @@ class FGGMConv(FGGMLayer):
 
 @LAYER_TYPES.register("torch.nn.Embedding", matches=lambda layer: isinstance(layer, nn.Embedding))
 class FGGMEmbedding(FGGMLayer):
-    """``nn.Embedding``: rows are tokens. Only the rows that are looked up are ever touched."""
+    """``nn.Embedding``: rows are tokens. The forward pass reads only the rows of the batch's tokens."""
 
     @property
     def weight_shape(self):
         layer = self.get_base_layer()
         return layer.num_embeddings, layer.embedding_dim
 
-    @property
-    def form(self):
-        return "additive"
-
-    def matrix(self, weight):
-        return weight
-
-    def unmatrix(self, matrix):
-        return matrix
-
-    def adapted_forward(self, deltas, x, *args, **kwargs):
-        return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
+    def can_copy_weight(self):
+        return False
 
     def with_deltas(self, output, adapter_names, x):
         embed_scale = self._get_embed_scale()
@@ -193,11 +182,10 @@ class FGGMEmbedding(FGGMLayer):
         embed_scale = self._get_embed_scale()
         return EmbeddingGradients(tokens, g if embed_scale is None else g * embed_scale, self.weight_shape[0])
 
-    def input_features(self, x):
-        raise TypeError("an embedding looks its rows up, so it has no input features: leave it out of the targets")
 
-    def output_features(self, output):
-        raise TypeError("the rows of an embedding are no output features: leave it out of the targets")
+def _positions(x: Tensor) -> int:
+    """Number of rows of ``x`` as a matrix ``[n, i]``."""
+    return x.numel() // max(1, x.shape[-1])
 
 
 def _tokens(tensor: Tensor) -> Tensor:
@@ -206,7 +194,7 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _concatenated(calls: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The calls of a layer as one call with all their positions."""
+    """The calls of a layer as one call with the positions of all."""
     inputs, gradients = zip(*calls, strict=True)
     if len(inputs) == 1:
         return inputs[0], gradients[0]
@@ -221,7 +209,7 @@ def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGML
         name: its module path, for the error.
 
     Raises:
-        TypeError: the layer is of no supported type; the message lists the supported ones.
+        TypeError: the layer's type is not supported; the message lists the supported types.
     """
     target = base_layer
     while hasattr(target, "base_layer"):
@@ -229,12 +217,12 @@ def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGML
     backend = resolve_quantization_backend(target, **quantization_kwargs)
     if backend is not None and backend.layer_type == "linear":
         return FGGMLinear(base_layer, **quantization_kwargs)
-    weight = getattr(target, "weight", None)  # an integer one is quantized, and PEFT has no backend for it
+    weight = getattr(target, "weight", None)
+    # an integer weight is quantized by a library for which PEFT has no backend
     floating = isinstance(weight, Tensor) and weight.is_floating_point()
-    # the attention that owns this kind of linear layer reads its weight and never calls it
+    # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear and never calls the layer
     if floating and not isinstance(target, NonDynamicallyQuantizableLinear):
-        for name_of_type in reversed(list(LAYER_TYPES)):
-            layer_type = LAYER_TYPES[name_of_type]
+        for layer_type in (LAYER_TYPES[description] for description in reversed(list(LAYER_TYPES))):
             if layer_type.matches(target):
                 return layer_type.layer_class(base_layer, **quantization_kwargs)
     supported = ", ".join(LAYER_TYPES)

@@ -106,7 +106,7 @@ class FGGMModel(BaseTuner):
     def _choose_without_data(self, config: FGGMConfig, targets: Targets) -> None:
         """Choose the support now if the criterion needs no data, and the config is not that of a saved adapter."""
         on_meta = any(target.values.is_meta for target in targets.values())
-        if not config.is_chosen_at_birth or on_meta or not targets or config.support_sizes:
+        if not config.is_chosen_without_data or on_meta or not targets or config.support_sizes:
             return
         choices = choose_supports(targets, config, lambda path: criterion_scores(targets[path], config))
         write_supports(targets, config, choices)

@@ -1,8 +1,7 @@
-"""Makes FGGM a method of the installed PEFT: ``peft_type="FGGM"`` resolves to our config and model.
+"""Registers FGGM with PEFT, so that ``peft_type="FGGM"`` resolves to this library's config and model.
 
-PEFT's ``register_peft_method`` wants a member of the ``PeftType`` enum, and an enum cannot be
-subclassed once it has members, so the member is added to the enum object itself. Doing it twice, or
-beside a PEFT that has FGGM already, is harmless.
+PEFT's ``register_peft_method`` requires a member of the ``PeftType`` enum. An enum with members cannot be subclassed,
+so the member is added to the enum object. Registering twice, or with a PEFT that has FGGM already, is harmless.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ NAME = "FGGM"
 
 
 def add_peft_type(name: str = NAME) -> PeftType:
-    """The member ``name`` of ``PeftType``, added if PEFT does not have it.
+    """The member ``name`` of ``PeftType``, added if it is missing.
 
-    Lookup by name and value, ``in``, iteration, pickle, deepcopy and json see it like any other.
+    Lookup by name and value, ``in``, iteration, pickle, deepcopy and JSON treat it like any other member.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -26,7 +25,7 @@ def add_peft_type(name: str = NAME) -> PeftType:
     member._value_ = name
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
-    # a process that has not imported us unpickles it through us, and so gets the member too
+    # unpickling calls this function, so that a process that has not imported the library gets the member as well
     member.__reduce_ex__ = lambda protocol: (add_peft_type, (name,))  # type: ignore[method-assign]
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
@@ -36,8 +35,6 @@ def add_peft_type(name: str = NAME) -> PeftType:
 
 
 def register(config_class: type, model_class: type) -> None:
-    """Tell PEFT which config and tuner belong to ``FGGM``; does nothing if it already knows."""
-    if add_peft_type() in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return
-    # PeftMixedModel goes by a list of PEFT's own types, so there is nothing to be compatible with
-    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)
+    """Register the config and the tuner of ``FGGM`` with PEFT, unless PEFT has them already."""
+    if add_peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)

@@ -74,7 +74,7 @@ class Target:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What the adapter trains in this layer: the values and, if present, the bias entries."""
-        return self.layer.trained(self.adapter_name)
+        return self.layer.adapter_parameters(self.adapter_name)
 
     @property
     def is_selected(self) -> bool:

@@ -72,7 +72,7 @@ def test_values_have_the_training_dtype_of_the_config(dtype, trains, tmp_path):
     plain.load_adapter(str(tmp_path), is_trainable=trains)
     assert_same_adapter(wrapped, plain)
     for layer in fggm_layers(plain, "default").values():
-        for parameter in layer.trained("default"):
+        for parameter in layer.adapter_parameters("default"):
             assert parameter.dtype == getattr(torch, dtype or "float32") and parameter.requires_grad == trains
 
 

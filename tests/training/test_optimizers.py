@@ -20,7 +20,7 @@ BASES = {
 
 
 def value_dtypes(model) -> set[torch.dtype]:
-    return {p.dtype for layer in fggm_layers(model, "default").values() for p in layer.trained("default")}
+    return {p.dtype for layer in fggm_layers(model, "default").values() for p in layer.adapter_parameters("default")}
 
 
 def trained_values(model) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fggm_peft import FGGMConfig, FGGMLayer
 from fggm_peft.core.errors import AdapterNotSelectedError
-from fggm_peft.core.granularity import GRANULARITIES
+from fggm_peft.core.granularity import GRANULARITIES, Rows
 from fggm_peft.tuner.layer_types import LAYER_TYPES, make_layer
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -431,3 +431,12 @@ def test_an_unsupported_module_does_not_change_the_model():
     with pytest.raises(TypeError, match="LSTM"):
         adapted.add_adapter("second", FGGMConfig(target_modules=["0", "1"], criterion="random"))
     assert str(adapted) == before and list(adapted.peft_config) == ["default"]
+
+
+def test_a_weight_that_the_granularity_does_not_support_is_an_error_with_its_module_path(monkeypatch):
+    monkeypatch.setattr(Rows, "supports", lambda self, shape: shape[0] % 4 == 0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    before = str(model)
+    with pytest.raises(ValueError, match=r"^1: granularity='row' does not support a weight of shape \[5, 4\]"):
+        get_peft_model(model, FGGMConfig(target_modules=["0", "1"], criterion="random"))
+    assert str(model) == before

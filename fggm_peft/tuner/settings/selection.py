@@ -76,7 +76,7 @@ class SelectionSettings:
     selection: Optional[dict[str, Any]] = written("Result of the selection: samples, agreement, densities.")
 
     @property
-    def is_chosen_at_birth(self) -> bool:
+    def is_chosen_without_data(self) -> bool:
         """Whether the support is chosen when the adapter is created, without ``select_parameters``."""
         return not CRITERIA[self.criterion].needs_data and not self.protect
 

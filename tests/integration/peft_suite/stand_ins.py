@@ -22,9 +22,9 @@ class DrawnConfig(FGGMConfig):
     """Draws its seed from torch's generator when an adapter is created, as LoRA draws its values."""
 
     @property
-    def is_chosen_at_birth(self) -> bool:
+    def is_chosen_without_data(self) -> bool:
         self.seed = int(torch.randint(2**31, ()))
-        return super().is_chosen_at_birth
+        return super().is_chosen_without_data
 
 
 def config(**kwargs: Any) -> FGGMConfig:
