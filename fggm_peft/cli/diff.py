@@ -1,30 +1,27 @@
-"""``fggm diff``: the sparse delta between a base model and a fine-tuned one."""
+"""``fggm diff``: computes the sparse delta between a base model and a fine-tuned model."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from .output import ADAPTER_FILE, Result, require_free
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .options import Output, Overwrite
+from .output import ADAPTER_FILE, Result, facts_table, file_size, require_free
 
 
 def run(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of the base model.")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the model made of it.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the fine-tuned model.")],
+    output: Output,
     granularity: Annotated[
-        Optional[str], typer.Option(help="row, column or element (default: what takes the fewest bytes).")
+        Optional[str], typer.Option(help="row, column or element (default: the smallest in bytes).")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> Result:
-    """Write what TUNED has changed in BASE as an adapter: merged into BASE it gives TUNED bit for bit.
+    """Save the difference between TUNED and BASE as an adapter. Merged into BASE, it gives TUNED bit for bit.
 
-    Both are read from safetensors files, one tensor at a time. Norms that have changed go along whole.
+    The command reads safetensors files, one tensor at a time. It stores changed norms as whole tensors.
     """
     require_free(output, overwrite)
     from ..deltas import diff
@@ -44,26 +41,13 @@ def run(
         "inexact_entries": delta.config.selection["inexact_entries"],
         "bytes": (output / ADAPTER_FILE).stat().st_size,
     }
-    return Result(data, _table(data))
-
-
-def _table(data: dict[str, Any]) -> Table:
-    from rich.filesize import decimal
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(f"Saved to {data['output']}"), show_header=False)
-    table.add_column()
-    table.add_column(justify="right", overflow="fold")
-    lines = {
+    facts = {
         "granularity": data["granularity"],
         "modules": f"{data['modules']:,}",
         "whole tensors": f"{data['whole_tensors']:,}",
-        "values": f"{data['parameters']:,}",
-        "density": f"{data['density']:.2%}",
-        "entries that are not exact": f"{data['inexact_entries']:,}",
-        "adapter file": decimal(data["bytes"]),
+        "values": f"{delta.parameters:,}",
+        "density": f"{delta.density:.2%}",
+        "inexact entries": f"{data['inexact_entries']:,}",
+        "adapter file": file_size(output / ADAPTER_FILE),
     }
-    for name, text in lines.items():
-        table.add_row(name, Text(text))
-    return table
+    return Result(data, facts_table(f"Saved to {output}", facts))

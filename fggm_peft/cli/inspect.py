@@ -1,23 +1,18 @@
-"""``fggm inspect``: what is in an adapter, without its base model's weights."""
+"""``fggm inspect``: shows the contents of an adapter, without its base model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from .output import Result, require_adapter
+from .options import Adapter
+from .output import Result, facts_table, require_adapter, table
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from ..deltas.delta import SparseDelta
 
 
-def run(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of an FGGM adapter.")],
-) -> Result:
-    """Show what an adapter has changed: of each module how much, and the rank that it needs as a LoRA."""
+def run(adapter: Adapter) -> Result:
+    """Show the changes in ADAPTER: their size in each module, and the rank that each requires as a LoRA."""
     require_adapter(adapter)
     from ..deltas import SparseDelta
 
@@ -57,37 +52,27 @@ def _figures(delta: SparseDelta, name: str) -> dict[str, Any]:
     }
 
 
-def _shown(data: dict[str, Any]) -> Group:
+def _shown(data: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.filesize import decimal
-    from rich.table import Table
-    from rich.text import Text
 
-    about = Table(title=Text(data["adapter"]), show_header=False)
-    about.add_column()
-    about.add_column(justify="right", overflow="fold")
-    lines = {
-        "base": data["base"] or "not said",
+    selection = data["selection"] or {}
+    facts = {
+        "base": data["base"] or "unknown",
         "granularity": data["granularity"],
         "criterion": data["criterion"],
         "values": f"{data['parameters']:,}",
         "density": f"{data['density']:.2%}",
         "norm of the delta": f"{data['norm']:.4g}",
         "size": decimal(data["bytes"]),
-        "rank as a LoRA": str(data["lora_rank"]),
+        "rank as a LoRA": data["lora_rank"],
+        **{name: selection.get(name) for name in ("samples", "agreement", "made_by")},
+        "whole tensors": len(data["whole_tensors"]) or None,
     }
-    selection = data["selection"] or {}
-    lines |= {name: str(selection[name]) for name in ("samples", "agreement", "made_by") if selection.get(name)}
-    if data["whole_tensors"]:
-        lines["whole tensors"] = str(len(data["whole_tensors"]))
-    for name, text in lines.items():
-        about.add_row(name, Text(text))
-    table = Table()
-    table.add_column("module", overflow="fold")
-    for heading in ("weight", data["granularity"] + "s", "density", "norm", "LoRA rank"):
-        table.add_column(heading, justify="right")
+    rows = []
     for name, module in data["modules"].items():
         o, i = module["shape"]
-        cells = [f"{o} × {i}", f"{module['units']:,}", f"{module['density']:.2%}", f"{module['norm']:.4g}"]
-        table.add_row(Text(name), *cells, str(module["lora_rank"]))
-    return Group(about, table)
+        row = [name, f"{o} × {i}", f"{module['units']:,}", f"{module['density']:.2%}", f"{module['norm']:.4g}"]
+        rows.append([*row, str(module["lora_rank"])])
+    headings = ("module", "weight", data["granularity"] + "s", "density", "norm", "LoRA rank")
+    return Group(facts_table(data["adapter"], facts), table("", headings, rows))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of an FGGM adapter.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files in the output folder.")]
 Data = Annotated[str, typer.Option("--data", "-d", help="The task: a file, a folder or a Hub id.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per forward pass, on each device.")]

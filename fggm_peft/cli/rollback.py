@@ -1,86 +1,60 @@
-"""``fggm rollback``: takes a task out of a ledger, and out of a model that it was merged into."""
+"""``fggm rollback``: removes a task from a ledger, and from a model into which it was merged."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from .output import Result, require_free
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..deltas.ledger import RollbackReport
+from .options import Overwrite
+from .output import Result, facts_table, require_free
 
 
 def run(
-    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder that fggm merge --ledger has made.")],
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder that fggm merge --ledger created.")],
     task: Annotated[str, typer.Argument(metavar="TASK", help="Name of the task.")],
     model: Annotated[Optional[str], typer.Option(help="Folder or Hub id of the merged model.")] = None,
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Folder for the model without the task.")
     ] = None,
     base: Annotated[
-        Optional[str], typer.Option(help="Folder or Hub id of the base, if the ledger has kept no originals.")
+        Optional[str], typer.Option(help="Folder or Hub id of the base, if the ledger has no original entries.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> Result:
-    """Take TASK out of LEDGER and, with --model, out of the merged model.
+    """Remove TASK from LEDGER and, with --model, from the merged model.
 
-    With the originals that the ledger has kept, or with --base, the result is bit for bit the model without the task,
-    whatever the other tasks have changed. Otherwise the delta is subtracted, which leaves rounding.
+    With the ledger's original entries, or with --base, the result is bit for bit the model without the task, also if
+    other tasks changed the same entries. Otherwise the delta is subtracted, which leaves rounding errors.
     """
     from ..deltas.ledger import FILE, Ledger
+    from ..training import BaseModel, BaseModelError
+    from ..tuner.files.atomic import complete_folder
 
     if not (ledger / FILE).is_file():
         raise FileNotFoundError(f"no ledger in {str(ledger)!r}: it has no {FILE}")
     if (model is None) != (output is None):
-        raise typer.BadParameter("--model and --output go together", param_hint="--model")
-    kept = Ledger(ledger)
+        raise typer.BadParameter("--model and --output require each other", param_hint="--model")
+    tasks = Ledger(ledger)
     if model is None or output is None:
-        report = kept.take_out(task)
+        report = tasks.take_out(task)
     else:
         require_free(output, overwrite)
-        report = _taken_out(kept, task, model, output, base)
-    kept.remove(task)  # last: the model without the task is on the disk by now
-    data = {
-        "ledger": str(ledger),
-        "output": None if output is None else str(output),
-        **report.to_dict(),
-        "remaining": kept.tasks,
+        merged = BaseModel(model).load()
+        report = tasks.take_out(task, merged, base=base)
+        with complete_folder(output) as folder:
+            merged.save_pretrained(folder)
+            with suppress(BaseModelError):  # it was merged without a tokenizer
+                BaseModel(model).load_tokenizer().save_pretrained(folder)
+    tasks.remove(task)  # last, when the model without the task is saved
+    data = {"ledger": str(ledger), "output": output and str(output), **report.to_dict(), "remaining": tasks.tasks}
+    facts = {
+        "restored from": report.restored_from,
+        "exact, bit for bit": "yes" if report.is_exact else "no",
+        **{f"entries shared with {name}": f"{count:,}" for name, count in report.overlaps.items()},
+        "remaining": ", ".join(tasks.tasks) or "none",
+        "saved to": output,
     }
-    return Result(data, _table(report, data))
-
-
-def _taken_out(kept: Any, task: str, model: str, output: Path, base: str | None) -> RollbackReport:
-    from ..training.base_model import BaseModel, BaseModelError
-    from ..tuner.files.atomic import complete_folder
-
-    source = BaseModel(name=model)
-    merged = source.load()
-    report = kept.take_out(task, merged, base=base)
-    with complete_folder(output) as folder:
-        merged.save_pretrained(folder)
-        with suppress(BaseModelError):  # it was merged without a tokenizer
-            source.load_tokenizer().save_pretrained(folder)
-    return report
-
-
-def _table(report: RollbackReport, data: dict[str, Any]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(str(report)), show_header=False)
-    table.add_column()
-    table.add_column(justify="right", overflow="fold")
-    table.add_row("restored from", report.restored_from)
-    table.add_row("exact, bit for bit", "yes" if report.is_exact else "no")
-    for name, count in report.overlaps.items():
-        table.add_row(Text(f"entries shared with {name}"), f"{count:,}")
-    table.add_row("remaining", Text(", ".join(data["remaining"]) or "none"))
-    if data["output"] is not None:
-        table.add_row("saved to", Text(data["output"]))
-    return table
+    return Result(data, facts_table(str(report), facts))

@@ -55,7 +55,7 @@ def test_overlap(folder, tmp_path):
     expected = overlap(*names).to_dict()
     assert {key: found[key] for key in expected} == json.loads(json.dumps(expected))
     assert (tmp_path / "plots" / "overlap.svg").exists()
-    assert "is there already" in fail("overlap", *names, "--plot", tmp_path / "plots" / "overlap.svg")
+    assert "already exists" in fail("overlap", *names, "--plot", tmp_path / "plots" / "overlap.svg")
     assert fggm("overlap", *names, "--plot", tmp_path / "overlap.txt").code == 2
     assert fggm("overlap", names[0]).code == 2
     assert fggm("overlap", *names, "--modules").out.count("down_proj") > fggm("overlap", *names).out.count("down_proj")
