@@ -68,16 +68,7 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = Fals
 def export_merged(
     model: Any, sources: Sequence[Any], output: str | Path, tokenizer: Any = None, progress: bool = False
 ) -> MergeReport:
-    """Merge deltas into a dense base model in place, and save it with the report.
-
-    Args:
-        model: the base, an unquantized model of transformers.
-        sources: what ``SparseDelta.read`` accepts, in order.
-        output: the folder; its other files stay.
-        tokenizer: saved too, if given.
-
-    Returns:
-        The report, which is saved as ``merge_report.json``.
+    """Like ``apply_deltas`` for a dense base, which is saved with the report (``merge_report.json``) and the tokenizer.
 
     Raises:
         ValueError: as ``apply_deltas``, or the base is quantized, so that the deltas could not be in its weights.
@@ -152,7 +143,7 @@ def add_bias_(bias: Tensor | None, delta: ModuleDelta, scale: float = 1.0) -> No
 
 
 def change_weight_(layer: FGGMLayer, change: Callable[[Tensor], Any]) -> Any:
-    """Call ``change`` with the dense weight as ``[o, i]``, to be changed in place, and return its result."""
+    """Let ``change`` modify the dense weight ``[o, i]`` in place, and return its result."""
     weight = layer.get_base_layer().weight.data
     matrix = layer.matrix(weight)
     result = change(matrix)

@@ -59,21 +59,6 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
         return _Comparison(base, tuned, progress).delta(kind)
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    """One tensor of the model. If it is tied it has several names; it is compared under the first."""
-
-    names: list[str]
-
-    @property
-    def module(self) -> str:
-        return self.names[0].rpartition(".")[0]
-
-    @property
-    def part(self) -> str:
-        return self.names[0].rpartition(".")[2]
-
-
 @dataclass
 class _Changes:
     """Result of the first pass.
@@ -121,11 +106,7 @@ class _Comparison:
         task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
         like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=task, modules_to_save=whole or None)
         like.base_fingerprint = self.sketches
-        others = {
-            PREFIX + parameter.names[0]: self._read(self.tuned, parameter)
-            for parameter in self.parameters
-            if _is_inside(parameter.names[0], whole)
-        }
+        others = {PREFIX + name: self._read(self.tuned, name) for name in self.parameters if _is_inside(name, whole)}
         delta = new_delta(like, granularity, modules, f"diff of {self.tuned_name} and its base", others)
         assert delta.config.selection is not None
         delta.config.selection["inexact_entries"] = self.inexact
@@ -135,30 +116,30 @@ class _Comparison:
 
     def _count(self) -> _Changes:
         changes = _Changes()
-        for parameter in tqdm(self.parameters, "Comparing", disable=not self.progress):
-            before, after = self._pair(parameter)
+        for name in tqdm(self.parameters, "Comparing", disable=not self.progress):
+            before, after = self._pair(name)
             changed = before != after
             if not bool(changed.any()):
                 continue
-            layer = self.layers.get(parameter.module)
-            if layer is None or parameter.part not in ("weight", "bias"):
-                changes.whole.append(parameter.module)
-            elif parameter.part == "bias":
-                changes.biases.append(parameter.module)
+            path, _, part = name.rpartition(".")
+            layer = self.layers.get(path)
+            if layer is None or part not in ("weight", "bias"):
+                changes.whole.append(path)
+            elif part == "bias":
+                changes.biases.append(path)
             else:
-                self._count_units(layer, parameter, changed, changes)
+                matrix = layer.matrix(changed).float()
+                for kind in CANDIDATES:
+                    changes.units[kind][path] = int((kind.reduce(matrix) > 0).sum())
+                changes.weights.append(path)
+                self._warn_if_tied(name)
         return changes
 
-    def _count_units(self, layer: FGGMLayer, parameter: _Parameter, changed: Tensor, changes: _Changes) -> None:
-        matrix = layer.matrix(changed).float()
-        for kind in CANDIDATES:
-            changes.units[kind][parameter.module] = int((kind.reduce(matrix) > 0).sum())
-        changes.weights.append(parameter.module)
-        if len(parameter.names) > 1:
-            others = ", ".join(name.rpartition(".")[0] for name in parameter.names[1:])
+    def _warn_if_tied(self, name: str) -> None:
+        if others := [other.rpartition(".")[0] for other in self.parameters[name] if other != name]:
             warnings.warn(
-                f"{parameter.module} has changed and shares its weight with {others}. Merging the delta changes both; "
-                "an adapter that is not merged changes only the first.",
+                f"{name.rpartition('.')[0]} has changed and shares its weight with {', '.join(others)}. Merging the "
+                "delta changes both; an adapter that is not merged changes only the first.",
                 stacklevel=5,
             )
 
@@ -185,14 +166,13 @@ class _Comparison:
     # Second pass ---------------------------------------------------------------------------------
 
     def _collect(self, granularity: Granularity, paths: list[str], with_bias: bool) -> dict[str, ModuleDelta]:
-        by_name = {parameter.names[0]: parameter for parameter in self.parameters}
         modules = {}
         for path in tqdm(paths, "Collecting the changes", disable=not self.progress):
             layer = self.layers[path]
-            before, after = (layer.matrix(tensor) for tensor in self._pair(by_name[f"{path}.weight"]))
+            before, after = (layer.matrix(tensor) for tensor in self._pair(f"{path}.weight"))
             self.sketches[path] = sketch_weight(path, before, samples_per_weight(len(paths))).to_text()
             units = granularity.reduce((before != after).float()) > 0
-            bias = by_name.get(f"{path}.bias") if with_bias else None
+            bias = f"{path}.bias" if with_bias and f"{path}.bias" in self.parameters else None
             if bias is not None:
                 old_bias, new_bias = self._pair(bias)
                 units |= old_bias != new_bias
@@ -215,25 +195,25 @@ class _Comparison:
 
     # Tensors -------------------------------------------------------------------------------------
 
-    def _pair(self, parameter: _Parameter) -> tuple[Tensor, Tensor]:
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         """One tensor of both models.
 
         Raises:
             ValueError: a model has no tensor of this name, or the shapes differ.
         """
-        before, after = self._read(self.base, parameter), self._read(self.tuned, parameter)
+        before, after = self._read(self.base, name), self._read(self.tuned, name)
         if before.shape != after.shape:
             raise ValueError(
-                f"{parameter.names[0]} is {list(before.shape)} in {self.base.where} and {list(after.shape)} in "
+                f"{name} is {list(before.shape)} in {self.base.where} and {list(after.shape)} in "
                 f"{self.tuned.where}: they are not a base and its fine-tuned model"
             )
         return before, after
 
-    def _read(self, weights: Weights, parameter: _Parameter) -> Tensor:
-        tensor = weights.find(parameter.names, getattr(self.model, "base_model_prefix", ""))
+    def _read(self, weights: Weights, name: str) -> Tensor:
+        tensor = weights.find(self.parameters[name], getattr(self.model, "base_model_prefix", ""))
         if tensor is None:
             raise ValueError(
-                f"{weights.where} has no {parameter.names[0]}, which a {type(self.model).__name__} has: it has another "
+                f"{weights.where} has no {name}, which a {type(self.model).__name__} has: it has another "
                 "architecture, or its checkpoint uses other names"
             )
         return tensor
@@ -268,15 +248,15 @@ def _adaptable_layers(model: nn.Module) -> dict[str, FGGMLayer]:
     return layers
 
 
-def _parameters(model: nn.Module) -> list[_Parameter]:
-    """The parameters and persistent buffers of a model; names that share a tensor are one parameter."""
+def _parameters(model: nn.Module) -> dict[str, list[str]]:
+    """The parameters and persistent buffers of a model: first name -> all names of the tensor."""
     buffers = dict(model.named_buffers())
     names: dict[int, list[str]] = {}
     tensors: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or name in buffers:
             names.setdefault(id(tensor), []).append(name)
-    return [_Parameter(aliases) for aliases in names.values()]
+    return {aliases[0]: aliases for aliases in names.values()}
 
 
 def _whole_modules(model: nn.Module, paths: list[str]) -> list[str]:

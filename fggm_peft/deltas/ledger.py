@@ -93,28 +93,18 @@ class Ledger:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
-        self._entries: list[LedgerEntry] = []
+        self.entries: list[LedgerEntry] = []  # in order
         self._next = 0
         if (self.folder / FILE).is_file():
-            self._read()
+            self._read(self.folder / FILE)
 
     @property
     def tasks(self) -> list[str]:
         """The names of the tasks, in order."""
-        return [entry.name for entry in self._entries]
-
-    @property
-    def entries(self) -> list[LedgerEntry]:
-        """The tasks with their recorded properties, in order."""
-        return list(self._entries)
+        return [entry.name for entry in self.entries]
 
     def delta(self, name: str) -> SparseDelta:
-        """The delta of a task.
-
-        Raises:
-            ValueError: there is no such task.
-            AdapterFileError: its files have changed since it was added.
-        """
+        """The delta of a task; raises ``AdapterFileError`` if its files have changed since it was added."""
         entry = self._entry(name)
         folder = self.folder / entry.folder
         if not folder.is_dir() or digest_of_folder(folder) != entry.digest:
@@ -149,7 +139,7 @@ class Ledger:
         source.save(self.folder / folder)
         digest = digest_of_folder(self.folder / folder)
         entry = LedgerEntry(name, folder, digest, str(source.granularity), source.parameters, source.density)
-        self._write([*self._entries, entry], self._next + 1)
+        self._write([*self.entries, entry], self._next + 1)
         return entry
 
     def apply(
@@ -188,15 +178,13 @@ class Ledger:
     ) -> RollbackReport:
         """Remove a task from the ledger and, if a merged model is given, from the model.
 
+        Without originals and without the base, the delta is subtracted, which leaves rounding errors.
+
         Args:
             task: any task, not only the last one.
             model: the model that ``apply`` merged the tasks into; changed in place.
             base: the base model or a checkpoint of it, if ``apply`` kept no originals.
             up_to: the last task that is in the model; by default all are.
-
-        Returns:
-            How it was done, and which entries other tasks changed too. Without originals and without the base, the
-            delta is subtracted, which leaves rounding errors: ``is_exact`` is False.
 
         Raises:
             ValueError: there is no such task, or the model is not the base with these tasks. Nothing has changed then.
@@ -227,25 +215,17 @@ class Ledger:
     def remove(self, task: str) -> None:
         """Remove a task and its delta from the ledger only."""
         entry = self._entry(task)
-        self._write([other for other in self._entries if other is not entry], self._next)
+        self._write([other for other in self.entries if other is not entry], self._next)
         shutil.rmtree(self.folder / entry.folder, ignore_errors=True)
 
     def reorder(self, names: Sequence[str]) -> None:
-        """Change the order of the tasks. It only affects the rounding of entries that several tasks change.
-
-        Raises:
-            ValueError: the names are not those of the tasks, each once.
-        """
+        """Change the order of the tasks, which only affects the rounding of entries that several tasks change."""
         if sorted(names) != sorted(self.tasks):
             raise ValueError(f"pass each of the tasks {', '.join(self.tasks)} once; got {', '.join(names)}")
         self._write([self._entry(name) for name in names], self._next)
 
     def verify(self) -> None:
-        """Check that every delta is complete and unchanged.
-
-        Raises:
-            AdapterFileError: lists the problems.
-        """
+        """Raise ``AdapterFileError``, which lists the problems, unless every delta is complete and unchanged."""
         problems = []
         for name in self.tasks:
             try:
@@ -256,10 +236,10 @@ class Ledger:
             raise AdapterFileError("; ".join(problems))
 
     def _position(self, up_to: str | None) -> int:
-        return len(self._entries) if up_to is None else self.tasks.index(self._entry(up_to).name) + 1
+        return len(self.entries) if up_to is None else self.tasks.index(self._entry(up_to).name) + 1
 
     def _entry(self, name: str) -> LedgerEntry:
-        for entry in self._entries:
+        for entry in self.entries:
             if entry.name == name:
                 return entry
         raise ValueError(f"there is no task {name!r} in {self.folder}; its tasks: {', '.join(self.tasks) or 'none'}")
@@ -268,21 +248,20 @@ class Ledger:
         file = self.folder / ORIGINALS
         return Originals.load(file) if file.is_file() else None
 
-    def _read(self) -> None:
-        file = self.folder / FILE
+    def _read(self, file: Path) -> None:
         try:
             stored = json.loads(file.read_text())
             if stored["format"] != _FORMAT:
                 raise ValueError(f"{file} has the unknown format {stored['format']!r}")
-            self._entries = [LedgerEntry(**entry) for entry in stored["tasks"]]
+            self.entries = [LedgerEntry(**entry) for entry in stored["tasks"]]
             self._next = int(stored["next"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error!r}") from error
-        for entry in self._entries:
+        for entry in self.entries:
             if not re.fullmatch(rf"{DELTAS}/\d+-\w[\w.-]*", entry.folder):
                 raise ValueError(f"{file} is damaged: the folder of {entry.name!r} is {entry.folder!r}")
 
     def _write(self, entries: list[LedgerEntry], following: int) -> None:
         stored = {"format": _FORMAT, "next": following, "tasks": [asdict(entry) for entry in entries]}
         write_json(self.folder / FILE, stored)
-        self._entries, self._next = entries, following
+        self.entries, self._next = entries, following

@@ -60,13 +60,12 @@ class ModuleOriginals:
         changed = torch.cat(rows).unique(sorted=True)
         return cls(granularity, indices, entries, changed, bias[changed.to(bias.device)].cpu())
 
-    def are_in(self, layer: FGGMLayer) -> bool:
-        """Whether the layer has these entries now."""
+    def are_in(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta] = ()) -> bool:
+        """Whether the layer equals its base with the deltas added."""
         weight, bias = _weight_and_bias(layer)
-        entries = self.granularity.gather(layer.matrix(weight), self.indices.to(weight.device)).cpu()
-        if not torch.equal(entries, self.entries.to(entries.dtype)):
-            return False
-        return not len(self.rows) or (bias is not None and torch.equal(bias[self.rows].cpu(), self.bias.to(bias.dtype)))
+        expected, expected_bias = self.with_deltas(layer, deltas)
+        has_bias = bias is not None and expected_bias is not None
+        return torch.equal(expected, layer.matrix(weight)) and (not has_bias or torch.equal(bias, expected_bias))
 
     def with_deltas(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> tuple[Tensor, Tensor | None]:
         """The layer's weight ``[o, i]`` and bias with the originals restored and the deltas added."""
@@ -82,11 +81,8 @@ class ModuleOriginals:
         return matrix, bias
 
 
-class Originals:
+class Originals(dict[str, ModuleOriginals]):
     """The original entries of a model by module path. Quantized layers do not change and have none."""
-
-    def __init__(self, modules: Mapping[str, ModuleOriginals]):
-        self.modules = dict(modules)
 
     @classmethod
     def of(cls, layers: Mapping[str, FGGMLayer], deltas: Sequence[SparseDelta], base: Base | None = None) -> Originals:
@@ -99,7 +95,7 @@ class Originals:
         Raises:
             ValueError: the base has no such weight.
         """
-        weights, modules = None if base is None else weights_of(base), {}
+        weights, originals = None if base is None else weights_of(base), cls()
         for path, layer in layers.items():
             if layer.quantization_backend is not None:
                 continue
@@ -112,22 +108,20 @@ class Originals:
                 bias = None if original_bias is None else original_bias.to(weight.device, weight.dtype)
                 weight = original.to(weight.device, weight.dtype)
             changes = [delta.modules[path] for delta in deltas if path in delta.modules]
-            modules[path] = ModuleOriginals.of(layer, weight, bias, changes)
-        return cls(modules)
+            originals[path] = ModuleOriginals.of(layer, weight, bias, changes)
+        return originals
 
     def are_in(self, layers: Mapping[str, FGGMLayer]) -> bool:
         """Whether the layers have these entries now."""
-        return all(originals.are_in(layers[path]) for path, originals in self.modules.items() if path in layers)
+        return all(originals.are_in(layers[path]) for path, originals in self.items() if path in layers)
 
-    def __getitem__(self, path: str) -> ModuleOriginals:
-        if path not in self.modules:
-            raise ValueError(f"no originals of {path} were kept: apply the ledger again to its base, or pass base=")
-        return self.modules[path]
+    def __missing__(self, path: str) -> ModuleOriginals:
+        raise ValueError(f"no originals of {path} were kept: apply the ledger again to its base, or pass base=")
 
     def save(self, file: Path) -> None:
         """Write the originals; the file is never incomplete."""
-        tensors = {f"{path}/{part}": getattr(o, part) for path, o in self.modules.items() for part in _PARTS}
-        granularities = {path: originals.granularity.to_dict() for path, originals in self.modules.items()}
+        tensors = {f"{path}/{part}": getattr(o, part) for path, o in self.items() for part in _PARTS}
+        granularities = {path: originals.granularity.to_dict() for path, originals in self.items()}
         write_tensors(file, tensors, {"format": _FORMAT, "granularities": json.dumps(granularities)})
 
     @classmethod
@@ -142,11 +136,11 @@ class Originals:
                 metadata = opened.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}")
-                modules = {}
+                originals = cls()
                 for path, name in json.loads(metadata["granularities"]).items():
                     tensors = (opened.get_tensor(f"{path}/{part}") for part in _PARTS)
-                    modules[path] = ModuleOriginals(granularity_from(name), *tensors)
-                return cls(modules)
+                    originals[path] = ModuleOriginals(granularity_from(name), *tensors)
+                return originals
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise AdapterFileError(f"{file} is damaged: {error}") from error
 
@@ -177,8 +171,11 @@ def remove_task_(
         merged = [delta.modules[path] for delta in deltas.values() if path in delta.modules]
         if path in quantized:
             _require_sidecar(layers[path], merged, path)
-        elif originals is not None:
-            _require_merged(layers[path], originals[path], merged, path)
+        elif originals is not None and not originals[path].are_in(layers[path], merged):
+            raise ValueError(
+                f"{path}: the weight is not that of the base with the ledger's tasks merged in order; pass "
+                "up_to=<last merged task>, or apply the ledger to the base again"
+            )
     for path, module in modules.items():
         layer = layers[path]
         others = [delta.modules[path] for name, delta in deltas.items() if name != task and path in delta.modules]
@@ -203,17 +200,6 @@ def _weight_and_bias(layer: FGGMLayer) -> tuple[Tensor, Tensor | None]:
     base: Any = layer.get_base_layer()
     bias = getattr(base, "bias", None)
     return base.weight.data, None if bias is None else bias.data
-
-
-def _require_merged(layer: FGGMLayer, originals: ModuleOriginals, deltas: Sequence[ModuleDelta], path: str) -> None:
-    expected, expected_bias = originals.with_deltas(layer, deltas)
-    weight, bias = _weight_and_bias(layer)
-    is_equal = torch.equal(expected, layer.matrix(weight))
-    if not is_equal or (bias is not None and expected_bias is not None and not torch.equal(expected_bias, bias)):
-        raise ValueError(
-            f"{path}: the weight is not that of the base with the ledger's tasks merged in order; pass "
-            "up_to=<last merged task>, or apply the ledger to the base again"
-        )
 
 
 def _restore_(layer: FGGMLayer, originals: ModuleOriginals, deltas: Sequence[ModuleDelta]) -> None:

@@ -60,9 +60,6 @@ class Shared:
         norm = (self.square_a * self.square_b) ** 0.5
         return self.product / norm if norm else None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"jaccard": self.jaccard, "chance": self.chance, "cosine": self.cosine, "shared_entries": self.both}
-
 
 def _jaccard(both: float, total: float) -> float:
     return both / (total - both) if total > both else 0.0
@@ -96,11 +93,14 @@ class Overlap:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types: the matrices over all modules, and every pair in every module."""
-        modules = {
-            path: [{"a": self.names[a], "b": self.names[b], **module[a][b].to_dict()} for a, b in self._pairs]
-            for path, module in self.modules.items()
-        }
-        matrices = {measure: self.matrix(measure) for measure in ("jaccard", "chance", "cosine")}
+        measures = ("jaccard", "chance", "cosine")
+
+        def entry(a: int, b: int, pair: Shared) -> dict[str, Any]:
+            numbers = {measure: getattr(pair, measure) for measure in measures}
+            return {"a": self.names[a], "b": self.names[b], **numbers, "shared_entries": pair.both}
+
+        modules = {path: [entry(a, b, pairs[a][b]) for a, b in self._pairs] for path, pairs in self.modules.items()}
+        matrices = {measure: self.matrix(measure) for measure in measures}
         return {"names": self.names, **matrices, "modules": modules}
 
     def table(self, by_module: bool = False) -> Table:

@@ -24,6 +24,7 @@ from ..tuner.files.reading import adapted_layers
 from ..tuner.files.tensors import PREFIX
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMConv, FGGMEmbedding
+from .apply import add_bias_
 from .base_model import Base, skeleton
 from .delta import ModuleDelta, SparseDelta
 
@@ -109,7 +110,9 @@ def export_lora(
     for path, lora in plan.modules.items():
         tensors |= _lora_tensors(PREFIX + path, layers[path], *_factors(delta.modules[path], lora.rank))
         if with_bias:
-            tensors[f"{PREFIX}{path}.lora_B.bias"] = _whole_bias(delta.modules[path])
+            bias = torch.zeros(delta.modules[path].shape[0])
+            add_bias_(bias, delta.modules[path])
+            tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
     config = _config(delta, plan, layers, with_bias)
     card = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=["lora"])
     text = f"---\n{card.to_yaml()}\n---\n\n# LoRA of a sparse delta\n\nExported by fggm_peft: {plan}.\n"
@@ -173,14 +176,13 @@ def _require_supported(path: str, layer: FGGMLayer, with_bias: bool) -> None:
         raise ValueError(f"PEFT's LoRA has bias entries (lora_bias) only without embeddings, and {path} is one")
     if not isinstance(layer, FGGMConv):
         return
-    supported = {"groups": base.groups == 1, "dilation": set(base.dilation) == {1}}
-    supported["padding_mode"] = base.padding_mode == "zeros"
-    for setting, is_supported in supported.items():
-        if not is_supported:
-            raise ValueError(
-                f"{path} is a convolution with {setting}={getattr(base, setting)!r}, which PEFT's LoRA ignores. Leave "
-                "it out of the delta, or merge the delta into the base (fggm merge)"
-            )
+    is_plain = {"groups": base.groups == 1, "dilation": set(base.dilation) == {1}}
+    is_plain["padding_mode"] = base.padding_mode == "zeros"
+    if unsupported := next((setting for setting, plain in is_plain.items() if not plain), None):
+        raise ValueError(
+            f"{path} is a convolution with {unsupported}={getattr(base, unsupported)!r}, which PEFT's LoRA ignores. "
+            "Leave it out of the delta, or merge the delta into the base (fggm merge)"
+        )
 
 
 def _dense(module: ModuleDelta) -> Tensor:
@@ -190,10 +192,9 @@ def _dense(module: ModuleDelta) -> Tensor:
     return matrix
 
 
-def _changed_lines(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _changed_lines(matrix: Tensor) -> list[Tensor]:
     """The indices of the rows and of the columns that are not zero."""
-    rows, columns = ((matrix != 0).any(dim).nonzero().squeeze(1) for dim in (1, 0))
-    return rows, columns
+    return [(matrix != 0).any(dim).nonzero().squeeze(1) for dim in (1, 0)]
 
 
 def _factors(module: ModuleDelta, rank: int) -> tuple[Tensor, Tensor]:
@@ -219,13 +220,6 @@ def _lora_tensors(prefix: str, layer: FGGMLayer, a: Tensor, b: Tensor) -> dict[s
         kernel = base.weight.shape[2:]
         a, b = a.view(len(a), -1, *kernel), b.view(*b.shape, *[1] * len(kernel))
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
-
-
-def _whole_bias(module: ModuleDelta) -> Tensor:
-    bias = torch.zeros(module.shape[0])
-    if module.bias is not None:
-        bias[module.indices.long()] = module.bias.float()
-    return bias
 
 
 def _config(delta: SparseDelta, plan: LoraExport, layers: Mapping[str, FGGMLayer], with_bias: bool) -> LoraConfig:

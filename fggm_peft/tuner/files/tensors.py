@@ -114,7 +114,11 @@ def opened(file: Path) -> Iterator[Any]:
     Raises:
         AdapterFileError: the file is damaged or its header is implausible. Errors inside the block are converted too.
     """
-    require_header(file)
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    length, size = int.from_bytes(start, "little"), file.stat().st_size
+    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise AdapterFileError(f"{file} is damaged: {size} bytes with a header of {length}")
     try:
         with safe_open(file, "pt") as tensors:
             keys = tensors.keys()
@@ -127,15 +131,6 @@ def opened(file: Path) -> Iterator[Any]:
             yield tensors
     except SafetensorError as error:
         raise AdapterFileError(f"{file} is damaged: {error}") from error
-
-
-def require_header(file: Path) -> None:
-    """Raise ``AdapterFileError`` if the header of a safetensors file has an impossible length."""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
-        raise AdapterFileError(f"{file} is damaged: {file.stat().st_size} bytes with a header of {length}")
 
 
 def read_modules(tensors: Any, file: Path, only_shapes_of: tuple[str, ...] = ()) -> dict[str, StoredModule]:
@@ -155,13 +150,13 @@ def read_modules(tensors: Any, file: Path, only_shapes_of: tuple[str, ...] = ())
         if part not in PARTS:
             raise AdapterFileError(f"{file}: unknown key {key}")
         module = modules.setdefault(path.removeprefix(PREFIX), StoredModule({}, f"{file}: {path}{MARK}"))
-        module.tensors[part] = _without_data(tensors, key) if part in only_shapes_of else tensors.get_tensor(key)
+        if part in only_shapes_of:
+            stored = tensors.get_slice(key)
+            dtype = _DTYPES[stored.get_dtype()]
+            module.tensors[part] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+        else:
+            module.tensors[part] = tensors.get_tensor(key)
     return modules
-
-
-def _without_data(tensors: Any, key: str) -> Tensor:
-    stored = tensors.get_slice(key)
-    return torch.empty(stored.get_shape(), dtype=_DTYPES[stored.get_dtype()], device="meta")
 
 
 def require_readable(folder: Path) -> None:
