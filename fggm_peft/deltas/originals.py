@@ -64,8 +64,9 @@ class ModuleOriginals:
         """Whether the layer equals its base with the deltas added."""
         weight, bias = _weight_and_bias(layer)
         expected, expected_bias = self.with_deltas(layer, deltas)
-        has_bias = bias is not None and expected_bias is not None
-        return torch.equal(expected, layer.matrix(weight)) and (not has_bias or torch.equal(bias, expected_bias))
+        if not torch.equal(expected, layer.matrix(weight)):
+            return False
+        return bias is None or expected_bias is None or torch.equal(bias, expected_bias)
 
     def with_deltas(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> tuple[Tensor, Tensor | None]:
         """The layer's weight ``[o, i]`` and bias with the originals restored and the deltas added."""
