@@ -219,7 +219,7 @@ def heat_map_height(rows: int, columns: Sequence[str]) -> float:
 def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]], styles: Mapping[str, Look]) -> None:
     """One line with markers for each name; a line continues across a missing value."""
     for name, values in series.items():
-        present = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
+        present = [(at, value) for at, value in zip(x, values, strict=True) if value is not None]
         axes.plot(*(zip(*present, strict=True) if present else ([], [])), **styles[name])
 
 

@@ -56,7 +56,7 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
       and orders (std and interval are null for one run), or null if no run has it.
     - ``best``: the rule, and the best point of each label, with the rates that were tried.
     - ``differences``: a - b for the best points of each pair of labels, over the runs with the same seed and order.
-    - ``pareto``: the points that no other point dominates, within each label and over all labels.
+    - ``pareto``: for each front the points, and whether another point dominates them.
     - ``measures``: name -> formula.
     - ``warnings``: what a reader should know before comparing.
     """
@@ -196,7 +196,7 @@ def _differences(
     def by_run(side: Mapping[str, Any], name: str) -> dict[tuple[int, str], float]:
         point = side["label"], side["learning_rate"]
         pairs = zip(points[point], values[point], strict=True)
-        return {(run["seed"], run["order"]): found[name] for run, found in pairs if found[name] is not None}
+        return {(run["seed"], run["order"]): figures[name] for run, figures in pairs if figures[name] is not None}
 
     def difference(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, Any] | None:
         return paired_difference(a, b).to_dict() if a.keys() & b.keys() else None
@@ -213,26 +213,18 @@ def _differences(
     ]
 
 
-def _pareto(name: str, values: Mapping[Point, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """All points, and those on the fronts; a run counts if it has both coordinates."""
-    entries: dict[Point, dict[str, Any]] = {}
+def _pareto(name: str, values: Mapping[Point, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The points, over the runs that have both coordinates."""
+    entries: list[dict[str, Any]] = []
     for point, members in values.items():
         key, sign = ("bwt", -1) if name == "forgotten" else ("general", 1)
         pairs = [(m["diagonal"], sign * m[key]) for m in members if None not in (m["diagonal"], m[key])]
         if pairs:
             learned, cost = (summary_of(axis) for axis in zip(*pairs, strict=True))
-            entries[point] = {"label": point[0], "learning_rate": point[1], "learned": learned, "cost": cost}
+            entries.append({"label": point[0], "learning_rate": point[1], "learned": learned, "cost": cost})
 
-    def front(members: list[Point]) -> list[Point]:
-        coordinates = [(entries[point]["learned"]["mean"], entries[point]["cost"]["mean"]) for point in members]
-        return [members[position] for position in pareto_front(coordinates)]
-
-    labels = dict.fromkeys(label for label, _ in entries)
-    return {
-        "points": list(entries.values()),
-        "labels": {label: [rate for _, rate in front([p for p in entries if p[0] == label])] for label in labels},
-        "all": [{"label": label, "learning_rate": rate} for label, rate in front(list(entries))],
-    }
+    front = pareto_front([(entry["learned"]["mean"], entry["cost"]["mean"]) for entry in entries])
+    return [{**entry, "is_on_front": position in front} for position, entry in enumerate(entries)]
 
 
 def _tuning_warnings(points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -246,12 +238,11 @@ def _tuning_warnings(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _run_warnings(results: Sequence[Run], summary: Sequence[Mapping[str, Any]], count: int) -> list[str]:
     numbers = {entry["runs"] for entry in summary}
-    warnings = []
-    if len(numbers) > 1:
-        warnings.append(
-            f"The points have different numbers of runs ({min(numbers)} to {max(numbers)}), so their means are over "
-            "different seeds and orders. The paired differences are over the runs that both methods have."
-        )
+    unequal = (
+        f"The points have different numbers of runs ({min(numbers, default=0)} to {max(numbers, default=0)}), so their "
+        "means are over different seeds and orders. The paired differences are over the runs that both methods have."
+    )
+    warnings = [unequal] if len(numbers) > 1 else []
     for entry in summary:
         runs = [r for r in results if (r["label"], r["learning_rate"]) == (entry["label"], entry["learning_rate"])]
         name = f"{entry['label']} at {entry['learning_rate']:g}"

@@ -45,7 +45,7 @@ def pictures_of(report: Report) -> dict[str, list[Picture]]:
     matrices = {label: _mean_matrix([[r["zero_shot"], *r["R"]] for r in members]) for label, members in runs.items()}
     with plots.style():
         return {
-            "fronts": [_front(report, name, looks) for name, found in report["pareto"].items() if found["points"]],
+            "fronts": [_front(report, name, looks) for name, points in report["pareto"].items() if points],
             "differences": list(_differences(report)),
             "matrices": list(_matrices(runs, matrices)),
             "curves": list(_curves(runs, matrices, looks)),
@@ -59,14 +59,14 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
     from adjustText import adjust_text
     from matplotlib.transforms import Bbox
 
-    found, (title, cost) = report["pareto"][name], FRONTS[name]
+    points, (title, cost) = report["pareto"][name], FRONTS[name]
     best = [(point["label"], point["learning_rate"]) for point in report["best"]["points"]]
-    front = [(point["label"], point["learning_rate"]) for point in found["all"]]
+    means = {(p["label"], p["learning_rate"]): (p["cost"]["mean"], p["learned"]["mean"]) for p in points}
+    front = [key for key, point in zip(means, points, strict=True) if point["is_on_front"]]
     figure, (axes,) = plots.new_figure(3.4, width=4.0)
     axes.set(xlabel=f"{cost} (less is better)", ylabel="learned: mean R[t,t]")
-    means = {(p["label"], p["learning_rate"]): (p["cost"]["mean"], p["learned"]["mean"]) for p in found["points"]}
     axes.plot(*zip(*sorted(means[point] for point in front), strict=True), color=plots.FAINT, linewidth=3, alpha=0.35)
-    for (label, rate), entry in zip(means, found["points"], strict=True):
+    for (label, rate), entry in zip(means, points, strict=True):
         x, y = means[label, rate]
         look = looks[label] | {"linestyle": "none", "markeredgewidth": 0.9, "ecolor": (looks[label]["color"], 0.45)}
         look |= {"markersize": 7} if (label, rate) in best else {"markersize": 5, "fillstyle": "none"}
@@ -76,16 +76,15 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
     labels = [axes.text(*means[point], plots.shortened(point[0])) for point in best if point in means]
     for label in labels:
         label.set_in_layout(False)
-    markers = [Bbox.null() for _ in means]
-    for box, place in zip(markers, axes.transData.transform(list(means.values())), strict=True):
-        box.set_points(axes.transData.inverted().transform([place - 6, place + 6]))
+    centers = axes.transData.transform(list(means.values()))
+    markers = [Bbox(axes.transData.inverted().transform([center - 6, center + 6])) for center in centers]
     line = {"arrowstyle": "-", "color": plots.FAINT, "linewidth": 0.6}
     adjust_text(labels, objects=markers, ax=axes, iter_lim=1000, expand=(1.1, 1.3), arrowprops=line)
     names = ", ".join(f"{label} at {rate:g}" for label, rate in front)
-    alt = f"{title}: {len(means)} points of {len(found['labels'])} methods. No other point dominates {names}."
+    alt = f"{title}: {len(means)} points of {len(looks)} methods. No other point dominates {names}."
     note = (
         f"Better points are further up and to the left. Each point is a mean over "
-        f"{counted([point['learned']['n'] for point in found['points']], 'run')}; bars are one standard deviation. "
+        f"{counted([point['learned']['n'] for point in points], 'run')}; bars are one standard deviation. "
         "Filled: a method's best rate. Hollow: its other rates. No point dominates those on the grey line."
     )
     return Picture(title, plots.to_svg(figure, alt), note)
@@ -100,8 +99,8 @@ def _differences(report: Report) -> Iterator[Picture]:
         if len(ranked) < 2:
             continue
         reference = max(candidates, key=lambda entry: entry["op"]["mean"])["label"]
-        found = {e["label"]: difference_of(report, e["label"], reference, measure) for e in ranked}
-        rows = {label: difference for label, difference in found.items() if label != reference and difference}
+        differences = {e["label"]: difference_of(report, e["label"], reference, measure) for e in ranked}
+        rows = {label: difference for label, difference in differences.items() if label != reference and difference}
         if rows:
             yield _intervals(measure, reference, rows)
 
@@ -182,11 +181,11 @@ def _steps(axes: Any, count: int, series: Mapping[str, list[float | None]], look
 def _overlaps(runs: Runs) -> Iterator[Picture]:
     """What the supports of two tasks share."""
     for label, members in runs.items():
-        if found := [run for run in members if run.get("overlap")]:
-            jaccard, chance = (_mean_matrix([run["overlap"][key] for run in found]) for key in ("jaccard", "chance"))
-            figure = plots.overlap_plot(found[0]["tasks"], jaccard, chance)
+        if shown := [run for run in members if run.get("overlap")]:
+            jaccard, chance = (_mean_matrix([run["overlap"][key] for run in shown]) for key in ("jaccard", "chance"))
+            figure = plots.overlap_plot(shown[0]["tasks"], jaccard, chance)
             svg = plots.to_svg(figure, f"Overlap of the tasks' supports with {label}.")
-            yield Picture(label, svg, f"Jaccard index of the supports, {_over(found)}")
+            yield Picture(label, svg, f"Jaccard index of the supports, {_over(shown)}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -68,7 +68,7 @@ def difference_tables(report: Report) -> list[Table]:
     tables = []
     for name, heading in HEADINGS.items():
         pairs = [(entry, entry["measures"][name]) for entry in report["differences"] if name in COMPARED]
-        rows = [[entry["a"], entry["b"], *_difference_cells(found)] for entry, found in pairs if found is not None]
+        rows = [[entry["a"], entry["b"], *_difference_cells(difference)] for entry, difference in pairs if difference]
         if rows:
             tables.append(Table(heading, headings, rows, names=2))
     return tables
@@ -84,10 +84,9 @@ def _difference_cells(difference: Mapping[str, Any]) -> list[str]:
 def pareto_tables(report: Report) -> list[Table]:
     """For each front, the points that no other point dominates."""
     tables = []
-    for name, found in report["pareto"].items():
-        front = {(point["label"], point["learning_rate"]) for point in found["all"]}
-        points = [point for point in found["points"] if (point["label"], point["learning_rate"]) in front]
-        rows = [[*_point({**p, "runs": p["learned"]["n"]}), shown(p["learned"]), shown(p["cost"])] for p in points]
+    for name, points in report["pareto"].items():
+        front = [{**point, "runs": point["learned"]["n"]} for point in points if point["is_on_front"]]
+        rows = [[*_point(point), shown(point["learned"]), shown(point["cost"])] for point in front]
         if rows:
             title, cost = FRONTS[name]
             tables.append(Table(f"Pareto front: {title}", [*POINT, "learned", cost], rows))

@@ -10,16 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...tuner.files.atomic import write_whole
+from ...tuner.files import write_whole
 from ..stream import differences
 from .contents import report_of
-
-PACKAGES = ("adjustText", "jinja2", "matplotlib", "scipy", "seaborn")
 
 
 def require_report_packages() -> None:
     """Raise ``ImportError`` if a package that a report needs is missing; call it before the runs start."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+    packages = ("adjustText", "jinja2", "matplotlib", "scipy", "seaborn")
+    if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(f"a report needs {' and '.join(missing)}: pip install 'fggm-peft[continual]'")
 
 
@@ -37,8 +36,8 @@ def read_results(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
     for folder, runs in results.items():
         if not runs:
             raise FileNotFoundError(f"no finished run in {folder}; name an output folder of fggm sequence")
-        if found := differences(_read(first / "stream.json"), _read(folder / "stream.json")):
-            warnings.warn(f"the streams of {first} and {folder} differ: {'; '.join(found)}", stacklevel=2)
+        if changes := differences(_read(first / "stream.json"), _read(folder / "stream.json")):
+            warnings.warn(f"the streams of {first} and {folder} differ: {'; '.join(changes)}", stacklevel=2)
     counts = Counter(label for runs in results.values() for label in {run["label"] for run in runs})
     return [
         {**run, "label": f"{run['label']} ({folder.name})"} if counts[run["label"]] > 1 else run
