@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fggm_peft import FGGMConfig
 from fggm_peft.core.fingerprint import exact_difference, relative_distance, sketches_from
+from fggm_peft.tuner import find_targets
 from fggm_peft.tuner.files.base_check import base_difference, fingerprint
-from fggm_peft.tuner.support import fggm_layers
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZED = {
@@ -45,7 +45,8 @@ def load(model: str, kind: str) -> dict:
     else:
         config = BitsAndBytesConfig(**QUANTIZED[kind])
         base = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.bfloat16)
-    return fggm_layers(get_peft_model(base, FGGMConfig(target_modules="all-linear")), "default")
+    targets = find_targets(get_peft_model(base, FGGMConfig(target_modules="all-linear")), "default")
+    return {path: target.layer for path, target in targets.items()}
 
 
 def compared(kept: Fingerprint, layers: dict) -> dict[str, float | int | bool]:

@@ -41,7 +41,7 @@ from fggm_peft.selection.agreement import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_A
 from fggm_peft.selection.data_pass import DataPass, Totals
 from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples
 from fggm_peft.tuner.layer import FGGMLayer
-from fggm_peft.tuner.support import Choice, fggm_layers
+from fggm_peft.tuner.support import Choice
 from fggm_peft.tuner.target import find_targets
 
 DENSITIES = (0.05, 0.1, 0.3)
@@ -217,7 +217,7 @@ class Model:
             score: (case, layer, module path, statistics) -> scores, see ``Study``.
         """
         model = self.adapted(granularity="element")
-        layers = fggm_layers(model, "default")
+        layers = {path: target.layer for path, target in find_targets(model, "default").items()}
         for name, layer in layers.items():
             if int(re.search(r"\.(\d+)\.", name)[1]) % EVERY:
                 layer.granularity["default"] = RowsAndColumns()

@@ -25,9 +25,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fggm_peft import FGGMConfig
+from fggm_peft import FGGMConfig, FGGMLayer
 from fggm_peft.selection.data_pass import DataPass
-from fggm_peft.tuner.support import fggm_layers
 from fggm_peft.tuner.target import find_targets
 
 VOCABULARY = 50
@@ -174,6 +173,11 @@ def class_batches():
     for batch in batches:
         batch["labels"] = torch.arange(len(batch["input_ids"])) % 4
     return batches
+
+
+def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, FGGMLayer]:
+    """Module path -> layer, of the layers that have the adapter."""
+    return {path: target.layer for path, target in find_targets(model, adapter_name).items()}
 
 
 def adapted(model: nn.Module, granularity: str = "row", **config) -> nn.Module:

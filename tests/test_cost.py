@@ -13,6 +13,7 @@ from models import (
     BERT_HEADS,
     adapted,
     bert,
+    fggm_layers,
     fisher_scores,
     gpt2,
     llama,
@@ -32,7 +33,6 @@ from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.threshold import POLICIES
 from fggm_peft.cost import OPTIMIZERS
 from fggm_peft.selection.running_sums import RunningSums
-from fggm_peft.tuner.support import fggm_layers
 
 SMALL = {"batch_size": 2, "sequence_length": 8}
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import VOCABULARY
+from models import VOCABULARY, fggm_layers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from fggm_peft.training import FGGMTrainer
-from fggm_peft.tuner.support import fggm_layers
 
 
 def examples(count: int = 24, length: int = 10, seed: int = 0) -> list[dict[str, list[int]]]:

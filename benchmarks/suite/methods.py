@@ -14,7 +14,7 @@ from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 from fggm_peft import FGGMConfig
-from fggm_peft.tuner.support import fggm_layers
+from fggm_peft.tuner import find_targets
 
 from .bases import sharing_weights
 
@@ -141,5 +141,4 @@ def randomize_(model: nn.Module) -> nn.Module:
 
 def spread(model: nn.Module) -> int:
     """The number of units of the weights that an FGGM adapter targets."""
-    layers = fggm_layers(model, "default").values()
-    return sum(layer.granularity["default"].units(layer.weight_shape) for layer in layers)
+    return sum(target.units for target in find_targets(model, "default").values())

@@ -15,7 +15,7 @@ from ..core.errors import NonFiniteScoreError
 from ..core.ranking import all_finite
 from ..core.threshold import Forecast, ThresholdPolicy
 from .config import FGGMConfig
-from .target import Target, Targets, find_targets
+from .target import Target, Targets
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while callable(get := getattr(model, "get_base_model", None)):
         model = get()
     return model
-
-
-def fggm_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Module path -> layer."""
-    return {path: target.layer for path, target in find_targets(model, adapter_name).items()}
 
 
 def module_generator(config: FGGMConfig, path: str) -> torch.Generator:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, llama, token_batches
+from models import adapted, fggm_layers, llama, token_batches
 from reference import criterion_scores, seeded, unit_scores, units
 
 from fggm_peft import CRITERIA, Criterion, FGGMConfig, ScoreMass, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
-from fggm_peft.tuner.support import fggm_layers
 
 SHAPE = (6, 9)
 CASES = [

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from models import QUANTIZATIONS, adapted, gpt2, llama, quantized, token_batches, train
+from models import QUANTIZATIONS, adapted, fggm_layers, gpt2, llama, quantized, token_batches, train
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -22,7 +22,6 @@ from fggm_peft.core.fingerprint import (
     sketch_weight,
 )
 from fggm_peft.tuner.files.base_check import base_difference, fingerprint
-from fggm_peft.tuner.support import fggm_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCHES = token_batches()

@@ -11,6 +11,7 @@ from models import (
     adapted,
     class_batches,
     class_log_likelihood,
+    fggm_layers,
     fisher_scores,
     gpt2,
     llama,
@@ -27,7 +28,7 @@ from fggm_peft.core.sketch import Sketch, SketchedGradients, sketch_is_cheaper
 from fggm_peft.selection import data_pass
 from fggm_peft.selection.agreement import split_half_agreement
 from fggm_peft.selection.measure import unit_entries
-from fggm_peft.tuner.support import Choice, fggm_layers
+from fggm_peft.tuner.support import Choice
 from fggm_peft.tuner.target import find_targets
 
 SIZES = {"o": 24, "i": 20, "t": 30}

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import Twice, adapted, class_batches, class_log_likelihood, llama, token_batches
+from models import Twice, adapted, class_batches, class_log_likelihood, fggm_layers, llama, token_batches
 from reference import per_sample_weight_gradients, seeded
 from torch import nn
 
@@ -14,7 +14,6 @@ from fggm_peft import select_parameters
 from fggm_peft.core.per_sample import GramMatrix
 from fggm_peft.core.statistics import STATISTICS
 from fggm_peft.selection.data_pass import DataPass
-from fggm_peft.tuner.support import fggm_layers
 from fggm_peft.tuner.target import find_targets
 
 

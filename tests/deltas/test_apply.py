@@ -8,12 +8,11 @@ import json
 import pytest
 import torch
 from example_deltas import adapter, dense, saved_adapter
-from models import byte_tokenizer, gpt2, llama, logits, quantized, token_batches
+from models import byte_tokenizer, fggm_layers, gpt2, llama, logits, quantized, token_batches
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fggm_peft.deltas import SparseDelta, apply_deltas, export_merged
-from fggm_peft.tuner.support import fggm_layers
 
 BATCH = token_batches()[0]
 

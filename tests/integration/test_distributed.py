@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from models import VOCABULARY, adapted, llama, token_batches
+from models import VOCABULARY, adapted, fggm_layers, llama, token_batches
 from processes import Failure
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -18,7 +18,6 @@ from transformers import TrainingArguments
 from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, select_parameters
 from fggm_peft.selection import reference
 from fggm_peft.training.checkpoints import last_complete_checkpoint
-from fggm_peft.tuner.support import fggm_layers
 
 pytestmark = pytest.mark.distributed
 

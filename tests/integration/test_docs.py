@@ -12,7 +12,7 @@ import torch
 import transformers
 import trl
 from example_deltas import adapter
-from models import adapted, byte_tokenizer, text_model, token_batches
+from models import adapted, byte_tokenizer, fggm_layers, text_model, token_batches
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
@@ -20,7 +20,6 @@ from fggm_peft import CRITERIA, GRANULARITIES, LAYER_TYPES, METHODS, POLICIES, F
 from fggm_peft.continual.methods import make_method
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.deltas import SparseDelta
-from fggm_peft.tuner.support import fggm_layers
 from fggm_peft.tuner.target import find_targets
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VOCABULARY, adapted, llama, token_batches
+from models import VOCABULARY, adapted, fggm_layers, llama, token_batches
 from peft import PeftModel
 from torch import nn
 from trainers import assert_same_delta, delta, examples, losses, make_trainer
@@ -20,7 +20,6 @@ from transformers import Trainer
 from fggm_peft import NonFiniteScoreError, select_parameters
 from fggm_peft.training import FGGMCallback, FGGMTrainer
 from fggm_peft.training.checkpoints import last_complete_checkpoint
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches()
 POISON = VOCABULARY

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import adapted, byte_tokenizer, llama, quantized, text_model, token_batches
+from models import adapted, byte_tokenizer, fggm_layers, llama, quantized, text_model, token_batches
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 
 from fggm_peft import FGGMTrainer, TopDensity, select_parameters
 from fggm_peft.cli import app
-from fggm_peft.tuner.support import fggm_layers
 
 pytestmark = pytest.mark.distributed
 

@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-from models import adapted, llama, logits, quantized, token_batches, train
+from models import adapted, fggm_layers, llama, logits, quantized, token_batches, train
 from peft import PeftModel
 from torch import nn
 
 from fggm_peft import select_parameters
 from fggm_peft.core import kernels
-from fggm_peft.tuner.support import fggm_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"

@@ -10,11 +10,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import QUANTIZATIONS, adapted, llama, quantized, token_batches
+from models import QUANTIZATIONS, adapted, fggm_layers, llama, quantized, token_batches
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches(sizes=(3, 2, 4, 3))
 BASES = ["dense", *QUANTIZATIONS[::3]]  # "nf4" and "int8"

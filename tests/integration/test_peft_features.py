@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import bert, llama, logits, token_batches, train
+from models import bert, fggm_layers, llama, logits, token_batches, train
 from peft import (
     LoraConfig,
     PeftModel,
@@ -21,7 +21,6 @@ from transformers import BertForSequenceClassification
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.granularity import GRANULARITIES
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from models import adapted, byte_tokenizer, llama, logits, text_model, token_batches, train
+from models import adapted, byte_tokenizer, fggm_layers, llama, logits, text_model, token_batches, train
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -21,7 +21,6 @@ from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
 

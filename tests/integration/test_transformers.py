@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from models import adapted, llama, logits, token_batches, train
+from models import adapted, fggm_layers, llama, logits, token_batches, train
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -21,7 +21,6 @@ from fggm_peft import (
     select_parameters,
 )
 from fggm_peft.tuner.files.saving import UntrainedAdapterWarning
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches()
 

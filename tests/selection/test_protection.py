@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, llama, quantized, token_batches, train
+from models import adapted, fggm_layers, llama, quantized, token_batches, train
 from peft import PeftModel, get_peft_model
 from reference import mask
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,6 @@ from fggm_peft import (
 )
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.selection.protection import Protection, earlier_supports
-from fggm_peft.tuner.support import fggm_layers
 from fggm_peft.tuner.target import find_targets
 
 FIRST, SECOND = token_batches(seed=1), token_batches(seed=2)

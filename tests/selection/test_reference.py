@@ -6,7 +6,20 @@ import json
 
 import pytest
 import torch
-from models import BERT_HEADS, adapted, bert, fisher_scores, llama, logits, quantized, t5, token_batches, trace, train
+from models import (
+    BERT_HEADS,
+    adapted,
+    bert,
+    fggm_layers,
+    fisher_scores,
+    llama,
+    logits,
+    quantized,
+    t5,
+    token_batches,
+    trace,
+    train,
+)
 from reference import units
 from safetensors.torch import load_file, save_file
 from trainers import make_trainer
@@ -17,7 +30,6 @@ from fggm_peft.core.granularity import granularity_from
 from fggm_peft.selection import reference as reference_module
 from fggm_peft.selection.self_text import written_batches
 from fggm_peft.tuner.files.task_scores import SCORES_FILE, history_of, load_record
-from fggm_peft.tuner.support import fggm_layers
 
 GENERAL = token_batches(sizes=(4, 3), seed=5)
 

@@ -9,13 +9,12 @@ import re
 import pytest
 import torch
 from command_line import fail, succeed
-from models import adapted, fisher_scores, llama, t5, token_batches
+from models import adapted, fggm_layers, fisher_scores, llama, t5, token_batches
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.plots import agreement_plot, density_plot, overlap_plot, to_svg
 from fggm_peft.selection.report import AgreementCheck
 from fggm_peft.training.trainer import log_entry
-from fggm_peft.tuner.support import fggm_layers
 
 MANY = token_batches(sizes=(8,) * 9)
 

@@ -15,6 +15,7 @@ from models import (
     bert,
     class_batches,
     class_log_likelihood,
+    fggm_layers,
     fisher_scores,
     gpt2,
     llama,
@@ -38,7 +39,6 @@ from fggm_peft import (
     select_parameters,
 )
 from fggm_peft.selection.likelihood import default_log_likelihood
-from fggm_peft.tuner.support import fggm_layers
 
 
 def test_the_support_contains_the_highest_scores(granularity):

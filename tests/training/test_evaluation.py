@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import adapted, byte_tokenizer, llama, logits, quantized, text_model, token_batches, train
+from models import adapted, byte_tokenizer, fggm_layers, llama, logits, quantized, text_model, token_batches, train
 from peft import get_peft_model
 from torch import nn
 from trainers import assert_same_delta, delta, evaluation_losses, examples, losses, make_trainer
@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.training import FGGMTrainerMixin
-from fggm_peft.tuner.support import fggm_layers
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = pytest.mark.parametrize("kind", ["nf4", "nf4 double"])

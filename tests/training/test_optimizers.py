@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, llama, quantized, text_model, token_batches, train
+from models import adapted, fggm_layers, llama, quantized, text_model, token_batches, train
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import TrainingArguments
 
 from fggm_peft import FGGMConfig, FGGMTrainer, estimate, select_parameters
 from fggm_peft.training.trl import restore_float32_
-from fggm_peft.tuner.support import fggm_layers
 
 BASES = {
     "float32": llama,

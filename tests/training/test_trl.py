@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import byte_tokenizer, text_model
+from models import byte_tokenizer, fggm_layers, text_model
 from peft import get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.training import FGGMTrainerMixin, batches
 from fggm_peft.training.batches import selection_batch, with_answers
-from fggm_peft.tuner.support import fggm_layers
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-from models import QUANTIZATIONS, llama, logits, quantized, quantized_layer, token_batches, train
+from models import QUANTIZATIONS, fggm_layers, llama, logits, quantized, quantized_layer, token_batches, train
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from fggm_peft import FGGMConfig, FGGMLayer, LossyMergeError, select_parameters
 from fggm_peft.selection.data_pass import DataPass
-from fggm_peft.tuner.support import fggm_layers
 from fggm_peft.tuner.target import find_targets
 
 pytest.importorskip("bitsandbytes")

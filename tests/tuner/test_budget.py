@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BERT_HEADS, adapted, bert, gpt2, llama, quantized, token_batches
+from models import BERT_HEADS, adapted, bert, fggm_layers, gpt2, llama, quantized, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fggm_peft import FGGMConfig, ParameterBudget, ScoreMass, TopDensity, select_parameters
 from fggm_peft.core.threshold import POLICIES
-from fggm_peft.tuner.support import fggm_layers
 
 
 def trainable(model: nn.Module) -> int:

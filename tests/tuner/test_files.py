@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from models import adapted, llama, token_batches, train
+from models import adapted, fggm_layers, llama, token_batches, train
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +17,6 @@ from fggm_peft.core.granularity import granularity_from
 from fggm_peft.deltas import read_adapter, read_supports, save_adapter, verify
 from fggm_peft.tuner.files.saving import UntrainedAdapterWarning
 from fggm_peft.tuner.files.tensors import MAX_HEADER_BYTES
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches()
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"

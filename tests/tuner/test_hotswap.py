@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import llama, logits, token_batches
+from models import fggm_layers, llama, logits, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fggm_peft import AdapterFileError, FGGMConfig, hotswap_adapter, prepare_model_for_compiled_hotswap
-from fggm_peft.tuner.support import fggm_layers
 
 BATCH = token_batches()[0]
 

@@ -13,7 +13,7 @@ from command_line import fail, succeed
 from example_deltas import adapter
 from hub_stand_in import TOKEN
 from huggingface_hub import ModelCard
-from models import adapted, logits, text_model, token_batches
+from models import adapted, fggm_layers, logits, text_model, token_batches
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -21,7 +21,6 @@ from transformers import LlamaForCausalLM
 from fggm_peft import AdapterFileError, BaseMismatchError, FGGMConfig, Ledger, overlap, select_parameters
 from fggm_peft.deltas import SparseDelta, read_adapter, verify
 from fggm_peft.selection.protection import supports_in_file
-from fggm_peft.tuner.support import fggm_layers
 
 BATCH = token_batches((3,))[0]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}

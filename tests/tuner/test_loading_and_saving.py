@@ -9,12 +9,11 @@ import re
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import llama, logits, token_batches, train
+from models import fggm_layers, llama, logits, token_batches, train
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from fggm_peft import AdapterFileError, AdapterNotSelectedError, FGGMConfig, ScoreMass, select_parameters
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import llama, logits, token_batches, train
+from models import fggm_layers, llama, logits, token_batches, train
 from peft import get_peft_model
 from reference import TOLERANCE, relative_error
 
@@ -12,7 +12,6 @@ from fggm_peft import FGGMConfig, MergeReport
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.weight_delta import WeightDelta
 from fggm_peft.tuner.merging import merge as merging
-from fggm_peft.tuner.support import fggm_layers
 
 BATCHES = token_batches(sizes=(5, 4, 5))  # enough positions to use the effective weight
 

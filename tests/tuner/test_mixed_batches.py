@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import bert, llama, t5, token_batches
+from models import bert, fggm_layers, llama, t5, token_batches
 from peft import get_peft_model
 from reference import TOLERANCE, relative_error
 from torch import nn
@@ -14,7 +14,6 @@ from transformers import BertForSequenceClassification
 
 from fggm_peft import FGGMConfig
 from fggm_peft.core.granularity import GRANULARITIES
-from fggm_peft.tuner.support import fggm_layers
 
 KINDS = list(GRANULARITIES)
 NAMES = [KINDS[0], "__base__", KINDS[-1], KINDS[0], KINDS[1]]

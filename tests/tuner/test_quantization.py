@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import llama, logits, token_batches, train
+from models import fggm_layers, llama, logits, token_batches, train
 from models import quantized as quantized_by_bitsandbytes
 from peft import PeftModel, get_peft_model
 from reference import dense_delta
@@ -18,7 +18,6 @@ from transformers import LlamaForCausalLM, TorchAoConfig
 from fggm_peft import BaseMismatchError, FGGMConfig, Ledger, LossyMergeError, select_parameters
 from fggm_peft.deltas import verify
 from fggm_peft.selection.data_pass import DataPass
-from fggm_peft.tuner.support import fggm_layers
 from fggm_peft.tuner.target import find_targets
 
 TORCHAO = ("int8", "int8 with int8 inputs", "float8", "int4", "int4 with int8 inputs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import llama, logits, token_batches
+from models import fggm_layers, llama, logits, token_batches
 from peft import get_peft_model
 from peft.utils import merge_utils
 from reference import dense_delta
@@ -14,7 +14,6 @@ from torch import nn
 from fggm_peft import FGGMConfig
 from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.tuner.several.weighted import COMBINATIONS
-from fggm_peft.tuner.support import fggm_layers
 
 PEFT_FUNCTIONS = {
     "linear": lambda tensors, weights, density, sign: merge_utils.task_arithmetic(tensors, weights),
