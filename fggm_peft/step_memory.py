@@ -102,7 +102,8 @@ def _count(model: nn.Module, batch: Mapping[str, Any]) -> StepMemory:
             )
         del output
         loss.backward()
-    return StepMemory(*counter.peak, counter.most_activations)
+    activations, gradients = counter.peak
+    return StepMemory(activations, gradients, counter.most_activations)
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ class CallRecorder:
     def is_open(self) -> bool:
         return self._open is not None
 
+    @property
+    def _current(self) -> _OpenBatch:
+        assert self._open is not None
+        return self._open
+
     def open(self, batch: Batch, counts: bool = True) -> None:
         """Start a batch.
 
@@ -89,8 +94,7 @@ class CallRecorder:
 
     def backward(self, log_likelihood: Tensor) -> None:
         """Differentiate the summed log-likelihood, ``[b]``. Forward calls from now on are repeated ones."""
-        assert self._open is not None
-        self._open.in_backward = True
+        self._current.in_backward = True
         log_likelihood.sum().backward()
 
     def finish(self, batch_index: int) -> None:
@@ -99,10 +103,8 @@ class CallRecorder:
         Raises:
             NonFiniteScoreError: a sum is NaN or infinite; names the module and the batch.
         """
-        assert self._open is not None
-        for path, calls in self._open.waiting.items():
-            if calls:  # the output of one of its calls did not reach the loss
-                self._add_gradients(self.sums.targets[path])
+        for path in list(self._current.waiting):  # the output of one of its calls did not reach the loss
+            self._add_gradients(self.sums.targets[path])
         self.sums.require_finite(batch_index)
         self.close()
 
@@ -116,55 +118,50 @@ class CallRecorder:
 
     def record_forward(self, target: Target, x: Tensor, output: Tensor) -> Call | None:
         """Record a forward call; returns what its backward needs, if the sums need one."""
-        assert self._open is not None
-        if not self._open.in_backward:  # checkpointing repeats calls in backward; they have been counted
-            self._open.calls[target.path] += 1
+        if not self._current.in_backward:  # checkpointing repeats calls in backward; they have been counted
+            self._current.calls[target.path] += 1
             self._add_features(target, x, output)
         if not self.sums.needs_backward:
             return None
         digest = self._digest(target, x, output)
         if digest is not None:
             return Call(None, lambda _, g: self._record_digested(target, digest, g))
-        gram = self._open.shared.gram(x)
+        gram = self._current.shared.gram(x)
         return Call(x, lambda saved, g: self._record_gradient(target, saved, g, gram))
 
-    def _record_gradient(self, target: Target, x: Tensor | None, g: Tensor, gram: GramMatrix) -> None:
-        assert self._open is not None and x is not None
+    def _record_gradient(self, target: Target, x: Any, g: Tensor, gram: GramMatrix) -> None:
         _require_first_order(target, g)
-        shared, waiting = self._open.shared, self._open.waiting[target.path]
+        shared, waiting = self._current.shared, self._current.waiting[target.path]
         waiting.append((shared.cleaned_input(x), shared.cleaned(g)))
-        calls = self._open.calls[target.path]
+        calls = self._current.calls[target.path]
         if len(waiting) == calls:
             self._add_gradients(target, gram if calls == 1 else None)
         gram.done()
 
     def _add_gradients(self, target: Target, gram: GramMatrix | None = None) -> None:
-        assert self._open is not None
-        calls = [(self._by_sample(target, x), self._by_sample(target, g)) for x, g in self._open.waiting[target.path]]
+        waiting = self._current.waiting.pop(target.path)
+        calls = [(self._by_sample(target, x), self._by_sample(target, g)) for x, g in waiting]
         with torch.autocast(calls[0][1].device.type, enabled=False):  # scores are summed in float32
             gradients = target.layer.per_sample(calls, gram or GramMatrix())
             if self.sketch is not None and isinstance(gradients, LinearGradients):
-                gradients = SketchedGradients(gradients, self.sketch, self._open.samples, target.path)
+                gradients = SketchedGradients(gradients, self.sketch, self._current.samples, target.path)
             self._add(target, "gradient", gradients)
-        self._open.waiting[target.path] = []
 
     def _record_digested(self, target: Target, digest: InputDigest, g: Tensor) -> None:
-        assert self._open is not None
         _require_first_order(target, g)
         with torch.autocast(g.device.type, enabled=False):
-            g = self._by_sample(target, target.layer.output_features(self._open.shared.cleaned(g)))
+            g = self._by_sample(target, target.layer.output_features(self._current.shared.cleaned(g)))
             self._add(target, "gradient", DigestedGradients(digest, g))
 
     @torch.no_grad()
     def _digest(self, target: Target, x: Tensor, output: Tensor) -> InputDigest | None:
         """What row scores need of an input; None if they need all of it."""
-        assert self._open is not None
         if not (self.uses_digests and isinstance(target.layer, FGGMLinear) and target.granularity.takes_digest):
             return None
-        if self._open.calls[target.path] > 1 and not self._open.in_backward:
+        if self._current.calls[target.path] > 1 and not self._current.in_backward:
             self.uses_digests = False
             raise CalledAgainError(f"module {target.path} is called several times in one forward")
-        shared, samples, outputs = self._open.shared, self._open.samples, output.shape[-1]
+        shared, samples, outputs = self._current.shared, self._current.samples, output.shape[-1]
 
         def make() -> InputDigest | None:
             with torch.autocast(x.device.type, enabled=False):
@@ -179,8 +176,7 @@ class CallRecorder:
     @torch.no_grad()
     def _add_features(self, target: Target, x: Tensor, output: Tensor) -> None:
         """Add the statistics of the layer's input and output."""
-        assert self._open is not None
-        layer, padding = target.layer, self._open.batch.padding
+        layer, padding = target.layer, self._current.batch.padding
         for side in self.sums.sides - {"gradient"}:
             try:
                 values = layer.input_features(x) if side == "input" else layer.output_features(output.detach())
@@ -192,14 +188,12 @@ class CallRecorder:
             self._add(target, side, Features(values, real))
 
     def _add(self, target: Target, side: str, measured) -> None:
-        assert self._open is not None
-        if self._open.counts:
-            self.sums.add_(target, side, measured, self._open.batch)
+        if self._current.counts:
+            self.sums.add_(target, side, measured, self._current.batch)
 
     def _by_sample(self, target: Target, tensor: Tensor) -> Tensor:
         """The tensor with one entry for each sample in its first dimension."""
-        assert self._open is not None
-        samples = len(self._open.samples)
+        samples = len(self._current.samples)
         if len(tensor) == samples:
             return tensor
         if samples == 1 and isinstance(target.layer, FGGMLinear):

@@ -221,15 +221,9 @@ class SelectionReport:
         for heading in ("shape", f"{self.granularity}s", "chosen", "density", "score share", "agreement"):
             table.add_column(heading, justify="right")
         for m in self.modules:
-            table.add_row(
-                m.name,
-                f"{m.shape[0]} x {m.shape[1]}",
-                f"{m.units:,}",
-                f"{m.chosen:,}",
-                f"{m.density:.2%}",
-                f"{m.score_share:.1%}",
-                "" if m.agreement is None else f"{m.agreement:.3f}",
-            )
+            numbers = f"{m.units:,}", f"{m.chosen:,}", f"{m.density:.2%}", f"{m.score_share:.1%}"
+            agreement = "" if m.agreement is None else f"{m.agreement:.3f}"
+            table.add_row(m.name, f"{m.shape[0]} x {m.shape[1]}", *numbers, agreement)
         return table
 
     def __str__(self) -> str:

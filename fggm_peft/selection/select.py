@@ -52,34 +52,32 @@ def select_parameters(
 ) -> SelectionReport:
     """Select the weights that an FGGM adapter may change (FGGM, arXiv 2601.18261, section 3).
 
-    The adapter's ``FGGMConfig`` says how. The base stays frozen and, if it is quantized, quantized. Only the adapter's
-    supports change. Call this before the model is wrapped for several devices, because the trainable values get their
-    sizes here.
+    Only the adapter's supports change; the base stays frozen and, if it is quantized, quantized. Call this before the
+    model is wrapped for several devices, because the trainable values get their sizes here. If ``torch.distributed`` is
+    initialized, every process calls this with its own share of the data, and all of them select the same support as one
+    process would from all the data.
 
-    If ``torch.distributed`` is initialized, every process calls this with its own share of the data. Scores are summed
-    over the processes, so that all of them select the same support as one process would from all the data.
+    Arguments that are None, and ``num_samples="config"``, take the value of the adapter's ``FGGMConfig``.
 
     Args:
         model: the result of ``get_peft_model``, or a model with injected FGGM layers.
         dataloader: an iterable of batches of the task: dicts of model inputs with ``labels`` (-100 where no loss is
             taken). None for a criterion that needs no data.
         num_samples: number of samples over all processes: a number, None for all, or "auto": from 32 to 1024, doubled
-            until two halves of the samples select nearly the same units (agreement 0.8). By default the config's.
-        reference: what the model should keep, for a criterion that weighs the task against it; by default the
-            config's. A dataloader of general text (batches without labels get their tokens as labels), "self" (text
-            that the model writes itself), "history" (the tasks selected on this base model in this process), a file or
-            folder with saved scores of an earlier task, or a list of these, which are scaled and added. Each is read up
-            to ``num_samples`` samples.
+            until two halves of the samples select nearly the same units (agreement 0.8).
+        reference: what the model should keep, for a criterion that weighs the task against it: a dataloader of general
+            text (batches without labels get their tokens as labels), "self" (text that the model writes itself),
+            "history" (the tasks selected on this base model in this process), a file or folder with saved scores, or a
+            list of these, which are scaled and added. Each is read up to ``num_samples`` samples.
         protect: earlier deltas whose entries should not change: folders, Hub ids, names of adapters on the model, or
-            "history"; by default the config's.
+            "history".
         protection: strength of ``protect`` in [0, 1]: 1 excludes the entries, a smaller value multiplies their scores
-            by ``1 - protection``; by default the config's.
+            by ``1 - protection``.
         adapter_name: by default the active adapter.
         log_likelihood: a function of (model, batch) that returns the log-likelihood of each sample ``[b]``, summed over
             its answer. By default the one that fits the model: a causal or sequence-to-sequence language model, a
             sequence or a token classifier.
-        score_memory: limit of the bytes of running scores (an int or "8GiB"), by default the config's. Element scores
-            take 8 bytes an entry (two halves). Above the limit the data is read several times.
+        score_memory: limit of the bytes of running scores (an int or "8GiB"). Above it the data is read several times.
         reset: select again although the adapter has trained values, which are lost.
         progress: show a progress bar if standard error is a terminal.
 
@@ -193,7 +191,7 @@ def _report(
     modules = [
         ModuleSelection(
             name=path,
-            shape=tuple(targets[path].shape),
+            shape=(targets[path].shape[0], targets[path].shape[1]),
             units=choice.units,
             chosen=len(choice.indices),
             parameters=sum(parameter.numel() for parameter in targets[path].parameters),
