@@ -43,7 +43,7 @@ class WeightDelta:
         """The squared norm of each unit's values, ``[k]`` float32 at least."""
         wide = torch.promote_types(self.values.dtype, torch.float32)
         squares = self.values.detach().to(wide).square() * self.scale**2
-        return squares.movedim(self.granularity.unit_dim, 0).reshape(len(self.indices), -1).sum(1)
+        return squares.movedim(self.granularity.unit_dim, 0).unsqueeze(-1).flatten(1).sum(1)
 
 
 def in_one_granularity(deltas: Sequence[WeightDelta], shape: Shape) -> Sequence[WeightDelta]:

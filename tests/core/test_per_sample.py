@@ -187,9 +187,9 @@ def test_layers_share_the_gram_matrix_of_their_input_until_all_are_done():
     assert gram(x) is gram(x)
     torch.testing.assert_close(gram(other)[0].products, other @ other.mT)
     gram.done()
-    assert len(gram._known) == 2
+    assert len(gram._cache) == 2
     gram.done()  # a layer may finish without using the Gram matrix
-    assert not gram._known
+    assert not gram._cache
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -200,7 +200,7 @@ def test_a_shared_gram_matrix_gives_each_layer_its_own_scores(padded):
         g[1, 2:] *= not padded
         scores = LinearGradients(x, g, gram).row_scores()
         assert relative_error(scores, per_sample_gradients(x, g).square().sum(2)) < FLOAT32
-    assert len(gram._known) == (2 if padded else 1)
+    assert len(gram._cache) == (2 if padded else 1)
 
 
 # Convolutions ------------------------------------------------------------------------------------
