@@ -1,12 +1,12 @@
-"""What a caller may want to catch, each derived from the builtin torch or PEFT would raise there."""
+"""Errors that a caller may want to catch, each derived from the builtin that torch or PEFT would raise."""
 
 
 class AdapterNotSelectedError(RuntimeError):
-    """An adapter without a support was asked to train: ``select_parameters`` has not run yet."""
+    """An adapter without a support was used for training: ``select_parameters`` has not run yet."""
 
 
 class AlreadyTrainedError(ValueError):
-    """Selecting again would throw trained values away."""
+    """Another selection would discard trained values."""
 
 
 class NonFiniteScoreError(ValueError):
@@ -22,8 +22,8 @@ class AdapterFileError(ValueError):
 
 
 class BaseMismatchError(AdapterFileError):
-    """An adapter is being loaded onto another base model than it was made on."""
+    """An adapter is being loaded onto another base model than it was made for."""
 
 
 class ScoreFileError(ValueError):
-    """A file of saved scores is damaged, or was made for another model or another kind of unit."""
+    """A file of saved scores is damaged, or was made for another model or another granularity."""

@@ -108,12 +108,9 @@ class Granularity(ABC):
         return flat, values.reshape(-1) if order is None else values.reshape(-1)[order]
 
     def accumulate_(self, scores: Tensor, gradients: PerSampleGradients, half: Tensor) -> None:
-        """Add the squared per-sample gradients of one batch to the running scores.
+        """Add the squared per-sample gradients of one batch to the running sums ``scores[half]``.
 
-        Args:
-            scores: ``[2, units]`` float32, changed in place: one running sum for each half.
-            gradients: the batch's gradients with respect to one weight.
-            half: ``[b]``, 0 or 1: the running sum that each sample is added to.
+        ``scores`` is ``[2, units]`` float32, ``half`` ``[b]`` is 0 or 1.
         """
         o, i = gradients.shape
         squares = scores.new_zeros(2, o * i)
@@ -159,13 +156,10 @@ class Granularity(ABC):
     def pieces(
         self, weight: Tensor, indices: Tensor, tensors: Sequence[Tensor], size: int
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Split a delta into pieces of about ``size`` entries, each with the part of the weight that it changes.
+        """Split a delta into pieces of about ``size`` entries, or one unit if that is larger.
 
         Args:
-            weight: ``[o, i]``.
-            indices: ``[k]``.
             tensors: each ``values_shape(shape, k)``, not empty.
-            size: exceeded where a single unit (of columns: one row of the values) is larger.
 
         Yields:
             A view of the weight, indices into that view, and the piece of every tensor.
@@ -187,11 +181,7 @@ GRANULARITIES: Registry[type[Granularity]] = Registry("granularity", named=True)
 
 
 def granularity_from(value: str | Mapping[str, Any] | Granularity) -> Granularity:
-    """A granularity from its name, its dict (see ``Granularity.to_dict``) or itself.
-
-    Raises:
-        ValueError: the name or an argument is unknown, or the value of an argument is illegal.
-    """
+    """A granularity from its name, its dict (see ``Granularity.to_dict``) or itself; ``ValueError`` if unknown."""
     return value if isinstance(value, Granularity) else GRANULARITIES.build(value, "granularity")
 
 

@@ -42,16 +42,10 @@ _installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") i
 
 
 def use_triton(mode: str) -> str:
-    """Choose where kernels run in this process; the environment variable ``FGGM_PEFT_TRITON`` sets the initial mode.
+    """Choose where kernels run in this process, and return the previous mode.
 
-    Args:
-        mode: ``"0"`` for never, ``"1"`` for where they are expected to be faster, ``"always"`` for wherever they can.
-
-    Returns:
-        The previous mode.
-
-    Raises:
-        ValueError: the mode is unknown.
+    The modes are ``"0"`` for never, ``"1"`` for where they are expected to be faster and ``"always"`` for wherever they
+    can run; ``ValueError`` for others. The environment variable ``FGGM_PEFT_TRITON`` sets the initial mode.
     """
     global _mode
     before, _mode = _mode, _checked(mode)
@@ -127,10 +121,7 @@ def _operator(schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = 
 def add_elements_(weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> None:
     """``weight.view(-1)[indices] += scale * values``, added in float32 and rounded once.
 
-    Args:
-        weight: ``[o, i]`` of any strides, changed in place.
-        indices: ``[k]`` integers, unique.
-        values: ``[k]``.
+    ``weight`` ``[o, i]`` may have any strides; ``indices`` ``[k]`` are unique.
     """
     from .triton import elements
 
@@ -158,14 +149,8 @@ def _matrix(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = F
 def gathered_product(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = False) -> Tensor:
     """``chosen[:, indices].mT @ other``, summed in float32, without a copy of the selected columns.
 
-    Args:
-        chosen: ``[n, units]``.
-        other: ``[n, width]``.
-        indices: ``[k]`` integers.
-        transposed: whether to return ``[width, k]``.
-
-    Returns:
-        ``[k, width]`` in the dtype of both, or its transpose; contiguous.
+    The result is contiguous and in the dtype of both: ``[k, width]`` for ``chosen`` ``[n, units]`` and ``other``
+    ``[n, width]``, or ``[width, k]`` if ``transposed``.
     """
     from .triton import tiles
 

@@ -29,8 +29,7 @@ class RowGradients(ABC):
 class PerSampleGradients(RowGradients):
     """The gradients of one batch with respect to one weight, one for each sample."""
 
-    shape: tuple[int, int]
-    """``(o, i)`` of the weight."""
+    shape: tuple[int, int]  # (o, i)
 
     @abstractmethod
     def column_scores(self) -> Tensor:
@@ -62,23 +61,17 @@ def _block_count(positions: int) -> int:
 
 
 class Block(NamedTuple):
-    """Rows ``start`` to ``end`` of the lower triangle of ``x @ x.mT``.
-
-    Args:
-        products: ``[b, end - start, end]``. Left of the diagonal block they are doubled: the quadratic form counts the
-            upper triangle too.
-    """
+    """Rows ``start`` to ``end`` of the lower triangle of ``x @ x.mT``, doubled left of the diagonal block."""
 
     start: int
     end: int
-    products: Tensor
+    products: Tensor  # [b, end - start, end]
 
 
 class GramMatrix:
-    """``x @ x.mT`` of each sample in float32 at least, cached for layers with the same input (q, k, v; gate, up).
+    """``x @ x.mT`` of each sample in float32 at least, cached for the ``shared_by`` layers with the same input.
 
-    Args:
-        shared_by: number of layers that use it; the cache is cleared after all of them have called ``done``.
+    The cache is cleared when all of them have called ``done``.
     """
 
     def __init__(self, shared_by: int = 1):
@@ -104,7 +97,7 @@ def _gram_blocks(x: Tensor) -> list[Block]:
     bounds = [positions * k // count for k in range(count + 1)]
     blocks = [Block(start, end, x[:, start:end] @ x[:, :end].mT) for start, end in pairwise(bounds)]
     for start, _, products in blocks:
-        products[..., :start] *= 2
+        products[..., :start] *= 2  # the quadratic form counts the upper triangle too
     return blocks
 
 
@@ -127,10 +120,8 @@ def _widened(x: Tensor) -> Tensor:
 class LinearGradients(PerSampleGradients):
     """Gradients ``g[b].mT @ x[b]`` of a matrix that maps ``x`` ``[b, t, i]`` to ``[b, t, o]``.
 
-    Args:
-        x: layer input, ``[b, t, i]``.
-        g: gradient of the summed log-likelihood at the layer's output, ``[b, t, o]``.
-        gram: the Gram matrix of ``x``, if other layers have the same input.
+    ``g`` ``[b, t, o]`` is the gradient of the summed log-likelihood at the output. Layers with the same input share
+    ``gram``.
     """
 
     def __init__(self, x: Tensor, g: Tensor, gram: GramMatrix | None = None):
@@ -219,12 +210,8 @@ class GramDigest(InputDigest):
         spans = _busy_spans(g)
         if spans is None:
             return _quadratic_form(g, self.blocks)
-        return torch.cat(
-            [
-                _quadratic_form(g[b : b + 1, start:end], self._between(b, start, end))
-                for b, (start, end) in enumerate(spans)
-            ]
-        )
+        parts = [_quadratic_form(g[b : b + 1, s:e], self._between(b, s, e)) for b, (s, e) in enumerate(spans)]
+        return torch.cat(parts)
 
     def _between(self, sample: int, start: int, end: int) -> list[Block]:
         """The blocks of one sample for its positions from ``start`` to ``end``."""
@@ -270,12 +257,7 @@ def _matrices(x: Tensor, g: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
 
 
 class GroupedGradients(PerSampleGradients):
-    """Gradients of a grouped convolution; every group is a small linear map.
-
-    Args:
-        x: ``[b, t, groups, i]``; ``i`` are the inputs of one group.
-        g: ``[b, t, groups, o / groups]``.
-    """
+    """Gradients of a grouped convolution: ``x`` ``[b, t, groups, i]`` and ``g`` ``[b, t, groups, o / groups]``."""
 
     def __init__(self, x: Tensor, g: Tensor):
         matrices = torch.einsum("btqo,btqi->bqoi", _widened(g), _widened(x))
@@ -296,13 +278,7 @@ class GroupedGradients(PerSampleGradients):
 
 
 class EmbeddingGradients(PerSampleGradients):
-    """Gradients of a table ``[o, i]`` of ``o`` tokens.
-
-    Args:
-        tokens: ``[b, t]`` integers, the rows that were read.
-        g: gradient at the vectors that were read, ``[b, t, i]``.
-        rows: number of rows of the table.
-    """
+    """Gradients of a table of ``rows`` tokens, read at ``tokens`` ``[b, t]``; ``g`` ``[b, t, i]`` is at its output."""
 
     def __init__(self, tokens: Tensor, g: Tensor, rows: int):
         batch = torch.arange(len(tokens), device=tokens.device)[:, None]
@@ -334,8 +310,7 @@ class EmbeddingGradients(PerSampleGradients):
 def unfold_convolution(layer: nn.Module, x: Tensor) -> Tensor:
     """The patches that a 1-d, 2-d or 3-d convolution multiplies with its weight.
 
-    Returns:
-        ``[b, t, groups, i]``: ``t`` output positions, ``i`` the flattened inputs of one group.
+    They are ``[b, t, groups, i]``: ``t`` output positions, ``i`` the flattened inputs of one group.
     """
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     padding = layer._reversed_padding_repeated_twice  # "same" and tuples are resolved in it

@@ -30,11 +30,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def checked(scores: Tensor) -> Tensor:
-    """``scores`` as float32 on the CPU.
-
-    Raises:
-        NonFiniteScoreError: a score is NaN, infinite or negative.
-    """
+    """``scores`` as float32 on the CPU; ``NonFiniteScoreError`` if a score is NaN, infinite or negative."""
     scores = scores.detach().to("cpu", torch.float32)
     if not all_finite(scores) or bool((scores < 0).any()):
         raise NonFiniteScoreError("scores must be finite and not negative")

@@ -31,15 +31,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str, **options: Any) -> Callable[[D], D]:
-        """A decorator that adds a class or function under ``name``.
-
-        >>> @CRITERIA.register("squared_fisher", task=("fisher",))
-        ... def squared_fisher(quantities):
-        ...     return quantities.task["fisher"].square()
-
-        Raises:
-            ValueError: the name is taken.
-        """
+        """A decorator that adds a class or function under ``name``; raises ``ValueError`` if the name is taken."""
         if name in self._entries:
             raise ValueError(f"there is already a {self.kind} named {name!r}")
 
@@ -55,8 +47,7 @@ class Registry(Generic[T]):
         """An instance of a registered dataclass.
 
         Args:
-            value: the name of a class whose arguments all have defaults, or a dict of the name and arguments.
-            key: the key of the name in that dict.
+            value: a name, or a dict of a name (under ``key``) and arguments.
 
         Raises:
             ValueError: the name or an argument is unknown, an argument is missing or its value is illegal.

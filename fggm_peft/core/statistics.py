@@ -21,29 +21,18 @@ from .registry import Registry
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch without the model's inputs.
+    """A batch without the model's inputs."""
 
-    Args:
-        half: ``[b]`` 0 or 1, the running sum that each sample is added to.
-        padding: ``[b, t]`` True where a position is padding, or None.
-        first: the number of its first sample, over all processes.
-    """
-
-    half: Tensor
-    padding: Tensor | None = None
-    first: int = 0
+    half: Tensor  # [b], 0 or 1: the running sum that each sample is added to
+    padding: Tensor | None = None  # [b, t] True where a position is padding
+    first: int = 0  # number of the first sample, over all processes
 
 
 class Features(NamedTuple):
-    """The input or the output of one call of a layer.
+    """The input or the output of one call of a layer."""
 
-    Args:
-        values: ``[b, t, f]``.
-        real: ``[b, t]`` False where a position is padding, or None.
-    """
-
-    values: Tensor
-    real: Tensor | None
+    values: Tensor  # [b, t, f]
+    real: Tensor | None  # [b, t] False where a position is padding
 
 
 class Statistic(ABC):

@@ -28,26 +28,15 @@ DEFAULT_KIND = "default"
 
 @dataclass(frozen=True)
 class Forecast:
-    """The size of a selection before there are scores, provided that no score is 0.
+    """The size of a selection before there are scores, provided that no score is 0."""
 
-    Args:
-        units: for each weight, the number of units; with global scope, of an even share.
-        least: the smallest possible number of parameters.
-        most: the largest possible number; equal to ``least`` if the number does not depend on the scores.
-    """
-
-    units: list[int]
-    least: int
-    most: int
+    units: list[int]  # of each weight; with global scope, of an even share
+    least: int  # number of parameters
+    most: int  # equal to ``least`` if the number does not depend on the scores
 
 
 def limited(default: Any, legal: Callable[[Any], bool], description: str, **options: Any) -> Any:
-    """A dataclass field whose values are checked when a policy is constructed.
-
-    Args:
-        legal: value -> whether it is legal.
-        description: of the legal values, for the error message.
-    """
+    """A dataclass field of a policy whose value must be ``legal``, as ``description`` says in the error message."""
     return field(default=default, metadata={"legal": legal, "description": description}, **options)
 
 
@@ -62,11 +51,7 @@ def _is_share(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class ThresholdPolicy(ABC):
-    """How many units are selected, and which.
-
-    Args:
-        scope: "layer" decides for each weight by itself, "global" for all weights together.
-    """
+    """How many units are selected, and which: for each weight by itself, or for all together (``scope``)."""
 
     name: ClassVar[str]  # set by the registry
     scopes: ClassVar[tuple[str, ...]] = ("layer", "global")
@@ -130,11 +115,7 @@ POLICIES: Registry[type[ThresholdPolicy]] = Registry("threshold policy", named=T
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> ThresholdPolicy:
-    """The policy of a dict that ``to_dict`` returned.
-
-    Raises:
-        ValueError: the policy or an argument is unknown, or the value of an argument is illegal.
-    """
+    """The policy of a dict that ``to_dict`` returned; ``ValueError`` if a name or a value is illegal."""
     return POLICIES.build(data, "policy")
 
 

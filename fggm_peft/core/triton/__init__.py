@@ -1,1 +1,1 @@
-"""The kernels that ``core/kernels.py`` sends tensors on a GPU to; nothing here is imported before one is met."""
+"""The kernels that ``core/kernels.py`` runs; they are imported when the first tensor on a GPU needs one."""

@@ -1,8 +1,7 @@
-"""Kernels for single elements: adding them to a weight, and their entries of a product of two matrices.
+"""Kernels for single elements: adding them to a weight, and entries of a product of two matrices.
 
-No entry is written twice, since indices are unique: there are no atomic operations, so results are the same from run
-to run. What the tuner may choose leaves the order of every sum as it is, so that two processes that choose otherwise
-get the same bits.
+Indices are unique, so there are no atomic operations and results are deterministic. The tuner's choices do not change
+the order of sums, so that processes with different choices get the same bits.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def add_elements_(weight: Tensor, indices: Tensor, values: Tensor, scale: float)
         )
 
 
-# The same number of warps: they lie along the positions in the same way, and sums keep their order.
+# the same number of warps, so that they are laid out alike along the positions and sums keep their order
 DOTS = [triton.Config({"BLOCK_K": entries}, num_warps=4) for entries in (16, 32, 64)]
 
 
@@ -74,17 +73,17 @@ def sampled_dots_kernel(
         mask = inside[:, None] & (position < n)[None, :]
         a = tl.load(left_row + position[None, :], mask=mask, other=0).to(tl.float32)
         b = tl.load(right_row + position[None, :], mask=mask, other=0).to(tl.float32)
-        total = tl.fma(a, b, total)  # said, as versions of Triton differ in whether they fuse by themselves
+        total = tl.fma(a, b, total)  # explicit, because versions of Triton differ in whether they fuse
     tl.store(result + entry, tl.sum(total, 1).to(result.dtype.element_ty), mask=inside)
 
 
 def sampled_dots(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-    """One dot product for each entry ``indices`` of ``g.mT @ x``: its cost grows with the number of entries."""
+    """The entries ``indices`` of ``g.mT @ x`` by one dot product each: the cost grows with their number."""
     count = indices.numel()
     result = x.new_empty(count)
     if count == 0:
         return result
-    left, right = g.mT.contiguous(), x.mT.contiguous()  # the positions of a feature next to each other
+    left, right = g.mT.contiguous(), x.mT.contiguous()  # the positions of a feature are adjacent
     with torch.cuda.device_of(x):
         sampled_dots_kernel[lambda meta: (triton.cdiv(count, meta["BLOCK_K"]),)](
             left, right, indices.contiguous(), result, len(x), count, x.shape[1], BLOCK_N=_DOT_POSITIONS
@@ -100,7 +99,7 @@ def sampled_tiles_kernel(
 ):  # fmt: skip
     """Entries of ``g.mT @ x``, picked from each tile of the product while it is in registers.
 
-    ``starts[row * tiles + tile]`` counts the indices before the tile's first column in that row.
+    ``starts[row * tiles + tile]`` is the number of indices before the tile's first column in that row.
     """
     tiles = tl.cdiv(width, BLOCK_COLUMNS)
     tile = tl.program_id(1)

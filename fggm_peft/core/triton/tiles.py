@@ -1,4 +1,4 @@
-"""Tiles of a product on tensor cores, and the product of gathered columns that is made of them."""
+"""Tiles of a product on tensor cores, and the product of gathered columns that consists of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Every choice takes the positions in the same steps, and at least 64 rows, below which Hopper has another instruction.
-# The first fits into 64 KiB of shared memory in float32 too.
+# Every choice takes the positions in the same steps, and at least 64 rows: Hopper uses another instruction below that.
+# The first fits into 64 KiB of shared memory, also in float32.
 TILES = [
     triton.Config({"BLOCK_ROWS": rows, "BLOCK_N": 64}, num_warps=warps, num_stages=stages)
     for rows, warps, stages in ((64, 4, 2), (64, 4, 3), (128, 8, 3), (128, 8, 4))
@@ -19,7 +19,7 @@ TILE_COLUMNS = 128
 
 
 def configs(choices: list[triton.Config]) -> list[triton.Config]:
-    """What the tuner tries: the interpreter has no device to take times on."""
+    """The choices that the tuner tries; the interpreter has no device to measure on."""
     return choices[:1] if os.environ.get("TRITON_INTERPRET") == "1" else choices
 
 
@@ -49,7 +49,7 @@ def gathered_product_kernel(
     chosen, other, indices, result, n, count, width, chosen_n, chosen_unit, other_n, other_unit, result_k, result_unit,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``chosen[:, indices].mT @ other``; the chosen columns are read where they are."""
+    """``chosen[:, indices].mT @ other``, without a copy of the selected columns."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_rows, in_columns = entry < count, column < width
@@ -61,11 +61,7 @@ def gathered_product_kernel(
 
 
 def gathered_product_(result: Tensor, chosen: Tensor, other: Tensor, indices: Tensor) -> None:
-    """``result[...] = chosen[:, indices].mT @ other`` for ``chosen`` ``[n, units]``, ``other`` ``[n, width]``.
-
-    Args:
-        result: ``[k, width]`` of any strides: the transpose of a matrix is written as well.
-    """
+    """``result[...] = chosen[:, indices].mT @ other``, for ``result`` ``[k, width]`` of any strides."""
     count, width = result.shape
     if count == 0 or width == 0:
         return
