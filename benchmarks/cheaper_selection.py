@@ -72,29 +72,29 @@ def offline_scores(base, data: list[dict]) -> dict[str, dict[str, Tensor]]:
     """Variant -> module -> scores ``[2, units]``; the hooks of all variants share one pass."""
     model = both_granularities(base)
     likelihood = default_log_likelihood(base, None)
-    found: dict[str, CallRecorder] = {}
+    recorders: dict[str, CallRecorder] = {}
     with ExitStack() as stack:
         for adapter, granularity in ADAPTERS.items():
             targets = find_targets(model, adapter)
             for size in (None, *SIZES):
                 sketch = None if size is None else Sketch(size, seed=0)
                 name = f"{granularity}s, " + ("exact" if size is None else f"sketch {size}")
-                found[name] = CallRecorder(RunningSums(targets), sketch)
-                stack.enter_context(LayerHooks(targets, found[name]))
+                recorders[name] = CallRecorder(RunningSums(targets), sketch)
+                stack.enter_context(LayerHooks(targets, recorders[name]))
         first = 0
         model.eval()
         for number, batch in enumerate(data):
             half = (torch.arange(len(batch["labels"])) + first) % 2
-            for recorder in found.values():
+            for recorder in recorders.values():
                 recorder.open(Batch(half, batch["attention_mask"] == 0, first))
             likelihood(base, batch).sum().backward()
-            for recorder in found.values():
+            for recorder in recorders.values():
                 recorder.finish(number)
             first += len(half)
     model.unload()
     return {
         name: {module: sums["fisher"] for module, sums in recorder.sums.tensors.items()}
-        for name, recorder in found.items()
+        for name, recorder in recorders.items()
     }
 
 
@@ -110,11 +110,11 @@ def jaccard(a: Scores, b: Scores, density: float) -> float:
 
 def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
     scores = offline_scores(base, data)
-    total = {name: {module: halves.sum(0) for module, halves in found.items()} for name, found in scores.items()}
+    total = {name: {module: halves.sum(0) for module, halves in sums.items()} for name, sums in scores.items()}
     table: dict[str, dict[str, float]] = {"chance": {}}
     for granularity in ADAPTERS.values():
         exact = f"{granularity}s, exact"
-        others = {name: found for name, found in total.items() if name.startswith(granularity) and name != exact}
+        others = {name: sums for name, sums in total.items() if name.startswith(granularity) and name != exact}
         even, odd = ({module: halves[half] for module, halves in scores[exact].items()} for half in (0, 1))
         for density in DENSITIES:
             column = f"Jaccard at {density:.0%}"
@@ -122,8 +122,8 @@ def overlaps(base, data: list[dict]) -> dict[str, dict[str, float]]:
             table.setdefault(f"{exact}, one half of the samples against the other", {})[column] = jaccard(
                 even, odd, density
             )
-            for name, found in others.items():
-                table.setdefault(name, {})[column] = jaccard(total[exact], found, density)
+            for name, sums in others.items():
+                table.setdefault(name, {})[column] = jaccard(total[exact], sums, density)
     return table
 
 
@@ -139,9 +139,9 @@ def costs(base, data: list[dict], repeats: int, sizes: tuple[int, ...]) -> dict[
             name = f"{granularity}s, " + (f"sketch {size}" if size else "exact")
             variants[name] = lambda f=fisher, g=group, size=size: run(f, g, size)
 
-    found = ratios(interleaved(variants, repeats), "frozen")
+    result = ratios(interleaved(variants, repeats), "frozen")
     model.unload()
-    return found
+    return result
 
 
 def main() -> None:

@@ -49,15 +49,15 @@ def load(model: str, kind: str) -> dict:
     return {path: target.layer for path, target in targets.items()}
 
 
-def compared(kept: Fingerprint, layers: dict) -> dict[str, float | int | bool]:
+def compared(stored: Fingerprint, layers: dict) -> dict[str, float | int | bool]:
     """Distance of the sampled entries, number of dense modules that differ, and the verdict."""
-    here = sketches_from(fingerprint(layers))
-    pairs = [(sketch, here[name]) for name, sketch in sketches_from(kept).items()]
+    loaded = sketches_from(fingerprint(layers))
+    pairs = [(sketch, loaded[name]) for name, sketch in sketches_from(stored).items()]
     pairs = [(a, b) for a, b in pairs if a.samples is not None and b.samples is not None]
     count = [min(len(a.samples), len(b.samples)) for a, b in pairs]  # the same positions, possibly fewer
     exact = sum(exact_difference(a, b) > 0 for a, b in pairs if not (a.quantized or b.quantized))
     start = time.perf_counter()
-    refused = base_difference(layers, kept) is not None
+    refused = base_difference(layers, stored) is not None
     return {
         "distance": relative_distance([(a.samples[:n], b.samples[:n]) for (a, b), n in zip(pairs, count, strict=True)]),
         "modules_that_differ": exact,
@@ -90,8 +90,8 @@ def merge_tasks(folder: Path, count: int) -> Callable[[nn.Module], None]:
 
 
 def siblings(folders: list[Path]) -> dict[str, Callable[[nn.Module], None]]:
-    found = {f"noise {by:g}": disturb(by) for by in NOISE}
-    found |= {
+    changes = {f"noise {by:g}": disturb(by) for by in NOISE}
+    changes |= {
         "noise 0.001 on 1 % of the elements": disturb(1e-3, 0.01),
         "noise 0.001 on 5 % of the rows": disturb(1e-3, 0.05, rows=True),
     }
@@ -99,8 +99,8 @@ def siblings(folders: list[Path]) -> dict[str, Callable[[nn.Module], None]]:
         run = folder.parent.name if folder.name == "tasks" else folder.name
         total = len(list(folder.iterdir()))
         for count in sorted({1, total}):
-            found[f"{count} of {total} tasks of {run}"] = merge_tasks(folder, count)
-    return found
+            changes[f"{count} of {total} tasks of {run}"] = merge_tasks(folder, count)
+    return changes
 
 
 def main() -> None:
@@ -112,17 +112,17 @@ def main() -> None:
     kinds = [*DENSE, *QUANTIZED]
     own = {kind: load(arguments.model, kind) for kind in kinds}
     start = time.perf_counter()
-    kept = {"float32": fingerprint(own["float32"])}
+    fingerprints = {"float32": fingerprint(own["float32"])}
     seconds = time.perf_counter() - start
-    kept |= {kind: fingerprint(own[kind]) for kind in kinds if kind != "float32"}
+    fingerprints |= {kind: fingerprint(own[kind]) for kind in kinds if kind != "float32"}
     results = {
         "fingerprint": {
             "seconds": seconds,
             "parameters": sum(o * i for o, i in (layer.weight_shape for layer in own["float32"].values())),
             "modules": len(own["float32"]),
-            "bytes": {kind: len(json.dumps(found)) for kind, found in kept.items()},
+            "bytes": {kind: len(json.dumps(stored)) for kind, stored in fingerprints.items()},
         },
-        "itself": {made: {kind: compared(kept[made], own[kind]) for kind in kinds} for made in kinds},
+        "itself": {source: {kind: compared(fingerprints[source], own[kind]) for kind in kinds} for source in kinds},
         "siblings": {},
     }
     del own
@@ -132,12 +132,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model
-            found = {
-                kind: compared(kept["float32"], load(folder, kind)) for kind in ("float32", "bfloat16", "int8", "nf4")
+            comparisons = {
+                kind: compared(fingerprints["float32"], load(folder, kind))
+                for kind in ("float32", "bfloat16", "int8", "nf4")
             }
-        results["siblings"][name] = found
+        results["siblings"][name] = comparisons
         verdicts = {
-            kind: ("refused" if entry["refused"] else "accepted", entry["distance"]) for kind, entry in found.items()
+            kind: ("refused" if entry["refused"] else "accepted", entry["distance"])
+            for kind, entry in comparisons.items()
         }
         print(name, verdicts, flush=True)
     print("written to", write("fingerprint", results))

@@ -73,15 +73,15 @@ def drift(model: PeftModel, before: list[Tensor]) -> dict[str, float]:
 def run(name: str, cycles: int, hidden: int) -> dict[str, Any]:
     model = adapted(name, hidden)
     before = [weight.clone() for weight in weights(model)]
-    found, seconds = {}, 0.0
+    drifts, seconds = {}, 0.0
     for cycle in tqdm(range(1, cycles + 1), desc=name, disable=None):
         start = time.perf_counter()
         model.merge_adapter()
         model.unmerge_adapter()
         seconds += time.perf_counter() - start
         if cycle in (1, 10, 100, 1000, cycles):
-            found[f"{cycle} cycles"] = drift(model, before)
-    return {**found, "seconds_per_cycle": seconds / cycles}
+            drifts[f"{cycle} cycles"] = drift(model, before)
+    return {**drifts, "seconds_per_cycle": seconds / cycles}
 
 
 def main() -> None:

@@ -32,11 +32,11 @@ def count(suite: str, method: str, granularity: str = "row") -> dict[str, Any]:
     """The numbers of passed, skipped and failed tests, and the names of those that failed."""
     result = peft_suite.run(method, "-rfE", suite=suite, granularity=granularity)
     last = result.stdout.strip().splitlines()[-1]
-    found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|failed|errors?)", last)}
-    if not found.get("passed"):
+    numbers = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|failed|errors?)", last)}
+    if not numbers.get("passed"):
         raise RuntimeError(f"{suite} did not run for {method}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
-    counts: dict[str, Any] = {outcome: found.get(outcome, 0) for outcome in OUTCOMES}
-    counts["failed"] += found.get("error", 0) + found.get("errors", 0)
+    counts: dict[str, Any] = {outcome: numbers.get(outcome, 0) for outcome in OUTCOMES}
+    counts["failed"] += numbers.get("error", 0) + numbers.get("errors", 0)
     counts["which failed"] = re.findall(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - |$)", result.stdout, re.MULTILINE)
     return counts
 

@@ -66,14 +66,14 @@ def rows_of(results: Results) -> set[tuple[str, str]]:
 
 def compare(old: Results, new: Results, tolerance: float = 0.05, size_tolerance: float = 0.02) -> tuple[int, list[str]]:
     """Exit status and lines to print."""
-    found = list(changes(old, new, tolerance, size_tolerance))
-    if not found:
+    ratios = list(changes(old, new, tolerance, size_tolerance))
+    if not ratios:
         return 2, ["the files have no ratio in common"]
-    worse = sorted((change for change in found if change.is_worse), key=lambda change: -change.growth)
+    worse = sorted((change for change in ratios if change.is_worse), key=lambda change: -change.growth)
     lines = [f"worse: {change}" for change in worse]
     lines += [f"not measured any more: {where}: {method}" for where, method in sorted(rows_of(old) - rows_of(new))]
     lines += [f"new: {where}: {method}" for where, method in sorted(rows_of(new) - rows_of(old))]
-    lines.append(f"{len(found)} ratios compared, {len(worse)} worse")
+    lines.append(f"{len(ratios)} ratios compared, {len(worse)} worse")
     return (1 if worse else 0), lines
 
 

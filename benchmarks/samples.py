@@ -82,12 +82,12 @@ class RowsAndColumns(Rows):
         scores.index_add_(0, half, both.to(scores.dtype))
 
 
-def units_of(case: Case, layer: FGGMLayer, gathered: Tensor) -> Tensor | None:
+def units_of(case: Case, layer: FGGMLayer, statistics: Tensor) -> Tensor | None:
     """Rows, columns or elements from the statistics of a layer; None if its elements were not collected."""
     outputs, inputs = layer.weight_shape
-    if len(gathered) == outputs * inputs:
-        return case.kind.reduce(gathered.view(outputs, inputs))
-    return {"row": gathered[:outputs], "column": gathered[outputs:]}.get(case.granularity)
+    if len(statistics) == outputs * inputs:
+        return case.kind.reduce(statistics.view(outputs, inputs))
+    return {"row": statistics[:outputs], "column": statistics[outputs:]}.get(case.granularity)
 
 
 def scored(case: Case, layer: FGGMLayer, task: Tensor, reference: Tensor | None) -> Tensor:
@@ -184,13 +184,13 @@ def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) 
 def stops(halves: Mapping[int, float | None]) -> dict[str, Any]:
     """Samples needed for several agreements (None: more than there are), and where ``"auto"`` stops."""
 
-    def first(wanted: float, least: int = 0) -> int | None:
-        enough = [n for n, agreement in halves.items() if n >= least and agreement is not None and agreement >= wanted]
+    def first(target: float, least: int = 0) -> int | None:
+        enough = [n for n, agreement in halves.items() if n >= least and agreement is not None and agreement >= target]
         return min(enough, default=None)
 
     most = max(n for n in halves if n <= MAX_SAMPLES)
     return {
-        "samples_for": {str(wanted): first(wanted) for wanted in (0.7, 0.8, 0.9, 0.95)},
+        "samples_for": {str(target): first(target) for target in (0.7, 0.8, 0.9, 0.95)},
         "auto": first(SUFFICIENT_AGREEMENT, MIN_SAMPLES) or most,
     }
 
@@ -221,7 +221,7 @@ class Model:
         for name, layer in layers.items():
             if int(re.search(r"\.(\d+)\.", name)[1]) % EVERY:
                 layer.granularity["default"] = RowsAndColumns()
-        study = Study(layers, cases, lambda case, name, gathered: score(case, layers[name], name, gathered))
+        study = Study(layers, cases, lambda case, name, statistics: score(case, layers[name], name, statistics))
         data = DataPass(model, model.peft_config["default"], self.batches(examples), progress=True)
         with torch.autocast("cpu", torch.bfloat16):
             totals = data.run(find_targets(model, "default"), None, study.take, FIRST_CHECK, "Samples")
@@ -239,21 +239,21 @@ def measure_reference(model: Model, text: Path) -> tuple[dict[str, Tensor], dict
     """Fisher information of a general text by module, and the agreement of its column rankings."""
     paragraphs = [Example("", part.strip()) for part in text.read_text(encoding="utf-8").split("\n\n") if part.strip()]
 
-    def score(case: Case, layer: FGGMLayer, name: str, gathered: Tensor) -> Tensor:
-        harm = units_of(case, layer, gathered)
+    def score(case: Case, layer: FGGMLayer, name: str, statistics: Tensor) -> Tensor:
+        harm = units_of(case, layer, statistics)
         return scored(case, layer, torch.ones_like(harm), harm)  # as if all gains were equal
 
     study, totals = model.study(paragraphs, WEIGHED, score)
-    found = {"curves": list(study.curves(totals)), "counts": list(study.halves[WEIGHED[0]])}
-    return {name: totals.mean(name, "fisher").clone() for name in study.layers}, found
+    measured = {"curves": list(study.curves(totals)), "counts": list(study.halves[WEIGHED[0]])}
+    return {name: totals.mean(name, "fisher").clone() for name in study.layers}, measured
 
 
 def measure(model: Model, task: Path, limit: int, reference: Mapping[str, Tensor]) -> dict[str, Any]:
     """All curves of one task, and the time of its selections."""
     examples = load_examples(DataSource(str(task)), model.tokenizer, limit)
 
-    def score(case: Case, layer: FGGMLayer, name: str, gathered: Tensor) -> Tensor | None:
-        task = units_of(case, layer, gathered)
+    def score(case: Case, layer: FGGMLayer, name: str, statistics: Tensor) -> Tensor | None:
+        task = units_of(case, layer, statistics)
         return None if task is None else scored(case, layer, task, units_of(case, layer, reference[name]))
 
     start = time.perf_counter()
@@ -274,22 +274,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     names = {"row": "Fisher, rows", "column": "Fisher, columns", "element": "Fisher, elements"}
     tasks = results["tasks"]
     figure, axes = new_figure(0.3 + 4.2 * len(tasks), rows=2 * len(tasks))
-    for number, (task, found) in enumerate(tasks.items()):
+    for number, (task, measured) in enumerate(tasks.items()):
         curves = {
             names[c["granularity"]] if c["criterion"] == "fisher" else "gain per harm, columns": c
-            for c in found["curves"]
+            for c in measured["curves"]
             if c["density"] == 0.1
         }
         styles = looks(list(curves))
         above, below = axes[2 * number : 2 * number + 2]
-        lines(above, found["counts"], {name: curve["halves"] for name, curve in curves.items()}, styles)
+        lines(above, measured["counts"], {name: curve["halves"] for name, curve in curves.items()}, styles)
         above.axhline(SUFFICIENT_AGREEMENT, linestyle="--", label="enough")
         above.set(title=task, ylabel="agreement of halves", ylim=(0.35, 1.0))
         # the scores of a half: a selection from n samples is that of 2n in the figures
-        halves = [count // 2 for count in found["counts"][:-1]]
+        halves = [count // 2 for count in measured["counts"][:-1]]
         lines(below, halves, {name: curve["score_held"][:-1] for name, curve in curves.items()}, styles)
         below.set(xlabel="samples", ylabel="score found", ylim=(0.9, 1.0))
-        for panel, counts in ((above, found["counts"]), (below, halves)):
+        for panel, counts in ((above, measured["counts"]), (below, halves)):
             panel.set_xscale("log", base=2)
             panel.set_xticks(counts, [f"{count:,}" for count in counts])
             panel.minorticks_off()
@@ -305,15 +305,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=MAX_SAMPLES, help="maximum number of samples per task")
     arguments = parser.parse_args()
     model = Model(arguments.model)
-    reference, found = measure_reference(model, arguments.general)
-    results = {"model": Path(arguments.model).name, "reference": found, "tasks": {}}
+    reference, measured = measure_reference(model, arguments.general)
+    results = {"model": Path(arguments.model).name, "reference": measured, "tasks": {}}
     for task in arguments.tasks:
         results["tasks"][task.name] = measure(model, task, arguments.samples, reference)
-        for measured in ("halves", "independent", "score_held"):
+        for figure in ("halves", "independent", "score_held"):
             counts, curves = results["tasks"][task.name]["counts"], results["tasks"][task.name]["curves"]
             title = "{criterion}, {granularity}s, {density:.0%}"
-            rows = {title.format(**c): dict(zip(map(str, counts), c[measured], strict=True)) for c in curves}
-            show(f"{task.name}: {measured} by the number of samples", rows)
+            rows = {title.format(**c): dict(zip(map(str, counts), c[figure], strict=True)) for c in curves}
+            show(f"{task.name}: {figure} by the number of samples", rows)
     print("written to", write("samples", results))
     draw(results, Path(__file__).parent.parent / "docs" / "samples.png")
 

@@ -166,19 +166,19 @@ class Step:
 def fggm_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
     """FGGM with rows at ``DENSITY``, AdamW and values in float32."""
     config = FGGMConfig(density=DENSITY)
-    found = estimate(
+    measured = estimate(
         model, config, batch_size=size, sequence_length=length, checkpointing=checkpointing, make_batch=tokens
     )
-    standing = found.base_bytes + found.value_bytes + found.optimizer_bytes
-    gradients = found.peak_bytes - standing - found.activation_bytes
+    standing = measured.base_bytes + measured.value_bytes + measured.optimizer_bytes
+    gradients = measured.peak_bytes - standing - measured.activation_bytes
     return Step(
-        found.value_bytes,
+        measured.value_bytes,
         gradients,
-        found.optimizer_bytes,
-        found.activation_bytes,
-        found.adapter_bytes,
-        found.trainable_values,
-        found.selection_bytes - found.base_bytes - found.score_bytes,
+        measured.optimizer_bytes,
+        measured.activation_bytes,
+        measured.adapter_bytes,
+        measured.trainable_values,
+        measured.selection_bytes - measured.base_bytes - measured.score_bytes,
     )
 
 
@@ -187,22 +187,26 @@ def lora_step(model: nn.Module, values: int, size: int, length: int, checkpointi
     config = LoraConfig(r=equal_rank(model, values), target_modules=list(linears(model)))
     adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     try:
-        found = step_memory(adapted, tokens, size, length, checkpointing)
+        measured = step_memory(adapted, tokens, size, length, checkpointing)
         count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     finally:
         adapted.unload()
-    return Step(4 * count, found.gradients, 8 * count, found.activations, 4 * count, count, found.most_activations)
+    return Step(
+        4 * count, measured.gradients, 8 * count, measured.activations, 4 * count, count, measured.most_activations
+    )
 
 
 def full_step(model: nn.Module, size: int, length: int, checkpointing: bool) -> Step:
     """Full fine-tuning in mixed precision: bfloat16 weights and gradients, float32 master weights and states."""
     model.requires_grad_(True)
     try:
-        found = step_memory(model, tokens, size, length, checkpointing)
+        measured = step_memory(model, tokens, size, length, checkpointing)
     finally:
         model.requires_grad_(False)
     count = sum(p.numel() for p in model.parameters())
-    return Step(4 * count, found.gradients, 8 * count, found.activations, 2 * count, count, found.most_activations)
+    return Step(
+        4 * count, measured.gradients, 8 * count, measured.activations, 2 * count, count, measured.most_activations
+    )
 
 
 def tokens(size: int, length: int) -> dict[str, torch.Tensor]:
@@ -210,14 +214,14 @@ def tokens(size: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def largest_batch(room: float, known: Mapping[int, float]) -> int:
+def largest_batch(room: float, peaks: Mapping[int, float]) -> int:
     """The largest batch that fits. Memory at each moment of a step is linear in the batch size, so the peak is the
     maximum of lines: those through the known sizes 2 and 3, and 64 and 65."""
-    first, second, third, fourth = sorted(known)
+    first, second, third, fourth = sorted(peaks)
     fits = []
     for size, following in ((first, second), (third, fourth)):
-        slope = (known[following] - known[size]) / (following - size)
-        fits.append(math.floor(size + (room - known[size]) / slope) if slope else math.inf)
+        slope = (peaks[following] - peaks[size]) / (following - size)
+        fits.append(math.floor(size + (room - peaks[size]) / slope) if slope else math.inf)
     return max(0, min(fits))
 
 
@@ -277,53 +281,55 @@ def rows_of(header: list[str], rows: list[list[str]]) -> str:
 
 def parts_table(results: dict[str, Any]) -> str:
     rows = []
-    for name, found in results.items():
-        for kind, steps in found["steps"].items():
+    for name, measured in results.items():
+        for kind, steps in measured["steps"].items():
             for method, step in steps.items():
                 parts = [step[part] for part in ("values", "gradients", "optimizer", "activations")]
-                total = found["base"]["bf16"] + beside(step)
-                label = f"{method}, r = {found['rank']}" if method == "LoRA" else method
-                rows.append([name, kind, label, *map(gib, (found["base"]["bf16"], *parts, total))])
+                total = measured["base"]["bf16"] + beside(step)
+                label = f"{method}, r = {measured['rank']}" if method == "LoRA" else method
+                rows.append([name, kind, label, *map(gib, (measured["base"]["bf16"], *parts, total))])
     header = ["model", "activations", "method", "weights", "values", "gradients", "optimizer", "activations", "sum"]
     return rows_of(header, rows)
 
 
 def selection_table(results: dict[str, Any]) -> str:
     rows = []
-    for name, found in results.items():
-        for kind, steps in found["steps"].items():
-            peaks = [found["base"][p] + steps["FGGM"]["most_activations"] + found["scores"]["row"] for p in SHARES]
-            rows.append([name, kind, *map(gib, (*peaks, *found["scores"].values()))])
+    for name, measured in results.items():
+        for kind, steps in measured["steps"].items():
+            peaks = [
+                measured["base"][p] + steps["FGGM"]["most_activations"] + measured["scores"]["row"] for p in SHARES
+            ]
+            rows.append([name, kind, *map(gib, (*peaks, *measured["scores"].values()))])
     header = ["model", "activations", *(f"peak, {p} base" for p in SHARES)]
     return rows_of([*header, "scores of rows", "of columns", "of elements"], rows)
 
 
 def fits_table(results: dict[str, Any]) -> str:
     rows = []
-    for name, found in results.items():
+    for name, measured in results.items():
         for precision in SHARES:
             cells = []
-            for peaks in found["peaks"].values():
+            for peaks in measured["peaks"].values():
                 for device in DEVICES:
-                    room = device * GIB - CONTEXT - found["base"][precision]
+                    room = device * GIB - CONTEXT - measured["base"][precision]
                     cells.append(str(largest_batch(room, numbered(peaks)) or "–"))
-            rows.append([name, precision, gib(found["base"][precision]), *cells])
+            rows.append([name, precision, gib(measured["base"][precision]), *cells])
     heads = [f"{device} GiB{tail}" for tail in ("", ", checkpointing") for device in DEVICES]
     return rows_of(["model", "base", "weights", *heads], rows)
 
 
 def sharded_table(results: dict[str, Any]) -> str:
     """Permanent memory and gradients are sharded, so a device's peak is at its maximum of activations."""
-    found, rows = results["70 B"], []
-    step = found["steps"]["checkpointing"]["FGGM"]
-    standing = found["base"]["bf16"] + step["values"] + step["optimizer"] + 4 * step["count"]
-    sizes = numbered(found["activations"])
+    measured, rows = results["70 B"], []
+    step = measured["steps"]["checkpointing"]["FGGM"]
+    standing = measured["base"]["bf16"] + step["values"] + step["optimizer"] + 4 * step["count"]
+    sizes = numbered(measured["activations"])
     for devices in (2, 4, 8, 16):
-        known = {
-            size: shard_bytes(standing, found["block"], activations, devices) for size, activations in sizes.items()
+        peaks = {
+            size: shard_bytes(standing, measured["block"], activations, devices) for size, activations in sizes.items()
         }
-        cells = [str(largest_batch(device * GIB - CONTEXT, known) or "–") for device in DEVICES[1:]]
-        rows.append([str(devices), gib(standing / devices), gib(2 * found["block"]), *cells])
+        cells = [str(largest_batch(device * GIB - CONTEXT, peaks) or "–") for device in DEVICES[1:]]
+        rows.append([str(devices), gib(standing / devices), gib(2 * measured["block"]), *cells])
     return rows_of(["devices", "share of what stands", "two blocks", *(f"{d} GiB each" for d in DEVICES[1:])], rows)
 
 
@@ -333,16 +339,16 @@ def operations_table(results: dict[str, Any]) -> str:
         multiples = [training_multiple(method, DENSITY, checkpointing) for method in ("FGGM", "LoRA", "full")]
         name = "a training step" + (", checkpointing" if checkpointing else "")
         rows.append([name, *(f"{multiple:.2f}" for multiple in multiples)])
-    for name, found in results.items():
-        for length, multiple in found["selection_multiple"].items():
+    for name, measured in results.items():
+        for length, multiple in measured["selection_multiple"].items():
             rows.append([f"a selection pass of {name}, {length} tokens", f"{multiple:.2f}", "", ""])
     return rows_of(["", "FGGM", "LoRA", "full"], rows)
 
 
 def file_table(results: dict[str, Any]) -> str:
     rows = []
-    for name, found in results.items():
-        steps = found["steps"]["plain"]
+    for name, measured in results.items():
+        steps = measured["steps"]["plain"]
         values = steps["FGGM"]["count"]
         sizes = [steps["FGGM"]["file"], 2 * values, steps["LoRA"]["file"], steps["full"]["file"]]
         rows.append([name, f"{values:,}", *map(gib, sizes)])

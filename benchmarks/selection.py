@@ -122,10 +122,10 @@ def measure(model: PreTrainedModel, length: int, size: int, repeats: int) -> dic
     ours, others = selections(model, batch), peers(model)
     frozen = twin(model)
     calls = {"frozen": functools.partial(frozen_pass, frozen, batch), **ours}
-    found: dict[str, Scores] = {}
+    scores_of: dict[str, Scores] = {}
 
     def keep(name: str) -> None:
-        found[name] = others[name](batch)
+        scores_of[name] = others[name](batch)
 
     slow = {name: functools.partial(keep, name) for name in others}
     peaks = {name: peak_mib(call) for name, call in (calls | slow).items()}  # warms up, too
@@ -133,9 +133,9 @@ def measure(model: PreTrainedModel, length: int, size: int, repeats: int) -> dic
     floor_and_slow = {"frozen": calls["frozen"], **slow}
     together = ratios(interleaved(floor_and_slow, min(repeats, PEER_REPEATS), warm_up=0), "frozen")
     results |= {name: row for name, row in together.items() if name in slow}
-    exact = found[LOOP]
-    found["rows, exact"] = ours["rows, exact"].scores()
-    for name, scores in found.items():
+    exact = scores_of[LOOP]
+    scores_of["rows, exact"] = ours["rows, exact"].scores()
+    for name, scores in scores_of.items():
         results[name]["error"] = error(scores, exact)
     for name, peak in peaks.items():
         results[name]["peak_mib"] = peak

@@ -139,9 +139,9 @@ def learn(model: nn.Module, optimizer, text: Tensor, steps: int, schedule: Calla
 def bytes_a_value(optimizer, values: list[nn.Parameter]) -> float:
     """Bytes per value of values, gradients and optimizer state."""
     count = sum(value.numel() for value in values)
-    kept = [t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor)]
-    kept += optimizer.param_groups[0]["params"] if isinstance(optimizer, Float32Masters) else []
-    unique = {tensor.data_ptr(): tensor.nbytes for whole in kept for tensor in _parts(whole)}
+    tensors = [t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor)]
+    tensors += optimizer.param_groups[0]["params"] if isinstance(optimizer, Float32Masters) else []
+    unique = {tensor.data_ptr(): tensor.nbytes for whole in tensors for tensor in _parts(whole)}
     return 2 * values[0].element_size() + sum(unique.values()) / count
 
 

@@ -52,8 +52,8 @@ def over(method: str, peer: str, figure: str = "seconds", when: Callable[[dict],
 
     def find(table: dict[str, Any]) -> Iterator[float]:
         rows = table["rows"]
-        there = all(figure in rows.get(name, ()) for name in (method, peer))
-        if there and when(table.get("setting", {})):
+        is_measured = all(figure in rows.get(name, ()) for name in (method, peer))
+        if is_measured and when(table.get("setting", {})):
             yield rows[method][figure] / rows[peer][figure]
 
     return find
@@ -204,11 +204,11 @@ GOALS: tuple[Goal, ...] = (
 
 def verdicts(results: Results) -> list[Verdict]:
     """The verdict of each goal."""
-    found = []
+    all_verdicts = []
     for goal in GOALS:
         ratios = {}
         for key, table in results.items():
             if key.partition(": ")[0] == goal.table and (values := list(goal.find(table))):
                 ratios[key] = max(values)
-        found.append(Verdict(goal, ratios))
-    return found
+        all_verdicts.append(Verdict(goal, ratios))
+    return all_verdicts

@@ -22,9 +22,9 @@ FIGURES = {
 """Figures that a table shows -> their name and format."""
 
 
-def goals_table(found: list[Verdict]) -> str:
+def goals_table(members: list[Verdict]) -> str:
     lines = ["| measurement | against | goal | result | |", "|---|---|---:|---:|---|"]
-    for verdict in found:
+    for verdict in members:
         goal = verdict.goal
         mark = "not measured" if not verdict.ratios else "met" if verdict.met else "**missed**"
         lines.append(f"| {goal.what} | {goal.against} | ≤ {goal.limit:g}× | {_measured(verdict)} | {mark} |")
@@ -38,10 +38,10 @@ def _measured(verdict: Verdict) -> str:
     return f"{high:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} – {high:.2f}"
 
 
-def missed_text(found: list[Verdict]) -> str:
+def missed_text(members: list[Verdict]) -> str:
     """For each missed goal: the cases, the largest ratio, and the reason."""
     lines = []
-    for verdict in found:
+    for verdict in members:
         goal, missed = verdict.goal, {key: r for key, r in verdict.ratios.items() if r > verdict.goal.limit}
         if missed:
             worst = max(missed, key=missed.__getitem__)
@@ -104,13 +104,13 @@ def _brief(setting: dict[str, Any]) -> str:
 
 def page_text(contents: dict[str, Any], chart: str) -> str:
     """The text between the marks of the page."""
-    found = verdicts(contents["results"])
+    members = verdicts(contents["results"])
     return "\n\n".join(
         [
-            goals_table(found),
+            goals_table(members),
             "For several settings, the smallest and the largest ratio are shown. The largest ratio decides.",
             "### Missed goals",
-            missed_text(found),
+            missed_text(members),
             "## All ratios",
             f"![Time and peak memory of a training step]({chart})",
             f"Rows of the chart: parameters, base, density, tokens per sample. {machine_text(contents['machine'])}",
