@@ -241,9 +241,8 @@ def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
         raise ValueError(f"the adapter {name!r} is a {config.peft_type} adapter, not FGGM")
     modules = {}
     for path, target in find_targets(model, name).items():
-        bias = None if target.bias is None else _copied(target.bias)
-        indices, values = _copied(target.indices), _copied(target.values)
-        modules[path] = ModuleDelta(target.granularity, target.shape, indices, values, bias)
+        tensors = {part: _copied(tensor) for part, tensor in target.tensors.items()}
+        modules[path] = ModuleDelta(target.granularity, target.shape, **tensors)
     with as_trained(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedAdapterWarning)
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

@@ -77,6 +77,12 @@ class Target:
         return self.layer.adapter_parameters(self.adapter_name)
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The detached "indices", "values" and, if present, "bias"."""
+        bias = {} if self.bias is None else {"bias": self.bias.detach()}
+        return {"indices": self.indices, "values": self.values.detach(), **bias}
+
+    @property
     def is_selected(self) -> bool:
         """Whether the support is known."""
         return self.layer.selected[self.adapter_name]

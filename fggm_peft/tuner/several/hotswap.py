@@ -113,15 +113,10 @@ def pad(tensors: Mapping[str, Tensor], granularity: Granularity, size: int) -> d
 
 def _pad_(target: Target, size: int) -> None:
     """Pad a loaded support, and record the size for the adapters that will replace it."""
-    tensors = {"indices": target.indices, "values": target.values.detach()}
-    if target.bias is not None:
-        tensors["bias"] = target.bias.detach()
-    padded = pad({part: tensor.clone() for part, tensor in tensors.items()}, target.granularity, size)
+    padded = pad({part: tensor.clone() for part, tensor in target.tensors.items()}, target.granularity, size)
     target.layer.resize_(target.adapter_name, size)
-    target.indices.copy_(padded["indices"])
-    target.values.data.copy_(padded["values"])
-    if target.bias is not None:
-        target.bias.data.copy_(padded["bias"])
+    for part, tensor in target.tensors.items():
+        tensor.copy_(padded[part])
     target.layer.padded_sizes[target.adapter_name] = size
     target.layer.freeze_empty_()
 
@@ -155,8 +150,6 @@ def _complete_(state_dict: dict[str, Tensor], targets: Targets) -> None:
             "Load the adapter under another name instead."
         )
     for path in set(targets) - paths:
-        target, key = targets[path], f"{PREFIX}{path}{MARK}"
-        state_dict[f"{key}indices"] = target.indices.clone()
-        state_dict[f"{key}values"] = torch.zeros_like(target.values)
-        if target.bias is not None:
-            state_dict[f"{key}bias"] = torch.zeros_like(target.bias)
+        tensors = {part: torch.zeros_like(tensor) for part, tensor in targets[path].tensors.items()}
+        tensors["indices"] = targets[path].indices.clone()
+        state_dict |= {f"{PREFIX}{path}{MARK}{part}": tensor for part, tensor in tensors.items()}
