@@ -1,4 +1,4 @@
-"""``estimate``: every figure against what is really there."""
+"""``estimate``: every figure against the real sizes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sliding_window():
 
 
 def batch_of(size: int, length: int) -> dict[str, torch.Tensor]:
-    """One token of padding, as trainers' batches have it."""
+    """A batch with one token of padding, like the batches of a trainer."""
     tokens = torch.randint(1, 50, (size, length))
     mask = torch.ones_like(tokens)
     mask[-1, -1] = 0
@@ -56,12 +56,12 @@ def batch_of(size: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def step_peak(model: nn.Module, batch: dict) -> tuple[int, int]:
-    """What the second step allocates at its peak, by torch's profiler, and what AdamW keeps."""
+    """(peak memory of the second step by torch's profiler, size of AdamW's state), in bytes."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for _ in range(2):
         optimizer.zero_grad()
-        gc.collect()  # what is freed within, but was made before, would be subtracted
+        gc.collect()  # the profiler would subtract older tensors that are freed during the step
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model(**batch).loss.backward()
         optimizer.step()
@@ -74,7 +74,7 @@ def step_peak(model: nn.Module, batch: dict) -> tuple[int, int]:
 
 
 def standing(model: nn.Module) -> int:
-    """What the model takes: parameters, buffers and what bitsandbytes keeps beside them."""
+    """Size of parameters, buffers and bitsandbytes' quantization states."""
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         if (state := getattr(parameter, "quant_state", None)) is not None:
@@ -89,7 +89,7 @@ def standing(model: nn.Module) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("build", [long_llama, lambda: long_llama(layers=4, hidden_size=32)], ids=["wide", "deep"])
-def test_the_peak_of_a_step_is_what_the_profiler_sees(build, kind, checkpointing, size):
+def test_the_peak_of_a_step_agrees_with_the_profiler(build, kind, checkpointing, size):
     def base():
         return build() if kind == "dense" else quantized(build(), kind)
 
@@ -102,16 +102,16 @@ def test_the_peak_of_a_step_is_what_the_profiler_sees(build, kind, checkpointing
     peak, state = step_peak(model, batch_of(*size))
     assert found.optimizer_bytes == state
     assert found.base_bytes + found.value_bytes == standing(model)
-    # exact but for the random states that checkpointing keeps, 5056 bytes a layer, which no operator makes
+    # exact, except that no operator allocates the random states of checkpointing (5056 bytes per layer),
     unseen = 5056 * len(model.get_base_model().model.layers) if checkpointing else 0
-    # and for what a garbage collection within the step frees of before
+    # and that a garbage collection during the step may free older tensors
     difference = standing(model) + state + peak - found.peak_bytes
     assert -0.005 * found.peak_bytes <= difference <= unseen
 
 
 @pytest.mark.parametrize("granularity", ["row", "column", "element"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_granularity_and_a_selected_adapter_is_counted(granularity, dtype):
+def test_estimates_of_unselected_and_selected_adapters_agree_in_every_granularity(granularity, dtype):
     size = {"batch_size": 5, "sequence_length": 120}
     config = FGGMConfig(granularity=granularity, density=0.2)
     before = estimate(long_llama(dtype=dtype), config, **size)
@@ -120,7 +120,7 @@ def test_every_granularity_and_a_selected_adapter_is_counted(granularity, dtype)
     select_parameters(model, token_batches(), progress=False)
     after = estimate(model, **size)
     assert before == unselected
-    # of an adapter that has its columns, the supports are left alone, and a selection pass counted as a step
+    # estimating a selected adapter does not change its support; its selection pass is counted as a step
     assert after.selection_bytes <= before.selection_bytes
     assert before == replace(after, selection_bytes=before.selection_bytes)
     peak, state = step_peak(model, batch_of(5, 120))
@@ -138,7 +138,7 @@ def test_every_granularity_and_a_selected_adapter_is_counted(granularity, dtype)
     ],
 )
 @pytest.mark.parametrize("size", [(20, 30), (40, 30)], ids=str)
-def test_other_kinds_of_models_are_counted(build, targets, size):
+def test_other_model_types_can_be_estimated(build, targets, size):
     config = FGGMConfig(target_modules=targets, density=0.3)
     found = estimate(build(), config, batch_size=size[0], sequence_length=size[1])
     model = adapted(build(), target_modules=targets, density=0.3, criterion="random")
@@ -150,8 +150,8 @@ def test_other_kinds_of_models_are_counted(build, targets, size):
     assert found.peak_bytes == pytest.approx(standing(model) + state + peak, rel=0.02)
 
 
-def test_a_layer_that_sees_samples_and_not_positions_is_counted():
-    """BERT's pooler: with few samples it leaves its weight uncopied, whatever the length."""
+def test_a_layer_with_one_position_per_sample_is_estimated():
+    """BERT's pooler does not copy its weight for few samples, regardless of their length."""
     config = {"density": 0.6, "task_type": "SEQ_CLS"}
     wide = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256, "max_position_embeddings": 512}
 
@@ -165,7 +165,7 @@ def test_a_layer_that_sees_samples_and_not_positions_is_counted():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_without_weights_on_the_meta_device_costs_what_the_real_one_does(checkpointing):
+def test_a_model_on_the_meta_device_has_the_same_estimate(checkpointing):
     with torch.device("meta"):
         base = long_llama()
     before = trace(base)
@@ -175,7 +175,7 @@ def test_a_model_without_weights_on_the_meta_device_costs_what_the_real_one_does
     assert on_meta == estimate(long_llama(), FGGMConfig(density=0.3), **size)
 
 
-def test_a_model_of_ones_own_is_counted_with_batches_of_ones_own():
+def test_a_custom_model_is_estimated_with_custom_batches():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -203,13 +203,13 @@ def test_a_model_of_ones_own_is_counted_with_batches_of_ones_own():
         )
 
 
-# What is known without a step --------------------------------------------------------------------
+# Sizes of the adapter ----------------------------------------------------------------------------
 
 EXACT = [{"density": 0.3}, {"density": 0.01}, {"density_pattern": {"q_proj": 0.9}}, {"max_units": 3}, {"bias": "none"}]
 
 
 @pytest.mark.parametrize("config", EXACT, ids=str)
-def test_values_and_file_of_a_density_are_exact(config, granularity, tmp_path):
+def test_values_and_file_size_of_a_density_are_exact(config, granularity, tmp_path):
     if granularity == "element" and "max_units" in config:
         config = {"density": 0.5}
     found = estimate(llama(), FGGMConfig(granularity=granularity, **config), **SMALL)
@@ -224,7 +224,7 @@ def test_values_and_file_of_a_density_are_exact(config, granularity, tmp_path):
 
 
 def unencoded_bytes(model) -> int:
-    """The adapter's values and indices in memory."""
+    """Size of the adapter's values and indices in memory."""
     layers = fggm_layers(model, "default").values()
     return sum(
         t.nbytes for layer in layers for t in (*layer.adapter_parameters("default"), layer.fggm_indices["default"])
@@ -232,12 +232,12 @@ def unencoded_bytes(model) -> int:
 
 
 def data_bytes(path) -> int:
-    """A safetensors file without its header."""
+    """Size of a safetensors file without its header."""
     raw = path.read_bytes()
     return len(raw) - 8 - struct.unpack("<Q", raw[:8])[0]
 
 
-def test_modules_that_train_whole_and_bias_entries_are_counted(tmp_path):
+def test_modules_to_save_and_bias_entries_are_counted(tmp_path):
     options = {"density": 0.3, "bias": "fggm_only", "modules_to_save": ["classifier"]}
     found = estimate(bert(BERT_HEADS["sequence"]), FGGMConfig(task_type="SEQ_CLS", **options), **SMALL)
     model = adapted(bert(BERT_HEADS["sequence"]), task_type="SEQ_CLS", criterion="random", **options)
@@ -262,7 +262,7 @@ def test_modules_that_train_whole_and_bias_entries_are_counted(tmp_path):
     ],
     ids=str,
 )
-def test_what_depends_on_scores_is_bounded(config, granularity, tmp_path):
+def test_sizes_that_depend_on_scores_are_bounded(config, granularity, tmp_path):
     if granularity == "element":
         config = {name: value for name, value in config.items() if name != "max_units"}
     found = estimate(llama(), FGGMConfig(granularity=granularity, **config), **SMALL)
@@ -273,7 +273,7 @@ def test_what_depends_on_scores_is_bounded(config, granularity, tmp_path):
     model.save_pretrained(tmp_path)
     assert data_bytes(tmp_path / "adapter_model.safetensors") <= found.adapter_bytes
     if "threshold" not in config or config["threshold"].name != "score_mass":
-        assert found.trainable_values - found.least_values < 96  # a budget is known to a unit
+        assert found.trainable_values - found.least_values < 96  # a budget is exact up to one unit
         assert found.adapter_bytes <= 1.03 * unencoded_bytes(model) + 96 * 4
         assert found.depends_on_scores == (granularity != "element")
     else:
@@ -281,7 +281,7 @@ def test_what_depends_on_scores_is_bounded(config, granularity, tmp_path):
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_optimizer_state_is_what_the_optimizer_keeps(name):
+def test_the_size_of_the_optimizer_state_is_exact(name):
     found = estimate(llama(), FGGMConfig(density=0.3), optimizer=name, **SMALL)
     model = adapted(llama(), density=0.3, criterion="random")
     optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
@@ -289,23 +289,23 @@ def test_optimizer_state_is_what_the_optimizer_keeps(name):
     optimizer.step()
     tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     assert found.optimizer_bytes == sum(tensor.nbytes for tensor in tensors)
-    if name == "adamw":  # two numbers in float32 a value, and a step for each parameter
+    if name == "adamw":  # two float32 numbers per value, and a step count per parameter
         assert found.optimizer_bytes == 8 * found.trainable_values + 4 * 14
     found = estimate(llama(), FGGMConfig(), optimizer=lambda p: torch.optim.SGD(p, momentum=0.9), **SMALL)
     assert found.optimizer_bytes == 4 * found.trainable_values
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
-def test_running_scores_are_those_of_the_pass(criterion, granularity, monkeypatch):
-    known = CRITERIA[criterion]
-    if not known.supports(granularity_from(granularity)):
+def test_the_size_of_the_scores_agrees_with_the_pass(criterion, granularity, monkeypatch):
+    registered = CRITERIA[criterion]
+    if not registered.supports(granularity_from(granularity)):
         pytest.skip("the config refuses this granularity")
     config = FGGMConfig(criterion=criterion, granularity=granularity)
     found = estimate(llama(), config, **SMALL)
-    if known.reference:
+    if registered.reference:
         config.reference = "self"
         assert estimate(llama(), config, **SMALL) == found
-    if not known.needs_data:
+    if not registered.needs_data:
         assert found.score_bytes == 0
         return
     sums = []
@@ -316,7 +316,7 @@ def test_running_scores_are_those_of_the_pass(criterion, granularity, monkeypatc
         sums.append(sum(tensor.nbytes for module in self.tensors.values() for tensor in module.values()))
 
     monkeypatch.setattr(RunningSums, "__init__", counted)
-    reference = token_batches(seed=1) if known.reference else None
+    reference = token_batches(seed=1) if registered.reference else None
     model = adapted(llama(), granularity, criterion=criterion)
     select_parameters(model, token_batches(), None, reference=reference, progress=False)
     assert found.score_bytes == sum(sums)
@@ -332,14 +332,14 @@ def test_every_policy_can_be_estimated(name):
     assert found.depends_on_scores == (name != "top_density")
 
 
-def test_figures_print_and_convert():
+def test_an_estimate_converts_to_text_and_dict():
     found = estimate(llama(), FGGMConfig(budget="1%"), **SMALL)
     assert isinstance(found, CostEstimate) and json.loads(json.dumps(found.to_dict())) == found.to_dict()
     assert "at most 614 trainable values" in str(found) and "519 to 614" in str(found)
     assert "peak of a training step" in str(found)
 
 
-# No trace ----------------------------------------------------------------------------------------
+# No side effects ---------------------------------------------------------------------------------
 
 
 def trace(model):
@@ -356,7 +356,7 @@ def trace(model):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_base_model_is_left_as_it_was(checkpointing, fails):
+def test_a_base_model_is_not_changed(checkpointing, fails):
     base = llama()
     base.model.layers[0].train()
     base.lm_head.weight.requires_grad_(False)
@@ -377,7 +377,7 @@ def failing(batch_size, length):
     raise RuntimeError("out of batches")
 
 
-def test_an_adapter_is_left_as_it_was():
+def test_an_adapter_is_not_changed():
     model = adapted(llama())
     before = trace(model)
     estimate(model, **SMALL, checkpointing=True)
@@ -388,7 +388,7 @@ def test_an_adapter_is_left_as_it_was():
     torch.testing.assert_close(dict(fisher_scores(model, token_batches())), dict(expected))
 
 
-# What is refused ---------------------------------------------------------------------------------
+# Errors ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,11 +401,11 @@ def test_an_adapter_is_left_as_it_was():
         ({"config": None}, "get_peft_model"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         estimate(llama(), **{"config": FGGMConfig(), **SMALL, **arguments})
 
 
-def test_an_adapter_and_a_config_are_one_too_many():
+def test_an_adapter_together_with_a_config_is_rejected():
     with pytest.raises(ValueError, match="has an adapter already"):
         estimate(adapted(llama()), FGGMConfig(), **SMALL)

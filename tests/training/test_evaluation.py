@@ -1,8 +1,7 @@
-"""Training on a 4-bit base with evaluations in between, on a CPU for which bitsandbytes repacks weights in eval mode.
+"""Training with evaluations on a 4-bit base, on a CPU for which bitsandbytes repacks weights in eval mode.
 
-Repacked weights can be neither dequantized nor trained, and give wrong numbers in any form but one:
-tuner/bitsandbytes_guard.py. All layers here take the processor for one with that kernel, so that a missing guard
-shows on every machine.
+Repacked weights can be neither dequantized nor trained (see tuner/hosts/bitsandbytes.py). These tests pretend that the
+processor has the kernel that needs repacking, so that they detect a missing guard on every machine.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def repacking(monkeypatch):
 
 
 def base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return quantized(llama(dtype, intermediate_size=128), kind)  # repacking fails on widths such as 96
+    return quantized(llama(dtype, intermediate_size=128), kind)  # repacking fails for widths such as 96
 
 
 def is_repacked(layer: nn.Module) -> bool:
@@ -38,7 +37,7 @@ def is_repacked(layer: nn.Module) -> bool:
 
 
 def dense_loss(model: nn.Module, rows: list[dict]) -> float:
-    """The loss of a model that holds in dense weights what a quantized one and its delta stand for."""
+    """The loss of a dense model with the dequantized weights plus the delta."""
     dense = llama(intermediate_size=128).eval()
     for name, layer in fggm_layers(model, "default").items():
         weight = bitsandbytes.functional.dequantize_4bit(
@@ -50,14 +49,14 @@ def dense_loss(model: nn.Module, rows: list[dict]) -> float:
 
 
 def test_without_the_guard_bitsandbytes_would_repack():
-    """Or nothing here would show anything."""
+    """Otherwise the tests below would pass without the guard."""
     model = base("nf4")
     logits(model, token_batches()[0])
     assert is_repacked(model.model.layers[0].mlp.up_proj)
 
 
 class Generates(TrainerCallback):
-    """Writes a few tokens at every evaluation."""
+    """Generates a few tokens at every evaluation."""
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         prompt = torch.tensor([row["input_ids"][:4] for row in examples(2)])
@@ -66,7 +65,7 @@ class Generates(TrainerCallback):
 
 
 @KINDS
-def test_evaluating_and_generating_between_steps_changes_no_step(kind, tmp_path):
+def test_evaluation_and_generation_between_steps_do_not_change_training(kind, tmp_path):
     held_out = examples(8, seed=1)
     plain = make_trainer(adapted(base(kind)), tmp_path / "plain")
     plain.train()
@@ -82,7 +81,7 @@ def test_evaluating_and_generating_between_steps_changes_no_step(kind, tmp_path)
 
 
 @KINDS
-def test_the_evaluation_loss_is_that_of_the_dense_model(kind, tmp_path):
+def test_the_evaluation_loss_agrees_with_the_dense_model(kind, tmp_path):
     held_out = examples(8, seed=1)
     trainer = make_trainer(adapted(base(kind)), tmp_path, eval_dataset=held_out)
     before = trainer.evaluate()["eval_loss"]
@@ -94,7 +93,7 @@ def test_the_evaluation_loss_is_that_of_the_dense_model(kind, tmp_path):
 
 
 @KINDS
-def test_a_base_that_was_evaluated_before_it_was_wrapped_trains_on_nearly_the_same_weights(kind, tmp_path):
+def test_a_base_evaluated_before_adding_the_adapter_trains_on_nearly_the_same_weights(kind, tmp_path):
     held_out = examples(8, seed=1)
     evaluated = base(kind)
     logits(evaluated, token_batches()[0])
@@ -110,7 +109,7 @@ def test_a_base_that_was_evaluated_before_it_was_wrapped_trains_on_nearly_the_sa
     assert trainer.evaluate()["eval_loss"] == pytest.approx(dense_loss(model, held_out), rel=1e-5)
 
 
-def test_the_guard_holds_for_a_second_task_after_a_merge():
+def test_the_guard_works_for_a_second_task_after_a_merge():
     batches = token_batches(padding="right")
     model = adapted(base("nf4"), quantized_merge="requantize")
     select_parameters(model, batches, progress=False)
@@ -121,8 +120,8 @@ def test_the_guard_holds_for_a_second_task_after_a_merge():
     second = adapted(merged)
     torch.testing.assert_close(logits(second, batches[0]), expected)
     select_parameters(second, batches, progress=False)
-    found = train(second, batches[:1], steps=4)
-    assert found[-1] < found[0]
+    second_losses = train(second, batches[:1], steps=4)
+    assert second_losses[-1] < second_losses[0]
 
 
 # TRL --------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def sft_trainer(folder: Path, trainer_class: type, **settings):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     model = quantized(text_model(intermediate_size=128), "nf4 double")
-    model.is_loaded_in_4bit = True  # what TRL asks for
+    model.is_loaded_in_4bit = True  # TRL reads this attribute
     rows = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(24)]
     options = {
         "max_steps": 4,
@@ -154,13 +153,13 @@ def dtypes(model: nn.Module) -> set[torch.dtype]:
     return {tensor.dtype for name, tensor in delta(model).items() if name.endswith("values")}
 
 
-def test_values_on_a_quantized_base_stay_float32_in_trl_and_resume_to_the_bit(tmp_path):
+def test_values_on_a_quantized_base_stay_float32_in_trl_and_resume_bit_exactly(tmp_path):
     trl = pytest.importorskip("trl")
 
     class SFTTrainer(FGGMTrainerMixin, trl.SFTTrainer):
         pass
 
-    assert dtypes(sft_trainer(tmp_path, trl.SFTTrainer).model) == {torch.bfloat16}  # what the mixin undoes
+    assert dtypes(sft_trainer(tmp_path, trl.SFTTrainer).model) == {torch.bfloat16}  # the mixin reverts this
     whole = sft_trainer(tmp_path / "whole", SFTTrainer)
     assert dtypes(whole.model) == {torch.float32}
     whole.train()

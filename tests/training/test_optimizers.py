@@ -1,4 +1,4 @@
-"""The dtype that values are trained in, and optimizers with 8-bit states or stochastic rounding on them."""
+"""The training dtype of values, and optimizers with 8-bit states or stochastic rounding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trained_values(model) -> list[torch.Tensor]:
 
 @pytest.fixture
 def eager():
-    """torchao compiles a kernel for every shape, which takes a test minutes."""
+    """Disable compilation: torchao compiles a kernel for every shape, which takes minutes."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -39,7 +39,7 @@ def eager():
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("base", list(BASES))
-def test_the_config_says_what_values_are_trained_in(base, dtype, autocast, granularity):
+def test_training_dtype_sets_the_dtype_of_values_and_gradients(base, dtype, autocast, granularity):
     config = FGGMConfig(granularity=granularity, density=0.3, training_dtype=dtype)
     model = get_peft_model(BASES[base](), config, autocast_adapter_dtype=autocast)
     optimizer = torch.optim.AdamW(trained_values(model), lr=1e-2)
@@ -56,14 +56,14 @@ def test_the_config_says_what_values_are_trained_in(base, dtype, autocast, granu
     assert losses[-1] < losses[0]
 
 
-def test_it_is_so_for_bias_entries_and_an_injected_adapter():
+def test_training_dtype_applies_to_bias_entries_and_injected_adapters():
     options = {"criterion": "random", "training_dtype": "bfloat16"}
     model = get_peft_model(llama(attention_bias=True), FGGMConfig(bias="fggm_only", **options))
     assert value_dtypes(model) == {torch.bfloat16}
     assert value_dtypes(inject_adapter_in_model(FGGMConfig(**options), llama())) == {torch.bfloat16}
 
 
-def test_bfloat16_values_come_back_from_a_file_and_train_on(tmp_path, granularity):
+def test_loaded_bfloat16_values_stay_bfloat16_and_train(tmp_path, granularity):
     model = adapted(llama(), granularity, criterion="random", density=0.2, training_dtype="bfloat16")
     train(model, token_batches())
     model.save_pretrained(tmp_path)
@@ -74,29 +74,29 @@ def test_bfloat16_values_come_back_from_a_file_and_train_on(tmp_path, granularit
     train(loaded, token_batches())
 
 
-def test_the_dry_run_counts_half_of_values_gradients_and_states():
+def test_the_estimate_halves_gradients_and_states_for_bfloat16():
     size = {"batch_size": 2, "sequence_length": 8}
     wide, narrow = (estimate(llama(), FGGMConfig(training_dtype=dtype), **size) for dtype in ("float32", "bfloat16"))
     assert narrow.gradient_bytes == 2 * narrow.trainable_values == wide.gradient_bytes / 2
     assert narrow.optimizer_bytes == 4 * narrow.trainable_values + 4 * 14
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
-def test_a_trainer_widens_what_trl_has_rounded_unless_it_was_asked_for(dtype, kept):
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_trainer_restores_float32_values_unless_bfloat16_is_configured(dtype, expected):
     model = get_peft_model(quantized(llama(), "nf4"), FGGMConfig(criterion="random", training_dtype=dtype))
     for values in trained_values(model):
         values.data = values.data.to(torch.bfloat16)  # as TRL does
     restore_float32_(model)
-    assert value_dtypes(model) == {kept}
+    assert value_dtypes(model) == {expected}
 
 
-def test_another_dtype_is_refused():
+def test_another_dtype_is_rejected():
     with pytest.raises(ValueError, match=r"training_dtype must be .*float16"):
         FGGMConfig(training_dtype="float16")
 
 
-def test_bfloat16_adds_nothing_to_a_value_that_is_some_hundred_steps_long():
-    """What the page on training and the docstring of ``restore_float32_`` say of rounding to nearest."""
+def test_bfloat16_stops_adding_steps_to_a_value_of_a_few_hundred_steps():
+    """Rounding to nearest, as documented on the page on training and in ``restore_float32_``."""
     for step in (1e-5, 3e-4, 1e-3):
         value = torch.zeros(1, dtype=torch.bfloat16)
         for _ in range(1000):
@@ -108,12 +108,12 @@ def test_bfloat16_adds_nothing_to_a_value_that_is_some_hundred_steps_long():
 
 
 def wide_model(**config):
-    """Values of some modules are 4096 or more, of others fewer."""
+    """A model with modules of at least 4096 values and modules of fewer values."""
     return adapted(llama(hidden_size=128, intermediate_size=256), density=0.3, **config)
 
 
 def eight_bit_against_adamw(device: str, **config) -> None:
-    """The same steps, with parameters of an empty support that get their sizes after the optimizer was made."""
+    """Compare steps of both optimizers, which are created before the selection sets the sizes of the parameters."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in token_batches()]
     moved, sizes = [], set()
@@ -138,19 +138,19 @@ def eight_bit_against_adamw(device: str, **config) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_8_bit_adam_steps_as_adamw_and_keeps_bytes_for_large_values(dtype):
+def test_8_bit_adam_steps_like_adamw_with_8_bit_states_for_large_values(dtype):
     eight_bit_against_adamw("cpu", training_dtype=dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_8_bit_adam_steps_as_adamw_on_a_gpu(dtype):
+def test_8_bit_adam_steps_like_adamw_on_a_gpu(dtype):
     eight_bit_against_adamw("cuda", training_dtype=dtype)
 
 
-def test_a_selection_after_a_step_needs_a_new_8_bit_optimizer():
-    """Its states have the old sizes, as AdamW's have; bitsandbytes says so in its own words."""
+def test_a_selection_after_a_step_requires_a_new_optimizer():
+    """The optimizer's states have the old sizes, as with AdamW; bitsandbytes raises its own error."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     for make in (torch.optim.AdamW, bitsandbytes.optim.AdamW8bit):
         model = wide_model(criterion="random")
@@ -164,7 +164,7 @@ def test_a_selection_after_a_step_needs_a_new_8_bit_optimizer():
             optimizer.step()
 
 
-def test_the_trainer_takes_8_bit_adam_by_its_name(tmp_path):
+def test_the_trainer_accepts_8_bit_adam_by_name(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     trainer = trainer_with(tmp_path, "adamw_bnb_8bit")
     assert isinstance(trainer.optimizer.optimizer, bitsandbytes.optim.AdamW)
@@ -195,7 +195,7 @@ def trainer_with(folder, optimizer: str, options: str | None = None, **config) -
 
 
 def movement_kept(optimizer: type, stochastic: bool) -> float:
-    """Of 1000 equal steps of 1e-3 from zero."""
+    """Share of the distance that remains after 1000 equal steps of 1e-3 from zero."""
     torch.manual_seed(0)
     values = torch.nn.Parameter(torch.zeros(16, 512, dtype=torch.bfloat16))
     stepper = optimizer([values], lr=1e-3, weight_decay=0.0, bf16_stochastic_round=stochastic)
@@ -205,15 +205,15 @@ def movement_kept(optimizer: type, stochastic: bool) -> float:
     return float(values.detach().float().mean()) / -1.0
 
 
-def test_stochastic_rounding_keeps_the_movement_that_nearest_rounding_loses(eager):
+def test_stochastic_rounding_keeps_the_steps_that_rounding_to_nearest_loses(eager):
     optim = pytest.importorskip("torchao.optim")
     assert movement_kept(optim.AdamW8bit, stochastic=False) < 0.55
     assert movement_kept(optim.AdamW8bit, stochastic=True) == pytest.approx(1, abs=0.01)
-    # second moments in bfloat16 cannot grow by thousandths of themselves, and steps are too long
+    # bfloat16 second moments cannot grow by a thousandth of their value, so steps are too large
     assert movement_kept(optim._AdamW, stochastic=True) == pytest.approx(1.23, abs=0.02)
 
 
-def test_torchaos_optimizer_trains_values_that_get_their_size_after_it_was_made(eager):
+def test_torchaos_optimizer_can_be_created_before_the_selection(eager):
     optim = pytest.importorskip("torchao.optim")
     model = wide_model(training_dtype="bfloat16")
     optimizer = optim.AdamW8bit(trained_values(model), lr=1e-3, bf16_stochastic_round=True)
@@ -228,7 +228,7 @@ def test_torchaos_optimizer_trains_values_that_get_their_size_after_it_was_made(
         assert values.dtype == torch.bfloat16 and values.any()
 
 
-def test_the_trainer_takes_torchaos_optimizer_by_its_name(tmp_path, eager):
+def test_the_trainer_accepts_torchaos_optimizer_by_name(tmp_path, eager):
     optim = pytest.importorskip("torchao.optim")
     trainer = trainer_with(tmp_path, "adamw_torch_8bit", "bf16_stochastic_round=True", training_dtype="bfloat16")
     assert isinstance(trainer.optimizer.optimizer, optim.AdamW8bit)

@@ -31,7 +31,7 @@ class GRPOTrainer(FGGMTrainerMixin, trl.GRPOTrainer):
 
 
 def rows(**columns) -> datasets.Dataset:
-    """24 sums; each column is a function of the number."""
+    """24 sums; each column is computed from the number."""
     return datasets.Dataset.from_list(
         [{"prompt": f"{n} plus one is", **{name: column(n) for name, column in columns.items()}} for n in range(24)]
     )
@@ -75,7 +75,7 @@ def sft(folder, model=None, adapter=None, **options) -> SFTTrainer:
     return trainer
 
 
-def test_sft_selects_on_its_own_data_and_logs_what_it_found(tmp_path):
+def test_sft_selects_on_its_training_data_and_logs_the_report(tmp_path):
     trainer = sft(tmp_path, gradient_checkpointing=False)
     first = trainer.state.log_history[0]
     report = trainer.selection_report
@@ -100,9 +100,9 @@ PACKED = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", PACKED)
-def test_sft_with_sequences_in_one_row(kind, tmp_path):
+def test_sft_with_several_sequences_in_one_row(kind, tmp_path):
     trainer = sft(tmp_path, adapter=config(num_samples=None), **PACKED[kind])
-    if kind == "wrapped":  # a row of it is a piece of running text, and so one sample
+    if kind == "wrapped":  # a wrapped row is a piece of continuous text, which counts as one sample
         assert 0 < trainer.selection_report.samples < 24
         return
     apart = sft(tmp_path, adapter=config(num_samples=None))
@@ -111,7 +111,7 @@ def test_sft_with_sequences_in_one_row(kind, tmp_path):
         assert torch.equal(indices, supports(apart.model)[name]), name
 
 
-def test_packed_rows_come_apart_into_their_sequences():
+def test_packed_rows_are_split_into_their_sequences():
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 11, 0], [12, 13, 14, 15, 16, 17, 0, 0]]),
         "labels": torch.tensor([[-100, 6, 7, -100, 9, -100, 11, -100], [-100, 13, 14, 15, 16, 17, -100, -100]]),
@@ -124,10 +124,10 @@ def test_packed_rows_come_apart_into_their_sequences():
     assert [row[:length].tolist() for row, length in zip(apart["input_ids"], lengths, strict=True)] == expected
     assert apart["labels"][1].tolist() == [-100, 9, -100, -100, -100, -100]
     whole = {key: value[1:] for key, value in batch.items()}
-    assert selection_batch(whole) is whole  # one sequence a row stays as it is
+    assert selection_batch(whole) is whole  # rows with one sequence are not changed
 
 
-def test_dpo_takes_the_base_as_its_reference(tmp_path):
+def test_dpo_uses_the_base_as_its_reference(tmp_path):
     trainer = DPOTrainer(
         model=text_model(),
         args=arguments(trl.DPOConfig, tmp_path),
@@ -137,7 +137,7 @@ def test_dpo_takes_the_base_as_its_reference(tmp_path):
     )
     trainer.train()
     assert trainer.selection_report.samples == 16
-    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)  # policy and reference start as one
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)  # policy and reference start equal
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
@@ -151,7 +151,7 @@ def trained_adapter() -> torch.nn.Module:
     return model
 
 
-def test_dpo_of_a_trained_adapter_takes_that_adapter_as_its_reference(tmp_path):
+def test_dpo_of_a_trained_adapter_uses_that_adapter_as_its_reference(tmp_path):
     trainer = DPOTrainer(
         model=trained_adapter(),
         args=arguments(trl.DPOConfig, tmp_path),
@@ -159,15 +159,15 @@ def test_dpo_of_a_trained_adapter_takes_that_adapter_as_its_reference(tmp_path):
         processing_class=byte_tokenizer(),
     )
     trainer.train()
-    assert trainer.selection_report is None  # it was selected before
+    assert trainer.selection_report is None  # the adapter was already selected
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)
     layer = next(iter(fggm_layers(trainer.model, "ref").values()))
     assert torch.equal(layer.fggm_indices["ref"], layer.fggm_indices["default"])
-    assert not torch.equal(layer.fggm_values["ref"], layer.fggm_values["default"])  # one was trained
+    assert not torch.equal(layer.fggm_values["ref"], layer.fggm_values["default"])  # only "default" was trained
     assert not layer.fggm_values["ref"].requires_grad
 
 
-def test_grpo_selects_on_answers_of_the_model(tmp_path, monkeypatch):
+def test_grpo_selects_on_generated_answers(tmp_path, monkeypatch):
     trainer = GRPOTrainer(
         model=text_model(),
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
@@ -183,20 +183,20 @@ def test_grpo_selects_on_answers_of_the_model(tmp_path, monkeypatch):
     )
     trainer.train()
     assert trainer.selection_report.samples == 24
-    assert sorted(asked) == sorted(rows()["prompt"])  # each once, though TRL repeats them for its groups
+    assert sorted(asked) == sorted(rows()["prompt"])  # each prompt once, although TRL repeats prompts for its groups
     logs = [log for log in trainer.state.log_history if "kl" in log]
     assert logs[0]["kl"] == pytest.approx(0, abs=1e-6) and logs[-1]["kl"] > 0
 
 
-def test_prompts_without_answers_need_a_model_that_writes_them():
+def test_prompts_without_answers_require_the_mixin():
     with pytest.raises(ValueError, match=r"prompts without answers; use FGGMTrainerMixin"):
         selection_batch([{"prompt": "1 plus one is"}])
 
 
-def test_answers_of_the_model_end_at_their_first_end_of_sequence():
+def test_generated_answers_end_at_the_first_end_of_sequence_token():
     tokenizer, model = byte_tokenizer(), text_model()
     with torch.no_grad():
-        model.lm_head.weight[1] *= 60  # the end is likely
+        model.lm_head.weight[1] *= 60  # makes the end-of-sequence token likely
     trainer = SimpleNamespace(model=model, processing_class=tokenizer)
     batch = with_answers(trainer, ["a", "bcd"])
     assert batch["input_ids"][0, :3].tolist()[:2] == [0, 0]  # padding on the left
@@ -211,7 +211,7 @@ def test_answers_of_the_model_end_at_their_first_end_of_sequence():
         assert mask[width:].bool().tolist() == answer.tolist()
 
 
-def test_answers_are_drawn_by_the_trainers_settings_and_end_at_any_of_its_ends():
+def test_generated_answers_use_the_trainers_generation_config():
     model, tokenizer = text_model(), byte_tokenizer()
     settings = GenerationConfig(max_new_tokens=12, eos_token_id=[1, *range(40, 120)], pad_token_id=0)
     trainer = SimpleNamespace(model=model, processing_class=tokenizer, generation_config=settings)
@@ -224,7 +224,7 @@ def test_answers_are_drawn_by_the_trainers_settings_and_end_at_any_of_its_ends()
         assert (labels != -100).tolist() == [position <= last for position in range(len(ids))]
 
 
-def test_chosen_and_rejected_answers_come_in_pairs():
+def test_chosen_and_rejected_answers_are_interleaved_in_pairs():
     ids = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])  # two chosen, two rejected
     batch = selection_batch(
         {"input_ids": ids, "completion_mask": torch.tensor([[0, 1]] * 4), "ref_chosen_logps": ids[0]}
@@ -234,7 +234,7 @@ def test_chosen_and_rejected_answers_come_in_pairs():
     assert set(batch) == {"input_ids", "labels"}
 
 
-def test_a_reward_trainer_selects_by_a_likelihood_of_its_own(tmp_path):
+def test_a_reward_trainer_selects_with_its_own_likelihood(tmp_path):
     class RewardTrainer(FGGMTrainerMixin, trl.RewardTrainer):
         @staticmethod
         def selection_log_likelihood(model, batch):
