@@ -11,7 +11,7 @@ from typing import Any
 from fggm_peft import FGGMConfig, ParameterBudget
 
 FOLDER = Path(__file__).parent / "experiments" / "fggm"
-# Llama-3.2-3B: 28 layers, of which PEFT's LoRA adapts q_proj (3072 to 3072) and v_proj (3072 to 1024) by default
+# Llama-3.2-3B: 28 layers, PEFT's LoRA adapts q_proj (3072 to 3072) and v_proj (3072 to 1024) by default
 LORA_RANK_32 = 28 * 32 * ((3072 + 3072) + (3072 + 1024))
 LIKE_FULL_FINE_TUNING = {"optimizer_kwargs": {"lr": 1e-5}}
 LIKE_SHIRA = {"optimizer_kwargs": {"lr": 3e-4}}
@@ -19,11 +19,11 @@ LIKE_SHIRA = {"optimizer_kwargs": {"lr": 3e-4}}
 
 @dataclass(frozen=True)
 class Experiment:
-    """What goes into one folder.
+    """The content of one folder.
 
     Args:
-        config: fields of the FGGMConfig that are not its defaults.
-        training: what differs from PEFT's ``default_training_params.json``.
+        config: fields of the FGGMConfig that differ from its defaults.
+        training: differences from PEFT's ``default_training_params.json``.
     """
 
     config: dict[str, Any]
@@ -47,7 +47,7 @@ EXPERIMENTS = {
 
 
 def write_experiments(folder: Path) -> None:
-    """Each experiment's ``adapter_config.json``, and ``training_params.json`` where it has its own."""
+    """Each experiment's ``adapter_config.json``, and ``training_params.json`` if it has its own."""
     for name, experiment in EXPERIMENTS.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         experiment.adapter_config().save_pretrained(str(folder / name))

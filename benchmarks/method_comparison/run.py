@@ -4,9 +4,9 @@ Run it in ``method_comparison/MetaMathQA`` of a checkout of PEFT, with the comma
 
     python .../benchmarks/method_comparison/run.py -v experiments/fggm/llama-3.2-3B-rows-30
 
-It puts itself between that script and four functions of its modules and changes no file. Selecting takes place when
-the optimizer is made, on MetaMathQA's training data with the script's own prompts, and its time is added to the
-training time that the script reports. Experiments of other methods run as they would without it.
+It wraps four functions of the script's modules and changes no file. The selection runs when the script constructs the
+optimizer, on MetaMathQA's training data with the script's prompts. Its time is added to the training time that the
+script reports. Experiments of other methods are not affected.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class SelectionBeforeTraining:
     """Selects an FGGM adapter's parameters when the script asks for its optimizer.
 
     Args:
-        utils, data: modules of PEFT's benchmark; functions of ``utils`` are replaced by ones that call them.
+        utils, data: modules of PEFT's benchmark; functions of ``utils`` are replaced by wrappers.
     """
 
     def __init__(self, utils: Any, data: Any):
         self.data = data
-        self.known: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         self.seconds = 0.0
         utils.get_train_config = self._remembering("train_config", utils.get_train_config)
         utils.get_tokenizer = self._remembering("tokenizer", utils.get_tokenizer)
@@ -49,15 +49,15 @@ class SelectionBeforeTraining:
     def _remembering(self, name: str, function: Callable) -> Callable:
         @functools.wraps(function)
         def wrapped(*arguments: Any, **options: Any) -> Any:
-            self.known[name] = function(*arguments, **options)
-            return self.known[name]
+            self.values[name] = function(*arguments, **options)
+            return self.values[name]
 
         return wrapped
 
     def _selecting_first(self, function: Callable) -> Callable:
         @functools.wraps(function)
         def wrapped(model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
-            self._select(getattr(model, "_orig_mod", model))  # torch.compile's wrapper, which has not compiled yet
+            self._select(getattr(model, "_orig_mod", model))  # the module in torch.compile's wrapper
             return function(model, *arguments, **options)
 
         return wrapped
@@ -79,10 +79,10 @@ class SelectionBeforeTraining:
         print(report, file=sys.stderr)
 
     def _batches(self) -> DataLoader:
-        """The training data in an order drawn by the experiment's seed, the same in every pass."""
-        train_config = self.known["train_config"]
+        """The training data in a random order of the experiment's seed, the same in every pass."""
+        train_config = self.values["train_config"]
         training, *_ = self.data.get_train_valid_test_datasets(
-            tokenizer=self.known["tokenizer"],
+            tokenizer=self.values["tokenizer"],
             query_template=train_config.query_template,
             print_fn=lambda *_, **__: None,
         )
@@ -91,8 +91,8 @@ class SelectionBeforeTraining:
         return DataLoader(Subset(training, order), batch_size=train_config.batch_size, collate_fn=self._batch)
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Question and answer have a loss, and so has the end token, as in the script's training."""
-        end = self.known["tokenizer"].eos_token_id
+        """Question, answer and end token have a loss, as in the script's training."""
+        end = self.values["tokenizer"].eos_token_id
         ids = [torch.tensor([*row["input_ids"], end]) for row in rows]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=end),
@@ -102,15 +102,15 @@ class SelectionBeforeTraining:
 
 
 def main() -> None:
-    """Hand over to PEFT's ``run.py`` in this folder.
+    """Run PEFT's ``run.py`` in this folder.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: the folder has no such script.
     """
     folder = Path.cwd()
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         sys.exit(f"no {missing[0]} in {folder}; run this in method_comparison/MetaMathQA of a checkout of PEFT")
-    sys.path[0] = str(folder)  # was this file's own folder, whose run.py is another
+    sys.path[0] = str(folder)  # replaces the folder of this file, which has another run.py
     SelectionBeforeTraining(importlib.import_module("utils"), importlib.import_module("data"))
     runpy.run_path(str(folder / "run.py"), run_name="__main__")
 
