@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .settings import Settings, StreamError, suggestions
+from .settings import Settings, StreamError
 
 EVERY_TASK = "*"
 
@@ -23,12 +23,6 @@ class Gate(Settings):
 
     keep: dict[str, Annotated[float, Field(gt=0, le=1, strict=True)]] = Field(min_length=1)
     action: Literal["stop", "rollback"] = "stop"
-
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Raise ``StreamError`` if the gate names an unknown task."""
-        for name in self.keep:
-            if name not in (*tasks, EVERY_TASK):
-                raise StreamError(f"gate.keep: unknown task {name!r}; {suggestions(name, [*tasks, EVERY_TASK])}")
 
     def violations(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:
         """The earlier tasks whose score fell too low: ``[{"earlier", "score", "needed"}]``.

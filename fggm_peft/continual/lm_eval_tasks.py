@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from .settings import StreamError
+from .settings import StreamError, did_you_mean
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -32,10 +31,8 @@ def require_tasks(names: Sequence[str], include: str | None) -> None:
         raise StreamError(f"lm_eval needs the package lm_eval: pip install fggm-peft[general] ({error})") from error
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             where = "lm_eval" if include is None else f"lm_eval or in a readable YAML file in {include}"
-            raise StreamError(f"lm_eval: no task {name!r} in {where}{hint}")
+            raise StreamError(f"lm_eval: no task {name!r} in {where}{did_you_mean(name, known)}")
 
 
 @lru_cache
@@ -124,18 +121,11 @@ def _score(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     metrics = _metrics(results["results"][name])
     ranks = {metric: rank for rank, metric in enumerate(MAIN_METRICS)}
     key = min(metrics, key=lambda key: ranks.get(key.split(",")[0], len(ranks)))  # the first one of several equals
-    is_better = results["higher_is_better"].get(name, {}).get(key.split(",")[0])
-    return {
-        "value": float(metrics[key]),
-        "metric": key.removesuffix(",none"),
-        "higher_is_better": is_better is not False,
-    }
+    is_better = results["higher_is_better"].get(name, {}).get(key.split(",")[0]) is not False
+    return {"value": float(metrics[key]), "metric": key.removesuffix(",none"), "higher_is_better": is_better}
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a task by "metric,filter", without their standard errors."""
-    return {
-        key: value
-        for key, value in row.items()
-        if "," in key and not key.split(",")[0].endswith("_stderr") and isinstance(value, (int, float))
-    }
+    numbers = {key: value for key, value in row.items() if "," in key and isinstance(value, (int, float))}
+    return {key: value for key, value in numbers.items() if not key.split(",")[0].endswith("_stderr")}

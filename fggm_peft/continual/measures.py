@@ -19,9 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 class Measure:
     """A measure and its formula, as a report prints it.
 
-    Args:
-        compute: takes scores ``[T, T]`` and zero-shot scores ``[T]`` or None; returns None if it is not defined.
-        formula: in plain text.
+    ``compute`` takes scores ``[T, T]`` and zero-shot scores ``[T]`` or None; it returns None if it is not defined.
     """
 
     compute: Callable[[ArrayLike, ArrayLike | None], float | None]
@@ -128,12 +126,8 @@ def checked_scores(scores: ArrayLike) -> NDArray[np.float64]:
 class Summary:
     """A value over several runs.
 
-    Args:
-        mean: over the runs.
-        std: sample standard deviation (n - 1); None for one run.
-        n: number of runs.
-        interval: confidence interval of the mean by Student's t; None for one run.
-        confidence: of the interval.
+    ``std`` is the sample standard deviation (n - 1), ``interval`` the confidence interval of the mean by Student's t;
+    both are None for one run.
     """
 
     mean: float
@@ -148,11 +142,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class PairedDifference(Summary):
-    """The difference of two methods over the runs that both have: a summary of ``a - b``, pair by pair.
-
-    Args:
-        unpaired: keys of the runs that only one of them has; they do not count.
-    """
+    """A summary of ``a - b`` of two methods, pair by pair. ``unpaired`` has the runs that only one of them has."""
 
     unpaired: tuple[Hashable, ...] = ()
 

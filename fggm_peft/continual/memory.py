@@ -77,11 +77,7 @@ class MemoryLog(TrainerCallback):
         """Reserved memory of the last training: average over steps, maximum, 99th percentile; 0 without steps."""
         if self._device is None or not self._reserved:
             return dict.fromkeys(ACCELERATOR_MEMORY, 0)
-        values = (
-            np.mean(self._reserved),
-            self._device.max_memory_reserved(),
-            np.percentile(self._reserved, 99),
-        )
+        values = (np.mean(self._reserved), self._device.max_memory_reserved(), np.percentile(self._reserved, 99))
         return {name: int(value) for name, value in zip(ACCELERATOR_MEMORY, values, strict=True)}
 
     def _begin(self, name: str) -> None:

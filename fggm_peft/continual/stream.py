@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..training import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
 from ..tuner.files import digest_of_folder, may_be_hub_id
-from .gate import Gate
+from .gate import EVERY_TASK, Gate
 from .general import General
 from .settings import Count, FolderName, Positive, Settings, StreamError, path_in_data, suggestions
 from .task import Task
@@ -46,7 +46,7 @@ class Training(Settings):
     batch_size: Count = 8
     gradient_accumulation: Count = 1
     learning_rate: Positive = 2e-4
-    schedule: str = "linear"
+    schedule: SchedulerType = SchedulerType.LINEAR
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Positive = 1.0
@@ -60,13 +60,6 @@ class Training(Settings):
             return computes_bfloat16()
         if not isinstance(value, bool):
             raise ValueError(f"must be true, false or auto, got {value!r}")
-        return value
-
-    @field_validator("schedule")
-    @classmethod
-    def _check_schedule(cls, value: str) -> str:
-        if value not in (legal := [kind.value for kind in SchedulerType]):
-            raise ValueError(f"unknown schedule {value!r}; {suggestions(value, legal)}")
         return value
 
 
@@ -173,8 +166,9 @@ class Stream(Settings):
                 hint = "; give them different labels" if name == "methods" else ""
                 raise StreamError(f"{name} contains {duplicates[0]!r} more than once{hint}")
         self.task_orders()
-        if self.gate is not None:
-            self.gate.check_tasks([task.name for task in self.tasks])
+        names = [*lists["tasks"], EVERY_TASK]
+        if self.gate is not None and (unknown := [name for name in self.gate.keep if name not in names]):
+            raise StreamError(f"gate.keep: unknown task {unknown[0]!r}; {suggestions(unknown[0], names)}")
         return self
 
     def with_methods(self, labels: Sequence[str]) -> Stream:

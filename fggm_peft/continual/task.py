@@ -7,6 +7,7 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,6 @@ from ..training import (
     DataSource,
     Example,
     Records,
-    RowFormat,
     TokenizedExamples,
     load_rows,
     read_example,
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "eval", "test"]
-
-
-class _TemplateError(DataError):
-    """A template failed on a row; the caller adds the number of the row."""
 
 
 class TaskExamples(TokenizedExamples):
@@ -68,13 +64,12 @@ class TaskExamples(TokenizedExamples):
         super().__init__(examples, tokenizer, max_prompt_length + max_answer_length)
         self.max_prompt_length, self.max_answer_length = max_prompt_length, max_answer_length
         self.sources, self.references = sources, references
-        prompts = self._lengths([example.prompt for example in examples])
-        answers = self._lengths([example.answer for example in examples])
         self.cut_prompts = self.cut_answers = 0
-        for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+        for example in examples:
+            prompt, answer = tokenizer([example.prompt, example.answer], add_special_tokens=False)["input_ids"]
             start, end = (0, 0) if example.is_rendered else (len(self.start), tokenizer.eos_token_id is not None)
-            self.cut_prompts += start + prompt > max_prompt_length
-            self.cut_answers += answer + end > max_answer_length
+            self.cut_prompts += len(prompt) + start > max_prompt_length
+            self.cut_answers += len(answer) + end > max_answer_length
         if self.cut_answers:
             warnings.warn(
                 f"{self.cut_answers} of {len(examples)} answers of {name} have more than {max_answer_length} tokens "
@@ -86,9 +81,6 @@ class TaskExamples(TokenizedExamples):
         length = max(0, self.max_prompt_length - len(start))
         prompt = prompt[max(0, len(prompt) - length) :]
         return start[: self.max_prompt_length] + prompt, answer[: self.max_answer_length]
-
-    def _lengths(self, texts: list[str]) -> list[int]:
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 class Task(Settings):
@@ -139,7 +131,8 @@ class Task(Settings):
     @field_validator("prompt", "answer")
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
-        _compiled(value)
+        if value is not None:
+            _template(value)
         return value
 
     @model_validator(mode="after")
@@ -172,39 +165,35 @@ class Task(Settings):
         """
         source = self._source(split)
         rows = self._load_rows(split, source)
-        format = self._format(list(rows[0]), source)
         is_training = split == "train"
         order = random.Random(seed if is_training else 0).sample(range(len(rows)), len(rows))
         indices = order[: self.limit] if is_training else sorted(order[: self.test_limit])
-        triples = [self._read(rows[i], i, format, source, tokenizer) for i in indices]
-        triples = [triple for triple in triples if triple is not None]
-        if not triples:
+        format = row_format(list(rows[0]) if self.prompt is None else ["prompt", "answer"], source)
+        examples, sources, references = [], [], []
+        for index in indices:
+            row = rows[index] if self.prompt is None else self._rendered(rows[index], index, source)
+            if (example := read_example(row, index, format, source, tokenizer)) is not None:
+                examples.append(example)
+                prompt, answer = map(_last_text, format.read(row))
+                sources.append(prompt)
+                references.append(answer)
+        if not examples:
             raise DataError(f"every row of {source.name} is empty")
-        examples, sources, references = zip(*triples, strict=True)
         lengths = (self.max_prompt_length, self.max_answer_length)
         return TaskExamples(examples, tokenizer, *lengths, sources, references, f"{self.name} ({split})")
 
-    def _read(
-        self, row: Mapping[str, Any], index: int, format: RowFormat, source: DataSource, tokenizer: Any
-    ) -> tuple[Example, str, str] | None:
-        """The example of a row, and its prompt and answer as texts; None for an empty row of plain text."""
-        try:
-            example = read_example(row, index, format, source, tokenizer)
-            if example is None:
-                return None
-            prompt, answer = format.read(row)
-        except _TemplateError as error:
-            raise DataError(
-                f"the templates of task {self.name} fail on row {index + 1} of {source.name}: {error}; its columns are "
-                f"{', '.join(map(str, row))}"
-            ) from error
-        return example, _last_text(prompt), _last_text(answer)
+    def _rendered(self, row: Mapping[str, Any], index: int, source: DataSource) -> dict[str, str]:
+        """Prompt and answer of a row by the templates."""
+        from jinja2 import TemplateError
 
-    def _format(self, columns: list[str], source: DataSource) -> RowFormat:
-        prompt, answer = _compiled(self.prompt), _compiled(self.answer)
-        if prompt is None or answer is None:
-            return row_format(columns, source)
-        return RowFormat(("prompt", "answer"), lambda row: (_rendered(prompt, row), _rendered(answer, row)))
+        try:
+            return {name: _template(getattr(self, name)).render({"row": row, **row}) for name in ("prompt", "answer")}
+        except Exception as error:  # a template may raise any error, such as a division by zero
+            kind = "" if isinstance(error, (TemplateError, ValueError)) else f"{type(error).__name__}: "
+            raise DataError(
+                f"the templates of task {self.name} fail on row {index + 1} of {source.name}: {kind}{error}; its "
+                f"columns are {', '.join(map(str, row))}"
+            ) from error
 
     def _split_name(self, split: Any) -> str:
         if isinstance(self.split, dict):
@@ -253,9 +242,8 @@ def _last_text(text: Any) -> str:
     return "" if text is None else str(text)
 
 
-def _compiled(text: str | None) -> Template | None:
-    if text is None:
-        return None
+@lru_cache
+def _template(text: str) -> Template:
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -274,13 +262,3 @@ def _not_null(value: Any) -> Any:
     if value is None:  # Jinja would write the word None, and a model would learn it
         raise ValueError("a value is null; write {{ column or '' }} if that is intended")
     return value
-
-
-def _rendered(template: Template, row: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return template.render({"row": row, **row})
-    except Exception as error:  # a template may raise any error, such as a division by zero
-        kind = "" if isinstance(error, (TemplateError, ValueError)) else f"{type(error).__name__}: "
-        raise _TemplateError(f"{kind}{error}") from error

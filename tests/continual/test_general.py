@@ -339,7 +339,7 @@ WRONG = {
     "nothing": ({"lm_eval": [], "lm_eval_include": None}, "general: give text .* lm_eval .* or both"),
     "an unknown task": (
         {"lm_eval": ["doubels"]},
-        r"general: lm_eval: no task 'doubels' in lm_eval or .*tasks; did you mean 'doubles'\?",
+        r"general: lm_eval: no task 'doubels' in lm_eval or .*tasks. Did you mean 'doubles'\?",
     ),
     "a task twice": ({"lm_eval": ["doubles", "doubles"]}, "lm_eval contains a task more than once"),
     "a missing folder": ({"lm_eval_include": "none"}, "general: lm_eval_include: no folder .*none"),
@@ -364,7 +364,7 @@ def test_what_is_wrong_is_one_line_when_the_stream_is_read(case, folder, monkeyp
 
 
 def test_the_nearest_of_the_harness_own_tasks_is_named():
-    with pytest.raises(ValueError, match=r"no task 'helaswag' in lm_eval; did you mean 'hellaswag'\?"):
+    with pytest.raises(ValueError, match=r"no task 'helaswag' in lm_eval\. Did you mean 'hellaswag'\?"):
         General(lm_eval=("helaswag",))
 
 

@@ -226,7 +226,7 @@ WRONG = {
     "an infinite rate": ({"learning_rates": ["inf"]}, r"learning_rates\[0\]: must be a finite number, got 'inf'"),
     "a negative rate": ({"learning_rates": [-1e-4]}, r"learning_rates\[0\]: must be greater than 0, got -0.0001"),
     "no epochs": ({"training": {"epochs": 0}}, "training.epochs: must be greater than 0, got 0"),
-    "an unknown schedule": ({"training": {"schedule": "liner"}}, "unknown schedule 'liner'; .*Did you mean 'linear'"),
+    "an unknown schedule": ({"training": {"schedule": "liner"}}, "training.schedule: must be 'linear', .*got 'liner'"),
     "an unknown dtype": (
         {"model": {"name": "x", "dtype": "float8"}},
         "model: dtype must be one of auto, .*got 'float8'",
