@@ -1,11 +1,11 @@
-"""A run on one process or several that may be killed at any moment, and goes on to the same end.
+"""Trains on one or several processes, and can be killed and resumed at any moment with identical results.
 
     python examples/long_run.py --model MODEL --data train.json --output run
     torchrun --nproc-per-node 2 examples/long_run.py --model MODEL --data train.json --output run
 
-Kill it and start it again with ``--resume``: it goes on from the newest whole checkpoint, and the losses and the delta
-are, to the bit, those of a run that nobody killed. With several processes each scores its own share of the data, the
-scores are summed, and all of them train the same support.
+After a crash, start it again with ``--resume``. It resumes from the newest complete checkpoint, and the losses and the
+delta are bit for bit those of an uninterrupted run. Each of several processes scores its own share of the data. The
+scores are summed, so all processes train the same support.
 
 ``--data`` is a JSON file with a list of {"prompt": ..., "completion": ...}.
 """
@@ -32,14 +32,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder")
     parser.add_argument("--data", required=True, help="JSON list of {prompt, completion}")
-    parser.add_argument("--output", required=True, type=Path, help="where the adapter and the checkpoints go")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the adapter and the checkpoints")
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=4, help="for each process")
-    parser.add_argument("--cpu", action="store_true", help="even if there is another device")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument("--batch-size", type=int, default=4, help="per process")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest complete checkpoint")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -65,7 +65,7 @@ def main() -> None:
     trainer.save_model(str(arguments.output))
     trainer.state.save_to_json(str(arguments.output / "trainer_state.json"))
     if PartialState().is_main_process:
-        resumed = "resumed" if trainer.selection_report is None else "selected at the start"
+        resumed = "resumed" if trainer.selection_report is None else "selected"
         print(f"{trainer.state.global_step} steps, {resumed}; the adapter is in {arguments.output}")
 
 

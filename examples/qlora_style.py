@@ -1,8 +1,8 @@
-"""FGGM the QLoRA way: a frozen 4-bit base, TRL's SFTTrainer, a delta of a few megabytes on disk.
+"""Trains like QLoRA: a frozen 4-bit base, TRL's SFTTrainer, and a delta of a few megabytes.
 
     python examples/qlora_style.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.json --output delta
 
-``--data`` is a JSON file with a list of {"prompt": ..., "completion": ...}. The loss is taken on the completion only.
+``--data`` is a JSON file with a list of {"prompt": ..., "completion": ...}. The loss is on the completion only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder")
     parser.add_argument("--data", required=True, help="JSON list of {prompt, completion}")
-    parser.add_argument("--output", required=True, type=Path, help="where the adapter goes")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the adapter")
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--epochs", type=float, default=1)
@@ -73,15 +73,15 @@ def main() -> None:
     )
     trainer.train()
     report = trainer.selection_report
-    print(f"{report.parameters:,} values moved; split-half agreement {report.agreement:.2f} "
+    print(f"{report.parameters:,} trainable values; split-half agreement {report.agreement:.2f} "
           f"from {report.samples} samples")  # fmt: skip
     trainer.save_model(str(arguments.output))
     size = (arguments.output / "adapter_model.safetensors").stat().st_size
     print(f"saved to {arguments.output}, {size / 2**20:.1f} MiB")
 
-    # anybody with the same base loads it like any other PEFT adapter, once fggm_peft is imported
+    # anyone with the same base can load it like any other PEFT adapter, after importing fggm_peft
     loaded = PeftModel.from_pretrained(load_base(arguments.model, four_bit=not arguments.dense), arguments.output)
-    print(f"loaded again: {loaded.get_nb_trainable_parameters()[1]:,} parameters in all")
+    print(f"loaded again: {loaded.get_nb_trainable_parameters()[1]:,} parameters in total")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Shares deltas of three tasks, and shows what can be done with them once they are trained.
+"""Trains deltas of three tasks, and shows what can be done with finished deltas.
 
     python examples/share_delta.py --output shared
 
-A tiny model, made on the spot, learns three tasks. Its deltas are saved and compared; one is loaded onto the base as
-somebody else would, and exported as a LoRA adapter that needs no fggm_peft; all three are merged, and one of them is
-taken out again, which leaves, bit for bit, the model of the other two.
+The script creates a tiny model and trains it on three tasks. It saves and compares the deltas, loads one of them onto
+the base, and exports it as a LoRA adapter that does not need fggm_peft. It merges all three into one model and removes
+one again. The result is bit for bit the model with the other two.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def batches(task: str, count: int = 4) -> list[dict[str, torch.Tensor]]:
 
 
 def learn(base: PreTrainedModel, task: str, folder: Path) -> float:
-    """Select and train what the task asks for, and save it as an adapter; returns the last loss."""
+    """Select and train an adapter for the task, and save it; returns the last loss."""
     config = FGGMConfig(density=0.2, granularity="row", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     data = batches(task)
@@ -72,18 +72,18 @@ def main() -> None:
         before = loss_of(base_model(), task)
         print(f"{task}: loss {before:.2f} before, {learn(base_model(), task, folder):.2f} after training")
 
-    print("\nWhat the supports share:")
+    print("\nOverlap of the supports:")
     print(overlap(*folders.values()))
 
-    # Somebody else has the same base and loads one of them
+    # anyone with the same base can load a delta
     theirs = PeftModel.from_pretrained(base_model(), folders["counting up"])
     print(f"\nloaded elsewhere: loss {loss_of(theirs, 'counting up'):.2f}")
 
-    # ... or serves it in an engine that only knows LoRA
+    # or serve it in an engine that supports only LoRA
     report = export_lora(theirs, output / "lora")
     print(f"{report}; written to {output / 'lora'}")
 
-    # All three in one model, and one of them out again
+    # merge all three into one model, then remove one
     ledger = Ledger(output / "ledger")
     for folder in folders.values():
         ledger.add(folder.name, folder)
@@ -94,7 +94,7 @@ def main() -> None:
     expected = base_model()
     Ledger(output / "ledger").apply(expected)
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    print(f"bit for bit the model that never learned it: {same}")
+    print(f"bit for bit the model without it: {same}")
 
 
 if __name__ == "__main__":
