@@ -126,7 +126,7 @@ def export_lora(
 
 def required_rank(module: ModuleDelta) -> int:
     """Rank of the exact LoRA: the number of rows or columns that the delta changes, whichever are fewer."""
-    return min(len(lines) for lines in _changed_lines(_dense(module)))
+    return min(len(lines) for lines in _changed_lines(module))
 
 
 def _read(adapter: Any, base: Base | None, adapter_name: str | None) -> tuple[SparseDelta, dict[str, FGGMLayer]]:
@@ -185,22 +185,18 @@ def _require_supported(path: str, layer: FGGMLayer, with_bias: bool) -> None:
         )
 
 
-def _dense(module: ModuleDelta) -> Tensor:
-    """The delta of one module, ``[o, i]``, in float32 at least."""
-    matrix = torch.zeros(module.shape, dtype=torch.promote_types(module.values.dtype, torch.float32))
-    module.granularity.add_(matrix, module.indices, module.values)
-    return matrix
-
-
-def _changed_lines(matrix: Tensor) -> list[Tensor]:
-    """The indices of the rows and of the columns that are not zero."""
-    return [(matrix != 0).any(dim).nonzero().squeeze(1) for dim in (1, 0)]
+def _changed_lines(module: ModuleDelta) -> list[Tensor]:
+    """The sorted indices of the rows and of the columns that are not zero."""
+    elements = module.weight_delta().as_elements(module.shape)
+    changed = elements.indices[elements.values != 0]
+    return [(changed // module.shape[1]).unique().long(), (changed % module.shape[1]).unique().long()]
 
 
 def _factors(module: ModuleDelta, rank: int) -> tuple[Tensor, Tensor]:
     """``A`` ``[rank, i]`` and ``B`` ``[o, rank]`` with ``B @ A`` equal to the delta."""
-    matrix = _dense(module)
-    rows, columns = _changed_lines(matrix)
+    matrix = torch.zeros(module.shape, dtype=torch.promote_types(module.values.dtype, torch.float32))
+    module.granularity.add_(matrix, module.indices, module.values)
+    rows, columns = _changed_lines(module)
     a, b = matrix.new_zeros(rank, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], rank)
     if len(rows) <= len(columns):
         a[: len(rows)] = matrix[rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -131,35 +132,20 @@ def combine(
     Returns:
         The delta, in float32 at least, and the bias entries ``[k]`` if a term has some.
     """
-    deltas = [_in_units(term.delta, granularity, shape) for term in terms]
+    tensors = [tensor for term in terms for tensor in (term.delta.values, term.bias) if tensor is not None]
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
+    deltas = []
+    for delta in (term.delta for term in terms):
+        scaled = WeightDelta(delta.granularity, delta.indices, delta.values.detach().to(dtype) * delta.scale)
+        deltas.append(scaled if delta.granularity == granularity else scaled.as_elements(shape))
     indices, weights = union(deltas), [term.weight for term in terms]
     spread_values = [spread(delta.values, delta.indices, indices, granularity.unit_dim) for delta in deltas]
-    values = how.of(_in_one_dtype(spread_values), weights, shape[0] * shape[1])
-    entries, entry_weights = [], []
-    for term in terms:
-        if term.bias is not None:
-            bias = _wide(term.bias) * term.delta.scale
-            entries.append(spread(bias, term.delta.indices, indices, 0))
-            entry_weights.append(term.weight)
-    total = how.of(_in_one_dtype(entries), entry_weights, shape[0]) if entries else None
-    return WeightDelta(granularity, indices, values), total
-
-
-def _in_units(delta: WeightDelta, granularity: Granularity, shape: Shape) -> WeightDelta:
-    """The delta in units of another granularity, with the scale in its values, in float32 at least."""
-    scaled = WeightDelta(delta.granularity, delta.indices, _wide(delta.values) * delta.scale)
-    return scaled if delta.granularity == granularity else scaled.as_elements(shape)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _in_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
+    total = WeightDelta(granularity, indices, how.of(spread_values, weights, shape[0] * shape[1]))
+    with_bias = [(term.delta, term.bias, term.weight) for term in terms if term.bias is not None]
+    if not with_bias:
+        return total, None
+    biases = [spread(bias.detach().to(dtype) * delta.scale, delta.indices, indices, 0) for delta, bias, _ in with_bias]
+    return total, how.of(biases, [weight for *_, weight in with_bias], shape[0])
 
 
 def add_weighted_adapter(
