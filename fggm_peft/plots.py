@@ -32,6 +32,7 @@ WIDTH = 3.7  # inches: at 9 points the text is legible when a phone shows the wh
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, "#8d6e63")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">", "*")
 LINES = ("-", "--", ":", "-.")
+_NAMESPACE = ' xmlns="http://www.w3.org/2000/svg" version="1.1"'
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",  # text stays text: the file is smaller and can be searched
@@ -117,8 +118,6 @@ def to_svg(figure: Figure, alt: str) -> str:
     head = f'<svg role="img" aria-label="{escape(plain(alt))}" viewBox='
     return re.sub(r">\s*\n\s*<", "><", head + svg.partition(" viewBox=")[2].replace(_NAMESPACE, "", 1)).strip()
 
-
-_NAMESPACE = ' xmlns="http://www.w3.org/2000/svg" version="1.1"'
 
 # --- text and looks ------------------------------------------------------------------------------
 

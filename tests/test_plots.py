@@ -1,4 +1,4 @@
-"""Every kind of plot draws what it is given, and text comes out as text."""
+"""Plots show their values, and draw text literally."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def texts(svg):
 
 
 @pytest.mark.parametrize("kind", DRAW)
-def test_text_in_a_plot_is_text(kind):
+def test_text_is_drawn_literally(kind):
     for first in range(0, len(HOSTILE) - 2, 2):
         names = HOSTILE[first : first + 3]
         svg = to_svg(drawn(kind, names), "<b>")
@@ -77,7 +77,7 @@ def test_the_same_plot_has_the_same_bytes(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", DRAW)
-def test_an_element_for_a_page_scales_and_takes_the_color_of_its_text(kind):
+def test_an_svg_element_scales_and_has_the_text_color_of_the_page(kind):
     one, two = (to_svg(drawn(kind), alt) for alt in ("one", "two"))
     head = re.match(r"<svg [^>]*>", one)[0]
     assert "viewBox" in head and " width" not in head and " height" not in head
@@ -87,32 +87,32 @@ def test_an_element_for_a_page_scales_and_takes_the_color_of_its_text(kind):
     assert set(re.findall(r'(?:href="#|url\(#)([\w-]+)', one)) <= ids[0] and not ids[0] & ids[1]
 
 
-def test_a_heat_map_has_its_values_in_its_cells_and_nothing_where_one_is_missing():
+def test_a_heat_map_shows_its_values_and_leaves_missing_cells_empty():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.125, None], [1.0, -0.5]], ["r", "s"], ["c", "d"])
     assert [text for text in texts(to_svg(figure, "plot")) if text not in "rscd"] == [".12", "1.0", "-.50"]
 
 
-def test_a_small_value_in_a_cell_is_not_taken_for_zero():
+def test_a_small_value_in_a_cell_is_not_shown_as_zero():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.004, 0.0], [-0.004, 0.0051], [1e-9, -0.0]], ["r", "s", "t"], ["c", "d"])
     found = [text for text in texts(to_svg(figure, "plot")) if text not in "rstcd"]
     assert [html.unescape(text) for text in found] == [".004", "0", "-.004", ".01", "1e-09", "0"]
 
 
-def test_a_heat_map_of_many_columns_has_a_colour_bar_instead():
+def test_a_heat_map_of_many_columns_has_a_color_bar_instead():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.37] * 13, [0.51] * 13], ["r", "s"], [f"c{n}" for n in range(13)])
     assert len(figure.axes) == 2 and ".37" not in texts(to_svg(figure, "plot"))
 
 
-def test_a_scale_of_colours_is_named_also_where_the_values_are_in_the_cells():
+def test_the_color_bar_has_a_label():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.37] * 3], ["r"], ["c", "d", "e"], 0.0, 1.0, scale="a <share>")
     assert {"a &lt;share&gt;", ".37"} <= set(texts(to_svg(figure, "plot")))
 
 
-def test_ticks_that_would_overlap_are_left_out_and_the_sufficient_level_is_named():
+def test_ticks_that_would_overlap_are_omitted_and_the_sufficient_level_is_labelled():
     found = texts(to_svg(agreement_plot({"a": [(32, 0.1), (64, 0.2), (70, 0.3)]}, 0.25), "plot"))
     assert {"32", "64", "enough: 0.25"} <= set(found) and "70" not in found
 
@@ -132,19 +132,19 @@ def test_a_line_continues_across_missing_values():
     assert [list(line.get_xdata()) for line in axes.lines] == [[0, 2], []]
 
 
-def test_series_are_told_apart_by_more_than_their_colour():
+def test_series_differ_in_more_than_their_color():
     found = list(looks([str(n) for n in range(96)]).values())
     assert len({tuple(look.values()) for look in found}) == 96
     assert len({look["color"] for look in found[:8]}) == 8 and len({look["marker"] for look in found[:12]}) == 12
 
 
-def test_long_names_keep_their_end_and_control_characters_become_a_mark():
+def test_long_names_keep_their_end_and_control_characters_are_replaced():
     assert shortened("fggm-element-density-0.05") == "fggm-eleme…-0.05"
     assert len(shortened("x" * 50)) == 16 and shortened("short") == "short"
     assert plain("a\x00\ud800\nb") == "a\ufffd\ufffd\ufffdb"
 
 
-def test_drawing_leaves_matplotlib_as_it_was():
+def test_drawing_does_not_change_the_settings_of_matplotlib():
     import matplotlib
 
     before = dict(matplotlib.rcParams)

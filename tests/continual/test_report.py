@@ -1,4 +1,4 @@
-"""The report of a stream: its figures by hand, its files, and the page in a real browser."""
+"""The report of a stream: its figures against manual computations, its files, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLAGS = [
 
 
 def run(label="a", rate=0.1, seed=0, order="given", op=0.5, **fields):
-    """A result of two tasks in which only what is given matters."""
+    """A result of two tasks with the given fields; all other fields have default values."""
     defaults = {
         "method": label,
         "tasks": ["one", "two"],
@@ -57,7 +57,7 @@ def general(change):
 # --- figures -------------------------------------------------------------------------------------
 
 
-def test_the_best_rate_is_that_of_the_highest_mean_op():
+def test_the_best_rate_has_the_highest_mean_op():
     runs = [run(rate=0.1, seed=s, op=op) for s, op in enumerate((0.4, 0.6))]
     runs += [run(rate=0.2, seed=s, op=op) for s, op in enumerate((0.9, 0.2))]
     (point,) = report_of(runs)["best"]["points"]
@@ -72,7 +72,7 @@ def test_a_tie_goes_to_the_smaller_rise_of_the_general_loss_then_to_the_smaller_
     assert report_of(unknown)["best"]["points"][0]["learning_rate"] == 0.2
 
 
-def test_differences_of_best_points_are_those_of_a_paired_t_test():
+def test_differences_of_best_points_agree_with_a_paired_t_test():
     a, b = [0.5, 0.9, 0.1, 0.4], [0.4, 0.7, 0.0, 0.35]
     runs = [run("a", seed=s % 2, order=f"order{s // 2}", op=op) for s, op in enumerate(a)]
     runs += [run("b", seed=s % 2, order=f"order{s // 2}", op=op, rate=0.7) for s, op in enumerate(b)]
@@ -100,7 +100,7 @@ def test_without_a_common_seed_and_order_there_is_no_difference():
     assert set(report["differences"][0]["measures"].values()) == {None}
 
 
-def test_the_fronts_are_over_means_of_runs_that_have_both_figures():
+def test_the_fronts_use_means_over_runs_with_both_figures():
     runs = made_up_runs()
     found = report_of(runs)["pareto"]
     for name, cost in (("forgotten", lambda r: -r["bwt"]), ("harm", lambda r: r["general"]["change"])):
@@ -123,14 +123,14 @@ def test_the_report_explains_its_measures():
     assert set(report["measures"]) == set(HEADINGS)
 
 
-def test_labels_with_other_rates_are_named_as_not_equally_tuned():
+def test_methods_with_different_rates_give_a_warning():
     equal = report_of([run(label, rate) for label in "ab" for rate in (0.1, 0.2)])
     assert equal["warnings"] == []
     (warning,) = report_of([run("a", 0.1), run("a", 0.2), run("b", 0.1)])["warnings"]
     assert "Not equally tuned" in warning and "a: 0.1, 0.2; b: 0.1" in warning
 
 
-def test_a_model_that_diverged_leaves_a_report_that_says_so():
+def test_a_diverged_model_is_reported():
     runs = [run(seed=s, general=general(change)) for s, change in enumerate((0.5, math.nan, math.inf))]
     report = report_of(runs)
     assert report["summary"][0]["general"]["n"] == 1 and report["summary"][0]["runs"] == 3
@@ -149,7 +149,7 @@ def test_a_run_that_a_gate_stopped_has_costs_but_no_measures_over_fewer_tasks(tm
     assert report["differences"][0]["measures"]["op"]["unpaired"] == [[1, "given"]]
     assert "a at 0.1: a gate stopped 1 of 2 runs before all 2 tasks" in report["warnings"][0]
     write_report(tmp_path, runs)
-    write_report(tmp_path, [stopped, run("b")])  # nothing of a is left to show
+    write_report(tmp_path, [stopped, run("b")])  # no measure of a remains
     assert report_of([stopped, run("b")])["summary"][0]["op"] is None
 
 
@@ -166,7 +166,7 @@ def test_nested_costs_are_summarised_and_missing_ones_are_left_out():
 
 @pytest.fixture(scope="module")
 def small():
-    """Few but varied runs: several rates, seeds and orders, one method without a matrix."""
+    """Runs with several rates, seeds and orders; one method has no matrix."""
     methods = {name: METHODS[name] for name in ("fggm", "frozen", "multitask")}
     return made_up_runs({**methods, HOSTILE: METHODS["sft"], "$x$ a_b": METHODS["lora"]}, ["a_b", "$y$", HOSTILE])
 
@@ -198,7 +198,7 @@ def folder_of(path, runs, stream):
     return path
 
 
-def test_the_report_of_several_folders_tells_their_runs_apart(tmp_path):
+def test_a_report_of_several_folders_separates_their_runs(tmp_path):
     stream = {"training": {"epochs": 1}}
     a = folder_of(tmp_path / "a", [run("sft", seed=s, op=0.5) for s in range(2)], stream)
     b = folder_of(tmp_path / "b", [run("sft", seed=s, op=0.75) for s in range(2)] + [run("lora")], stream)
@@ -242,22 +242,22 @@ def page(small):
     return text, Page(text)
 
 
-def test_the_page_needs_nothing_from_elsewhere(page):
+def test_the_page_is_self_contained(page):
     text, parsed = page
     assert all(link.startswith("#") or link == "data:," for link in parsed.links)
     assert not re.search(r"url\((?!#)|@import|https?:", text)
     assert {"script", "iframe", "object", "embed", "img"}.isdisjoint(parsed.tags)
 
 
-def test_what_data_and_labels_say_comes_out_as_text_in_tables_and_pictures(page):
+def test_labels_and_task_names_are_shown_literally(page):
     text, parsed = page
     assert "<script" not in text and "alert(1)" in text
     for name in (HOSTILE, "$x$ a_b", "a_b", "$y$"):
         assert name in parsed.texts
-    assert any(t.startswith("<script>a") and "…" in t for t in parsed.texts)  # shortened in a picture, not swallowed
+    assert any(t.startswith("<script>a") and "…" in t for t in parsed.texts)  # shortened in a figure
 
 
-def test_pictures_have_a_text_and_do_not_take_each_others_ids(page):
+def test_figures_have_a_text_alternative_and_unique_ids(page):
     text, parsed = page
     pictures = re.findall(r"<svg [^>]*>", text)
     assert len(pictures) > 10
@@ -267,7 +267,7 @@ def test_pictures_have_a_text_and_do_not_take_each_others_ids(page):
     assert set(re.findall(r"url\(#([\w-]+)\)", text)) <= set(parsed.ids)
 
 
-def test_the_page_says_by_what_rule_points_were_chosen_and_how_many_runs_there_were(page):
+def test_the_page_states_the_rule_for_best_points_and_the_number_of_runs(page):
     text, _ = page
     assert "chosen on the test examples that are reported" in text and "OP_T = mean_j R[T,j]" in text
     assert "60 runs: 5 methods, 3 tasks, 2 learning rates, 3 seeds and 2 orders." in text
@@ -284,12 +284,12 @@ def test_the_page_says_by_what_rule_points_were_chosen_and_how_many_runs_there_w
     ],
     ids=["one run", "one task", "no cost", "only all tasks at once", "no order in common"],
 )
-def test_every_piece_that_is_missing_leaves_a_report(runs, tmp_path):
+def test_a_report_is_written_if_parts_are_missing(runs, tmp_path):
     write_report(tmp_path, runs)
     assert "<h1>" in (tmp_path / "report.html").read_text()
 
 
-def test_optional_pieces_are_shown_where_they_are():
+def test_optional_parts_are_shown():
     gate = [{"task": "two", "earlier": "one", "score": 0.4, "needed": 0.45, "action": "rolled <b>back"}]
     tasks = {"arc": {"base": 0.5, "final": 0.25, "change": -0.25}}
     text = page_of(report_of([run(gate=gate, general={**general(0.1), "tasks": tasks}), run("b")]))
@@ -304,13 +304,13 @@ def test_markdown_cells_cannot_break_their_table(tmp_path):
     assert all(not line.startswith("# c") for line in text.splitlines()) and len(rows) > 6
 
 
-def test_half_a_surrogate_pair_and_control_characters_do_not_cost_a_report(tmp_path):
+def test_lone_surrogates_and_control_characters_do_not_break_a_report(tmp_path):
     write_report(tmp_path, [run("a\ud800\x01b", seed=s) for s in range(2)])
     assert "\ud800" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("missing", [["matplotlib"], ["jinja2", "matplotlib"]])
-def test_a_missing_package_is_named_with_the_extra_that_has_it(missing, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(missing, monkeypatch):
     require_report_packages()
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
@@ -320,16 +320,16 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(missing, monkeypa
 
 @pytest.fixture(scope="module")
 def large_page():
-    """Of 12 methods, 8 tasks, 3 seeds, 2 orders and 2 learning rates."""
+    """The page of 12 methods, 8 tasks, 3 seeds, 2 orders and 2 learning rates."""
     return page_of(report_of(made_up_runs()))
 
 
-def test_more_than_eighty_runs_make_a_page_below_three_megabytes(large_page):
+def test_a_page_of_144_runs_is_smaller_than_three_megabytes(large_page):
     assert len(large_page.encode()) < 3e6 and all(task in large_page for task in TASKS)
 
 
 def labels_of_front(count):
-    """The labels of the hero figure, and its frame."""
+    """The boxes of the labels in the first figure, and its frame."""
     runs = [run(f"method-{n}", bwt=-0.04 * n, diagonal=0.5 + 0.01 * (n % 3)) for n in range(count)]
     figures = []
 
@@ -373,7 +373,7 @@ page.onload = () => {{
 
 
 def in_browser(page: str, width: int, folder):
-    """What a real browser makes of a page of this width, and what it complains of."""
+    """The layout of the page at this width in a browser, and the messages of its console."""
     text = CHECK.format(width=width, page=page.replace("&", "&amp;").replace('"', "&quot;"))
     (folder / "check.html").write_text(text, encoding="utf-8")
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"file://{folder}/check.html"]
@@ -392,18 +392,18 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(kind, small, large_pa
         "usual": lambda: large_page,
         "long names": lambda: page_of(report_of([*long, *small])),
     }
-    found, complaints = in_browser(pages[kind](), 375, tmp_path)
-    assert complaints == []
+    found, messages = in_browser(pages[kind](), 375, tmp_path)
+    assert messages == []
     assert (found["overflow"], found["outside"]) == (0, 0)
     assert found["figures"] >= 7 and found["smallest"] >= 8
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_the_browser_would_tell(tmp_path):
+def test_the_browser_check_detects_problems(tmp_path):
     page = (
         "<p style='width: 900px'>wide</p><figure><svg><text font-size='3'>x</text></svg></figure><script>oh()</script>"
     )
-    found, complaints = in_browser(page, 375, tmp_path)
+    found, messages = in_browser(page, 375, tmp_path)
     assert found["overflow"] > 0 and found["outside"] == 1 and found["smallest"] == 3
-    assert "oh is not defined" in complaints[0]
+    assert "oh is not defined" in messages[0]
