@@ -168,7 +168,7 @@ def test_the_benchmark_without_a_device_raises_an_error():
     command = [sys.executable, str(TESTS.parent / "benchmarks" / "gpu_kernels.py")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS.parent)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1 and "This needs a CUDA device" in result.stderr
+    assert result.returncode == 1 and "requires a CUDA device" in result.stderr
 
 
 def test_the_page_on_gpus_documents_the_switch_points(monkeypatch):
