@@ -1,4 +1,4 @@
-"""What happens in a sequence when learning a task costs an earlier one too much."""
+"""Gates: what happens when a new task reduces the score of an earlier task too much."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def falling(monkeypatch, falls) -> None:
-    """Scores by a rule instead of a model: 1, except ``falls(task trained last)`` for the first task."""
+    """Scores without a model: 1, except ``falls(last trained task)`` for the first task."""
     trained: list[str] = []
     train = Runner._train
 
@@ -43,7 +43,7 @@ def gated(folder, action: str, **fields):
     return read_stream(settings(folder, gate={"keep": {"plus": 0.9}, "action": action}, **fields))
 
 
-def test_a_broken_gate_stops_the_run_with_the_task_that_broke_it(folder, tmp_path, monkeypatch):
+def test_a_gate_stops_the_run_after_the_task_that_violates_it(folder, tmp_path, monkeypatch):
     falling(monkeypatch, lambda last: 0.5 if last == "minus" else 1.0)
     three = [*settings(folder)["tasks"], {**settings(folder)["tasks"][1], "name": "again"}]
     stream = gated(folder, "stop", methods=["sft"], tasks=three)
@@ -54,7 +54,7 @@ def test_a_broken_gate_stops_the_run_with_the_task_that_broke_it(folder, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["sft", "fggm", "ewc", {"name": "lora", "r": 2, "mode": "carried"}])
-def test_a_task_that_is_rolled_back_leaves_the_model_and_the_method_to_the_bit(method, folder, tmp_path, monkeypatch):
+def test_a_rolled_back_task_leaves_model_and_method_bit_exact(method, folder, tmp_path, monkeypatch):
     falling(monkeypatch, lambda last: 0.5 if last == "minus" else 1.0)
     states = {}
     keep = Runner._save_state
@@ -82,12 +82,12 @@ def test_a_task_that_is_rolled_back_leaves_the_model_and_the_method_to_the_bit(m
         ({"keep": {"pluss": 0.9}}, "gate.keep: unknown task 'pluss'.*Did you mean 'plus'"),
     ],
 )
-def test_a_gate_that_makes_no_sense_is_refused(gate, message, folder):
+def test_an_invalid_gate_is_rejected(gate, message, folder):
     with pytest.raises(StreamError, match=message):
         read_stream(settings(folder, gate=gate))
 
 
-def test_a_gate_looks_at_earlier_tasks_only():
+def test_a_gate_checks_only_earlier_tasks():
     gate = Gate(keep={"a": 0.9, "*": 0.5})
     ledger = [{"task": None, "scores": {"a": 0.0}}, {"task": "a", "scores": {"a": 0.8, "b": 0.0}}]
     assert learned(ledger) == {"a": 0.8}
@@ -98,7 +98,7 @@ def test_a_gate_looks_at_earlier_tasks_only():
     ]
 
 
-def test_a_gate_of_the_command_line(folder, tmp_path):
+def test_a_gate_can_be_set_on_the_command_line(folder, tmp_path):
     file = tmp_path / "stream.json"
     file.write_text(json.dumps(settings(folder, methods=["sft"])))
     arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--gate-action", "rollback", "--json"]

@@ -1,4 +1,4 @@
-"""General ability: the text's loss, and lm_eval's tasks against a few lines that compute them by hand."""
+"""General ability: the loss of a text, and lm_eval tasks against a direct computation."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def accuracy_by_hand(model, documents, by_length: bool) -> float:
 
 
 @pytest.mark.parametrize("limit", [None, 4])
-def test_a_score_is_the_accuracy_that_the_log_likelihoods_of_the_choices_give(limit, folder):
+def test_a_score_is_the_accuracy_of_the_log_likelihoods_of_the_choices(limit, folder):
     model = sharp_model()
     ability = GeneralAbility(general(folder, "doubles", "doubles_plain", lm_eval_limit=limit), byte_tokenizer(), 4)
     found = ability.measure(model)
@@ -136,7 +136,7 @@ def test_a_score_is_the_accuracy_that_the_log_likelihoods_of_the_choices_give(li
 
 
 def test_the_two_accuracies_of_this_model_differ():
-    """Else the test above could not tell one metric from the other."""
+    """Otherwise the test above could not distinguish the metrics."""
     values = {by_length: accuracy_by_hand(sharp_model(), DOCUMENTS, by_length) for by_length in (False, True)}
     assert values[False] != values[True] and 0 < values[True] < 1
 
@@ -156,7 +156,7 @@ def test_shots_put_examples_before_the_question(folder, monkeypatch):
         assert {text.count("Ġand") for text in asked} == {1 + (shots or 0)}
 
 
-def test_a_group_with_a_score_has_one_and_a_tag_those_of_its_members(folder):
+def test_a_group_has_one_score_and_a_tag_has_those_of_its_members(folder):
     model = sharp_model()
     group = GeneralAbility(general(folder, "arithmetic"), byte_tokenizer()).measure(model)
     tag = GeneralAbility(general(folder, "numbers"), byte_tokenizer()).measure(model)
@@ -165,7 +165,7 @@ def test_a_group_with_a_score_has_one_and_a_tag_those_of_its_members(folder):
     assert tag["tasks"]["doubles"] == pytest.approx(accuracy_by_hand(model, DOCUMENTS, by_length=True))
 
 
-def test_a_perplexity_is_known_to_be_better_when_it_is_lower(folder):
+def test_a_lower_perplexity_is_better(folder):
     found = GeneralAbility(general(folder, "sayings"), byte_tokenizer()).measure(text_model())
     assert found["metrics"]["sayings"] == {"metric": "word_perplexity", "higher_is_better": False}
     assert found["tasks"]["sayings"] > 1
@@ -182,7 +182,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_text(folder):
     assert found == {"loss": pytest.approx(total / count, rel=1e-5), "tasks": {}, "metrics": {}}
 
 
-def test_between_tasks_only_the_text_is_measured_unless_all_is_asked_for(folder):
+def test_between_tasks_only_the_text_is_measured_by_default(folder):
     text = str(folder / "general.txt")
     for every_task in (False, True):
         watched = general(folder, "doubles", text=text, lm_eval_every_task=every_task)
@@ -199,7 +199,7 @@ def entry(loss=None, higher_is_better=True, **tasks) -> dict:
     return {"loss": loss, "tasks": tasks, "metrics": metrics}
 
 
-def test_a_change_is_the_difference_from_the_base_at_the_end_and_at_the_worst_point():
+def test_changes_are_differences_from_the_base_at_the_end_and_at_the_worst_point():
     measured = [entry(2.0, a=0.5), entry(3.5, a=0.25), entry(3.0), entry(2.5, a=0.375)]
     assert general_change(measured) == {
         "base": 2.0,
@@ -219,24 +219,24 @@ def test_a_change_is_the_difference_from_the_base_at_the_end_and_at_the_worst_po
     }
 
 
-def test_the_worst_of_a_perplexity_is_its_highest():
+def test_the_worst_perplexity_is_the_highest():
     change = general_change([entry(a=5.0, higher_is_better=False), entry(a=9.0, higher_is_better=False), entry(a=4.0)])
     assert change["tasks"]["a"]["worst"] == 4.0 and change["tasks"]["a"]["change"] == -1.0
     assert change["base"] is None and change["worst"] is None
 
 
-def test_nothing_watched_is_no_change():
+def test_without_measurements_there_is_no_change():
     assert general_change([entry(), entry()]) is None
 
 
-# --- no trace ------------------------------------------------------------------------------------
+# --- no side effects -----------------------------------------------------------------------------
 
 
 def drawn() -> tuple:
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
 
 
-def test_measuring_leaves_no_trace(folder):
+def test_measuring_does_not_change_the_model(folder):
     model = adapted(text_model(tie_word_embeddings=True), criterion="random", density=0.5)
     model.train()
     model.base_model.model.model.layers[0].eval()
@@ -271,7 +271,7 @@ def test_measuring_leaves_no_trace(folder):
     assert ability.measure(model) == first
 
 
-def test_all_is_as_before_when_measuring_fails(folder, monkeypatch):
+def test_failed_measuring_does_not_change_the_model(folder, monkeypatch):
     model = text_model().train()
     ability = GeneralAbility(general(folder, "doubles"), byte_tokenizer())
     level = logging.getLogger("lm_eval").level
@@ -328,7 +328,7 @@ def test_a_run_measures_tasks_at_both_ends_and_the_text_after_each_task(folder, 
     )
 
 
-def test_fields_of_a_stream_file_become_what_is_watched(folder):
+def test_fields_of_a_stream_file_set_what_is_measured(folder):
     watched = {"lm_eval": ["doubles", "numbers"], "lm_eval_limit": 100, "lm_eval_shots": 0, "lm_eval_every_task": True}
     assert read_stream(settings(folder, **watched)).general == general(
         folder, "doubles", "numbers", lm_eval_limit=100, lm_eval_shots=0, lm_eval_every_task=True
@@ -355,7 +355,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_one_line_when_the_stream_is_read(case, folder, monkeypatch):
+def test_invalid_settings_raise_a_one_line_error_when_the_stream_is_read(case, folder, monkeypatch):
     monkeypatch.chdir(folder)
     changes, message = WRONG[case]
     with pytest.raises(StreamError, match=message) as error:
@@ -363,12 +363,12 @@ def test_what_is_wrong_is_one_line_when_the_stream_is_read(case, folder, monkeyp
     assert "\n" not in str(error.value)
 
 
-def test_the_nearest_of_the_harness_own_tasks_is_named():
+def test_an_unknown_task_suggests_the_closest_lm_eval_task():
     with pytest.raises(ValueError, match=r"no task 'helaswag' in lm_eval\. Did you mean 'hellaswag'\?"):
         General(lm_eval=("helaswag",))
 
 
-def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):
+def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     lm_eval_tasks._task_manager.cache_clear()
     with pytest.raises(ValueError, match=r"pip install fggm-peft\[general\]"):
@@ -388,7 +388,7 @@ def test_an_empty_text_is_an_error(tmp_path):
         GeneralAbility(General(text=str(tmp_path / "empty.txt")), byte_tokenizer())
 
 
-def test_what_decides_the_figures_is_in_the_digest(folder, tmp_path):
+def test_the_digest_contains_everything_that_determines_the_scores(folder, tmp_path):
     plain = read_stream(settings(folder))
     limited = read_stream(settings(folder, lm_eval_limit=3))
     assert differences(limited.fingerprint(), plain.fingerprint()) == ["general.lm_eval_limit: 3 instead of null"]

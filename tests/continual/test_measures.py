@@ -50,17 +50,17 @@ matrices = st.integers(1, 5).flatmap(
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_every_measure_is_what_its_formula_gives_by_hand(name):
+def test_every_measure_agrees_with_its_formula_by_hand(name):
     assert MEASURES[name].compute(SCORES, ZERO_SHOT) == pytest.approx(BY_HAND[name])
     assert measures_of(SCORES, ZERO_SHOT)[name] == pytest.approx(BY_HAND[name])
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_the_formula_of_a_report_is_the_one_of_the_docstring(name):
+def test_the_report_shows_the_formula_of_the_docstring(name):
     assert f"``{MEASURES[name].formula}``" in getattr(measures, name).__doc__
 
 
-def test_no_two_measures_are_the_same_value():
+def test_all_measures_differ_in_the_example():
     values = measures_of(SCORES, ZERO_SHOT).values()
     assert len({round(value, 12) for value in values}) == len(MEASURES)
 
@@ -77,7 +77,7 @@ def test_tasks_of_the_future_need_no_scores():
         assert partial[name] == complete[name]
 
 
-def test_forward_transfer_needs_only_the_score_right_before_a_task():
+def test_forward_transfer_needs_only_the_score_directly_before_a_task():
     scores = np.array(SCORES)
     scores[0, 2] = NAN
     assert fwt(scores, [NAN, 0.1, 0.3]) == pytest.approx(BY_HAND["fwt"])
@@ -94,7 +94,7 @@ def test_the_first_of_two_tasks_is_forgotten_from_its_only_earlier_score():
     assert forgetting(scores) == pytest.approx(0.3) == -bwt(scores)
 
 
-def test_forgetting_is_negative_where_the_last_task_helped_the_first():
+def test_forgetting_is_negative_if_the_last_task_helped_the_first():
     assert forgetting([[0.5, NAN], [0.8, 0.9]]) == pytest.approx(-0.3)
 
 
@@ -122,7 +122,7 @@ def test_the_last_step_of_op_is_the_final_one_and_their_mean_is_the_mean(scores)
         ([[0.1, float("inf")], [0.3, 0.2]], "the score on task 2 after task 1 is inf"),
     ],
 )
-def test_scores_that_are_missing_are_named(scores, message):
+def test_missing_scores_raise_an_error_that_names_them(scores, message):
     with pytest.raises(ValueError, match=message):
         op(scores)
 
@@ -156,17 +156,17 @@ def test_one_run_has_no_interval_and_no_deviation():
 
 
 @pytest.mark.parametrize("values", [[], [0.1, NAN], [float("inf")]])
-def test_a_summary_of_nothing_or_of_what_is_not_finite_is_refused(values):
+def test_a_summary_of_no_or_non_finite_values_is_rejected(values):
     with pytest.raises(ValueError, match="at least one value and only finite ones"):
         summarise(values)
 
 
-def test_a_confidence_in_per_cent_is_refused():
+def test_a_confidence_in_percent_is_rejected():
     with pytest.raises(ValueError, match="between 0 and 1, got 95"):
         summarise([1.0, 2.0], confidence=95)
 
 
-def test_runs_are_paired_by_seed_and_order_whatever_their_order_in_the_mapping():
+def test_runs_are_paired_by_seed_and_task_order():
     a = {(0, "given"): 0.5, (1, "given"): 0.9, (0, "reversed"): 0.1}
     b = {(0, "reversed"): 0.0, (1, "given"): 0.7, (0, "given"): 0.4}
     result = paired_difference(a, b)
@@ -176,7 +176,7 @@ def test_runs_are_paired_by_seed_and_order_whatever_their_order_in_the_mapping()
     assert result.interval == pytest.approx(list(expected))
 
 
-def test_pairing_shows_a_difference_that_the_spread_of_the_runs_would_hide():
+def test_pairing_shows_a_difference_hidden_by_the_variance_between_runs():
     a = {seed: value + 0.01 + 0.0001 * seed for seed, value in enumerate([0.1, 0.5, 0.9])}
     b = dict(enumerate([0.1, 0.5, 0.9]))
     assert paired_difference(a, b).is_clear
@@ -185,7 +185,7 @@ def test_pairing_shows_a_difference_that_the_spread_of_the_runs_would_hide():
     assert not paired_difference({0: 1.0, 1: 0.0}, {0: 0.0, 1: 1.0}).is_clear
 
 
-def test_runs_that_only_one_method_has_are_named_and_do_not_count():
+def test_runs_of_only_one_method_are_reported_and_ignored():
     result = paired_difference({(0, "given"): 0.5, (1, "given"): 99.0}, {(0, "given"): 0.3, (2, "given"): -99.0})
     assert result.mean == pytest.approx(0.2)
     assert result.unpaired == ((1, "given"), (2, "given"))
@@ -213,7 +213,7 @@ coordinates = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 
 @given(st.lists(st.tuples(coordinates, coordinates), min_size=1, max_size=8))
-def test_whatever_is_off_the_front_is_beaten_by_something_on_it(points):
+def test_every_point_off_the_front_is_dominated_by_a_point_on_it(points):
     front = pareto_front(points)
     assert front
     for i, (learned, forgotten) in enumerate(points):
@@ -224,6 +224,6 @@ def test_whatever_is_off_the_front_is_beaten_by_something_on_it(points):
             assert better and points[i] not in better
 
 
-def test_a_point_that_is_not_a_number_is_refused():
+def test_a_nan_point_is_rejected():
     with pytest.raises(ValueError, match="not a number"):
         pareto_front([(0.1, 0.2), (NAN, 0.1)])

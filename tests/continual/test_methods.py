@@ -1,4 +1,4 @@
-"""Every method of the registry learns a stream through one interface, and each does what its paper says."""
+"""Every registered method trains a stream through one interface and implements its paper."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MASKED = ["row", "column", "element"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_collection():
-    """Every trainer collects garbage, which takes longer than what is trained here, if all imports are searched."""
+    """Freeze imported objects: every trainer collects garbage, which takes longer than the training here."""
     gc.collect()
     gc.freeze()
     yield
@@ -97,12 +97,12 @@ def two_tasks(name: str, options: dict, folder: Path, seed: int = 3) -> Run:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_a_method_keeps_the_modules_repeats_itself_and_resumes_to_the_bit(name, options, tmp_path):
+def test_a_method_is_reproducible_and_resumes_bit_exactly(name, options, tmp_path):
     run = two_tasks(name, options, tmp_path / "first")
     assert run.structures[0] == run.structures[1] == run.structures[2] and run.number_of_hooks == 0
     moved = [key for key, tensor in run.states[0].items() if not torch.equal(tensor, run.states[1][key])]
     assert bool(moved) == run.method.trains
-    torch.manual_seed(99)  # nothing may depend on what was drawn before
+    torch.manual_seed(99)  # results must not depend on earlier random numbers
     assert_same_bits(two_tasks(name, options, tmp_path / "again").states[2], run.states[2])
 
     torch.save(run.states[1], tmp_path / "between.pt")
@@ -116,14 +116,14 @@ def test_a_method_keeps_the_modules_repeats_itself_and_resumes_to_the_bit(name, 
 
 
 @pytest.mark.parametrize("name", ["lora", "shira", "replay", "fggm"])
-def test_the_seed_decides_what_a_method_draws(name, tmp_path):
+def test_the_seed_determines_the_random_numbers_of_a_method(name, tmp_path):
     options = {"criterion": "random"} if name == "fggm" else {"r": 2} if name != "replay" else {}
     a, b = (two_tasks(name, options, tmp_path / str(seed), seed).states[2] for seed in (3, 4))
     assert any(not torch.equal(a[key], b[key]) for key in a if a[key].shape == b[key].shape)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS._entries.items() if issubclass(method, PeftMethod)])
-def test_a_saved_delta_is_what_the_task_added(name, tmp_path):
+def test_a_saved_delta_contains_the_change_of_its_task(name, tmp_path):
     method = make_method(name, **OPTIONS.get(name, {}))
     model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
     if name == "sft_masked":
@@ -135,13 +135,13 @@ def test_a_saved_delta_is_what_the_task_added(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fggm", "sft_masked", "migu"])
-def test_a_first_task_that_is_not_masked_is_plain_fine_tuning(name, tmp_path):
+def test_the_first_task_without_a_mask_is_plain_fine_tuning(name, tmp_path):
     plain, _ = learn(make_method("sft"), llama(), 0, tmp_path / "sft")
     first, _ = learn(make_method(name, first_task_masked=False), llama(), 0, tmp_path / name)
     assert_same_bits(first.state_dict(), plain.state_dict())
 
 
-def test_layers_that_store_their_weight_transposed_are_masked_the_right_way(tmp_path):
+def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
     start = gpt2()
     name = "transformer.h.0.mlp.c_fc"  # [i, o] = [32, 128]
     for method in (make_method("sft_masked"), make_method("migu")):
@@ -173,7 +173,7 @@ def test_layers_that_store_their_weight_transposed_are_masked_the_right_way(tmp_
         ("fggm", {"fisher_estimate": "sketch", "granularity": "element"}, "granularity='element'"),
     ],
 )
-def test_a_wrong_name_or_option_is_an_error_that_says_what_is_right(name, options, message):
+def test_an_unknown_name_or_option_raises_an_error_with_the_valid_ones(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_method(name, **options)
 
@@ -185,17 +185,17 @@ def test_options_of_the_adapter_are_options_of_the_method():
     assert make_method("fggm", config={"density": 0.1}, granularity="column").make_config(0).density == 0.1
 
 
-def test_a_method_that_remembers_nothing_refuses_a_state():
+def test_a_stateless_method_rejects_a_state():
     with pytest.raises(ValueError, match="has no state"):
         make_method("sft").load_state_dict({"x": torch.zeros(1)})
 
 
-def test_what_the_harness_must_know_is_said_by_the_class():
+def test_the_classes_declare_what_the_runner_needs():
     assert [name for name in METHODS if METHODS[name].sees_all_tasks] == ["multitask"]
     assert [name for name in METHODS if not METHODS[name].trains] == ["frozen"]
 
 
-def test_full_fine_tuning_refuses_integer_weights():
+def test_full_fine_tuning_rejects_integer_weights():
     model = llama()
     weight = model.model.layers[0].mlp.up_proj.weight
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
@@ -205,7 +205,7 @@ def test_full_fine_tuning_refuses_integer_weights():
         make_method("sft").begin_task(model, 0, examples())
 
 
-# Against a loop of one's own --------------------------------------------------------------------
+# Comparison with plain loops ---------------------------------------------------------------------
 
 
 class Recorder:
@@ -240,7 +240,7 @@ def plain_loop(parameters: dict[str, nn.Parameter], loss_of, batches, lr=1e-2, w
 
 
 @pytest.mark.parametrize("name", ["sft", "lora"])
-def test_training_is_that_of_a_plain_loop(name, tmp_path):
+def test_training_agrees_with_a_plain_loop(name, tmp_path):
     method = make_method(name, **OPTIONS.get(name, {}))
     model = method.begin_task(method.prepare(llama(), 0), 0, examples())
     twin = copy.deepcopy(model).train()
@@ -256,7 +256,7 @@ def test_training_is_that_of_a_plain_loop(name, tmp_path):
 
 
 @pytest.mark.parametrize("granularity", MASKED)
-def test_fggm_is_a_plain_loop_over_dense_deltas_with_masked_gradients(granularity, tmp_path):
+def test_fggm_agrees_with_a_plain_loop_over_dense_deltas_with_masked_gradients(granularity, tmp_path):
     method = make_method("fggm", granularity=granularity)
     model = method.begin_task(method.prepare(llama(), 0), 0, examples())
     recorder = Recorder(model)
@@ -284,13 +284,13 @@ def test_fggm_is_a_plain_loop_over_dense_deltas_with_masked_gradients(granularit
 
 
 @pytest.mark.parametrize("granularity", MASKED)
-def test_masked_fine_tuning_moves_what_fggm_moves_and_as_far(granularity, tmp_path):
+def test_masked_fine_tuning_makes_the_same_changes_as_fggm(granularity, tmp_path):
     results = []
     for name in ("fggm", "sft_masked"):
         method = make_method(name, granularity=granularity)
         model = method.prepare(llama(), 0)
         for number in (0, 1):
-            # AdamW divides by the size of a gradient; its default of 1e-8 would blow up the rounding of tiny ones
+            # AdamW divides by gradients; its default eps of 1e-8 would amplify the rounding errors of tiny ones
             model, _ = learn(method, model, number, tmp_path / name, adam_epsilon=1e-3)
         results.append(model.state_dict())
     start = llama().state_dict()
@@ -300,7 +300,7 @@ def test_masked_fine_tuning_moves_what_fggm_moves_and_as_far(granularity, tmp_pa
 
 
 @pytest.mark.parametrize("granularity", MASKED)
-def test_frozen_entries_keep_their_bits_under_weight_decay(granularity, tmp_path):
+def test_weight_decay_does_not_change_frozen_entries(granularity, tmp_path):
     method = make_method("sft_masked", granularity=granularity)
     model, trainer = learn(method, method.prepare(llama(), 0), 0, tmp_path, weight_decay=0.5, max_steps=6)
     start = llama()
@@ -316,7 +316,7 @@ def test_frozen_entries_keep_their_bits_under_weight_decay(granularity, tmp_path
             assert not moments["exp_avg_sq"][trainer.frozen[name]].any()
 
 
-def test_chosen_entries_decay_as_adamw_has_it(tmp_path):
+def test_selected_entries_decay_as_in_adamw(tmp_path):
     method = make_method("sft_masked")
     model, trainer = learn(method, method.prepare(llama(), 0), 0, tmp_path, max_steps=1)
     decayed, _ = learn(make_method("sft_masked"), llama(), 0, tmp_path, max_steps=1, weight_decay=0.5)
@@ -353,7 +353,7 @@ def mean_loss(model: nn.Module, batches) -> Tensor:
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.0])
-def test_migu_keeps_the_gradient_of_the_features_that_are_driven_hardest(threshold, tmp_path):
+def test_migu_keeps_the_gradients_of_the_features_with_the_largest_outputs(threshold, tmp_path):
     method = make_method("migu", threshold=threshold)
     model = method.begin_task(method.prepare(llama(attention_bias=True), 0), 0, examples())
     for layer in model.model.layers:
@@ -376,7 +376,7 @@ def test_migu_keeps_the_gradient_of_the_features_that_are_driven_hardest(thresho
         torch.testing.assert_close(got[key], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_migu_keeps_one_feature_at_least_and_exactly_its_share_of_equal_ones():
+def test_migu_keeps_at_least_one_feature_and_exactly_its_share_of_ties():
     assert largest_features(torch.tensor([1.0, 3.0, 2.0]), 0.99).tolist() == [False, True, False]
     assert largest_features(torch.ones(10), 0.7).sum() == 3
 
@@ -413,7 +413,7 @@ def test_ewc_adds_up_the_exact_fisher_information_of_the_tasks(tmp_path):
     assert {n for n, _ in start.named_parameters()} - set(still) == set(expected)
 
 
-def test_ewc_takes_as_many_samples_as_it_is_told(tmp_path):
+def test_ewc_uses_the_given_number_of_samples(tmp_path):
     method = make_method("ewc", num_samples=5)
     model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
     expected = per_sample_fisher(model, examples(seed=0)[:5])
@@ -421,7 +421,7 @@ def test_ewc_takes_as_many_samples_as_it_is_told(tmp_path):
         torch.testing.assert_close(fisher, expected[name], rtol=1e-4, atol=1e-7 * float(expected[name].max()))
 
 
-def test_ewc_pulls_back_by_fisher_times_distance_once_a_step(tmp_path):
+def test_ewc_adds_fisher_times_distance_to_the_gradient_once_per_step(tmp_path):
     method = make_method("ewc", penalty=300.0)
     model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
     fisher = {name: tensor.clone() for name, tensor in method.state_dict().items()}
@@ -440,7 +440,7 @@ def test_ewc_pulls_back_by_fisher_times_distance_once_a_step(tmp_path):
         torch.testing.assert_close(got[name], twin.get_parameter(name).grad + pull, rtol=1e-3, atol=1e-5)
 
 
-def test_ewc_keeps_a_task_closer_when_it_is_told_to(tmp_path):
+def test_a_larger_ewc_strength_keeps_weights_closer(tmp_path):
     distances = []
     for penalty in (0.0, 1e4):
         method = make_method("ewc", penalty=penalty)
@@ -454,7 +454,7 @@ def test_ewc_keeps_a_task_closer_when_it_is_told_to(tmp_path):
     assert distances[1] < 0.5 * distances[0]
 
 
-def test_o_loras_penalty_is_the_squared_overlap_with_every_earlier_task(tmp_path):
+def test_the_o_lora_penalty_is_the_squared_overlap_with_every_earlier_task(tmp_path):
     method = make_method("o_lora", r=2, penalty=0.7)
     model = method.prepare(llama(), 0)
     earlier: list[dict[str, Tensor]] = []
@@ -495,7 +495,7 @@ def support_of(method, number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["fggm", "sft_masked"])
-def test_fggm_protects_what_earlier_tasks_chose(name, tmp_path):
+def test_fggm_protects_the_supports_of_earlier_tasks(name, tmp_path):
     method = make_method(name, protect_earlier=1.0, **COLUMNS)
     model = method.prepare(llama(), 0)
     for number in range(3):
@@ -506,7 +506,7 @@ def test_fggm_protects_what_earlier_tasks_chose(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fggm", "sft_masked"])
-def test_fggm_weighs_against_its_history_and_a_resumed_run_knows_it(name, tmp_path):
+def test_fggm_uses_its_history_as_reference_also_after_resuming(name, tmp_path):
     """The second task's choice is that of ``gain_per_harm`` against the first one's scores, also in a new process."""
     options = COLUMNS | {"criterion": "gain_per_harm", "reference": ["history"], "protect_earlier": 0.5}
     method = make_method(name, **options)
@@ -539,7 +539,7 @@ def test_fggm_saves_the_scores_of_a_task_with_its_delta(tmp_path):
     assert load_record(tmp_path / "task").samples == len(examples())
 
 
-def test_fggm_resumed_within_a_task_still_remembers_it(tmp_path):
+def test_fggm_resumed_within_a_task_keeps_its_scores(tmp_path):
     """The checkpoint has the scores, so that the history does not depend on where a run was interrupted."""
     histories = []
     for interrupted in (False, True):
@@ -559,7 +559,7 @@ def test_fggm_resumed_within_a_task_still_remembers_it(tmp_path):
     assert all(torch.equal(tensor, second[key].to(tensor.dtype)) for key, tensor in first.items())
 
 
-def test_fggm_needs_its_reference_from_the_start():
+def test_fggm_requires_its_reference_from_the_first_task():
     with pytest.raises(ValueError, match="'gain_per_harm' weighs the task against a reference"):
         make_method("fggm", criterion="gain_per_harm")
     with pytest.raises(ValueError, match="protect_earlier sets protect"):
@@ -589,7 +589,7 @@ def test_replay_mixes_the_stated_share_of_every_earlier_task(tmp_path):
     assert len(other.replayed()) == math.ceil(0.25 * sum(map(len, tasks))) and other._examples == method._examples
 
 
-def test_shira_has_new_places_in_every_task():
+def test_shira_selects_new_entries_in_every_task():
     method = make_method("shira", r=2)
     model = method.prepare(llama(), 0)
     places = []

@@ -21,7 +21,7 @@ def resident(size: int) -> mmap.mmap:
 
 
 @pytest.mark.skipif(memory.accelerator() is not None, reason="looks at the process's own memory")
-def test_a_phase_has_its_own_peak_above_what_the_process_held():
+def test_the_peak_of_a_phase_excludes_earlier_memory():
     return_freed_memory()  # so that nothing goes back to the system while the phases are watched
     held = resident(64 * MIB)  # before: does not count
     found = MemoryLog()
@@ -40,7 +40,7 @@ def test_a_phase_has_its_own_peak_above_what_the_process_held():
     assert len(held) and len(small)
 
 
-def test_on_an_accelerator_it_is_the_allocators_mark(monkeypatch):
+def test_on_an_accelerator_the_peak_comes_from_the_allocator(monkeypatch):
     class Device:
         peak = 0
 

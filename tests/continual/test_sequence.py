@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     return write_stream(tmp_path_factory.mktemp("stream"))
 
 
-def test_every_method_leaves_its_matrix_measures_and_costs(folder, tmp_path):
+def test_every_method_writes_its_matrix_measures_and_costs(folder, tmp_path):
     results = {result["label"]: result for result in run_stream(read_stream(settings(folder)), tmp_path)}
     assert set(results) == {"fggm", "sft", "frozen", "multitask", "lora-r2"}
     for label, result in results.items():
@@ -60,7 +60,7 @@ def test_every_method_leaves_its_matrix_measures_and_costs(folder, tmp_path):
     assert (delta / "adapter_model.safetensors").exists()
 
 
-def test_cheaper_selections_stand_beside_the_exact_one_in_a_stream(folder, tmp_path):
+def test_a_stream_can_compare_cheaper_selections_with_the_exact_one(folder, tmp_path):
     methods = [
         "fggm",
         {"name": "fggm", "label": "sketch", "fisher_estimate": "sketch"},
@@ -76,12 +76,12 @@ def test_cheaper_selections_stand_beside_the_exact_one_in_a_stream(folder, tmp_p
 
 
 class Killed(BaseException):
-    """Not an Exception, as SIGKILL is not: nothing may catch it and tidy up."""
+    """Not an Exception, so that no handler catches it and cleans up (like SIGKILL)."""
 
 
 @pytest.mark.parametrize("method", ["fggm", "sft", "ewc", "replay", {"name": "o_lora", "r": 2}])
 @pytest.mark.parametrize("checkpoint_steps", [None, 1])
-def test_a_run_that_is_killed_within_its_second_task_ends_in_the_same_numbers(
+def test_a_run_killed_in_its_second_task_resumes_to_identical_results(
     method, checkpoint_steps, folder, tmp_path, monkeypatch
 ):
     stream = read_stream(settings(folder, methods=[method]))
@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_within_its_second_task_ends_in_the_same_numbers(
     assert without_times(result) == without_times(expected)
 
 
-def test_finished_runs_are_read_and_another_stream_is_refused(folder, tmp_path):
+def test_finished_runs_are_read_from_disk_and_another_stream_is_rejected(folder, tmp_path):
     stream = read_stream(settings(folder, methods=["frozen"]))
     (first,) = run_stream(stream, tmp_path)
     more = read_stream(settings(folder, methods=["frozen"], seeds=[0, 1]))
@@ -117,7 +117,7 @@ def test_finished_runs_are_read_and_another_stream_is_refused(folder, tmp_path):
         list(run_stream(other, tmp_path, resume=True))
 
 
-def test_an_unknown_option_of_a_method_is_known_before_the_first_step(folder, tmp_path):
+def test_an_unknown_method_option_raises_an_error_before_the_first_step(folder, tmp_path):
     stream = read_stream(settings(folder, methods=[{"name": "replay", "label": "r", "share": 0.5}]))
     with pytest.raises(StreamError, match=r"methods: r: .*no option 'share'; legal are fraction"):
         list(run_stream(stream, tmp_path))
@@ -163,7 +163,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_numbers(seed, folder, tmp_path):
+def test_a_run_killed_at_random_moments_resumes_to_identical_results(seed, folder, tmp_path):
     file = tmp_path / "stream.json"
     training = {"max_steps": 40, "batch_size": 4, "learning_rate": 0.01}
     file.write_text(json.dumps(settings(folder, methods=["fggm"], training=training, seeds=[seed])))
@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_numbers(seed, f
         )
         begun = tmp_path / "parts" / "runs"
         while kills < 3 and process.poll() is None and not begun.exists():
-            time.sleep(0.01)  # the first imports are no moment of the run
+            time.sleep(0.01)  # do not kill the run during its imports
         try:
             process.wait(rng.uniform(0.2, 3.0) if kills < 3 else 240)
         except subprocess.TimeoutExpired:
@@ -191,7 +191,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_numbers(seed, f
     assert [without_times(run) for run in found] == [without_times(expected)]
 
 
-def test_two_processes_in_one_folder_share_the_runs(folder, tmp_path):
+def test_two_processes_in_one_folder_share_the_work(folder, tmp_path):
     file = tmp_path / "stream.json"
     training = {"max_steps": 30, "batch_size": 4, "learning_rate": 0.01}
     file.write_text(json.dumps(settings(folder, methods=["fggm", "sft"], training=training, seeds=[0, 1, 2])))
@@ -210,7 +210,7 @@ def test_two_processes_in_one_folder_share_the_runs(folder, tmp_path):
     ]
 
 
-def test_a_run_that_another_process_is_at_is_left_to_it(folder, tmp_path):
+def test_a_run_of_another_process_is_skipped(folder, tmp_path):
     stream = read_stream(settings(folder, methods=["frozen", "sft"]))
     taken = tmp_path / "runs" / runs_of(stream)[0].name
     taken.mkdir(parents=True)
@@ -221,7 +221,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(folder, tmp_path):
 # --- what a run leaves -----------------------------------------------------------------------------
 
 
-def test_the_deltas_on_disk_one_on_another_are_the_model_at_the_end(folder, tmp_path, monkeypatch):
+def test_the_saved_deltas_together_give_the_final_model(folder, tmp_path, monkeypatch):
     states = []
     keep = Runner._save_state
     monkeypatch.setattr(Runner, "_save_state", lambda *run: (states.append(run[1].state_dict()), keep(*run)))
@@ -236,7 +236,7 @@ def test_the_deltas_on_disk_one_on_another_are_the_model_at_the_end(folder, tmp_
     assert len({entry["digest"] for entry in ledger[1:]}) == 2
 
 
-def test_peak_memory_is_told_for_each_phase(folder, tmp_path):
+def test_peak_memory_is_reported_for_each_phase(folder, tmp_path):
     results = {
         run["label"]: run for run in run_stream(read_stream(settings(folder, methods=["fggm", "sft"])), tmp_path)
     }
@@ -245,19 +245,19 @@ def test_peak_memory_is_told_for_each_phase(folder, tmp_path):
     assert results["sft"]["cost"]["peak_memory"]["selection"] is None
 
 
-def test_texts_that_were_cut_are_counted(folder, tmp_path):
+def test_truncated_texts_are_counted(folder, tmp_path):
     tasks = [{**task, "max_prompt_length": 5} for task in settings(folder)["tasks"]]
     (result,) = run_stream(read_stream(settings(folder, methods=["frozen"], tasks=tasks)), tmp_path)
     assert result["cut"] == {name: {"prompts": 4, "answers": 0} for name in ("plus", "minus")}
 
 
-def test_multitask_is_asked_everything_at_the_end(folder, tmp_path):
+def test_multitask_is_evaluated_on_all_tasks_at_the_end(folder, tmp_path):
     tasks = [{**settings(folder)["tasks"][0], "name": name} for name in ("a", "b", "c", "d")]
     (result,) = run_stream(read_stream(settings(folder, methods=["multitask"], tasks=tasks)), tmp_path)
     assert len(result["R"]) == 1 and all(score is not None for score in result["R"][0])
 
 
-def test_bfloat16_is_autocast_in_training_and_evaluation(folder, tmp_path, monkeypatch):
+def test_bfloat16_uses_autocast_in_training_and_evaluation(folder, tmp_path, monkeypatch):
     seen = set()
     model_forward = type(text_model()).forward
 
@@ -273,12 +273,14 @@ def test_bfloat16_is_autocast_in_training_and_evaluation(folder, tmp_path, monke
 
 
 @pytest.mark.parametrize("granularity", ["row", "column", "element"])
-def test_the_overlap_of_supports_is_that_of_the_dense_masks(granularity, folder, tmp_path):
+def test_the_overlap_of_supports_agrees_with_the_dense_masks(granularity, folder, tmp_path):
     stream = read_stream(settings(folder, methods=[{"name": "fggm", "granularity": granularity, "density": 0.2}]))
     (result,) = run_stream(stream, tmp_path)
     masks = []
     for task in sorted(tmp_path.glob("runs/fggm/*/tasks/*")):
-        model = PeftModel.from_pretrained(stream.model.load(), task, check_base=False)  # each is of the base before it
+        model = PeftModel.from_pretrained(
+            stream.model.load(), task, check_base=False
+        )  # the base of each delta includes the earlier deltas
         layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "fggm_values")}
         for layer in layers.values():
             layer.fggm_values["default"].data.fill_(1)
@@ -295,12 +297,12 @@ def test_the_overlap_of_supports_is_that_of_the_dense_masks(granularity, folder,
     assert result["overlap"]["chance"][0][1] == pytest.approx(by_chance)
 
 
-def test_what_left_no_delta_has_no_overlap(folder, tmp_path):
+def test_a_method_without_deltas_has_no_overlap(folder, tmp_path):
     (result,) = run_stream(read_stream(settings(folder, methods=["sft"])), tmp_path)
     assert result["overlap"] is None and support_overlap([tmp_path]) is None
 
 
-def test_methods_and_rates_can_be_chosen_and_the_report_is_of_the_whole_folder(folder, tmp_path):
+def test_methods_and_rates_can_be_selected_and_the_report_covers_the_whole_folder(folder, tmp_path):
     file = tmp_path / "stream.json"
     file.write_text(json.dumps(settings(folder, methods=["frozen", "sft", {"name": "sft", "label": "[b]"}])))
 
@@ -337,7 +339,7 @@ def test_the_method_in_the_docs_runs(folder, tmp_path):
         METHODS._entries.pop("head_only", None)
 
 
-def test_a_full_disk_leaves_no_half_written_state_and_the_run_can_go_on(folder, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_state_and_the_run_can_resume(folder, tmp_path, monkeypatch):
     stream = read_stream(settings(folder, methods=["sft"]))
     (expected,) = run_stream(stream, tmp_path / "whole")
     save, calls = torch.save, []

@@ -1,4 +1,4 @@
-"""A stream file becomes tasks, orders and a fingerprint; whatever is wrong with it is one line."""
+"""Reading a stream file: tasks, orders, fingerprint, and one-line errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ INTENTS = [{"prompt": f"Utterance {n}:", "answer": f" intent {n % 3}"} for n in 
 
 
 def changes(stream, other) -> list[str]:
-    """The differences from another stream, or from a saved fingerprint."""
+    """Differences from another stream or from a saved fingerprint."""
     saved = other.fingerprint() if isinstance(other, Stream) else other
     return differences(stream.fingerprint(), saved)
 
@@ -99,12 +99,12 @@ def test_a_file_is_read_field_by_field(folder):
     assert stream.general.text == str(folder / "data/general.txt")
 
 
-def test_defaults_go_to_the_tasks_that_do_not_say_otherwise(folder):
+def test_defaults_apply_to_tasks_without_their_own_settings(folder):
     tasks = read_stream(folder / "stream.yaml").tasks
     assert [task.max_answer_length for task in tasks] == [64, 64, 8]
 
 
-def test_a_task_may_have_epochs_of_its_own(folder):
+def test_a_task_may_set_its_own_epochs(folder):
     stream = read_stream(folder / "stream.yaml")
     assert [stream.training_of(task).epochs for task in stream.tasks] == [1, 3, 1]
     assert {stream.training_of(task).batch_size for task in stream.tasks} == {8}
@@ -117,18 +117,18 @@ def test_json_and_yaml_and_a_mapping_are_the_same_stream(folder, settings):
 
 
 @pytest.mark.parametrize("written", ["1e-4", "1E-4", "0.0001", "1.0e-4", "+1e-04", "'1e-4'", ".1e-3"])
-def test_numbers_are_read_however_they_are_written(written, folder):
+def test_numbers_are_read_in_every_notation(written, folder):
     text = TEXT.replace("learning_rate: 3.0e-4", f"learning_rate: {written}")
     (folder / "stream.yaml").write_text(text)
     assert read_stream(folder / "stream.yaml").training.learning_rate == 1e-4
 
 
-def test_a_text_that_begins_like_a_number_stays_a_text(folder):
+def test_a_text_that_starts_like_a_number_stays_a_text(folder):
     (folder / "stream.yaml").write_text(TEXT.replace("name: fggm, label: fggm-5%", "name: fggm, label: 1e5th"))
     assert read_stream(folder / "stream.yaml").methods[2].label == "1e5th"
 
 
-def test_paths_start_from_the_file_and_those_of_data_from_data(folder, tmp_path_factory, monkeypatch):
+def test_paths_are_relative_to_the_file_and_data_paths_to_the_data_folder(folder, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert read_stream(folder / "stream.yaml").tasks[0].path == str(folder / "data/intent")
     moved = TEXT.replace("path: data/intent", "path: intent").replace("data/code", "code")
@@ -138,7 +138,7 @@ def test_paths_start_from_the_file_and_those_of_data_from_data(folder, tmp_path_
     assert stream.general is not None and stream.general.text == str(folder / "data/general.txt")
 
 
-def test_what_is_given_goes_before_the_file_and_starts_from_here(folder, monkeypatch):
+def test_arguments_override_the_file_and_are_relative_to_the_working_directory(folder, monkeypatch):
     make_data(folder / "other")
     (folder / "other" / "model").mkdir()
     monkeypatch.chdir(folder / "other")
@@ -148,7 +148,7 @@ def test_what_is_given_goes_before_the_file_and_starts_from_here(folder, monkeyp
     assert stream.seeds == (7,) and stream.general is not None
 
 
-def test_a_model_in_a_folder_beside_the_file_is_found(folder):
+def test_a_model_path_may_be_relative_to_the_file(folder):
     (folder / "models" / "mine").mkdir(parents=True)
     (folder / "stream.yaml").write_text(TEXT.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "models/mine"))
     assert read_stream(folder / "stream.yaml").model.name == str(folder / "models/mine")
@@ -237,7 +237,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_with_a_file_is_one_line_that_names_file_and_field(case, settings, folder, monkeypatch):
+def test_an_invalid_file_raises_a_one_line_error_that_names_file_and_field(case, settings, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     changes, message = WRONG[case]
     (folder / "wrong.json").write_text(json.dumps(settings | {"orders": ["given"]} | changes))
@@ -257,19 +257,19 @@ def test_what_is_wrong_with_a_file_is_one_line_that_names_file_and_field(case, s
         ("a.yaml", "", "must have fields"),
     ],
 )
-def test_a_file_that_is_not_yaml_or_json_is_named_with_its_line(name, text, message, tmp_path):
+def test_a_syntax_error_names_the_file_and_the_line(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(StreamError, match=message) as error:
         read_stream(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_answered_with_the_ready_ones():
+def test_a_missing_file_raises_an_error_that_lists_the_built_in_streams():
     with pytest.raises(StreamError, match=r"no file 'none.yaml'; ready streams are .*trace-order1"):
         read_stream("none.yaml")
 
 
-def test_training_data_without_test_data_is_found_before_training(settings, folder):
+def test_missing_test_data_raises_an_error_before_training(settings, folder):
     (folder / "data/intent/test.json").unlink()
     with pytest.raises(StreamError, match=r"data/intent has training data, but no test\.json"):
         read_stream(settings)
@@ -295,13 +295,13 @@ def small_stream(count=6, **fields) -> Stream:
     return Stream(**{"model": BaseModel("x"), "tasks": tasks, "methods": ("sft",)} | fields)
 
 
-def test_a_random_order_depends_on_its_seed_and_the_names_only():
+def test_a_random_order_depends_only_on_its_seed_and_the_names():
     stream = small_stream(orders=tuple(f"random:{seed}" for seed in range(8)))
     orders = [names(order) for order in stream.task_orders()]
     assert len({tuple(order) for order in orders}) > 5
     shuffled = stream.model_copy(update={"tasks": stream.tasks[::-1]})
     assert [names(order) for order in shuffled.task_orders()] == orders
-    # written down, so that no version of Python or of this package draws another
+    # fixed values, because no version of Python or of this package may draw other orders
     assert orders[3] == ["task3", "task5", "task0", "task1", "task2", "task4"]
 
 
@@ -327,7 +327,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_what_decides_results_is_in_the_digest_and_named_when_it_differs(field, settings):
+def test_the_digest_contains_what_determines_results_and_differences_are_named(field, settings):
     stream, changed = read_stream(settings), read_stream(CHANGES[field](settings))
     assert stream.fingerprint() != changed.fingerprint()
     assert any(line.startswith(field) for line in changes(stream, changed))
@@ -336,7 +336,7 @@ def test_what_decides_results_is_in_the_digest_and_named_when_it_differs(field, 
 
 
 @pytest.mark.parametrize("file", ["intent/train.json", "intent/test.json", "code_test.jsonl", "general.txt"])
-def test_another_byte_of_data_is_another_digest(file, folder):
+def test_changed_data_changes_the_digest(file, folder):
     before = read_stream(folder / "stream.yaml").fingerprint()
     with (folder / "data" / file).open("a") as opened:
         opened.write(" ")
@@ -345,7 +345,7 @@ def test_another_byte_of_data_is_another_digest(file, folder):
     assert line.split(":")[0] in ("tasks.intent.data", "tasks.code.data", "general.text") and "content" in line
 
 
-def test_the_weights_of_a_model_folder_are_in_the_digest(folder):
+def test_the_digest_contains_the_weights_of_a_model_folder(folder):
     (folder / "model").mkdir()
     (folder / "model/model.safetensors").write_bytes(b"1")
     stream = read_stream(folder / "stream.yaml", model=str(folder / "model"))
@@ -354,19 +354,19 @@ def test_the_weights_of_a_model_folder_are_in_the_digest(folder):
     assert stream.fingerprint() != before
 
 
-def test_what_distinguishes_runs_of_a_stream_is_not_in_its_digest(settings):
+def test_settings_that_distinguish_runs_are_not_in_the_digest(settings):
     more = {"methods": ["ewc"], "seeds": [9], "orders": ["reversed"], "learning_rates": [1e-3]}
     assert read_stream(settings).fingerprint() == read_stream(settings | more).fingerprint()
 
 
-def test_files_that_datasets_and_editors_leave_do_not_count(folder):
+def test_temporary_files_are_not_in_the_digest(folder):
     before = read_stream(folder / "stream.yaml").fingerprint()
     for name in ("cache-12.arrow", ".train.json.swp", "README.md"):
         (folder / "data/intent" / name).write_text("x")
     assert read_stream(folder / "stream.yaml").fingerprint() == before
 
 
-def test_a_fingerprint_that_was_saved_is_compared_as_well(settings):
+def test_a_saved_fingerprint_can_be_compared(settings):
     stream = read_stream(settings)
     saved = json.loads(json.dumps(stream.fingerprint()))
     assert changes(stream, saved) == []
@@ -385,7 +385,7 @@ def test_whole_numbers_are_the_same_from_python_and_from_a_file():
 # --- examples ------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_on_the_answer_and_the_texts_are_kept_for_the_metric(folder):
+def test_the_loss_covers_the_answer_and_the_texts_are_kept_for_the_metric(folder):
     tokenizer = byte_tokenizer()
     task = read_stream(folder / "stream.yaml").tasks[0]
     examples = task.examples("test", tokenizer)
@@ -395,7 +395,7 @@ def test_the_loss_is_on_the_answer_and_the_texts_are_kept_for_the_metric(folder)
     assert list(examples.references) == [row["answer"] for row in INTENTS[:6]]
 
 
-def test_templates_write_prompt_and_answer_of_rows_of_any_format(folder):
+def test_templates_create_prompt_and_answer_from_any_columns(folder):
     tokenizer = byte_tokenizer()
     examples = read_stream(folder / "stream.yaml").tasks[1].examples("test", tokenizer)
     assert split_by_loss(examples[0], tokenizer) == ("t\n", "u<eos>")
@@ -405,7 +405,7 @@ def task_of(rows, **fields) -> Task:
     return Task(name="made", rows=lambda split: rows, **fields)
 
 
-def test_what_a_template_writes_is_data():
+def test_the_output_of_a_template_is_not_interpreted():
     evil = "{{ ''.__class__ }}{% for x in y %}<b>&"
     task = task_of([{"x": evil, "my column": "z"}], prompt="{{ x }} {{ row['my column'] }}", answer="{{ x | upper }}")
     examples = task.examples("test", byte_tokenizer())
@@ -430,7 +430,7 @@ def test_a_template_that_fails_names_the_row_and_its_columns(template, message):
         task.examples("test", byte_tokenizer())
 
 
-def test_a_function_gives_rows_for_each_split():
+def test_a_function_can_return_the_rows_of_each_split():
     task = Task(name="made", rows=lambda split: ({"prompt": split, "answer": str(n)} for n in range(3)))
     assert list(task.examples("test", byte_tokenizer()).references) == ["0", "1", "2"]
     assert set(task.examples("train", byte_tokenizer()).sources) == {"train"}
@@ -439,12 +439,12 @@ def test_a_function_gives_rows_for_each_split():
     assert changes(stream, stream.model_copy(update={"tasks": (other,)}))[0].startswith("tasks.made.data: content")
 
 
-def test_python_tasks_go_into_a_mapping_beside_others(settings):
+def test_a_mapping_may_mix_python_tasks_and_files(settings):
     stream = read_stream(settings | {"tasks": [task_of(INTENTS), *settings["tasks"][1:]], "orders": ["given"]})
     assert [task.name for task in stream.tasks] == ["made", "code", "sums"]
 
 
-def test_the_chat_template_is_in_the_tokens_and_not_in_the_texts():
+def test_the_chat_template_applies_to_tokens_but_not_to_texts():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     examples = task_of([{"prompt": "Say", "answer": "hi"}], chat_template=True).examples("test", tokenizer)
@@ -452,7 +452,7 @@ def test_the_chat_template_is_in_the_tokens_and_not_in_the_texts():
     assert (examples.sources[0], examples.references[0]) == ("Say", "hi")
 
 
-def test_a_long_prompt_loses_its_left_and_leaves_the_answer_alone():
+def test_a_long_prompt_is_truncated_on_the_left_and_the_answer_is_kept():
     tokenizer = byte_tokenizer()
     examples = task_of([{"prompt": "abcdef", "answer": "xyz"}], max_prompt_length=2, max_answer_length=4).examples(
         "test", tokenizer
@@ -461,7 +461,7 @@ def test_a_long_prompt_loses_its_left_and_leaves_the_answer_alone():
     assert (examples.cut_prompts, examples.cut_answers) == (1, 0)
 
 
-def test_an_answer_that_is_too_long_is_counted_and_said():
+def test_truncated_answers_are_counted_and_reported():
     tokenizer = byte_tokenizer()
     rows = [{"prompt": "p", "answer": "x" * length} for length in (2, 3, 4, 9)]
     with pytest.warns(UserWarning, match=r"2 of 4 answers of made \(test\) have more than 4 tokens"):
@@ -472,7 +472,7 @@ def test_an_answer_that_is_too_long_is_counted_and_said():
     assert examples.references[3] == "x" * 9
 
 
-def test_the_seed_shuffles_and_draws_training_rows_and_leaves_test_rows_alone():
+def test_the_seed_shuffles_and_samples_only_training_rows():
     rows = [{"prompt": str(n), "answer": "x"} for n in range(50)]
     task, tokenizer = task_of(rows, limit=20, test_limit=10), byte_tokenizer()
     train = [list(task.examples("train", tokenizer, seed).sources) for seed in (0, 0, 1)]
@@ -482,7 +482,7 @@ def test_the_seed_shuffles_and_draws_training_rows_and_leaves_test_rows_alone():
     assert test[0] == test[1] == sorted(test[0], key=int) and len(test[0]) == 10
 
 
-def test_one_file_is_training_data_and_never_taken_for_test_data(folder):
+def test_a_single_file_is_training_data_only(folder):
     task = Task(name="a", path=str(folder / "data/intent/train.json"))
     assert len(task.examples("train", byte_tokenizer())) == 20
     with pytest.raises(DataError, match=r"path of task a is one file .*path: \{train: train.json, test: ...\}"):
@@ -496,7 +496,7 @@ def test_splits_may_have_other_names(folder):
     assert len(task.examples("train", byte_tokenizer())) == 20
 
 
-# --- ready streams -------------------------------------------------------------------------------
+# --- built-in streams ----------------------------------------------------------------------------
 
 TRACE_EPOCHS = dict(
     zip(
@@ -508,7 +508,7 @@ TRACE_EPOCHS = dict(
 
 
 @pytest.mark.parametrize("name", ["trace-order1", "trace-order2"])
-def test_the_streams_of_trace_read_where_their_data_is(name, tmp_path):
+def test_the_trace_streams_can_be_read_if_their_data_exists(name, tmp_path):
     for task in TRACE_EPOCHS:
         write_rows(tmp_path / task / "train.json", INTENTS)
         write_rows(tmp_path / task / "test.json", INTENTS)
@@ -518,11 +518,11 @@ def test_the_streams_of_trace_read_where_their_data_is(name, tmp_path):
     assert stream.training.learning_rate == 1e-5 and stream.model.name == "Qwen/Qwen2-1.5B"
 
 
-def test_the_ready_streams_are_known_by_name():
+def test_the_built_in_streams_are_found_by_name():
     assert ready_streams() == ["demo", "trace-order1", "trace-order2"]
 
 
-def test_the_orders_are_those_of_trace(tmp_path):
+def test_the_orders_agree_with_trace(tmp_path):
     for task in TRACE_EPOCHS:
         write_rows(tmp_path / task / "train.json", INTENTS)
         write_rows(tmp_path / task / "test.json", INTENTS)
@@ -535,6 +535,6 @@ def test_the_orders_are_those_of_trace(tmp_path):
     assert len(differing) == 1 and differing[0].startswith("order")
 
 
-def test_a_ready_stream_without_data_says_where_it_looked():
+def test_a_built_in_stream_without_data_raises_an_error_with_the_searched_folder():
     with pytest.raises(StreamError, match=r"no file or folder .*C-STANCE\. Paths of tasks are relative to data"):
         read_stream("trace-order1")
