@@ -77,7 +77,7 @@ def test_select_of_a_4_bit_base(folder, tmp_path):
     assert base["loss"] == pytest.approx(adapted["loss"], rel=0.01)  # the adapter is zero
 
 
-def test_a_dry_run_shows_what_it_would_cost_without_data(folder, tmp_path, monkeypatch):
+def test_a_dry_run_shows_the_cost_without_data(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("select", folder / "model", "--dry-run", "--batch-size", 4, "--max-length", 32)
     found = succeed(*arguments, "--budget", "lora:r=2", "--gradient-checkpointing", "--optimizer", "sgd")
@@ -124,7 +124,7 @@ def loss_by_hand(model, tokenizer, rows: list[dict]) -> tuple[float, int]:
     return total / tokens, tokens
 
 
-def test_eval_of_what_select_and_train_made_agrees_with_a_loss_taken_by_hand(folder, trained):
+def test_eval_of_a_trained_adapter_agrees_with_a_loss_computed_by_hand(folder, trained):
     found = succeed("eval", folder / "model", "--adapter", trained, "--data", folder / "data")
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -200,7 +200,7 @@ def test_train_prints_a_short_table(folder, selected, tmp_path):
     assert "training loss" in result.out and "trainable values" in result.out and "train_runtime" not in result.out
 
 
-def test_resume_ends_where_an_uninterrupted_run_does(folder, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_run(folder, tmp_path):
     arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out", "--max-steps", 4)
     arguments += ("--save-steps", 2, "--learning-rate", 1e-2)
     succeed(*arguments)
@@ -217,7 +217,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(folder, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_resume_keeps_what_was_selected_and_refuses_another_selection(folder, tmp_path):
+def test_resume_keeps_the_selection_and_rejects_another(folder, tmp_path):
     arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path / "out")
     arguments += ("--save-steps", 1)
     succeed(*arguments, "--max-steps", 1, "--density", 0.1)
@@ -236,7 +236,7 @@ def test_train_on_a_4_bit_base(folder, tmp_path):
     assert found["steps"] == 2
 
 
-def test_overwrite_leaves_nothing_of_the_earlier_run(folder, selected, tmp_path):
+def test_overwrite_removes_the_earlier_run(folder, selected, tmp_path):
     arguments = ("train", folder / "model", "--data", folder / "data", "--output", tmp_path, "--adapter", selected)
     stale = tmp_path / "checkpoints" / "checkpoint-99"
     stale.mkdir(parents=True)
@@ -246,7 +246,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(folder, selected, tmp_path)
     assert not stale.exists() and (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_push_to_hub_uploads_the_adapter_alone(folder, selected, tmp_path, monkeypatch):
+def test_push_to_hub_uploads_only_the_adapter(folder, selected, tmp_path, monkeypatch):
     uploads = []
 
     class Hub:
@@ -280,7 +280,7 @@ def test_every_field_of_the_config_can_come_from_a_file(suffix, tmp_path):
     assert threshold.fggm_config().policy() == fggm_peft.ScoreMass()
 
 
-def test_an_adapter_config_can_be_used_again(selected):
+def test_an_adapter_config_can_be_reused(selected):
     config = SelectionOptions(config=selected / "adapter_config.json").fggm_config()
     saved = FGGMConfig.from_pretrained(selected)
     assert config.density == saved.density == 0.2 and config.target_modules == saved.target_modules
@@ -294,7 +294,7 @@ def test_every_field_of_the_config_is_an_option():
         assert expected <= {option for parameter in commands()[command].params for option in parameter.opts}
 
 
-def test_a_field_of_training_arguments_without_an_own_option_is_set_by_name(tmp_path):
+def test_every_field_of_training_arguments_is_an_option(tmp_path):
     options = {option: parameter for parameter in commands()["train"].params for option in parameter.opts}
     assert options["--adam-beta1"].hidden and not options["--learning-rate"].hidden
     group = TrainingOptions(adam_beta1=0.8, lr_scheduler_kwargs='{"num_cycles": 2}', per_device_train_batch_size=3)
@@ -349,7 +349,7 @@ def test_the_text_of_an_option_is_read_as_its_fields_type(name, given, value):
 
 
 @pytest.mark.parametrize("name, given", [("count", "some"), ("policy", "{"), ("policy", "3")])
-def test_a_text_of_no_fitting_type_is_bad_usage(name, given):
+def test_a_text_that_fits_no_type_is_wrong_usage(name, given):
     with pytest.raises(typer.BadParameter, match="is not"):
         read_value(given, get_type_hints(Example)[name], name)
 
@@ -376,7 +376,7 @@ def test_errors_are_one_line_and_say_what_to_do(folder, selected, tmp_path):
 
 
 @pytest.mark.parametrize("budget", ["150%", "0%", "0MiB", "lora:r=0", "-5MiB", "-3", "plenty"])
-def test_a_budget_that_no_model_could_meet_is_refused_before_one_is_loaded(budget, tmp_path):
+def test_an_impossible_budget_is_rejected_before_the_model_is_loaded(budget, tmp_path):
     message = fail("select", tmp_path / "no model", "--data", "none", "--output", tmp_path / "out", "--budget", budget)
     assert " must be " in message and message.endswith((repr(budget), f" {budget}"))
 
@@ -387,7 +387,7 @@ def test_training_that_fails_before_its_first_checkpoint_leaves_no_folder(folder
     assert not list(tmp_path.iterdir())
 
 
-def test_a_base_that_is_on_neither_disk_nor_hub_is_named(folder, monkeypatch):
+def test_a_base_that_does_not_exist_is_named(folder, monkeypatch):
     def refuse(*_, **__):
         raise OSError("nobody/nothing is not a local folder\nand is not a valid model identifier")
 
@@ -408,26 +408,26 @@ def test_a_base_that_is_on_neither_disk_nor_hub_is_named(folder, monkeypatch):
         ("nonsense",),
     ],
 )
-def test_bad_usage_exits_with_2(arguments, tmp_path, monkeypatch):
+def test_wrong_usage_exits_with_2(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = fggm(*arguments)
     assert (result.code, result.out) == (2, "")
     assert "Usage" in result.err and "Traceback" not in result.err
 
 
-def test_an_adapter_is_not_selected_anew(folder, selected, tmp_path):
+def test_train_rejects_selection_options_for_a_selected_adapter(folder, selected, tmp_path):
     arguments = ("--data", folder / "data", "--output", tmp_path / "out", "--adapter", selected, "--density", 0.1)
     result = fggm("train", folder / "model", *arguments)
     assert result.code == 2 and "--density" in result.err
 
 
 @pytest.mark.parametrize("option", ["--training-dtype", "--delta-dtype"])
-def test_what_values_are_kept_in_is_one_of_a_few(option, tmp_path):
+def test_an_unknown_dtype_is_wrong_usage(option, tmp_path):
     result = fggm("select", "model", "--data", "d", "--output", tmp_path / "out", option, "int8")
     assert result.code == 2 and "'float32', 'bfloat16'" in " ".join(result.err.split())
 
 
-def test_select_says_what_values_are_trained_in_and_train_keeps_to_it(folder, tmp_path):
+def test_train_uses_the_dtypes_of_the_selected_adapter(folder, tmp_path):
     chosen, arguments = tmp_path / "chosen", ("--data", folder / "data", "--output", tmp_path / "out")
     dtypes = ("--training-dtype", "bfloat16", "--delta-dtype", "float16")
     succeed("select", folder / "model", "-o", chosen, "--criterion", "random", *dtypes)
@@ -438,7 +438,7 @@ def test_select_says_what_values_are_trained_in_and_train_keeps_to_it(folder, tm
     assert value_dtypes(tmp_path / "out") == {torch.float16}
 
 
-def test_the_files_dtype_is_for_each_training_to_say(folder, selected, tmp_path):
+def test_delta_dtype_can_be_set_for_each_training(folder, selected, tmp_path):
     arguments = ("train", folder / "model", "--data", folder / "data", "--delta-dtype", "bfloat16")
     succeed(*arguments, "--output", tmp_path / "a", "--max-steps", 1, "--adapter", selected)
     assert value_dtypes(tmp_path / "a") == {torch.bfloat16}
@@ -511,7 +511,7 @@ def test_the_installed_program_runs_and_keeps_standard_output_for_the_result(fol
 
 
 @pytest.mark.distributed
-def test_two_processes_select_what_one_would(folder, selected, tmp_path):
+def test_two_processes_select_like_one(folder, selected, tmp_path):
     script = "from fggm_peft.cli import main; main()"
     (tmp_path / "fggm.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -528,8 +528,8 @@ def offline() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def test_a_task_is_weighed_against_the_models_own_text_and_against_the_task_before(folder, tmp_path):
-    """Columns by gain per harm; the second task keeps out of the first one's columns."""
+def test_references_are_the_models_own_text_and_an_earlier_task(folder, tmp_path):
+    """Selects columns by gain per harm. The second task does not use the columns of the first."""
     common = ("--granularity", "column", "--density", 0.3, "--num-samples", 8)
     own = ("--criterion", "gain_per_harm", "--reference", "self")
     data, model = folder / "data", folder / "model"
@@ -546,6 +546,6 @@ def test_a_task_is_weighed_against_the_models_own_text_and_against_the_task_befo
         assert not torch.isin(files[0][key], files[1][key]).any() and len(files[1][key])
 
 
-def test_a_criterion_without_its_reference_is_refused_before_the_model_is_loaded(tmp_path):
+def test_a_criterion_without_its_reference_is_rejected_before_the_model_is_loaded(tmp_path):
     line = fail("select", "no/model", "--data", "x", "--output", tmp_path / "out", "--criterion", "gain_per_harm")
     assert "reference='self'" in line and not (tmp_path / "out").exists()

@@ -61,7 +61,7 @@ def test_overlap(folder, tmp_path):
     assert fggm("overlap", *names, "--modules").out.count("down_proj") > fggm("overlap", *names).out.count("down_proj")
 
 
-def test_merge_then_diff_then_rollback_give_the_base_again(folder, tmp_path):
+def test_merge_diff_and_rollback_agree_with_peft(folder, tmp_path):
     adapters = [word for kind in ("row", "column", "element") for word in ("-a", folder / kind)]
     merged, ledger = tmp_path / "merged", tmp_path / "ledger"
     found = succeed("merge", folder / "base", *adapters, "--output", merged, "--ledger", ledger)
@@ -89,7 +89,7 @@ def test_merge_then_diff_then_rollback_give_the_base_again(folder, tmp_path):
     assert "no task 'row'" in fail("rollback", ledger, "row")
 
 
-def test_a_rollback_that_cannot_be_exact_says_so(folder, tmp_path):
+def test_a_rollback_by_subtraction_is_reported_as_inexact(folder, tmp_path):
     arguments = ("-a", folder / "row", "-a", folder / "element", "-o", tmp_path / "merged")
     succeed("merge", folder / "base", *arguments, "--ledger", tmp_path / "ledger")
     (tmp_path / "ledger" / "originals.safetensors").unlink()
@@ -112,7 +112,7 @@ def test_export(folder, tmp_path, granularity):
     assert fggm("export", folder / granularity, "--to", "gguf", "--dry-run").code == 2
 
 
-def test_what_is_wrong_is_said_in_one_line(folder, tmp_path):
+def test_errors_are_one_line(folder, tmp_path):
     assert "no adapter in" in fail("inspect", tmp_path)
     assert "no ledger in" in fail("rollback", tmp_path, "task")
     assert "there is no difference" in fail("diff", folder / "base", folder / "base", "-o", tmp_path / "delta")

@@ -1,4 +1,4 @@
-"""Rows of every format become token ids whose labels are the answer."""
+"""Rows of every format are read and tokenized with labels on the answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(chat_template: str | None = None, adds_start: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte; text and tokens are easy to compare."""
+    """One token per byte, so that texts and tokens are easy to compare."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {token: i for i, token in enumerate(["<eos>", "<bos>", *sorted(alphabet)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -53,7 +53,7 @@ def read(rows: list[dict], folder, tokenizer=None, **source) -> list[Example]:
 
 
 def split_by_loss(row: dict, tokenizer) -> tuple[str, str]:
-    """The text without and with a loss; the first must come before the second."""
+    """The text without a loss and the text with a loss after it."""
     labels = row["labels"]
     start = sum(label == IGNORED for label in labels)
     assert labels[:start] == [IGNORED] * start and labels[start:] == row["input_ids"][start:]
@@ -93,7 +93,7 @@ def test_the_loss_of_each_format_is_on_the_answer(columns, tmp_path):
     assert split_by_loss(examples[0], tokenizer) == expected
 
 
-def test_an_instruction_needs_no_input(tmp_path):
+def test_an_instruction_may_have_no_input(tmp_path):
     assert read([{"instruction": "Sing.", "input": "", "output": "la"}], tmp_path) == [Example("Sing.\n\n", "la")]
 
 
@@ -119,7 +119,7 @@ def test_columns_can_be_named(tmp_path):
     assert read(rows, tmp_path, answer_column="b") == [Example("", "y")]
 
 
-def test_a_start_token_that_the_tokenizer_adds_stays_in_front_when_the_prompt_is_cut():
+def test_truncation_keeps_the_start_token():
     tokenizer = byte_tokenizer(adds_start=True)
     rows = TokenizedExamples([Example("abcdef", "xy")], tokenizer, max_length=6)
     assert split_by_loss(rows[0], tokenizer) == ("<bos>ef", "xy<eos>")
@@ -127,7 +127,7 @@ def test_a_start_token_that_the_tokenizer_adds_stays_in_front_when_the_prompt_is
 
 @given(prompt=st.text("ab", max_size=12), answer=st.text("xy", min_size=1, max_size=12), length=st.integers(2, 30))
 @pytest.mark.parametrize("adds_start", [False, True])
-def test_truncation_cuts_the_left_of_the_prompt_and_leaves_an_answer_to_predict(adds_start, prompt, answer, length):
+def test_truncation_removes_the_left_of_the_prompt_and_keeps_an_answer_token(adds_start, prompt, answer, length):
     tokenizer = TOKENIZERS[adds_start]
     row = TokenizedExamples([Example(prompt, answer)], tokenizer, length)[0]
     before, after = split_by_loss(row, tokenizer)
@@ -143,7 +143,7 @@ def test_truncation_cuts_the_left_of_the_prompt_and_leaves_an_answer_to_predict(
 
 
 TOKENIZERS = {adds_start: byte_tokenizer(adds_start=adds_start) for adds_start in (False, True)}
-PAIRS = [{"prompt": f"{n}:", "answer": f"00{n}"} for n in range(5)]
+PAIRS = [{"prompt": f"{n}:", "answer": f"00{n}"} for n in range(4)] + [{"prompt": "4:", "answer": "2020-01-31"}]
 
 
 def _write(path, rows) -> None:
@@ -158,7 +158,7 @@ def _write(path, rows) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_files_of_every_kind_hold_the_same_rows(suffix, tmp_path):
+def test_files_of_every_type_are_read_without_changes(suffix, tmp_path):
     _write(tmp_path / f"rows{suffix}", PAIRS)
     assert list(load_rows(DataSource(str(tmp_path / f"rows{suffix}")))) == PAIRS
 
@@ -204,12 +204,12 @@ def test_the_order_is_shuffled_by_the_seed_before_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["", "  ", None])
-def test_an_empty_answer_is_an_error_that_names_row_and_file(answer, tmp_path):
+def test_an_empty_answer_is_an_error_that_names_the_row_and_the_file(answer, tmp_path):
     with pytest.raises(DataError, match=r"row 2 of .*rows\.json has an empty answer"):
         read([{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": answer}], tmp_path)
 
 
-def test_empty_rows_of_plain_text_are_left_out(tmp_path):
+def test_empty_rows_of_plain_text_are_skipped(tmp_path):
     assert read([{"text": "a"}, {"text": " \n"}], tmp_path) == [Example("", "a")]
     with pytest.raises(DataError, match="every row"):
         read([{"text": ""}], tmp_path)
@@ -226,7 +226,7 @@ def test_empty_rows_of_plain_text_are_left_out(tmp_path):
         (["text"], "must be a list of objects"),
     ],
 )
-def test_rows_that_do_not_fit_are_errors_that_say_what_would(rows, message, tmp_path):
+def test_wrong_rows_are_errors_that_name_the_expected_columns(rows, message, tmp_path):
     with pytest.raises(DataError, match=message):
         read(rows, tmp_path)
 
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
         load_rows(DataSource(str(tmp_path / name)))
 
 
-def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch):
+def test_a_missing_file_is_not_requested_from_the_hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(DataError, match="no file or folder"):
         load_rows(DataSource("missing.json"))

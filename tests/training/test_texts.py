@@ -1,4 +1,4 @@
-"""Files of general text as a reference: read by a trainer, a sequence and the command line."""
+"""Text files as a reference, in a trainer, a sequence and the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def supports(model) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if "fggm_indices" in name}
 
 
-def test_a_text_is_its_paragraphs(folder, tmp_path):
+def test_a_text_file_is_read_by_paragraphs(folder, tmp_path):
     assert read_paragraphs(folder / "prose.txt") == [
         Example("", "Of other things."),
         Example("", "And of some more, at length."),
@@ -48,7 +48,7 @@ def test_a_text_is_its_paragraphs(folder, tmp_path):
         read_paragraphs(tmp_path / "blank.txt")
 
 
-def test_a_trainer_reads_the_text_of_the_config_as_a_dataloader_of_it(folder, tmp_path):
+def test_a_trainer_reads_the_text_file_of_the_config(folder, tmp_path):
     tokenizer, text = byte_tokenizer(), folder / "prose.txt"
     examples = TokenizedExamples([Example(f"{n} and ", str(n + 1)) for n in range(8)], tokenizer, 32)
     found = []
@@ -69,13 +69,13 @@ def test_a_trainer_reads_the_text_of_the_config_as_a_dataloader_of_it(folder, tm
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_without_a_tokenizer_a_text_is_refused(folder):
+def test_a_text_file_without_a_tokenizer_is_an_error(folder):
     model = get_peft_model(text_model(), FGGMConfig(**CRITERION, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"prose.txt' is a text.*text_batches\(file, tokenizer\)"):
         select_parameters(model, [], reference=folder / "prose.txt")
 
 
-def test_a_method_of_a_sequence_names_a_text_of_the_data_folder(folder, tmp_path):
+def test_a_method_of_a_sequence_reads_a_text_file_of_the_data_folder(folder, tmp_path):
     found = {}
     for label, reference in (("text", ["prose.txt", "history"]), ("history", ["history"])):
         method = {"name": "fggm", "label": label, **CRITERION, "reference": reference}
@@ -87,7 +87,7 @@ def test_a_method_of_a_sequence_names_a_text_of_the_data_folder(folder, tmp_path
     assert samples == {"text": [2, 2], "history": [0, 0]}
 
 
-def test_the_command_line_takes_a_text(folder, tmp_path):
+def test_the_command_line_reads_a_text_file(folder, tmp_path):
     arguments = ["--reference", str(folder / "prose.txt"), "--criterion", "gain_per_harm", "--granularity", "column"]
     command = ["select", str(folder / "model"), "--data", str(folder / "plus"), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app.build(), [*command, *arguments, "--num-samples", "8", "--json"])
