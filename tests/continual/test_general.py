@@ -62,7 +62,7 @@ def metrics(*names: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """lm_eval tasks over a local file, a text, a model, and a task to learn."""
+    """A folder with lm_eval tasks over a local file, a text, a model, and a task to train."""
     folder = tmp_path_factory.mktemp("general")
     data = folder / "tasks" / "documents.json"
     data.parent.mkdir()
@@ -92,7 +92,7 @@ def general(folder, *tasks: str, **fields) -> General:
 
 
 def sharp_model(**config):
-    """A random model whose answers differ from one another: its logits are not nearly zero."""
+    """A random model with large logits, so that its answers differ."""
     model = text_model(**config)
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
@@ -176,7 +176,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_text(folder):
     found = GeneralAbility(General(text=str(folder / "general.txt")), byte_tokenizer(), 1).measure(model)
     total, count = 0.0, 0
     for paragraph in ("A text about nothing.", "And another one."):
-        text = paragraph + "<eos>"  # plain text is learned to its end
+        text = paragraph + "<eos>"  # plain text ends with the end token
         total -= log_likelihood(model, text[0], text[1:])
         count += len(byte_tokenizer()(text)["input_ids"]) - 1
     assert found == {"loss": pytest.approx(total / count, rel=1e-5), "tasks": {}, "metrics": {}}
@@ -289,7 +289,7 @@ def test_four_bit_layers_are_not_repacked(kind, folder):
     model = quantized(text_model(), kind)
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:
-        layer.support_avx512bf16_for_cpu = True  # as on a CPU that has the kernel
+        layer.support_avx512bf16_for_cpu = True  # pretend that the CPU has the kernel
     weights = [layer.weight.data.clone() for layer in layers]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)

@@ -50,7 +50,7 @@ def _cheap_collection():
 def learn(
     method: Method, model: nn.Module, number: int, folder: Path, callbacks=(), data=None, **settings
 ) -> tuple[nn.Module, Trainer | None]:
-    """One task, as the harness has it learned."""
+    """Train one task as the runner does."""
     data = data or examples(seed=number)
     model = method.begin_task(model, number, data)
     trainer = None
@@ -77,7 +77,7 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @dataclass
 class Run:
-    """Two tasks from the start: what is known before the first and after each."""
+    """Train two tasks; records the state before the first task and after each."""
 
     method: Method
     structures: list
@@ -127,7 +127,7 @@ def test_a_saved_delta_contains_the_change_of_its_task(name, tmp_path):
     method = make_method(name, **OPTIONS.get(name, {}))
     model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
     if name == "sft_masked":
-        assert not (tmp_path / "0").exists()  # it has no file of its own
+        assert not (tmp_path / "0").exists()  # the method writes no adapter
         return
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "0").merge_and_unload()
     for (key, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
@@ -209,7 +209,7 @@ def test_full_fine_tuning_rejects_integer_weights():
 
 
 class Recorder:
-    """The batches that a model is trained on."""
+    """The batches of a training run."""
 
     def __init__(self, model: nn.Module):
         self.batches: list[dict[str, Tensor]] = []
@@ -221,7 +221,7 @@ class Recorder:
 
 
 def plain_loop(parameters: dict[str, nn.Parameter], loss_of, batches, lr=1e-2, weight_decay=0.1) -> list[float]:
-    """AdamW with a linear schedule and clipping, as the tests' trainers have it."""
+    """AdamW with a linear schedule and clipping, with the settings of the test trainers."""
     groups = [
         {"params": [p], "weight_decay": 0.0 if "norm" in name else weight_decay} for name, p in parameters.items()
     ]
@@ -329,7 +329,7 @@ def test_selected_entries_decay_as_in_adamw(tmp_path):
 
 
 class Gradients(TrainerCallback):
-    """The gradients that the first step's optimizer gets, and the batches they are from."""
+    """The gradients that the optimizer receives in the first step, and their batches."""
 
     def __init__(self):
         self.gradients: dict[str, Tensor] = {}
@@ -348,7 +348,7 @@ def one_step(method: Method, model: nn.Module, folder: Path) -> tuple[dict[str, 
 
 
 def mean_loss(model: nn.Module, batches) -> Tensor:
-    """Every row of the examples has as many labels, so the mean over tokens is that over batches."""
+    """All examples have equally many labels, so the mean over tokens equals the mean over batches."""
     return sum(model(**batch).loss for batch in batches) / len(batches)
 
 
@@ -440,7 +440,7 @@ def test_ewc_adds_fisher_times_distance_to_the_gradient_once_per_step(tmp_path):
         torch.testing.assert_close(got[name], twin.get_parameter(name).grad + pull, rtol=1e-3, atol=1e-5)
 
 
-def test_a_larger_ewc_strength_keeps_weights_closer(tmp_path):
+def test_a_larger_ewc_penalty_keeps_weights_closer(tmp_path):
     distances = []
     for penalty in (0.0, 1e4):
         method = make_method("ewc", penalty=penalty)
@@ -507,7 +507,7 @@ def test_fggm_protects_the_supports_of_earlier_tasks(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["fggm", "sft_masked"])
 def test_fggm_uses_its_history_as_reference_also_after_resuming(name, tmp_path):
-    """The second task's choice is that of ``gain_per_harm`` against the first one's scores, also in a new process."""
+    """The second task selects by ``gain_per_harm`` against the scores of the first, also in a new process."""
     options = COLUMNS | {"criterion": "gain_per_harm", "reference": ["history"], "protect_earlier": 0.5}
     method = make_method(name, **options)
     model = method.prepare(llama(), 0)
@@ -540,7 +540,7 @@ def test_fggm_saves_the_scores_of_a_task_with_its_delta(tmp_path):
 
 
 def test_fggm_resumed_within_a_task_keeps_its_scores(tmp_path):
-    """The checkpoint has the scores, so that the history does not depend on where a run was interrupted."""
+    """The checkpoint contains the scores, so the history does not depend on interruptions."""
     histories = []
     for interrupted in (False, True):
         folder = tmp_path / str(interrupted)
@@ -559,7 +559,7 @@ def test_fggm_resumed_within_a_task_keeps_its_scores(tmp_path):
     assert all(torch.equal(tensor, second[key].to(tensor.dtype)) for key, tensor in first.items())
 
 
-def test_fggm_requires_its_reference_from_the_first_task():
+def test_invalid_reference_and_protection_are_rejected_at_construction():
     with pytest.raises(ValueError, match="'gain_per_harm' weighs the task against a reference"):
         make_method("fggm", criterion="gain_per_harm")
     with pytest.raises(ValueError, match="protect_earlier sets protect"):
@@ -568,7 +568,7 @@ def test_fggm_requires_its_reference_from_the_first_task():
         make_method("fggm", protect_earlier=2.0)
 
 
-# What the others say of themselves --------------------------------------------------------------
+# Other methods ----------------------------------------------------------------------------------
 
 
 def test_replay_mixes_the_stated_share_of_every_earlier_task(tmp_path):

@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 def resident(size: int) -> mmap.mmap:
-    """Memory straight from the system: an allocator would hand out again what was freed before."""
+    """Memory mapped directly from the system, because an allocator would reuse freed memory."""
     block = mmap.mmap(-1, size)
     block.write(b"1" * size)
     return block
@@ -22,8 +22,8 @@ def resident(size: int) -> mmap.mmap:
 
 @pytest.mark.skipif(memory.accelerator() is not None, reason="looks at the process's own memory")
 def test_the_peak_of_a_phase_excludes_earlier_memory():
-    return_freed_memory()  # so that nothing goes back to the system while the phases are watched
-    held = resident(64 * MIB)  # before: does not count
+    return_freed_memory()  # no freed memory returns to the system during the phases
+    held = resident(64 * MIB)  # allocated earlier, so it does not count
     found = MemoryLog()
     with found.phase("selection"):
         small = resident(32 * MIB)

@@ -67,13 +67,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def settings(folder, monkeypatch) -> dict:
-    """The fields of the file as a mapping, whose paths start from the working directory."""
+    """The fields of the file as a mapping; its paths are relative to the working directory."""
     monkeypatch.chdir(folder)
     return yaml.safe_load(TEXT)
 
 
 def split_by_loss(row, tokenizer) -> tuple[str, str]:
-    """The text before the loss, and the text it is on."""
+    """The text without loss, and the text with loss."""
     length = sum(label == IGNORED for label in row["labels"])
     assert row["labels"][length:] == row["input_ids"][length:]
     parts = (row["input_ids"][:length], row["input_ids"][length:])
