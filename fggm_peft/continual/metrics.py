@@ -22,7 +22,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..core import Registry
@@ -38,24 +37,12 @@ class MetricError(ValueError):
     """A metric that cannot be loaded, or a sample that cannot be scored. The message names them."""
 
 
-@dataclass(frozen=True)
-class SampleMetric:
-    """How one answer is scored.
-
-    Args:
-        score: ``(prediction, reference)`` -> [0, 1], or ``(prediction, reference, source)``.
-        needs_source: whether it takes the prompt.
-    """
-
-    score: Callable[..., float]
-    needs_source: bool = False
-
-
-METRICS: Registry[SampleMetric] = Registry("metric", make=SampleMetric)
+METRICS: Registry[Callable[..., float]] = Registry("metric")
+"""Name -> function of a prediction, its reference and the prompt (``source``), with a value in [0, 1]."""
 
 
 @METRICS.register("accuracy")
-def accuracy(prediction: str, reference: str) -> float:
+def accuracy(prediction: str, reference: str, source: str = "") -> float:
     """Whether the labels are equal: the first lines, with any amount of space between words.
 
     Only the first line counts, because an answer of ScienceQA is a letter and then a line of reasons.
@@ -67,13 +54,13 @@ def accuracy(prediction: str, reference: str) -> float:
 
 
 @METRICS.register("exact_match")
-def exact_match(prediction: str, reference: str) -> float:
+def exact_match(prediction: str, reference: str, source: str = "") -> float:
     """Whether the texts are equal except for surrounding space, as in ``fggm eval --generate``."""
     return float(prediction.strip() == reference.strip())
 
 
 @METRICS.register("f1")
-def f1(prediction: str, reference: str) -> float:
+def f1(prediction: str, reference: str, source: str = "") -> float:
     """F1 of the bags of words, as in SQuAD (Rajpurkar et al. 2016): lower case, no punctuation, no articles.
 
     Words are split at spaces. Two texts without words are equal: 1.
@@ -85,7 +72,7 @@ def f1(prediction: str, reference: str) -> float:
 
 
 @METRICS.register("rouge_l")
-def rouge_l(prediction: str, reference: str) -> float:
+def rouge_l(prediction: str, reference: str, source: str = "") -> float:
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, on the whole text at once.
 
     Words are runs of letters and digits in lower case, as in ``rouge_score`` without stemming, but of any script; a
@@ -96,7 +83,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 @METRICS.register("edit_similarity")
-def edit_similarity(prediction: str, reference: str) -> float:
+def edit_similarity(prediction: str, reference: str, source: str = "") -> float:
     """``1 - d / (len(a) + len(b))``, with d insertions and deletions of characters that turn one text into the other.
 
     The ``fuzz.ratio`` of CodeXGLUE's and TRACE's code completion (Lu et al. 2021), in [0, 1] and not rounded to per
@@ -105,7 +92,7 @@ def edit_similarity(prediction: str, reference: str) -> float:
     return _common_share(_restored(prediction).strip(), _restored(reference).strip())
 
 
-@METRICS.register("sari", needs_source=True)
+@METRICS.register("sari")
 def sari(prediction: str, references: str | Sequence[str], source: str) -> float:
     """SARI (Xu et al. 2016): how well words of the source were kept or deleted, and others added, over 1- to 4-grams.
 
@@ -163,10 +150,9 @@ def sample_scores(
         MetricError: a sample cannot be scored. The message contains its number (from 1) and the start of its texts.
     """
     metric, scores = METRICS[name], []
-    columns = (predictions, references, sources) if metric.needs_source else (predictions, references)
-    for number, texts in enumerate(zip(*columns, strict=True), start=1):
+    for number, texts in enumerate(zip(predictions, references, sources, strict=True), start=1):
         try:
-            scores.append(metric.score(*texts))
+            scores.append(metric(*texts))
         except Exception as error:
             shown = f"prediction {_shortened(texts[0])}, reference {_shortened(texts[1])}"
             raise MetricError(f"{name} cannot score sample {number} ({error}): {shown}") from error

@@ -44,7 +44,6 @@ class TaskExamples(TokenizedExamples):
     Args:
         sources: the prompts as texts, without a chat template.
         references: the answers as texts, never truncated.
-        name: of the task and the split, for messages.
 
     Attributes:
         cut_prompts: number of prompts with more than ``max_prompt_length`` tokens.
@@ -53,34 +52,32 @@ class TaskExamples(TokenizedExamples):
 
     def __init__(
         self,
+        task: Task,
+        split: str,
         examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        max_prompt_length: int,
-        max_answer_length: int,
         sources: Sequence[str],
         references: Sequence[str],
-        name: str = "",
+        tokenizer: PreTrainedTokenizerBase,
     ):
-        super().__init__(examples, tokenizer, max_prompt_length + max_answer_length)
-        self.max_prompt_length, self.max_answer_length = max_prompt_length, max_answer_length
-        self.sources, self.references = sources, references
+        super().__init__(examples, tokenizer, task.max_prompt_length + task.max_answer_length)
+        self.task, self.sources, self.references = task, sources, references
         self.cut_prompts = self.cut_answers = 0
         for example in examples:
             prompt, answer = tokenizer([example.prompt, example.answer], add_special_tokens=False)["input_ids"]
             start, end = (0, 0) if example.is_rendered else (len(self.start), tokenizer.eos_token_id is not None)
-            self.cut_prompts += len(prompt) + start > max_prompt_length
-            self.cut_answers += len(answer) + end > max_answer_length
+            self.cut_prompts += len(prompt) + start > task.max_prompt_length
+            self.cut_answers += len(answer) + end > task.max_answer_length
         if self.cut_answers:
             warnings.warn(
-                f"{self.cut_answers} of {len(examples)} answers of {name} have more than {max_answer_length} tokens "
-                "and are truncated; raise max_answer_length",
+                f"{self.cut_answers} of {len(examples)} answers of {task.name} ({split}) have more than "
+                f"{task.max_answer_length} tokens and are truncated; raise max_answer_length",
                 stacklevel=3,
             )
 
     def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        length = max(0, self.max_prompt_length - len(start))
+        length = max(0, self.task.max_prompt_length - len(start))
         prompt = prompt[max(0, len(prompt) - length) :]
-        return start[: self.max_prompt_length] + prompt, answer[: self.max_answer_length]
+        return start[: self.task.max_prompt_length] + prompt, answer[: self.task.max_answer_length]
 
 
 class Task(Settings):
@@ -179,8 +176,7 @@ class Task(Settings):
                 references.append(answer)
         if not examples:
             raise DataError(f"every row of {source.name} is empty")
-        lengths = (self.max_prompt_length, self.max_answer_length)
-        return TaskExamples(examples, tokenizer, *lengths, sources, references, f"{self.name} ({split})")
+        return TaskExamples(self, split, examples, sources, references, tokenizer)
 
     def _rendered(self, row: Mapping[str, Any], index: int, source: DataSource) -> dict[str, str]:
         """Prompt and answer of a row by the templates."""

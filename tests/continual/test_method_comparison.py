@@ -1,4 +1,4 @@
-"""Experiments that PEFT's method comparison can run, and results that its tools can read."""
+"""Experiments for PEFT's method comparison, and results in the format of its tools."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_every_field_that_peft_reads_is_there_and_of_its_type(written):
     assert (frame[str(("train_info", "status"))] == "success").all()
 
 
-def test_a_method_is_known_by_its_adapter_and_only_plain_fine_tuning_has_none(written):
+def test_only_full_fine_tuning_has_no_peft_config(written):
     assert written["fggm"][1]["run_info"]["experiment_name"] == "fggm/tiny-model-lr0.01-seed0-given"
     config = written["fggm"][1]["run_info"]["peft_config"]
     assert config["peft_type"] == "FGGM" and config["base_model_name_or_path"].endswith("tiny-model")
@@ -188,7 +188,7 @@ def test_steps_samples_and_tokens_are_those_of_the_training(folder, written):
         assert (last[method]["step"], last[method]["train samples"]) == (4 + 3, 16 + 10)
         assert last[method]["train total tokens"] == sum(tokens(folder, "plus") + tokens(folder, "minus"))
     assert (last["frozen"]["step"], last["frozen"]["train samples"]) == (0, 0)
-    assert last["replay"]["train samples"] == 16 + 10 + 4  # a quarter of the first task again
+    assert last["replay"]["train samples"] == 16 + 10 + 4  # and a quarter of the first task
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_parameters_and_file_sizes_are_counted(written):
 
 
 class FakeAccelerator:
-    """Stands for torch.cuda: what was asked of it is what a GPU would answer."""
+    """A stand-in for torch.cuda."""
 
     def __init__(self, readings):
         self.readings, self.peak = iter(readings), 0
@@ -268,7 +268,7 @@ def test_memory_is_logged_at_every_step(monkeypatch):
     assert list(log.accelerator_memory().values()) == [200, 300, 298]
 
 
-def test_without_an_accelerator_none_of_its_memory_is_taken(written):
+def test_without_an_accelerator_its_memory_is_0(written):
     log = MemoryLog()
     log.on_step_end(None, None, None)
     if memory.accelerator() is None:
@@ -301,7 +301,7 @@ def test_peft_loads_the_experiments_as_they_are_declared(name, tmp_path):
     assert json.loads((folder / training).read_text()) == json.loads((tmp_path / name / training).read_text())
 
 
-def test_there_is_no_experiment_that_is_not_declared():
+def test_every_experiment_folder_is_declared():
     assert {path.name for path in (BENCHMARK / "experiments" / "fggm").iterdir()} == set(EXPERIMENTS)
 
 
@@ -423,12 +423,12 @@ def test_the_wrapper_selects_before_the_script_makes_its_optimizer(checkout):
     )
     assert result["trainable"] == pytest.approx(0.3 * base, rel=0.05)
     assert 0.5 * result["trainable"] < result["moved"] <= result["trainable"]
-    assert result["train_time"] > 1000  # the selection's seconds are in it
+    assert result["train_time"] > 1000  # contains the selection's seconds
     for name, text in STAND_IN.items():
         assert (checkout / name).read_text() == text
 
 
-def test_the_wrapper_leaves_other_methods_alone(checkout):
+def test_the_wrapper_does_not_affect_other_methods(checkout):
     from peft import LoraConfig
 
     LoraConfig(r=2, task_type="CAUSAL_LM").save_pretrained(str(checkout / "experiments" / "lora" / "r2"))
