@@ -42,7 +42,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def module_generator(config: FGGMConfig, path: str) -> torch.Generator:
+def _module_generator(config: FGGMConfig, path: str) -> torch.Generator:
     """A generator whose seed depends only on the config's seed and the module path."""
     return torch.Generator().manual_seed((config.seed * 0x9E3779B1 + zlib.crc32(path.encode())) % 2**63)
 
@@ -59,7 +59,7 @@ def criterion_scores(target: Target, config: FGGMConfig, **statistics: Mapping[s
         granularity=target.granularity,
         shape=target.shape,
         weight=target.layer.weight_copy,
-        generator=module_generator(config, target.path),
+        generator=_module_generator(config, target.path),
         **statistics,
     )
     return CRITERIA[config.criterion].score(quantities)
@@ -143,5 +143,5 @@ def _share(scores: Tensor, indices: Tensor) -> float:
 def write_supports(targets: Targets, config: FGGMConfig, choices: Mapping[str, Choice]) -> None:
     """Set the support of every target, with values of zero (normal values if ``init_weights`` is False)."""
     for path, target in targets.items():
-        generator = None if config.init_weights else module_generator(config, path)
+        generator = None if config.init_weights else _module_generator(config, path)
         target.layer.set_support(target.adapter_name, choices[path].indices, generator)

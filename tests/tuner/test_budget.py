@@ -147,7 +147,7 @@ def test_a_budget_is_used_up_to_less_than_one_unit_and_never_exceeded(unit, shar
     if most is not None:
         total = sum(min(most, n) * cost for n, cost in unit_counts(unit))
     least = 0 if floor is None else sum(min(-(-n // 100), most or n) * cost for n, cost in unit_counts(unit))
-    budget = max(96, least, total * share // 1000)
+    budget = min(total, max(96, least, total * share // 1000))
     model = adapted(llama(), unit, criterion="random", budget=budget, max_units=most, budget_floor=floor)
     assert budget - 96 < trainable(model) <= budget
     assert max(chosen(model).values()) <= (most or budget)

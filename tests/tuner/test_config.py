@@ -15,7 +15,7 @@ from torch import nn
 
 from fggm_peft import FGGMConfig, ScoreMass, TopDensity
 from fggm_peft.core.criteria import CRITERIA
-from fggm_peft.core.granularity import GRANULARITIES, Rows
+from fggm_peft.core.granularity import GRANULARITIES, Columns, Rows
 from fggm_peft.core.threshold import POLICIES
 from fggm_peft.tuner.settings.selection import score_bytes
 
@@ -236,3 +236,10 @@ def test_unknown_fields_of_a_saved_config_are_ignored_with_a_warning(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
     with pytest.warns(UserWarning, match=r"unknown fields \['field_of_a_later_version'\]"):
         assert PeftConfig.from_pretrained(tmp_path).selection == {"samples": 64}
+
+
+def test_a_granularity_is_a_name_an_instance_or_a_dict(tmp_path):
+    configs = [FGGMConfig(granularity=value) for value in ("column", Columns(), {"granularity": "column"})]
+    assert configs[0].granularity == configs[1].granularity == configs[2].granularity == Columns()
+    assert_comes_back(configs[1], tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["granularity"] == "column"

@@ -104,7 +104,7 @@ class BudgetSettings:
         if len(given) > 1:
             raise ValueError("give " + " or ".join(f"{n} ({getattr(self, n)!r})" for n in given[:2]) + ", not both")
         if self.budget is not None:
-            _require_budget(self.budget)
+            _parse_budget(self.budget)
             if self.density_pattern:
                 raise ValueError(
                     f"density_pattern ({self.density_pattern!r}) cannot be combined with budget ({self.budget!r}); "
@@ -131,12 +131,60 @@ def _require_density(name: str, value: Any) -> None:
 # Budgets as text ----------------------------------------------------------------------------------
 
 
-def lora_values(target: Target, rank: int) -> int:
-    """The number of values that PEFT's LoRA of this rank trains on the weight.
+def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
+    """Write the number of values of ``config.budget`` on these targets into the config.
 
     Raises:
-        ValueError: PEFT has no LoRA of this rank for it.
+        ValueError: the budget is below one unit or above the targeted weights; the message has both bounds.
     """
+    if config.budget is None or not targets:
+        return
+    count, number = _parse_budget(config.budget)
+    config.resolved_budget = count(number, targets, config)
+    least = min(target.unit_size for target in targets.values())
+    most = sum(min(target.units, config.max_units or target.units) * target.unit_size for target in targets.values())
+    if not least <= config.resolved_budget <= most:
+        bound = f" (max_units={config.max_units})" if config.max_units else ""
+        raise ValueError(
+            f"budget={config.budget!r} is {config.resolved_budget} values on this model. It must be at least {least} "
+            f"(one {config.granularity} of the smallest module) and at most {most} (all units{bound})"
+        )
+
+
+def _parse_budget(value: Any) -> tuple[Callable[[Any, Targets, FGGMConfig], int], Any]:
+    """The function that counts the values of a budget on a model, and the number in the budget.
+
+    Raises:
+        ValueError: the value has no form of a budget, or no model can satisfy it.
+    """
+    if is_integer(value, 1):
+        return _of_number, value
+    for pattern, read, count, rule in _FORMS if isinstance(value, str) else []:
+        if match := re.fullmatch(pattern, value, re.IGNORECASE):
+            number = 0 if value.lower().removeprefix("lora:r=").startswith("-") else read(match[1])
+            if number <= 0 or (count is _of_share and number > 1):
+                raise ValueError(f"{rule}, got budget={value!r}")
+            return count, number
+    raise ValueError(
+        f"budget must be a number of values (an integer > 0), a file size such as '50MiB', a share of the targeted "
+        f"weights such as '1%', or the size of a LoRA such as 'lora:r=16', got {value!r}"
+    )
+
+
+def _of_number(number: int, targets: Targets, config: FGGMConfig) -> int:
+    return number
+
+
+def _of_share(share: Fraction, targets: Targets, config: FGGMConfig) -> int:
+    return int(share * sum(target.shape[0] * target.shape[1] for target in targets.values()))
+
+
+def _of_lora(rank: int, targets: Targets, config: FGGMConfig) -> int:
+    return sum(_lora_values(target, rank) for target in targets.values())
+
+
+def _lora_values(target: Target, rank: int) -> int:
+    """The number of values that PEFT's LoRA of this rank trains on the weight."""
     o, i = target.shape
     groups = getattr(target.layer.get_base_layer(), "groups", 1)
     if rank % groups:
@@ -145,12 +193,11 @@ def lora_values(target: Target, rank: int) -> int:
     return rank * i * groups + o * rank // groups
 
 
-def _of_bytes(text: re.Match, targets: Targets, config: FGGMConfig) -> int:
+def _of_bytes(size: int, targets: Targets, config: FGGMConfig) -> int:
     """The largest number of values whose file cannot exceed the size, whatever is selected.
 
     Counts the values in the dtype of the file, their indices at the codec's worst case, and the header.
     """
-    size = size_in_bytes(text[0])
     codecs = next(iter(targets.values())).granularity.index_codecs
     width = max(_width(target, config) for target in targets.values())
     least = min(target.unit_size for target in targets.values())
@@ -192,76 +239,19 @@ def _header_bytes(targets: Targets, size: int) -> int:
     return 8 + length + 7  # 8 bytes for the length, and padding to a multiple of 8
 
 
-def _of_share(text: re.Match, targets: Targets, config: FGGMConfig) -> int:
-    total = sum(target.shape[0] * target.shape[1] for target in targets.values())
-    return int(Fraction(text[1]) / 100 * total)
-
-
-def _of_lora(text: re.Match, targets: Targets, config: FGGMConfig) -> int:
-    return sum(lora_values(target, int(text[1])) for target in targets.values())
-
-
-# pattern, function that counts the values, whether any model can satisfy it, and the rule for the error
-_FORMS: list[tuple[str, Callable[..., int], Callable[[re.Match], bool], str]] = [
+_FORMS: list[tuple[str, Callable[[str], Any], Callable[[Any, Targets, FGGMConfig], int], str]] = [
     (
-        r"-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB)",
+        r"(-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB))",
+        size_in_bytes,
         _of_bytes,
-        lambda text: text[0][0] != "-" and size_in_bytes(text[0]) > 0,
         "a file size must be at least one byte, for instance '50MiB'",
     ),
     (
         r"(-?\d+(?:\.\d+)?) ?%",
+        lambda percent: Fraction(percent) / 100,
         _of_share,
-        lambda text: 0 < Fraction(text[1]) <= 100,
         "a share of the targeted weights must be above 0% and at most 100%, for instance '1%'",
     ),
-    (
-        r"lora:r=(-?\d+)",
-        _of_lora,
-        lambda text: int(text[1]) > 0,
-        "the rank of a LoRA must be at least 1, for instance 'lora:r=16'",
-    ),
+    (r"lora:r=(-?\d+)", int, _of_lora, "the rank of a LoRA must be at least 1, for instance 'lora:r=16'"),
 ]
-
-
-def _require_budget(value: Any) -> None:
-    """Raise ``ValueError`` unless the value is a budget that some model can satisfy."""
-    if is_integer(value, 1):
-        return
-    for pattern, _, is_possible, rule in _FORMS if isinstance(value, str) else []:
-        if match := re.fullmatch(pattern, value, re.IGNORECASE):
-            if is_possible(match):
-                return
-            raise ValueError(f"{rule}, got budget={value!r}")
-    raise ValueError(
-        f"budget must be a number of values (an integer > 0), a file size such as '50MiB', a share of the targeted "
-        f"weights such as '1%', or the size of a LoRA such as 'lora:r=16', got {value!r}"
-    )
-
-
-def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
-    """Write the number of values of ``config.budget`` on these targets into the config.
-
-    Raises:
-        ValueError: the budget is below one unit or above the targeted weights; the message has both bounds.
-    """
-    if config.budget is None or not targets:
-        return
-    config.resolved_budget = _count(config.budget, targets, config)
-    least = min(target.unit_size for target in targets.values())
-    most = sum(min(target.units, config.max_units or target.units) * target.unit_size for target in targets.values())
-    if not least <= config.resolved_budget <= most:
-        bound = f" (max_units={config.max_units})" if config.max_units else ""
-        raise ValueError(
-            f"budget={config.budget!r} is {config.resolved_budget} values on this model. It must be at least {least} "
-            f"(one {config.granularity} of the smallest module) and at most {most} (all units{bound})"
-        )
-
-
-def _count(budget: int | str, targets: Targets, config: FGGMConfig) -> int:
-    if isinstance(budget, int):
-        return budget
-    for pattern, count, _, _ in _FORMS:
-        if match := re.fullmatch(pattern, budget, re.IGNORECASE):
-            return count(match, targets, config)
-    raise AssertionError(f"_require_budget accepts {budget!r}, but no form matches it")
+"""Pattern, reader of its number, function that counts the values, and the legal range."""
