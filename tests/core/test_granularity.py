@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TOLERANCE, dense_delta, mask, relative_error, unit_scores, units
+from reference import TOLERANCE, dense_delta, mask, relative_error, seeded, unit_scores, units
 
-from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.granularity import GRANULARITIES, Columns, Elements, Granularity, Rows, granularity_from
+from fggm_peft.core.per_sample import LinearGradients
 from fggm_peft.core.registry import Registry
+from fggm_peft.core.weight_delta import WeightDelta
 
 SHAPES = [(1, 1), (5, 7), (8, 3), (1, 9), (6, 1)]
 INDEX_DTYPES = [torch.int32, torch.int64]
@@ -136,6 +142,114 @@ def test_delta_rows_give_gradients_to_the_values_of_the_read_rows(granularity, m
     delta.granularity.delta_rows(tokens, delta.indices, delta.values, (5, 4)).sum().backward()
     counted = dense_delta(granularity, (5, 4), delta.indices, delta.values.grad)
     assert torch.equal(counted, torch.tensor([1.0, 0, 2, 0, 0]).double()[:, None].expand(5, 4))
+
+
+# The defaults of the base class -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiles(Granularity):
+    """Square tiles; the entries of one tile are not adjacent in the flat weight. Values are ``[k, size, size]``."""
+
+    name = "tiles"
+    size: int = 2
+
+    def supports(self, shape):
+        return shape[0] % self.size == 0 and shape[1] % self.size == 0
+
+    def units(self, shape):
+        return shape[0] * shape[1] // self.size**2
+
+    def parameters_per_unit(self, shape):
+        return self.size**2
+
+    def values_shape(self, shape, k):
+        return (k, self.size, self.size)
+
+    def element_indices(self, indices, shape):
+        flat = torch.arange(shape[0] * shape[1], device=indices.device).view(1, 1, *shape).double()
+        tiles = F.unfold(flat, self.size, stride=self.size)[0].long()  # [size * size, units]
+        return tiles[:, indices.long()].T.flatten()
+
+    def reduce(self, matrix):
+        return F.unfold(matrix[None, None], self.size, stride=self.size)[0].sum(0)
+
+
+@pytest.fixture
+def tiles():
+    """A support of tiles of a weight ``[6, 8]``, its values in float64 and the dense delta."""
+    kind, shape, indices = Tiles(2), (6, 8), torch.tensor([1, 2, 7, 11], dtype=torch.int32)
+    values = torch.randn(kind.values_shape(shape, 4), dtype=torch.float64, generator=seeded())
+    dense = torch.zeros(48, dtype=torch.float64)
+    dense[kind.element_indices(indices, shape)] = values.flatten()
+    return kind, shape, indices, values, dense.view(shape)
+
+
+def test_the_defaults_read_and_write_the_entries_of_the_units(tiles):
+    kind, shape, indices, values, dense = tiles
+    for weight in weights(shape, torch.float64):
+        assert torch.equal(kind.gather(dense, indices), values)
+        written = weight.clone()
+        kind.put_(written, indices, values)
+        assert torch.equal(written, torch.where(dense != 0, dense, weight))
+        added = weight.clone()
+        kind.add_(added, indices, values, 0.5)
+        torch.testing.assert_close(added, weight + 0.5 * dense)
+        pieces = list(kind.pieces(weight, indices, [values], 8))
+        assert [len(part) for _, part, _ in pieces] == [2, 2]
+        assert torch.equal(torch.cat([piece for _, _, piece in pieces]), values)
+
+
+def test_the_default_products_and_gradients_agree_with_the_dense_delta(tiles):
+    kind, shape, indices, values, dense = tiles
+    x, g = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    y, gx = torch.zeros(5, 6, dtype=torch.float64), torch.zeros(5, 8, dtype=torch.float64)
+    kind.add_product_(y, x, indices, values, 2.0)
+    kind.add_input_gradient_(gx, g, indices, values, 2.0)
+    torch.testing.assert_close(y, 2 * x @ dense.T)
+    torch.testing.assert_close(gx, 2 * g @ dense)
+    gradient = kind.value_gradient(kind.stored_input(x, indices), g, indices)
+    torch.testing.assert_close(gradient, kind.gather(g.T @ x, indices))
+    trained = values.clone().requires_grad_()
+    rows = kind.delta_rows(torch.tensor([3, 0, 3]), indices, trained, shape)
+    assert torch.equal(rows, dense[[3, 0, 3]])
+    rows.sum().backward()
+    counts = torch.tensor([1.0, 0, 0, 2, 0, 0]).double()[:, None].expand(shape)
+    torch.testing.assert_close(trained.grad, kind.gather(counts, indices))
+    elements = WeightDelta(kind, indices, values).as_elements(shape)
+    assert elements.granularity == Elements() and elements.indices.tolist() == sorted(elements.indices.tolist())
+    torch.testing.assert_close(elements.values, dense.flatten()[elements.indices.long()])
+
+
+def test_the_default_scores_are_sums_over_the_entries_of_the_units(tiles):
+    kind, shape, *_ = tiles
+    x, g, half = torch.randn(3, 4, 8), torch.randn(3, 4, 6), torch.tensor([0, 1, 0])
+    scores = torch.zeros(2, kind.units(shape))
+    kind.accumulate_(scores, LinearGradients(x, g), half)
+    squares = (g.mT @ x).square()
+    expected = torch.stack([kind.reduce(squares[half == row].sum(0)) for row in (0, 1)])
+    torch.testing.assert_close(scores, expected)
+
+
+def test_a_granularity_is_a_value_that_converts_to_json_and_back():
+    assert granularity_from("row") == Rows() == granularity_from(Rows()) == granularity_from(Rows().to_dict())
+    assert Rows().to_dict() == str(Rows()) == "row"
+    GRANULARITIES.register("tiles")(Tiles)
+    try:
+        stored = json.loads(json.dumps(Tiles(4).to_dict()))
+        assert stored == {"granularity": "tiles", "size": 4} and str(Tiles(4)) == "tiles(size=4)"
+        assert granularity_from(stored) == Tiles(4) != granularity_from("tiles")
+        with pytest.raises(ValueError, match="Tiles has no argument 'sizes'; it takes size"):
+            granularity_from({"granularity": "tiles", "sizes": 4})
+    finally:
+        GRANULARITIES._entries.pop("tiles")
+
+
+def test_properties_tell_granularities_apart():
+    kinds = Rows(), Columns(), Elements(), Tiles()
+    assert [kind.is_slice for kind in kinds] == [True, True, False, False]
+    assert [kind.has_bias for kind in kinds] == [True, False, False, False]
+    assert [kind.saves_factored for kind in kinds] == [False, False, True, False]
 
 
 def test_an_unknown_name_lists_the_known_names_and_suggests_the_closest():
