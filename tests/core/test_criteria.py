@@ -60,32 +60,32 @@ def quantities(granularity, matrices=None, seed=0, **more):
 
 @pytest.mark.parametrize(("name", "granularity"), [case for case in CASES if case[0] != "random"])
 def test_every_criterion_computes_its_formula(name, granularity, matrices):
-    found = CRITERIA[name].score(quantities(granularity, matrices))
-    assert found.dtype == torch.float32 and found.shape == (units(granularity, SHAPE),)
-    torch.testing.assert_close(found.double(), criterion_scores(name, granularity, matrices), rtol=1e-5, atol=0)
+    result = CRITERIA[name].score(quantities(granularity, matrices))
+    assert result.dtype == torch.float32 and result.shape == (units(granularity, SHAPE),)
+    torch.testing.assert_close(result.double(), criterion_scores(name, granularity, matrices), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("name", "granularity"), CASES)
 def test_scores_of_zero_statistics_are_finite_and_not_negative(name, granularity, matrices):
     zeros = {key: torch.zeros_like(value) for key, value in matrices.items()}
-    found = CRITERIA[name].score(quantities(granularity, zeros))
-    assert torch.isfinite(found).all() and (found >= 0).all()
+    result = CRITERIA[name].score(quantities(granularity, zeros))
+    assert torch.isfinite(result).all() and (result >= 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if CRITERIA[name].reference])
 def test_with_a_zero_reference_only_the_task_ranks_the_units(name, matrices):
     granularity = granularity_of(name)
     zero = matrices | {key: torch.zeros_like(matrices[key]) for key in ("reference", "reference input")}
-    found = CRITERIA[name].score(quantities(granularity, zero))
+    result = CRITERIA[name].score(quantities(granularity, zero))
     alone = matrices["input"] if name == "input_ratio" else unit_scores(granularity, matrices["fisher"])
-    assert torch.equal(found.argsort(), alone.argsort())
+    assert torch.equal(result.argsort(), alone.argsort())
 
 
 def test_gain_per_harm_is_proportional_to_its_formula_within_a_weight(granularity, matrices):
     """Scores equal ``sqrt(F_new) / (F_ref + 1 %)`` of each unit, times a constant."""
-    found = CRITERIA["gain_per_harm"].score(quantities(granularity, matrices)).double()
+    result = CRITERIA["gain_per_harm"].score(quantities(granularity, matrices)).double()
     new, kept = (unit_scores(granularity, matrices[name]) for name in ("fisher", "reference"))
-    ratio = found / (new.sqrt() / (kept + 0.01 * kept.mean()))
+    ratio = result / (new.sqrt() / (kept + 0.01 * kept.mean()))
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
 
 
@@ -155,11 +155,11 @@ def reference_of(name):
 @pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
 def test_the_batch_size_does_not_change_the_support(name, granularity):
     whole = token_batches(sizes=(8,))[0]
-    found = []
+    result = []
     for size in (1, 4):
         batches = [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, 8, size)]
-        found.append(supports(name, granularity, batches, reference_of(name), num_samples=6)[0])
-    assert_same(*found)
+        result.append(supports(name, granularity, batches, reference_of(name), num_samples=6)[0])
+    assert_same(*result)
 
 
 @pytest.mark.parametrize(("name", "granularity"), DATA_CASES)
@@ -203,9 +203,9 @@ def test_a_custom_criterion_needs_one_function_and_one_registration(granularity,
     mine = {"task": ("fisher",), "reference": ("fisher",)}
     CRITERIA.register(name, **mine)(lambda q: q.task["fisher"] * q.reference["fisher"])
     try:
-        found, report = supports(name, granularity, token_batches(), REFERENCE, threshold)
+        result, report = supports(name, granularity, token_batches(), REFERENCE, threshold)
         assert report.reference_samples == 7 and report.density == pytest.approx(0.2, abs=0.02)
-        assert sum(map(len, found.values()))
+        assert sum(map(len, result.values()))
         assert FGGMConfig.from_peft_type(**FGGMConfig(criterion=name).to_dict()).criterion == name
     finally:
         del CRITERIA._entries[name]

@@ -125,8 +125,8 @@ def test_a_lightly_fine_tuned_base_is_rejected(by, share, dtype):
 @pytest.mark.parametrize(("kind", "by"), [("int8", 0.2), ("nf4", 0.5), ("fp4", 0.5)])
 def test_another_quantized_base_is_rejected(kind, by):
     kept = fingerprint(layers(llama()))
-    found = base_difference(layers(quantized(changed(llama(), by), kind)), kept)
-    assert "quantization explains" in found and "model.layers." in found
+    result = base_difference(layers(quantized(changed(llama(), by), kind)), kept)
+    assert "quantization explains" in result and "model.layers." in result
 
 
 def test_a_fingerprint_of_a_hundred_million_parameters_takes_well_under_a_second():

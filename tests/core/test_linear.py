@@ -167,11 +167,11 @@ def test_the_effective_matrix_is_the_dense_sum_with_its_gradients(dtype, transpo
         g = torch.randn(shape).to(dtype)
         assert matrix.dtype == dtype
         assert relative_error(matrix, dense) < TOLERANCE[dtype]
-        for got, wanted in zip(
+        for actual, expected in zip(
             torch.autograd.grad(matrix, values, g), torch.autograd.grad(dense, values, g.double()), strict=True
         ):
-            assert got.dtype == torch.float32
-            torch.testing.assert_close(got, wanted)
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,12 +259,12 @@ def test_a_frozen_delta_is_added_but_gets_no_gradient_and_saves_no_input(form, g
     x, weight, kept = torch.randn(50, 48, requires_grad=True), torch.randn(64, 48), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         y = form(x, weight, None, [delta])
-    wanted = linear(x, weight, None, [(granularity, delta.indices, delta.values, 1.0)])
-    assert relative_error(y, wanted) < TOLERANCE[torch.float32]
+    expected = linear(x, weight, None, [(granularity, delta.indices, delta.values, 1.0)])
+    assert relative_error(y, expected) < TOLERANCE[torch.float32]
     assert x.data_ptr() not in kept
     y.sum().backward()
     assert delta.values.grad is None
-    assert relative_error(x.grad, torch.autograd.grad(wanted.sum(), x)[0]) < TOLERANCE[torch.float32]
+    assert relative_error(x.grad, torch.autograd.grad(expected.sum(), x)[0]) < TOLERANCE[torch.float32]
 
 
 def test_the_additive_form_does_not_change_the_base_output(granularity, make_delta):

@@ -68,12 +68,12 @@ def test_the_mean_over_seeds_is_the_exact_score_with_the_variance_of_random_sign
     # of |v S|^2 / r with signs S: Var = 2 / r * (|v|^4 - sum v^4)
     vectors = matrices if granularity == "row" else matrices.mT
     variance = 2 / size * (vectors.square().sum(2).square() - vectors.pow(4).sum(2))
-    found = torch.stack([sketched(x, g, granularity, seed, size) for seed in range(seeds)]).double()
-    deviations = (found.mean(0) - expected) / (variance / seeds).sqrt()
+    result = torch.stack([sketched(x, g, granularity, seed, size) for seed in range(seeds)]).double()
+    deviations = (result.mean(0) - expected) / (variance / seeds).sqrt()
     # 72 (60) nearly normal numbers: one exceeds 4.5 with a probability of 1 in 2000
     assert deviations.abs().max() < 4.5
     # all samples of a pass share one table of signs, so the variance is tested over all seeds
-    torch.testing.assert_close(found.var(0).mean(), variance.mean(), rtol=0.1, atol=0)
+    torch.testing.assert_close(result.var(0).mean(), variance.mean(), rtol=0.1, atol=0)
 
 
 @with_units
@@ -81,8 +81,8 @@ def test_the_variance_is_inversely_proportional_to_the_number_of_projections(gra
     x, g = inputs()
     variances = {}
     for size in (2, 4, 8):
-        found = torch.stack([sketched(x, g, granularity, seed, size) for seed in range(500)])
-        variances[size] = float(found.double().var(0).mean())
+        result = torch.stack([sketched(x, g, granularity, seed, size) for seed in range(500)])
+        variances[size] = float(result.double().var(0).mean())
     assert variances[2] / variances[4] == pytest.approx(2, rel=0.2)
     assert variances[2] / variances[8] == pytest.approx(4, rel=0.2)
 
@@ -101,9 +101,9 @@ def test_errors_of_different_samples_are_not_correlated(granularity):
 def test_sixteen_bit_inputs_are_accumulated_in_float32(granularity, dtype):
     """The estimate from 16-bit inputs equals the estimate from the same numbers in float64, up to float32 precision."""
     x, g = inputs(dtype)
-    found = sketched(x, g, granularity)
-    assert found.dtype == torch.float32
-    assert relative_error(found, sketched(x.double(), g.double(), granularity)) < 1e-6
+    result = sketched(x, g, granularity)
+    assert result.dtype == torch.float32
+    assert relative_error(result, sketched(x.double(), g.double(), granularity)) < 1e-6
 
 
 @with_units
@@ -219,8 +219,8 @@ def assert_unbiased(found, expected, sketched_names=None):
 def test_the_pass_is_unbiased_with_padding_and_left_padded_nan(granularity, padding):
     batches = token_batches(padding=padding, length=12)
     expected = fisher_scores(adapted(llama(layers=1), granularity), batches)
-    found = mean_scores(lambda: llama(layers=1), batches, granularity)
-    assert_unbiased(found, expected, sketched_names=set(expected))
+    result = mean_scores(lambda: llama(layers=1), batches, granularity)
+    assert_unbiased(result, expected, sketched_names=set(expected))
 
 
 @with_units
@@ -228,8 +228,8 @@ def test_conv1d_is_sketched_and_embeddings_are_exact(granularity):
     targets = {"target_modules": ["c_attn", "c_fc", "wte"]}
     batches = token_batches(padding="right", length=12)
     expected = fisher_scores(adapted(gpt2(), granularity, **targets), batches)
-    found = mean_scores(gpt2, batches, granularity, seeds=20, **targets)
-    assert_unbiased(found, expected, sketched_names={name for name in expected if not name.endswith("wte")})
+    result = mean_scores(gpt2, batches, granularity, seeds=20, **targets)
+    assert_unbiased(result, expected, sketched_names={name for name in expected if not name.endswith("wte")})
 
 
 class Convolutions(nn.Module):
@@ -252,8 +252,8 @@ def test_convolutions_are_sketched_and_grouped_convolutions_are_exact(granularit
     targets = {"target_modules": ["plain", "grouped"]}
     batches = class_batches()
     expected = fisher_scores(adapted(Convolutions(), granularity, **targets), batches, class_log_likelihood)
-    found = mean_scores(Convolutions, batches, granularity, log_likelihood=class_log_likelihood, **targets)
-    assert_unbiased(found, expected, sketched_names={"plain"})
+    result = mean_scores(Convolutions, batches, granularity, log_likelihood=class_log_likelihood, **targets)
+    assert_unbiased(result, expected, sketched_names={"plain"})
 
 
 @with_units

@@ -33,11 +33,11 @@ def assert_close(found, expected, tolerance=1e-4):
 
 def test_the_mean_gradient_is_the_gradient_of_the_mean_log_likelihood():
     batches, plain = token_batches(), llama().eval()
-    found = gathered(adapted(llama()), batches, "mean_gradient")
+    result = gathered(adapted(llama()), batches, "mean_gradient")
     for batch in batches:
         answers = (batch["labels"][:, 1:] != -100).sum()
         (-plain(**batch).loss * answers / 8).backward()
-    for (name, _), values in found.items():
+    for (name, _), values in result.items():
         assert_close(values, plain.get_submodule(name).weight.grad.double())
 
 
@@ -50,7 +50,7 @@ def test_input_moments_and_output_magnitudes_are_means_over_unpadded_positions(u
     if use_cache_of_gradients:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         names = ("fisher", *names)
-    found = gathered(model, batches, *names)
+    result = gathered(model, batches, *names)
     seen: dict = {}
     for name in fggm_layers(model, "default"):
         hook = lambda m, a, y, name=name: seen.setdefault(name, []).append((a[0], y))  # noqa: E731
@@ -62,8 +62,8 @@ def test_input_moments_and_output_magnitudes_are_means_over_unpadded_positions(u
         real = [batch["attention_mask"] == 1 for batch in batches]
         x = torch.cat([x[where] for (x, _), where in zip(calls, real, strict=True)]).double()
         y = torch.cat([y[where] for (_, y), where in zip(calls, real, strict=True)]).double()
-        assert_close(found[name, "input_second_moment"], x.square().mean(0))
-        assert_close(found[name, "output_magnitude"], y.abs().mean(0))
+        assert_close(result[name, "input_second_moment"], x.square().mean(0))
+        assert_close(result[name, "output_magnitude"], y.abs().mean(0))
 
 
 def test_the_sum_of_gradients_agrees_with_autograd_of_the_layer(example, adapt):
@@ -74,12 +74,12 @@ def test_the_sum_of_gradients_agrees_with_autograd_of_the_layer(example, adapt):
     g = torch.randn(layer(x).shape, generator=seeded())
     chosen = torch.arange(len(x)) % 3 != 1
     expected = per_sample_weight_gradients(layer, x, g)[chosen].sum(0)
-    found = wrapped.per_sample([(x, g)], GramMatrix()).total(chosen)
-    assert_close(found, wrapped.matrix(expected))
+    result = wrapped.per_sample([(x, g)], GramMatrix()).total(chosen)
+    assert_close(result, wrapped.matrix(expected))
 
 
 def test_a_layer_called_twice_adds_up_its_calls():
-    found = gathered(
+    result = gathered(
         adapted(Twice(), target_modules=["shared"]),
         class_batches(),
         "mean_gradient",
@@ -87,7 +87,7 @@ def test_a_layer_called_twice_adds_up_its_calls():
     )
     plain = Twice()
     sum(class_log_likelihood(plain, batch).sum() for batch in class_batches()).div(8).backward()
-    assert_close(found["shared", "mean_gradient"], plain.shared.weight.grad.double())
+    assert_close(result["shared", "mean_gradient"], plain.shared.weight.grad.double())
 
 
 @pytest.mark.parametrize(("criterion", "granularity"), [("input_ratio", "column"), ("output_magnitude", "row")])
@@ -111,11 +111,11 @@ def test_the_inputs_of_convolutions_are_their_patches():
     batches = [{"pixels": torch.randn(3, 4, 5, 5), "labels": torch.tensor([0, 1, 2])} for _ in range(2)]
     likelihood = lambda model, b: -nn.functional.cross_entropy(model(b["pixels"]), b["labels"], reduction="none")  # noqa: E731
     model = adapted(Image(), "row", target_modules=["conv"])
-    found = gathered(model, batches, "input_second_moment", "output_magnitude", log_likelihood=likelihood)
+    result = gathered(model, batches, "input_second_moment", "output_magnitude", log_likelihood=likelihood)
     pixels = torch.cat([b["pixels"] for b in batches]).double()
     patches = nn.functional.unfold(pixels, 3, padding=1).unflatten(1, (2, 18))
-    assert_close(found["conv", "input_second_moment"], patches.square().mean((0, 1, 3)))
-    assert_close(found["conv", "output_magnitude"], Image().double().conv(pixels).abs().mean((0, 2, 3)).detach())
+    assert_close(result["conv", "input_second_moment"], patches.square().mean((0, 1, 3)))
+    assert_close(result["conv", "output_magnitude"], Image().double().conv(pixels).abs().mean((0, 2, 3)).detach())
 
 
 def test_every_statistic_declares_its_length_and_entries_per_number(granularity):

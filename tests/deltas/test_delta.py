@@ -29,9 +29,9 @@ def test_reading_a_model_and_its_folders_gives_the_same_delta(granularity, tmp_p
     of_folder = SparseDelta.read(tmp_path / "peft")
     own = SparseDelta.read(of_model.save(tmp_path / "own"))  # this file contains the shapes
     for delta in (of_model, of_folder, own):
-        found = dense(delta)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        result = dense(delta)
+        assert result.keys() == expected.keys()
+        assert all(torch.equal(result[name], expected[name]) for name in expected)
         assert delta.parameters == sum(p.numel() for n, p in model.named_parameters() if "fggm_values" in n)
     assert 0.15 < own.density < 0.25 and own.bytes >= 4 * own.parameters
 

@@ -47,10 +47,10 @@ def test_any_task_is_rolled_back_bit_exactly(task, dtype, mixed, granularity, tm
     report = ledger.apply(model)
     assert 0.8 < report.survived < 1.2 and not same_weights(model, llama(dtype))
     expected = without(ledger, task, llama(dtype))
-    found = Ledger(tmp_path).rollback(task, model)  # a new ledger object needs only the folder
+    result = Ledger(tmp_path).rollback(task, model)  # a new ledger object needs only the folder
     assert same_weights(model, expected)
-    assert (found.is_exact, found.restored_from) == (True, "originals")
-    assert all(found.overlaps[name] > 0 for name in TASKS if name != task)
+    assert (result.is_exact, result.restored_from) == (True, "originals")
+    assert all(result.overlaps[name] > 0 for name in TASKS if name != task)
     assert Ledger(tmp_path).tasks == [name for name in TASKS if name != task]
 
 

@@ -18,25 +18,25 @@ def deltas() -> dict[tuple[str, int], SparseDelta]:
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_jaccard_chance_and_cosine_agree_with_the_dense_matrices(first, second, deltas):
     a, b = deltas[first, 0], deltas[second, 1]
-    found = overlap(a, b)
+    result = overlap(a, b)
     both = either = expected = 0.0
     x, y = [], []
     for name in a.modules:
         in_a, in_b = mask_of(a, name), mask_of(b, name)
         there = in_a & in_b
-        pair = found.modules[name][0][1]
+        pair = result.modules[name][0][1]
         assert pair.jaccard == pytest.approx(float(there.sum() / (in_a | in_b).sum()))
         both, either = both + float(there.sum()), either + float((in_a | in_b).sum())
         expected += float(in_a.sum()) * float(in_b.sum()) / in_a.numel()
         x.append(dense(a)[name][there])
         y.append(dense(b)[name][there])
-    total = found.total[0][1]
+    total = result.total[0][1]
     assert total.jaccard == pytest.approx(both / either)
     assert total.chance == pytest.approx(expected / (both + either - expected))
     cosine = torch.nn.functional.cosine_similarity(torch.cat(x), torch.cat(y), dim=0)
     assert total.cosine == pytest.approx(float(cosine))
-    assert found.matrix("jaccard")[0][0] == found.matrix("jaccard")[1][1] == 1.0
-    assert found.matrix("jaccard")[0][1] == found.matrix("jaccard")[1][0]
+    assert result.matrix("jaccard")[0][0] == result.matrix("jaccard")[1][1] == 1.0
+    assert result.matrix("jaccard")[0][1] == result.matrix("jaccard")[1][0]
 
 
 def test_modules_of_only_one_delta_count_as_disjoint():
@@ -50,14 +50,14 @@ def test_modules_of_only_one_delta_count_as_disjoint():
 def test_folders_are_read_and_named(tmp_path):
     for name in ("one", "two"):
         saved_adapter(tmp_path / name, "row", seed=len(name) + (name == "two"))
-    found = overlap(tmp_path / "one", tmp_path / "two")
-    assert found.names == ["one", "two"] and "one, two: Jaccard" in str(found)
-    data = found.to_dict()
+    result = overlap(tmp_path / "one", tmp_path / "two")
+    assert result.names == ["one", "two"] and "one, two: Jaccard" in str(result)
+    data = result.to_dict()
     assert data["modules"]["model.layers.0.self_attn.q_proj"][0]["a"] == "one"
-    assert data["jaccard"][0][1] == found.total[0][1].jaccard
-    found.heat_map(tmp_path / "overlap.svg")
+    assert data["jaccard"][0][1] == result.total[0][1].jaccard
+    result.heat_map(tmp_path / "overlap.svg")
     assert "Overlap" in (tmp_path / "overlap.svg").read_text()
-    assert len(found.table().rows) == 1 and len(found.table(by_module=True).rows) == 1 + len(data["modules"])
+    assert len(result.table().rows) == 1 and len(result.table(by_module=True).rows) == 1 + len(data["modules"])
 
 
 def test_an_overlap_requires_two_deltas_of_one_base():

@@ -48,9 +48,9 @@ def by_plain_peft(base: nn.Module, folder: Path, tmp_path: Path) -> dict:
 def test_logits_are_equal_with_plain_peft(granularity, tmp_path):
     model = adapter(granularity, density=0.3)
     export_lora(model, tmp_path / "lora")
-    found = by_plain_peft(llama(), tmp_path / "lora", tmp_path)
+    result = by_plain_peft(llama(), tmp_path / "lora", tmp_path)
     expected = logits(model, BATCH)
-    for way, actual in found.items():
+    for way, actual in result.items():
         assert (actual - expected).abs().max() < 1e-5, way
 
 
@@ -99,8 +99,8 @@ def test_bias_entries_and_modules_to_save_are_exported(tmp_path):
     model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(0.7)
     expected = logits(model, BATCH)
     export_lora(model, tmp_path / "lora")
-    found = by_plain_peft(llama(attention_bias=True), tmp_path / "lora", tmp_path)
-    assert (found["adapted"] - expected).abs().max() < 1e-5
+    result = by_plain_peft(llama(attention_bias=True), tmp_path / "lora", tmp_path)
+    assert (result["adapted"] - expected).abs().max() < 1e-5
 
 
 def test_ranks_are_predicted_and_padded_to_those_that_engines_accept(tmp_path):

@@ -36,16 +36,16 @@ def adapter(tmp_path):
 
 
 def test_a_valid_adapter_is_described(adapter, base):
-    found = verify(adapter, str(base))
-    assert found.base == "matches" and verify(adapter).base == "not checked"
-    assert (found.granularity, found.criterion, found.format) == ("element", "random", 1)
-    assert found.modules == 14 and found.density == pytest.approx(0.05, abs=1e-3) and not found.is_zero
-    assert found.parameters == sum(t.numel() for key, t in load_file(adapter / FILE).items() if "values" in key)
-    assert found.bytes == (adapter / FILE).stat().st_size > found.bound_bytes
+    result = verify(adapter, str(base))
+    assert result.base == "matches" and verify(adapter).base == "not checked"
+    assert (result.granularity, result.criterion, result.format) == ("element", "random", 1)
+    assert result.modules == 14 and result.density == pytest.approx(0.05, abs=1e-3) and not result.is_zero
+    assert result.parameters == sum(t.numel() for key, t in load_file(adapter / FILE).items() if "values" in key)
+    assert result.bytes == (adapter / FILE).stat().st_size > result.bound_bytes
     assert verify(adapter, llama(torch.bfloat16)).base == "matches"
     assert verify(adapter, quantized(llama(), "nf4")).base == "matches"
     assert verify(adapter, PeftModel.from_pretrained(llama(), adapter)).base == "matches"
-    json.dumps(found.to_dict())
+    json.dumps(result.to_dict())
 
 
 def test_more_than_ten_layers_are_verified_despite_the_sorted_keys_of_the_file(tmp_path):
@@ -85,8 +85,8 @@ def test_a_file_that_contradicts_its_config_is_rejected(change, message, adapter
 
 
 def test_the_command_prints_a_description_or_a_one_line_error(adapter, base):
-    found = succeed("verify", adapter, "--base", base)
-    assert found["base"] == "matches" and found["parameters"] > 0
+    result = succeed("verify", adapter, "--base", base)
+    assert result["base"] == "matches" and result["parameters"] > 0
     shown = fggm("verify", adapter)
     assert shown.code == 0 and "is valid" in " ".join(shown.out.split()) and "entropy bound" in shown.out
     (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:-1])

@@ -51,13 +51,13 @@ def naive_scores(model: nn.Module, batches, names, granularity: str, log_likelih
 
 
 def assert_same_scores(model: nn.Module, reference: nn.Module, batches, granularity: str, tolerance: float = 1e-5):
-    got = fisher_scores(model, batches)
-    expected = naive_scores(reference, batches, got, granularity)
-    for name in got:
+    actual = fisher_scores(model, batches)
+    expected = naive_scores(reference, batches, actual, granularity)
+    for name in actual:
         scale = expected[name].max()
         assert scale > 0, name
         torch.testing.assert_close(
-            got[name].double(), expected[name], rtol=1e-3, atol=float(scale) * tolerance, msg=name
+            actual[name].double(), expected[name], rtol=1e-3, atol=float(scale) * tolerance, msg=name
         )
 
 
@@ -123,20 +123,20 @@ def test_a_layer_called_twice_sums_its_gradients_before_squaring(granularity):
     """The output of the layer may also be modified in place."""
     model = adapted(Twice(), granularity, target_modules=["shared", "embed"])
     batches = class_batches()
-    got = fisher_scores(model, batches, class_log_likelihood)
+    actual = fisher_scores(model, batches, class_log_likelihood)
     expected = naive_scores(Twice(), batches, ["shared", "embed"], granularity, class_log_likelihood)
     for name in expected:
-        torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_models_accumulate_in_float32(granularity, dtype):
     batches = token_batches()
-    got = fisher_scores(adapted(llama(dtype), granularity), batches)
-    expected = naive_scores(llama(), batches, got, granularity)
-    for name in got:
-        assert got[name].dtype == torch.float32
-        correlation = torch.corrcoef(torch.stack([got[name].double(), expected[name]]))[0, 1]
+    actual = fisher_scores(adapted(llama(dtype), granularity), batches)
+    expected = naive_scores(llama(), batches, actual, granularity)
+    for name in actual:
+        assert actual[name].dtype == torch.float32
+        correlation = torch.corrcoef(torch.stack([actual[name].double(), expected[name]]))[0, 1]
         assert correlation > 0.99, name
 
 
@@ -144,10 +144,10 @@ def saved_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
     """Shapes of tensors that a selection pass saves for backward in addition to a plain forward pass."""
 
     def shapes(forward) -> Counter:
-        found: Counter = Counter()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.update([tuple(t.shape)]) or t, lambda t: t):
+        result: Counter = Counter()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: result.update([tuple(t.shape)]) or t, lambda t: t):
             forward()
-        return found
+        return result
 
     targets = find_targets(model, "default")
     recorder = CallRecorder(RunningSums(targets), **settings)
@@ -173,18 +173,18 @@ def test_gradients_of_several_forward_passes_are_summed_before_squaring(granular
         return likelihood(model, batch) + 0.5 * likelihood(model, batch | {"input_ids": batch["input_ids"].flip(0)})
 
     batches = token_batches()
-    got = fisher_scores(adapted(llama(), granularity), batches, twice)
-    expected = dict.fromkeys(got, 0)
+    actual = fisher_scores(adapted(llama(), granularity), batches, twice)
+    expected = dict.fromkeys(actual, 0)
     for batch in batches:
         for sample in range(len(batch["labels"])):
             one = llama().eval()
             twice(one, batch)[sample].backward()
-            for name in got:
+            for name in actual:
                 gradient = one.get_submodule(name).weight.grad.double()
                 expected[name] = expected[name] + granularity_from(granularity).reduce(gradient.square()) / 8
-    for name in got:
+    for name in actual:
         torch.testing.assert_close(
-            got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
+            actual[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
         )
 
 
@@ -234,13 +234,13 @@ def test_a_model_may_modify_the_output_of_a_layer_in_place(bias, flat, write, gr
         return InPlace(bias, flat, WRITES[write])
 
     batches = class_batches()
-    got = fisher_scores(
+    actual = fisher_scores(
         adapted(build(), granularity, target_modules=["first", "second"]), batches, class_log_likelihood
     )
     expected = naive_scores(build(), batches, ["first", "second"], granularity, class_log_likelihood)
-    for name in got:
+    for name in actual:
         torch.testing.assert_close(
-            got[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
+            actual[name].double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max())
         )
 
 
@@ -298,10 +298,10 @@ def shifted(m, h):
 def test_row_scores_use_the_input_at_the_time_of_each_call(forward):
     batches = class_batches()
     model = adapted(Between(forward), "row", target_modules=["a", "b", "c"])
-    got = fisher_scores(model, batches, class_log_likelihood)
+    actual = fisher_scores(model, batches, class_log_likelihood)
     expected = naive_with_copied_inputs(forward, batches)
-    for name in got:
-        torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-3, atol=1e-6)
+    for name in actual:
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-3, atol=1e-6)
 
 
 def naive_with_copied_inputs(forward, batches) -> dict[str, torch.Tensor]:

@@ -34,11 +34,11 @@ BATCHES = {"prompted": PROMPTED, "everywhere": EVERYWHERE, "no answer": NO_ANSWE
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_likelihood_and_gradients_agree_with_the_models_own_loss(build, batch):
     model = build().eval()
-    got, wanted = default_log_likelihood(model, None)(model, batch), own_loss(model, batch)
-    torch.testing.assert_close(got, wanted)
-    if wanted.requires_grad:
+    actual, expected = default_log_likelihood(model, None)(model, batch), own_loss(model, batch)
+    torch.testing.assert_close(actual, expected)
+    if expected.requires_grad:
         parameters = list(model.parameters())
-        gradients = (torch.autograd.grad(loss.sum(), parameters, allow_unused=True) for loss in (got, wanted))
+        gradients = (torch.autograd.grad(loss.sum(), parameters, allow_unused=True) for loss in (actual, expected))
         for mine, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
@@ -59,8 +59,8 @@ def test_the_head_computes_only_positions_of_the_answer_unless_it_is_a_target(ta
 def test_models_without_logits_to_keep_compute_all_logits():
     model = llama().eval()
     likelihood = default_log_likelihood(model, None)
-    wanted = likelihood(model, PROMPTED)
+    expected = likelihood(model, PROMPTED)
     old = copy.copy(model)
     old.forward = lambda input_ids, attention_mask: model(input_ids, attention_mask)
-    torch.testing.assert_close(likelihood(old, PROMPTED), wanted)
-    torch.testing.assert_close(likelihood(model, PROMPTED | {"logits_to_keep": 0}), wanted)
+    torch.testing.assert_close(likelihood(old, PROMPTED), expected)
+    torch.testing.assert_close(likelihood(model, PROMPTED | {"logits_to_keep": 0}), expected)

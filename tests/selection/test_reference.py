@@ -335,8 +335,8 @@ def test_loaded_scores_equal_the_saved_scores(granularity, tmp_path):
             matrix = expected[name].view(layer.weight_shape)
             torch.testing.assert_close(values.view_as(matrix).sum(0), matrix.sum(0), rtol=1e-4, atol=1e-9)
             for kind, sums in (("row", matrix.sum(1)), ("column", matrix.sum(0))):
-                got = record.values("fisher", name, granularity_from(kind), layer.weight_shape)
-                torch.testing.assert_close(got, sums, rtol=1e-4, atol=1e-9)
+                actual = record.values("fisher", name, granularity_from(kind), layer.weight_shape)
+                torch.testing.assert_close(actual, sums, rtol=1e-4, atol=1e-9)
     assert all(tensor.dtype == torch.float32 and tensor.dim() == 1 for tensor in load_file(file).values())
 
 

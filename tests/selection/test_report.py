@@ -31,10 +31,10 @@ def test_the_report_contains_the_cost_of_the_selection():
     assert (report.num_samples, report.samples, report.sample_passes, report.backward) == (6, 6, 6, True)
     assert report.samples_per_second == pytest.approx(6 / report.seconds)
     assert report.reference_share == 0 and "6 sample passes (forward and backward)" in report.cost
-    found = report.to_dict()
-    assert found["num_samples"] == 6 and found["samples_per_second"] == report.samples_per_second
+    result = report.to_dict()
+    assert result["num_samples"] == 6 and result["samples_per_second"] == report.samples_per_second
     assert "6 sample passes" in " ".join(str(report).split())
-    json.dumps(found)
+    json.dumps(result)
 
 
 def test_the_cost_includes_a_reference_and_repeated_passes():
@@ -109,18 +109,18 @@ def test_the_card_contains_a_table_if_densities_differ(tmp_path):
 def test_a_report_has_a_density_plot_and_an_agreement_plot(build):
     model = adapted(build(), target_modules="all-linear")
     report = select_parameters(model, MANY[:5], progress=False)
-    found = dict(report.plots())
-    assert list(found) == ["density", "agreement"]
-    assert {"selected share", "layer"} <= set(texts(found["density"]))
-    assert {"samples", "32", "enough: 0.8"} <= set(texts(found["agreement"]))
+    result = dict(report.plots())
+    assert list(result) == ["density", "agreement"]
+    assert {"selected share", "layer"} <= set(texts(result["density"]))
+    assert {"samples", "32", "enough: 0.8"} <= set(texts(result["agreement"]))
 
 
 def test_a_report_without_agreements_has_only_a_density_plot():
     report = select_parameters(adapted(llama()), token_batches(), num_samples=None, progress=False)
     assert [name for name, _ in report.plots()] == ["density"]
     unknown = [AgreementCheck("task", 32, None)]  # everything is selected
-    found = dataclasses.replace(report, checks=unknown, samples=32)
-    assert [name for name, _ in found.plots()] == ["density"]
+    result = dataclasses.replace(report, checks=unknown, samples=32)
+    assert [name for name, _ in result.plots()] == ["density"]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 12, 30, 126])

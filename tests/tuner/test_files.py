@@ -135,8 +135,8 @@ def test_a_file_of_elements_is_at_most_a_tenth_above_its_entropy(density, tmp_pa
     for layer in fggm_layers(model, "default").values():
         layer.fggm_values["default"].data.normal_()
     model.save_pretrained(tmp_path)
-    found = verify(tmp_path)
-    assert found.bound_bytes < found.bytes <= 1.1 * found.bound_bytes
+    result = verify(tmp_path)
+    assert result.bound_bytes < result.bytes <= 1.1 * result.bound_bytes
 
 
 # Saving ------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def fuzz(folder, count: int, seed: int, **config) -> int:
     for _ in range(count):
         (folder / FILE).write_bytes(mutated(data, generator))
         try:
-            found, deltas = read_adapter(folder)
+            result, deltas = read_adapter(folder)
         except AdapterFileError as error:
             rejected += 1
             assert str(folder) in str(error)
@@ -264,7 +264,7 @@ def fuzz(folder, count: int, seed: int, **config) -> int:
             now = model.state_dict()
             assert now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
         else:
-            assert_valid(found, llama(), deltas)
+            assert_valid(result, llama(), deltas)
     return rejected
 
 

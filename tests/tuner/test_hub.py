@@ -77,8 +77,8 @@ def test_the_base_and_its_revision_are_recorded_and_loaded(hub, base):
     config = FGGMConfig(criterion="random", density=0.1, init_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(base, config, revision="v1")
     model.push_to_hub("me/delta")
-    found = PeftConfig.from_pretrained("me/delta")
-    assert (found.base_model_name_or_path, found.revision) == ("me/base", "v1")
+    result = PeftConfig.from_pretrained("me/delta")
+    assert (result.base_model_name_or_path, result.revision) == ("me/base", "v1")
     loaded = AutoPeftModelForCausalLM.from_pretrained("me/delta")
     assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
     with pytest.raises(BaseMismatchError, match="me/base"):
@@ -117,10 +117,10 @@ model = AutoPeftModelForCausalLM.from_pretrained("me/delta")
 print(sum(float(p.abs().sum()) for n, p in model.named_parameters() if "fggm_values" in n))
 """
     environment = {**os.environ, **hub.environment(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr[-3000:]
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
     here = sum(p.detach().abs().sum().item() for name, p in model.named_parameters() if "fggm_values" in name)
-    assert float(found.stdout.split()[-1]) == pytest.approx(here, rel=1e-6)
+    assert float(result.stdout.split()[-1]) == pytest.approx(here, rel=1e-6)
 
 
 # Model cards -------------------------------------------------------------------------------------
@@ -146,18 +146,18 @@ def test_deltas_can_be_compared_verified_and_inspected_by_id(hub, base):
     models = {name: adapter("row", seed, base=text_model()) for seed, name in enumerate(("me/a", "me/b"))}
     for name, model in models.items():
         model.push_to_hub(name)
-    found = overlap("me/a", "me/b")
-    assert found.names == ["a", "b"]
+    result = overlap("me/a", "me/b")
+    assert result.names == ["a", "b"]
     for measure in ("jaccard", "cosine"):
         here = torch.tensor(overlap(*models.values()).matrix(measure))
-        torch.testing.assert_close(torch.tensor(found.matrix(measure)), here)
+        torch.testing.assert_close(torch.tensor(result.matrix(measure)), here)
     assert verify("me/a", "me/base").base == "matches"
     assert verify("me/a", revision="main").adapter == "me/a"
     _, deltas = read_adapter("me/a")
     inspected = succeed("inspect", "me/a")
     assert inspected["adapter"] == "me/a" and inspected["modules"].keys() == deltas.keys()
     assert succeed("verify", "me/a", "--base", "me/base")["base"] == "matches"
-    assert succeed("overlap", "me/a", "me/b")["jaccard"] == found.matrix("jaccard")
+    assert succeed("overlap", "me/a", "me/b")["jaccard"] == result.matrix("jaccard")
 
 
 def test_an_adapter_on_the_hub_can_be_protected_and_added_to_a_ledger(hub, tmp_path):

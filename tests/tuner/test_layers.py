@@ -65,9 +65,9 @@ def test_every_layer_type_has_an_example(layer_examples):
     layers = [example.build() for example in layer_examples.values()]
     for description in LAYER_TYPES:
         matches, layer_class = LAYER_TYPES[description].matches, LAYER_TYPES[description].layer_class
-        found = [layer for layer in layers if matches(layer)]
-        assert found, f"add an example of {description} to conftest.py"
-        assert all(isinstance(make_layer(layer, "layer"), layer_class) for layer in found)
+        result = [layer for layer in layers if matches(layer)]
+        assert result, f"add an example of {description} to conftest.py"
+        assert all(isinstance(make_layer(layer, "layer"), layer_class) for layer in result)
 
 
 # One adapter -------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ def test_stack_layer_and_type_are_read_from_the_path(name, stack, layer, kind):
 
 
 def test_missing_modules_leave_cells_empty():
-    found = grid("h.0.attn.q", "h.0.mlp.up", "h.1.mlp.up", "lm_head")
-    assert (found.kinds, found.layers) == (["q", "up", "lm_head"], ["0", "1", ""])
-    assert found.values == [[0.5, None, None], [0.5, 0.5, None], [None, None, 0.5]]
+    result = grid("h.0.attn.q", "h.0.mlp.up", "h.1.mlp.up", "lm_head")
+    assert (result.kinds, result.layers) == (["q", "up", "lm_head"], ["0", "1", ""])
+    assert result.values == [[0.5, None, None], [0.5, 0.5, None], [None, None, 0.5]]
 
 
 def test_names_are_as_short_as_possible():
@@ -39,8 +39,8 @@ def test_names_are_as_short_as_possible():
 
 
 def test_the_experts_of_a_layer_are_averaged_by_size():
-    found = density_grid({"h.0.experts.0.up": (1.0, 10), "h.0.experts.1.up": (0.0, 30)})
-    assert found.values == [[0.25]]
+    result = density_grid({"h.0.experts.0.up": (1.0, 10), "h.0.experts.1.up": (0.0, 30)})
+    assert result.values == [[0.25]]
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_the_experts_of_a_layer_are_averaged_by_size():
     [(1, ["0"]), (3, ["0", "1", "2"]), (6, ["0", "1–2", "3", "4–5"]), (30, ["0–6", "7–14", "15–21", "22–29"])],
 )
 def test_groups_of_layers_contain_all_layers(layers, expected):
-    found = density_grid({f"h.{n}.q": (n / layers, 4) for n in range(layers)}, groups=4)
-    assert found.layers == expected
-    (row,) = found.values
+    result = density_grid({f"h.{n}.q": (n / layers, 4) for n in range(layers)}, groups=4)
+    assert result.layers == expected
+    (row,) = result.values
     assert row[0] == pytest.approx(sum(n / layers for n in range(layers // 4 or 1)) / (layers // 4 or 1))
 
 
@@ -70,8 +70,8 @@ def test_an_invalid_grid_is_ignored(data):
 
 
 def test_a_grid_survives_conversion_to_a_dict():
-    found = grid("h.0.q", "h.1.up")
-    assert grid_from_dict(found.to_dict()) == found
+    result = grid("h.0.q", "h.1.up")
+    assert grid_from_dict(result.to_dict()) == result
 
 
 def test_densities_that_differ_only_by_rounding_are_even():

@@ -151,8 +151,8 @@ def test_bias_entries_combine_with_their_rows():
     layer, bias = model.base_model.model[0], torch.zeros(9)
     for name, weight in (("a", 1.0), ("b", -0.5)):
         bias.index_add_(0, layer.fggm_indices[name], weight * layer.fggm_bias[name].detach())
-    found = torch.zeros(9).index_add_(0, layer.fggm_indices["sum"], layer.fggm_bias["sum"].detach())
-    torch.testing.assert_close(found, bias)
+    result = torch.zeros(9).index_add_(0, layer.fggm_indices["sum"], layer.fggm_bias["sum"].detach())
+    torch.testing.assert_close(result, bias)
     model.add_adapter("d", FGGMConfig(granularity="column", **config))
     with pytest.raises(ValueError, match="cannot hold the bias entries of rows"):
         model.add_weighted_adapter(["a", "d"], [1.0, 1.0], "mixed")
