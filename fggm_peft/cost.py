@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,47 +37,35 @@ for _class in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad"):
     OPTIMIZERS.register(_class.lower())(getattr(torch.optim, _class))
 
 
-@dataclass(frozen=True)
+def _bytes_of(label: str) -> Any:
+    """A field of ``CostEstimate`` in bytes, with its label in the table."""
+    return field(metadata={"label": label})
+
+
+@dataclass(frozen=True, kw_only=True)
 class CostEstimate:
     """What training an adapter will cost, in values and bytes.
 
-    If the number of values depends on scores, every figure is an upper bound, and ``least_values`` is the lower bound
-    of the values. (A unit whose score is 0 is never chosen, which can lower the number further.)
+    ``trainable_values`` includes modules that train whole. If it depends on scores, every figure is an upper bound, and
+    ``least_values`` is the lower bound of the values. (A unit whose score is 0 is never chosen, which can lower the
+    number further.) ``adapter_bytes`` is an upper bound for single elements, whose encoded indices differ in length.
 
-    Args:
-        trainable_values: trainable values of the adapter and of modules that train whole.
-        least_values: equal to ``trainable_values`` if the number does not depend on scores.
-        adapter_bytes: tensors of the saved file without its header of about 100 bytes a tensor. For single elements it
-            is an upper bound, since the length of the encoded indices depends slightly on their values.
-        base_bytes: the base's weights (quantized ones as stored) and buffers.
-        value_bytes: the trainable values and their indices.
-        gradient_bytes: gradients of the trainable values.
-        optimizer_bytes: optimizer state of the trainable values.
-        score_bytes: running sums of the selection pass; 0 if it needs no data.
-        activation_bytes: everything else that exists at the peak of a training step: saved activations, logits and
-            their gradients, temporary copies of weights.
-        peak_bytes: everything that exists at the peak of a training step. Not all gradients need to exist at that
-            moment, so the peak may be less than the sum of its parts.
-        selection_bytes: everything that exists at the peak of a selection pass in batches of the same size; 0 if it
-            needs no data. It is computed from the activations of a training step: within 10 % of what a CPU
-            allocates, and an upper bound for rows, for which the pass keeps less than the inputs.
-        batch_size: samples of a step.
-        sequence_length: tokens of each sample.
-        optimizer: name of the optimizer.
-        checkpointing: whether backward computes activations again.
+    Not all gradients need to exist at the peak of a step, so ``peak_bytes`` may be less than the sum of its parts.
+    ``selection_bytes`` uses the activations of a training step: within 10 % of what a CPU allocates, and an upper bound
+    for rows, for which the pass stores less than the inputs. It and ``score_bytes`` are 0 if selection needs no data.
     """
 
     trainable_values: int
     least_values: int
-    adapter_bytes: int
-    base_bytes: int
-    value_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    score_bytes: int
-    activation_bytes: int
-    peak_bytes: int
-    selection_bytes: int
+    adapter_bytes: int = _bytes_of("adapter file, without its header")
+    score_bytes: int = _bytes_of("running scores of the selection pass")
+    base_bytes: int = _bytes_of("base model, quantized weights as stored")
+    value_bytes: int = _bytes_of("trainable values and indices")
+    gradient_bytes: int = _bytes_of("gradients of the values")
+    optimizer_bytes: int = _bytes_of("optimizer state")
+    activation_bytes: int = _bytes_of("activations, logits and temporaries at the peak")
+    peak_bytes: int = _bytes_of("peak of a training step")
+    selection_bytes: int = _bytes_of("peak of the selection pass, in batches of that size")
     batch_size: int
     sequence_length: int
     optimizer: str
@@ -85,7 +73,7 @@ class CostEstimate:
 
     @property
     def depends_on_scores(self) -> bool:
-        """Whether the number of values is known only once there are scores."""
+        """Whether scores decide the number of values."""
         return self.least_values < self.trainable_values
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +81,7 @@ class CostEstimate:
         return {**asdict(self), "depends_on_scores": self.depends_on_scores}
 
     def to_table(self) -> Table:
-        """For rich to print."""
+        """A table for rich to print."""
         from rich.filesize import decimal
         from rich.table import Table
 
@@ -107,18 +95,9 @@ class CostEstimate:
         table.add_column("size", justify="right")
         if self.depends_on_scores:
             table.add_row("values, depending on scores", f"{self.least_values:,} to {self.trainable_values:,}")
-        for name, size in (
-            ("adapter file, without its header", self.adapter_bytes),
-            ("running scores of the selection pass", self.score_bytes),
-            ("base model", self.base_bytes),
-            ("trainable values and indices", self.value_bytes),
-            ("gradients of the values", self.gradient_bytes),
-            ("optimizer state", self.optimizer_bytes),
-            ("activations, logits and temporaries at the peak", self.activation_bytes),
-            ("peak of a training step", self.peak_bytes),
-            ("peak of the selection pass, in batches of that size", self.selection_bytes),
-        ):
-            table.add_row(name, decimal(size))
+        for entry in fields(self):
+            if "label" in entry.metadata:
+                table.add_row(entry.metadata["label"], decimal(getattr(self, entry.name)))
         return table
 
     def __str__(self) -> str:
@@ -146,14 +125,12 @@ def estimate(
     creates is counted while it is alive. Batches contain one padded position, because a mask takes memory. Call
     ``estimate`` under the autocast of the training.
 
-    Counted: weights, values, gradients, optimizer state, and every tensor that a torch operator creates. Not counted:
-    memory that kernels allocate internally, rounding and unused blocks of the allocator, the device's context,
-    temporaries of the optimizer's step, and the batch itself.
-
-    Compared with torch's profiler on a CPU (tests/test_cost.py), the peak of a small Llama is exact to the byte, dense
-    and in 4 bits. With checkpointing it is up to 5056 bytes a layer too low: the random states that checkpointing
-    keeps. GPT-2, T5, BERT and bfloat16 are within 2 %; bfloat16 with checkpointing and few positions is up to 12 % too
-    low, by the buffers of its kernels. Nothing has been measured on a CUDA device.
+    Not counted are memory that kernels allocate internally, rounding and unused blocks of the allocator, the device's
+    context, temporaries of the optimizer's step, and the batch. Compared with torch's profiler on a CPU
+    (tests/test_cost.py), the peak of a small Llama is exact to the byte, dense and in 4 bits; with checkpointing it is
+    up to 5056 bytes a layer too low, the random states that checkpointing keeps. GPT-2, T5, BERT and bfloat16 are
+    within 2 %; bfloat16 with checkpointing and few positions is up to 12 % too low, by the buffers of its kernels.
+    Nothing has been measured on a CUDA device.
 
     Args:
         model: a base model on any device, the meta device included, or a model with an FGGM adapter.

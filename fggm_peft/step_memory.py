@@ -57,10 +57,9 @@ def step_memory(
     batch = make_batch(batch_size, sequence_length)
     torch.clear_autocast_cache()  # a weight that was cast before would not be counted
     try:
-        twin = copy_with_same_tensors(model).train()
-        _set_checkpointing(unwrapped(twin), checkpointing)
         with same_random_state(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
-            _move_to_cpu_(twin)
+            twin = copy_with_same_tensors(model, meta_device="cpu").train()
+            _set_checkpointing(unwrapped(twin), checkpointing)
             return _count(twin, batch)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
@@ -71,12 +70,20 @@ def step_memory(
         torch.clear_autocast_cache()  # it holds fake casts of real weights
 
 
-def copy_with_same_tensors(model: nn.Module) -> nn.Module:
-    """A copy whose tensors share their memory with the original's, so that it can be changed and thrown away."""
+def copy_with_same_tensors(model: nn.Module, meta_device: str = "meta") -> nn.Module:
+    """A copy whose tensors share their memory with the original's, so that it can be changed and thrown away.
+
+    Args:
+        meta_device: device of new tensors in place of those on the meta device.
+    """
     twins: dict[int, Any] = {}
-    for parameter in model.parameters():
-        is_plain = type(parameter) is nn.Parameter  # a quantized weight is frozen, and keeps its class
-        twins[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad) if is_plain else parameter
+    for tensor in [*model.parameters(), *model.buffers()]:
+        is_meta = tensor.device.type == "meta"
+        data = torch.empty(tensor.shape, dtype=tensor.dtype, device=meta_device) if is_meta else tensor.detach()
+        if type(tensor) is nn.Parameter:
+            twins[id(tensor)] = nn.Parameter(data, tensor.requires_grad)
+        else:  # a quantized weight is frozen, and keeps its class
+            twins[id(tensor)] = data if is_meta else tensor
     with _SharedTensors():
         return copy.deepcopy(model, twins)
 
@@ -144,18 +151,6 @@ class _LiveBytes(TorchDispatchMode):
 def _storages(tree: Any) -> list[tuple[int, torch.UntypedStorage]]:
     storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return [(storage._cdata, storage) for storage in storages]
-
-
-def _move_to_cpu_(model: nn.Module) -> None:
-    """Replace meta tensors by fake CPU tensors, so that attention takes the CPU's kernels."""
-    twins: dict[int, Any] = {}
-    for tensors in [entries for module in model.modules() for entries in (module._parameters, module._buffers)]:
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.device.type == "meta":
-                twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                is_parameter = isinstance(tensor, nn.Parameter)
-                twin = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
-                tensors[name] = twins.setdefault(id(tensor), twin)
 
 
 def _set_checkpointing(model: nn.Module, enabled: bool) -> None:
