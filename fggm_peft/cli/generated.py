@@ -13,7 +13,6 @@ import typer
 
 SCALARS = {int, float, str, bool}
 JSON_TYPES = {int, float, bool, dict, list}
-MAX_HELP_LENGTH = 240
 
 
 def options_of(
@@ -22,6 +21,7 @@ def options_of(
     shown: Collection[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
+    help_length: int = 240,
 ) -> Callable[[type], Any]:
     """Decorator: makes a class a frozen dataclass with one option for each field of ``source``.
 
@@ -33,7 +33,8 @@ def options_of(
         shown: fields that ``--help`` lists; None lists all.
         defaults: defaults that replace those of ``source`` in the help. A flag has a second form, ``--no-...``, unless
             its default is False.
-        aliases: field -> a second name.
+        aliases: field -> a short name.
+        help_length: help texts end with the last sentence within this length; the first sentence is always complete.
     """
 
     def decorate(group: type) -> Any:
@@ -41,9 +42,12 @@ def options_of(
         for field in fields(source):
             if field.init and field.name not in skip:
                 default = (defaults or {}).get(field.name, field.default)
-                info = {"hidden": shown is not None and field.name not in shown}
-                names = [option_name(name) for name in (field.name, (aliases or {}).get(field.name)) if name]
-                group.__annotations__[field.name] = _option(names, field, hints[field.name], default, info)
+                info = {
+                    "hidden": shown is not None and field.name not in shown,
+                    "help": _help(field, default, help_length),
+                }
+                names = [option_name(name) for name in ((aliases or {}).get(field.name), field.name) if name]
+                group.__annotations__[field.name] = _option(names, hints[field.name], default, info)
                 setattr(group, field.name, None)
         return dataclass(frozen=True)(group)
 
@@ -109,7 +113,18 @@ def _names_or_pattern(texts: list[str]) -> list[str] | str:
     return [name for text in texts for name in text.split(",")]
 
 
-def _option(names: list[str], field: Field, annotation: Any, default: Any, info: dict[str, Any]) -> Any:
+def _help(field: Field, default: Any, length: int) -> str:
+    text, *sentences = re.split(r"(?<=[.!?]) (?=[A-Z`'])", " ".join(field.metadata.get("help", "").split()))
+    for sentence in sentences:
+        if len(text) + len(sentence) > length:
+            break
+        text = f"{text} {sentence}"
+    if not isinstance(default, bool) and default not in (None, MISSING, ""):
+        text = f"{text.rstrip('.')} (default: {getattr(default, 'value', default)})."
+    return text.replace("%%", "%").replace("[", r"\[")  # rich reads brackets as markup
+
+
+def _option(names: list[str], annotation: Any, default: Any, info: dict[str, Any]) -> Any:
     types, words, _ = _members(annotation)
     kind: Any = str
     if list in types and types <= {list, str}:
@@ -123,14 +138,4 @@ def _option(names: list[str], field: Field, annotation: Any, default: Any, info:
         info["metavar"] = "|".join([*forms, *(["JSON"] if types - {int, float} else [])])
     if kind is bool:
         names[0] += "" if default is False else f"/--no-{names[0][2:]}"
-    text = " ".join(field.metadata.get("help", "").split()).replace("%%", "%")
-    sentence, *others = re.split(r"(?<=[.!?]) (?=[A-Z`'])", text)
-    text = sentence
-    for other in others:  # the docs have the whole text
-        if len(text) + len(other) > MAX_HELP_LENGTH:
-            break
-        text = f"{text} {other}"
-    text = text.replace("[", r"\[")  # rich reads brackets as markup
-    if not isinstance(default, bool) and default not in (None, MISSING, "") and "(default:" not in text:
-        text = f"{text.rstrip('.')} (default: {getattr(default, 'value', default)})."
-    return Annotated[Optional[kind], typer.Option(*names, help=text, **info)]
+    return Annotated[Optional[kind], typer.Option(*names, **info)]

@@ -60,6 +60,7 @@ SKIPPED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "seed", "paral
     shown=SHOWN,
     defaults={**DEFAULTS, "bf16": None},
     aliases={"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},
+    help_length=100,
 )
 class TrainingOptions:
     """Training."""
