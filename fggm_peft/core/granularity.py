@@ -103,7 +103,8 @@ class Granularity(ABC):
         flat = self.element_indices(indices, shape)
         return (flat, None) if self.is_slice or isinstance(self, Elements) else flat.sort()
 
-    def _as_elements(self, indices: Tensor, values: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    def as_elements(self, indices: Tensor, values: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The indices and values of the same delta with every entry as an element, sorted."""
         flat, order = self.sorted_elements(indices, shape)
         return flat, values.reshape(-1) if order is None else values.reshape(-1)[order]
 
@@ -143,15 +144,15 @@ class Granularity(ABC):
 
     def add_product_(self, y: Tensor, x: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
         """``y += scale * x @ delta.mT`` for ``y`` ``[n, o]`` and ``x`` ``[n, i]`` in the dtype of the values."""
-        ELEMENTS.add_product_(y, x, *self._as_elements(indices, values, (y.shape[1], x.shape[1])), scale)
+        ELEMENTS.add_product_(y, x, *self.as_elements(indices, values, (y.shape[1], x.shape[1])), scale)
 
     def add_input_gradient_(self, gx: Tensor, g: Tensor, indices: Tensor, values: Tensor, scale: float = 1.0) -> None:
         """``gx += scale * g @ delta`` for ``gx`` ``[n, i]`` and ``g`` ``[n, o]`` in the dtype of the values."""
-        ELEMENTS.add_input_gradient_(gx, g, *self._as_elements(indices, values, (g.shape[1], gx.shape[1])), scale)
+        ELEMENTS.add_input_gradient_(gx, g, *self.as_elements(indices, values, (g.shape[1], gx.shape[1])), scale)
 
     def delta_rows(self, rows: Tensor, indices: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """The given rows of the delta, dense ``[n, i]``; differentiable in ``values``."""
-        return ELEMENTS.delta_rows(rows, *self._as_elements(indices, values, shape), shape)
+        return ELEMENTS.delta_rows(rows, *self.as_elements(indices, values, shape), shape)
 
     def pieces(
         self, weight: Tensor, indices: Tensor, tensors: Sequence[Tensor], size: int

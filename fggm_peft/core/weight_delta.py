@@ -30,8 +30,7 @@ class WeightDelta:
 
     def as_elements(self, shape: Shape) -> WeightDelta:
         """The same delta with every entry of its units as an element."""
-        indices, order = self.granularity.sorted_elements(self.indices, shape)
-        values = self.values.reshape(-1) if order is None else self.values.reshape(-1)[order]
+        indices, values = self.granularity.as_elements(self.indices, self.values, shape)
         return WeightDelta(ELEMENTS, indices.to(index_dtype(shape[0] * shape[1])), values, self.scale)
 
     def restricted(self, keep: Tensor) -> WeightDelta:
