@@ -29,7 +29,6 @@ FORMULAS = {name: measure.formula for name, measure in MEASURES.items()} | {
 """Name of the measure in ``report.json`` -> formula in plain text."""
 COMPARED = tuple(name for name in HEADINGS if name != "fwt")
 """Measures with paired differences."""
-LESS_IS_BETTER = ("forgetting", "general")
 FRONTS = {
     "forgotten": ("Learned against forgotten", "forgotten: −BWT"),  # noqa: RUF001
     "harm": ("Learned against general harm", "rise of the general loss, nats"),

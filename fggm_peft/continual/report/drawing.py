@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from ... import plots
-from .contents import COMPARED, FRONTS, HEADINGS, LESS_IS_BETTER, best_entries, best_runs, counted, difference_of
+from .contents import COMPARED, FRONTS, HEADINGS, best_entries, best_runs, counted, difference_of
 
 Report = Mapping[str, Any]
 Runs = Mapping[str, list[dict[str, Any]]]
@@ -118,7 +118,7 @@ def _intervals(measure: str, reference: str, rows: Mapping[str, Mapping[str, Any
     axes.set_yticks(range(len(rows)), [plots.shortened(name, 22) for name in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(f"difference ({'less' if measure in LESS_IS_BETTER else 'more'} is better)")
+    axes.set_xlabel(f"difference ({'less' if measure in ('forgetting', 'general') else 'more'} is better)")
     texts = [f"{label} {d['mean']:+.3f}" for label, d in rows.items()]
     counts = counted([difference["n"] for difference in rows.values()], "pair")
     has_intervals = any(difference["interval"] for difference in rows.values())
