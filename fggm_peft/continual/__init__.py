@@ -1,1 +1,6 @@
-"""Sequences of tasks: what a stream is, what is measured on it, and how runs are compared."""
+"""Sequences of tasks: streams, methods, measures and reports. They require the extra ``[continual]``."""
+
+from importlib.util import find_spec
+
+if find_spec("pydantic") is None:
+    raise ImportError("sequences of tasks need pydantic: pip install 'fggm-peft[continual]'")

@@ -16,10 +16,10 @@ from .contents import report_of
 
 
 def require_report_packages() -> None:
-    """Raise ``ImportError`` if a package that a report needs is missing; call it before the runs start."""
-    packages = ("adjustText", "jinja2", "matplotlib", "scipy", "seaborn")
+    """Raise ``ImportError`` if a package that metrics or a report need is missing; call it before the runs start."""
+    packages = ("adjustText", "jinja2", "matplotlib", "rapidfuzz", "sacrebleu", "scipy", "seaborn")
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise ImportError(f"a report needs {' and '.join(missing)}: pip install 'fggm-peft[continual]'")
+        raise ImportError(f"a sequence needs {' and '.join(missing)}: pip install 'fggm-peft[continual]'")
 
 
 def read_results(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
