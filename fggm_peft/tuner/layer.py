@@ -188,6 +188,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             if not stays_finite(matrix, self.delta(name)) or (bias is not None and not all_finite(bias)):
                 raise not_finite_error(name)
 
+    @torch.no_grad()
     def quantized_replacement(
         self, names: list[str], safe: bool, mode: str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[nn.Module, ModuleMerge]:
