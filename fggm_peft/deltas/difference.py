@@ -19,9 +19,9 @@ from ..core.fingerprint import samples_per_weight, sketch_weight
 from ..core.granularity import Columns, Elements, Granularity, Rows, granularity_from, sum_rounded_once
 from ..core.index_codec import index_dtype
 from ..tuner.config import FGGMConfig
+from ..tuner.files.reading import adaptable_layer
 from ..tuner.files.tensors import PREFIX
 from ..tuner.layer import FGGMLayer
-from ..tuner.layer_types import make_layer
 from .base_model import Base, Weights, skeleton, weights_of
 from .delta import ModuleDelta, SparseDelta, new_delta
 
@@ -143,15 +143,15 @@ class _Comparison:
                 stacklevel=5,
             )
 
-    def _choose_granularity(self, wanted: Granularity | None, changes: _Changes, paths: list[str]) -> Granularity:
-        """The wanted granularity, or the one that takes the fewest bytes; one with bias entries if biases changed."""
-        if wanted is not None and changes.biases and not wanted.has_bias:
+    def _choose_granularity(self, requested: Granularity | None, changes: _Changes, paths: list[str]) -> Granularity:
+        """The requested granularity, or the one that takes the fewest bytes and has bias entries if biases changed."""
+        if requested is not None and changes.biases and not requested.has_bias:
             raise ValueError(
                 f"the bias of {changes.biases[0]} has changed, and only granularity='row' contains bias entries, "
-                f"not '{wanted}'"
+                f"not '{requested}'"
             )
-        if wanted is not None:
-            return wanted
+        if requested is not None:
+            return requested
 
         def size(granularity: Granularity) -> int:
             total = 0
@@ -240,11 +240,10 @@ def _reaching(values: Tensor, reaches: Callable[[Tensor], Tensor]) -> tuple[Tens
 def _adaptable_layers(model: nn.Module) -> dict[str, FGGMLayer]:
     layers = {}
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1:
-            try:
-                layers[path] = module if isinstance(module, FGGMLayer) else make_layer(module, path)
-            except TypeError:
-                continue  # included as a whole if it has changed
+        is_matrix = isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+        layer = adaptable_layer(module, path) if is_matrix else None
+        if layer is not None:  # other modules are included as a whole if they change
+            layers[path] = layer
     return layers
 
 

@@ -219,11 +219,11 @@ def _subtract_(layer: FGGMLayer, delta: ModuleDelta) -> None:
 
 def _require_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta], path: str) -> None:
     """Raise unless the sidecar is the sum of the deltas."""
-    found = {delta.granularity: delta for delta in sidecar_deltas(layer.get_base_layer())}
+    current = {delta.granularity: delta for delta in sidecar_deltas(layer.get_base_layer())}
     expected = {d.granularity: d for d in Sidecar([delta.weight_delta() for delta in deltas]).deltas}
-    is_equal = found.keys() == expected.keys() and all(
-        torch.equal(found[kind].indices.cpu(), delta.indices) and torch.equal(found[kind].values.cpu(), delta.values)
-        for kind, delta in expected.items()
-    )
+    is_equal = current.keys() == expected.keys()
+    for kind, delta in expected.items() if is_equal else ():
+        is_equal &= torch.equal(current[kind].indices.cpu(), delta.indices)
+        is_equal &= torch.equal(current[kind].values.cpu(), delta.values)
     if not is_equal:
         raise ValueError(f"{path}: its sidecar is not the sum of the ledger's tasks; pass up_to=<last merged task>")

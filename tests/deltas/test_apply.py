@@ -73,7 +73,7 @@ def test_a_merged_checkpoint_is_exported_with_its_report(tmp_path):
 
 def test_an_incompatible_base_is_not_changed(tmp_path):
     folder = saved_adapter(tmp_path / "delta")
-    with pytest.raises(ValueError, match="not a module of this model"):
+    with pytest.raises(ValueError, match="not an adaptable layer here"):
         apply_deltas(gpt2(), [folder])
     with pytest.raises(TypeError, match="has adapters"):
         apply_deltas(adapter("row"), [folder])

@@ -175,19 +175,24 @@ def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "
         BaseMismatchError: a module is missing, has no weight that can be adapted, or has another shape.
     """
     modules, quantization = module_paths(model), get_quantization_kwargs(model)
-    layers, problem = {}, ""
+    layers = {}
     for path, shape in shapes.items():
-        module = modules.get(path)
-        if module is None:
-            problem = f"{path} is not a module of this model"
-        else:
-            try:
-                layers[path] = module if isinstance(module, FGGMLayer) else make_layer(module, path, **quantization)
-            except TypeError:
-                problem = f"{path} is not an adaptable layer of this model"
-            else:
-                if tuple(layers[path].weight_shape) != tuple(shape):
-                    problem = f"{path} is {list(layers[path].weight_shape)} here, {list(shape)} in the delta"
-        if problem:
-            raise BaseMismatchError(f"{where}{': ' if where else ''}the delta was made for another base: {problem}")
+        layer = adaptable_layer(modules.get(path), path, **quantization)
+        if layer is None or tuple(layer.weight_shape) != tuple(shape):
+            actual = "not an adaptable layer" if layer is None else str(list(layer.weight_shape))
+            raise BaseMismatchError(
+                f"{where}{': ' if where else ''}the delta was made for another base: {path} is {actual} here, "
+                f"{list(shape)} in the delta"
+            )
+        layers[path] = layer
     return layers
+
+
+def adaptable_layer(module: nn.Module | None, path: str, **quantization: Any) -> FGGMLayer | None:
+    """A module as an ``FGGMLayer``, which shows how it stores its weight; None if it cannot be adapted."""
+    if module is None or isinstance(module, FGGMLayer):
+        return module
+    try:
+        return make_layer(module, path, **quantization)
+    except TypeError:
+        return None
