@@ -153,7 +153,7 @@ def test_reference_self_requires_a_causal_language_model():
         select(adapted(t5(), criterion="gain_per_harm", reference="self", task_type="SEQ_2_SEQ_LM"))
     classifier = adapted(bert(BERT_HEADS["sequence"]), criterion="gain_per_harm", reference="self")
     batches = [{**b, "labels": torch.zeros(len(b["input_ids"]), dtype=torch.long)} for b in token_batches()]
-    with pytest.raises(ValueError, match="a BertForSequenceClassification is not"):
+    with pytest.raises(ValueError, match="not a BertForSequenceClassification"):
         select(classifier, batches=batches)
 
 
