@@ -1,6 +1,6 @@
 """What consecutive layers with the same input share within a batch, such as the query, key and value projections.
 
-Each is kept for the last input only, and is recognized by its memory.
+Only the results of the last input are stored. The memory of an input identifies it.
 """
 
 from __future__ import annotations
