@@ -126,8 +126,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"the config {path} must be an object with fields of FGGMConfig")
     if settings.get("peft_type", "FGGM") != "FGGM":
         raise ValueError(f"{path} configures a {settings['peft_type']} adapter, not FGGM")
-    known = {field.name: field.init for field in fields(FGGMConfig)}
-    if unknown := sorted(settings.keys() - known.keys()):
-        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); it has {', '.join(sorted(known))}")
-    settable = {name for name, init in known.items() if init} - NOT_OPTIONS
+    names = {field.name for field in fields(FGGMConfig)}
+    if unknown := sorted(settings.keys() - names):
+        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); it has {', '.join(sorted(names))}")
+    settable = {field.name for field in fields(FGGMConfig) if field.init} - NOT_OPTIONS
     return {name: value for name, value in settings.items() if name in settable | {"task_type"}}

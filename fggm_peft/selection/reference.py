@@ -190,7 +190,7 @@ def find_reference(given: ReferenceData, targets: Targets, task: DataPass) -> Re
         if is_text_file(entry):
             raise ValueError(
                 f"the reference {str(entry)!r} is a text, and select_parameters has no tokenizer for it. Pass "
-                "fggm_peft.training.texts.text_batches(file, tokenizer), or select in an FGGMTrainer or by fggm select"
+                "fggm_peft.training.text_batches(file, tokenizer), or select in an FGGMTrainer or by fggm select"
             )
         if isinstance(entry, str) and entry == "self":
             text = _WrittenText(task.model, config.seed, task.processes)

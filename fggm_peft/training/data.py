@@ -200,8 +200,8 @@ def row_format(columns: Sequence[str], source: DataSource) -> RowFormat:
     prompt, answer = source.prompt_column, source.answer_column
     formats: Sequence[RowFormat] = FORMATS
     if prompt is not None:
-        known = (name for name in ("answer", "completion", "output") if name in columns)
-        formats = [_pair(prompt, answer or next(known, "answer"))]
+        usual = (name for name in ("answer", "completion", "output") if name in columns)
+        formats = [_pair(prompt, answer or next(usual, "answer"))]
     elif answer is not None:
         formats = [_plain(answer)]
     for candidate in formats:
