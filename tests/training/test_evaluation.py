@@ -98,7 +98,7 @@ def test_a_base_evaluated_before_adding_the_adapter_trains_on_nearly_the_same_we
     evaluated = base(kind)
     logits(evaluated, token_batches()[0])
     assert is_repacked(evaluated.model.layers[0].mlp.up_proj)
-    with pytest.warns(UserWarning, match="14 4-bit layers had been repacked"):
+    with pytest.warns(UserWarning, match="had repacked 14 4-bit layers"):
         model = adapted(evaluated)
     trainer = make_trainer(model, tmp_path, eval_dataset=held_out, max_steps=8)
     fresh = make_trainer(adapted(base(kind)), tmp_path, eval_dataset=held_out)
