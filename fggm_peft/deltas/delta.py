@@ -148,7 +148,7 @@ class SparseDelta:
     def __repr__(self) -> str:
         made_by = (self.config.selection or {}).get("made_by")
         return (
-            f"SparseDelta({self.parameters:,} values in {self.config.granularity}s of {len(self.modules)} weights, "
+            f"SparseDelta({self.parameters:,} values in {self.granularity.plural} of {len(self.modules)} weights, "
             f"density {self.density:.2%}{f', made by {made_by}' if made_by else ''})"
         )
 

@@ -58,8 +58,8 @@ class Protection:
         shares = {path: self.share(path) for path in self.earlier}
         if any(bool(((share > 0) & (share < 1)).any()) for share in shares.values()):
             warnings.warn(
-                f"protection=1 cannot keep {config.granularity}s apart from earlier deltas that they cross: their "
-                "scores are scaled by the free share. Use the earlier deltas' granularity, or 'element'.",
+                f"protection=1 cannot keep {config.granularity.plural} apart from earlier deltas that they cross: "
+                "their scores are scaled by the free share. Use the earlier deltas' granularity, or 'element'.",
                 stacklevel=4,
             )
         free = {path: int((share < 1).sum()) for path, share in shares.items()}

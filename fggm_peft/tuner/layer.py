@@ -282,7 +282,8 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
 
     def extra_repr(self) -> str:
         adapters = ", ".join(
-            f"{name}={len(self.fggm_indices[name])} {granularity}s" for name, granularity in self.granularity.items()
+            f"{name}={len(self.fggm_indices[name])} {granularity.plural}"
+            for name, granularity in self.granularity.items()
         )
         form = "effective weight" if self.can_copy_weight() else "additive"  # see core.linear
         return ", ".join(part for part in (adapters, form, quantization_extra_repr(self)) if part)

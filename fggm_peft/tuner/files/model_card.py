@@ -100,15 +100,15 @@ model = PeftModel.from_pretrained(base, "path or Hub id of this adapter")
 def _description(config: FGGMConfig) -> str:
     selection = config.selection or {}
     if made_by := selection.get("made_by"):
-        text = f"A sparse delta of the base model's weights in units of {config.granularity}s. Made by {made_by}."
+        text = f"A sparse delta of the base model's weights in units of {config.granularity.plural}. Made by {made_by}."
     else:
         policy = config.policy().to_dict()
         name = policy.pop("policy")
         arguments = ", ".join(f"{key} {value}" for key, value in policy.items())
         text = (
             f"A sparse delta of the base model's weights, trained with Fisher-Guided Gradient Masking ({_PAPER}). The "
-            f"{config.granularity}s were selected by the criterion `{config.criterion}` with the threshold `{name}` "
-            f"({arguments})."
+            f"{config.granularity.plural} were selected by the criterion `{config.criterion}` with the threshold "
+            f"`{name}` ({arguments})."
         )
     if {"parameters", "density"} <= selection.keys():
         text += f" It has {selection['parameters']:,} values, {selection['density']:.2%} of the targeted weights."

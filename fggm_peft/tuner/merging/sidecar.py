@@ -82,7 +82,7 @@ class Sidecar(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{len(delta.indices)} {delta.granularity}s" for delta in self.deltas)
+        return ", ".join(f"{len(delta.indices)} {delta.granularity.plural}" for delta in self.deltas)
 
 
 class SidecarHook:
