@@ -100,7 +100,7 @@ class Granularity(ABC):
     @property
     def plural(self) -> str:
         """The units in messages, such as "rows" or "row_blocks (size=64)"."""
-        return f"{self.name}s" + (f" ({self._arguments()})" if self._arguments() else "")
+        return f"{self.name.removesuffix('s')}s" + (f" ({self._arguments()})" if self._arguments() else "")
 
     def _arguments(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in asdict(self).items())

@@ -76,8 +76,8 @@ class TaskRecord:
             )
         if len(stored) == 1 and self.granularity != granularity.to_dict():
             raise ScoreFileError(
-                f"the scores are of {granularity_from(self.granularity).plural}, but {granularity.plural} are selected; "
-                "only scores of elements fit every granularity"
+                f"the scores are of {granularity_from(self.granularity).plural}, not {granularity.plural}; only "
+                "scores of elements fit every granularity"
             )
         lengths = [len(part) for part in stored]
         expected = list(shape) if len(stored) == 2 else [len(ones(statistic, granularity, shape))]
