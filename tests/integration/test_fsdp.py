@@ -156,7 +156,7 @@ def adapt_sharded_base() -> None:
 
 def test_adding_an_adapter_to_a_sharded_base_raises_an_error(processes):
     for failure in processes.outcomes(adapt_sharded_base):
-        assert failure.type == "ValueError" and "is sharded already" in failure.message
+        assert failure.type == "ValueError" and "is already sharded" in failure.message
 
 
 def use_fsdp_on_cpus() -> None:
