@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, d
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
-from fggm_peft.training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
+from fggm_peft.training import FGGMCallback, FGGMTrainer
 
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
 
@@ -195,14 +195,14 @@ def test_bf16_training_selects_in_bf16_and_keeps_values_in_float32(dtype, tmp_pa
     precisions, selecting = set(), []
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.register_forward_hook(lambda m, args, output: precisions.add((bool(selecting), output.dtype)))
-    run = FGGMTrainerMixin._select
 
-    def spy(trainer):
+    def spy(*args, **kwargs):
         selecting.append(True)
-        run(trainer)
+        report = select_parameters(*args, **kwargs)
         selecting.clear()
+        return report
 
-    monkeypatch.setattr(FGGMTrainerMixin, "_select", spy)
+    monkeypatch.setattr("fggm_peft.training.trainer.select_parameters", spy)
     trainer = make_trainer(model, tmp_path, bf16=True, max_steps=12, learning_rate=3e-2)
     trainer.train()
     assert precisions == {(True, torch.bfloat16), (False, torch.bfloat16)}
