@@ -55,11 +55,8 @@ class AdapterState(BaseTunerLayer):
         """Add an adapter with an empty support, which changes nothing and trains nothing."""
         granularity = config.granularity
         base_layer = self.get_base_layer()
-        device, dtype = self._get_base_layer_device_and_dtype(base_layer)
-        if config.training_dtype is not None:
-            dtype = getattr(torch, config.training_dtype)
-        floating = dtype is not None and dtype.is_floating_point
-        options: dict[str, Any] = {"device": device, "dtype": dtype if floating else torch.float32}
+        device, _ = self._get_base_layer_device_and_dtype(base_layer)
+        options: dict[str, Any] = {"device": device, "dtype": self.values_dtype(config)}
         o, i = self.weight_shape
         empty = torch.empty(granularity.values_shape(self.weight_shape, 0), **options)
         self.fggm_values[adapter_name] = nn.Parameter(empty)
@@ -84,6 +81,13 @@ class AdapterState(BaseTunerLayer):
         tensors = {part: of[adapter_name].detach()[:0] for part, of in parts.items() if adapter_name in of}
         shape = self.granularity[adapter_name].values_shape(self.weight_shape, 0)
         return {**tensors, "values": tensors["values"].new_zeros(shape)}
+
+    def values_dtype(self, config: FGGMConfig) -> torch.dtype:
+        """The dtype of new values: the config's ``training_dtype``, else the base weight's if it is floating-point."""
+        if config.training_dtype is not None:
+            return getattr(torch, config.training_dtype)
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point else torch.float32
 
     def resize_(self, adapter_name: str, k: int, dtype: torch.dtype | None = None) -> None:
         """Resize the adapter to ``k`` units of zeros, perhaps of another dtype; nothing changes if they fit already.

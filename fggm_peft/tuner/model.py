@@ -124,11 +124,12 @@ class FGGMModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Like PEFT's, but values keep the config's ``training_dtype``."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        dtype = self.peft_config[adapter_name].training_dtype
-        if dtype is not None:
-            for target in find_targets(self.model, adapter_name).values():
-                for parameter in target.parameters:
-                    parameter.data = parameter.data.to(getattr(torch, dtype))
+        config = self.peft_config[adapter_name]
+        if config.training_dtype is None and autocast_adapter_dtype:
+            return
+        for target in find_targets(self.model, adapter_name).values():
+            for parameter in target.parameters:  # an adapter that awaits its file may have another dtype
+                parameter.data = parameter.data.to(target.layer.values_dtype(config))
 
     # Biases -------------------------------------------------------------------------------------
     # With bias="fggm_only" the adapter has its own bias entries, and the base's bias does not train. PEFT would take

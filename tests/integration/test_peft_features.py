@@ -140,6 +140,7 @@ def test_values_are_float32_unless_autocast_adapter_dtype_is_off(autocast, granu
     assert {layer.fggm_values["default"].dtype for layer in fggm_layers(model, "default").values()} == {expected}
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast)
+    assert {layer.fggm_values["default"].dtype for layer in fggm_layers(loaded, "default").values()} == {expected}
     assert torch.equal(logits(loaded, BATCHES[0]), logits(model, BATCHES[0]))
 
 
