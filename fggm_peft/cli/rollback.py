@@ -19,15 +19,12 @@ def run(
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Folder for the model without the task.")
     ] = None,
-    base: Annotated[
-        Optional[str], typer.Option(help="Folder or Hub id of the base, if the ledger has no original entries.")
-    ] = None,
     overwrite: Overwrite = False,
 ) -> Result:
     """Remove TASK from LEDGER and, with --model, from the merged model.
 
-    With the ledger's original entries, or with --base, the result is bit for bit the model without the task, also if
-    other tasks changed the same entries. Otherwise the delta is subtracted, which leaves rounding errors.
+    The ledger's original entries are restored. The result is bit for bit the model without the task, also if other
+    tasks changed the same entries.
     """
     from ..deltas.ledger import FILE, Ledger
     from ..training import BaseModel, BaseModelError
@@ -39,11 +36,11 @@ def run(
         raise typer.BadParameter("--model and --output require each other", param_hint="--model")
     tasks = Ledger(ledger)
     if model is None or output is None:
-        report = tasks.take_out(task)
+        report = tasks.rollback(task, remove=False)
     else:
         require_free(output, overwrite)
         merged = BaseModel(model).load()
-        report = tasks.take_out(task, merged, base=base)
+        report = tasks.rollback(task, merged, remove=False)
         with complete_folder(output) as folder:
             merged.save_pretrained(folder)
             with suppress(BaseModelError):  # it was merged without a tokenizer
@@ -52,8 +49,6 @@ def run(
     data = {"ledger": str(ledger), "output": output and str(output), **report.to_dict(), "remaining": tasks.tasks}
     facts = {
         "restored from": report.restored_from,
-        "exact, bit for bit": "yes" if report.is_exact else "no",
-        **{f"entries shared with {name}": f"{count:,}" for name, count in report.overlaps.items()},
         "remaining": ", ".join(tasks.tasks) or "none",
         "saved to": output,
     }

@@ -28,7 +28,6 @@ def result_of(
     entries: Sequence[Entry],
     sees_all_tasks: bool,
     truncated: Mapping[str, Any],
-    overlap: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The result of a finished run.
 
@@ -36,7 +35,6 @@ def result_of(
         entries: scores and costs, first of the base model, then after each task.
         sees_all_tasks: whether the method learned all tasks at once, so that it could not forget.
         truncated: task -> number of truncated texts.
-        overlap: of the tasks' supports; None without supports.
     """
     before, *after = entries
     tasks = [task.name for task in run.order.tasks]
@@ -61,7 +59,6 @@ def result_of(
         "general": general_change([entry["general"] for entry in entries]),
         "gate": [event for entry in after for event in entry.get("gate", [])] or None,
         "cut": dict(truncated) or None,
-        "overlap": overlap,
         "cost": _cost(entries),
     }
 

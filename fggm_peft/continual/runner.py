@@ -20,7 +20,6 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from ..deltas import support_overlap
 from ..training import last_complete_checkpoint, this_process, written_answers
 from ..tuner.files import digest_of_folder, write_json
 from .general import GeneralAbility
@@ -105,13 +104,12 @@ class Runner:
             entries.append(entry)
             self._save_state(model, method, entries)
             self.on_tasks_done(len(lessons[number][1]))
-        folders = [self._task_folder(number, name) for number, (name, _) in enumerate(lessons[: len(entries) - 1])]
         truncated = {
             task.name: {"prompts": test.cut_prompts, "answers": test.cut_answers}
             for task, test in zip(self.tasks, self.tests, strict=True)
             if test.cut_prompts or test.cut_answers
         }
-        return result_of(self.run, entries, method.sees_all_tasks, truncated, support_overlap(folders))
+        return result_of(self.run, entries, method.sees_all_tasks, truncated)
 
     def _learn(
         self, method: Method, model: nn.Module, number: int, lessons: list[Lesson], entries: Entries

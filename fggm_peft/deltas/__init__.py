@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .delta import ModuleDelta, SparseDelta
     from .difference import diff
     from .ledger import Ledger
-    from .overlaps import Overlap, overlap, support_overlap
+    from .overlaps import Overlap, overlap
     from .to_lora import LoraExport, export_lora, lora_ranks
     from .verification import Verification, verify
 
@@ -28,7 +28,7 @@ _MODULES = {
     ".delta": ("ModuleDelta", "SparseDelta"),
     ".difference": ("diff",),
     ".ledger": ("Ledger",),
-    ".overlaps": ("Overlap", "overlap", "support_overlap"),
+    ".overlaps": ("Overlap", "overlap"),
     ".to_lora": ("LoraExport", "export_lora", "lora_ranks"),
     ".verification": ("Verification", "verify"),
 }
@@ -54,7 +54,6 @@ __all__ = [
     "read_supports",
     "save_adapter",
     "subtract",
-    "support_overlap",
     "verify",
 ]
 

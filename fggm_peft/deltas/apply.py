@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,29 +126,21 @@ def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequen
         square = sum(float(delta.values.double().square().sum()) for delta in deltas)
         record = ModuleMerge(square**0.5, square, 0.0, "kept")
     else:
-        record = change_weight_(
-            layer, lambda matrix: total([add_to_dense_(matrix, delta.weight_delta(), False)[0] for delta in deltas])
-        )
+        weight = layer.get_base_layer().weight.data
+        matrix = layer.matrix(weight)
+        record = total([add_to_dense_(matrix, delta.weight_delta(), False)[0] for delta in deltas])
+        layer.write_back_(weight, matrix)
     for delta in deltas:
         add_bias_(getattr(layer.get_base_layer(), "bias", None), delta)
     return record
 
 
-def add_bias_(bias: Tensor | None, delta: ModuleDelta, scale: float = 1.0) -> None:
+def add_bias_(bias: Tensor | None, delta: ModuleDelta) -> None:
     """Add a delta's bias entries, if it has some, to a bias ``[o]`` in place: in float32, rounded once."""
     if delta.bias is None or bias is None:
         return
     rows = delta.indices.to(bias.device).long()
-    bias.data.index_copy_(0, rows, sum_rounded_once(bias.data[rows], delta.bias.to(bias.device), scale))
-
-
-def change_weight_(layer: FGGMLayer, change: Callable[[Tensor], Any]) -> Any:
-    """Let ``change`` modify the dense weight ``[o, i]`` in place, and return its result."""
-    weight = layer.get_base_layer().weight.data
-    matrix = layer.matrix(weight)
-    result = change(matrix)
-    layer.write_back_(weight, matrix)
-    return result
+    bias.data.index_copy_(0, rows, sum_rounded_once(bias.data[rows], delta.bias.to(bias.device), 1.0))
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -21,10 +20,8 @@ from ..tuner.files.atomic import digest_of_folder, write_json
 from ..tuner.files.tensors import BASE_PART
 from ..tuner.merging.report import MergeReport
 from .apply import apply_deltas, layers_to_change
-from .base_model import Base
 from .delta import SparseDelta
 from .originals import Originals, remove_task_
-from .overlaps import shared_entries
 
 FILE = "ledger.json"
 DELTAS = "deltas"
@@ -52,33 +49,24 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class RollbackReport:
-    """How a task was removed.
+    """How a task was removed. The model equals, bit for bit, the model without the task.
 
     Args:
-        restored_from: "originals" or "base" (the original entries were restored, and the other tasks added again),
-            "sidecar" (of a quantized base), "subtraction" (the delta was subtracted and rounded), or "nothing" if no
-            model was given.
-        is_exact: the model equals, bit for bit, the model without the task.
+        restored_from: "originals" (the original entries were restored, and the other tasks added again), "sidecar" (all
+            of the task's layers are quantized), or "nothing" if no model was given.
         entries: number of weight entries that the task changed.
-        overlaps: other task -> number of these entries that it changed too.
     """
 
     task: str
-    restored_from: str
-    is_exact: bool
+    restored_from: Literal["originals", "sidecar", "nothing"]
     entries: int
-    overlaps: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        shared = ", ".join(f"{count:,} with {name}" for name, count in self.overlaps.items() if count)
-        how = "exactly" if self.is_exact else "up to rounding"
-        return (
-            f"removed {self.task} {how} ({self.restored_from}): {self.entries:,} entries, "
-            f"{shared or 'none'} shared with other tasks"
-        )
+        where = "from the ledger only" if self.restored_from == "nothing" else f"exactly ({self.restored_from})"
+        return f"removed {self.task} {where}: {self.entries:,} entries"
 
 
 class Ledger:
@@ -150,8 +138,7 @@ class Ledger:
         Args:
             model: the base, without adapters. Its quantized layers get the deltas as sidecars.
             up_to: the last task to merge; by default all are merged.
-            keep_originals: save the base's entries that the tasks change. Then tasks can be rolled back exactly from
-                the merged model, also in another process and without the base.
+            keep_originals: save the base's entries that the tasks change. ``rollback`` needs them, and needs no base.
             progress: show a progress bar.
 
         Raises:
@@ -164,8 +151,7 @@ class Ledger:
             raise ValueError(f"there is no task in {self.folder} to apply")
         layers = layers_to_change(model, deltas)
         if keep_originals:
-            earlier = self._originals()
-            if earlier is not None and not earlier.are_in(layers):
+            if not Originals.load(self.folder / ORIGINALS).are_in(layers):
                 raise ValueError(
                     f"{self.folder / ORIGINALS} belongs to another base: pass the base model itself, without merged "
                     "deltas, or keep_originals=False"
@@ -174,55 +160,38 @@ class Ledger:
         return apply_deltas(model, deltas, progress)
 
     def rollback(
-        self, task: str, model: nn.Module | None = None, base: Base | None = None, up_to: str | None = None
+        self, task: str, model: nn.Module | None = None, up_to: str | None = None, remove: bool = True
     ) -> RollbackReport:
         """Remove a task from the ledger and, if a merged model is given, from the model.
-
-        Without originals and without the base, the delta is subtracted, which leaves rounding errors.
 
         Args:
             task: any task, not only the last one.
             model: the model that ``apply`` merged the tasks into; changed in place.
-            base: the base model or a checkpoint of it, if ``apply`` kept no originals.
             up_to: the last task that is in the model; by default all are.
+            remove: whether to remove the task from the ledger; False lets you save the model first.
 
         Raises:
-            ValueError: there is no such task, or the model is not the base with these tasks. Nothing has changed then.
+            ValueError: there is no such task, the model is not the base with these tasks, or ``apply`` saved no
+                originals. Nothing has changed then.
         """
-        report = self.take_out(task, model, base, up_to)
-        self.remove(task)
-        return report
-
-    def take_out(
-        self, task: str, model: nn.Module | None = None, base: Base | None = None, up_to: str | None = None
-    ) -> RollbackReport:
-        """Like ``rollback``, but the ledger does not change."""
-        target = self.delta(task)
         names = self.tasks[: self._position(up_to)]
+        delta = self.delta(task)
         if task not in names:
             raise ValueError(f"{task!r} comes after {up_to!r}, so it is not in the model")
-        deltas = {name: target if name == task else self.delta(name) for name in names}
-        restored_from = "nothing"
+        restored_from: Literal["originals", "sidecar", "nothing"] = "nothing"
         if model is not None:
+            deltas = {name: self.delta(name) for name in names}
             layers = layers_to_change(model, list(deltas.values()))
-            originals = self._originals() if base is None else Originals.of(layers, list(deltas.values()), base)
-            restored_from = remove_task_(model, layers, deltas, task, originals)
-            restored_from = "base" if restored_from == "originals" and base is not None else restored_from
-        entries = sum(module.values.numel() for module in target.modules.values())
-        overlaps = {name: shared_entries(target, delta) for name, delta in deltas.items() if name != task}
-        return RollbackReport(task, restored_from, restored_from != "subtraction", entries, overlaps)
+            restored_from = remove_task_(model, layers, deltas, task, Originals.load(self.folder / ORIGINALS))
+        if remove:
+            self.remove(task)
+        return RollbackReport(task, restored_from, sum(module.values.numel() for module in delta.modules.values()))
 
     def remove(self, task: str) -> None:
         """Remove a task and its delta from the ledger only."""
         entry = self._entry(task)
         self._write([other for other in self.entries if other is not entry], self._next)
         shutil.rmtree(self.folder / entry.folder, ignore_errors=True)
-
-    def reorder(self, names: Sequence[str]) -> None:
-        """Change the order of the tasks, which only affects the rounding of entries that several tasks change."""
-        if sorted(names) != sorted(self.tasks):
-            raise ValueError(f"pass each of the tasks {', '.join(self.tasks)} once; got {', '.join(names)}")
-        self._write([self._entry(name) for name in names], self._next)
 
     def verify(self) -> None:
         """Raise ``AdapterFileError``, which lists the problems, unless every delta is complete and unchanged."""
@@ -243,10 +212,6 @@ class Ledger:
             if entry.name == name:
                 return entry
         raise ValueError(f"there is no task {name!r} in {self.folder}; its tasks: {', '.join(self.tasks) or 'none'}")
-
-    def _originals(self) -> Originals | None:
-        file = self.folder / ORIGINALS
-        return Originals.load(file) if file.is_file() else None
 
     def _read(self, file: Path) -> None:
         try:

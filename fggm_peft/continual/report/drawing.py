@@ -50,7 +50,6 @@ def pictures_of(report: Report) -> dict[str, list[Picture]]:
             "matrices": list(_matrices(runs, matrices)),
             "curves": list(_curves(runs, matrices, looks)),
             "general": list(_general(runs, looks)),
-            "overlaps": list(_overlaps(runs)),
         }
 
 
@@ -176,16 +175,6 @@ def _steps(axes: Any, count: int, series: Mapping[str, list[float | None]], look
         plots.lines(axes, steps, {label: shown}, looks)
     axes.set_xlabel("after task")
     axes.set_xticks(range(0, count + 1, 1 if count <= 10 else 5))
-
-
-def _overlaps(runs: Runs) -> Iterator[Picture]:
-    """What the supports of two tasks share."""
-    for label, members in runs.items():
-        if shown := [run for run in members if run.get("overlap")]:
-            jaccard, chance = (_mean_matrix([run["overlap"][key] for run in shown]) for key in ("jaccard", "chance"))
-            figure = plots.overlap_plot(shown[0]["tasks"], jaccard, chance)
-            svg = plots.to_svg(figure, f"Overlap of the tasks' supports with {label}.")
-            yield Picture(label, svg, f"Jaccard index of the supports, {_over(shown)}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
