@@ -35,27 +35,22 @@ def run(
     from rich.console import Group
     from rich.text import Text
 
-    from ..deltas import Ledger, apply_deltas
-    from ..deltas.apply import require_dense, save_merged
+    from ..deltas import Ledger, export_merged
     from ..training import BaseModelError
 
     source = base.base()
     if source.quantization is not None:
         raise typer.BadParameter("a quantized checkpoint would lose part of the deltas", param_hint="--quantization")
     model = source.load()
-    require_dense(model)
-    if ledger is None:
-        report = apply_deltas(model, adapter, progress=True)
-    else:
-        tasks = Ledger(ledger)
+    tasks = None if ledger is None else Ledger(ledger)
+    if tasks is not None:
         for name, folder in zip(_task_names(adapter), adapter, strict=True):
             tasks.add(name, folder)
-        report = tasks.apply(model, progress=True)
     try:
         tokenizer = source.load_tokenizer()
     except BaseModelError:  # the base has none
         tokenizer = None
-    save_merged(model, output, report, tokenizer)
+    report = export_merged(model, tasks or adapter, output, tokenizer, progress=True)
     data = {"model": base.model, "adapters": adapter, "output": str(output), "ledger": ledger and str(ledger)}
     headings = ("module", "norm of the delta", "survived", "outcome")
     rows = [(m.name, f"{m.delta_norm:.4g}", f"{m.survived:.2%}", m.outcome) for m in report.modules]

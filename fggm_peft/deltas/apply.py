@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,6 +25,9 @@ from ..tuner.merging.report import MergeReport, ModuleMerge, total
 from ..tuner.merging.sidecar import with_sidecar
 from ..tuner.target import find_targets
 from .delta import ModuleDelta, SparseDelta
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -66,35 +69,33 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = Fals
 
 
 def export_merged(
-    model: Any, sources: Sequence[Any], output: str | Path, tokenizer: Any = None, progress: bool = False
+    model: Any, sources: Sequence[Any] | Ledger, output: str | Path, tokenizer: Any = None, progress: bool = False
 ) -> MergeReport:
-    """Like ``apply_deltas`` for a dense base, which is saved with the report (``merge_report.json``) and the tokenizer.
+    """Merge deltas into a dense base, and save it with a report (``merge_report.json``) and the tokenizer.
+
+    The folder never contains an incomplete model.
+
+    Args:
+        sources: deltas, as in ``apply_deltas``, or a ``Ledger``, whose tasks are merged.
 
     Raises:
         ValueError: as ``apply_deltas``, or the base is quantized, so that the deltas could not be in its weights.
     """
-    require_dense(model)
-    report = apply_deltas(model, sources, progress)
-    save_merged(model, output, report, tokenizer)
-    return report
-
-
-def require_dense(model: Any) -> None:
-    """Raise ``ValueError`` for a quantized base; merging into it would lose part of a delta."""
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "the base is quantized, and a merged checkpoint of it would lose part of the deltas. Load the base "
             "unquantized, or use merge_and_unload() with quantized_merge='requantize'"
         )
-
-
-def save_merged(model: Any, output: str | Path, report: MergeReport, tokenizer: Any = None) -> None:
-    """Write a merged model and its report; the folder never contains an incomplete one."""
+    if isinstance(sources, Sequence):
+        report = apply_deltas(model, sources, progress)
+    else:
+        report = sources.apply(model, progress=progress)
     with complete_folder(Path(output)) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_json(folder / REPORT, report.to_dict())
+    return report
 
 
 def layers_to_change(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[str, FGGMLayer]:

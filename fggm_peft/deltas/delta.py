@@ -22,7 +22,7 @@ from ..core.weight_delta import WeightDelta
 from ..tuner.config import FGGMConfig
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import write_card
-from ..tuner.files.reading import find_adapter, read_contents
+from ..tuner.files.reading import AdapterContents, find_adapter, read_contents
 from ..tuner.files.saving import UntrainedAdapterWarning, as_trained, encode, index_shapes
 from ..tuner.files.tensors import MARK, PREFIX
 from ..tuner.target import find_targets
@@ -97,12 +97,7 @@ class SparseDelta:
             return _from_model(source, adapter_name)
         if not isinstance(source, (str, Path)):
             raise TypeError(f"a delta is read from a folder, a Hub id or a PeftModel, not a {type(source).__name__}")
-        contents = read_contents(*find_adapter(source, **hub))
-        modules = {
-            path: ModuleDelta(contents.config.granularity, contents.shapes[path], **d)
-            for path, d in contents.deltas.items()
-        }
-        return SparseDelta(_for_inference(contents.config), modules, contents.others)
+        return from_contents(read_contents(*find_adapter(source, **hub)))
 
     def save(self, folder: str | Path) -> Path:
         """Write the three files of a PEFT adapter, which ``PeftModel.from_pretrained`` loads.
@@ -111,8 +106,7 @@ class SparseDelta:
         """
         config, granularity = copy.copy(self.config), self.granularity
         encoded = {path: encode(granularity, m.shape, config, m.tensors, path) for path, m in self.modules.items()}
-        densities = {p: len(m.indices) / max(1, granularity.units(m.shape)) for p, m in self.modules.items()}
-        config.describe_file(densities)
+        config.describe_file()
         config.support_sizes = {path: len(module.indices) for path, module in self.modules.items()}
         config.index_shapes = index_shapes(encoded)
         config.base_fingerprint = _fingerprint(config, self.modules)
@@ -172,6 +166,13 @@ class SparseDelta:
                     f"the deltas were made for different base models: {path} is {list(mine)} in one and "
                     f"{list(theirs)} in another"
                 )
+
+
+def from_contents(contents: AdapterContents) -> SparseDelta:
+    """The delta in the files of an adapter."""
+    granularity, shapes = contents.config.granularity, contents.shapes
+    modules = {path: ModuleDelta(granularity, shapes[path], **tensors) for path, tensors in contents.deltas.items()}
+    return SparseDelta(_for_inference(contents.config), modules, contents.others)
 
 
 def _weighted_sum(deltas: list[SparseDelta], weights: list[float]) -> Any:

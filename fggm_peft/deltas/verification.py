@@ -13,9 +13,9 @@ from ..core.errors import AdapterFileError
 from ..core.fingerprint import sketches_from
 from ..core.index_codec import entropy_bytes
 from ..tuner.files.base_check import require_base
-from ..tuner.files.reading import AdapterContents, adapted_layers, find_adapter, read_contents
-from ..tuner.settings.file import by_layer_group, from_layer_groups
+from ..tuner.files.reading import adapted_layers, find_adapter, read_contents
 from .base_model import load_base
+from .delta import from_contents
 
 
 @dataclass(frozen=True)
@@ -77,49 +77,29 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
         shapes = {path: sketch.shape for path, sketch in sketches_from(config.base_fingerprint or {}).items()}
         require_base(adapted_layers(model, shapes, str(adapter)), config)
     contents = read_contents(config, file)
-    _require_consistent(contents)
+    delta = from_contents(contents)
+    granularity, modules = delta.granularity, delta.modules
+    if config.support_sizes not in (None, {path: len(module.indices) for path, module in modules.items()}):
+        raise AdapterFileError(f"{file}: the numbers of units differ from support_sizes in {CONFIG_NAME}")
+    dtypes = sorted({str(module.values.dtype)[6:] for module in modules.values()})
+    if config.delta_dtype is not None and dtypes and dtypes != [config.delta_dtype]:
+        raise AdapterFileError(f"{file}: values are {', '.join(dtypes)}, not delta_dtype={config.delta_dtype}")
+    tensors = [t for module in modules.values() for part, t in module.tensors.items() if part != "indices"]
+    entropy = sum(entropy_bytes(len(m.indices), granularity.units(m.shape)) for m in modules.values())
     return Verification(
         adapter=str(adapter),
         base_model=config.base_model_name_or_path,
         base="not checked" if model is None else "matches",
         format=config.fggm_format,
-        granularity=str(config.granularity),
+        granularity=str(granularity),
         criterion=config.criterion,
-        made_with=config.made_with or {},
-        modules=len(contents.deltas),
+        dtypes=dtypes,
+        modules=len(modules),
+        parameters=delta.parameters,
+        density=delta.density,
         bytes=file.stat().st_size,
+        bound_bytes=round(entropy) + sum(tensor.nbytes for tensor in tensors),
+        is_zero=not any(bool(tensor.any()) for tensor in tensors),
+        made_with=config.made_with or {},
         other_keys=list(contents.others),
-        **_numbers(contents),
     )
-
-
-def _require_consistent(contents: AdapterContents) -> None:
-    """Raise unless the densities and dtypes are those in the config."""
-    config, granularity = contents.config, contents.config.granularity
-    stored = {
-        path: len(delta["indices"]) / max(1, granularity.units(contents.shapes[path]))
-        for path, delta in contents.deltas.items()
-    }
-    expected = config.density_by_module
-    # compared after parsing, because a file and a model have different orders of modules
-    if expected is not None and from_layer_groups(expected) != from_layer_groups(by_layer_group(stored)):
-        raise AdapterFileError(f"{contents.file}: the densities differ from density_by_module in {CONFIG_NAME}")
-    for path, delta in contents.deltas.items():
-        dtype = str(delta["values"].dtype)[6:]
-        if config.delta_dtype not in (None, dtype):
-            raise AdapterFileError(f"{contents.file}: {path}: values are {dtype}, not delta_dtype={config.delta_dtype}")
-
-
-def _numbers(contents: AdapterContents) -> dict[str, Any]:
-    granularity = contents.config.granularity
-    deltas, shapes = contents.deltas, contents.shapes
-    tensors = [tensor for delta in deltas.values() for part, tensor in delta.items() if part != "indices"]
-    entropy = sum(entropy_bytes(len(d["indices"]), granularity.units(shapes[path])) for path, d in deltas.items())
-    entries = sum(delta["values"].numel() for delta in deltas.values())
-    return {
-        "dtypes": sorted({str(delta["values"].dtype)[6:] for delta in deltas.values()}),
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "density": entries / max(1, sum(o * i for o, i in shapes.values())),
-        "bound_bytes": round(entropy) + sum(tensor.nbytes for tensor in tensors),
-        "is_zero": not any(bool(tensor.any()) for tensor in tensors),
-    }

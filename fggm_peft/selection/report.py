@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..tuner.module_paths import GROUPS, density_grid
-
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
@@ -197,7 +195,6 @@ class SelectionReport:
             "density": self.density,
             "parameters": self.parameters,
             "checks": [[check.samples, check.agreement] for check in self.checks if check.data == "task"],
-            "densities": density_grid(self.shares(), GROUPS).to_dict(),
         }
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -90,16 +90,12 @@ def test_mean_scores_are_means_over_weight_entries(granularity):
         assert module.mean_score == pytest.approx(float(scores[module.name].double().sum()) / entries, rel=1e-4)
 
 
-def test_the_card_contains_a_table_if_densities_differ(tmp_path):
+def test_the_card_contains_the_density_of_each_module_type(tmp_path):
     model = adapted(llama(), density_pattern={"q_proj": 0.5})
     select_parameters(model, token_batches(), progress=False)
-    model.save_pretrained(tmp_path / "differs")
-    assert "| q_proj | 50 % | 50 % |" in (tmp_path / "differs" / "README.md").read_text()
-    model = adapted(llama(), density=0.25)
-    select_parameters(model, token_batches(), progress=False)
-    model.save_pretrained(tmp_path / "even")
-    card = (tmp_path / "even" / "README.md").read_text()
-    assert "The density is the same in every module." in card and "| q_proj" not in card
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| `self_attn.q_proj` | 50% |" in card and "| `self_attn.k_proj` | 28.1% |" in card
 
 
 # Plots -------------------------------------------------------------------------------------------

@@ -208,7 +208,6 @@ def test_every_way_to_read_a_config_restores_the_fields_of_the_library(tmp_path)
         "index_shapes": {"q": {"indices_low": [1]}},
         "resolved_budget": 5,
         "base_fingerprint": None,
-        "density_by_module": {"q": "0.3"},
         "made_with": {"torch": "2"},
         "fggm_format": 1,
     }

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..module_paths import grid_from_dict, markdown_table
-from ..settings.file import from_layer_groups
+from ...core.fingerprint import sketches_from
+from ..module_paths import parse_path
 
 if TYPE_CHECKING:
     from ..config import FGGMConfig
@@ -125,22 +125,16 @@ def _description(config: FGGMConfig) -> str:
 
 
 def _densities(config: FGGMConfig) -> str:
-    """A table of the densities, because the Hub shows no picture without a file of its own."""
-    grid = grid_from_dict((config.selection or {}).get("densities"))
-    if grid is None:
-        return _densities_by_group(config)
-    if grid.is_even:
-        return "The density is the same in every module.\n\n"
-    return f"Share of the weights that may differ from the base:\n\n{markdown_table(grid)}\n\n"
-
-
-def _densities_by_group(config: FGGMConfig) -> str:
-    """Mean, minimum and maximum for each group of layers, for an adapter whose selection has no table."""
-    if not config.density_by_module:
+    """The density of each module type, from the supports' sizes; empty before the selection."""
+    densities: dict[str, list[float]] = {}
+    for path, sketch in sketches_from(config.base_fingerprint or {}).items():
+        units = config.granularity.units(sketch.shape)
+        if units and path in (config.support_sizes or {}):
+            densities.setdefault(parse_path(path).kind, []).append(config.support_sizes[path] / units)
+    if not densities:
         return ""
-    lines = ["| layers | modules | mean density | min | max |", "|---|---|---|---|---|"]
-    for group, by_number in from_layer_groups(config.density_by_module).items():
-        densities = list(by_number.values())
-        name, mean = re.sub(r"\*", r"\\*", group), sum(densities) / len(densities)
-        lines.append(f"| {name} | {len(densities)} | {mean:.2%} | {min(densities):.2%} | {max(densities):.2%} |")
+    lines = ["| modules | density |", "|---|---|"]
+    for kind, values in densities.items():
+        low, high = f"{100 * min(values):.3g}%", f"{100 * max(values):.3g}%"
+        lines.append(f"| `{re.sub('[`|]', '', kind)}` | {low if low == high else f'{low} to {high}'} |")
     return "\n".join([*lines, "", ""])

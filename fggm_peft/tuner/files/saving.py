@@ -83,7 +83,6 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
     targets, prefix = find_targets(model, adapter_name), state_prefix(model)
     keys = {plain_name(key): key for key in state_dict}
     encoded: dict[str, dict[str, Tensor]] = {}
-    densities: dict[str, float] = {}
     for path, target in targets.items():
         names = {part: f"{prefix}{path}{MARK}{part}.{adapter_name}" for part in PARTS}
         parts = [part for part in ("indices", "values", "bias") if names[part] in keys]
@@ -93,13 +92,12 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
         if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
             continue
         encoded[path] = encode(target.granularity, target.shape, config, tensors, path)
-        densities[path] = len(tensors["indices"]) / max(1, target.units)
         for name in names.values():
             state_dict.pop(keys.get(name, ""), None)
         state_dict |= {names[part]: tensor for part, tensor in encoded[path].items()}
     if encoded:
         _warn_if_untrained(adapter_name, encoded)
-        config.describe_file(densities)
+        config.describe_file()
         layers, old = {path: target.layer for path, target in targets.items()}, config.base_fingerprint or {}
         # an old fingerprint that fits is kept, because it may come from the unquantized base
         if old.keys() != layers.keys() or base_difference(layers, old) is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -41,7 +39,6 @@ class FileSettings:
         "Module -> shapes of its encoded indices, for the same loaders."
     )
     base_fingerprint: Optional[dict[str, str]] = written("Module -> shape and sampled entries of the base's weight.")
-    density_by_module: Optional[dict[str, str]] = written("Modules, * for numbers -> 'NUMBERS:DENSITY ...'.")
     made_with: Optional[dict[str, str]] = written("Versions of the libraries that saved the adapter.")
     fggm_format: Optional[int] = written("Version of the file format.")
 
@@ -63,48 +60,16 @@ class FileSettings:
             )
         require_one_of("delta_dtype", self.delta_dtype, (None, "float32", "bfloat16", "float16"))
         require_one_of("check_base", self.check_base, (True, False))
-        for name in ("made_with", "density_by_module"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
-                raise AdapterFileError(f"{name} must be a dict of texts, got {value!r:.80}")
+        libraries = {} if self.made_with is None else self.made_with
+        if not isinstance(libraries, dict) or not all(isinstance(value, str) for value in libraries.values()):
+            raise AdapterFileError(f"made_with must be a dict of texts, got {libraries!r:.80}")
         try:
-            from_layer_groups(self.density_by_module or {})
             sketches_from(self.base_fingerprint or {})
         except ValueError as error:
             raise AdapterFileError(str(error)) from error
 
-    def describe_file(self, densities: Mapping[str, float]) -> None:
-        """Write the format, the versions and the densities (module path -> density) that are known at saving."""
+    def describe_file(self) -> None:
+        """Write the format and the versions."""
         libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         self.fggm_format = FORMAT
         self.made_with = {"fggm_peft": __version__, **libraries}  # PEFT writes its own version
-        self.density_by_module = by_layer_group(densities) or None
-
-
-def by_layer_group(numbers: Mapping[str, float]) -> dict[str, str]:
-    """Module path -> number in a short form: path with * for its numbers -> "NUMBERS:NUMBER ...".
-
-    ``{"layers.0.up": 0.3, "layers.1.up": 0.25, "head": 1.0}`` becomes ``{"layers.*.up": "0:0.3 1:0.25", "head": "1"}``.
-    """
-    groups: dict[str, list[str]] = {}
-    for path, number in numbers.items():
-        parts = [part for part in path.split(".") if part.isdecimal()]
-        group = ".".join("*" if part.isdecimal() else part for part in path.split("."))
-        groups.setdefault(group, []).append(f"{'.'.join(parts)}:{number:.6g}" if parts else f"{number:.6g}")
-    return {group: " ".join(entries) for group, entries in groups.items()}
-
-
-def from_layer_groups(groups: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """The inverse, group by group: ``{"layers.*.up": {"0": 0.3, "1": 0.25}, "head": {"": 1.0}}``.
-
-    Raises:
-        ValueError: a text has another form.
-    """
-    numbers: dict[str, dict[str, float]] = {}
-    for group, text in groups.items():
-        for entry in text.split():
-            position, _, number = entry.rpartition(":")
-            if not re.fullmatch(r"(\d+(\.\d+)*)?", position):
-                raise ValueError(f"density_by_module[{group!r}]: {entry!r} is not NUMBERS:DENSITY")
-            numbers.setdefault(group, {})[position] = float(number)
-    return numbers

@@ -73,7 +73,7 @@ class SelectionSettings:
     seed: int = setting(
         0, "Seed of random scores, sketches and labels of the model. The global random state is not changed."
     )
-    selection: Optional[dict[str, Any]] = written("Result of the selection: samples, agreement, densities.")
+    selection: Optional[dict[str, Any]] = written("Result of the selection: samples, agreement, density.")
 
     @property
     def is_chosen_without_data(self) -> bool:
