@@ -42,6 +42,8 @@ def run(
     if source.quantization is not None:
         raise typer.BadParameter("a quantized checkpoint would lose part of the deltas", param_hint="--quantization")
     model = source.load()
+    if getattr(model, "is_quantized", False):  # before the ledger is written
+        raise ValueError(f"{base.model} is quantized, and a merged checkpoint of it would lose part of the deltas")
     tasks = None if ledger is None else Ledger(ledger)
     if tasks is not None:
         for name, folder in zip(_task_names(adapter), adapter, strict=True):
