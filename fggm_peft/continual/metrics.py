@@ -1,6 +1,6 @@
 r"""Metrics of tasks: functions of one prediction and its reference, with values in [0, 1].
 
-None of them needs a download. TRACE (Wang et al. 2023, arXiv 2310.06762) evaluates its tasks with these:
+None of them needs a download. The tasks of TRACE (Wang et al. 2023, arXiv 2310.06762) use these:
 
 ============ =============== ==================================================================
 task         metric          what TRACE's own scripts do
@@ -12,15 +12,13 @@ Py150        edit_similarity ``fuzzywuzzy.fuzz.ratio`` in whole per cent, litera
 ScienceQA    accuracy        the first letters are equal (the answer is a letter, then reasons)
 NumGLUE-cm   accuracy        the whole answers are equal
 NumGLUE-ds   accuracy        the whole answers are equal
-20Minuten    sari            ``sari`` of 🤗 datasets, 0 to 100, prompts as sources
+20Minuten    rouge_l         ``sari`` of 🤗 datasets, which is another metric
 ============ =============== ==================================================================
 """
 
 from __future__ import annotations
 
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +26,6 @@ from ..core import Registry
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+")
-_ARTICLE = re.compile(r"\b(a|an|the)\b")
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
 
 
@@ -59,18 +55,6 @@ def exact_match(prediction: str, reference: str, source: str = "") -> float:
     return float(prediction.strip() == reference.strip())
 
 
-@METRICS.register("f1")
-def f1(prediction: str, reference: str, source: str = "") -> float:
-    """F1 of the bags of words, as in SQuAD (Rajpurkar et al. 2016): lower case, no punctuation, no articles.
-
-    Words are split at spaces. Two texts without words are equal: 1.
-    """
-    a, b = _squad_words(prediction), _squad_words(reference)
-    if not a or not b:
-        return float(a == b)
-    return 2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b))
-
-
 @METRICS.register("rouge_l")
 def rouge_l(prediction: str, reference: str, source: str = "") -> float:
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, on the whole text at once.
@@ -90,25 +74,6 @@ def edit_similarity(prediction: str, reference: str, source: str = "") -> float:
     cent. As there, the literals of Py150 are restored first: ``<NUM_LIT:2>`` becomes ``2``.
     """
     return _common_share(_restored(prediction).strip(), _restored(reference).strip())
-
-
-@METRICS.register("sari")
-def sari(prediction: str, references: str | Sequence[str], source: str) -> float:
-    """SARI (Xu et al. 2016): how well words of the source were kept or deleted, and others added, over 1- to 4-grams.
-
-    ``(F1_keep + P_delete + F1_add) / 3`` as in the ``sari`` of 🤗 Evaluate, which is not available offline: 0/0 is 1,
-    lower case, tokens of mteval-v13a. In [0, 1]; papers print per cent.
-    """
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    tokenize = Tokenizer13a()
-    references = [references] if isinstance(references, str) else references
-    texts = [tokenize(text.lower()).split() for text in (source, prediction, *references)]
-    total = 0.0
-    for n in range(1, 5):
-        start, written, *targets = (_grams(text, n) for text in texts)
-        total += sum(_sari_of_grams(start, written, targets))
-    return total / 12
 
 
 def require_metric(name: str) -> None:
@@ -183,10 +148,6 @@ def _first_line(text: str) -> str:
     return " ".join(lines[0].split()) if lines else ""
 
 
-def _squad_words(text: str) -> list[str]:
-    return _ARTICLE.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split()
-
-
 def _restored(code: str) -> str:
     for empty, value in (("<NUM_LIT>", "0"), ("<STR_LIT>", ""), ("<CHAR_LIT>", "")):
         code = code.replace(empty, value)
@@ -198,37 +159,3 @@ def _common_share(a: Sequence[str], b: Sequence[str]) -> float:
     from rapidfuzz.distance import LCSseq
 
     return 2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a or b else 1.0
-
-
-def _grams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
-
-
-def _sari_of_grams(source: Counter, written: Counter, references: list[Counter]) -> tuple[float, float, float]:
-    """F1 of the kept n-grams, precision of the deleted ones, F1 of the added ones.
-
-    Counts of source and prediction are multiplied by the number of references, because an n-gram that all references
-    contain counts once for each.
-    """
-    expected = sum(references, Counter())
-    source, written = (Counter({gram: n * len(references) for gram, n in c.items()}) for c in (source, written))
-
-    kept, to_keep = source & written, source & expected
-    well_kept = kept & to_keep
-    precision = _share(sum(well_kept[gram] / kept[gram] for gram in well_kept), len(kept))
-    keep = _harmonic_mean(precision, _share(well_kept.total(), to_keep.total()))
-
-    deleted = source - written
-    delete = _share(sum(n / deleted[gram] for gram, n in (deleted - expected).items()), len(deleted))
-
-    added, to_add = written.keys() - source.keys(), expected.keys() - source.keys()
-    add = _harmonic_mean(_share(len(added & to_add), len(added)), _share(len(added & to_add), len(to_add)))
-    return keep, delete, add
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
-
-
-def _harmonic_mean(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a + b else 0.0

@@ -16,11 +16,9 @@ from fggm_peft.continual.metrics import (
     accuracy,
     edit_similarity,
     exact_match,
-    f1,
     require_metric,
     rouge_l,
     sample_scores,
-    sari,
     task_score,
 )
 
@@ -36,15 +34,6 @@ def test_accuracy_compares_the_first_line():
 def test_exact_match_ignores_only_surrounding_whitespace():
     assert exact_match(" yes\n", "yes") == 1
     assert exact_match("yes, sir", "yes") == exact_match("Yes", "yes") == exact_match("a  b", "a b") == 0
-
-
-def test_f1_by_hand():
-    # 2 of 3 words written are wanted, 2 of 4 wanted are written
-    assert f1("the Cat sat, there", "a cat sat on it") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
-    assert f1("cat cat", "cat") == pytest.approx(2 / 3)
-    assert f1("The cat!", "cat") == 1
-    assert f1("dog", "cat") == f1("", "cat") == f1("cat", "") == 0
-    assert f1("the", "") == 1
 
 
 def test_rouge_l_by_hand():
@@ -73,41 +62,12 @@ def test_edit_similarity_restores_the_literals_of_py150():
     assert edit_similarity("x = <NUM_LIT:2> + <NUM_LIT> + '<STR_LIT>' + '<STR_LIT:a b>'", "x = 2 + 0 + '' + 'a b'") == 1
 
 
-def test_sari_of_the_published_example():
-    # the documentation of the metric sari of Evaluate: 26.953601953601954
-    references = [
-        "About 95 species are currently known .",
-        "About 95 species are now accepted .",
-        "95 species are now accepted .",
-    ]
-    value = sari("About 95 you now get in .", references, "About 95 species are currently accepted .")
-    assert value == pytest.approx(0.26953601953601954)
-
-
-def test_sari_by_hand():
-    # source a b c, written a b, wanted a c.
-    # 1-grams: kept {a, b}, one of them rightly; to keep are {a, c}: F1 1/2. Deleted {c}, wrongly: 0. Added nothing: 1
-    # 2-grams: kept {ab} wrongly, nothing to keep: precision 0, recall 1, F1 0. Deleted {bc}, rightly: 1.
-    #          Added nothing of {ac}: precision 1, recall 0, F1 0
-    # 3-grams: nothing to keep or kept: 1. Deleted {abc}, rightly: 1. Nothing added or to add: 1. 4-grams: 1, 1, 1
-    expected = ((1 / 2 + 0 + 1 + 1) + (0 + 1 + 1 + 1) + (1 + 0 + 1 + 1)) / 12
-    assert sari("a b", ["a c"], "a b c") == pytest.approx(expected)
-    assert sari("a c", ["a c"], "a b c") == 1
-
-
-def test_sari_splits_words_as_mteval_does():
-    whole = sari('"a" 3,000 e.g., x-1-2', ["b"], "c")
-    assert sari('" a " 3,000 e . g . , x-1 - 2', ["b"], "c") == whole
-    assert sari("A &amp; b", ["a & b"], "A & B") == 1
-
-
 @pytest.mark.parametrize("name", METRICS)
 @given(prediction=texts, reference=st.text("ab c1é中", min_size=1, max_size=9).filter(str.strip), source=texts)
 def test_every_score_is_within_0_and_1_and_the_correct_answer_scores_best(name, prediction, reference, source):
     scores = sample_scores(name, [prediction, reference], [reference] * 2, [source] * 2)
     assert all(0 <= score <= 1 for score in scores)
-    # SARI counts a word that the source has twice and the reference once as wrongly deleted, in every implementation
-    assert scores[1] == pytest.approx(1) or (name == "sari" and len(set(source)) < len(source))
+    assert scores[1] == pytest.approx(1)
 
 
 def test_the_score_of_a_task_is_the_mean_over_its_samples():
@@ -125,7 +85,7 @@ def test_an_error_in_a_metric_names_the_sample_with_shortened_texts():
 
 def test_a_sample_without_a_text_raises_an_error_that_names_it():
     with pytest.raises(MetricError, match=r"cannot score sample 1 .*: prediction None, reference 'x'"):
-        sample_scores("f1", [None], ["x"], [""])
+        sample_scores("rouge_l", [None], ["x"], [""])
 
 
 class Loaded:

@@ -317,7 +317,7 @@ def test_the_same_files_in_another_folder_have_the_same_digest(folder, tmp_path_
 
 CHANGES = {
     "model.name": lambda s: s | {"model": "another/model"},
-    "tasks.intent.metric": lambda s: s | {"task_defaults": s["task_defaults"] | {"metric": "f1"}},
+    "tasks.intent.metric": lambda s: s | {"task_defaults": s["task_defaults"] | {"metric": "rouge_l"}},
     "tasks.code.epochs": lambda s: s | {"tasks": [s["tasks"][0], s["tasks"][1] | {"epochs": 4}, s["tasks"][2]]},
     "tasks.sums.split": lambda s: s | {"tasks": [*s["tasks"][:2], s["tasks"][2] | {"split": "train"}]},
     "training.batch_size": lambda s: s | {"training": s["training"] | {"batch_size": 4}},

@@ -17,7 +17,7 @@ from .contents import report_of
 
 def require_report_packages() -> None:
     """Raise ``ImportError`` if a package that metrics or a report need is missing; call it before the runs start."""
-    packages = ("adjustText", "jinja2", "matplotlib", "rapidfuzz", "sacrebleu", "scipy", "seaborn")
+    packages = ("adjustText", "jinja2", "matplotlib", "rapidfuzz", "scipy", "seaborn")
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(f"a sequence needs {' and '.join(missing)}: pip install 'fggm-peft[continual]'")
 
