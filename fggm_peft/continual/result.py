@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from .general import general_change
 from .measures import MEASURES, measures_of
-from .memory import ACCELERATOR_MEMORY
 
 if TYPE_CHECKING:
     from .run import Run
@@ -64,15 +63,8 @@ def result_of(
 
 
 def _cost(entries: Sequence[Entry]) -> dict[str, Any]:
-    def largest(group: str, name: str) -> int:
-        return max(entry.get(group, {}).get(name, 0) for entry in entries)
-
-    selects = any(entry.get("selection_seconds") for entry in entries)
-    phases = ("selection", "training", "evaluation")
-    memory = {phase: largest("peak_memory", phase) or None for phase in phases}
     return {
         **{name: sum(entry.get(key, 0) for entry in entries) for name, key in SUMS.items()},
         "parameters": max(entry.get("parameters", 0) for entry in entries),
-        "peak_memory": memory if selects else {**memory, "selection": None},
-        "accelerator_memory": {name: largest("accelerator_memory", name) for name in ACCELERATOR_MEMORY},
+        "peak_memory": max(entry.get("peak_memory") or 0 for entry in entries) or None,
     }

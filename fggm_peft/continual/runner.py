@@ -23,7 +23,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from ..training import last_complete_checkpoint, this_process, written_answers
 from ..tuner.files import digest_of_folder, write_json
 from .general import GeneralAbility
-from .memory import MemoryLog, return_freed_memory
+from .memory import peak_memory, reset_peak_memory
 from .methods import Method, make_method
 from .metrics import task_score
 from .result import result_of
@@ -78,8 +78,7 @@ class Runner:
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.batch_size = stream.training.evaluation_batch_size or stream.training.batch_size
         self.ability = GeneralAbility(stream.general, tokenizer, self.batch_size)
-        return_freed_memory()
-        self.memory = MemoryLog()
+        reset_peak_memory()
 
     def result(self) -> dict[str, Any]:
         """The run's result, computed or read from the folder."""
@@ -139,29 +138,25 @@ class Runner:
         entry: dict[str, Any] = {"task": name} | dict.fromkeys(("seconds", "selection_seconds"), 0.0)
         entry |= dict.fromkeys(("parameters", "bytes", "steps", "examples"), 0)
         trainer: Any = None
-        with self.memory.phase("selection"):
-            model = method.begin_task(model, number, examples)
-            if method.trains:
-                arguments = self._arguments(tasks[0], method, number, folder / "checkpoints")
-                start = time.perf_counter()
-                trainer = method.trainer(
-                    model=model,
-                    args=arguments,
-                    train_dataset=examples,
-                    data_collator=DataCollatorForSeq2Seq(self.tokenizer),
-                    callbacks=[self.memory],
-                )
-                trainer.train(resume_from_checkpoint=_newest_checkpoint(folder / "checkpoints"))
-                report = getattr(trainer, "selection_report", None)
-                selection_seconds = 0.0 if report is None else report.seconds
-                entry |= {
-                    "selection_seconds": selection_seconds,
-                    "seconds": time.perf_counter() - start - selection_seconds,
-                    "steps": trainer.state.global_step,
-                    "examples": len(trainer.train_dataset),
-                    "accelerator_memory": self.memory.accelerator_memory(),
-                    "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-                }
+        model = method.begin_task(model, number, examples)
+        if method.trains:
+            start = time.perf_counter()
+            trainer = method.trainer(
+                model=model,
+                args=self._arguments(tasks[0], method, number, folder / "checkpoints"),
+                train_dataset=examples,
+                data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+            )
+            trainer.train(resume_from_checkpoint=_newest_checkpoint(folder / "checkpoints"))
+            report = getattr(trainer, "selection_report", None)
+            selection_seconds = 0.0 if report is None else report.seconds
+            entry |= {
+                "selection_seconds": selection_seconds,
+                "seconds": time.perf_counter() - start - selection_seconds,
+                "steps": trainer.state.global_step,
+                "examples": len(trainer.train_dataset),
+                "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            }
         shutil.rmtree(folder, ignore_errors=True)  # files of an interrupted attempt, and the checkpoints
         folder.mkdir(parents=True)
         model = method.end_task(model, number, trainer, folder)
@@ -203,7 +198,7 @@ class Runner:
         start = time.perf_counter()
         training, device = model.training, this_process().device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
-        with self.memory.phase("evaluation"), torch.random.fork_rng(), autocast:
+        with torch.random.fork_rng(), autocast:
             scores = {self.tasks[position].name: self._score(model, position) for position in range(count)}
             general = self.ability.measure(model, between_tasks)
         model.train(training)
@@ -216,7 +211,7 @@ class Runner:
 
     def _save_state(self, model: nn.Module, method: Method, entries: Entries) -> None:
         """Save the state, which contains the entries, before ``tasks.json``: a kill between them is harmless."""
-        entries[-1]["peak_memory"] = dict(self.memory.peaks)
+        entries[-1]["peak_memory"] = peak_memory()  # of this process; a resumed run has several
         state = {"model": model.state_dict(), "method": method.state_dict(), "entries": json.dumps(entries)}
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "state.pt.partial"

@@ -18,13 +18,10 @@ from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fggm_peft import FGGMConfig
-from fggm_peft.continual import memory
 from fggm_peft.continual.measures import measures_of
-from fggm_peft.continual.memory import ACCELERATOR_MEMORY, MemoryLog
 from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
-from fggm_peft.continual.run import run_stream, runs_of
-from fggm_peft.continual.settings import StreamError
+from fggm_peft.continual.run import run_stream
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "method_comparison"
 DECLARED = runpy.run_path(str(BENCHMARK / "experiments.py"))
@@ -242,49 +239,17 @@ def test_parameters_and_file_sizes_are_counted(written):
 class FakeAccelerator:
     """A stand-in for torch.cuda."""
 
-    def __init__(self, readings):
-        self.readings, self.peak = iter(readings), 0
-
-    def reset_peak_memory_stats(self):
-        self.peak = 0
-
-    def memory_reserved(self):
-        reading = next(self.readings)
-        self.peak = max(self.peak, reading)
-        return reading
-
-    def max_memory_reserved(self):
-        return self.peak
-
     def get_device_name(self, index):
         return "FAKE"
 
 
-def test_memory_is_logged_at_every_step(monkeypatch):
-    monkeypatch.setattr(memory, "accelerator", lambda: FakeAccelerator([100, 300, 200]))
-    log = MemoryLog()
-    for _ in range(3):
-        log.on_step_end(None, None, None)
-    assert list(log.accelerator_memory().values()) == [200, 300, 298]
-
-
-def test_without_an_accelerator_its_memory_is_0(written):
-    log = MemoryLog()
-    log.on_step_end(None, None, None)
-    if memory.accelerator() is None:
-        assert log.accelerator_memory() == dict.fromkeys(ACCELERATOR_MEMORY, 0)
-        assert {written["fggm"][1]["train_info"][name] for name in ACCELERATOR_MEMORY} == {0}
-
-
-def test_on_an_accelerator_memory_is_what_was_logged_or_an_error(monkeypatch, folder):
+def test_the_peak_memory_is_that_of_an_accelerator_or_0(monkeypatch):
     memory_of = RESULTS["_memory"]
-    monkeypatch.setitem(memory_of.__globals__, "accelerator", lambda: FakeAccelerator([]))
-    run = runs_of(stream_of(folder, methods=["sft"]))[0]
-    with pytest.raises(StreamError, match=r"sft/lr0\.01-seed0-given was computed without a record of its memory"):
-        memory_of(run, {})
-    logged = dict(zip(ACCELERATOR_MEMORY, (1, 2, 3), strict=True))
-    assert memory_of(run, {"accelerator_memory": logged}) == logged
-    assert RESULTS["_system"]()["accelerator"] == "FAKE"
+    for device, peak in ((FakeAccelerator(), 7), (None, 0)):
+        monkeypatch.setitem(memory_of.__globals__, "accelerator", lambda device=device: device)
+        memory = memory_of({"peak_memory": 7})
+        assert memory.pop("accelerator_memory_max") == peak and set(memory.values()) == {0}
+        assert RESULTS["_system"]()["accelerator"] == ("none" if device is None else "FAKE")
 
 
 # --- experiments ---------------------------------------------------------------------------------

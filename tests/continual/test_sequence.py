@@ -235,13 +235,9 @@ def test_the_saved_deltas_together_give_the_final_model(folder, tmp_path, monkey
     assert len({entry["digest"] for entry in ledger[1:]}) == 2
 
 
-def test_peak_memory_is_reported_for_each_phase(folder, tmp_path):
-    results = {
-        run["label"]: run for run in run_stream(read_stream(settings(folder, methods=["fggm", "sft"])), tmp_path)
-    }
-    memory = results["fggm"]["cost"]["peak_memory"]
-    assert memory.keys() == {"selection", "training", "evaluation"} and None not in memory.values()
-    assert results["sft"]["cost"]["peak_memory"]["selection"] is None
+def test_the_peak_memory_of_a_run_is_reported(folder, tmp_path):
+    (result,) = run_stream(read_stream(settings(folder, methods=["fggm"])), tmp_path)
+    assert result["cost"]["peak_memory"] > 0
 
 
 def test_truncated_texts_are_counted(folder, tmp_path):

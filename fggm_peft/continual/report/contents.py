@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from ..measures import MEASURES, paired_difference, pareto_front, summarise
@@ -150,24 +150,15 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _entry(point: Point, runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    costs = [run.get("cost", {}) for run in runs]
     return {
         "label": point[0],
         "method": runs[0]["method"],
         "learning_rate": point[1],
         "runs": len(runs),
         **{name: summary_of(measures[name] for measures in values) for name in HEADINGS},
-        "cost": _summaries([run.get("cost", {}) for run in runs]),
+        "cost": {name: summary_of(cost.get(name) for cost in costs) for name in dict.fromkeys(chain(*costs))},
     }
-
-
-def _summaries(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A summary of every number, by name, also in nested mappings."""
-    result: dict[str, Any] = {}
-    for name in dict.fromkeys(name for value in values for name in value):
-        entries = [value.get(name) for value in values]
-        is_nested = any(isinstance(entry, Mapping) for entry in entries)
-        result[name] = _summaries([entry or {} for entry in entries]) if is_nested else summary_of(entries)  # type: ignore[misc]
-    return result
 
 
 def _best_points(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

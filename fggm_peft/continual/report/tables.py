@@ -48,15 +48,14 @@ def cost_table(report: Report) -> Table:
     cells = [_cost_cells(entry["cost"]) for entry in report["summary"]]
     used = [heading for heading in (cells[0] if cells else {}) if any(row[heading] for row in cells)]
     rows = [[*_point(e), *(row[name] for name in used)] for e, row in zip(report["summary"], cells, strict=True)]
-    note = "For a whole run, averaged over runs. Peaks are of memory. Trainable values are those of the largest task."
+    note = "For a whole run, averaged over runs. Trainable values are those of the largest task."
     return Table("Cost", [*POINT, *used], rows, note=note)
 
 
 def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
-    memory = cost.get("peak_memory") or {}
     return {
         **{f"{phase} s": shown(cost.get(f"{phase}_seconds"), ",.1f") for phase in PHASES},
-        **{f"{phase} peak": _mean(memory.get(phase), bytes_shown) for phase in PHASES},
+        "peak memory": _mean(cost.get("peak_memory"), bytes_shown),
         "trainable values": _mean(cost.get("parameters"), lambda count: f"{count:,.0f}"),
         "saved": _mean(cost.get("bytes"), bytes_shown),
     }
