@@ -64,7 +64,7 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
         measures = {**dict.fromkeys(measures), "op": measures["op"]}
     steps = len(rows) + 1
     losses = [2.8 + harms * pace * n / count + (random.normal(0, 0.005) if n and harms else 0) for n in range(steps)]
-    general = {"base": 2.8, "change": losses[-1] - 2.8, "worst": max(losses) - 2.8, "losses": losses}
+    general = {"change": losses[-1] - 2.8, "losses": losses}
     trains, selects = method != "frozen", method in ("fggm", "sft_masked")
     overlap = None
     if method == "fggm":

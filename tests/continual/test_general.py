@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -53,6 +52,7 @@ doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list: [{{metric: word_perplexity}}]
 """
+UNSCORED = "group: unscored\ntask: [doubles, doubles_plain]\n"
 BROKEN = "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.json}}\ntest_split: test\n"
 
 
@@ -74,6 +74,7 @@ def folder(tmp_path_factory):
         "group": GROUP,
         "sayings": PERPLEXITY.format(data=data),
         "gone": BROKEN,
+        "unscored": UNSCORED,
     }
     for name, text in files.items():
         (data.parent / f"{name}.yaml").write_text(text)
@@ -87,8 +88,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def general(folder, *tasks: str, **fields) -> General:
-    return General(lm_eval=tasks, lm_eval_include=str(folder / "tasks"), **fields)
+@pytest.fixture(scope="module", autouse=True)
+def _own_tasks(folder):
+    """Add the tasks of the folder to those of lm_eval."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder / "tasks"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lm_eval_tasks, "_task_manager", lambda: manager)
+        yield
+
+
+def general(*tasks: str, **fields) -> General:
+    return General(lm_eval=tasks, **fields)
 
 
 def sharp_model(**config):
@@ -123,16 +135,15 @@ def accuracy_by_hand(model, documents, by_length: bool) -> float:
 @pytest.mark.parametrize("limit", [None, 4])
 def test_a_score_is_the_accuracy_of_the_log_likelihoods_of_the_choices(limit, folder):
     model = sharp_model()
-    ability = GeneralAbility(general(folder, "doubles", "doubles_plain", lm_eval_limit=limit), byte_tokenizer(), 4)
+    ability = GeneralAbility(general("doubles", "doubles_plain", lm_eval_limit=limit), byte_tokenizer(), 4)
     found = ability.measure(model)
     documents = DOCUMENTS[:limit]
     assert found["loss"] is None
+    by_length, plain = (pytest.approx(accuracy_by_hand(model, documents, by_length)) for by_length in (True, False))
     assert found["tasks"] == {
-        "doubles": pytest.approx(accuracy_by_hand(model, documents, by_length=True)),
-        "doubles_plain": pytest.approx(accuracy_by_hand(model, documents, by_length=False)),
+        "doubles": {"value": by_length, "metric": "acc_norm"},
+        "doubles_plain": {"value": plain, "metric": "acc"},
     }
-    assert found["metrics"]["doubles"] == {"metric": "acc_norm", "higher_is_better": True}
-    assert found["metrics"]["doubles_plain"]["metric"] == "acc"
 
 
 def test_the_two_accuracies_of_this_model_differ():
@@ -141,34 +152,16 @@ def test_the_two_accuracies_of_this_model_differ():
     assert values[False] != values[True] and 0 < values[True] < 1
 
 
-def test_shots_put_examples_before_the_question(folder, monkeypatch):
-    model, asked = text_model(), []
-    forward = type(model).forward
-
-    def noted(self, input_ids, **options):
-        asked.extend("".join(byte_tokenizer().convert_ids_to_tokens(row)) for row in input_ids)
-        return forward(self, input_ids, **options)
-
-    monkeypatch.setattr(type(model), "forward", noted)
-    for shots in (None, 0, 2):
-        asked.clear()
-        GeneralAbility(general(folder, "doubles", lm_eval_shots=shots), byte_tokenizer()).measure(model)
-        assert {text.count("Ġand") for text in asked} == {1 + (shots or 0)}
-
-
-def test_a_group_has_one_score_and_a_tag_has_those_of_its_members(folder):
+def test_a_group_has_the_score_that_lm_eval_computes(folder):
     model = sharp_model()
-    group = GeneralAbility(general(folder, "arithmetic"), byte_tokenizer()).measure(model)
-    tag = GeneralAbility(general(folder, "numbers"), byte_tokenizer()).measure(model)
-    assert group["tasks"] == {"arithmetic": pytest.approx(accuracy_by_hand(model, DOCUMENTS, by_length=False))}
-    assert set(tag["tasks"]) == {"doubles", "doubles_plain"}
-    assert tag["tasks"]["doubles"] == pytest.approx(accuracy_by_hand(model, DOCUMENTS, by_length=True))
+    group = GeneralAbility(general("arithmetic"), byte_tokenizer()).measure(model)
+    expected = pytest.approx(accuracy_by_hand(model, DOCUMENTS, by_length=False))
+    assert group["tasks"] == {"arithmetic": {"value": expected, "metric": "acc"}}
 
 
-def test_a_lower_perplexity_is_better(folder):
-    found = GeneralAbility(general(folder, "sayings"), byte_tokenizer()).measure(text_model())
-    assert found["metrics"]["sayings"] == {"metric": "word_perplexity", "higher_is_better": False}
-    assert found["tasks"]["sayings"] > 1
+def test_a_task_without_accuracy_has_its_first_metric(folder):
+    score = GeneralAbility(general("sayings"), byte_tokenizer()).measure(text_model())["tasks"]["sayings"]
+    assert score["metric"] == "word_perplexity" and score["value"] > 1
 
 
 def test_the_loss_is_the_mean_over_the_tokens_of_the_text(folder):
@@ -179,50 +172,34 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_text(folder):
         text = paragraph + "<eos>"  # plain text ends with the end token
         total -= log_likelihood(model, text[0], text[1:])
         count += len(byte_tokenizer()(text)["input_ids"]) - 1
-    assert found == {"loss": pytest.approx(total / count, rel=1e-5), "tasks": {}, "metrics": {}}
+    assert found == {"loss": pytest.approx(total / count, rel=1e-5), "tasks": {}}
 
 
-def test_between_tasks_only_the_text_is_measured_by_default(folder):
-    text = str(folder / "general.txt")
-    for every_task in (False, True):
-        watched = general(folder, "doubles", text=text, lm_eval_every_task=every_task)
-        found = GeneralAbility(watched, byte_tokenizer()).measure(text_model(), between_tasks=True)
-        assert found["loss"] > 0 and bool(found["tasks"]) == every_task
-    assert GeneralAbility(None, byte_tokenizer()).measure(text_model()) == {"loss": None, "tasks": {}, "metrics": {}}
+def test_between_tasks_only_the_text_is_measured(folder):
+    watched = general("doubles", text=str(folder / "general.txt"))
+    found = GeneralAbility(watched, byte_tokenizer()).measure(text_model(), between_tasks=True)
+    assert found["loss"] > 0 and not found["tasks"]
+    assert GeneralAbility(None, byte_tokenizer()).measure(text_model()) == {"loss": None, "tasks": {}}
 
 
 # --- changes -------------------------------------------------------------------------------------
 
 
-def entry(loss=None, higher_is_better=True, **tasks) -> dict:
-    metrics = {name: {"metric": "m", "higher_is_better": higher_is_better} for name in tasks}
-    return {"loss": loss, "tasks": tasks, "metrics": metrics}
+def entry(loss=None, **tasks) -> dict:
+    return {"loss": loss, "tasks": {name: {"value": value, "metric": "m"} for name, value in tasks.items()}}
 
 
-def test_changes_are_differences_from_the_base_at_the_end_and_at_the_worst_point():
-    measured = [entry(2.0, a=0.5), entry(3.5, a=0.25), entry(3.0), entry(2.5, a=0.375)]
+def test_changes_are_differences_of_the_final_model_from_the_base():
+    measured = [entry(2.0, a=0.5), entry(3.5), entry(3.0), entry(2.5, a=0.375)]
     assert general_change(measured) == {
-        "base": 2.0,
         "change": 0.5,
-        "worst": 1.5,
         "losses": [2.0, 3.5, 3.0, 2.5],
-        "tasks": {
-            "a": {
-                "metric": "m",
-                "higher_is_better": True,
-                "base": 0.5,
-                "change": -0.125,
-                "worst": -0.25,
-                "final": 0.375,
-            }
-        },
+        "tasks": {"a": {"metric": "m", "base": 0.5, "final": 0.375, "change": -0.125}},
     }
 
 
-def test_the_worst_perplexity_is_the_highest():
-    change = general_change([entry(a=5.0, higher_is_better=False), entry(a=9.0, higher_is_better=False), entry(a=4.0)])
-    assert change["tasks"]["a"]["worst"] == 4.0 and change["tasks"]["a"]["change"] == -1.0
-    assert change["base"] is None and change["worst"] is None
+def test_without_a_text_its_change_is_none():
+    assert general_change([entry(a=5.0), entry(a=4.0)])["change"] is None
 
 
 def test_without_measurements_there_is_no_change():
@@ -242,9 +219,7 @@ def test_measuring_does_not_change_the_model(folder):
     model.base_model.model.model.layers[0].eval()
     tokenizer = byte_tokenizer()
     tokenizer.padding_side = "left"
-    ability = GeneralAbility(
-        general(folder, "doubles", lm_eval_shots=1, text=str(folder / "general.txt")), tokenizer, batch_size=3
-    )
+    ability = GeneralAbility(general("doubles", text=str(folder / "general.txt")), tokenizer, batch_size=3)
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
     expected = drawn()
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
@@ -273,7 +248,7 @@ def test_measuring_does_not_change_the_model(folder):
 
 def test_failed_measuring_does_not_change_the_model(folder, monkeypatch):
     model = text_model().train()
-    ability = GeneralAbility(general(folder, "doubles"), byte_tokenizer())
+    ability = GeneralAbility(general("doubles"), byte_tokenizer())
     level = logging.getLogger("lm_eval").level
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -293,7 +268,7 @@ def test_four_bit_layers_are_not_repacked(kind, folder):
     weights = [layer.weight.data.clone() for layer in layers]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-        GeneralAbility(general(folder, "doubles", lm_eval_limit=2), byte_tokenizer()).measure(model)
+        GeneralAbility(general("doubles", lm_eval_limit=2), byte_tokenizer()).measure(model)
     assert layers and all(layer.support_avx512bf16_for_cpu for layer in layers)
     for layer, weight in zip(layers, weights, strict=True):
         assert torch.equal(layer.weight.data, weight)
@@ -312,7 +287,7 @@ def settings(folder, **watched) -> dict:
             for name in ("one", "two")
         ],
         "training": {"max_steps": 2, "batch_size": 4, "learning_rate": 0.01},
-        "general": {"lm_eval_include": str(folder / "tasks"), "lm_eval": ["doubles"], **watched},
+        "general": {"lm_eval": ["doubles"], **watched},
     }
 
 
@@ -329,25 +304,22 @@ def test_a_run_measures_tasks_at_both_ends_and_the_text_after_each_task(folder, 
 
 
 def test_fields_of_a_stream_file_set_what_is_measured(folder):
-    watched = {"lm_eval": ["doubles", "numbers"], "lm_eval_limit": 100, "lm_eval_shots": 0, "lm_eval_every_task": True}
-    assert read_stream(settings(folder, **watched)).general == general(
-        folder, "doubles", "numbers", lm_eval_limit=100, lm_eval_shots=0, lm_eval_every_task=True
-    )
+    watched = {"lm_eval": ["doubles", "arithmetic"], "lm_eval_limit": 100}
+    assert read_stream(settings(folder, **watched)).general == general("doubles", "arithmetic", lm_eval_limit=100)
 
 
 WRONG = {
-    "nothing": ({"lm_eval": [], "lm_eval_include": None}, "general: give text .* lm_eval .* or both"),
+    "nothing": ({"lm_eval": []}, "general: give text .* lm_eval .* or both"),
     "an unknown task": (
         {"lm_eval": ["doubels"]},
-        r"general: lm_eval: no task 'doubels' in lm_eval or .*tasks. Did you mean 'doubles'\?",
+        r"general: lm_eval: no task 'doubels' in lm_eval. Did you mean 'doubles'\?",
     ),
+    "a tag": ({"lm_eval": ["numbers"]}, "lm_eval: 'numbers' is a tag, which has no score; name its tasks"),
     "a task twice": ({"lm_eval": ["doubles", "doubles"]}, "lm_eval contains a task more than once"),
-    "a missing folder": ({"lm_eval_include": "none"}, "general: lm_eval_include: no folder .*none"),
     "no examples": ({"lm_eval_limit": 0}, "general.lm_eval_limit: must be greater than or equal to 1, got 0"),
-    "negative shots": ({"lm_eval_shots": -1}, "general.lm_eval_shots: must be greater than or equal to 0, got -1"),
     "an option without tasks": (
-        {"text": "general.txt", "lm_eval": [], "lm_eval_include": None, "lm_eval_shots": 1},
-        "lm_eval_shots has no effect, because lm_eval is empty",
+        {"text": "general.txt", "lm_eval": [], "lm_eval_limit": 1},
+        "lm_eval_limit has no effect, because lm_eval is empty",
     ),
     "one name": ({"lm_eval": "doubles"}, "general.lm_eval: must be a list, got 'doubles'"),
     "an unknown field": ({"lm_evl": []}, "general.lm_evl: unknown field; .*Did you mean 'lm_eval'"),
@@ -369,15 +341,20 @@ def test_an_unknown_task_suggests_the_closest_lm_eval_task():
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    lm_eval_tasks._task_manager.cache_clear()
+    def missing():
+        raise ImportError("No module named 'lm_eval'")
+
+    monkeypatch.setattr(lm_eval_tasks, "_task_manager", missing)
     with pytest.raises(ValueError, match=r"pip install fggm-peft\[general\]"):
         General(lm_eval=("hellaswag",))
 
 
-def test_data_that_cannot_be_loaded_stops_a_run_before_its_first_step(folder, tmp_path):
-    stream = read_stream(settings(folder, lm_eval=["gone"]))
-    with pytest.raises(StreamError, match=r"general.lm_eval: cannot load gone: ") as error:
+@pytest.mark.parametrize(
+    ("name", "message"), [("gone", "cannot load gone: "), ("unscored", "the group 'unscored' has no score")]
+)
+def test_tasks_that_cannot_be_scored_stop_a_run_before_its_first_step(name, message, folder, tmp_path):
+    stream = read_stream(settings(folder, lm_eval=[name]))
+    with pytest.raises(StreamError, match=f"general.lm_eval: {message}") as error:
         list(run_stream(stream, tmp_path))
     assert "\n" not in str(error.value)
 
@@ -392,12 +369,3 @@ def test_the_digest_contains_everything_that_determines_the_scores(folder, tmp_p
     plain = read_stream(settings(folder))
     limited = read_stream(settings(folder, lm_eval_limit=3))
     assert differences(limited.fingerprint(), plain.fingerprint()) == ["general.lm_eval_limit: 3 instead of null"]
-    text_only = General(text=str(folder / "general.txt")).fingerprint()
-    assert list(text_only) == ["text"] and len(text_only["text"]) == 64
-    before = plain.fingerprint()
-    file = folder / "tasks" / "group.yaml"
-    written = file.read_text()
-    file.write_text(written + "# another byte\n")
-    assert plain.fingerprint() != before
-    file.write_text(written)
-    assert plain.fingerprint() == before

@@ -51,7 +51,7 @@ def run(label="a", rate=0.1, seed=0, order="given", op=0.5, **fields):
 
 
 def general(change):
-    return {"base": 2.0, "change": change, "worst": change, "losses": [2.0, 2.0 + change]}
+    return {"change": change, "losses": [2.0, 2.0 + change]}
 
 
 # --- figures -------------------------------------------------------------------------------------
