@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .generated import read_value
 from .options import Output, Overwrite
 from .output import ADAPTER_FILE, Result, facts_table, file_size, require_free
 
@@ -15,7 +16,7 @@ def run(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the fine-tuned model.")],
     output: Output,
     granularity: Annotated[
-        Optional[str], typer.Option(help="row, column or element (default: the smallest in bytes).")
+        Optional[str], typer.Option(help="row, column or element, or JSON (default: the smallest in bytes).")
     ] = None,
     overwrite: Overwrite = False,
 ) -> Result:
@@ -24,9 +25,10 @@ def run(
     The command reads safetensors files, one tensor at a time. It stores changed norms as whole tensors.
     """
     require_free(output, overwrite)
+    from ..core.granularity import Granularity
     from ..deltas import diff
 
-    delta = diff(base, tuned, granularity, progress=True)
+    delta = diff(base, tuned, read_value(granularity, Optional[Granularity], "granularity"), progress=True)
     delta.save(output)
     assert delta.config.selection is not None
     data = {

@@ -66,7 +66,9 @@ def _shown(data: dict[str, Any]) -> Any:
         "norm of the delta": f"{data['norm']:.4g}",
         "size": decimal(data["bytes"]),
         "rank as a LoRA": data["lora_rank"],
-        **{name: selection.get(name) for name in ("samples", "agreement", "made_by")},
+        "samples": selection.get("samples"),
+        "agreement": selection.get("agreement") and f"{selection['agreement']:.3f}",
+        "made by": selection.get("made_by"),
         "whole tensors": len(data["whole_tensors"]) or None,
     }
     rows = []
@@ -74,5 +76,5 @@ def _shown(data: dict[str, Any]) -> Any:
         o, i = module["shape"]
         row = [name, f"{o} × {i}", f"{module['units']:,}", f"{module['density']:.2%}", f"{module['norm']:.4g}"]
         rows.append([*row, str(module["lora_rank"])])
-    headings = ("module", "weight", data["granularity"] + "s", "density", "norm", "LoRA rank")
+    headings = ("module", "weight", "units", "density", "norm", "LoRA rank")
     return Group(facts_table(data["adapter"], facts), table("", headings, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -127,7 +128,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if settings.get("peft_type", "FGGM") != "FGGM":
         raise ValueError(f"{path} configures a {settings['peft_type']} adapter, not FGGM")
     names = {field.name for field in fields(FGGMConfig)}
-    if unknown := sorted(settings.keys() - names):
-        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); it has {', '.join(sorted(names))}")
     settable = {field.name for field in fields(FGGMConfig) if field.init} - NOT_OPTIONS
+    if unknown := sorted(settings.keys() - names):
+        nearest = difflib.get_close_matches(unknown[0], settable, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(sorted(settable))}"
+        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); {hint}")
     return {name: value for name, value in settings.items() if name in settable | {"task_type"}}

@@ -31,7 +31,7 @@ def run(
         "base": result.base_model,
         "base checked": result.base,
         "format": result.format,
-        "support": f"{result.granularity}s by {result.criterion}, {result.density:.2%} of {result.modules} modules",
+        "support": f"{result.density:.2%} of {result.modules} modules, {result.granularity} by {result.criterion}",
         "values": f"{result.parameters:,} in {', '.join(result.dtypes)}" + (", all zero" if result.is_zero else ""),
         "file": f"{decimal(result.bytes)}, {result.bytes / max(1, result.bound_bytes):.3f} x the entropy bound",
         "other tensors": ", ".join(result.other_keys),

@@ -151,6 +151,11 @@ class _Comparison:
                 f"not '{requested}'"
             )
         if requested is not None:
+            for path in paths:
+                if not requested.supports(shape := self.layers[path].weight_shape):
+                    raise ValueError(
+                        f"granularity='{requested}' does not fit {path}, whose weight has the shape {list(shape)}"
+                    )
             return requested
 
         def size(granularity: Granularity) -> int:

@@ -86,6 +86,9 @@ class Ledger:
         if (self.folder / FILE).is_file():
             self._read(self.folder / FILE)
 
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.folder)!r}, tasks={self.tasks})"
+
     @property
     def tasks(self) -> list[str]:
         """The names of the tasks, in order."""

@@ -215,7 +215,7 @@ class SelectionReport:
             f"{self.cost}",
         )
         table.add_column("module")
-        for heading in ("shape", f"{self.granularity}s", "chosen", "density", "score share", "agreement"):
+        for heading in ("shape", "units", "chosen", "density", "score share", "agreement"):
             table.add_column(heading, justify="right")
         for m in self.modules:
             numbers = f"{m.units:,}", f"{m.chosen:,}", f"{m.density:.2%}", f"{m.score_share:.1%}"

@@ -14,6 +14,7 @@ from reference import TOLERANCE, relative_error, seeded
 from torch import nn
 from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
+from fggm_peft.core.granularity import Rows
 from fggm_peft.deltas import SparseDelta, apply_deltas, diff
 
 BATCH = token_batches()[0]
@@ -171,3 +172,11 @@ def test_incompatible_models_are_rejected(tmp_path):
     (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ValueError, match="is damaged"):
         diff(base, tmp_path / "shards")
+
+
+def test_a_granularity_that_does_not_fit_a_weight_is_rejected(monkeypatch):
+    base, tuned = llama(), llama()
+    tuned.model.layers[0].mlp.up_proj.weight.data += 1
+    monkeypatch.setattr(Rows, "supports", lambda self, shape: False)
+    with pytest.raises(ValueError, match=r"granularity='row' does not fit model.layers.0.mlp.up_proj, whose weight"):
+        diff(base, tuned, "row")

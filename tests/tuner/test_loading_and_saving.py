@@ -173,7 +173,9 @@ def test_the_model_card_contains_loading_code_and_keeps_the_text_of_its_author(t
     card = ModelCard.load(tmp_path / "README.md")
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     assert code.startswith("import fggm_peft") and "fggm" in card.data.tags and card.data.library_name == "peft"
-    assert "AutoModel.from_pretrained" in code and "8 samples" in card.text and "## Training Details" in card.text
+    assert (
+        "LlamaForCausalLM.from_pretrained" in code and "8 samples" in card.text and "## Training Details" in card.text
+    )
     (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nWritten by hand.\n")
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()

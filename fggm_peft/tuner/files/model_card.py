@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from ...core.fingerprint import sketches_from
@@ -83,7 +84,10 @@ def _is_path(name: str) -> bool:
 
 def _how_to_load(config: FGGMConfig) -> str:
     base = config.base_model_name_or_path or "BASE_MODEL"
-    auto_class = AUTO_CLASSES.get(str(config.task_type).removeprefix("TaskType."), "AutoModel")
+    saved_class = (config.auto_mapping or {}).get("base_model_class")  # PEFT saves it if there is no task type
+    is_known = saved_class is not None and hasattr(transformers, saved_class)
+    default = saved_class if is_known else "AutoModel"
+    auto_class = AUTO_CLASSES.get(str(config.task_type).removeprefix("TaskType."), default)
     revision = f", revision={config.revision!r}" if config.revision else ""
     return f"""\
 ```python

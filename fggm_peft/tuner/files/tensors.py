@@ -82,7 +82,7 @@ class StoredModule:
         k = values.shape[granularity.unit_dim] if values.dim() > granularity.unit_dim else -1
         fits = tuple(values.shape) == granularity.values_shape(shape, k) and 0 <= k <= units
         expected = "expected floating-point values " + str(list(granularity.values_shape(shape, max(k, 0))))
-        problem = f"{expected}, got {describe(values)}, for {units} {granularity}s"
+        problem = f"{expected}, got {describe(values)}, for {units} {granularity.plural}"
         self.require("values", fits and values.is_floating_point(), problem)
         try:
             codec = codec_of(granularity.index_codecs, parts)
