@@ -330,7 +330,9 @@ def sharded_table(results: dict[str, Any]) -> str:
         }
         cells = [str(largest_batch(device * GIB - CONTEXT, peaks) or "–") for device in DEVICES[1:]]
         rows.append([str(devices), gib(standing / devices), gib(2 * measured["block"]), *cells])
-    return rows_of(["devices", "share of what stands", "two blocks", *(f"{d} GiB each" for d in DEVICES[1:])], rows)
+    return rows_of(
+        ["devices", "share of permanent memory", "two blocks", *(f"{d} GiB each" for d in DEVICES[1:])], rows
+    )
 
 
 def operations_table(results: dict[str, Any]) -> str:
