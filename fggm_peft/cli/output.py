@@ -84,10 +84,3 @@ def require_adapter(name: str) -> None:
     else:  # before a base model is loaded
         with from_hub(name, "adapter", FileNotFoundError):
             hf_hub_download(name, ADAPTER_CONFIG)
-
-
-def require_protected(names: Iterable[str] | None) -> None:
-    """Like ``require_adapter``, for the field ``protect`` of a config."""
-    for name in names or []:
-        if name != "history":
-            require_adapter(name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from .options import BaseOptions, BatchSize, DataOptions, Overwrite, SelectionOptions
-from .output import ADAPTER_FILE, Result, file_size, require_free, require_protected
+from .output import ADAPTER_FILE, Result, file_size, require_free
 
 if TYPE_CHECKING:
     from ..selection import SelectionReport
@@ -65,7 +65,6 @@ def run(
     if output is None:
         raise typer.BadParameter("name a folder for the adapter", param_hint="--output")
     require_free(output, overwrite)
-    require_protected(config.protect)
     if plots is not None:
         _require_plots(plots, output, overwrite)
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from .generated import given_options, option_name, options_of
 from .options import BaseOptions, Data, DataOptions, Overwrite, SelectionOptions
-from .output import ADAPTER_FILE, Result, facts_table, file_size, require_adapter, require_free, require_protected
+from .output import ADAPTER_FILE, Result, facts_table, file_size, require_adapter, require_free
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,8 +129,6 @@ def run(
     require_free(output, overwrite or resume)
     if resume:
         config = _resumed_config(output / CHECKPOINTS, selection, config)
-    else:
-        require_protected(config.protect)
     arguments = training.arguments(output / CHECKPOINTS, config.seed)
     tokenizer = base.base().load_tokenizer()
     examples: Any = data_options.examples(data, tokenizer, seed=config.seed)

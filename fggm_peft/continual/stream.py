@@ -20,9 +20,6 @@ from .general import General
 from .settings import Count, FolderName, Positive, Settings, StreamError, path_in_data, suggestions
 from .task import Task
 
-PATH_OPTIONS = ("reference", "protect")
-"""Options of methods whose values may be names of files or folders in the data folder."""
-
 
 class Training(Settings):
     """How every method trains every task.
@@ -83,9 +80,8 @@ class MethodSettings(Settings):
         options = dict(value)
         name, label = options.pop("name", ""), options.pop("label", None)
         options = {**options.pop("settings", {}), **options}
-        for option in PATH_OPTIONS:
-            if option in options:
-                options[option] = _existing_paths(options[option], info)
+        if "reference" in options:  # it may name files or folders in the data folder
+            options["reference"] = _existing_paths(options["reference"], info)
         return {"name": name, "label": name if label is None else label, "settings": options}
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..tuner.files.reading import read_adapter, read_supports
+    from ..tuner.files.reading import read_adapter
     from ..tuner.files.saving import save_adapter
     from .apply import apply_deltas, consolidate, export_merged
     from .arithmetic import compose, prune, subtract
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .verification import Verification, verify
 
 _MODULES = {
-    "..tuner.files.reading": ("read_adapter", "read_supports"),
+    "..tuner.files.reading": ("read_adapter",),
     "..tuner.files.saving": ("save_adapter",),
     ".apply": ("apply_deltas", "consolidate", "export_merged"),
     ".arithmetic": ("compose", "prune", "subtract"),
@@ -51,7 +51,6 @@ __all__ = [
     "overlap",
     "prune",
     "read_adapter",
-    "read_supports",
     "save_adapter",
     "subtract",
     "verify",

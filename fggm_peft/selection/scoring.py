@@ -1,4 +1,4 @@
-"""From statistics to scores, and from scores to a choice: criterion, protection, threshold policy."""
+"""From statistics to scores, and from scores to a choice: criterion, threshold policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..core.statistics import ones
 from ..tuner.config import FGGMConfig
 from ..tuner.support import Choice, choose_supports, criterion_scores
 from ..tuner.target import Targets
-from .protection import Protection
 from .reference import Reference
 from .running_sums import Totals
 
@@ -27,13 +26,11 @@ class Scoring:
     Args:
         targets: all targets of the adapter.
         config: the adapter's config.
-        protection: the entries of earlier deltas.
         reference: what the model should keep, if the criterion uses it.
     """
 
     targets: Targets
     config: FGGMConfig
-    protection: Protection
     reference: Reference | None
 
     def choose(
@@ -72,7 +69,7 @@ class Scoring:
             ranked, names = self._ranked_with(path), criterion.reference
             statistics["reference"] = {name: reference.values(path, name, reference_half) for name in names}
             statistics["reference_mean"] = {name: reference.mean(name, ranked, reference_half) for name in names}
-        return self.protection.applied(path, criterion_scores(target, self.config, **statistics))
+        return criterion_scores(target, self.config, **statistics)
 
     def _ranked_with(self, path: str) -> tuple[str, ...]:
         """The modules that are ranked together with this one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig
 from ..tuner.files.task_scores import TaskRecord, remember
-from ..tuner.settings.selection import require_num_samples, require_protection
+from ..tuner.settings.selection import require_num_samples
 from ..tuner.support import forecast_supports, unwrapped, write_supports
 from ..tuner.target import Targets, find_targets
 from ..version import __version__
@@ -28,7 +28,6 @@ from .data_pass import DataPass
 from .likelihood import LogLikelihood
 from .measure import Measurement, Outcome, unit_entries
 from .processes import Processes, hash_of
-from .protection import Protection, earlier_supports
 from .reference import ReferenceData, find_reference
 from .report import ModuleSelection, SelectionReport
 from .score_memory import group_targets
@@ -42,8 +41,6 @@ def select_parameters(
     num_samples: int | Literal["auto", "config"] | None = "config",
     *,
     reference: ReferenceData = None,
-    protect: Sequence[str] | None = None,
-    protection: float | None = None,
     adapter_name: str | None = None,
     log_likelihood: LogLikelihood | None = None,
     score_memory: int | str | None = None,
@@ -69,10 +66,6 @@ def select_parameters(
             text (batches without labels get their tokens as labels), "self" (text that the model writes itself),
             "history" (the tasks selected on this base model in this process), a file or folder with saved scores, or a
             list of these, which are scaled and added. Each is read up to ``num_samples`` samples.
-        protect: earlier deltas whose entries should not change: folders, Hub ids, names of adapters on the model, or
-            "history".
-        protection: strength of ``protect`` in [0, 1]: 1 excludes the entries, a smaller value multiplies their scores
-            by ``1 - protection``.
         adapter_name: by default the active adapter.
         log_likelihood: a function of (model, batch) that returns the log-likelihood of each sample ``[b]``, summed over
             its answer. By default the one that fits the model: a causal or sequence-to-sequence language model, a
@@ -85,22 +78,18 @@ def select_parameters(
         A report of the selection, which prints as a table.
 
     Raises:
-        AdapterFileError: a delta to protect is damaged or was made for another base.
         AlreadyTrainedError: the adapter has trained values and ``reset`` is False.
         NonFiniteScoreError: a loss or a score is NaN or infinite.
         RuntimeError: another process failed, or has other versions, another config or another model.
         ScoreFileError: saved scores are damaged or do not fit.
         ValueError: no FGGM adapter, a merged adapter, no data, no labels, no reference for a criterion that needs one,
-            fewer units left than the threshold selects, or another bad argument.
+            or another bad argument.
     """
     start = time.perf_counter()
     adapter_name, config = active_adapter(model, adapter_name)
     num_samples = config.num_samples if num_samples == "config" else num_samples
     score_memory = config.score_memory if score_memory is None else score_memory
-    protect = (config.protect if protect is None else protect) or []
-    protection = config.protection if protection is None else protection
     require_num_samples(num_samples)
-    require_protection(protection)
     criterion = CRITERIA[config.criterion]
     if criterion.needs_data and dataloader is None:
         raise ValueError(f"criterion {config.criterion!r} needs data: pass a dataloader to select_parameters")
@@ -109,12 +98,10 @@ def select_parameters(
     with _without_compiling():
         targets = _checked_targets(task, adapter_name, reset)
         with task.processes.together("select_parameters"):
-            guard = Protection(targets, protection, earlier_supports(model, config, adapter_name, protect))
-            guard.require_enough(config)
             against = find_reference(reference, targets, task)
         references = {"the number of references": len(against.measured) if against else 0}
         task.processes.require_same("their setting", references, "Give every process a dataloader of each reference.")
-        measurement = Measurement(Scoring(targets, config, guard, against), num_samples)
+        measurement = Measurement(Scoring(targets, config, against), num_samples)
         if criterion.needs_data:
             outcome = measurement.from_data(task, group_targets(targets, config, task, against, score_memory))
         else:
@@ -173,7 +160,7 @@ def _write(task: DataPass, targets: Targets, outcome: Outcome, start: float) -> 
     task.processes.require_same("what they selected", same, "Please report this; nothing has been changed.")
     write_supports(targets, config, outcome.choices)
     base = config.base_model_name_or_path or ""
-    record = TaskRecord(config.granularity.to_dict(), outcome.samples, base, outcome.scores, supports)
+    record = TaskRecord(config.granularity.to_dict(), outcome.samples, base, outcome.scores)
     remember(unwrapped(task.model), config, record)
     report = _report(targets, config, outcome, record, time.perf_counter() - start)
     config.selection = report.summary()

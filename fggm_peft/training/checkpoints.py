@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..selection.protection import supports_in_file
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.files.saving import as_trained
@@ -67,15 +65,14 @@ def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
                 continue
             config.selection = json.loads((folder / CONFIG_NAME).read_text()).get("selection")
             if config.selection is not None and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-                remember(unwrapped(model), config, _record(model, config, folder))
+                remember(unwrapped(model), config, _record(config, folder))
 
 
-def _record(model: nn.Module, config: FGGMConfig, folder: Path) -> TaskRecord:
-    supports = {module: indices for module, (_, indices) in supports_in_file(model, str(folder))}
+def _record(config: FGGMConfig, folder: Path) -> TaskRecord:
     if (folder / SCORES_FILE).exists():
-        return replace(load_record(folder), supports=supports)
+        return load_record(folder)
     samples = (config.selection or {}).get("samples", 0)
-    return TaskRecord(config.granularity.to_dict(), samples, config.base_model_name_or_path or "", {}, supports)
+    return TaskRecord(config.granularity.to_dict(), samples, config.base_model_name_or_path or "", {})
 
 
 def load_before_sharding_(model: Any, checkpoint: Path) -> None:

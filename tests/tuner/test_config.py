@@ -42,7 +42,6 @@ BAD = [
     ({"bias": "fggm_only", "granularity": "column"}, "bias='fggm_only'.*granularity='row'.*got granularity='column'"),
     *[({"seed": v}, rf"seed must be an integer in \[0, 2\*\*63\), got {v!r}") for v in (-1, 2**63, 1.5, True, None)],
     ({"criterion": "gain_per_harm", "reference": 3}, "reference must be a name or a path, or a list of them, got 3"),
-    ({"protect": [1]}, r"protect must be a name or a path, or a list of them, got \[1\]"),
     ({"layers_pattern": "h"}, "`layers_pattern`.*`layers_to_transform` must also"),
     ({"target_modules": ".*q", "layers_to_transform": [0]}, "`layers_to_transform`.*`target_modules` is a str"),
 ]
@@ -139,8 +138,6 @@ def test_all_other_fields_survive_saving(name, tmp_path):
         granularity=name,
         criterion="gain_per_harm",
         reference=["self", "history", "first"],
-        protect=["first"],
-        protection=0.5,
         save_scores=True,
         fisher_labels="model",
         seed=2**63 - 1,

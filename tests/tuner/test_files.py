@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fggm_peft import AdapterFileError, FGGMConfig
 from fggm_peft.core.granularity import granularity_from
-from fggm_peft.deltas import read_adapter, read_supports, save_adapter, verify
+from fggm_peft.deltas import read_adapter, save_adapter, verify
 from fggm_peft.tuner.files.saving import UntrainedAdapterWarning
 from fggm_peft.tuner.files.tensors import MAX_HEADER_BYTES
 
@@ -51,8 +51,6 @@ def test_reading_restores_the_trained_deltas(granularity, tmp_path):
         assert deltas[name]["indices"].dtype == torch.int32
         assert torch.equal(deltas[name]["values"], layer.fggm_values["default"])
         assert ("bias" in deltas[name]) == ("default" in layer.fggm_bias)
-    supports = read_supports(tmp_path)[1]
-    assert all(torch.equal(supports[name], deltas[name]["indices"]) for name in layers)
 
 
 def test_tensors_of_other_modules_are_reported_and_unknown_tensors_are_rejected(tmp_path):

@@ -13,14 +13,13 @@ from command_line import fail, succeed
 from example_deltas import adapter
 from hub_stand_in import TOKEN
 from huggingface_hub import ModelCard
-from models import adapted, fggm_layers, logits, text_model, token_batches
+from models import fggm_layers, logits, text_model, token_batches
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from fggm_peft import AdapterFileError, BaseMismatchError, FGGMConfig, Ledger, overlap, select_parameters
+from fggm_peft import AdapterFileError, BaseMismatchError, FGGMConfig, Ledger, overlap
 from fggm_peft.deltas import SparseDelta, read_adapter, verify
-from fggm_peft.selection.protection import supports_in_file
 
 BATCH = token_batches((3,))[0]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -160,13 +159,8 @@ def test_deltas_can_be_compared_verified_and_inspected_by_id(hub, base):
     assert succeed("overlap", "me/a", "me/b")["jaccard"] == result.matrix("jaccard")
 
 
-def test_an_adapter_on_the_hub_can_be_protected_and_added_to_a_ledger(hub, tmp_path):
+def test_an_adapter_on_the_hub_can_be_added_to_a_ledger(hub, tmp_path):
     earlier = pushed("me/earlier")
-    supports = dict(supports_in_file(text_model(), "me/earlier"))
-    later = adapted(text_model(), "row", density=0.2, target_modules=["q_proj", "v_proj", "down_proj"])
-    select_parameters(later, token_batches(), protect=["me/earlier"], protection=1.0, progress=False)
-    for path, layer in fggm_layers(later, "default").items():
-        assert not set(layer.fggm_indices["default"].tolist()) & set(supports[path][1].tolist())
     ledger = Ledger(tmp_path / "ledger")
     ledger.add("earlier", "me/earlier")
     model = text_model()

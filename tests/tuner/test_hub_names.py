@@ -16,8 +16,6 @@ from fggm_peft.tuner.files.hub import may_be_hub_id
 
 PATHS = ["./nothere", "../nothere", "~/nothere", "/nothere", "a/b/nothere", "a b/nothere", "runs/nothere/"]
 COMMANDS = {
-    "select": ["model", "--data", "data", "--output", "out", "--protect", "{}"],
-    "train": ["model", "--data", "data", "--output", "out", "--protect", "{}"],
     "inspect": ["{}"],
     "verify": ["{}"],
     "overlap": ["{}", "{}"],

@@ -25,33 +25,24 @@ class FGGM(PeftMethod):
     """FGGM (arXiv 2601.18261): each task trains the units with the highest Fisher information on its data.
 
     The units are selected when ``train()`` begins; the sparse delta is saved and merged when the task ends. The scores
-    of each task are saved in its folder. The method stores scores and supports for ``reference: history`` and
-    ``protect_earlier`` in later tasks, also when a run is resumed.
+    of each task are saved in its folder. The method stores them for ``reference: history`` in later tasks, also when a
+    run is resumed.
 
     Args:
         first_task_masked: False trains all weights in the first task, in which only the base model can be forgotten.
-        protect_earlier: how strongly the units of earlier tasks are protected, in [0, 1]; 1 forbids them. It sets
-            ``protection`` of the config, with ``protect: [history]``.
     """
 
     config_class = FGGMConfig
     first_task_masked: bool = True
-    protect_earlier: float = 0.0
     _history: list[TaskRecord] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.protect_earlier and "protect" in self.config:
-            raise ValueError("protect_earlier sets protect to [history]; give only one of them")
-        self.make_config(1)  # checks protect_earlier
         config: Any = self.make_config(0)
         require_reference(config.criterion, config.reference)  # a stream cannot pass reference data later
 
     def defaults(self, number):
-        defaults = {**super().defaults(number), "seed": self.task_seed(number), "save_scores": True}
-        if self.protect_earlier and number:
-            defaults |= {"protect": ["history"], "protection": self.protect_earlier}
-        return defaults
+        return {**super().defaults(number), "seed": self.task_seed(number), "save_scores": True}
 
     def is_masked(self, number: int) -> bool:
         """Whether only selected units train in task ``number``."""
@@ -79,16 +70,15 @@ class FGGM(PeftMethod):
         for number, record in enumerate(self._history):
             state[f"{number}/samples/{json.dumps(record.granularity)}"] = torch.tensor(record.samples)
             state |= {f"{number}/scores/{name}": tensor for name, tensor in record.tensors().items()}
-            state |= {f"{number}/support/{name}": indices for name, indices in record.supports.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         records: dict[int, dict[str, dict[str, Tensor]]] = {}
         for key, tensor in state.items():
             number, kind, name = key.split("/", 2)
-            records.setdefault(int(number), {"scores": {}, "support": {}, "samples": {}})[kind][name] = tensor
+            records.setdefault(int(number), {"scores": {}, "samples": {}})[kind][name] = tensor
         self._history = []
         for _, parts in sorted(records.items()):
             ((granularity, samples),) = parts["samples"].items()
             scores = scores_from(parts["scores"], "the state of a run")
-            self._history.append(TaskRecord(json.loads(granularity), int(samples), "", scores, parts["support"]))
+            self._history.append(TaskRecord(json.loads(granularity), int(samples), "", scores))

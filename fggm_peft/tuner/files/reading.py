@@ -77,23 +77,6 @@ def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
     return AdapterContents(config, file, deltas, shapes, others)
 
 
-def read_supports(
-    adapter: str | Path, model: nn.Module | None = None, **hub: Any
-) -> tuple[FGGMConfig, dict[str, Tensor]]:
-    """Read only the supports of an adapter: the config, and module path -> indices.
-
-    Args:
-        model: the base model. If given, its layers must have the shapes that the adapter was made for.
-    """
-    config, file = find_adapter(adapter, **hub)
-    with opened(file) as tensors:
-        modules = read_modules(tensors, file, only_shapes_of=("values", "bias"))
-    shapes = _shapes(config, modules, file)
-    if model is not None:
-        adapted_layers(model, shapes, str(adapter))
-    return config, {path: stored.support(config.granularity, shapes[path]) for path, stored in modules.items()}
-
-
 def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
     """Raise for a tensor that is neither part of a delta nor one that PEFT adds to a file."""
     parts = key.split(".")

@@ -1,4 +1,4 @@
-"""The record of a finished task: the statistics of its data, and the units that were allowed to change.
+"""The record of a finished task: the statistics of its data.
 
 ``select_parameters`` adds a record of each selection to the list ``fggm_history`` on the base model, where it survives
 ``merge_and_unload``. The statistics can be saved. Statistics of single elements are stored as row sums and column sums,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +36,19 @@ StoredScores = tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class TaskRecord:
-    """The scores and supports of one task.
+    """The scores of one task.
 
     Args:
-        granularity: JSON form of the granularity of the scores and supports.
+        granularity: JSON form of the granularity of the scores.
         samples: number of samples that the scores are averaged over.
         base: name or path of the base model.
         scores: statistic -> module path -> stored scores.
-        supports: module path -> ``[k]`` units that were allowed to change. Not saved to a file.
     """
 
     granularity: str | dict[str, Any]
     samples: int
     base: str
     scores: Mapping[str, Mapping[str, StoredScores]]
-    supports: Mapping[str, Tensor] = field(default_factory=dict)
 
     def values(self, statistic: str, module: str, granularity: Granularity, shape: Shape) -> Tensor:
         """A statistic of one module for units of ``granularity``, on the CPU; raises what ``require`` raises."""

@@ -12,7 +12,7 @@ from ...core.criteria import CRITERIA
 from ...core.granularity import Granularity, granularity_from
 from ...core.registry import require_one_of
 from ...core.statistics import STATISTICS
-from .fields import is_integer, is_number, setting, written
+from .fields import is_integer, setting, written
 
 
 @dataclass
@@ -38,16 +38,6 @@ class SelectionSettings:
         "writes itself), 'history' (scores of the tasks selected on this model in this process), a file or folder with "
         "saved scores of an earlier task, or a list of these. `select_parameters(reference=...)` also accepts a "
         "dataloader of general text, and trainers accept the path of a text file (.txt).",
-    )
-    protect: Optional[list[str]] = setting(
-        None,
-        "Earlier deltas whose entries should not change: folders, Hub ids, or 'history' (the tasks selected on this "
-        "model in this process). `select_parameters` then chooses the support, whatever the criterion.",
-    )
-    protection: float = setting(
-        1.0,
-        "Strength of `protect` in [0, 1]. 1 excludes the protected entries; a smaller value multiplies their scores by "
-        "1 - protection. The score of a unit that overlaps them in part is scaled by its share.",
     )
     fisher_labels: Literal["data", "model"] = setting(
         "data",
@@ -78,7 +68,7 @@ class SelectionSettings:
     @property
     def is_chosen_without_data(self) -> bool:
         """Whether the support is chosen when the adapter is created, without ``select_parameters``."""
-        return not CRITERIA[self.criterion].needs_data and not self.protect
+        return not CRITERIA[self.criterion].needs_data
 
     def _check_selection(self) -> None:
         self.granularity = granularity_from(self.granularity)
@@ -88,9 +78,7 @@ class SelectionSettings:
             raise ValueError(
                 f"criterion {self.criterion!r} requires granularity={kind!r}, got granularity='{self.granularity}'"
             )
-        self.protect = _names("protect", self.protect)
-        check_reference(self.criterion, _names("reference", self.reference) or [])
-        require_protection(self.protection)
+        check_reference(self.criterion, _reference_names(self.reference))
         require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
         self._check_estimate()
         if not is_integer(self.seed, 0) or self.seed >= 2**63:
@@ -133,26 +121,17 @@ def require_reference(criterion: str, reference: Any) -> None:
         )
 
 
-def _names(field_name: str, value: Any) -> list[str] | None:
-    """A name or a list of names as a list."""
-    names = [value] if isinstance(value, str) else value
-    if names is None:
-        return None
+def _reference_names(value: Any) -> Sequence[str]:
+    names = [value] if isinstance(value, str) else value or []
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{field_name} must be a name or a path, or a list of them, got {value!r}")
-    return list(names)
+        raise ValueError(f"reference must be a name or a path, or a list of them, got {value!r}")
+    return names
 
 
 def require_num_samples(value: Any) -> None:
     """Raise ``ValueError`` unless the value is a legal ``num_samples``."""
     if not (is_integer(value, 2) or value is None or value == "auto"):
         raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {value!r}")
-
-
-def require_protection(value: Any) -> None:
-    """Raise ``ValueError`` unless the value is a legal ``protection``."""
-    if not is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"protection must be in [0, 1], got {value!r}")
 
 
 def size_in_bytes(value: int | str) -> int:
