@@ -186,7 +186,6 @@ def _metrics(
     general = result["general"] or {}
     if general.get("change") is not None:  # PEFT's tools treat a missing key as "not measured"
         last["forgetting"] = general["change"]
-    last |= {f"{name} change": task["change"] for name, task in general.get("tasks", {}).items()}
     return [*metrics, last]
 
 

@@ -55,7 +55,7 @@ def result_of(
         "R": rows,
         "zero_shot": zero_shot,
         **measures,
-        "general": general_change([entry["general"] for entry in entries]),
+        "general": general_change([entry["general_loss"] for entry in entries]),
         "gate": [event for entry in after for event in entry.get("gate", [])] or None,
         "cut": dict(truncated) or None,
         "cost": _cost(entries),

@@ -20,9 +20,8 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from ..training import last_complete_checkpoint, this_process, written_answers
+from ..training import last_complete_checkpoint, score_answers, this_process, written_answers
 from ..tuner.files import digest_of_folder, write_json
-from .general import GeneralAbility
 from .memory import peak_memory, reset_peak_memory
 from .methods import Method, make_method
 from .metrics import task_score
@@ -77,7 +76,7 @@ class Runner:
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.batch_size = stream.training.evaluation_batch_size or stream.training.batch_size
-        self.ability = GeneralAbility(stream.general, tokenizer, self.batch_size)
+        self.text = None if stream.general is None else stream.general.examples(tokenizer)
         reset_peak_memory()
 
     def result(self) -> dict[str, Any]:
@@ -115,16 +114,16 @@ class Runner:
     ) -> tuple[Method, nn.Module, dict[str, Any]]:
         """Train, evaluate and apply the gate; the entry describes the model after the gate."""
         gate, (name, tasks) = self.stream.gate, lessons[number]
-        is_last = number == len(lessons) - 1
-        count = len(self.tasks) if is_last else number + 2  # for the forward transfer also the next task
+        # for the forward transfer also the next task
+        count = len(self.tasks) if number == len(lessons) - 1 else number + 2
         model, entry = self._train(model, method, number, name, tasks)
-        entry |= self._evaluate(model, count, between_tasks=not is_last)
+        entry |= self._evaluate(model, count)
         violations = [] if gate is None else gate.violations(learned(entries), entry["scores"])
         if gate is not None and violations:
             if gate.action == "rollback":
                 method, model, _ = self._load_state()
                 entry |= {"parameters": 0, "bytes": 0, "digest": None}
-                entry |= self._evaluate(model, count, between_tasks=not is_last)
+                entry |= self._evaluate(model, count)
             action = {"stop": "stopped", "rollback": "rolled back"}[gate.action]
             entry["gate"] = [{"task": name, **violation, "action": action} for violation in violations]
         return method, model, entry
@@ -193,16 +192,17 @@ class Runner:
             use_cpu=this_process().device.type == "cpu",
         )
 
-    def _evaluate(self, model: nn.Module, count: int, between_tasks: bool = False) -> dict[str, Any]:
-        """Scores on the first ``count`` tasks, and general ability. Training is not affected."""
+    def _evaluate(self, model: nn.Module, count: int) -> dict[str, Any]:
+        """Scores on the first ``count`` tasks, and the loss on general text. Training is not affected."""
         start = time.perf_counter()
         training, device = model.training, this_process().device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
         with torch.random.fork_rng(), autocast:
             scores = {self.tasks[position].name: self._score(model, position) for position in range(count)}
-            general = self.ability.measure(model, between_tasks)
+            text = None if self.text is None else score_answers(model, self.text, self.batch_size, "General text")
         model.train(training)
-        return {"scores": scores, "general": general, "evaluation_seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return {"scores": scores, "general_loss": text and text.loss, "evaluation_seconds": seconds}
 
     def _score(self, model: nn.Module, position: int) -> float:
         task, examples = self.tasks[position], self.tests[position]

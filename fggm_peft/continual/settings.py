@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -132,10 +132,5 @@ def _class_in(annotation: Any) -> Any:
 
 def suggestions(name: str, legal: Sequence[str]) -> str:
     """The legal names, and the one that is most similar to an unknown name."""
-    return f"legal are {', '.join(legal)}{did_you_mean(name, legal)}"
-
-
-def did_you_mean(name: str, legal: Iterable[str]) -> str:
-    """A question with the most similar legal name; empty without one."""
-    nearest = difflib.get_close_matches(name, list(legal), n=1)
-    return f". Did you mean {nearest[0]!r}?" if nearest else ""
+    nearest = difflib.get_close_matches(name, legal, n=1)
+    return f"legal are {', '.join(legal)}" + (f". Did you mean {nearest[0]!r}?" if nearest else "")

@@ -289,9 +289,7 @@ def test_a_report_is_written_if_parts_are_missing(runs, tmp_path):
 
 def test_optional_parts_are_shown():
     gate = [{"task": "two", "earlier": "one", "score": 0.4, "needed": 0.45, "action": "rolled <b>back"}]
-    tasks = {"arc": {"base": 0.5, "final": 0.25, "change": -0.25}}
-    text = page_of(report_of([run(gate=gate, general={**general(0.1), "tasks": tasks}), run("b")]))
-    assert "rolled &lt;b&gt;back" in text and "<span>arc</span>" in text and "\u22120.250" in text
+    assert "rolled &lt;b&gt;back" in page_of(report_of([run(gate=gate), run("b")]))
 
 
 def test_markdown_cells_cannot_break_their_table(tmp_path):

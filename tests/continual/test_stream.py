@@ -185,7 +185,7 @@ WRONG = {
         {"tasks": [{"name": "a", "path": {"tset": "data/code.jsonl"}}]},
         r"path\.tset: must be 'train', 'eval' or 'test', got 'tset'",
     ),
-    "a missing text": ({"general": {"text": "none.txt"}}, "general: text: no file .*none.txt"),
+    "a missing text": ({"general": {"text": "none.txt"}}, r"general\.text: no file .*none.txt"),
     "a missing model folder": ({"model": "./none"}, "model: no folder .*none"),
     "an unknown metric": (
         {"tasks": [{"name": "a", "path": "data/intent", "metric": "./rouge"}]},

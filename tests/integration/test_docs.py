@@ -243,11 +243,6 @@ def test_the_stream_files_in_the_docs_are_valid(tmp_path):
     assert [method.label for method in sequence.methods] == ["fggm", "sft", "fggm-5%"]
     assert len(sequence.task_orders()) == 3
 
-    general = re.search(r"```yaml\n(general:.*?)```", (ROOT / "docs" / "sequence.md").read_text(), re.DOTALL)[1]
-    (tmp_path / "stream.yaml").write_text(stream.partition("general:")[0] + general)
-    (tmp_path / "my_tasks").mkdir()
-    assert read_stream(tmp_path / "stream.yaml").general.lm_eval == ("hellaswag", "arc_easy", "mmlu")
-
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_the_targets_of_local_links_exist(page):

@@ -26,7 +26,6 @@ def markdown_of(report: Mapping[str, Any]) -> str:
         *([f"## Paired differences\n\n{INTERVALS}"] if differences else []),
         *(_section(table, level=3) for table in differences),
         *map(_section, tables.pareto_tables(report)),
-        *map(_section, tables.general_task_tables(report)),
         *map(_section, tables.gate_tables(report)),
         _section(tables.cost_table(report)),
         f"## Formulas\n\n{NOTATION}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .contents import COMPARED, FRONTS, HEADINGS, best_entries, best_runs, summary_of
+from .contents import COMPARED, FRONTS, HEADINGS, best_entries, best_runs
 
 Report = Mapping[str, Any]
 PHASES = ("selection", "training", "evaluation")
@@ -90,19 +90,6 @@ def pareto_tables(report: Report) -> list[Table]:
             title, cost = FRONTS[name]
             tables.append(Table(f"Pareto front: {title}", [*POINT, "learned", cost], rows))
     return tables
-
-
-def general_task_tables(report: Report) -> list[Table]:
-    """Scores of the best points on tasks of general ability, before and after; empty if no run has them."""
-    rows = []
-    for label, members in best_runs(report).items():
-        runs = [(run.get("general") or {}).get("tasks") or {} for run in members]
-        for task in dict.fromkeys(task for run in runs for task in run):
-            scores = [run[task] for run in runs if task in run]
-            figures = [summary_of(score.get(key) for score in scores) for key in ("base", "final", "change")]
-            rows.append([label, task, str(len(scores)), *map(shown, figures)])
-    headings = ["method", "task", "runs", "before", "after", "change"]
-    return [Table("General ability", headings, rows, names=2, note=OVER_RUNS)] if rows else []
 
 
 def gate_tables(report: Report) -> list[Table]:
