@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from models import byte_tokenizer, text_model
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from fggm_peft.continual.methods import Method
 
 METHODS = ["fggm", "sft", "frozen", "multitask", {"name": "lora", "label": "lora-r2", "r": 2}]
 MEASURED = ("selection_seconds", "training_seconds", "evaluation_seconds", "peak_memory")
@@ -41,3 +46,10 @@ def settings(folder, **fields):
 def without_times(result: dict) -> dict:
     """The result without times and memory, which differ between runs."""
     return {**result, "cost": {name: value for name, value in result["cost"].items() if name not in MEASURED}}
+
+
+def state(model: nn.Module, method: Method) -> dict[str, Tensor]:
+    """Copies of the tensors of the model and of the method's memory by name."""
+    leaves, _ = tree_flatten_with_path(method.memory)
+    own = {f"method{keystr(path)}": torch.as_tensor(leaf) for path, leaf in leaves if not isinstance(leaf, str)}
+    return {name: tensor.detach().clone() for name, tensor in {**model.state_dict(), **own}.items()}

@@ -208,7 +208,7 @@ def _peft_config(method: Method, run: Run, model: str) -> dict[str, Any] | None:
         return None
     if not isinstance(method, PeftMethod):
         return {"peft_type": method.name.upper(), **run.method.settings}
-    config = method.make_config(0).to_dict() | {"base_model_name_or_path": model}
+    config = method.make_config().to_dict() | {"base_model_name_or_path": model}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 

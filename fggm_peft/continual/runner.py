@@ -137,12 +137,13 @@ class Runner:
         entry: dict[str, Any] = {"task": name} | dict.fromkeys(("seconds", "selection_seconds"), 0.0)
         entry |= dict.fromkeys(("parameters", "bytes", "steps", "examples"), 0)
         trainer: Any = None
-        model = method.begin_task(model, number, examples)
+        method.number = number
+        model = method.begin_task(model, examples)
         if method.trains:
             start = time.perf_counter()
             trainer = method.trainer(
                 model=model,
-                args=self._arguments(tasks[0], method, number, folder / "checkpoints"),
+                args=self._arguments(tasks[0], method.task_seed, folder / "checkpoints"),
                 train_dataset=examples,
                 data_collator=DataCollatorForSeq2Seq(self.tokenizer),
             )
@@ -158,7 +159,7 @@ class Runner:
             }
         shutil.rmtree(folder, ignore_errors=True)  # files of an interrupted attempt, and the checkpoints
         folder.mkdir(parents=True)
-        model = method.end_task(model, number, trainer, folder)
+        model = method.end_task(model, trainer, folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
         entry["bytes"] = sum(file.stat().st_size for file in files)
         entry["digest"] = digest_of_folder(folder) if files else None
@@ -167,7 +168,7 @@ class Runner:
     def _task_folder(self, number: int, name: str) -> Path:
         return self.folder / "tasks" / f"{number}-{name}"
 
-    def _arguments(self, task: Task, method: Method, number: int, folder: Path) -> TrainingArguments:
+    def _arguments(self, task: Task, seed: int, folder: Path) -> TrainingArguments:
         """The same for every method; the seed, and thus the order of the data, differs from task to task."""
         training = self.stream.training_of(task)
         return TrainingArguments(
@@ -182,7 +183,7 @@ class Runner:
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             bf16=training.bf16,
-            seed=method.task_seed(number),
+            seed=seed,
             save_strategy="no" if self.checkpoint_steps is None else "steps",
             save_steps=self.checkpoint_steps or 500,
             save_total_limit=1,
@@ -212,7 +213,7 @@ class Runner:
     def _save_state(self, model: nn.Module, method: Method, entries: Entries) -> None:
         """Save the state, which contains the entries, before ``tasks.json``: a kill between them is harmless."""
         entries[-1]["peak_memory"] = peak_memory()  # of this process; a resumed run has several
-        state = {"model": model.state_dict(), "method": method.state_dict(), "entries": json.dumps(entries)}
+        state = {"model": model.state_dict(), "method": method.memory, "entries": json.dumps(entries)}
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "state.pt.partial"
         try:
@@ -233,7 +234,7 @@ class Runner:
             return method, model, []
         state = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
-        method.load_state_dict(state["method"])
+        method.memory = state["method"]
         return method, model, json.loads(state["entries"])
 
 

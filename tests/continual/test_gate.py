@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from streams import settings, write_stream
+from streams import settings, state, write_stream
 from typer.testing import CliRunner
 
 from fggm_peft.cli import app
@@ -60,8 +60,7 @@ def test_a_rolled_back_task_leaves_model_and_method_bit_exact(method, folder, tm
     keep = Runner._save_state
 
     def remembered(self, model, method, ledger):
-        state = {**model.state_dict(), **method.state_dict()}
-        states[ledger[-1]["task"]] = {name: value.clone() for name, value in state.items()}
+        states[ledger[-1]["task"]] = state(model, method)
         keep(self, model, method, ledger)
 
     monkeypatch.setattr(Runner, "_save_state", remembered)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +11,14 @@ import pytest
 import torch
 from models import gpt2, llama
 from peft import PeftModel
+from streams import state
 from torch import Tensor, nn
 from torch.func import functional_call
 from trainers import arguments, examples, losses
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from fggm_peft.continual.methods import METHODS, make_method
-from fggm_peft.continual.methods.gradients import linear_layers
-from fggm_peft.continual.methods.method import Method
+from fggm_peft.continual.methods.method import Method, linear_layers
 from fggm_peft.continual.methods.migu import largest_features
 from fggm_peft.continual.methods.o_lora import lora_a
 from fggm_peft.continual.methods.peft_method import PeftMethod
@@ -47,27 +46,27 @@ def _cheap_collection():
     gc.unfreeze()
 
 
+def begin(method: Method, model: nn.Module, number: int, data) -> nn.Module:
+    method.number = number
+    return method.begin_task(model, data)
+
+
 def learn(
     method: Method, model: nn.Module, number: int, folder: Path, callbacks=(), data=None, **settings
 ) -> tuple[nn.Module, Trainer | None]:
     """Train one task as the runner does."""
     data = data or examples(seed=number)
-    model = method.begin_task(model, number, data)
+    model = begin(method, model, number, data)
     trainer = None
     if method.trains:
         args = arguments(folder / "trainer", **{"lr_scheduler_type": "linear", **settings})
         trainer = method.trainer(model=model, args=args, train_dataset=data, callbacks=list(callbacks))
         trainer.train()
-    return method.end_task(model, number, trainer, folder / str(number)), trainer
+    return method.end_task(model, trainer, folder / str(number)), trainer
 
 
 def structure(model: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(module)) for name, module in model.named_modules()]
-
-
-def state(model: nn.Module, method: Method) -> dict[str, Tensor]:
-    own = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
-    return {name: tensor.detach().clone() for name, tensor in {**model.state_dict(), **own}.items()}
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -93,6 +92,9 @@ def two_tasks(name: str, options: dict, folder: Path, seed: int = 3) -> Run:
         model, _ = learn(method, model, number, folder)
         structures.append(structure(model))
         states.append(state(model, method))
+        if number == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"model": model.state_dict(), "memory": method.memory}, folder / "between.pt")
     return Run(method, structures, states, sum(len(module._forward_hooks) for module in model.modules()))
 
 
@@ -105,12 +107,11 @@ def test_a_method_is_reproducible_and_resumes_bit_exactly(name, options, tmp_pat
     torch.manual_seed(99)  # results must not depend on earlier random numbers
     assert_same_bits(two_tasks(name, options, tmp_path / "again").states[2], run.states[2])
 
-    torch.save(run.states[1], tmp_path / "between.pt")
-    saved = torch.load(tmp_path / "between.pt")
     method = make_method(name, **options)
     model = method.prepare(llama(), 3)
-    model.load_state_dict({key: tensor for key, tensor in saved.items() if not key.startswith("method.")})
-    method.load_state_dict({key[7:]: tensor for key, tensor in saved.items() if key.startswith("method.")})
+    saved = torch.load(tmp_path / "first" / "between.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    method.memory = saved["memory"]
     model, _ = learn(method, model, 1, tmp_path / "resumed")
     assert_same_bits(state(model, method), run.states[2])
 
@@ -151,7 +152,7 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
     method = make_method("ewc")
     model, _ = learn(method, gpt2(), 0, tmp_path)
     fisher = per_sample_fisher(model, examples(seed=0))
-    torch.testing.assert_close(method.state_dict()[f"{name}.weight"], fisher[f"{name}.weight"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(method.memory[f"{name}.weight"], fisher[f"{name}.weight"], rtol=1e-4, atol=1e-7)
 
 
 # Names and options ------------------------------------------------------------------------------
@@ -180,14 +181,8 @@ def test_an_unknown_name_or_option_raises_an_error_with_the_valid_ones(name, opt
 
 def test_options_of_the_adapter_are_options_of_the_method():
     method = make_method("fggm", density=0.1, granularity="column", seed=5, first_task_masked=False)
-    config = method.make_config(1)
+    config = method.make_config()
     assert (config.density, str(config.granularity), config.seed) == (0.1, "column", 5)
-    assert make_method("fggm", config={"density": 0.1}, granularity="column").make_config(0).density == 0.1
-
-
-def test_a_stateless_method_rejects_a_state():
-    with pytest.raises(ValueError, match="has no state"):
-        make_method("sft").load_state_dict({"x": torch.zeros(1)})
 
 
 def test_the_classes_declare_what_the_runner_needs():
@@ -202,7 +197,7 @@ def test_full_fine_tuning_rejects_integer_weights():
     with pytest.raises(
         ValueError, match=r"needs a dense model, and model\.layers\.0\.mlp\.up_proj\.weight is torch\.int8"
     ):
-        make_method("sft").begin_task(model, 0, examples())
+        make_method("sft").begin_task(model, examples())
 
 
 # Comparison with plain loops ---------------------------------------------------------------------
@@ -242,7 +237,7 @@ def plain_loop(parameters: dict[str, nn.Parameter], loss_of, batches, lr=1e-2, w
 @pytest.mark.parametrize("name", ["sft", "lora"])
 def test_training_agrees_with_a_plain_loop(name, tmp_path):
     method = make_method(name, **OPTIONS.get(name, {}))
-    model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+    model = begin(method, method.prepare(llama(), 0), 0, examples())
     twin = copy.deepcopy(model).train()
     recorder = Recorder(model)
     args = arguments(tmp_path, lr_scheduler_type="linear", weight_decay=0.1)
@@ -258,7 +253,7 @@ def test_training_agrees_with_a_plain_loop(name, tmp_path):
 @pytest.mark.parametrize("granularity", MASKED)
 def test_fggm_agrees_with_a_plain_loop_over_dense_deltas_with_masked_gradients(granularity, tmp_path):
     method = make_method("fggm", granularity=granularity)
-    model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+    model = begin(method, method.prepare(llama(), 0), 0, examples())
     recorder = Recorder(model)
     args = arguments(tmp_path, lr_scheduler_type="linear", weight_decay=0.1)
     trainer = method.trainer(model=model, args=args, train_dataset=examples())
@@ -275,7 +270,7 @@ def test_fggm_agrees_with_a_plain_loop_over_dense_deltas_with_masked_gradients(g
 
     expected = plain_loop(deltas, loss_of, recorder.batches)
     assert losses(trainer) == pytest.approx(expected, abs=1e-4)
-    merged = method.end_task(model, 0, trainer, None)
+    merged = method.end_task(model, trainer, None)
     for name, delta in deltas.items():  # each step moves an entry by about 1e-2, of the tiniest gradients by rounding
         torch.testing.assert_close(merged.get_parameter(name), base.get_parameter(name) + delta, rtol=1e-4, atol=1e-4)
 
@@ -305,22 +300,22 @@ def test_weight_decay_does_not_change_frozen_entries(granularity, tmp_path):
     model, trainer = learn(method, method.prepare(llama(), 0), 0, tmp_path, weight_decay=0.5, max_steps=6)
     start = llama()
     targeted = {f"{name}.weight" for name in linear_layers(start)}
-    assert set(trainer.frozen) == targeted
+    assert set(method.frozen) == targeted
     for name, parameter in start.named_parameters():
         moved = model.get_parameter(name) != parameter
-        assert not (moved & trainer.frozen[name]).any() if name in targeted else not moved.any()
+        assert not (moved & method.frozen[name]).any() if name in targeted else not moved.any()
         if name in targeted:
-            assert moved.sum() > 0.9 * (~trainer.frozen[name]).sum()
+            assert moved.sum() > 0.9 * (~method.frozen[name]).sum()
             moments = trainer.optimizer.state[model.get_parameter(name)]
-            assert not moments["exp_avg"][trainer.frozen[name]].any()
-            assert not moments["exp_avg_sq"][trainer.frozen[name]].any()
+            assert not moments["exp_avg"][method.frozen[name]].any()
+            assert not moments["exp_avg_sq"][method.frozen[name]].any()
 
 
 def test_selected_entries_decay_as_in_adamw(tmp_path):
     method = make_method("sft_masked")
-    model, trainer = learn(method, method.prepare(llama(), 0), 0, tmp_path, max_steps=1)
+    model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path, max_steps=1)
     decayed, _ = learn(make_method("sft_masked"), llama(), 0, tmp_path, max_steps=1, weight_decay=0.5)
-    for name, frozen in trainer.frozen.items():
+    for name, frozen in method.frozen.items():
         expected = model.get_parameter(name) - 1e-2 * 0.5 * llama().get_parameter(name) * ~frozen
         torch.testing.assert_close(decayed.get_parameter(name), expected)
 
@@ -355,7 +350,7 @@ def mean_loss(model: nn.Module, batches) -> Tensor:
 @pytest.mark.parametrize("threshold", [0.7, 0.0])
 def test_migu_keeps_the_gradients_of_the_features_with_the_largest_outputs(threshold, tmp_path):
     method = make_method("migu", threshold=threshold)
-    model = method.begin_task(method.prepare(llama(attention_bias=True), 0), 0, examples())
+    model = begin(method, method.prepare(llama(attention_bias=True), 0), 0, examples())
     for layer in model.model.layers:
         nn.init.normal_(layer.self_attn.q_proj.bias)
     twin = copy.deepcopy(model).train()
@@ -405,8 +400,8 @@ def test_ewc_adds_up_the_exact_fisher_information_of_the_tasks(tmp_path):
         model, _ = learn(method, model, number, tmp_path)
         for name, fisher in per_sample_fisher(model, examples(seed=number)).items():
             expected[name] = 0.5 * expected.get(name, 0) + fisher
-    assert method.state_dict().keys() == expected.keys()
-    for name, fisher in method.state_dict().items():
+    assert method.memory.keys() == expected.keys()
+    for name, fisher in method.memory.items():
         torch.testing.assert_close(fisher, expected[name], rtol=1e-4, atol=1e-7 * float(expected[name].max()))
     start = llama()
     still = [name for name, p in start.named_parameters() if torch.equal(p, model.get_parameter(name))]
@@ -417,15 +412,15 @@ def test_ewc_uses_the_given_number_of_samples(tmp_path):
     method = make_method("ewc", num_samples=5)
     model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
     expected = per_sample_fisher(model, examples(seed=0)[:5])
-    for name, fisher in method.state_dict().items():
+    for name, fisher in method.memory.items():
         torch.testing.assert_close(fisher, expected[name], rtol=1e-4, atol=1e-7 * float(expected[name].max()))
 
 
 def test_ewc_adds_fisher_times_distance_to_the_gradient_once_per_step(tmp_path):
     method = make_method("ewc", penalty=300.0)
     model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
-    fisher = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    model = method.begin_task(model, 1, examples())
+    fisher = {name: tensor.clone() for name, tensor in method.memory.items()}
+    model = begin(method, model, 1, examples())
     anchor = copy.deepcopy(model)
     with torch.no_grad():
         for name in fisher:
@@ -445,12 +440,11 @@ def test_a_larger_ewc_penalty_keeps_weights_closer(tmp_path):
     for penalty in (0.0, 1e4):
         method = make_method("ewc", penalty=penalty)
         first, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
-        anchor, fisher = copy.deepcopy(first), method.state_dict()
+        anchor, fisher = copy.deepcopy(first), method.memory
         fisher = {name: tensor.clone() for name, tensor in fisher.items()}
-        model, trainer = learn(method, first, 1, tmp_path, max_steps=8)
+        model, _ = learn(method, first, 1, tmp_path, max_steps=8)
         moved = [(f * (model.get_parameter(n) - anchor.get_parameter(n)).square()).sum() for n, f in fisher.items()]
         distances.append(float(sum(moved)))
-        assert "penalty" in trainer.state.log_history[0]
     assert distances[1] < 0.5 * distances[0]
 
 
@@ -459,13 +453,13 @@ def test_the_o_lora_penalty_is_the_squared_overlap_with_every_earlier_task(tmp_p
     model = method.prepare(llama(), 0)
     earlier: list[dict[str, Tensor]] = []
     for number in (0, 1):
-        task = method.begin_task(model, number, examples())
+        task = begin(method, model, number, examples())
         args = arguments(tmp_path, max_steps=2)
         trainer = method.trainer(model=task, args=args, train_dataset=examples(seed=number))
         trainer.train()
         earlier.append({name: a.detach().clone() for name, a in lora_a(task).items()})
-        model = method.end_task(task, number, trainer, None)
-    model = method.begin_task(model, 2, examples())
+        model = method.end_task(task, trainer, None)
+    model = begin(method, model, 2, examples())
     now = lora_a(model)
     expected = 0.0
     for name, a in now.items():
@@ -501,9 +495,9 @@ def test_fggm_uses_its_history_as_reference_also_after_resuming(name, tmp_path):
     resumed, again = make_method(name, **options), llama()
     again.load_state_dict(model.state_dict())
     again = resumed.prepare(again, 0)
-    resumed.load_state_dict({key: tensor.clone() for key, tensor in method.state_dict().items()})
+    resumed.memory = copy.deepcopy(method.memory)
     after = [learn(one, base, 1, tmp_path)[0].state_dict() for one, base in ((method, model), (resumed, again))]
-    assert len(method._history) == len(resumed._history) == 2
+    assert len(method.memory["history"]) == len(resumed.memory["history"]) == 2
     assert_same_bits(*after)
     plain = make_method(name, **COLUMNS)
     base = plain.prepare(llama(), 0)
@@ -514,10 +508,10 @@ def test_fggm_uses_its_history_as_reference_also_after_resuming(name, tmp_path):
 
 def test_fggm_saves_the_scores_of_a_task_with_its_delta(tmp_path):
     method = make_method("fggm", density=0.1)
-    model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+    model = begin(method, method.prepare(llama(), 0), 0, examples())
     trainer = method.trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=examples())
     trainer.train()
-    method.end_task(model, 0, trainer, tmp_path / "task")
+    method.end_task(model, trainer, tmp_path / "task")
     assert (tmp_path / "task" / SCORES_FILE).is_file()
     assert load_record(tmp_path / "task").samples == len(examples())
 
@@ -530,13 +524,13 @@ def test_fggm_resumed_within_a_task_keeps_its_scores(tmp_path):
         method = make_method("fggm", density=0.1)
         steps = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
         for run in range(2 if interrupted else 1):
-            model = method.begin_task(method.prepare(llama(), 0), 0, examples())
+            model = begin(method, method.prepare(llama(), 0), 0, examples())
             args = arguments(folder, **steps)
             trainer = method.trainer(model=model, args=args, train_dataset=examples())
             trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if run else None)
         assert (trainer.selection_report is None) == interrupted
-        method.end_task(model, 0, trainer, None)
-        histories.append(method.state_dict())
+        method.end_task(model, trainer, None)
+        histories.append(state(nn.Module(), method))
     first, second = histories
     assert first.keys() == second.keys() and len(first) > 14
     assert all(torch.equal(tensor, second[key].to(tensor.dtype)) for key, tensor in first.items())
@@ -559,13 +553,10 @@ def test_replay_mixes_the_stated_share_of_every_earlier_task(tmp_path):
         seen = list(trainer.train_dataset)
         replayed = seen[len(data) :]
         assert seen[: len(data)] == data
-        kept = [method.state_dict()[f"{task}.indices"].tolist() for task in range(number)]
-        assert [len(indices) for indices in kept] == [6, 3][:number]
-        assert replayed == [tasks[task][index] for task, indices in enumerate(kept) for index in indices]
-    other = make_method("replay")
-    other.load_state_dict(method.state_dict())
-    other._number = 3
-    assert len(other.replayed()) == math.ceil(0.25 * sum(map(len, tasks))) and other._examples == method._examples
+        kept = [method.memory[task] for task in range(number)]
+        assert [len(rows) for rows in kept] == [6, 3][:number]
+        assert all(row in tasks[task] for task, rows in enumerate(kept) for row in rows)
+        assert replayed == [row for rows in kept for row in rows]
 
 
 def test_shira_selects_new_entries_in_every_task():
@@ -573,9 +564,9 @@ def test_shira_selects_new_entries_in_every_task():
     model = method.prepare(llama(), 0)
     places = []
     for number in (0, 1):
-        model = method.begin_task(model, number, examples())
+        model = begin(method, model, number, examples())
         places.append(model.base_model.model.model.layers[0].mlp.up_proj.shira_indices["default"].clone())
-        model = method.end_task(model, number, None, None)
+        model = method.end_task(model, None, None)
     assert not torch.equal(*places)
 
 
@@ -585,7 +576,7 @@ def test_osf_keeps_a_larger_subspace_of_the_new_weights_in_every_task(tmp_path):
     ranks = []
     for number in range(4):
         before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-        adapted = method.begin_task(model, number, examples())
+        adapted = begin(method, model, number, examples())
         layer = adapted.base_model.model.model.layers[0].mlp.up_proj
         ranks.append(layer.effective_rank["default"])
         torch.testing.assert_close(
@@ -593,6 +584,6 @@ def test_osf_keeps_a_larger_subspace_of_the_new_weights_in_every_task(tmp_path):
         )
         trainer = method.trainer(model=adapted, args=arguments(tmp_path, max_steps=1), train_dataset=examples())
         trainer.train()
-        model = method.end_task(adapted, number, trainer, None)
+        model = method.end_task(adapted, trainer, None)
         assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
     assert ranks == [int(64 * share) for share in (0.5, 0.7, 0.9, 0.95)]

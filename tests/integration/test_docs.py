@@ -128,7 +128,7 @@ def test_the_variants_of_the_page_on_extending_select_train_merge_and_load(tmp_p
             names["AboveMedian"](0)
 
         method = make_method("embeddings", head=True)
-        model = method.begin_task(method.prepare(text_model(), seed=0), 0, [])
+        model = method.begin_task(method.prepare(text_model(), seed=0), [])
         assert [n for n, p in model.named_parameters() if p.requires_grad] == [
             "model.embed_tokens.weight",
             "lm_head.weight",

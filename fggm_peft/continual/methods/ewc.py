@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .gradients import PenalizedTrainer, linear_layers
-from .method import METHODS, Method, train_only_
-
-IGNORED = -100
+from ...selection.likelihood import IGNORED
+from .method import METHODS, Method, linear_layers, train_only_
 
 
 @METHODS.register("ewc")
@@ -24,7 +20,8 @@ class EWC(Method):
 
     It adds ``penalty / 2 * sum F * (theta - theta*)^2`` to the loss, with theta* the weights at the start of the task.
     After each task ``F <- decay * F + F_task``, where F_task is the diagonal empirical Fisher information: the mean
-    over samples of the squared gradient of a sample's log-likelihood, summed over its answer's tokens.
+    over samples of the squared gradient of a sample's log-likelihood, summed over its answer's tokens. ``memory`` is
+    F by parameter name.
 
     Only the weights of the linear layers train. Embeddings, norms, biases and the head are frozen, because nothing
     would penalize their changes.
@@ -41,7 +38,6 @@ class EWC(Method):
     penalty: float = 1.0
     decay: float = 1.0
     num_samples: int | None = None
-    _fisher: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,28 +46,25 @@ class EWC(Method):
         if self.penalty < 0 or not 0 <= self.decay <= 1:
             raise ValueError(f"EWC needs penalty >= 0 and decay in [0, 1], got {self.penalty!r} and {self.decay!r}")
 
-    def begin_task(self, model, number, examples):
-        self._anchor = {name: model.get_parameter(name).detach().clone() for name in self._fisher}
+    def begin_task(self, model, examples):
+        self._anchor = {name: model.get_parameter(name).detach().clone() for name in self.memory}
         return train_only_(model, [f"{name}.weight" for name in linear_layers(model)])
 
-    def trainer(self, **arguments: Any) -> Trainer:
-        return PenalizedTrainer(partial(self.penalties, arguments["model"]), **arguments)
-
-    def penalties(self, model: nn.Module) -> Iterator[Tensor]:
-        """The penalty of each weight."""
+    def penalties(self, model):
         for name, anchor in self._anchor.items():
             weight = model.get_parameter(name)
             change = weight.float() - anchor.float()
-            yield self.penalty / 2 * (self._fisher[name].to(weight.device) * change.square()).sum()
+            yield self.penalty / 2 * (self.memory[name].to(weight.device) * change.square()).sum()
 
-    def end_task(self, model, number, trainer, folder):
+    def end_task(self, model, trainer, folder):
         self._anchor = {}
-        for name, fisher in self.task_fisher(model, trainer).items():
-            earlier = self._fisher.get(name)
-            self._fisher[name] = fisher if earlier is None else earlier.to(fisher.device).mul_(self.decay).add_(fisher)
+        for name, fisher in self._task_fisher(model, trainer).items():
+            if name in self.memory:
+                fisher += self.decay * self.memory[name].to(fisher.device)
+            self.memory[name] = fisher
         return model
 
-    def task_fisher(self, model: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
+    def _task_fisher(self, model: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
         """Parameter name -> F of the trainer's data, float32, in the weight's shape."""
         data: Any = trainer.train_dataset
         count = len(data) if self.num_samples is None else min(self.num_samples, len(data))
@@ -85,10 +78,3 @@ class EWC(Method):
             for name, gradient in zip(weights, gradients, strict=True):
                 fisher[name].add_(gradient.float().square(), alpha=1 / count)
         return fisher
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Parameter name -> F."""
-        return dict(self._fisher)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._fisher = {name: torch.clone(fisher) for name, fisher in state.items()}

@@ -1,19 +1,16 @@
-"""Reference methods: plain fine-tuning, no training, and all tasks at once."""
+"""Reference methods: plain fine-tuning, all tasks at once, and no training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .method import METHODS, Method, train_all_
+from .method import METHODS, Method
 
 
 @METHODS.register("sft")
 @dataclass
 class FineTuning(Method):
     """Sequential full fine-tuning: all weights train on one task after another."""
-
-    def begin_task(self, model, number, examples):
-        return train_all_(model)
 
 
 @METHODS.register("multitask")
@@ -31,5 +28,5 @@ class Frozen(Method):
 
     trains = False
 
-    def begin_task(self, model, number, examples):
+    def begin_task(self, model, examples):
         return model.requires_grad_(False)

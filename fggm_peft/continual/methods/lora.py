@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 from peft import LoraConfig
 
+from ...core.registry import require_one_of
 from .method import METHODS
-from .peft_method import PeftMethod, save_task
+from .peft_method import PeftMethod
 
 Mode = Literal["merged", "carried"]
 
@@ -27,19 +28,18 @@ class LoRA(PeftMethod):
     mode: Mode = "merged"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {self.mode!r}")
+        require_one_of("mode", self.mode, get_args(Mode))
         super().__post_init__()
 
     def prepare(self, base, seed):
         base = super().prepare(base, seed)
-        return self.wrap(base, 0) if self.mode == "carried" else base
+        return self.wrap(base) if self.mode == "carried" else base
 
-    def begin_task(self, model, number, examples):
-        return model if self.mode == "carried" else super().begin_task(model, number, examples)
+    def begin_task(self, model, examples):
+        return model if self.mode == "carried" else super().begin_task(model, examples)
 
-    def end_task(self, model, number, trainer, folder):
+    def end_task(self, model, trainer, folder):
         if self.mode == "merged":
-            return super().end_task(model, number, trainer, folder)
-        save_task(model, trainer, folder)
+            return super().end_task(model, trainer, folder)
+        self.save(model, trainer, folder)
         return model

@@ -1,43 +1,47 @@
-"""The interface of a method that learns a stream of tasks."""
+"""The base class of the methods that learn a stream of tasks, and the trainer that they use."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
 
 from ...core import Registry
+from ..settings import suggestions
 
 Examples = Sequence[Mapping[str, Sequence[int]]]
 """Tokenized training data of a task: ``TokenizedExamples``, or a list of such rows."""
 
 
 @dataclass
-class Method(ABC):
+class Method:
     """A method that learns a stream of tasks. Its options are its dataclass fields.
 
-    The runner calls ``prepare`` once, and for each task ``begin_task``, ``trainer(...).train()`` and ``end_task``; it
-    evaluates the model that ``end_task`` returns. Tasks are numbered from 0. Between tasks the model has the modules
-    that it had after ``prepare``: its ``state_dict`` and that of the method, loaded after ``prepare``, resume a run
-    exactly.
+    This class fine-tunes all weights, and a subclass overrides some of its steps. The runner calls ``prepare`` once.
+    For each task it sets ``number`` and calls ``begin_task``, ``trainer(...).train()`` and ``end_task``, and evaluates
+    the model that ``end_task`` returns. Between tasks the model has the modules that it had after ``prepare``: its
+    ``state_dict`` and ``memory``, restored after ``prepare``, resume a run exactly.
 
     Attributes:
         name: the name in the registry, which sets it.
         sees_all_tasks: the method receives the data of all tasks at once, as task 0.
         trains: if False, there is no trainer, and ``end_task`` receives None.
+        seed: of all random draws of the run.
+        number: of the current task, from 0.
+        memory: what later tasks need: tensors and plain types, saved between tasks.
     """
 
     name: ClassVar[str]
     sees_all_tasks: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     seed: int = field(default=0, init=False, repr=False)
+    number: int = field(default=0, init=False, repr=False)
+    memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -46,66 +50,73 @@ class Method(ABC):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Method:
-        """The method with these options.
-
-        Raises:
-            ValueError: an option is unknown; the message lists the legal ones.
-        """
+        """The method with these options; raises ``ValueError`` for an unknown one and lists the legal ones."""
         legal = cls.option_names()
         for name in options:
             if name not in legal:
-                listed = f"legal are {', '.join(legal)}" if legal else "it has none"
-                raise ValueError(f"the method {cls.name!r} has no option {name!r}; {listed}")
-        return cls(**options)
+                hint = suggestions(name, legal) if legal else "it has none"
+                raise ValueError(f"the method {cls.name!r} has no option {name!r}; {hint}")
+        own = {option.name for option in fields(cls) if option.init}
+        config = {name: value for name, value in options.items() if name not in own}  # of a PEFT adapter
+        own_options = {name: value for name, value in options.items() if name in own}
+        return cls(**own_options, **({"config": config} if config else {}))
 
     def prepare(self, base: nn.Module, seed: int) -> nn.Module:
         """The model to train, wrapped or not; called once, also when a run is resumed."""
         self.seed = seed
         return base
 
-    @abstractmethod
-    def begin_task(self, model: nn.Module, number: int, examples: Examples) -> nn.Module:
-        """The model to train on task ``number``, with ``requires_grad`` set on its parameters."""
+    def begin_task(self, model: nn.Module, examples: Examples) -> nn.Module:
+        """The model to train on the current task, with ``requires_grad`` set on its parameters."""
+        return train_all_(model)
 
     def trainer(self, **arguments: Any) -> Trainer:
         """A trainer for the current task; the arguments are those of transformers' ``Trainer``."""
-        return Trainer(**arguments)
+        return MethodTrainer(self, **arguments)
 
-    def end_task(self, model: nn.Module, number: int, trainer: Trainer | None, folder: Path | None) -> nn.Module:
+    def penalties(self, model: nn.Module) -> Iterable[Tensor]:
+        """Terms that are added to the loss. Only the intermediate results of one term are in memory at a time."""
+        return ()
+
+    def change_gradients_(self, model: nn.Module, trainer: Trainer) -> None:
+        """Called once per step, after the backward pass of its last batch and before the gradients are clipped."""
+        scaler = trainer.accelerator.scaler  # for float16, in which the other gradients are scaled
+        for term in self.penalties(model):
+            (term if scaler is None else scaler.scale(term)).backward()
+
+    def end_task(self, model: nn.Module, trainer: Trainer | None, folder: Path | None) -> nn.Module:
         """The model for the evaluation and the next task.
 
         Args:
-            trainer: has trained task ``number``.
+            trainer: has trained the current task.
             folder: the task's delta is saved there if the method has one.
         """
         return model
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """State that the method itself needs in later tasks."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the state of ``state_dict``.
-
-        Raises:
-            ValueError: the method has no state, but ``state`` is not empty.
-        """
-        if state:
-            raise ValueError(f"the method {self.name!r} has no state, but got {', '.join(state)}")
-
-    def task_seed(self, number: int) -> int:
-        """A seed for the random draws of task ``number``, the same when a run is resumed."""
-        return (self.seed * 0x9E3779B1 + number) % 2**32
-
-    @contextmanager
-    def randomness_of(self, number: int) -> Iterator[None]:
-        """Seed torch with ``task_seed`` inside the block, and restore its random state after it."""
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(self.task_seed(number))
-            yield
+    @property
+    def task_seed(self) -> int:
+        """A seed for the random draws of the current task, the same when a run is resumed."""
+        return (self.seed * 0x9E3779B1 + self.number) % 2**32
 
 
 METHODS: Registry[type[Method]] = Registry("method", named=True)
+
+
+class MethodTrainer(Trainer):
+    """transformers' ``Trainer``, in which a method changes the gradients of each step.
+
+    It does not support DeepSpeed, which does not keep gradients on the parameters.
+    """
+
+    def __init__(self, method: Method, **arguments: Any):
+        super().__init__(**arguments)
+        self.method = method
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.method.change_gradients_(self.accelerator.unwrap_model(self.model), self)
+        return loss
 
 
 def train_all_(model: nn.Module) -> nn.Module:
@@ -123,9 +134,20 @@ def train_all_(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def train_only_(model: nn.Module, names: Sequence[str]) -> nn.Module:
+def train_only_(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Make only the named parameters trainable."""
     model.requires_grad_(False)
     for name in names:
         model.get_parameter(name).requires_grad_(True)
     return model
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers by module path, without the output head, as in PEFT's ``all-linear``."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }

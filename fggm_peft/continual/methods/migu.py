@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
-from .fine_tuning import FineTuning
-from .gradients import GradientTrainer, linear_layers
-from .method import METHODS
+from .method import METHODS, Method, linear_layers
 
 
 @METHODS.register("migu")
 @dataclass
-class MIGU(FineTuning):
+class MIGU(Method):
     """MIGU (arXiv 2406.17245, section 3): full fine-tuning of the features with the largest outputs on a batch.
 
     For a linear layer with output y, the magnitude of feature o is the mean of |y_o| over the tokens of a step's
@@ -33,52 +30,36 @@ class MIGU(FineTuning):
 
     threshold: float = 0.7
     first_task_masked: bool = True
-    _number: int = field(default=0, init=False, repr=False)
+    _magnitudes: dict[nn.Module, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _hooks: list[Any] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be in [0, 1), got {self.threshold!r}")
 
-    def begin_task(self, model, number, examples):
-        self._number = number
-        return super().begin_task(model, number, examples)
-
-    def trainer(self, **arguments: Any) -> Trainer:
-        if self._number == 0 and not self.first_task_masked:
-            return super().trainer(**arguments)
-        return MIGUTrainer(self.threshold, **arguments)
-
-
-class MIGUTrainer(GradientTrainer):
-    """Records output magnitudes during training, and masks gradients by them."""
-
-    def __init__(self, threshold: float, **arguments: Any):
-        super().__init__(**arguments)
-        self.threshold = threshold
-        self.magnitudes: dict[nn.Module, Tensor] = {}
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
-        handles = [layer.register_forward_hook(self._record) for layer in linear_layers(model).values()]
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.magnitudes.clear()
+    def begin_task(self, model, examples):
+        if self.number or self.first_task_masked:
+            self._hooks = [layer.register_forward_hook(self._record) for layer in linear_layers(model).values()]
+        return super().begin_task(model, examples)
 
     def _record(self, layer: nn.Module, args: Any, output: Tensor) -> None:
         if layer.training:
             sums = output.detach().abs().flatten(0, -2).sum(0, dtype=torch.float32)
-            self.magnitudes[layer] = self.magnitudes[layer] + sums if layer in self.magnitudes else sums
+            self._magnitudes[layer] = self._magnitudes[layer] + sums if layer in self._magnitudes else sums
 
-    def change_gradients_(self) -> None:
-        for layer, magnitude in self.magnitudes.items():
-            masked = ~largest_features(self.accelerator.reduce(magnitude), self.threshold)
+    def change_gradients_(self, model, trainer):
+        for layer, magnitude in self._magnitudes.items():
+            masked = ~largest_features(trainer.accelerator.reduce(magnitude), self.threshold)
             gradient = layer.get_parameter("weight").grad
             if gradient is not None:
                 gradient.masked_fill_(masked if isinstance(layer, Conv1D) else masked[:, None], 0)  # Conv1D: [i, o]
-        self.magnitudes.clear()
+        self._magnitudes.clear()
+
+    def end_task(self, model, trainer, folder):
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        return model
 
 
 def largest_features(magnitude: Tensor, threshold: float) -> Tensor:

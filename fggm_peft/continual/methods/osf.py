@@ -40,6 +40,6 @@ class OSF(PeftMethod):
             )
         super().__post_init__()
 
-    def defaults(self, number):
-        share = min(self.effective_rank + self.growth * number, self.most)
-        return {**super().defaults(number), "effective_rank": share}
+    def defaults(self):
+        share = min(self.effective_rank + self.growth * self.number, self.most)
+        return {**super().defaults(), "effective_rank": share}

@@ -21,5 +21,5 @@ class SHiRA(PeftMethod):
 
     config_class = ShiraConfig
 
-    def defaults(self, number):
-        return {**super().defaults(number), "random_seed": self.task_seed(number)}
+    def defaults(self):
+        return {**super().defaults(), "random_seed": self.task_seed}
