@@ -214,9 +214,7 @@ def _set_planned_support_(target: Target, k: int) -> None:
     indices = (multiples // max(1, k)).to(target.indices.dtype)
     target.layer.fggm_indices[target.adapter_name] = indices
     zero = torch.zeros((), dtype=target.values.dtype, device=target.values.device)
-    shapes = [target.granularity.values_shape(target.shape, k), (k,)]
-    for parameter, shape in zip(target.parameters, shapes, strict=False):
-        parameter.data = zero.expand(shape)
+    target.values.data = zero.expand(target.granularity.values_shape(target.shape, k))
     target.layer.selected[target.adapter_name] = True
 
 
@@ -224,7 +222,7 @@ def _sizes(
     model: nn.Module, targets: Targets, forecast: Forecast | None, make_optimizer: MakeOptimizer
 ) -> dict[str, int]:
     """The figures that need no training step."""
-    values = [parameter for target in targets.values() for parameter in target.parameters]
+    values = [target.values for target in targets.values()]
     own = {id(parameter) for parameter in values}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]  # modules that train whole
     planned = _count(values)

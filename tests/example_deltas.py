@@ -24,7 +24,7 @@ def adapter(granularity: str = "row", seed: int = 0, base: nn.Module | None = No
     generator = seeded(seed + 100)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "fggm_values" in name or "fggm_bias" in name:
+            if "fggm_values" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 

@@ -76,12 +76,10 @@ def stored(layer: torch.nn.Module, matrix: Tensor) -> Tensor:
     return matrix.T if isinstance(layer, Conv1D) else matrix.view(layer.weight.shape)
 
 
-def layer_output(layer: torch.nn.Module, x: Tensor, delta: Tensor, bias_delta: Tensor | None = None) -> Tensor:
+def layer_output(layer: torch.nn.Module, x: Tensor, delta: Tensor) -> Tensor:
     """The layer's own forward in float64, with ``delta`` ``[o, i]`` on its weight."""
     twin = copy.deepcopy(layer).double().requires_grad_(False)
     parameters = {"weight": twin.weight + stored(layer, delta)}
-    if bias_delta is not None:
-        parameters["bias"] = twin.bias + bias_delta
     return functional_call(twin, parameters, (x.double() if x.is_floating_point() else x,))
 
 

@@ -237,8 +237,8 @@ def data_bytes(path) -> int:
     return len(raw) - 8 - struct.unpack("<Q", raw[:8])[0]
 
 
-def test_modules_to_save_and_bias_entries_are_counted(tmp_path):
-    options = {"density": 0.3, "bias": "fggm_only", "modules_to_save": ["classifier"]}
+def test_modules_to_save_are_counted(tmp_path):
+    options = {"density": 0.3, "modules_to_save": ["classifier"]}
     found = estimate(bert(BERT_HEADS["sequence"]), FGGMConfig(task_type="SEQ_CLS", **options), **SMALL)
     model = adapted(bert(BERT_HEADS["sequence"]), task_type="SEQ_CLS", criterion="random", **options)
     trainable = [p for p in model.parameters() if p.requires_grad]

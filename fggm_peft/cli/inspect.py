@@ -47,7 +47,6 @@ def _figures(delta: SparseDelta, name: str) -> dict[str, Any]:
         "norm": float(module.values.double().norm()),
         "largest": float(module.values.abs().max()) if module.values.numel() else 0.0,
         "dtype": str(module.values.dtype).removeprefix("torch."),
-        "bias_entries": 0 if module.bias is None else len(module.bias),
         "lora_rank": required_rank(module),
     }
 

@@ -84,11 +84,6 @@ class Granularity(ABC):
         """Whether a unit is a row or a column: ``k`` units are then a delta of rank ``k``."""
         return self.weight_dim is not None
 
-    @property
-    def has_bias(self) -> bool:
-        """Whether each unit has one entry of the layer's bias."""
-        return self.weight_dim == 0
-
     def to_dict(self) -> str | dict[str, Any]:
         """The JSON form: the name, or a dict of the name and the arguments; ``granularity_from`` reads it."""
         arguments = asdict(self)

@@ -13,11 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.granularity import sum_rounded_once
 from ..core.ranking import all_finite
 from ..tuner.files.atomic import complete_folder, write_json
 from ..tuner.files.reading import adapted_layers
-from ..tuner.files.tensors import BASE_PART, PREFIX
+from ..tuner.files.tensors import BASE_PART, PREFIX, is_trained_whole
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.merge import add_to_dense_
@@ -113,8 +112,6 @@ def layers_to_change(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[st
         for path, module in delta.modules.items():
             if not all(all_finite(tensor) for part, tensor in module.tensors.items() if part != "indices"):
                 raise ValueError(f"the delta of {path} has a value that is NaN or infinite")
-            if module.bias is not None and getattr(layers[path].get_base_layer(), "bias", None) is None:
-                raise ValueError(f"the delta changes the bias of {path}, which has no bias in this model")
     return layers
 
 
@@ -131,17 +128,7 @@ def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequen
         matrix = layer.matrix(weight)
         record = total([add_to_dense_(matrix, delta.weight_delta(), False)[0] for delta in deltas])
         layer.write_back_(weight, matrix)
-    for delta in deltas:
-        add_bias_(getattr(layer.get_base_layer(), "bias", None), delta)
     return record
-
-
-def add_bias_(bias: Tensor | None, delta: ModuleDelta) -> None:
-    """Add a delta's bias entries, if it has some, to a bias ``[o]`` in place: in float32, rounded once."""
-    if delta.bias is None or bias is None:
-        return
-    rows = delta.indices.to(bias.device).long()
-    bias.data.index_copy_(0, rows, sum_rounded_once(bias.data[rows], delta.bias.to(bias.device), 1.0))
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -162,7 +149,7 @@ def _replaced_parameters(model: nn.Module, delta: SparseDelta) -> Mapping[str, T
         name = key.removeprefix(PREFIX).replace(BASE_PART, ".")
         if name not in state or state[name].shape != tensor.shape:
             raise ValueError(f"{key}: the model has no {name} of shape {list(tensor.shape)}")
-        if BASE_PART not in key:  # PEFT saves the base's own embedding under such a name
+        if is_trained_whole(key):
             parameters[key] = state[name]
     return parameters
 
@@ -213,5 +200,5 @@ def _require_mergeable(model: PeftModel, names: Sequence[str]) -> None:
         for path, target in find_targets(model, name).items():
             if merged := target.layer.merged_adapters:
                 raise ValueError(f"{', '.join(merged)} are merged ({path}); call unmerge_adapter() first")
-            if not all(all_finite(parameter) for parameter in target.parameters):
+            if not all_finite(target.values):
                 raise ValueError(f"the adapter {name!r} has a value that is NaN or infinite ({path})")

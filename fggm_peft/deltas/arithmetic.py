@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.index_codec import index_dtype
 from ..core.ranking import best_per_parameter
 from ..core.registry import require_one_of
-from ..tuner.several.weighted import WeightedDelta, combine, common_granularity
+from ..tuner.several.weighted import combine, common_granularity
 from .delta import ModuleDelta, SparseDelta, new_delta
 
 
@@ -30,8 +30,7 @@ def compose(sources: Sequence[Any], weights: Sequence[float] | None = None) -> S
         weights: one for each source; 1 by default.
 
     Raises:
-        ValueError: the deltas have different bases, different whole tensors, or bias entries that the granularity of
-            the sum does not have.
+        ValueError: the deltas have different bases, or different whole tensors.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if not sources or len(weights) != len(sources):
@@ -44,12 +43,10 @@ def compose(sources: Sequence[Any], weights: Sequence[float] | None = None) -> S
     modules = {}
     for path in dict.fromkeys(path for delta in deltas for path in delta.modules):
         terms = [(d.modules[path], w) for d, w in zip(deltas, weights, strict=True) if path in d.modules]
-        if any(module.bias is not None and module.granularity != granularity for module, _ in terms):
-            raise ValueError("deltas with bias entries can only be added to deltas of the same granularity")
         shape = terms[0][0].shape
-        total, bias = combine([WeightedDelta(m.weight_delta(), m.bias, w) for m, w in terms], granularity, shape)
+        total = combine([module.weight_delta() for module, _ in terms], [w for _, w in terms], granularity, shape)
         indices = total.indices.to(index_dtype(shape[0] * shape[1]))
-        modules[path] = ModuleDelta(granularity, shape, indices, total.values, bias)
+        modules[path] = ModuleDelta(granularity, shape, indices, total.values)
     made_by = "compose: weights " + ", ".join(f"{weight:g}" for weight in weights)
     return new_delta(deltas[0].config, granularity, modules, made_by, others)
 
@@ -92,8 +89,7 @@ def prune(source: Any, density: float, scope: str = "layer") -> SparseDelta:
 
 def _restricted(module: ModuleDelta, keep: Tensor) -> ModuleDelta:
     part = module.weight_delta().restricted(keep)
-    bias = None if module.bias is None else module.bias[keep]
-    return ModuleDelta(module.granularity, module.shape, part.indices, part.values, bias)
+    return ModuleDelta(module.granularity, module.shape, part.indices, part.values)
 
 
 def _common_others(deltas: Sequence[SparseDelta]) -> dict[str, Tensor]:

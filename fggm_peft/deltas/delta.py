@@ -30,36 +30,32 @@ from ..tuner.target import find_targets
 
 @dataclass(frozen=True, eq=False)
 class ModuleDelta:
-    """The delta of one module's weight ``[o, i]``, and of its bias.
+    """The delta of one module's weight ``[o, i]``.
 
     Args:
         granularity: the kind of unit.
         shape: ``(o, i)``.
         indices: ``[k]`` integers, sorted, unique.
         values: ``granularity.values_shape(shape, k)``.
-        bias: ``[k]`` differences of the bias at the rows ``indices``, or None.
     """
 
     granularity: Granularity
     shape: Shape
     indices: Tensor
     values: Tensor
-    bias: Tensor | None = None
 
     def weight_delta(self) -> WeightDelta:
-        """The delta of the weight alone."""
+        """The delta without its shape."""
         return WeightDelta(self.granularity, self.indices, self.values)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names in a file."""
-        bias = {} if self.bias is None else {"bias": self.bias}
-        return {"indices": self.indices, "values": self.values, **bias}
+        return {"indices": self.indices, "values": self.values}
 
     def to(self, device: torch.device | None) -> ModuleDelta:
         """The same delta on another device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, indices=self.indices.to(device), values=self.values.to(device), bias=bias)
+        return replace(self, indices=self.indices.to(device), values=self.values.to(device))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,8 +120,8 @@ class SparseDelta:
 
     @property
     def parameters(self) -> int:
-        """Number of values, bias entries included."""
-        return sum(m.values.numel() + (0 if m.bias is None else m.bias.numel()) for m in self.modules.values())
+        """Number of values."""
+        return sum(module.values.numel() for module in self.modules.values())
 
     @property
     def density(self) -> float:
@@ -196,13 +192,11 @@ def new_delta(
         made_by: description for the model card.
         others: whole tensors.
     """
-    has_bias = any(module.bias is not None for module in modules.values())
-    bias: Any = "fggm_only" if has_bias else "all" if others and like.bias == "all" else "none"
     config = FGGMConfig(
         granularity=granularity,
         # PEFT compares a list of names with the ends of paths; a pattern is exact
         target_modules="|".join(re.escape(path) for path in modules),
-        bias=bias,
+        bias=like.bias if others else "none",
         modules_to_save=like.modules_to_save if others else None,
         quantized_merge=like.quantized_merge,
         base_model_name_or_path=like.base_model_name_or_path,

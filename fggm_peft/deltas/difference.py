@@ -20,7 +20,7 @@ from ..core.granularity import Columns, Elements, Granularity, Rows, granularity
 from ..core.index_codec import index_dtype
 from ..tuner.config import FGGMConfig
 from ..tuner.files.reading import adaptable_layer
-from ..tuner.files.tensors import PREFIX
+from ..tuner.files.tensors import BASE_PART, PREFIX
 from ..tuner.layer import FGGMLayer
 from .base_model import Base, Weights, skeleton, weights_of
 from .delta import ModuleDelta, SparseDelta, new_delta
@@ -43,7 +43,8 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
 
     If the values are added to the base in float32 and rounded once, as merging does, the result equals the tuned weight
     bit for bit wherever a float32 value exists that gives it. ``config.selection["inexact_entries"]`` counts the other
-    entries. Changed parameters that are not matrices (norms) are included as a whole, as ``modules_to_save``.
+    entries. Changed norms are included as a whole, as ``modules_to_save``. If a bias of another module has changed,
+    every bias is included (``bias="all"``).
 
     Args:
         base, tuned: models, or folders or Hub ids of checkpoints in safetensors files.
@@ -51,8 +52,7 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
         progress: show progress bars.
 
     Raises:
-        ValueError: the models have different architectures, nothing has changed, a changed entry is not finite, or
-            biases have changed, which the granularity cannot hold.
+        ValueError: the models have different architectures, nothing has changed, or a changed entry is not finite.
     """
     kind = None if granularity is None else granularity_from(granularity)
     with torch.no_grad():
@@ -65,7 +65,7 @@ class _Changes:
 
     Args:
         units: granularity -> module path -> number of changed units.
-        weights, biases: paths of modules whose weight, or bias, has changed.
+        weights, biases: paths of adaptable modules whose weight, or bias, has changed.
         whole: paths of changed modules that cannot be adapted.
     """
 
@@ -89,13 +89,14 @@ class _Comparison:
     def delta(self, granularity: Granularity | None) -> SparseDelta:
         changes = self._count()
         whole = _whole_modules(self.model, changes.whole)
-        paths = [path for path in dict.fromkeys(changes.weights + changes.biases) if not _is_inside(path, whole)]
-        if not paths and not whole:
+        paths = [path for path in changes.weights if not _is_inside(path, whole)]
+        if not (paths or whole or changes.biases):
             raise ValueError(f"there is no difference: {self.tuned.where} has the weights of {self.base.where}")
         if not paths:
-            raise ValueError(f"only {', '.join(whole)} differ, and sparse deltas support none of these layer types")
+            names = [*whole, *(f"{path}.bias" for path in changes.biases)]
+            raise ValueError(f"only {', '.join(names)} differ, and a sparse delta must change a weight matrix")
         granularity = self._choose_granularity(granularity, changes, paths)
-        modules = self._collect(granularity, paths, with_bias=bool(changes.biases))
+        modules = self._collect(granularity, paths)
         if self.inexact:
             warnings.warn(
                 f"{self.inexact:,} entries cannot be reproduced exactly by a float32 delta; the nearest value is "
@@ -107,6 +108,9 @@ class _Comparison:
         like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=task, modules_to_save=whole or None)
         like.base_fingerprint = self.sketches
         others = {PREFIX + name: self._read(self.tuned, name) for name in self.parameters if _is_inside(name, whole)}
+        if changes.biases:
+            like.bias = "all"
+            others |= self._biases(paths)
         delta = new_delta(like, granularity, modules, f"diff of {self.tuned_name} and its base", others)
         assert delta.config.selection is not None
         delta.config.selection["inexact_entries"] = self.inexact
@@ -144,12 +148,7 @@ class _Comparison:
             )
 
     def _choose_granularity(self, requested: Granularity | None, changes: _Changes, paths: list[str]) -> Granularity:
-        """The requested granularity, or the one that takes the fewest bytes and has bias entries if biases changed."""
-        if requested is not None and changes.biases and not requested.has_bias:
-            raise ValueError(
-                f"the bias of {changes.biases[0]} has changed, and only granularity='row' contains bias entries, "
-                f"not '{requested}'"
-            )
+        """The requested granularity, or the one that takes the fewest bytes."""
         if requested is not None:
             for path in paths:
                 if not requested.supports(shape := self.layers[path].weight_shape):
@@ -166,28 +165,33 @@ class _Comparison:
                 total += changes.units[granularity].get(path, 0) * unit
             return total
 
-        return min((kind for kind in CANDIDATES if kind.has_bias or not changes.biases), key=size)
+        return min(CANDIDATES, key=size)
 
     # Second pass ---------------------------------------------------------------------------------
 
-    def _collect(self, granularity: Granularity, paths: list[str], with_bias: bool) -> dict[str, ModuleDelta]:
+    def _collect(self, granularity: Granularity, paths: list[str]) -> dict[str, ModuleDelta]:
         modules = {}
         for path in tqdm(paths, "Collecting the changes", disable=not self.progress):
             layer = self.layers[path]
             before, after = (layer.matrix(tensor) for tensor in self._pair(f"{path}.weight"))
             self.sketches[path] = sketch_weight(path, before, samples_per_weight(len(paths))).to_text()
             units = granularity.reduce((before != after).float()) > 0
-            bias = f"{path}.bias" if with_bias and f"{path}.bias" in self.parameters else None
-            if bias is not None:
-                old_bias, new_bias = self._pair(bias)
-                units |= old_bias != new_bias
             indices = units.nonzero().squeeze(1)
             values = self._exact(granularity.gather(before, indices), granularity.gather(after, indices), path)
-            entries = None if bias is None else self._exact(old_bias[indices], new_bias[indices], f"{path}.bias")
             shape = layer.weight_shape
             indices = indices.to(index_dtype(shape[0] * shape[1]))
-            modules[path] = ModuleDelta(granularity, shape, indices, values, entries)
+            modules[path] = ModuleDelta(granularity, shape, indices, values)
         return modules
+
+    def _biases(self, adapted: list[str]) -> dict[str, Tensor]:
+        """Every bias of the tuned model, by the name that it has beside adapters in the given modules."""
+        biases = {}
+        for name in self.parameters:
+            path, _, part = name.rpartition(".")
+            if part == "bias":
+                part = BASE_PART + part if path in adapted else f".{part}"
+                biases[PREFIX + path + part] = self._read(self.tuned, name)
+        return biases
 
     def _exact(self, before: Tensor, after: Tensor, where: str) -> Tensor:
         """Float32 values that give ``after`` when they are added to ``before`` and rounded to its dtype."""

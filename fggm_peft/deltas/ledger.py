@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.errors import AdapterFileError
 from ..tuner.files.atomic import digest_of_folder, write_json
-from ..tuner.files.tensors import BASE_PART
+from ..tuner.files.tensors import is_trained_whole
 from ..tuner.merging.report import MergeReport
 from .apply import apply_deltas, layers_to_change
 from .delta import SparseDelta
@@ -119,7 +119,7 @@ class Ledger:
         if name in self.tasks:
             raise ValueError(f"{self.folder} has a task {name!r} already; roll it back first, or use another name")
         source = SparseDelta.read(delta)
-        if whole := [key for key in source.others if BASE_PART not in key]:
+        if whole := [key for key in source.others if is_trained_whole(key)]:
             raise ValueError(
                 f"the delta of {name!r} has whole tensors ({whole[0]}, ...). They are not differences and could not be "
                 "removed again"

@@ -22,11 +22,11 @@ from ..core.weight_delta import in_one_granularity, union
 from ..tuner.files.atomic import write_tensors
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.sidecar import Sidecar, sidecar_deltas, with_sidecar, without_sidecar
-from .apply import add_bias_, replace_module
+from .apply import replace_module
 from .delta import ModuleDelta, SparseDelta
 
 _FORMAT = "fggm_originals 1"
-_PARTS = ("indices", "entries", "rows", "bias")
+_PARTS = ("indices", "entries")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,58 +36,36 @@ class ModuleOriginals:
     Args:
         granularity, indices: of the union of the supports; no indices if the layer is quantized.
         entries: the weight's entries there, in the base's dtype.
-        rows, bias: the rows whose bias changes, and their original bias entries; empty if no bias changes.
     """
 
     granularity: Granularity
     indices: Tensor
     entries: Tensor
-    rows: Tensor
-    bias: Tensor
 
     @classmethod
     def of(cls, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleOriginals:
-        """Copy the entries of the weight and of the bias that the deltas change."""
-        weight, bias = _weight_and_bias(layer)
+        """Copy the entries of the weight that the deltas change."""
         granularity, indices, entries = deltas[0].granularity, torch.empty(0, dtype=torch.int64), torch.empty(0)
         if layer.quantization_backend is None:
             supports = in_one_granularity([delta.weight_delta() for delta in deltas], layer.weight_shape)
             granularity, indices = supports[0].granularity, union(supports)
+            weight = _weight(layer)
             entries = granularity.gather(layer.matrix(weight), indices.to(weight.device)).cpu()
-        rows = [delta.indices.long() for delta in deltas if delta.bias is not None]
-        if not rows or bias is None:
-            return cls(granularity, indices, entries, torch.empty(0, dtype=torch.int64), torch.empty(0))
-        changed = torch.cat(rows).unique(sorted=True)
-        return cls(granularity, indices, entries, changed, bias[changed.to(bias.device)].cpu())
+        return cls(granularity, indices, entries)
 
     def are_in(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta] = ()) -> bool:
         """Whether the layer equals its base with the deltas added."""
-        weight, bias = _weight_and_bias(layer)
-        if layer.quantization_backend is None and not torch.equal(
-            self.weight_with(layer, deltas), layer.matrix(weight)
-        ):
-            return False
-        expected = self.bias_with(layer, deltas)
-        return bias is None or expected is None or torch.equal(bias, expected)
+        is_quantized = layer.quantization_backend is not None
+        return is_quantized or torch.equal(self.weight_with(layer, deltas), layer.matrix(_weight(layer)))
 
     def weight_with(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor:
         """The layer's dense weight ``[o, i]`` with the originals restored and the deltas added."""
-        weight, _ = _weight_and_bias(layer)
+        weight = _weight(layer)
         matrix = layer.matrix(weight).clone()
         self.granularity.put_(matrix, self.indices.to(weight.device), self.entries.to(weight.device, matrix.dtype))
         for delta in (delta.to(weight.device) for delta in deltas):
             delta.granularity.add_(matrix, delta.indices, delta.values)
         return matrix
-
-    def bias_with(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor | None:
-        """The layer's bias ``[o]`` with the originals restored and the deltas added; None if it has no bias."""
-        _, bias = _weight_and_bias(layer)
-        if bias is None or not len(self.rows):
-            return bias
-        bias = bias.clone().index_copy_(0, self.rows.to(bias.device), self.bias.to(bias.device, bias.dtype))
-        for delta in deltas:
-            add_bias_(bias, delta)
-        return bias
 
 
 class Originals(dict[str, ModuleOriginals]):
@@ -166,8 +144,7 @@ def remove_task_(
         merged = [delta.modules[path] for delta in deltas.values() if path in delta.modules]
         if path in quantized:
             _require_sidecar(layers[path], merged, path)
-        has_originals = path not in quantized or any(delta.bias is not None for delta in merged)
-        if has_originals and not originals[path].are_in(layers[path], merged):
+        elif not originals[path].are_in(layers[path], merged):
             raise ValueError(
                 f"{path}: the weight is not that of the base with the ledger's tasks merged in order; pass "
                 "up_to=<last merged task>, or apply the ledger to the base again"
@@ -175,23 +152,18 @@ def remove_task_(
     for path in paths:
         layer = layers[path]
         others = [delta.modules[path] for name, delta in deltas.items() if name != task and path in delta.modules]
-        _, bias = _weight_and_bias(layer)
-        restored = originals[path].bias_with(layer, others) if path in originals else None
-        if bias is not None and restored is not None:
-            bias.copy_(restored)
         if path not in quantized:
             matrix = originals[path].weight_with(layer, others)
-            layer.write_back_(_weight_and_bias(layer)[0], matrix)
+            layer.write_back_(_weight(layer), matrix)
             continue
         bare, keep = without_sidecar(layer.get_base_layer()), [other.weight_delta() for other in others]
         replace_module(model, path, with_sidecar(bare, keep) if keep else bare)
     return "sidecar" if len(quantized) == len(paths) else "originals"
 
 
-def _weight_and_bias(layer: FGGMLayer) -> tuple[Tensor, Tensor | None]:
+def _weight(layer: FGGMLayer) -> Tensor:
     base: Any = layer.get_base_layer()
-    bias = getattr(base, "bias", None)
-    return base.weight.data, None if bias is None else bias.data
+    return base.weight.data
 
 
 def _require_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta], path: str) -> None:

@@ -24,7 +24,6 @@ from ..tuner.files.reading import adapted_layers
 from ..tuner.files.tensors import PREFIX
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMConv, FGGMEmbedding
-from .apply import add_bias_
 from .base_model import Base, skeleton
 from .delta import ModuleDelta, SparseDelta
 
@@ -98,22 +97,17 @@ def export_lora(
         adapter_name: the adapter of a ``PeftModel``; the active one by default.
 
     Raises:
-        ValueError: the delta is zero, requires a rank above ``max_rank``, or needs something that LoRA does not have: a
-            convolution with groups, dilation or a padding mode, or bias entries beside an embedding.
+        ValueError: the delta is zero, requires a rank above ``max_rank``, or needs a convolution that LoRA does not
+            support: with groups, dilation or a padding mode.
     """
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
         raise ValueError(f"max_rank must be an integer > 0 or None, got {max_rank!r}")
     delta, layers = _read(adapter, base, adapter_name)
     plan = _plan(delta, layers, max_rank)
-    with_bias = _has_bias(delta)
     tensors = dict(delta.others)
     for path, lora in plan.modules.items():
         tensors |= _lora_tensors(PREFIX + path, layers[path], *_factors(delta.modules[path], lora.rank))
-        if with_bias:
-            bias = torch.zeros(delta.modules[path].shape[0])
-            add_bias_(bias, delta.modules[path])
-            tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
-    config = _config(delta, plan, layers, with_bias)
+    config = _config(delta, plan, layers)
     card = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=["lora"])
     text = f"---\n{card.to_yaml()}\n---\n\n# LoRA of a sparse delta\n\nExported by fggm_peft: {plan}.\n"
     with complete_folder(Path(output)) as folder:
@@ -150,9 +144,9 @@ def _plan(delta: SparseDelta, layers: Mapping[str, FGGMLayer], max_rank: int | N
         if not all(bool(tensor.isfinite().all()) for tensor in module.tensors.values()):
             raise ValueError(f"the delta of {path} has a value that is NaN or infinite")
         required = required_rank(module)
-        if not required and (module.bias is None or not bool(module.bias.any())):
+        if not required:
             continue
-        _require_supported(path, layers[path], _has_bias(delta))
+        _require_supported(path, layers[path])
         if max_rank is not None and required > max_rank:
             raise ValueError(
                 f"the delta of {path} requires a LoRA of rank {required}, more than max_rank={max_rank}. For an "
@@ -160,20 +154,14 @@ def _plan(delta: SparseDelta, layers: Mapping[str, FGGMLayer], max_rank: int | N
             )
         padded = next((rank for rank in RANKS if rank >= required), required)
         modules[path] = LoraRank(required, padded if max_rank is None else min(padded, max_rank))
-    if not any(module.required for module in modules.values()):
+    if not modules:
         raise ValueError("the delta is zero everywhere: there is nothing to export")
     return LoraExport(modules)
 
 
-def _has_bias(delta: SparseDelta) -> bool:
-    return any(module.bias is not None for module in delta.modules.values())
-
-
-def _require_supported(path: str, layer: FGGMLayer, with_bias: bool) -> None:
+def _require_supported(path: str, layer: FGGMLayer) -> None:
     """Raise ``ValueError`` if PEFT's LoRA of this layer cannot express the delta."""
     base: Any = layer.get_base_layer()
-    if isinstance(layer, FGGMEmbedding) and with_bias:
-        raise ValueError(f"PEFT's LoRA has bias entries (lora_bias) only without embeddings, and {path} is one")
     if not isinstance(layer, FGGMConv):
         return
     is_plain = {"groups": base.groups == 1, "dilation": set(base.dilation) == {1}}
@@ -218,7 +206,7 @@ def _lora_tensors(prefix: str, layer: FGGMLayer, a: Tensor, b: Tensor) -> dict[s
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
-def _config(delta: SparseDelta, plan: LoraExport, layers: Mapping[str, FGGMLayer], with_bias: bool) -> LoraConfig:
+def _config(delta: SparseDelta, plan: LoraExport, layers: Mapping[str, FGGMLayer]) -> LoraConfig:
     """A config with a scale of 1: alpha equals the rank in every module. ``r`` is the largest rank."""
     # the longest path first, because PEFT uses the first pattern that matches the end of a path
     paths = sorted(plan.modules, key=len, reverse=True)
@@ -230,8 +218,7 @@ def _config(delta: SparseDelta, plan: LoraExport, layers: Mapping[str, FGGMLayer
         rank_pattern=dict(ranks),
         alpha_pattern=dict(ranks),
         target_modules=list(plan.modules),
-        lora_bias=with_bias,
-        bias="all" if delta.config.bias == "all" else "none",
+        bias=delta.config.bias,
         fan_in_fan_out=transposed[True] > transposed[False],
         modules_to_save=delta.config.modules_to_save,
         task_type=delta.config.task_type,

@@ -29,7 +29,7 @@ class Verification:
         format: version of the file format.
         dtypes: dtypes of the values.
         modules: number of adapted modules.
-        parameters: number of values and bias entries.
+        parameters: number of values.
         density: share of the adapted weights' entries.
         bytes: size of the file.
         bound_bytes: lower bound of the size: the entropy of the indices and the bytes of the values.

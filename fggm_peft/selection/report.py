@@ -25,7 +25,7 @@ class ModuleSelection:
         shape: ``(o, i)`` of the weight.
         units: number of rows, columns or elements.
         chosen: number of units that may change.
-        parameters: trainable values, bias entries included.
+        parameters: trainable values.
         score_share: share of the module's total score that the chosen units have.
         agreement: split-half agreement of this module, None if it was not measured.
         mean_score: mean score of a unit per weight entry.

@@ -181,7 +181,7 @@ def _report(
             shape=(targets[path].shape[0], targets[path].shape[1]),
             units=choice.units,
             chosen=len(choice.indices),
-            parameters=sum(parameter.numel() for parameter in targets[path].parameters),
+            parameters=targets[path].values.numel(),
             score_share=choice.score_share,
             agreement=module_agreement.get(path),
             mean_score=outcome.mean_scores[path],

@@ -23,9 +23,9 @@ def restore_float32_(model: Any) -> None:
             continue
         for name in layer.fggm_values:
             if model.peft_config[name].training_dtype != "bfloat16":
-                for values in layer.adapter_parameters(name):
-                    if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
-                        values.data = values.data.float()
+                values = layer.fggm_values[name]
+                if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16):
+                    values.data = values.data.float()
 
 
 def copy_to_reference_(model: Any) -> None:
@@ -41,5 +41,4 @@ def copy_to_reference_(model: Any) -> None:
     for path, reference in find_targets(model, "ref").items():
         reference.layer.set_support("ref", trained[path].indices)
         reference.layer.selected["ref"] = trained[path].is_selected
-        for copy, original in zip(reference.parameters, trained[path].parameters, strict=True):
-            copy.data.copy_(original.data)
+        reference.values.data.copy_(trained[path].values.data)

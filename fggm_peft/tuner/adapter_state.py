@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..core.granularity import ELEMENTS, Granularity, Shape
+from ..core.granularity import Granularity, Shape
 from ..core.index_codec import index_dtype
 from ..core.weight_delta import WeightDelta
 from .files.indices import SupportIndices
@@ -26,18 +26,16 @@ class AdapterState(BaseTunerLayer):
 
     - ``fggm_values[adapter]``: trainable, ``[k, i]`` for rows, ``[o, k]`` for columns, ``[k]`` for elements;
     - ``fggm_indices[adapter]``: ``[k]`` int32 (int64 if ``o * i`` reaches 2**31), sorted, unique; elements are flat
-      indices ``o * i + i``;
-    - ``fggm_bias[adapter]``: ``[k]``, the bias entries of the selected rows, with ``bias="fggm_only"``.
+      indices ``o * i + i``.
     """
 
-    adapter_layer_names = ("fggm_values", "fggm_bias")
+    adapter_layer_names = ("fggm_values",)
     other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge", "padded_sizes")
 
     weight_shape: Shape
 
     def __init__(self) -> None:
         self.fggm_values = nn.ParameterDict()
-        self.fggm_bias = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
         self.granularity: dict[str, Granularity] = {}
         self.quantized_merge: dict[str, str] = {}
@@ -54,15 +52,12 @@ class AdapterState(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: FGGMConfig, inference_mode: bool = False) -> None:
         """Add an adapter with an empty support, which changes nothing and trains nothing."""
         granularity = config.granularity
-        base_layer = self.get_base_layer()
-        device, _ = self._get_base_layer_device_and_dtype(base_layer)
-        options: dict[str, Any] = {"device": device, "dtype": self.values_dtype(config)}
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         o, i = self.weight_shape
-        empty = torch.empty(granularity.values_shape(self.weight_shape, 0), **options)
-        self.fggm_values[adapter_name] = nn.Parameter(empty)
+        shape = granularity.values_shape(self.weight_shape, 0)
+        values = torch.empty(shape, device=device, dtype=self.values_dtype(config))
+        self.fggm_values[adapter_name] = nn.Parameter(values)
         self.fggm_indices[adapter_name] = torch.empty(0, dtype=index_dtype(o * i), device=device)
-        if config.bias == "fggm_only" and getattr(base_layer, "bias", None) is not None:
-            self.fggm_bias[adapter_name] = nn.Parameter(torch.empty(0, **options))
         self.granularity[adapter_name] = granularity
         self.quantized_merge[adapter_name] = config.quantized_merge
         self.scaling[adapter_name] = 1.0
@@ -71,16 +66,11 @@ class AdapterState(BaseTunerLayer):
 
     # Supports and values ------------------------------------------------------------------------
 
-    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """The adapter's parameters in this layer: the values and, if it has them, the bias entries."""
-        return [tensors[adapter_name] for tensors in (self.fggm_values, self.fggm_bias) if adapter_name in tensors]
-
     def empty_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The tensors of the adapter with an empty support: indices, values and, if it has them, bias entries."""
-        parts = {"indices": self.fggm_indices, "values": self.fggm_values, "bias": self.fggm_bias}
-        tensors = {part: of[adapter_name].detach()[:0] for part, of in parts.items() if adapter_name in of}
+        """The indices and the values of the adapter with an empty support."""
         shape = self.granularity[adapter_name].values_shape(self.weight_shape, 0)
-        return {**tensors, "values": tensors["values"].new_zeros(shape)}
+        values = self.fggm_values[adapter_name].detach().new_zeros(shape)
+        return {"indices": self.fggm_indices[adapter_name][:0], "values": values}
 
     def values_dtype(self, config: FGGMConfig) -> torch.dtype:
         """The dtype of new values: the config's ``training_dtype``, else the base weight's if it is floating-point."""
@@ -92,21 +82,21 @@ class AdapterState(BaseTunerLayer):
     def resize_(self, adapter_name: str, k: int, dtype: torch.dtype | None = None) -> None:
         """Resize the adapter to ``k`` units of zeros, perhaps of another dtype; nothing changes if they fit already.
 
-        The parameters stay the same objects, so that an existing optimizer trains the new sizes.
+        The parameter stays the same object, so that an existing optimizer trains the new size.
         """
-        shape = self.granularity[adapter_name].values_shape(self.weight_shape, k)
-        for parameters, size in ((self.fggm_values, shape), (self.fggm_bias, (k,))):
-            values = parameters.get(adapter_name, None)
-            if values is None or (values.shape == size and dtype in (None, values.dtype)):
-                continue
+        shape, values = (
+            self.granularity[adapter_name].values_shape(self.weight_shape, k),
+            self.fggm_values[adapter_name],
+        )
+        if values.shape != shape or dtype not in (None, values.dtype):
             trains = values.requires_grad or adapter_name in self._frozen_empty
             if isinstance(values, DTensor):  # FSDP2 keeps the old parameter; the new one can only be saved
-                values = torch.zeros(size, dtype=values.dtype, device=values.device)
-                parameters[adapter_name] = nn.Parameter(values, requires_grad=trains)
+                values = torch.zeros(shape, dtype=values.dtype, device=values.device)
+                self.fggm_values[adapter_name] = nn.Parameter(values, requires_grad=trains)
                 self._selected_in_shards.add(adapter_name)
             else:
                 values.grad = None
-                values.data = values.data.new_zeros(size, dtype=dtype)
+                values.data = values.data.new_zeros(shape, dtype=dtype)
                 values.requires_grad_(trains)
         if self.fggm_indices[adapter_name].shape != (k,):
             self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
@@ -122,9 +112,8 @@ class AdapterState(BaseTunerLayer):
         self.fggm_indices[adapter_name].copy_(indices)
         self.fggm_indices.settle(adapter_name)
         self.padded_sizes.pop(adapter_name, None)
-        for parameter in self.adapter_parameters(adapter_name):
-            data = parameter.data
-            data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
+        data = self.fggm_values[adapter_name].data
+        data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
         self.selected[adapter_name] = True
         self.freeze_empty_()
 
@@ -139,8 +128,7 @@ class AdapterState(BaseTunerLayer):
                 self._frozen_empty.discard(name)
             elif values.requires_grad:
                 self._frozen_empty.add(name)
-                for parameter in self.adapter_parameters(name):
-                    parameter.requires_grad_(False)
+                values.requires_grad_(False)
 
     # PEFT's interface ---------------------------------------------------------------------------
 
@@ -161,7 +149,7 @@ class AdapterState(BaseTunerLayer):
         """Like PEFT's, but keeps the dtype: float32 values must not pass through bfloat16."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        for tensors in (self.fggm_values, self.fggm_bias, self.fggm_indices):
+        for tensors in (self.fggm_values, self.fggm_indices):
             if device is not None and adapter_name in tensors and not tensors[adapter_name].is_meta:
                 tensors[adapter_name] = tensors[adapter_name].to(device)
 
@@ -176,30 +164,7 @@ class AdapterState(BaseTunerLayer):
             self.scaling[adapter_name],
         )
 
-    def bias_delta(self, adapter_name: str) -> WeightDelta | None:
-        """The adapter's sparse delta of the bias as a matrix ``[1, o]``; None if it has no bias entries."""
-        if adapter_name not in self.fggm_bias or not self.fggm_indices[adapter_name].numel():
-            return None
-        indices, values = self.fggm_indices[adapter_name], self.fggm_bias[adapter_name]
-        return WeightDelta(ELEMENTS, indices, values, self.scaling[adapter_name])
-
     def deltas(self, adapter_names: Sequence[str]) -> list[WeightDelta]:
         """The deltas of those adapters that have a support here which is not empty."""
         # checks the indices, because ZeRO-3 fetches a parameter that is accessed
         return [self.delta(n) for n in adapter_names if self.selected.get(n) and self.fggm_indices[n].numel()]
-
-    def bias_with_deltas(self, bias: Tensor | None, adapter_names: Sequence[str] | None = None) -> Tensor | None:
-        """The bias ``[o]`` plus the adapters' bias entries, by default of the active adapters; differentiable."""
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if bias is not None and (delta := self.bias_delta(name)) is not None:
-                wide = torch.promote_types(bias.dtype, torch.float32)  # rounded once, as in the merge
-                added = (delta.values * delta.scale).to(wide)
-                bias = bias.to(wide).index_add(0, delta.indices, added).to(bias.dtype)
-        return bias
-
-    def added_bias(self, adapter_names: Sequence[str]) -> Tensor | None:
-        """The sum of the adapters' bias entries, ``[o]``; None if they have none."""
-        base_bias = getattr(self.get_base_layer(), "bias", None)
-        if base_bias is None or not any(name in self.fggm_bias for name in adapter_names):
-            return None
-        return self.bias_with_deltas(torch.zeros_like(base_bias, requires_grad=False), adapter_names)

@@ -91,11 +91,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     layers_pattern: Optional[Union[list[str], str]] = setting(
         None, "Name of the nn.ModuleList that `layers_to_transform` indexes, if it has an uncommon name."
     )
-    bias: Literal["none", "all", "fggm_only"] = setting(
-        "none",
-        "'fggm_only' trains the bias entries of the selected rows (needs granularity='row'); 'all' trains every bias "
-        "of the model, as in LoRA.",
-    )
+    bias: Literal["none", "all"] = setting("none", "'all' trains every bias of the model, as in LoRA.")
     training_dtype: Optional[Literal["float32", "bfloat16"]] = setting(
         None,
         "Dtype of the trainable values, whatever the base's dtype or quantization: 'float32', or 'bfloat16' for half "
@@ -123,12 +119,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         self._check_targets()
         require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
         require_one_of("training_dtype", self.training_dtype, (None, "float32", "bfloat16"))
-        require_one_of("bias", self.bias, ("none", "all", "fggm_only"))
-        if self.bias == "fggm_only" and not self.granularity.has_bias:
-            raise ValueError(
-                f"bias={self.bias!r} trains the bias entries of selected rows and needs granularity='row', "
-                f"got granularity='{self.granularity}'"
-            )
+        require_one_of("bias", self.bias, ("none", "all"))
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):

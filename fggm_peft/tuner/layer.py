@@ -18,7 +18,6 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..core.errors import AdapterNotSelectedError
-from ..core.granularity import ELEMENTS
 from ..core.linear import effective_weight
 from ..core.per_sample import GramMatrix, PerSampleGradients
 from ..core.ranking import all_finite
@@ -46,8 +45,7 @@ Calls = list[tuple[Tensor, Tensor]]
 class FGGMLayer(nn.Module, AdapterState, BaseWeight):
     """A base layer and its adapters. A subclass says how its type stores, uses and differentiates the weight.
 
-    While adapters are merged into a dense base, ``fggm_originals[adapter]`` and ``fggm_original_bias[adapter]`` hold
-    the entries from before the merge.
+    While adapters are merged into a dense base, ``fggm_originals[adapter]`` holds the entries from before the merge.
     """
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any):
@@ -55,7 +53,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         BaseWeight.__init__(self, base_layer, **quantization_kwargs)
         AdapterState.__init__(self)
         self.fggm_originals = BufferDict(persistent=False)
-        self.fggm_original_bias = BufferDict(persistent=False)
         # base layers that a merge has replaced, oldest first; a list hides them from torch, see _apply
         self._replaced_bases: list[nn.Module] = []
 
@@ -174,18 +171,13 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             records.append(record)
             if originals is not None:
                 self.fggm_originals[name] = originals
-            if (delta := self.bias_delta(name)) is not None:
-                _, originals = add_to_dense_(base.bias.data[None], delta, keep_originals)
-                if originals is not None:
-                    self.fggm_original_bias[name] = originals
         self.write_back_(base.weight.data, matrix)
         return total(records)
 
     def _require_finite(self, names: list[str]) -> None:
         matrix = self.matrix(self.get_base_weight())
         for name in names:
-            bias = self.fggm_bias.get(name, None)
-            if not stays_finite(matrix, self.delta(name)) or (bias is not None and not all_finite(bias)):
+            if not stays_finite(matrix, self.delta(name)):
                 raise not_finite_error(name)
 
     @torch.no_grad()
@@ -217,9 +209,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             report = compare(now.float() - before.float(), after - before, outcome)
             if mode == "auto" and report.survived < MIN_SURVIVAL:
                 raise lossy_merge_error(MergeReport([report]))
-        for delta in filter(None, map(self.bias_delta, names)):
-            replacement.bias = nn.Parameter(replacement.bias.detach().clone(), requires_grad=False)
-            add_to_dense_(replacement.bias.data[None], delta, keep_originals=False)
         return replacement, report
 
     def pending(self, names: list[str] | None) -> list[str]:
@@ -256,9 +245,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             if name in self.fggm_originals:
                 self.restore_(base.weight.data, name)
                 del self.fggm_originals[name]
-            if name in self.fggm_original_bias:
-                originals = self.fggm_original_bias.pop(name).to(base.bias.dtype)
-                ELEMENTS.put_(base.bias.data[None], self.fggm_indices[name], originals)
         if self._replaced_bases:
             self._set_base(self._replaced_bases[0])
             self._replaced_bases.clear()

@@ -73,8 +73,7 @@ class FGGMLinear(FGGMLayer):
         additive = decoding or torch.compiler.is_exporting()  # the additive form consists of plain operators
         if dtype is None or additive or args or kwargs or not self.can_copy_weight():
             return super().adapted_forward(deltas, x, *args, **kwargs)
-        bias = self.bias_with_deltas(self.base_layer.bias)
-        bias = None if bias is None else bias.to(dtype)
+        bias = None if self.base_layer.bias is None else self.base_layer.bias.to(dtype)
         splits = self._splits(deltas, x)
         output = effective_linear(x.to(dtype), self.dense_weight if splits else self.weight_copy, bias, deltas, splits)
         return output if is_autocast(x) else output.to(x.dtype)
@@ -86,9 +85,7 @@ class FGGMLinear(FGGMLayer):
         return pays_to_split(deltas[0], self.weight_shape, _positions(x))
 
     def with_deltas(self, output, adapter_names, x):
-        output = additive_linear(output, x.to(output.dtype), self.deltas(adapter_names))
-        bias = self.added_bias(adapter_names)
-        return output if bias is None else output + bias.to(output.dtype)
+        return additive_linear(output, x.to(output.dtype), self.deltas(adapter_names))
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype in which the base layer computes; None if it would reject ``x``."""
@@ -133,13 +130,13 @@ class FGGMConv(FGGMLayer):
         if not self.can_copy_weight() or torch.compiler.is_exporting():
             return super().adapted_forward(deltas, x, *args, **kwargs)
         weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
-        return layer._conv_forward(x, weight, self.bias_with_deltas(layer.bias))
+        return layer._conv_forward(x, weight, layer.bias)
 
     def with_deltas(self, output, adapter_names, x):
         layer = self.get_base_layer()
         zeros = torch.zeros(layer.weight.shape, dtype=layer.weight.dtype, device=x.device)
         delta = self.unmatrix(effective_matrix(lambda: self.matrix(zeros), self.deltas(adapter_names)))
-        return output + layer._conv_forward(x, delta.to(x.dtype), self.added_bias(adapter_names))
+        return output + layer._conv_forward(x, delta.to(x.dtype), None)
 
     def per_sample(self, calls, gram):
         layer = self.get_base_layer()

@@ -128,38 +128,8 @@ class FGGMModel(BaseTuner):
         if config.training_dtype is None and autocast_adapter_dtype:
             return
         for target in find_targets(self.model, adapter_name).values():
-            for parameter in target.parameters:  # an adapter that awaits its file may have another dtype
-                parameter.data = parameter.data.to(target.layer.values_dtype(config))
-
-    # Biases -------------------------------------------------------------------------------------
-    # With bias="fggm_only" the adapter has its own bias entries, and the base's bias does not train. PEFT would take
-    # the name to mean the whole bias. bias="all" works as in PEFT.
-
-    def _trains_whole_bias(self) -> bool:
-        return any(self.peft_config[name].bias == "all" for name in self.active_adapters if name in self.peft_config)
-
-    def _check_new_adapter_config(self, config):
-        if config.bias == "all":
-            super()._check_new_adapter_config(config)
-
-    def _mark_only_adapters_as_trainable(self, model):
-        super()._mark_only_adapters_as_trainable(model)
-        for module in model.modules():
-            bias = getattr(module.get_base_layer(), "bias", None) if isinstance(module, FGGMLayer) else None
-            if isinstance(bias, nn.Parameter) and not self._trains_whole_bias():
-                bias.requires_grad_(False)
-
-    def disable_adapter_layers(self):
-        if self._trains_whole_bias():
-            super().disable_adapter_layers()  # warns that the trained bias stays
-        else:
-            self._enable_adapter_layers(enabled=False)
-
-    @classmethod
-    def _get_learnable_bias_state_dict(cls, model, state_dict, config):
-        if config.bias != "all":
-            return {}
-        return super()._get_learnable_bias_state_dict(model, state_dict, config)
+            # an adapter that awaits its file may have another dtype
+            target.values.data = target.values.data.to(target.layer.values_dtype(config))
 
     # Several adapters ---------------------------------------------------------------------------
 
@@ -292,7 +262,7 @@ class FGGMModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for names of modules and misses those within torch's checkpoint_wrapper
-        ours = re.compile(rf"\.fggm_(values|indices|bias)\.{re.escape(adapter_name)}$")
+        ours = re.compile(rf"\.fggm_(values|indices)\.{re.escape(adapter_name)}$")
         selected |= {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
         encode_for_file_(model, config, adapter_name, selected)
         return selected

@@ -48,8 +48,8 @@ class Target:
 
     @property
     def unit_size(self) -> int:
-        """Number of values that one unit trains: its weight entries and, if the adapter has it, a bias entry."""
-        return self.granularity.parameters_per_unit(self.shape) + (self.bias is not None)
+        """Number of values that one unit trains."""
+        return self.granularity.parameters_per_unit(self.shape)
 
     @property
     def module_type(self) -> str:
@@ -67,20 +67,9 @@ class Target:
         return self.layer.fggm_values[self.adapter_name]
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """``[k]`` trainable bias entries of the chosen rows; None without ``bias="fggm_only"``."""
-        return self.layer.fggm_bias.get(self.adapter_name, None)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What the adapter trains in this layer: the values and, if present, the bias entries."""
-        return self.layer.adapter_parameters(self.adapter_name)
-
-    @property
     def tensors(self) -> dict[str, Tensor]:
-        """The detached "indices", "values" and, if present, "bias"."""
-        bias = {} if self.bias is None else {"bias": self.bias.detach()}
-        return {"indices": self.indices, "values": self.values.detach(), **bias}
+        """The detached "indices" and "values"."""
+        return {"indices": self.indices, "values": self.values.detach()}
 
     @property
     def is_selected(self) -> bool:

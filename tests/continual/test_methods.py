@@ -170,7 +170,7 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
         ("ewc", {"decay": 2}, "decay"),
         ("lora", {"mode": "kept"}, "'merged', 'carried'"),
         ("osf", {"effective_rank": 8}, "effective_rank"),
-        ("sft_masked", {"bias": "fggm_only"}, "neither bias nor modules_to_save"),
+        ("sft_masked", {"bias": "all"}, "neither bias nor modules_to_save"),
         ("fggm", {"fisher_estimate": "sketch", "granularity": "element"}, "granularity='element'"),
     ],
 )

@@ -249,7 +249,6 @@ def test_a_granularity_is_a_value_that_converts_to_json_and_back():
 def test_properties_tell_granularities_apart():
     kinds = Rows(), Columns(), Elements(), Tiles()
     assert [kind.is_slice for kind in kinds] == [True, True, False, False]
-    assert [kind.has_bias for kind in kinds] == [True, False, False, False]
     assert [kind.saves_factored for kind in kinds] == [False, False, True, False]
 
 

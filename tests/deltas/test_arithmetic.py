@@ -72,24 +72,6 @@ def test_a_sum_loads_with_peft_and_computes_like_both_adapters(tmp_path, deltas)
     assert "compose" in (tmp_path / "both" / "README.md").read_text()
 
 
-def test_bias_entries_are_summed_row_by_row():
-    a, b, c = (
-        SparseDelta.read(adapter("row", seed, base=llama(attention_bias=True), bias=bias))
-        for seed, bias in enumerate(("fggm_only", "none", "fggm_only"))
-    )
-    result = compose([a, b, c], [2.0, 1.0, 1.0])
-    for name, module in result.modules.items():
-        if "self_attn" not in name:
-            assert module.bias is None
-            continue
-        expected = torch.zeros(module.shape[0], dtype=torch.float64)
-        expected[a.modules[name].indices.long()] += 2 * a.modules[name].bias.double()
-        expected[c.modules[name].indices.long()] += c.modules[name].bias.double()
-        found = torch.zeros_like(expected)
-        found[module.indices.long()] = module.bias.double()
-        assert relative_error(found, expected) < 1e-6
-
-
 def test_incompatible_deltas_are_rejected():
     rows = SparseDelta.read(adapter("row"))
     with pytest.raises(ValueError, match="different base models"):
@@ -99,9 +81,6 @@ def test_incompatible_deltas_are_rejected():
     whole = SparseDelta.read(adapter("row", modules_to_save=["norm"]))
     with pytest.raises(ValueError, match="whole tensor"):
         compose([rows, whole])
-    with_bias = SparseDelta.read(adapter("row", base=llama(attention_bias=True), bias="fggm_only"))
-    with pytest.raises(ValueError, match="deltas of the same granularity"):
-        compose([with_bias, SparseDelta.read(adapter("element"))])
 
 
 def test_equal_whole_modules_are_retained(tmp_path):

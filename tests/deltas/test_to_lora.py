@@ -91,11 +91,9 @@ def test_the_examples_contain_supported_and_unsupported_layers():
     assert grouped and len(grouped) < len(LAYER_EXAMPLES)
 
 
-def test_bias_entries_and_modules_to_save_are_exported(tmp_path):
+def test_modules_to_save_are_exported(tmp_path):
     base = llama(attention_bias=True)
-    model = adapter(
-        "row", base=base, bias="fggm_only", target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"]
-    )
+    model = adapter("row", base=base, target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"])
     model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(0.7)
     expected = logits(model, BATCH)
     export_lora(model, tmp_path / "lora")
@@ -157,7 +155,4 @@ def test_unsupported_exports_are_rejected(tmp_path):
     nameless.config.base_model_name_or_path = None
     with pytest.raises(ValueError, match="base="):
         export_lora(nameless, tmp_path / "lora")
-    mixed = adapter("row", base=gpt2(), target_modules=["wte", "c_fc"], bias="fggm_only")
-    with pytest.raises(ValueError, match="without embeddings"):
-        export_lora(mixed, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

@@ -63,7 +63,7 @@ def test_load_adapter_restores_the_adapter_bit_exactly(granularity, dtype, tmp_p
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
 def test_values_have_the_training_dtype_of_the_config(dtype, trains, tmp_path):
     base = torch.bfloat16 if dtype == "float32" else torch.float32
-    model = adapted(llama(base), bias="fggm_only", training_dtype=dtype)
+    model = adapted(llama(base), training_dtype=dtype)
     select_parameters(model, BATCHES, progress=False)
     train(model, BATCHES, steps=1)
     model.save_pretrained(tmp_path)
@@ -71,8 +71,8 @@ def test_values_have_the_training_dtype_of_the_config(dtype, trains, tmp_path):
     plain.load_adapter(str(tmp_path), is_trainable=trains)
     assert_same_adapter(wrapped, plain)
     for layer in fggm_layers(plain, "default").values():
-        for parameter in layer.adapter_parameters("default"):
-            assert parameter.dtype == getattr(torch, dtype or "float32") and parameter.requires_grad == trains
+        values = layer.fggm_values["default"]
+        assert values.dtype == getattr(torch, dtype or "float32") and values.requires_grad == trains
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

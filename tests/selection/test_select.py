@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from models import (
-    BERT_HEADS,
     Twice,
     adapted,
-    bert,
     class_batches,
     class_log_likelihood,
     fggm_layers,
@@ -147,18 +145,6 @@ def test_density_pattern_overrides_single_modules():
     for module in select_parameters(model, token_batches(), progress=False).modules:
         expected = 0.25 if "q_proj" in module.name else 0.125 if "1.mlp.up_proj" in module.name else 0.5
         assert module.density == expected
-
-
-def test_bias_entries_of_selected_rows_train():
-    model = adapted(bert(BERT_HEADS["masked"]), bias="fggm_only", target_modules=["query", "dense"])
-    batches = token_batches(padding="right")
-    report = select_parameters(model, batches, progress=False)
-    layer = next(iter(fggm_layers(model, "default").values()))
-    assert layer.fggm_bias["default"].shape == layer.fggm_indices["default"].shape
-    train(model, batches)
-    assert layer.fggm_bias["default"].count_nonzero()
-    assert not any(name.endswith("base_layer.bias") and p.requires_grad for name, p in model.named_parameters())
-    assert report.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_the_report_converts_to_text_dict_and_pandas():

@@ -56,9 +56,9 @@ def test_training_dtype_sets_the_dtype_of_values_and_gradients(base, dtype, auto
     assert losses[-1] < losses[0]
 
 
-def test_training_dtype_applies_to_bias_entries_and_injected_adapters():
+def test_training_dtype_applies_to_injected_adapters():
     options = {"criterion": "random", "training_dtype": "bfloat16"}
-    model = get_peft_model(llama(attention_bias=True), FGGMConfig(bias="fggm_only", **options))
+    model = get_peft_model(llama(), FGGMConfig(**options))
     assert value_dtypes(model) == {torch.bfloat16}
     assert value_dtypes(inject_adapter_in_model(FGGMConfig(**options), llama())) == {torch.bfloat16}
 

@@ -126,12 +126,12 @@ def test_missing_modules_get_no_delta_and_additional_modules_are_rejected(tmp_pa
         hotswap_adapter(loaded(one), both, "default")
 
 
-def test_biases_and_modules_to_save_are_swapped_too(tmp_path):
+def test_modules_to_save_are_swapped_too(tmp_path):
     def base():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))
 
-    config = {"target_modules": ["0"], "bias": "fggm_only", "modules_to_save": ["1"], "base": base}
+    config = {"target_modules": ["0"], "modules_to_save": ["1"], "base": base}
     first = saved(tmp_path / "first", **config)
     options = {key: value for key, value in config.items() if key != "base"} | {"density": 0.1, "seed": 1}
     other = get_peft_model(base(), FGGMConfig(criterion="random", init_weights=False, **options))

@@ -31,13 +31,6 @@ def delta_of(layer, adapter="default"):
     return d.scale * dense_delta(d.granularity.name, layer.weight_shape, d.indices, d.values)
 
 
-def bias_delta_of(layer, adapter="default"):
-    """The bias delta of one adapter, ``[o]`` float64."""
-    zeros = torch.zeros(layer.weight_shape[0], dtype=torch.float64)
-    entries = layer.fggm_bias[adapter].double() * layer.scaling[adapter]
-    return zeros.index_add(0, layer.fggm_indices[adapter], entries)
-
-
 def leaf(x):
     return x.detach().requires_grad_() if x.is_floating_point() else x
 
@@ -45,12 +38,11 @@ def leaf(x):
 def assert_like_dense(model, base, x, dtype, adapters=("default",), after=lambda y: y):
     """Check output and gradients of input and values; ``base`` is the layer without the adapter."""
     layer = adapted(model)
-    leaves = [layer.fggm_values[name] for name in adapters] + [layer.fggm_bias[n] for n in adapters if layer.fggm_bias]
+    leaves = [layer.fggm_values[name] for name in adapters]
     x, x_dense = leaf(x), leaf(x)
     y = model(x)
     delta = sum(delta_of(layer, name) for name in adapters)
-    bias = sum(bias_delta_of(layer, name) for name in adapters) if layer.fggm_bias else None
-    expected = after(layer_output(base, x_dense, delta, bias))
+    expected = after(layer_output(base, x_dense, delta))
     assert relative_error(y, expected) < TOLERANCE[dtype]
     g = torch.randn(y.shape).to(y.dtype)
     wanted_leaves = [*leaves, x_dense] if x.is_floating_point() else leaves
@@ -120,11 +112,10 @@ def test_merging_rounds_once_and_unmerging_is_bit_exact(example, granularity, dt
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("bias", ["none", "fggm_only"])
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "conv2d"])
-def test_the_output_in_training_equals_the_merged_output_exactly(name, bias, layer_examples, adapt):
+def test_the_output_in_training_equals_the_merged_output_exactly(name, layer_examples, adapt):
     base, x = layer_examples[name].layer(torch.bfloat16), layer_examples[name].x(torch.bfloat16)
-    model = adapt(base, bias=bias, density=1.0)
+    model = adapt(base, density=1.0)
     before = model(x)
     model.merge_adapter()
     assert torch.equal(model(x), before)
@@ -292,28 +283,6 @@ def test_several_active_adapters_add_up_with_their_scales(example, adapt):
     assert_like_dense(model, base, x, torch.float32, names[-1:])
 
 
-@each_dtype
-@pytest.mark.parametrize("name", ["linear", "Conv1D", "conv1d", "conv2d"])
-@pytest.mark.parametrize("hooked", [False, True])
-def test_the_biases_of_selected_rows_train_merge_and_unmerge(name, dtype, hooked, layer_examples, adapt):
-    base, x = layer_examples[name].layer(dtype), layer_examples[name].x(dtype)
-    model = adapt(copy.deepcopy(base), bias="fggm_only")
-    layer = adapted(model)
-    layer.set_scale("default", 0.5)
-    if hooked:
-        layer.base_layer.register_forward_hook(lambda module, args, output: output)
-    assert layer.fggm_bias["default"].shape == layer.fggm_indices["default"].shape
-    before = assert_like_dense(model, base, x, dtype)
-    with torch.no_grad():
-        once = (base.bias.float() + bias_delta_of(layer).float()).to(dtype)
-    model.merge_adapter()
-    assert torch.equal(layer.get_base_layer().bias, once)
-    assert relative_error(model(x), before) < TOLERANCE[dtype] / 4
-    model.unmerge_adapter()
-    assert torch.equal(layer.get_base_layer().bias, base.bias)
-    assert torch.equal(layer.get_base_layer().weight, base.weight)
-
-
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "conv2d"])
 def test_with_bias_all_the_bias_of_the_base_layer_gets_its_gradient(name, granularity, layer_examples, adapt):
     base, x = layer_examples[name].layer(), layer_examples[name].x()
@@ -322,14 +291,6 @@ def test_with_bias_all_the_bias_of_the_base_layer_gets_its_gradient(name, granul
     y = assert_like_dense(model, base, x, torch.float32)
     (gradient,) = torch.autograd.grad(model(x).sum(), bias)
     assert relative_error(gradient, torch.full_like(bias, y.numel() / len(bias))) < TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize("name", ["linear without bias", "conv2d grouped", "embedding"])
-def test_layers_without_a_bias_treat_bias_fggm_only_as_none(name, layer_examples, adapt):
-    base, x = layer_examples[name].layer(), layer_examples[name].x()
-    model = adapt(copy.deepcopy(base), bias="fggm_only")
-    assert not adapted(model).fggm_bias
-    assert_like_dense(model, base, x, torch.float32)
 
 
 # State -------------------------------------------------------------------------------------------

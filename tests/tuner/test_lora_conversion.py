@@ -64,8 +64,8 @@ def test_peft_rejects_convolutions_and_biases():
     assert not model.supports_lora_conversion()
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(model, rank=2)
-    model = adapted(nn.Sequential(nn.Linear(3, 4)), "row", target_modules=["0"], bias="fggm_only")
-    with pytest.raises(ValueError, match="bias=fggm_only"):
+    model = adapted(nn.Sequential(nn.Linear(3, 4)), "row", target_modules=["0"], bias="all")
+    with pytest.raises(ValueError, match="bias=all"):
         convert_to_lora(model, rank=2)
 
 

@@ -90,22 +90,6 @@ def test_merge_and_forward_apply_the_scale(granularity):
     torch.testing.assert_close(logits(model, BATCHES[0]), before, rtol=1e-5, atol=1e-6)
 
 
-def test_unmerging_also_restores_biases():
-    torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
-    config = FGGMConfig(target_modules=["0", "2"], criterion="random", init_weights=False, bias="fggm_only")
-    model = get_peft_model(base, config)
-    before, x = base_state(model), torch.randn(5, 6)
-    output = model(x)
-    model.merge_adapter()
-    assert not torch.equal(
-        base_state(model)["base_model.model.0.base_layer.bias"], before["base_model.model.0.base_layer.bias"]
-    )
-    torch.testing.assert_close(model(x), output)
-    model.unmerge_adapter()
-    assert_same_state(base_state(model), before)
-
-
 def test_the_report_contains_the_survived_share_of_the_delta():
     model = trained("row", torch.bfloat16)
     report = model.merge_adapter()
@@ -170,16 +154,6 @@ def test_unmerging_restores_a_weight_shared_by_two_adapted_layers(granularity):
     assert_same_state(base_state(model), before)
 
 
-def test_adapter_names_do_not_collide_with_bias_entries():
-    config = {"target_modules": ["0"], "criterion": "random", "init_weights": False}
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), FGGMConfig(bias="fggm_only", **config), "a")
-    model.add_adapter("a_bias", FGGMConfig(seed=1, **config))
-    before = base_state(model)
-    model.merge_adapter(["a", "a_bias"])
-    model.unmerge_adapter()
-    assert_same_state(base_state(model), before)
-
-
 def test_a_merged_adapter_cannot_be_overwritten_by_loading(tmp_path):
     model = trained("row")
     model.save_pretrained(tmp_path)
@@ -221,14 +195,6 @@ def test_a_delta_below_float32_resolution_merges_into_float64_and_is_recorded(gr
     values = torch.full(kind.values_shape((5, 4), 2), 1e-10, dtype=torch.float64)
     record, _ = merging.add_to_dense_(weight, WeightDelta(kind, indices, values, 1.0), False)
     assert record.survived == pytest.approx(1, abs=1e-4)
-
-
-def test_a_float64_bias_is_merged_in_float64(adapt):
-    layer = torch.nn.Linear(4, 5, dtype=torch.float64)
-    model, x = adapt(layer, bias="fggm_only", training_dtype="float32"), torch.randn(3, 4, dtype=torch.float64)
-    before = model(x)
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-13)
 
 
 def test_merging_an_empty_delta_changes_nothing(granularity):

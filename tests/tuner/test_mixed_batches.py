@@ -61,16 +61,6 @@ def test_every_layer_uses_the_adapter_of_each_sample(example, dtype, adapt):
         assert torch.equal(model(x)[1], mixed[1])
 
 
-def test_bias_entries_belong_to_their_adapter():
-    config = {"target_modules": ["0"], "criterion": "random", "bias": "fggm_only", "init_weights": False}
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 8)), FGGMConfig(**config), "a")
-    model.add_adapter("b", FGGMConfig(seed=1, **config))
-    x, names = torch.randn(3, 6), ["b", "a", "__base__"]
-    mixed = model.eval()(x, adapter_names=names)
-    for number, name in enumerate(names):
-        assert relative_error(mixed[number], alone(model, name, {"input": x}, lambda m, input: m(input))[number]) < 1e-6
-
-
 @pytest.mark.parametrize(
     ("build", "config"),
     [

@@ -142,23 +142,6 @@ def test_a_combination_contains_modules_of_only_one_adapter(combination):
     torch.testing.assert_close(dense(last, "sum"), 0.5 * dense(last, "b"))
 
 
-def test_bias_entries_combine_with_their_rows():
-    config = {"target_modules": ["0"], "criterion": "random", "init_weights": False, "density": 0.4}
-    model = get_peft_model(small(), FGGMConfig(bias="fggm_only", **config), adapter_name="a")
-    model.add_adapter("b", FGGMConfig(bias="fggm_only", seed=1, **config))
-    model.add_adapter("c", FGGMConfig(seed=2, **config))
-    model.add_weighted_adapter(["a", "b", "c"], [1.0, -0.5, 2.0], "sum")
-    layer, bias = model.base_model.model[0], torch.zeros(9)
-    for name, weight in (("a", 1.0), ("b", -0.5)):
-        bias.index_add_(0, layer.fggm_indices[name], weight * layer.fggm_bias[name].detach())
-    result = torch.zeros(9).index_add_(0, layer.fggm_indices["sum"], layer.fggm_bias["sum"].detach())
-    torch.testing.assert_close(result, bias)
-    model.add_adapter("d", FGGMConfig(granularity="column", **config))
-    with pytest.raises(ValueError, match="cannot hold the bias entries of rows"):
-        model.add_weighted_adapter(["a", "d"], [1.0, 1.0], "mixed")
-    assert "mixed" not in model.peft_config
-
-
 def test_modules_to_save_of_one_adapter_are_copied_and_of_two_are_rejected():
     config = {"target_modules": ["0"], "criterion": "random", "init_weights": False}
     model = get_peft_model(small(), FGGMConfig(modules_to_save=["2"], **config), adapter_name="a")

@@ -164,8 +164,8 @@ def await_support_(
     legal = {part: _legal_shape(part, shape, target.units) for part, shape in (shapes or {}).items()}
     target.layer.resize_(target.adapter_name, k)
     # the loader casts to the existing dtype, and float32 holds every dtype of a file
-    for parameter in [] if keep_dtype else target.parameters:
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    if not keep_dtype:
+        target.values.data = target.values.data.to(torch.promote_types(target.values.dtype, torch.float32))
     support = AwaitedSupport(target.granularity, target.units, legal, check)
     target.layer.fggm_indices.await_(target.adapter_name, k, support)
 

@@ -72,7 +72,7 @@ def _take(state_dict: dict[str, Tensor], name: str, target: Target) -> StoredMod
 
 
 def _checked(stored: StoredModule, target: Target) -> dict[str, Tensor]:
-    """``indices``, ``values`` and perhaps ``bias`` with the dtypes of the layer."""
+    """``indices`` and ``values`` with the dtypes of the layer."""
     tensors = stored.checked(target.granularity, target.shape)
     k, size = len(tensors["indices"]), target.layer.padded_sizes.get(target.adapter_name)
     if size is not None and k > size:
@@ -80,12 +80,8 @@ def _checked(stored: StoredModule, target: Target) -> dict[str, Tensor]:
             f"{stored.where}indices{stored.suffix}: {k} units exceed the {size} that "
             "prepare_model_for_compiled_hotswap reserved; call it with a higher density"
         )
-    has_bias = target.bias is not None
-    problem = "bias entries are " + ("missing" if has_bias else "unexpected")
-    stored.require("bias", has_bias == ("bias" in tensors), problem)
-    device = tensors["values"].device
-    dtypes = dict.fromkeys(tensors, target.values.dtype) | {"indices": target.indices.dtype}
-    return {part: tensor.to(device, dtypes[part]) for part, tensor in tensors.items()}
+    values = tensors["values"].to(target.values.dtype)
+    return {"indices": tensors["indices"].to(values.device, target.indices.dtype), "values": values}
 
 
 def _require_known_keys(model: nn.Module, state_dict: dict[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ class AdapterContents:
 
     Args:
         file: the file of tensors.
-        deltas: module path -> ``indices``, ``values`` and perhaps ``bias``.
+        deltas: module path -> ``indices`` and ``values``.
         shapes: module path -> ``(o, i)`` of the weight.
         others: the other tensors of the file by key: modules that are saved whole, biases, embeddings.
     """
@@ -53,9 +53,8 @@ def read_adapter(adapter: str | Path, **hub: Any) -> tuple[FGGMConfig, dict[str,
         hub: ``revision``, ``token``, ``subfolder`` and similar arguments, for a Hub id.
 
     Returns:
-        The config, and module path -> ``{"indices": [k], "values": ..., "bias": [k]}``: sorted, unique indices as
-        int32 (int64 for a weight of more than 2**31 entries); values in the granularity's shape and the file's dtype;
-        ``bias`` only if it was trained.
+        The config, and module path -> ``{"indices": [k], "values": ...}``: sorted, unique indices as int32 (int64 for a
+        weight of more than 2**31 entries); values in the granularity's shape and the file's dtype.
 
     Raises:
         AdapterFileError: a file is missing or damaged; names the file and the tensor.

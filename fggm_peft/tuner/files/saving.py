@@ -85,8 +85,7 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
     encoded: dict[str, dict[str, Tensor]] = {}
     for path, target in targets.items():
         names = {part: f"{prefix}{path}{MARK}{part}.{adapter_name}" for part in PARTS}
-        parts = [part for part in ("indices", "values", "bias") if names[part] in keys]
-        tensors = {part: state_dict[keys[names[part]]] for part in parts}
+        tensors = {part: state_dict[keys[names[part]]] for part in ("indices", "values") if names[part] in keys}
         if adapter_name in target.layer.fggm_indices.awaited:  # a loader never brought the support
             tensors = target.layer.empty_tensors(adapter_name)
         if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
@@ -126,29 +125,27 @@ def encode(
     """Part -> tensor of one module, as a file holds them.
 
     Args:
-        tensors: "indices", "values" and perhaps "bias".
+        tensors: "indices" and "values".
         path: the module path, for errors.
 
     Raises:
         AdapterFileError: a value is NaN or infinite, perhaps after rounding.
     """
-    indices, units = tensors["indices"], granularity.units(shape)
-    parts = {part: tensors[part] for part in ("values", "bias") if part in tensors}
+    indices, values, units = tensors["indices"], tensors["values"], granularity.units(shape)
     if config.delta_dtype is not None:
-        parts = {part: tensor.to(getattr(torch, config.delta_dtype)) for part, tensor in parts.items()}
-    for part, tensor in parts.items():
-        if not all_finite(tensor):
-            rounded = "" if config.delta_dtype is None else f" as {config.delta_dtype}"
-            raise AdapterFileError(
-                f"{path}: a number of its {part} is NaN or infinite{rounded}, so the adapter is not saved. Go back "
-                "to an earlier checkpoint, or lower the learning rate."
-            )
+        values = values.to(getattr(torch, config.delta_dtype))
+    if not all_finite(values):
+        rounded = "" if config.delta_dtype is None else f" as {config.delta_dtype}"
+        raise AdapterFileError(
+            f"{path}: a number of its values is NaN or infinite{rounded}, so the adapter is not saved. Go back to an "
+            "earlier checkpoint, or lower the learning rate."
+        )
     codec = smallest_codec(granularity.index_codecs, indices, units)
-    return parts | dict(zip(codec.parts, codec.encode(indices, units), strict=True))
+    return {"values": values, **dict(zip(codec.parts, codec.encode(indices, units), strict=True))}
 
 
 def _warn_if_untrained(adapter_name: str, encoded: Mapping[str, Mapping[str, Tensor]]) -> None:
-    values = [tensors[part] for tensors in encoded.values() for part in ("values", "bias") if part in tensors]
+    values = [tensors["values"] for tensors in encoded.values()]
     if not any(bool(tensor.any()) for tensor in values):
         is_empty = not any(tensor.numel() for tensor in values)
         problem = "has no values: no support was selected" if is_empty else "has only zero values: it was not trained"

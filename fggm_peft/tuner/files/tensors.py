@@ -27,7 +27,7 @@ BASE_PART = ".base_layer."
 """Part of the names of the base's own weights. PEFT saves resized embeddings under such names."""
 MARK = ".fggm_"
 """Separates a module path from the name of its tensor."""
-PARTS = ("values", "bias", *INDEX_PARTS)
+PARTS = ("values", *INDEX_PARTS)
 """The names that may follow ``MARK``."""
 MAX_HEADER_BYTES = 2**25
 MAX_TENSORS = 2**17
@@ -40,6 +40,11 @@ _DTYPES = {
     "I32": torch.int32,
     "U8": torch.uint8,
 }
+
+
+def is_trained_whole(key: str) -> bool:
+    """Whether a tensor without ``MARK`` replaces one of the base. PEFT also saves the base's own embeddings."""
+    return BASE_PART not in key or key.endswith(".bias")
 
 
 class StoredModule:
@@ -91,19 +96,13 @@ class StoredModule:
             raise self.error(parts[0], str(error)) from error
 
     def checked(self, granularity: Granularity, shape: Shape) -> dict[str, Tensor]:
-        """The decoded ``indices``, the ``values`` and, if present, the ``bias`` ``[k]``; all values are finite.
+        """The decoded ``indices`` and the ``values``, which are finite.
 
         Raises:
             AdapterFileError: a tensor is missing, does not fit a weight of this shape, or is not finite.
         """
         tensors = {"indices": self.support(granularity, shape), "values": self.tensors["values"]}
-        k = len(tensors["indices"])
-        if (bias := self.tensors.get("bias")) is not None:
-            fits = bias.is_floating_point() and tuple(bias.shape) == (k,)
-            self.require("bias", fits, f"expected floating-point values [{k}], got {describe(bias)}")
-            tensors["bias"] = bias
-        for part in tensors.keys() - {"indices"}:
-            self.require(part, tensors[part].is_meta or all_finite(tensors[part]), "a value is NaN or infinite")
+        self.require("values", all_finite(tensors["values"]), "a value is NaN or infinite")
         return tensors
 
 

@@ -230,8 +230,6 @@ def _header_bytes(targets: Targets, size: int) -> int:
         o, i = target.shape
         values = target.granularity.values_shape((o, i), target.units)
         shapes = {"values": values, **dict.fromkeys(parts, (o * i, 99))}
-        if target.bias is not None:
-            shapes["bias"] = (o,)
         for part, shape in shapes.items():
             entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
             entries[f"{PREFIX}{path}{MARK}{part}"] = entry

@@ -99,16 +99,14 @@ def pad(tensors: Mapping[str, Tensor], granularity: Granularity, size: int) -> d
     """Fill up a support to ``size`` units; the lowest free units are added, with values of zero.
 
     Args:
-        tensors: "indices" ``[k]``, "values" and perhaps "bias" ``[k]``, with ``k <= size``.
+        tensors: "indices" ``[k]`` and "values", with ``k <= size``.
     """
     old = tensors["indices"]
     free = torch.ones(size, dtype=torch.bool, device=old.device)  # `size` units contain enough free ones
     free[old[old < size].long()] = False
     added = free.nonzero()[: size - len(old), 0].to(old.dtype)
     indices = torch.cat([old, added]).sort().values
-    dims = {"values": granularity.unit_dim, "bias": 0}
-    padded = {part: spread(tensors[part], old, indices, dim) for part, dim in dims.items() if part in tensors}
-    return {"indices": indices, **padded}
+    return {"indices": indices, "values": spread(tensors["values"], old, indices, granularity.unit_dim)}
 
 
 def _pad_(target: Target, size: int) -> None:

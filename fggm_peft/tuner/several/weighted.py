@@ -105,47 +105,33 @@ def new_combination(combination_type: str, density: float | None, majority_sign_
     return replace(COMBINATIONS[combination_type], density=density, majority_sign_method=majority_sign_method)
 
 
-@dataclass(frozen=True)
-class WeightedDelta:
-    """One term of a combination: the delta of a weight, perhaps of its bias ``[k]``, and a factor."""
-
-    delta: WeightDelta
-    bias: Tensor | None
-    weight: float
-
-
 def common_granularity(granularities: Sequence[Granularity]) -> Granularity:
     """The granularity of all, or single elements if they differ."""
     return granularities[0] if len(set(granularities)) == 1 else ELEMENTS
 
 
 def combine(
-    terms: Sequence[WeightedDelta], granularity: Granularity, shape: Shape, how: Combination = COMBINATIONS["linear"]
-) -> tuple[WeightDelta, Tensor | None]:
+    deltas: Sequence[WeightDelta],
+    weights: Sequence[float],
+    granularity: Granularity,
+    shape: Shape,
+    how: Combination = COMBINATIONS["linear"],
+) -> WeightDelta:
     """Combine deltas of one weight on the union of their supports.
 
     Args:
-        terms: at least one.
-        granularity: of the result: that of all terms, or single elements.
+        weights: one for each delta.
+        granularity: of the result: that of all deltas, or single elements.
         shape: ``(o, i)``.
 
     Returns:
-        The delta, in float32 at least, and the bias entries ``[k]`` if a term has some.
+        The combined delta, in float32 at least.
     """
-    tensors = [tensor for term in terms for tensor in (term.delta.values, term.bias) if tensor is not None]
-    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
-    deltas = []
-    for delta in (term.delta for term in terms):
-        scaled = WeightDelta(delta.granularity, delta.indices, delta.values.detach().to(dtype) * delta.scale)
-        deltas.append(scaled if delta.granularity == granularity else scaled.as_elements(shape))
-    indices, weights = union(deltas), [term.weight for term in terms]
-    spread_values = [spread(delta.values, delta.indices, indices, granularity.unit_dim) for delta in deltas]
-    total = WeightDelta(granularity, indices, how.of(spread_values, weights, shape[0] * shape[1]))
-    with_bias = [(term.delta, term.bias, term.weight) for term in terms if term.bias is not None]
-    if not with_bias:
-        return total, None
-    biases = [spread(bias.detach().to(dtype) * delta.scale, delta.indices, indices, 0) for delta, bias, _ in with_bias]
-    return total, how.of(biases, [weight for *_, weight in with_bias], shape[0])
+    deltas = [delta if delta.granularity == granularity else delta.as_elements(shape) for delta in deltas]
+    dtype = reduce(torch.promote_types, [delta.values.dtype for delta in deltas], torch.float32)
+    indices, dim = union(deltas), granularity.unit_dim
+    tensors = [spread(d.values.detach().to(dtype) * d.scale, d.indices, indices, dim) for d in deltas]
+    return WeightDelta(granularity, indices, how.of(tensors, weights, shape[0] * shape[1]))
 
 
 def add_weighted_adapter(
@@ -199,20 +185,11 @@ def _config(
     model: FGGMModel, adapters: Sequence[str], sources: dict[str, Targets], has_whole_modules: bool
 ) -> FGGMConfig:
     configs = [model.peft_config[name] for name in adapters]
-    granularities = [config.granularity for config in configs]
-    bias = {config.bias for config in configs if config.bias != "none"}
-    if len(set(granularities)) > 1 and bias:
-        names = ", ".join(sorted({str(granularity) for granularity in granularities}))
-        raise ValueError(
-            f"adapters of different granularities ({names}) combine into single elements, which "
-            f"cannot hold the bias entries of rows; one of {list(adapters)} has bias={bias.pop()!r}"
-        )
     whole = {name for config in configs for name in config.modules_to_save or []} if has_whole_modules else None
     return FGGMConfig(
-        granularity=common_granularity(granularities),
+        granularity=common_granularity([config.granularity for config in configs]),
         target_modules=sorted({path for targets in sources.values() for path in targets}),
         modules_to_save=sorted(whole) if whole else None,
-        bias=bias.pop() if bias else "none",
         quantized_merge=configs[0].quantized_merge,
         task_type=configs[0].task_type,
         base_model_name_or_path=configs[0].base_model_name_or_path,
@@ -225,14 +202,10 @@ def _fill(target: Target, terms: Sequence[tuple[Target, float]], how: Combinatio
     if not terms:  # a path that only ends like one of another adapter's targets
         target.layer.set_support(target.adapter_name, target.indices)
         return
-    weighted = [WeightedDelta(source.delta(), source.bias, weight) for source, weight in terms]
-    total, bias = combine(weighted, target.granularity, target.shape, how)
+    deltas, weights = [source.delta() for source, _ in terms], [weight for _, weight in terms]
+    total = combine(deltas, weights, target.granularity, target.shape, how)
     dim = target.granularity.unit_dim
     nonzero = total.values.movedim(dim, 0).reshape(len(total.indices), -1).any(1)
-    if bias is not None:
-        nonzero |= bias != 0
     target.layer.set_support(target.adapter_name, total.indices[nonzero])
     with torch.no_grad():
         target.values.copy_(total.values.index_select(dim, nonzero.nonzero()[:, 0]))
-        if target.bias is not None and bias is not None:
-            target.bias.copy_(bias[nonzero])

@@ -15,7 +15,6 @@ from transformers import OPTConfig, OPTForCausalLM
 from fggm_peft import FGGMConfig, FGGMLayer, hotswap_adapter
 
 _COPIED = ("target_modules", "modules_to_save", "task_type", "bias")
-_ONLY = {"lora_only": "fggm_only", "lokr_only": "fggm_only"}
 
 
 class DrawnConfig(FGGMConfig):
@@ -31,7 +30,7 @@ def config(**kwargs: Any) -> FGGMConfig:
     """An FGGM config in place of a LoRA or LoKr config; a higher rank becomes a higher density."""
     zero = kwargs.get("init_lora_weights", kwargs.get("init_weights", True))
     options = {key: kwargs[key] for key in _COPIED if key in kwargs}
-    options["bias"] = _ONLY.get(options.get("bias", "none"), options.get("bias", "none"))
+    options["bias"] = "all" if options.get("bias") == "all" else "none"
     return DrawnConfig(
         criterion="random",
         granularity=os.environ["FGGM_GRANULARITY"],
