@@ -80,8 +80,8 @@ def main() -> None:
     print(f"\nloaded elsewhere: loss {loss_of(theirs, 'counting up'):.2f}")
 
     # or serve it in an engine that supports only LoRA
-    report = export_lora(theirs, output / "lora")
-    print(f"{report}; written to {output / 'lora'}")
+    ranks = export_lora(theirs, output / "lora")
+    print(f"exact LoRA of rank {max(ranks.values())}, written to {output / 'lora'}")
 
     # merge all three into one model, then remove one
     ledger = Ledger(output / "ledger")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from html import escape
@@ -90,15 +90,6 @@ def save(figure: Figure, path: Path | str) -> None:
     """Write the figure on white; the suffix sets the format (svg, png, pdf)."""
     date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(Path(path).suffix, {})
     figure.savefig(path, dpi=160, facecolor="white", metadata=date)
-
-
-def save_all(figures: Iterable[tuple[str, Figure]], folder: Path, format: str) -> list[Path]:
-    """Save each figure in ``folder`` under its name; returns the files."""
-    files = []
-    for name, figure in figures:
-        files.append(folder / f"{name}.{format}")
-        save(figure, files[-1])
-    return files
 
 
 @style()
@@ -261,21 +252,4 @@ def agreement_plot(curves: Mapping[str, Sequence[tuple[int, Value]]], enough: fl
     axes.set(title=plain(title), xlabel="samples", ylabel="agreement of two halves", ylim=(None, 1.0))
     if len(present) > 1:
         legend(axes, list(present))
-    return figure
-
-
-@style()
-def overlap_plot(
-    names: Sequence[str], jaccard: Sequence[Sequence[Value]], chance: Sequence[Sequence[Value]], title: str = ""
-) -> Figure:
-    """What supports share: their Jaccard index below the diagonal, its expectation by chance above it.
-
-    Args:
-        jaccard, chance: ``[n, n]``.
-    """
-    size = range(len(names))
-    both = [[jaccard[i][j] if j <= i else chance[i][j] for j in size] for i in size]
-    figure, (axes,) = new_figure(0.2 + heat_map_height(len(names), names))
-    heat_map(axes, both, names, names, 0.0, 1.0)
-    axes.set(title=plain(title), xlabel="below: Jaccard index; above: by chance")
     return figure

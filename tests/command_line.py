@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from models import byte_tokenizer, llama
-from typer.testing import CliRunner
 
-from fggm_peft.cli.app import build
+from fggm_peft.cli.app import run_program
 
 PAIRS = [{"prompt": f"{n} plus one is", "answer": f" {n + 1}"} for n in range(40)]
 
@@ -32,10 +33,13 @@ def folder(tmp_path_factory) -> Path:
 
 def fggm(*arguments: object) -> SimpleNamespace:
     """Run a command in this process."""
-    result = CliRunner().invoke(build(), [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_program([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 def succeed(*arguments: object) -> dict:

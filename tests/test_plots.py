@@ -18,10 +18,8 @@ from fggm_peft.plots import (
     lines,
     looks,
     new_figure,
-    overlap_plot,
     plain,
     save,
-    save_all,
     shortened,
     style,
     to_svg,
@@ -47,7 +45,6 @@ def lines_figure(names):
 DRAW = {
     "density": lambda names: density_plot(dict.fromkeys(names, (0.5, 1))),
     "agreement": lambda names: agreement_plot({name: [(1, 0.2), (2, 0.9)] for name in names}, 0.8),
-    "overlap": lambda names: overlap_plot(names, [[0.5] * 3] * 3, [[0.1] * 3] * 3),
     "lines": lines_figure,
 }
 
@@ -157,8 +154,3 @@ def test_a_missing_package_is_named_with_its_extra(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"plots need {package}: .*fggm-peft\[continual\]"):
         plots.new_figure(1.0)
-
-
-def test_figures_are_saved_under_their_names(tmp_path):
-    files = save_all([("one", drawn("lines")), ("two", drawn("lines"))], tmp_path, "svg")
-    assert files == [tmp_path / "one.svg", tmp_path / "two.svg"] == sorted(tmp_path.iterdir())

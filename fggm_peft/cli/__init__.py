@@ -1,11 +1,11 @@
-"""The program ``fggm``: every module in this folder that has a function ``run`` is one of its commands."""
+"""The program ``fggm``: one module for each command, with its options (``add_options``) and its function ``run``."""
 
 
 def main() -> None:
     """Entry point of the console script."""
-    from .app import build
+    from .app import run_program
 
-    build()()
+    run_program()
 
 
 __all__ = ["main"]

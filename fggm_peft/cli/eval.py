@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
-from typing import Annotated, Optional
 
-import typer
-
-from .options import BaseOptions, BatchSize, Data, DataOptions
+from .options import add_base, add_batch_size, add_data, base_model, positive, read_task
 from .output import Result, require_adapter, table
 
 
-def run(
-    base: BaseOptions,
-    data_options: DataOptions,
-    data: Data,
-    adapter: Annotated[
-        Optional[list[str]],
-        typer.Option("--adapter", "-a", help="Folder or Hub id of an adapter. Repeat it to compare several."),
-    ] = None,
-    batch_size: BatchSize = 8,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="Also generate the answers greedily and count exact matches.")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a generated answer.")] = 64,
-) -> Result:
+def add_options(parser: ArgumentParser) -> None:
+    add_base(parser)
+    add_data(parser, split="test")
+    text = "Folder or Hub id of an adapter. Repeat it to compare several."
+    parser.add_argument("--adapter", "-a", action="append", default=[], help=text)
+    add_batch_size(parser)
+    text = "Also generate the answers greedily and count exact matches."
+    parser.add_argument("--generate", action="store_true", help=text)
+    text = "Maximum length of a generated answer (default: %(default)s)."
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help=text)
+
+
+def run(args: Namespace) -> Result:
     """Evaluate MODEL, and each adapter on it, on the answers of DATA.
 
     Loss (in nats), perplexity and accuracy are those of the answers' tokens, given the true tokens before them. They
     do not depend on the batch size.
     """
-    adapters = adapter or []
-    for name in adapters:
+    for name in args.adapter:
         require_adapter(name)
     from peft import PeftModel
 
     from ..training.evaluation import AnswerScores, exact_match, score_answers
 
-    examples = data_options.examples(data, base.base().load_tokenizer(), data_options.split or "test")
-    model = base.base().load()
+    examples = read_task(args, args.data, base_model(args).load_tokenizer())
+    model = base_model(args).load()
 
     def evaluate(model, name: str) -> AnswerScores:
-        scores = score_answers(model, examples, batch_size, f"Evaluating {name}")
-        if not generate:
+        scores = score_answers(model, examples, args.batch_size, f"Evaluating {name}")
+        if not args.generate:
             return scores
-        match = exact_match(model, examples, batch_size, max_new_tokens, description=f"Generating with {name}")
+        description = f"Generating with {name}"
+        match = exact_match(model, examples, args.batch_size, args.max_new_tokens, description=description)
         return replace(scores, exact_match=match)
 
     scores = {"base": evaluate(model, "base")}
-    for name in adapters:
+    for name in args.adapter:
         adapted = PeftModel.from_pretrained(model, name)
         scores[name] = evaluate(adapted, name)
         model = adapted.unload()
     results = [{"adapter": None if name == "base" else name, **score.to_dict()} for name, score in scores.items()]
-    headings = ["adapter", "loss", "perplexity", "token accuracy", *(["exact match"] if generate else [])]
+    headings = ["adapter", "loss", "perplexity", "token accuracy", *(["exact match"] if args.generate else [])]
     rows = [
         [name, f"{score.loss:.4f}", f"{score.perplexity:.3f}", f"{score.accuracy:.1%}"]
         + ([] if score.exact_match is None else [f"{score.exact_match:.1%}"])
         for name, score in scores.items()
     ]
-    title = f"{base.model} on {data}: {scores['base'].samples:,} samples, {scores['base'].tokens:,} answer tokens"
-    return Result({"model": base.model, "data": data, "results": results}, table(title, headings, rows))
+    title = f"{args.model} on {args.data}: {len(examples):,} samples, {scores['base'].tokens:,} answer tokens"
+    return {"model": args.model, "data": args.data, "results": results}, table(title, headings, rows)

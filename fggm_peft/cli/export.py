@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal, Optional
+from argparse import ArgumentParser, Namespace
 
-import typer
-
-from .options import Adapter, Overwrite
-from .output import Result, require_adapter, require_free, table
+from .options import positive
+from .output import Result, add_adapter, add_output, require_adapter, require_free, table
 
 
-def run(
-    adapter: Adapter,
-    to: Annotated[Literal["lora"], typer.Option(help="The format: a LoRA adapter of PEFT.")] = "lora",
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Folder for the LoRA adapter. Required without --dry-run.")
-    ] = None,
-    max_rank: Annotated[Optional[int], typer.Option(min=1, help="Largest rank to write; a higher one fails.")] = None,
-    base: Annotated[
-        Optional[str], typer.Option(help="Folder or Hub id of the base (default: the one that the adapter names).")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the ranks and write nothing.")] = False,
-    overwrite: Overwrite = False,
-) -> Result:
+def add_options(parser: ArgumentParser) -> None:
+    add_adapter(parser)
+    parser.add_argument("--to", choices=["lora"], default="lora", help="The format: a LoRA adapter of PEFT.")
+    parser.add_argument("--max-rank", type=positive, help="Largest rank to write; a higher one fails.")
+    parser.add_argument("--base", help="Folder or Hub id of the base (default: the one that the adapter names).")
+    add_output(parser, "Folder for the LoRA adapter.")
+
+
+def run(args: Namespace) -> Result:
     """Export ADAPTER as a LoRA adapter, for PEFT without fggm_peft and for engines that support only LoRA.
 
-    The export is exact: a delta of k rows or columns is a LoRA of rank k. Ranks are padded with zeros to 8, 16, 32, 64,
-    128, 256, 320 or 512.
+    The export is exact: a delta of k rows or columns is a LoRA of rank k. fggm inspect shows the ranks.
     """
-    require_adapter(adapter)
-    if output is None and not dry_run:
-        raise typer.BadParameter("name a folder, or pass --dry-run to see the ranks", param_hint="--output")
-    from rich.console import Group
-    from rich.text import Text
+    require_adapter(args.adapter)
+    require_free(args.output, args.overwrite)
+    from ..deltas import export_lora
 
-    from ..deltas import export_lora, lora_ranks
-
-    if dry_run or output is None:
-        output, export = None, lora_ranks(adapter, base)
-    else:
-        require_free(output, overwrite)
-        export = export_lora(adapter, output, max_rank, base)
-    data = {"adapter": adapter, "to": to, "output": None if output is None else str(output), **export.to_dict()}
-    rows = [(name, str(module.required), str(module.rank)) for name, module in export.modules.items()]
-    ranks = table("" if output is None else f"Saved to {output}", ("module", "required rank", "rank"), rows)
-    return Result(data, Group(ranks, Text(str(export))))
+    ranks = export_lora(args.adapter, args.output, args.max_rank, args.base)
+    data = {"adapter": args.adapter, "to": args.to, "output": str(args.output), "rank": max(ranks.values())}
+    rows = [(path, str(rank)) for path, rank in ranks.items()]
+    return {**data, "ranks": ranks}, table(f"Saved to {args.output}", ("module", "rank"), rows)

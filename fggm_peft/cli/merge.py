@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Annotated, Optional
 
-import typer
-
-from .options import BaseOptions, Output, Overwrite
-from .output import Result, require_adapter, require_free, table
+from .options import add_base, base_model
+from .output import Result, add_output, require_adapter, require_free, table
 
 
-def run(
-    base: BaseOptions,
-    adapter: Annotated[
-        list[str], typer.Option("--adapter", "-a", help="Folder or Hub id of an FGGM adapter. Repeat it, in order.")
-    ],
-    output: Output,
-    ledger: Annotated[
-        Optional[Path], typer.Option(help="Folder that records the adapters, so that fggm rollback can remove them.")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> Result:
+def add_options(parser: ArgumentParser) -> None:
+    add_base(parser)
+    text = "Folder or Hub id of an FGGM adapter. Repeat it, in order."
+    parser.add_argument("--adapter", "-a", action="append", required=True, help=text)
+    text = "Folder that records the adapters, so that fggm rollback can remove them."
+    parser.add_argument("--ledger", type=Path, help=text)
+    add_output(parser)
+
+
+def run(args: Namespace) -> Result:
     """Merge adapters into MODEL and save the whole model, which loads without PEFT.
 
     Each delta is added in float32, and the sum is rounded once for each adapter. merge_report.json in the output shows
     for each module how much of its delta survived the rounding.
     """
-    for folder in adapter:
-        require_adapter(folder)
-    require_free(output, overwrite)
-    if ledger is not None:
-        require_free(ledger, overwrite=False)
+    for adapter in args.adapter:
+        require_adapter(adapter)
+    require_free(args.output, args.overwrite)
+    if args.ledger is not None:
+        require_free(args.ledger, overwrite=False)
     from rich.console import Group
     from rich.text import Text
 
     from ..deltas import Ledger, export_merged
+    from ..deltas.apply import require_dense
     from ..training import BaseModelError
 
-    source = base.base()
-    if source.quantization is not None:
-        raise typer.BadParameter("a quantized checkpoint would lose part of the deltas", param_hint="--quantization")
-    model = source.load()
-    if getattr(model, "is_quantized", False):  # before the ledger is written
-        raise ValueError(f"{base.model} is quantized, and a merged checkpoint of it would lose part of the deltas")
-    tasks = None if ledger is None else Ledger(ledger)
-    if tasks is not None:
-        for name, folder in zip(_task_names(adapter), adapter, strict=True):
-            tasks.add(name, folder)
+    base = base_model(args)
+    if base.quantization is not None:
+        args.error("--quantization: a quantized checkpoint would lose part of the deltas")
+    model = base.load()
+    require_dense(model)  # before the ledger is written
+    ledger = None if args.ledger is None else Ledger(args.ledger)
+    if ledger is not None:
+        for name, adapter in zip(_task_names(args.adapter), args.adapter, strict=True):
+            ledger.add(name, adapter)
     try:
-        tokenizer = source.load_tokenizer()
+        tokenizer = base.load_tokenizer()
     except BaseModelError:  # the base has none
         tokenizer = None
-    report = export_merged(model, tasks or adapter, output, tokenizer, progress=True)
-    data = {"model": base.model, "adapters": adapter, "output": str(output), "ledger": ledger and str(ledger)}
+    report = export_merged(model, ledger or args.adapter, args.output, tokenizer, progress=True)
+    data = {"model": args.model, "adapters": args.adapter, "output": str(args.output), "ledger": args.ledger}
     headings = ("module", "norm of the delta", "survived", "outcome")
     rows = [(m.name, f"{m.delta_norm:.4g}", f"{m.survived:.2%}", m.outcome) for m in report.modules]
-    shown = Group(table(f"Saved to {output}", headings, rows), Text(str(report)))
-    return Result({**data, **report.to_dict()}, shown)
+    shown = Group(table(f"Saved to {args.output}", headings, rows), Text(str(report)))
+    return {**data, "ledger": args.ledger and str(args.ledger), **report.to_dict()}, shown
 
 
 def _task_names(adapters: list[str]) -> list[str]:

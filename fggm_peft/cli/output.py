@@ -1,10 +1,10 @@
-"""The result of a command, its tables, and checks of the folders that a command reads and writes."""
+"""Tables, and checks of the folders and adapters that a command reads and writes."""
 
 from __future__ import annotations
 
 import os
+from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +14,30 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a command.
-
-    Args:
-        data: for ``--json``; plain types only.
-        shown: printed without ``--json``; anything that rich prints.
-    """
-
-    data: dict[str, Any]
-    shown: Any
+Result = tuple[dict[str, Any], Any]
+"""The result of a command: plain types for ``--json``, and something that rich prints without it."""
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
-    """A table of names and values. Values that are None or empty are omitted."""
-    rows = [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-    return table(title, ("", ""), rows, show_header=False)
+    """A table of names and values. Empty values, and values that are dicts, are omitted."""
+    texts = {name.replace("_", " "): _text(name, value) for name, value in facts.items()}
+    return table(title, ("", ""), [(name, text) for name, text in texts.items() if text], show_header=False)
+
+
+def _text(name: str, value: Any) -> str:
+    from rich.filesize import decimal
+
+    if value is None or isinstance(value, dict):
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    if name in ("density", "accuracy"):
+        return f"{value:.2%}"
+    if name.endswith("bytes"):
+        return decimal(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], **options: Any) -> Table:
@@ -47,11 +53,9 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], **
     return shown
 
 
-def file_size(path: Path) -> str:
-    """The size of a file for people, such as "1.2 MB"."""
-    from rich.filesize import decimal
-
-    return decimal(path.stat().st_size)
+def add_output(parser: ArgumentParser, help: str = "Folder for the result.", required: bool = True) -> None:
+    parser.add_argument("--output", "-o", type=Path, required=required, help=help)
+    parser.add_argument("--overwrite", action="store_true", help="Replace the files in the output folder.")
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
@@ -67,6 +71,10 @@ def require_free(folder: Path, overwrite: bool) -> None:
         raise NotADirectoryError(f"the output {folder} is a file; name a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"the output {folder} is not empty; name another folder, or pass --overwrite")
+
+
+def add_adapter(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="Folder or Hub id of an FGGM adapter.")
 
 
 def require_adapter(name: str) -> None:

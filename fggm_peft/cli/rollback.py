@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Optional
 
-import typer
-
-from .options import Overwrite
-from .output import Result, facts_table, require_free
+from .output import Result, add_output, facts_table, require_free
 
 
-def run(
-    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder that fggm merge --ledger created.")],
-    task: Annotated[str, typer.Argument(metavar="TASK", help="Name of the task.")],
-    model: Annotated[Optional[str], typer.Option(help="Folder or Hub id of the merged model.")] = None,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Folder for the model without the task.")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> Result:
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("ledger", metavar="LEDGER", type=Path, help="Folder that fggm merge --ledger created.")
+    parser.add_argument("task", metavar="TASK", help="Name of the task.")
+    parser.add_argument("--model", help="Folder or Hub id of the merged model.")
+    add_output(parser, "Folder for the model without the task.", required=False)
+
+
+def run(args: Namespace) -> Result:
     """Remove TASK from LEDGER and, with --model, from the merged model.
 
     The ledger's original entries are restored. The result is bit for bit the model without the task, also if other
@@ -30,26 +26,23 @@ def run(
     from ..training import BaseModel, BaseModelError
     from ..tuner.files.atomic import complete_folder
 
-    if not (ledger / FILE).is_file():
-        raise FileNotFoundError(f"no ledger in {str(ledger)!r}: it has no {FILE}")
-    if (model is None) != (output is None):
-        raise typer.BadParameter("--model and --output require each other", param_hint="--model")
-    tasks = Ledger(ledger)
-    if model is None or output is None:
-        report = tasks.rollback(task, remove=False)
+    if not (args.ledger / FILE).is_file():
+        raise FileNotFoundError(f"no ledger in {str(args.ledger)!r}: it has no {FILE}")
+    if (args.model is None) != (args.output is None):
+        args.error("--model and --output require each other")
+    ledger = Ledger(args.ledger)
+    if args.model is None:
+        report = ledger.rollback(args.task, remove=False)
     else:
-        require_free(output, overwrite)
-        merged = BaseModel(model).load()
-        report = tasks.rollback(task, merged, remove=False)
-        with complete_folder(output) as folder:
+        require_free(args.output, args.overwrite)
+        base = BaseModel(args.model)
+        merged = base.load()
+        report = ledger.rollback(args.task, merged, remove=False)
+        with complete_folder(args.output) as folder:
             merged.save_pretrained(folder)
             with suppress(BaseModelError):  # it was merged without a tokenizer
-                BaseModel(model).load_tokenizer().save_pretrained(folder)
-    tasks.remove(task)  # last, when the model without the task is saved
-    data = {"ledger": str(ledger), "output": output and str(output), **report.to_dict(), "remaining": tasks.tasks}
-    facts = {
-        "restored from": report.restored_from,
-        "remaining": ", ".join(tasks.tasks) or "none",
-        "saved to": output,
-    }
-    return Result(data, facts_table(str(report), facts))
+                base.load_tokenizer().save_pretrained(folder)
+    ledger.remove(args.task)  # last, when the model without the task is saved
+    data = {"ledger": str(args.ledger), "output": args.output and str(args.output), **report.to_dict()}
+    data["remaining"] = ledger.tasks
+    return data, facts_table(str(report), data)

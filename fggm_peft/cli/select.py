@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from .options import BaseOptions, BatchSize, DataOptions, Overwrite, SelectionOptions
-from .output import ADAPTER_FILE, Result, file_size, require_free
+from .options import add_base, add_batch_size, add_data, add_selection, base_model, read_task, selection_config
+from .output import ADAPTER_FILE, Result, add_output, require_free
 
 if TYPE_CHECKING:
     from ..selection import SelectionReport
     from ..tuner import FGGMConfig
 
 
-@dataclass(frozen=True)
-class DryRunOptions:
-    """Dry run."""
+def add_options(parser: ArgumentParser) -> None:
+    add_base(parser)
+    add_selection(parser)
+    add_data(parser, required=False)
+    add_batch_size(parser)
+    add_output(parser, "Folder for the adapter. Required without --dry-run.", required=False)
+    parser.add_argument("--plots", type=Path, help="Folder for plots of densities and split-half agreement.")
+    group = parser.add_argument_group("dry run")
+    text = "Show the cost of training. Reads no data and writes nothing."
+    group.add_argument("--dry-run", action="store_true", help=text)
+    text = "Optimizer whose state is counted: adamw, adam, sgd, rmsprop, adagrad (default: %(default)s)."
+    group.add_argument("--optimizer", default="adamw", help=text)
+    text = "Count a training step with gradient checkpointing."
+    group.add_argument("--gradient-checkpointing", action="store_true", help=text)
 
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the cost of training. Reads no data and writes nothing.")
-    ] = False
-    optimizer: Annotated[
-        str, typer.Option(help="Optimizer whose state is counted: adamw, adam, sgd, rmsprop, adagrad.")
-    ] = "adamw"
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Count a training step with gradient checkpointing.")
-    ] = False
 
-
-def run(
-    base: BaseOptions,
-    selection: SelectionOptions,
-    data_options: DataOptions,
-    dry: DryRunOptions,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Folder for the adapter. Required without --dry-run.")
-    ] = None,
-    data: Annotated[
-        Optional[str],
-        typer.Option("--data", "-d", help="The task: a file, a folder or a Hub id. Some criteria need none."),
-    ] = None,
-    batch_size: BatchSize = 8,
-    plots: Annotated[
-        Optional[Path], typer.Option(help="Folder for plots of densities and split-half agreement.")
-    ] = None,
-    plots_format: Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Format of the plots.")] = "svg",
-    overwrite: Overwrite = False,
-) -> Result | None:
+def run(args: Namespace) -> Result | None:
     """Select the weights of MODEL that may change for the task in DATA.
 
     The result is an adapter of zero values; train it with fggm train --adapter. Runs on several devices under
@@ -59,14 +40,14 @@ def run(
 
     With --dry-run, the command shows the cost of training with --batch-size samples of --max-length tokens.
     """
-    config = selection.fggm_config()
-    if dry.dry_run:
-        return _cost(base, config, dry, batch_size, data_options.max_length)
-    if output is None:
-        raise typer.BadParameter("name a folder for the adapter", param_hint="--output")
-    require_free(output, overwrite)
-    if plots is not None:
-        _require_plots(plots, output, overwrite)
+    config = selection_config(args)
+    if args.dry_run:
+        return _cost(args, config)
+    if args.output is None:
+        args.error("--output: name a folder for the adapter")
+    require_free(args.output, args.overwrite)
+    if args.plots is not None:
+        _require_plots(args)
 
     from peft import get_peft_model
 
@@ -79,47 +60,40 @@ def run(
 
     loader = None
     if CRITERIA[config.criterion].needs_data:
-        if data is None:
-            raise typer.BadParameter(f"the criterion {config.criterion!r} needs data", param_hint="--data")
-        loader = _dataloader(base, data_options, data, config, batch_size)
-    tokenizer = base.base().load_tokenizer() if has_texts(config.reference) else None
+        if args.data is None:
+            args.error(f"--data: the criterion {config.criterion!r} needs data")
+        loader = _dataloader(args, config)
+    tokenizer = base_model(args).load_tokenizer() if has_texts(config.reference) else None
     reference = with_texts(config.reference, tokenizer)
-    model = shard_as_launched(get_peft_model(base.base().load(), config))
+    model = shard_as_launched(get_peft_model(base_model(args).load(), config))
     report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=reference)
     if not this_process().is_main_process:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedAdapterWarning)
-        save_adapter(model, output)
-    result: dict[str, Any] = {
-        "model": base.model,
-        "output": str(output),
-        "bytes": (output / ADAPTER_FILE).stat().st_size,
-    }
-    result |= report.to_dict()
-    if plots is not None:
-        result["pictures"] = _draw(report, plots, plots_format)
-    return Result(result, _shown(report, base.model, output, result.get("pictures", [])))
+        save_adapter(model, args.output)
+    size = (args.output / ADAPTER_FILE).stat().st_size
+    pictures = [] if args.plots is None else _draw(report, args.plots)
+    data = {"model": args.model, "output": str(args.output), "bytes": size, **report.to_dict()}
+    return {**data, "pictures": pictures}, _shown(args, report, pictures)
 
 
-def _cost(base: BaseOptions, config: FGGMConfig, dry: DryRunOptions, batch_size: int, length: int) -> Result | None:
+def _cost(args: Namespace, config: FGGMConfig) -> Result | None:
     from ..cost import estimate
     from ..training.base_model import this_process
 
     cost = estimate(
-        base.base().load(),
+        base_model(args).load(),
         config,
-        batch_size=batch_size,
-        sequence_length=length,
-        optimizer=dry.optimizer,
-        checkpointing=dry.gradient_checkpointing,
+        batch_size=args.batch_size,
+        sequence_length=args.max_length,
+        optimizer=args.optimizer,
+        checkpointing=args.gradient_checkpointing,
     )
-    if not this_process().is_main_process:
-        return None
-    return Result({"model": base.model, **cost.to_dict()}, cost.to_table())
+    return ({"model": args.model, **cost.to_dict()}, cost.to_table()) if this_process().is_main_process else None
 
 
-def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGMConfig, batch_size: int) -> Any:
+def _dataloader(args: Namespace, config: FGGMConfig) -> Any:
     """Shuffled batches. Each process reads its share, without repeating samples."""
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader
@@ -128,40 +102,42 @@ def _dataloader(base: BaseOptions, options: DataOptions, data: str, config: FGGM
     from ..selection.agreement import MAX_SAMPLES
     from ..training.base_model import this_process
 
-    tokenizer = base.base().load_tokenizer()
+    tokenizer = base_model(args).load_tokenizer()
     limit = MAX_SAMPLES if config.num_samples == "auto" else config.num_samples
-    examples: Any = options.examples(data, tokenizer, limit=limit, seed=config.seed)
-    loader = DataLoader(examples, batch_size=batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    examples: Any = read_task(args, args.data, tokenizer, limit=limit, seed=config.seed)
+    loader = DataLoader(examples, batch_size=args.batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
     if this_process().num_processes == 1:
         return loader
     return prepare_data_loader(loader, even_batches=False, put_on_device=False)
 
 
-def _require_plots(plots: Path, output: Path, overwrite: bool) -> None:
+def _require_plots(args: Namespace) -> None:
     """Raise before the model is loaded if the plots cannot be drawn, or would be written among the adapter's files."""
     from ..plots import style
 
-    if plots.absolute() == output.absolute():
-        raise typer.BadParameter("name another folder than --output", param_hint="--plots")
-    require_free(plots, overwrite)
+    if args.plots.absolute() == args.output.absolute():
+        args.error("--plots: name another folder than --output")
+    require_free(args.plots, args.overwrite)
     with style():
         pass
 
 
-def _draw(report: SelectionReport, folder: Path, format: str) -> list[str]:
-    from ..plots import save_all
+def _draw(report: SelectionReport, folder: Path) -> list[str]:
+    from ..plots import save
     from ..tuner.files.atomic import complete_folder
 
+    names = []
     with complete_folder(folder) as temporary:
-        files = save_all(report.plots(), temporary, format)
-    return [str(folder / file.name) for file in files]
+        for name, figure in report.plots():
+            save(figure, temporary / f"{name}.svg")
+            names.append(str(folder / f"{name}.svg"))
+    return names
 
 
-def _shown(report: SelectionReport, model: str, output: Path, pictures: list[str]) -> Any:
+def _shown(args: Namespace, report: SelectionReport, pictures: list[str]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
     plots = f"Plots: {', '.join(pictures)}. " if pictures else ""
-    size = file_size(output / ADAPTER_FILE)
-    note = f"{plots}Saved to {output} ({size}). Train it with: fggm train {model} --adapter {output} --data ..."
-    return Group(report.to_table(), Text(note))
+    train = f"fggm train {args.model} --adapter {args.output} --data ..."
+    return Group(report.to_table(), Text(f"{plots}Saved to {args.output}. Train it with: {train}"))

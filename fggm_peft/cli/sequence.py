@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Any
 
-import typer
-
+from .options import positive
 from .output import Result, table
 
 
-def run(
-    stream: Annotated[str, typer.Argument(metavar="STREAM", help="YAML or JSON file, or a built-in stream's name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the runs and the report.")],
-    model: Annotated[Optional[str], typer.Option(help="Folder or Hub id; overrides the file.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="Folder that the tasks' paths are relative to.")] = None,
-    seeds: Annotated[Optional[str], typer.Option(help="For example 0,1,2; overrides the file.")] = None,
-    orders: Annotated[Optional[str], typer.Option(help="For example given,reversed,random:3.")] = None,
-    learning_rates: Annotated[Optional[str], typer.Option(help="For example 1e-4,3e-4; overrides the file.")] = None,
-    methods: Annotated[Optional[str], typer.Option(help="Run only the methods with these labels.")] = None,
-    checkpoint_steps: Annotated[
-        Optional[int], typer.Option(min=1, help="Also save a checkpoint within a task after this many steps.")
-    ] = None,
-    gate: Annotated[
-        Optional[list[str]],
-        typer.Option(metavar="TASK=SHARE", help="Share of an earlier task's score to retain, e.g. intent=0.9."),
-    ] = None,
-    gate_action: Annotated[str, typer.Option(help="If it is not retained: stop or rollback.")] = "stop",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the runs in the output folder.")] = False,
-) -> Result:
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("stream", metavar="STREAM", help="YAML or JSON file, or a built-in stream's name.")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="Folder for the runs and the report.")
+    parser.add_argument("--model", help="Folder or Hub id; overrides the file.")
+    parser.add_argument("--data", help="Folder that the tasks' paths are relative to.")
+    parser.add_argument("--seeds", type=partial(_numbers, int), help="For example 0,1,2; overrides the file.")
+    parser.add_argument("--orders", help="For example given,reversed,random:3.")
+    text = "For example 1e-4,3e-4; overrides the file."
+    parser.add_argument("--learning-rates", type=partial(_numbers, float), help=text)
+    parser.add_argument("--methods", help="Run only the methods with these labels.")
+    text = "Also save a checkpoint within a task after this many steps."
+    parser.add_argument("--checkpoint-steps", type=positive, help=text)
+    text = "Share of an earlier task's score to retain, e.g. intent=0.9."
+    parser.add_argument("--gate", metavar="TASK=SHARE", action="append", help=text)
+    text = "If it is not retained: stop or rollback (default: %(default)s)."
+    parser.add_argument("--gate-action", default="stop", help=text)
+    parser.add_argument("--resume", action="store_true", help="Continue the runs in the output folder.")
+
+
+def run(args: Namespace) -> Result:
     """Train every method of STREAM on its tasks, one after another.
 
     Finished runs are saved at once in the output folder, with report.json and report.md. report.html follows at the
@@ -42,29 +45,30 @@ def run(
     from ..continual.run import all_results, finished_runs, run_stream, runs_of
 
     settings = read_stream(
-        stream,
-        model=model,
-        data=data,
-        seeds=_numbers(seeds, int, "--seeds"),
-        learning_rates=_numbers(learning_rates, float, "--learning-rates"),
-        orders=None if orders is None else orders.split(","),
-        gate=read_gate(gate, gate_action) if gate else None,
+        args.stream,
+        model=args.model,
+        data=args.data,
+        seeds=args.seeds,
+        learning_rates=args.learning_rates,
+        orders=None if args.orders is None else args.orders.split(","),
+        gate=read_gate(args.gate, args.gate_action) if args.gate else None,
     )
-    if methods is not None:
-        settings = settings.with_methods(methods.split(","))
+    if args.methods is not None:
+        settings = settings.with_methods(args.methods.split(","))
+    output = args.output
     total = len(runs_of(settings))
     try:
-        for _ in run_stream(settings, output, resume, checkpoint_steps):
+        for _ in run_stream(settings, output, args.resume, args.checkpoint_steps):
             write_report(output, all_results(settings, output), page=False)
     except KeyboardInterrupt:
         if results := all_results(settings, output):
             write_report(output, results)
         done = len(finished_runs(settings, output))
-        typer.echo(f"stopped after {done} of {total} runs; rerun with --resume to continue", err=True)
-        raise typer.Exit(130) from None
+        print(f"stopped after {done} of {total} runs; rerun with --resume to continue", file=sys.stderr)
+        raise
     unfinished = total - len(finished_runs(settings, output))
     if unfinished:
-        typer.echo(f"another process is still computing {unfinished} of {total} runs", err=True)
+        print(f"another process is still computing {unfinished} of {total} runs", file=sys.stderr)
     results = all_results(settings, output)
     write_report(output, results)
     report = report_of(results)
@@ -74,11 +78,11 @@ def run(
         for entry in report["summary"]
     ]
     headings = ("method", "rate", "runs", *(HEADINGS[name] for name in columns))
-    return Result(report, table("Mean over runs (± standard deviation)", headings, rows))
+    return report, table("Mean over runs (± standard deviation)", headings, rows)
 
 
-def _numbers(text: str | None, kind: Callable[[str], Any], option: str) -> list[Any] | None:
+def _numbers(kind: Callable[[str], Any], text: str) -> list[Any]:
     try:
-        return None if text is None else [kind(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,1,2", param_hint=option) from None
+        raise ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,1,2") from None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .difference import diff
     from .ledger import Ledger
     from .overlaps import Overlap, overlap
-    from .to_lora import LoraExport, export_lora, lora_ranks
+    from .to_lora import export_lora
     from .verification import Verification, verify
 
 _MODULES = {
@@ -29,14 +29,13 @@ _MODULES = {
     ".difference": ("diff",),
     ".ledger": ("Ledger",),
     ".overlaps": ("Overlap", "overlap"),
-    ".to_lora": ("LoraExport", "export_lora", "lora_ranks"),
+    ".to_lora": ("export_lora",),
     ".verification": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Ledger",
-    "LoraExport",
     "ModuleDelta",
     "Overlap",
     "SparseDelta",
@@ -47,7 +46,6 @@ __all__ = [
     "diff",
     "export_lora",
     "export_merged",
-    "lora_ranks",
     "overlap",
     "prune",
     "read_adapter",

@@ -80,11 +80,7 @@ def export_merged(
     Raises:
         ValueError: as ``apply_deltas``, or the base is quantized, so that the deltas could not be in its weights.
     """
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            "the base is quantized, and a merged checkpoint of it would lose part of the deltas. Load the base "
-            "unquantized, or use merge_and_unload() with quantized_merge='requantize'"
-        )
+    require_dense(model)
     if isinstance(sources, Sequence):
         report = apply_deltas(model, sources, progress)
     else:
@@ -95,6 +91,21 @@ def export_merged(
             tokenizer.save_pretrained(folder)
         write_json(folder / REPORT, report.to_dict())
     return report
+
+
+def require_dense(model: Any) -> None:
+    """Raise ``ValueError`` if a model is quantized, so that its weights cannot hold the deltas exactly."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "the base is quantized, and a merged checkpoint of it would lose part of the deltas. Load the base "
+            "unquantized, or use merge_and_unload() with quantized_merge='requantize'"
+        )
+
+
+def require_finite(path: str, module: ModuleDelta) -> None:
+    """Raise ``ValueError`` if a value of a delta is NaN or infinite."""
+    if not all(all_finite(tensor) for part, tensor in module.tensors.items() if part != "indices"):
+        raise ValueError(f"the delta of {path} has a value that is NaN or infinite")
 
 
 def layers_to_change(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[str, FGGMLayer]:
@@ -110,8 +121,7 @@ def layers_to_change(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[st
     for delta in deltas:
         layers |= adapted_layers(model, {path: module.shape for path, module in delta.modules.items()})
         for path, module in delta.modules.items():
-            if not all(all_finite(tensor) for part, tensor in module.tensors.items() if part != "indices"):
-                raise ValueError(f"the delta of {path} has a value that is NaN or infinite")
+            require_finite(path, module)
     return layers
 
 

@@ -111,19 +111,6 @@ class Overlap:
                 table.add_row(Text(f"{first}, {second}"), Text(path), *numbers)
         return table
 
-    def heat_map(self, file: str | Path) -> None:
-        """Draw the Jaccard index below the diagonal and its value by chance above it.
-
-        Args:
-            file: its suffix determines the format.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from ..plots import overlap_plot, save
-
-        save(overlap_plot(self.names, self.matrix("jaccard"), self.matrix("chance"), "Overlap"), file)
-
     def __str__(self) -> str:
         return "\n".join(
             f"{first}, {second}: Jaccard {pair.jaccard:.3f}, by chance {pair.chance:.3f}"

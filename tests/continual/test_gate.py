@@ -6,10 +6,9 @@ import json
 
 import pytest
 import torch
+from command_line import fggm
 from streams import settings, state, write_stream
-from typer.testing import CliRunner
 
-from fggm_peft.cli import app
 from fggm_peft.continual.gate import Gate
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
@@ -101,7 +100,7 @@ def test_a_gate_can_be_set_on_the_command_line(folder, tmp_path):
     file = tmp_path / "stream.json"
     file.write_text(json.dumps(settings(folder, methods=["sft"])))
     arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--gate-action", "rollback", "--json"]
-    result = CliRunner().invoke(app.build(), [*arguments, "--gate", "plus=1", "--gate", "minus=0.5"])
-    assert result.exit_code == 0, result.output
-    refused = CliRunner().invoke(app.build(), [*arguments, "--gate", "plus"])
-    assert refused.exit_code == 1 and "--gate 'plus' is not a task and a share" in refused.stderr
+    result = fggm(*arguments, "--gate", "plus=1", "--gate", "minus=0.5")
+    assert result.code == 0, result.err
+    refused = fggm(*arguments, "--gate", "plus")
+    assert refused.code == 1 and "--gate 'plus' is not a task and a share" in refused.err

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import fggm
 from filelock import FileLock
 from models import text_model
 from peft import PeftModel
 from streams import settings, without_times, write_stream
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from fggm_peft.cli import app
 from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
@@ -127,9 +126,9 @@ def test_the_command_writes_both_reports_and_prints_the_summary(folder, tmp_path
     file = tmp_path / "stream.json"
     file.write_text(json.dumps(settings(folder, methods=["fggm", "frozen"])))
     command = ["sequence", str(file), "--output", str(tmp_path / "out"), "--seeds", "0,1"]
-    result = CliRunner().invoke(app.build(), [*command, "--json"])
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
+    result = fggm(*command, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert [entry["label"] for entry in report["summary"]] == ["fggm", "frozen"]
     for entry in report["summary"]:
@@ -137,8 +136,8 @@ def test_the_command_writes_both_reports_and_prints_the_summary(folder, tmp_path
         assert entry["runs"] == entry["op"]["n"] == 2 and entry["op"]["mean"] == pytest.approx(sum(scores) / 2)
     page = (tmp_path / "out" / "report.md").read_text()
     assert "| fggm |" in page and "BWT_T = " in page
-    refused = CliRunner().invoke(app.build(), command)
-    assert refused.exit_code == 1 and "--resume" in refused.stderr
+    refused = fggm(*command)
+    assert refused.code == 1 and "--resume" in refused.err
     shutil.rmtree(tmp_path / "out")
 
 
@@ -273,9 +272,9 @@ def test_methods_and_rates_can_be_selected_and_the_report_covers_the_whole_folde
 
     def report(*options: str) -> dict:
         arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--resume", "--json", *options]
-        result = CliRunner().invoke(app.build(), arguments)
-        assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)
+        result = fggm(*arguments)
+        assert result.code == 0, result.err
+        return json.loads(result.out)
 
     assert [run["label"] for run in report("--methods", "sft")["runs"]] == ["sft"]
     runs = report("--methods", "frozen,[b]", "--learning-rates", "1e-3,2e-3")["runs"]

@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from fggm_peft.deltas import SparseDelta, export_lora, lora_ranks
-from fggm_peft.deltas.to_lora import RANKS
+from fggm_peft.deltas import SparseDelta, export_lora
+from fggm_peft.deltas.to_lora import required_rank
 
 BATCH = {key: value for key, value in token_batches()[0].items() if key != "labels"}
 PLAIN_PEFT = """
@@ -101,42 +101,39 @@ def test_modules_to_save_are_exported(tmp_path):
     assert (result["adapted"] - expected).abs().max() < 1e-5
 
 
-def test_ranks_are_predicted_and_padded_to_those_that_engines_accept(tmp_path):
+def test_each_module_has_the_rank_that_it_requires_and_a_scale_of_1(tmp_path):
     model = adapter("row", density_pattern={"q_proj": 1 / 64, "v_proj": 9 / 32, "down_proj": 0.5}, density=0.2)
-    told = lora_ranks(model)
-    ranks = {name.rpartition(".")[2]: (module.required, module.rank) for name, module in told.modules.items()}
-    assert ranks == {"q_proj": (1, 8), "v_proj": (9, 16), "down_proj": (32, 32)}
-    assert (told.required_rank, told.rank) == (32, 32)
-    written = export_lora(model, tmp_path / "lora")
-    assert {n: (m.required, m.rank) for n, m in written.modules.items()} == {
-        n: (m.required, m.rank) for n, m in told.modules.items()
+    ranks = export_lora(model, tmp_path / "lora")
+    assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {
+        "q_proj": 1,
+        "v_proj": 9,
+        "down_proj": 32,
     }
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 32 and config["rank_pattern"] == config["alpha_pattern"]
     assert config["peft_type"] == "LORA"
-    for layer in PeftModel.from_pretrained(llama(), tmp_path / "lora").modules():
+    for path, layer in PeftModel.from_pretrained(llama(), tmp_path / "lora").get_base_model().named_modules():
         if hasattr(layer, "lora_A") and layer.lora_A:
-            assert layer.scaling["default"] == 1.0 and layer.r["default"] in RANKS
-    assert "requires rank 32" in str(written) and "exact" in (tmp_path / "lora" / "README.md").read_text()
+            assert layer.scaling["default"] == 1.0 and layer.r["default"] == ranks[path]
+    assert "exact" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_a_delta_above_the_maximum_rank_is_rejected_and_others_are_exact(granularity, tmp_path):
     model = adapter(granularity, density=0.3)
-    required = lora_ranks(model).required_rank
+    required = max(required_rank(module) for module in SparseDelta.read(model).modules.values())
     with pytest.raises(ValueError, match=rf"max_rank={required - 1}.*convert_to_lora\(model, rank={required - 1}\)"):
         export_lora(model, tmp_path / "lora", max_rank=required - 1)
     assert not (tmp_path / "lora").exists()
-    assert export_lora(model, tmp_path / "lora", max_rank=required).rank == required
+    assert max(export_lora(model, tmp_path / "lora", max_rank=required).values()) == required
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora")
     assert (logits(loaded, BATCH) - logits(model, BATCH)).abs().max() < 1e-5
 
 
 def test_elements_in_few_rows_need_a_low_rank():
     delta = SparseDelta.read(adapter("element", density=0.2))
-    name, module = next(iter(delta.modules.items()))
+    module = next(iter(delta.modules.values()))
     few = torch.tensor([3, 5, 70, 90], dtype=torch.int32)  # rows 0 and 1
-    modules = {name: type(module)(module.granularity, module.shape, few, torch.ones(4))}
-    assert lora_ranks(SparseDelta(delta.config, modules), base=llama()).required_rank == 2
+    assert required_rank(type(module)(module.granularity, module.shape, few, torch.ones(4))) == 2
 
 
 def test_unsupported_exports_are_rejected(tmp_path):

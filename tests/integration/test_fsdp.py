@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import fggm
 from models import adapted, byte_tokenizer, fggm_layers, llama, quantized, text_model, token_batches
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -19,10 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
-from typer.testing import CliRunner
 
 from fggm_peft import FGGMTrainer, TopDensity, select_parameters
-from fggm_peft.cli import app
 
 pytestmark = pytest.mark.distributed
 
@@ -239,8 +238,8 @@ def test_fggm_select_on_a_sharded_base_writes_the_adapter_of_a_whole_base(proces
     data.write_text(json.dumps([{"prompt": f"{n} plus one is", "answer": f" {n + 1}"} for n in range(14)]))
     options = ["select", str(base), "--data", str(data), "--num-samples", "all", "--batch-size", "4"]
     processes(call_fggm, [*options, "--output", str(adapter)])
-    whole = CliRunner().invoke(app.build(), [*options, "--output", str(tmp_path / "whole")])
-    assert whole.exit_code == 0, whole.output
+    whole = fggm(*options, "--output", str(tmp_path / "whole"))
+    assert whole.code == 0, whole.err
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "whole"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     loaded = PeftModel.from_pretrained(text_model(), adapter, is_trainable=True)

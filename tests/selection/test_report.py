@@ -12,7 +12,7 @@ from command_line import fail, succeed
 from models import adapted, fggm_layers, fisher_scores, llama, t5, token_batches
 
 from fggm_peft import FGGMConfig, select_parameters
-from fggm_peft.plots import agreement_plot, density_plot, overlap_plot, to_svg
+from fggm_peft.plots import agreement_plot, density_plot, to_svg
 from fggm_peft.selection.report import AgreementCheck
 from fggm_peft.training.trainer import log_entry
 
@@ -137,11 +137,6 @@ def test_a_density_plot_of_one_module_and_of_an_empty_support():
     assert "0" in texts(density_plot({"classifier": (0.0, 4)}))
 
 
-def test_an_overlap_plot_has_chance_above_the_diagonal():
-    figure = overlap_plot(["a", "b"], [[1.0, 0.3], [0.3, 1.0]], [[0.2, 0.18], [0.18, 0.2]])
-    assert [text for text in texts(figure) if text[0] in ".1"] == ["1.0", ".18", ".30", "1.0"]
-
-
 def test_an_agreement_plot_skips_unknown_agreements():
     figure = agreement_plot({"a": [(32, None), (64, 0.5)], "b": [(32, 0.6), (128, 0.9)], "none": [(32, None)]}, 0.8)
     assert "none" not in texts(figure) and {"a", "b"} <= set(texts(figure))
@@ -150,9 +145,9 @@ def test_an_agreement_plot_skips_unknown_agreements():
 def test_select_writes_the_plots_of_its_report(folder, tmp_path):
     report = succeed(
         *("select", folder / "model", "-d", folder / "data", "-o", tmp_path / "out", "--density", 0.2),
-        *("--plots", tmp_path / "plots", "--plots-format", "png"),
+        *("--plots", tmp_path / "plots"),
     )
-    names = ["agreement.png", "density.png"]
+    names = ["agreement.svg", "density.svg"]
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == names
     assert sorted(report["pictures"]) == [str(tmp_path / "plots" / name) for name in names]
 

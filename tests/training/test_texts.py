@@ -6,15 +6,14 @@ import json
 
 import pytest
 import torch
+from command_line import fggm
 from models import byte_tokenizer, text_model
 from peft import get_peft_model
 from safetensors.torch import load_file
 from streams import settings, write_stream
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
-from typer.testing import CliRunner
 
 from fggm_peft import FGGMConfig, FGGMTrainer, select_parameters
-from fggm_peft.cli import app
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
 from fggm_peft.training.data import DataError, Example, TokenizedExamples
@@ -90,8 +89,8 @@ def test_a_method_of_a_sequence_reads_a_text_file_of_the_data_folder(folder, tmp
 def test_the_command_line_reads_a_text_file(folder, tmp_path):
     arguments = ["--reference", str(folder / "prose.txt"), "--criterion", "gain_per_harm", "--granularity", "column"]
     command = ["select", str(folder / "model"), "--data", str(folder / "plus"), "--output", str(tmp_path / "out")]
-    result = CliRunner().invoke(app.build(), [*command, *arguments, "--num-samples", "8", "--json"])
-    assert json.loads(result.stdout)["reference_samples"] == 2
+    result = fggm(*command, *arguments, "--num-samples", "8", "--json")
+    assert json.loads(result.out)["reference_samples"] == 2
     assert any(tensor.numel() for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values())
-    result = CliRunner().invoke(app.build(), [*command, *arguments[2:], "--reference", "missing.txt", "--overwrite"])
-    assert result.exit_code == 1 and "missing.txt: cannot be read as text" in result.stderr
+    result = fggm(*command, *arguments[2:], "--reference", "missing.txt", "--overwrite")
+    assert result.code == 1 and "missing.txt: cannot be read as text" in result.err

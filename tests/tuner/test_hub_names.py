@@ -78,11 +78,6 @@ def test_a_command_names_a_missing_folder_before_loading_anything(command, tmp_p
     assert f"there is no folder {tmp_path / 'runs' / 'nothere'}, and it cannot be loaded from the Hub" in message
 
 
-def test_the_card_command_requires_a_local_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "no folder 'me/delta'" in fail("card", "me/delta")
-
-
 def test_a_folder_can_be_given_relative_to_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "delta").mkdir()
