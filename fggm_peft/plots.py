@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .tuner.module_paths import density_grid
+from .tuner.target import layer_and_type
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,11 +223,19 @@ def density_plot(shares: Mapping[str, tuple[float, int]], title: str = "") -> Fi
     Args:
         shares: module path -> share in [0, 1], entries of the weight; not empty.
     """
-    grid = density_grid(shares)
-    high = max(value for row in grid.values for value in row if value is not None)
-    figure, (axes,) = new_figure(0.75 + heat_map_height(len(grid.kinds), grid.layers[:12]), 4.4)
-    heat_map(axes, grid.values, grid.kinds, grid.layers, 0.0, high or 1.0, scale="selected share")
-    axes.set(title=plain(title), xlabel="layer" if any(grid.layers) else "")
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
+    for path, (share, entries) in shares.items():
+        layer, kind = layer_and_type(path)
+        selected, total = sums.get((kind, layer), (0.0, 0))
+        sums[kind, layer] = selected + share * entries, total + entries
+    kinds, layers = (list(dict.fromkeys(names)) for names in zip(*sums, strict=True))
+    cells = {key: selected / total if total else None for key, (selected, total) in sums.items()}
+    values = [[cells.get((kind, layer)) for layer in layers] for kind in kinds]
+    stacks = {layer.rpartition(".")[0] for layer in layers if layer}
+    labels = [layer.rpartition(".")[2] for layer in layers] if len(stacks) < 2 else layers
+    figure, (axes,) = new_figure(0.75 + heat_map_height(len(kinds), labels[:12]), 4.4)
+    heat_map(axes, values, kinds, labels, 0.0, max(filter(None, cells.values()), default=1.0), scale="selected share")
+    axes.set(title=plain(title), xlabel="layer" if any(layers) else "")
     return figure
 
 

@@ -7,7 +7,7 @@ A *support* is a sorted vector of unit indices. A support and the *values* on it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -156,21 +156,6 @@ class Granularity(ABC):
         """The given rows of the delta, dense ``[n, i]``; differentiable in ``values``."""
         return ELEMENTS.delta_rows(rows, *self.as_elements(indices, values, shape), shape)
 
-    def pieces(
-        self, weight: Tensor, indices: Tensor, tensors: Sequence[Tensor], size: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Split a delta into pieces of about ``size`` entries, or one unit if that is larger.
-
-        Args:
-            tensors: each ``values_shape(shape, k)``, not empty.
-
-        Yields:
-            A view of the weight, indices into that view, and the piece of every tensor.
-        """
-        step = max(1, size * len(indices) // tensors[0].numel())
-        parts = zip(indices.split(step), *(t.split(step, self.unit_dim) for t in tensors), strict=True)
-        yield from ((weight, *part) for part in parts)
-
     def added(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> Tensor:
         """The entries on the support after the delta is added: in float32 at least, rounded once."""
         return sum_rounded_once(self.gather(weight, indices), values, scale)
@@ -261,11 +246,6 @@ class Columns(_Slices):
 
     def accumulate_(self, scores, gradients, half):
         scores.index_add_(0, half, gradients.column_scores().to(scores.dtype))
-
-    def pieces(self, weight, indices, tensors, size):
-        step = max(1, size * len(weight) // tensors[0].numel())
-        for part, *pieces in zip(weight.split(step), *(t.split(step) for t in tensors), strict=True):
-            yield part, indices, *pieces
 
     def stored_input(self, x, indices):
         # the query, key and value layers share one input, but each would store a part of its own

@@ -1,10 +1,9 @@
 """``x @ (weight + deltas).mT`` for sparse deltas, forward and backward, in two forms.
 
 *Effective weight*: the product uses the entries that a merge would write, rounding included. They are written into a
-copy of the weight, which backward makes again and nothing keeps. With few positions the copy costs more than it saves;
-the selected rows or columns are then multiplied separately (``splits``).
+copy of the weight. Backward makes the copy again, and nothing keeps it.
 *Additive*: the delta's own product is added to the base layer's output; the weight is not needed.
-Both are measured in benchmarks/forms.py and benchmarks/suite.
+benchmarks/suite measures both.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ WeightSource = Callable[[], Tensor]
 """Returns a weight ``[o, i]`` that the caller may overwrite: a copy, or a dequantized temporary."""
 
 
-def effective_linear(
-    x: Tensor, weight: WeightSource, bias: Tensor | None, deltas: Sequence[WeightDelta], splits: bool = False
-) -> Tensor:
+def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, deltas: Sequence[WeightDelta]) -> Tensor:
     """``x @ (weight + sum of deltas).mT + bias``.
 
     Args:
@@ -34,28 +31,10 @@ def effective_linear(
         weight: called once in forward and once in backward; nothing of size ``[o, i]`` is kept.
         bias: ``[o]`` or None.
         deltas: their values receive gradients in their own dtype.
-        splits: take two products and only read the weight; for one delta of rows or columns (see ``pays_to_split``).
     """
     # the function is given a flat input, because a view that it returned could not be modified in place by the model
-    flat = _EffectiveLinear.apply(_flat(x), bias, weight, tuple(deltas), splits, *(d.values for d in deltas))
+    flat = _EffectiveLinear.apply(_flat(x), bias, weight, tuple(deltas), *(d.values for d in deltas))
     return flat.view(*x.shape[:-1], flat.shape[-1])
-
-
-def pays_to_split(delta: WeightDelta, shape: tuple[int, int], positions: int) -> bool:
-    """Whether two products take less time than one product with a weight that has to be copied.
-
-    Splitting multiplies the selected units twice and copies the input (in backward: the output's gradient). The
-    break-even point was measured on a CPU in float32 and bfloat16 (benchmarks/forms.py).
-
-    Args:
-        shape: the weight's.
-        positions: number of rows of the input ``[n, i]``.
-    """
-    dim = delta.granularity.weight_dim
-    if dim is None or torch.compiler.is_compiling():  # each size at which a layer switches would be compiled
-        return False
-    density = delta.indices.numel() / shape[dim]
-    return positions * (density / 24 + 3 / shape[1 - dim]) < 1
 
 
 def effective_weight(weight: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
@@ -159,11 +138,9 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 class _EffectiveLinear(torch.autograd.Function):
     @staticmethod
     @_without_autocast
-    def forward(ctx, x, bias, weight, deltas, splits, *values):
-        ctx.weight, ctx.deltas, ctx.splits = weight, deltas, splits
-        _save_for_backward(ctx, 5, x, values)
-        if splits:
-            return _split_product(x, weight(), bias, deltas[0])
+    def forward(ctx, x, bias, weight, deltas, *values):
+        ctx.weight, ctx.deltas = weight, deltas
+        _save_for_backward(ctx, 4, x, values)
         return F.linear(x, effective_weight(weight(), deltas).to(x.dtype), bias)
 
     @staticmethod
@@ -171,29 +148,11 @@ class _EffectiveLinear(torch.autograd.Function):
     @_without_autocast
     def backward(ctx, g):
         gx, gb, saved = None, None, ctx.saved_tensors
-        if ctx.needs_input_grad[0] and ctx.splits:
-            gx = _split_product(g, ctx.weight(), None, ctx.deltas[0], transposed=True)
-        elif ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:
             gx = g @ effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
         if ctx.needs_input_grad[1]:
             gb = g.sum(0)
-        return (gx, gb, None, None, None, *_value_gradients(ctx.deltas, saved, g))
-
-
-def _split_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, delta: WeightDelta, transposed: bool = False
-) -> Tensor:
-    """``x @ (weight + delta).mT + bias``, or ``x @ (weight + delta)``, the selected units multiplied separately."""
-    units = delta.granularity.added(weight, delta.indices, delta.values, delta.scale).to(x.dtype)
-    weight, indices = weight.to(x.dtype), delta.indices.long()
-    dim = delta.granularity.weight_dim
-    assert dim is not None
-    if transposed:
-        weight, units, dim = weight.mT, units.mT, 1 - dim
-    if dim == 0:
-        bias_of_units = None if bias is None else bias.index_select(0, indices)
-        return F.linear(x, weight, bias).index_copy_(1, indices, F.linear(x, units, bias_of_units))
-    return F.linear(x.index_fill(1, indices, 0), weight, bias).addmm_(x.index_select(1, indices), units.mT)
+        return (gx, gb, None, None, *_value_gradients(ctx.deltas, saved, g))
 
 
 class _AdditiveLinear(torch.autograd.Function):

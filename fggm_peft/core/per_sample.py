@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +59,8 @@ def _block_count(positions: int) -> int:
     return 4 if positions >= 128 else 1
 
 
-class Block(NamedTuple):
-    """Rows ``start`` to ``end`` of the lower triangle of ``x @ x.mT``, doubled left of the diagonal block."""
-
-    start: int
-    end: int
-    products: Tensor  # [b, end - start, end]
+Block = tuple[int, int, Tensor]
+"""Rows from a start to an end of the lower triangle of ``x @ x.mT``, doubled left of the diagonal block."""
 
 
 class GramMatrix:
@@ -77,25 +72,24 @@ class GramMatrix:
     def __init__(self, shared_by: int = 1):
         self.shared_by = shared_by
         self._done = 0
-        self._cache: dict[tuple, tuple[Tensor, list[Block]]] = {}
+        self._last: tuple[Tensor, list[Block]] | None = None
 
     def __call__(self, x: Tensor) -> list[Block]:
-        key = x.data_ptr(), x.shape, x.stride()
-        if key not in self._cache:
-            self._cache[key] = x, _gram_blocks(_widened(x))  # x stays alive, so that its memory is not reused
-        return self._cache[key][1]
+        if self._last is None or not same_memory(self._last[0], x):
+            self._last = x, _gram_blocks(_widened(x))  # x stays alive, so that its memory is not reused
+        return self._last[1]
 
     def done(self) -> None:
         """One of the layers no longer needs it."""
         self._done += 1
         if self._done >= self.shared_by:
-            self._cache.clear()
+            self._last = None
 
 
 def _gram_blocks(x: Tensor) -> list[Block]:
     positions, count = x.shape[1], _block_count(x.shape[1])
     bounds = [positions * k // count for k in range(count + 1)]
-    blocks = [Block(start, end, x[:, start:end] @ x[:, :end].mT) for start, end in pairwise(bounds)]
+    blocks = [(start, end, x[:, start:end] @ x[:, :end].mT) for start, end in pairwise(bounds)]
     for start, _, products in blocks:
         products[..., :start] *= 2  # the quadratic form counts the upper triangle too
     return blocks
@@ -103,7 +97,7 @@ def _gram_blocks(x: Tensor) -> list[Block]:
 
 def _quadratic_form(vectors: Tensor, gram: list[Block]) -> Tensor:
     """``vectors[b, :, f] @ matrix[b] @ vectors[b, :, f]`` for every feature ``f``, ``[b, f]``."""
-    vectors = vectors.to(gram[0].products.dtype)
+    vectors = vectors.to(gram[0][2].dtype)
     parts = [(block @ vectors[:, :end]).mul_(vectors[:, start:end]).sum(1) for start, end, block in gram]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -130,9 +124,7 @@ class LinearGradients(PerSampleGradients):
 
     def row_scores(self) -> Tensor:
         """FGGM equation 3. Exact: equals ``((g.mT @ x) ** 2).sum(-1)``."""
-        return torch.cat([self._row_scores(x, g) for x, g in _by_length(self.x, self.g)])
-
-    def _row_scores(self, x: Tensor, g: Tensor) -> Tensor:
+        x, g = self.x, self.g
         if gram_is_cheaper(x.shape[1], g.shape[2], x.shape[2], self.gram.shared_by):
             return _quadratic_form(g, self.gram(x))
         scores = _widened(g).new_empty(len(g), g.shape[2])
@@ -142,9 +134,7 @@ class LinearGradients(PerSampleGradients):
 
     def column_scores(self) -> Tensor:
         """Exact: equals ``((g.mT @ x) ** 2).sum(-2)``."""
-        return torch.cat([self._column_scores(x, g) for x, g in _by_length(self.x, self.g)])
-
-    def _column_scores(self, x: Tensor, g: Tensor) -> Tensor:
+        x, g = self.x, self.g
         if gram_is_cheaper(x.shape[1], x.shape[2], g.shape[2]):
             return _quadratic_form(x, _gram_blocks(_widened(g)))
         scores = _widened(x).new_zeros(len(x), x.shape[2])
@@ -153,43 +143,13 @@ class LinearGradients(PerSampleGradients):
         return scores
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
-        table, halves, first = scores.view(2, *self.shape), half.tolist(), 0
-        for x, g in _by_length(self.x, self.g):
-            for sample, rows, matrix in _matrices(x, g):
-                table[halves[first + sample], rows].addcmul_(matrix, matrix)
-            first += len(x)
+        table, halves = scores.view(2, *self.shape), half.tolist()
+        for sample, rows, matrix in _matrices(self.x, self.g):
+            table[halves[sample], rows].addcmul_(matrix, matrix)
 
     def total(self, samples: Tensor) -> Tensor:
         x, g = (_widened(tensor[samples]).flatten(0, 1) for tensor in (self.x, self.g))
         return g.mT @ x
-
-
-def _by_length(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """All samples together; or each on its own, cut to its busy span, if that saves much."""
-    spans = _busy_spans(g)
-    if spans is None:
-        return [(x, g)]
-    return [(x[b : b + 1, start:end], g[b : b + 1, start:end]) for b, (start, end) in enumerate(spans)]
-
-
-def _busy_spans(g: Tensor) -> list[tuple[int, int]] | None:
-    """For each sample, the span of positions outside of which ``g`` is 0; None if the spans are nearly everything.
-
-    ``g`` is 0 at padding and, in the last block of a decoder, before the answer. On an accelerator, many small products
-    and the synchronization for their sizes would cost more than they save.
-    """
-    if g.device.type != "cpu":
-        return None
-    idle, few = g[..., 0] == 0, 0.1 * g[..., 0].numel()  # look at one feature first
-    if idle.sum() <= few:
-        return None
-    idle[idle.clone()] = ~g[idle].any(1)
-    busy = (~idle).byte()
-    starts = busy.argmax(1)
-    ends = (busy.shape[1] - busy.flip(1).argmax(1)).where(~idle.all(1), 0)
-    if idle.numel() - (ends - starts).sum() <= few:
-        return None
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 class InputDigest(ABC):
@@ -207,20 +167,7 @@ class GramDigest(InputDigest):
         self.blocks = _gram_blocks(_widened(x))
 
     def row_scores(self, g):
-        spans = _busy_spans(g)
-        if spans is None:
-            return _quadratic_form(g, self.blocks)
-        parts = [_quadratic_form(g[b : b + 1, s:e], self._between(b, s, e)) for b, (s, e) in enumerate(spans)]
-        return torch.cat(parts)
-
-    def _between(self, sample: int, start: int, end: int) -> list[Block]:
-        """The blocks of one sample for its positions from ``start`` to ``end``."""
-        blocks = []
-        for block in self.blocks:
-            first, last = max(start, block.start), max(start, min(end, block.end))
-            rows = slice(first - block.start, max(first, last) - block.start)
-            blocks.append(Block(first - start, last - start, block.products[sample : sample + 1, rows, start:last]))
-        return blocks
+        return _quadratic_form(g, self.blocks)
 
 
 class DigestedGradients(RowGradients):

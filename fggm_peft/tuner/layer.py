@@ -206,7 +206,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
                 replacement = requantized(base, self.quantization_backend, after.to(before.dtype))
                 now = self.quantization_backend.get_base_weight(replacement)
             outcome = "dequantized" if mode == "dequantize" else "requantized"
-            report = compare(now.float() - before.float(), after - before, outcome)
+            report = compare(now.float() - before.float(), (after - before).float(), outcome)
             if mode == "auto" and report.survived < MIN_SURVIVAL:
                 raise lossy_merge_error(MergeReport([report]))
         return replacement, report

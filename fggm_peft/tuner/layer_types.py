@@ -20,7 +20,6 @@ from ..core.linear import (
     effective_linear,
     effective_matrix,
     is_autocast,
-    pays_to_split,
 )
 from ..core.per_sample import EmbeddingGradients, GroupedGradients, LinearGradients, unfold_convolution
 from ..core.registry import Registry
@@ -74,15 +73,8 @@ class FGGMLinear(FGGMLayer):
         if dtype is None or additive or args or kwargs or not self.can_copy_weight():
             return super().adapted_forward(deltas, x, *args, **kwargs)
         bias = None if self.base_layer.bias is None else self.base_layer.bias.to(dtype)
-        splits = self._splits(deltas, x)
-        output = effective_linear(x.to(dtype), self.dense_weight if splits else self.weight_copy, bias, deltas, splits)
+        output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
         return output if is_autocast(x) else output.to(x.dtype)
-
-    def _splits(self, deltas: list[WeightDelta], x: Tensor) -> bool:
-        """Whether the product is split, so that the weight is not copied; a dequantized weight is a copy already."""
-        if self.quantization_backend is not None or len(deltas) != 1:
-            return False
-        return pays_to_split(deltas[0], self.weight_shape, _positions(x))
 
     def with_deltas(self, output, adapter_names, x):
         return additive_linear(output, x.to(output.dtype), self.deltas(adapter_names))

@@ -195,9 +195,6 @@ def test_the_defaults_read_and_write_the_entries_of_the_units(tiles):
         added = weight.clone()
         kind.add_(added, indices, values, 0.5)
         torch.testing.assert_close(added, weight + 0.5 * dense)
-        pieces = list(kind.pieces(weight, indices, [values], 8))
-        assert [len(part) for _, part, _ in pieces] == [2, 2]
-        assert torch.equal(torch.cat([piece for _, _, piece in pieces]), values)
 
 
 def test_the_default_products_and_gradients_agree_with_the_dense_delta(tiles):

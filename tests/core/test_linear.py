@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TOLERANCE, dense_delta, linear, relative_error, units
 
-from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.linear import (
     additive_linear,
     effective_linear,
     effective_matrix,
     effective_weight,
-    pays_to_split,
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -31,16 +30,7 @@ def run_additive(x, weight, bias, deltas):
     return additive_linear(F.linear(x, weight, bias), x, deltas)
 
 
-def run_split(x, weight, bias, deltas):
-    (delta,) = deltas
-    if delta.granularity.weight_dim is None:
-        pytest.skip("single entries are no slices of a weight")
-    return effective_linear(x, lambda: weight, bias, [delta], splits=True)
-
-
 FORMS = [run_effective, run_additive]
-FORMS_OF_ONE = [*FORMS, run_split]
-SLICES = [name for name in GRANULARITIES if granularity_from(name).weight_dim is not None]
 
 
 def counts(name, shape):
@@ -74,7 +64,7 @@ def assert_like_dense(form, x, weight, bias, deltas):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS_OF_ONE)
+@pytest.mark.parametrize("form", FORMS)
 def test_forward_and_all_gradients_agree_with_dense(form, dtype, granularity, make_delta):
     values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for shape in SHAPES:
@@ -85,13 +75,13 @@ def test_forward_and_all_gradients_agree_with_dense(form, dtype, granularity, ma
 
 
 @pytest.mark.parametrize("before", INPUTS, ids=str)
-@pytest.mark.parametrize("form", FORMS_OF_ONE)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_input_may_have_any_number_of_dimensions(form, before, granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3)
     assert_like_dense(form, torch.randn(*before, 7), torch.randn(5, 7), torch.randn(5), [delta])
 
 
-@pytest.mark.parametrize("form", FORMS_OF_ONE)
+@pytest.mark.parametrize("form", FORMS)
 def test_input_weight_and_output_gradient_may_be_strided(form, granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3, torch.float64)
     x = torch.randn(7, 4, 2, dtype=torch.float64).permute(2, 1, 0)  # not even viewable as [n, i]
@@ -140,19 +130,6 @@ def test_random_shapes_and_supports_agree_with_dense(form, data, make_delta):
     assert_like_dense(form, x, weight, bias, deltas)
 
 
-@settings(max_examples=80, deadline=None)
-@given(data=st.data())
-def test_split_products_of_random_shapes_and_supports_agree_with_dense(data, make_delta):
-    shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
-    name, dtype = data.draw(st.sampled_from(SLICES)), data.draw(st.sampled_from(DTYPES))
-    values_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    k, scale = data.draw(st.integers(0, units(name, shape))), data.draw(st.sampled_from([1.0, -0.25, 0.0]))
-    delta = make_delta(name, shape, k, values_dtype, scale=scale, seed=data.draw(st.integers(0, 99)))
-    x = torch.randn(data.draw(st.integers(0, 5)), shape[1]).to(dtype)
-    bias = torch.randn(shape[0]).to(dtype) if data.draw(st.booleans()) else None
-    assert_like_dense(run_split, x, torch.randn(shape).to(dtype), bias, [delta])
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_effective_matrix_is_the_dense_sum_with_its_gradients(dtype, transposed, granularity, make_delta):
@@ -183,31 +160,6 @@ def test_the_effective_form_equals_the_merged_weight_exactly(dtype, granularity,
     assert torch.equal(effective_linear(x, weight.clone, bias, deltas), F.linear(x, merged, bias))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SLICES)
-def test_a_split_product_uses_the_entries_of_the_merged_weight(name, dtype, make_delta):
-    """With unit vectors as inputs, every sum has one term, so the outputs are the entries themselves."""
-    delta = make_delta(name, (16, 12), 5, scale=0.01)
-    weight = torch.randn(16, 12).to(dtype)
-    before, x = weight.clone(), torch.eye(12, dtype=dtype)
-    with torch.no_grad():
-        merged = effective_weight(weight.clone(), [delta])
-    assert torch.equal(effective_linear(x, lambda: weight, None, [delta], splits=True), merged.mT)
-    zeros = torch.zeros(16, 12, dtype=dtype, requires_grad=True)
-    effective_linear(zeros, lambda: weight, None, [delta], splits=True).backward(torch.eye(16, dtype=dtype))
-    assert torch.equal(zeros.grad, merged)
-    assert torch.equal(weight, before)
-
-
-def test_products_are_split_only_for_few_positions_on_few_rows_or_columns(make_delta):
-    shape, few = (512, 512), 26  # 5 %
-    row, column, element = (make_delta(name, shape, few) for name in ("row", "column", "element"))
-    assert pays_to_split(row, shape, 100) and pays_to_split(column, shape, 100)
-    assert not pays_to_split(row, shape, 300)
-    assert not pays_to_split(make_delta("row", shape, 400), shape, 128)
-    assert not pays_to_split(element, shape, 1)
-
-
 def test_a_weight_of_another_dtype_is_converted_to_the_dtype_of_the_input(granularity, make_delta):
     delta = make_delta(granularity, (5, 7), 3)
     x, weight = torch.randn(4, 7).bfloat16(), torch.randn(5, 7)
@@ -226,7 +178,7 @@ def test_the_effective_form_saves_no_tensor_as_large_as_the_weight(granularity, 
     assert max(kept) < weight.numel() / 10
 
 
-@pytest.mark.parametrize("form", FORMS_OF_ONE)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k, kept", [(0, 0), (7, 7), (16, 16), (17, 48), (48, 48)])
 def test_few_columns_save_only_their_own_inputs(k, kept, form, make_delta):
     """Layers such as key and value share one input: beyond a third of it, separate copies would need more memory."""
@@ -252,7 +204,7 @@ def test_backward_reads_the_weight_only_if_the_input_requires_grad(make_delta):
         assert delta.values.grad is not None
 
 
-@pytest.mark.parametrize("form", FORMS_OF_ONE)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_frozen_delta_is_added_but_gets_no_gradient_and_saves_no_input(form, granularity, make_delta):
     delta = make_delta(granularity, (64, 48), 3)
     delta.values.requires_grad_(False)
@@ -282,7 +234,6 @@ def test_second_derivatives_raise_an_error(granularity, make_delta):
     for y in (
         run_effective(x, weight, None, [delta]),
         run_additive(x, weight, None, [delta]),
-        *([run_split(x, weight, None, [delta])] if granularity in SLICES else []),
         effective_matrix(weight.clone, [delta]),
     ):
         (gradient,) = torch.autograd.grad(y.square().sum(), delta.values, create_graph=True)

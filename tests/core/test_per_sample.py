@@ -99,8 +99,8 @@ def test_the_gram_form_is_used_when_it_needs_fewer_multiplications(t, o, i, laye
 def test_blocks_of_the_lower_triangle_give_the_full_quadratic_form(t, dtype):
     x, g = torch.randn(2, t, 7).to(dtype), torch.randn(2, t, 5).to(dtype)
     blocks = GramMatrix()(x)
-    assert (len(blocks), blocks[0].start, blocks[-1].end) == (4 if t >= 128 else 1, 0, t)
-    assert all(block.products.shape == (2, block.end - block.start, block.end) for block in blocks)
+    assert (len(blocks), blocks[0][0], blocks[-1][1]) == (4 if t >= 128 else 1, 0, t)
+    assert all(products.shape == (2, end - start, end) for start, end, products in blocks)
     expected = per_sample_gradients(x, g).square().sum(2)
     error = relative_error(per_sample._quadratic_form(g, blocks), expected)
     assert error < (1e-12 if dtype == torch.float64 else FLOAT32)
@@ -139,14 +139,6 @@ def test_positions_without_a_gradient_change_nothing(spans, gap):
         assert relative_error(halves(LinearGradients(x, g), name, units(name, o, i), half), expected) < FLOAT32
 
 
-def test_padding_at_either_end_is_excluded_from_the_products():
-    x, g = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
-    g[0, 5:], g[1, :6], g[2] = 0, 0, 0
-    parts = per_sample._by_length(x, g)
-    assert [part.shape[1] for part, _ in parts] == [5, 2, 0]
-    assert [part.data_ptr() for part, _ in parts[:2]] == [x.data_ptr(), x[1, 6:].data_ptr()]  # nothing is copied
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_gradients_are_not_excluded(value, granularity):
     x, g = torch.ones(2, 4, 3), torch.zeros(2, 4, 5)
@@ -183,24 +175,22 @@ def test_scores_are_added_in_place(granularity):
 
 def test_layers_share_the_gram_matrix_of_their_input_until_all_are_done():
     x, other, gram = torch.randn(2, 3, 8), torch.randn(2, 3, 8), GramMatrix(shared_by=2)
-    torch.testing.assert_close(gram(x)[0].products, x @ x.mT)
+    torch.testing.assert_close(gram(x)[0][2], x @ x.mT)
     assert gram(x) is gram(x)
-    torch.testing.assert_close(gram(other)[0].products, other @ other.mT)
+    torch.testing.assert_close(gram(other)[0][2], other @ other.mT)
     gram.done()
-    assert len(gram._cache) == 2
+    assert gram._last[0] is other
     gram.done()  # a layer may finish without using the Gram matrix
-    assert not gram._cache
+    assert gram._last is None
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_shared_gram_matrix_gives_each_layer_its_own_scores(padded):
+def test_a_shared_gram_matrix_gives_each_layer_its_own_scores():
     x, gram = torch.randn(2, 4, 8), GramMatrix(shared_by=2)
     for o in (9, 12):
         g = torch.randn(2, 4, o)
-        g[1, 2:] *= not padded
         scores = LinearGradients(x, g, gram).row_scores()
         assert relative_error(scores, per_sample_gradients(x, g).square().sum(2)) < FLOAT32
-    assert len(gram._cache) == (2 if padded else 1)
+    assert gram._last[0] is x
 
 
 # Convolutions ------------------------------------------------------------------------------------

@@ -167,8 +167,7 @@ def test_a_merged_adapter_cannot_be_overwritten_by_loading(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, -0.7])
-def test_merging_in_chunks_gives_the_same_sum_and_the_record_of_all_entries(granularity, dtype, scale, monkeypatch):
-    monkeypatch.setattr(merging, "PIECE", 7)
+def test_merging_gives_the_sum_and_the_record_of_all_entries(granularity, dtype, scale):
     torch.manual_seed(0)
     kind = granularity_from(granularity)
     before = torch.randn(13, 11).to(dtype)

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from ...core.fingerprint import sketches_from
-from ..module_paths import parse_path
+from ..target import layer_and_type
 
 if TYPE_CHECKING:
     from ..config import FGGMConfig
@@ -134,7 +134,7 @@ def _densities(config: FGGMConfig) -> str:
     for path, sketch in sketches_from(config.base_fingerprint or {}).items():
         units = config.granularity.units(sketch.shape)
         if units and path in (config.support_sizes or {}):
-            densities.setdefault(parse_path(path).kind, []).append(config.support_sizes[path] / units)
+            densities.setdefault(layer_and_type(path)[1], []).append(config.support_sizes[path] / units)
     if not densities:
         return ""
     lines = ["| modules | density |", "|---|---|"]

@@ -17,14 +17,11 @@ from ...core.errors import LossyMergeError
 from ...core.granularity import sum_rounded_once
 from ...core.ranking import all_finite
 from ...core.weight_delta import WeightDelta
-from .report import MergeReport, ModuleMerge, from_products, products
+from .report import MergeReport, ModuleMerge, compare
 from .sidecar import SidecarHook
 
 MIN_SURVIVAL = 0.95
 """Share of a delta that must survive requantization with ``quantized_merge="auto"``."""
-
-PIECE = 2**16
-"""Number of entries that are added at a time on a CPU, so that temporary tensors stay in its cache."""
 
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -36,21 +33,12 @@ def add_to_dense_(matrix: Tensor, delta: WeightDelta, keep_originals: bool) -> t
         What the merge did to the delta, and the changed entries from before it (None without ``keep_originals``).
     """
     granularity, values = delta.granularity, delta.values.detach()
-    originals = values.new_empty(values.shape, dtype=matrix.dtype) if keep_originals else None
-    size = PIECE if matrix.device.type == "cpu" else values.numel()
-    tensors = [values] if originals is None else [values, originals]
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    sums: list[Tensor] = []
-    pieces = granularity.pieces(matrix, delta.indices, tensors, size) if values.numel() else ()
-    for part, indices, change, *saved in pieces:
-        before = granularity.gather(part, indices)
-        after = sum_rounded_once(before, change, delta.scale)
-        granularity.put_(part, indices, after)
-        exact = change.to(wide) if delta.scale == 1 else change.to(wide) * delta.scale
-        sums += products(after.to(wide) - before.to(wide), exact)
-        for entries in saved:
-            entries.copy_(before)
-    return from_products(sums, "added"), originals
+    before = granularity.gather(matrix, delta.indices)
+    after = sum_rounded_once(before, values, delta.scale)
+    granularity.put_(matrix, delta.indices, after)
+    report = compare(after.to(wide) - before.to(wide), values.to(wide) * delta.scale, "added")
+    return report, before if keep_originals else None
 
 
 def stays_finite(matrix: Tensor, delta: WeightDelta) -> bool:

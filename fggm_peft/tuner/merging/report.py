@@ -58,21 +58,11 @@ class MergeReport:
 
 
 def compare(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
-    """Compare the actual change of a weight with the exact delta, entry by entry."""
-    return from_products(products(change.float(), delta.float()), outcome)
-
-
-def products(change: Tensor, delta: Tensor) -> list[Tensor]:
-    """The three inner products of a record; those of the parts of a weight add up."""
+    """Compare the actual change of a weight with the exact delta, entry by entry, in the dtype of both."""
     change, delta = change.flatten(), delta.flatten()
-    projection, error = change.dot(delta), change - delta
-    return [delta.dot(delta), projection, error.dot(error)]
-
-
-def from_products(parts: Sequence[Tensor], outcome: str) -> ModuleMerge:
-    """The record of a module from the products of its parts; the list is empty if the delta is."""
-    square, projection, error = torch.stack(list(parts)).double().view(-1, 3).sum(0).tolist() if parts else (0.0,) * 3
-    return ModuleMerge(square**0.5, projection, error**0.5, outcome)
+    error = change - delta
+    square, projection, error_square = torch.stack([delta.dot(delta), change.dot(delta), error.dot(error)]).tolist()
+    return ModuleMerge(square**0.5, projection, error_square**0.5, outcome)
 
 
 def unchanged(deltas: Sequence[WeightDelta]) -> ModuleMerge:
