@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fggm_peft.continual.measures import measures_of
+from fggm_peft.continual.measures import Record, measures_of
 
 TASKS = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
 METHODS = {
@@ -58,21 +58,11 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
             noise = (random.normal(0, 0.012) + shared[j]) if learns else 0
             scores[t, j] = min(1, max(0, zero_shot[j] + left + noise))
     rows = [[None if math.isnan(value) else float(value) for value in row] for row in scores]
-    measures: dict[str, Any] = measures_of(scores, zero_shot)
     if method == "multitask":
         rows = rows[-1:]
-        measures = {**dict.fromkeys(measures), "op": measures["op"]}
     steps = len(rows) + 1
     losses = [2.8 + harms * pace * n / count + (random.normal(0, 0.005) if n and harms else 0) for n in range(steps)]
-    general = {"change": losses[-1] - 2.8, "losses": losses}
     trains, selects = method != "frozen", method in ("fggm", "sft_masked")
-    overlap = None
-    if method == "fggm":
-        jaccard = [[1.0 if i == j else 0.2 + 0.3 / (1 + abs(i - j)) for j in range(count)] for i in range(count)]
-        overlap = {
-            "jaccard": jaccard,
-            "chance": [[1.0 if i == j else 0.18 for j in range(count)] for i in range(count)],
-        }
     return {
         "method": method,
         "label": label,
@@ -82,8 +72,8 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
         "tasks": list(tasks),
         "R": rows,
         "zero_shot": zero_shot,
-        **measures,
-        "general": general,
+        "general_losses": losses,
+        **measures_of(Record(rows, zero_shot, losses)),
         "cost": {
             "selection_seconds": 31.0 + random.random() if selects else 0.0,
             "training_seconds": 640.0 + 20 * random.random() if trains else 0.0,
@@ -92,6 +82,5 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
             "parameters": {"frozen": 0, "lora": 2_300_000, "fggm": 5_400_000}.get(method, 134_515_008),
             "peak_memory": 3.4e9 if trains else 1.2e9,
         },
-        "overlap": overlap,
         "gate": None,
     }

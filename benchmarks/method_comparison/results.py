@@ -183,9 +183,8 @@ def _metrics(
         "forward transfer": result["fwt"],
         "forgetting of tasks": result["forgetting"],
     }
-    general = result["general"] or {}
-    if general.get("change") is not None:  # PEFT's tools treat a missing key as "not measured"
-        last["forgetting"] = general["change"]
+    if result["general"] is not None:  # PEFT's tools treat a missing key as "not measured"
+        last["forgetting"] = result["general"]
     return [*metrics, last]
 
 

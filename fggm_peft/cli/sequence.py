@@ -40,8 +40,9 @@ def run(args: Namespace) -> Result:
     may share the work.
     """
     from ..continual.gate import read_gate
+    from ..continual.measures import MEASURES
     from ..continual.reading import read_stream
-    from ..continual.report import HEADINGS, report_of, shown, write_report
+    from ..continual.report import report_of, shown, write_report
     from ..continual.run import all_results, finished_runs, run_stream, runs_of
 
     settings = read_stream(
@@ -77,7 +78,7 @@ def run(args: Namespace) -> Result:
         (entry["label"], f"{entry['learning_rate']:g}", str(entry["runs"]), *(shown(entry[name]) for name in columns))
         for entry in report["summary"]
     ]
-    headings = ("method", "rate", "runs", *(HEADINGS[name] for name in columns))
+    headings = ("method", "rate", "runs", *(MEASURES[name].heading for name in columns))
     return report, table("Mean over runs (± standard deviation)", headings, rows)
 
 

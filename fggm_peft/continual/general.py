@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +45,3 @@ class General(Settings):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that determines the loss: the content of the text."""
         return {"text": digest_of_folder(Path(self.text))}
-
-
-def general_change(losses: Sequence[float | None]) -> dict[str, Any] | None:
-    """The change of general ability from the base model; None if it was not measured.
-
-    Args:
-        losses: the mean over the text's tokens in nats, of the base model and after each task.
-
-    Returns:
-        ``{"change", "losses"}``. ``change`` is that of the loss from the base model to the final one; + is worse.
-    """
-    first, last = losses[0], losses[-1]
-    return None if first is None or last is None else {"change": last - first, "losses": list(losses)}

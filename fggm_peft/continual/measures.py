@@ -1,4 +1,4 @@
-"""Measures of a sequence of tasks from the matrix of its scores, and comparisons of runs over seeds and orders.
+"""Measures of a sequence of tasks, and statistics over several runs.
 
 Convention: ``scores[t, j]`` is the score on task ``j`` after training on task ``t``, both in the order of training;
 higher is better. The formulas count tasks from 1 to T, as the papers do; the arrays count from 0.
@@ -6,204 +6,157 @@ higher is better. The formulas count tasks from 1 to T, as the papers do; the ar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from ..core import Registry
+
+
+class Record:
+    """The values of one run that measures are computed from; None and NaN are missing values.
+
+    Args:
+        scores: ``[T, T]``, or ``[1, T]`` for a method that learned all tasks at once. A score above the diagonal may
+            be missing: the task was not evaluated before it was trained.
+        zero_shot: ``[T]``, the scores of the base model.
+        losses: ``[T + 1]`` or ``[2]``, the loss on general text of the base model and after each task; may be empty.
+
+    Raises:
+        ValueError: the shapes do not match, or a score is missing.
+    """
+
+    def __init__(self, scores: ArrayLike, zero_shot: ArrayLike, losses: Sequence[float] = ()):
+        self.scores, self.zero_shot = np.asarray(scores, dtype=np.float64), np.asarray(zero_shot, dtype=np.float64)
+        self.losses = losses
+        count = len(self.zero_shot)
+        if not count or self.scores.shape not in ((count, count), (1, count)):
+            raise ValueError(f"scores must be [{count}, {count}] or [1, {count}], got {list(self.scores.shape)}")
+        may_be_missing = np.triu(np.ones((count, count), dtype=bool), k=1)[-len(self.scores) :]
+        missing = ~np.isfinite(self.scores) & ~(np.isnan(self.scores) & may_be_missing)
+        if missing.any():
+            t, j = np.argwhere(missing)[0]
+            raise ValueError(f"the score on task {j + 1} after task {t + 1} is {self.scores[t, j]}")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure and its formula, as a report prints it.
+    """A measure of a run, as reports show it.
 
-    ``compute`` takes scores ``[T, T]`` and zero-shot scores ``[T]`` or None; it returns None if it is not defined.
+    Args:
+        compute: returns None if the measure is not defined. Its docstring begins with the formula.
+        heading: of a column.
+        of_last_row: it is also defined for a method that learned all tasks at once.
     """
 
-    compute: Callable[[ArrayLike, ArrayLike | None], float | None]
-    formula: str
+    compute: Callable[[Record], float | None]
+    heading: str
+    of_last_row: bool = False
+
+    @property
+    def formula(self) -> str:
+        return re.findall("``(.+?)``", self.compute.__doc__ or "")[0]
 
 
-def op_per_step(scores: ArrayLike) -> list[float]:
-    """``OP_t = mean_{j<=t} R[t,j]`` for every t: overall performance on the tasks seen so far (TRACE)."""
-    matrix = checked_scores(scores)
-    return [float(matrix[t, : t + 1].mean()) for t in range(len(matrix))]
+MEASURES: Registry[Measure] = Registry("measure", make=Measure)
+"""Name in a result -> measure."""
 
 
-def op(scores: ArrayLike, zero_shot: ArrayLike | None = None) -> float:
+def measures_of(record: Record) -> dict[str, float | None]:
+    """All measures of a run by name."""
+    is_complete = len(record.scores) == len(record.zero_shot)
+    entries = ((name, MEASURES[name]) for name in MEASURES)
+    values = {name: m.compute(record) if is_complete or m.of_last_row else None for name, m in entries}
+    return {name: None if value is None else float(value) for name, value in values.items()}
+
+
+@MEASURES.register("op", heading="OP", of_last_row=True)
+def op(run: Record) -> float:
     """``OP_T = mean_j R[T,j]``: overall performance after the last task; TRACE and FGGM call it OP."""
-    return op_per_step(scores)[-1]
+    return run.scores[-1].mean()
 
 
-def op_mean(scores: ArrayLike, zero_shot: ArrayLike | None = None) -> float:
-    """``mean_t OP_t``: overall performance, averaged over the steps. It differs from ``OP_T``."""
-    return float(np.mean(op_per_step(scores)))
+@MEASURES.register("op_mean", heading="mean OP")
+def op_mean(run: Record) -> float:
+    """``mean_t OP_t``: overall performance on the tasks so far, averaged over the steps. It differs from ``OP_T``."""
+    return float(np.mean([row[: t + 1].mean() for t, row in enumerate(run.scores)]))
 
 
-def diagonal(scores: ArrayLike, zero_shot: ArrayLike | None = None) -> float:
+@MEASURES.register("diagonal", heading="learned")
+def diagonal(run: Record) -> float:
     """``mean_t R[t,t]``: what was learned, each task measured right after it."""
-    return float(np.diagonal(checked_scores(scores)).mean())
+    return np.diagonal(run.scores).mean()
 
 
-def bwt(scores: ArrayLike, zero_shot: ArrayLike | None = None) -> float | None:
+@MEASURES.register("bwt", heading="BWT")
+def bwt(run: Record) -> float | None:
     """``BWT_T = mean_{j<T} (R[T,j] - R[j,j])`` (Lopez-Paz and Ranzato 2017; TRACE); None for a single task.
 
     Backward transfer is negative if tasks were forgotten. The last task does not count.
     """
-    matrix = checked_scores(scores)
-    return float((matrix[-1] - np.diagonal(matrix))[:-1].mean()) if len(matrix) > 1 else None
+    changes = (run.scores[-1] - np.diagonal(run.scores))[:-1]
+    return changes.mean() if len(changes) else None
 
 
-def forgetting(scores: ArrayLike, zero_shot: ArrayLike | None = None) -> float | None:
+@MEASURES.register("forgetting", heading="forgetting")
+def forgetting(run: Record) -> float | None:
     """``mean_{j<T} (max_{j<=t<T} R[t,j] - R[T,j])`` (Chaudhry et al. 2018); None for a single task.
 
     It compares with the best score of a task before the last task was trained, not with the score right after it. If
     tasks gained later, it is higher than ``-BWT_T``. It is negative if the last task helped the others.
     """
-    matrix = checked_scores(scores)
-    last = len(matrix) - 1
-    return float(np.mean([matrix[j:last, j].max() - matrix[last, j] for j in range(last)])) if last else None
+    *earlier, last = run.scores
+    losses = [np.max([row[j] for row in earlier[j:]]) - last[j] for j in range(len(earlier))]
+    return float(np.mean(losses)) if losses else None
 
 
-def fwt(scores: ArrayLike, zero_shot: ArrayLike | None = None) -> float | None:
+@MEASURES.register("fwt", heading="FWT")
+def fwt(run: Record) -> float | None:
     """``mean_{j>1} (R[j-1,j] - r0[j])``: how much earlier tasks helped with a task before it was trained.
 
-    Forward transfer is None for a single task, without zero-shot scores ``r0``, or if a task was not evaluated before
-    it was trained.
-
-    Raises:
-        ValueError: as ``checked_scores``, or the number of zero-shot scores differs from the number of tasks.
+    Forward transfer is None for a single task, or if a score that it needs is missing.
     """
-    matrix = checked_scores(scores)
-    if zero_shot is None:
-        return None
-    start = np.asarray(zero_shot, dtype=np.float64)
-    if start.shape != (len(matrix),) or np.isinf(start).any():
-        raise ValueError(f"zero-shot scores must be one number for each of {len(matrix)} tasks, got {start.tolist()}")
-    gains = np.diagonal(matrix, offset=1) - start[1:]
-    return None if not len(gains) or np.isnan(gains).any() else float(gains.mean())
+    gains = np.diagonal(run.scores, offset=1) - run.zero_shot[1:]
+    return gains.mean() if len(gains) and np.isfinite(gains).all() else None
 
 
-MEASURES: dict[str, Measure] = {
-    "op": Measure(op, "OP_T = mean_j R[T,j]"),
-    "op_mean": Measure(op_mean, "mean_t OP_t"),
-    "diagonal": Measure(diagonal, "mean_t R[t,t]"),
-    "bwt": Measure(bwt, "BWT_T = mean_{j<T} (R[T,j] - R[j,j])"),
-    "forgetting": Measure(forgetting, "mean_{j<T} (max_{j<=t<T} R[t,j] - R[T,j])"),
-    "fwt": Measure(fwt, "mean_{j>1} (R[j-1,j] - r0[j])"),
-}
-"""Name in a result -> measure."""
+@MEASURES.register("general", heading="general loss", of_last_row=True)
+def general(run: Record) -> float | None:
+    """``L[T] - L[0]``: change of the mean next-token loss on general text, in nats; + is worse. None without a text."""
+    return run.losses[-1] - run.losses[0] if len(run.losses) else None
 
 
-def measures_of(scores: ArrayLike, zero_shot: ArrayLike | None = None) -> dict[str, float | None]:
-    """All measures of one run by name, from scores ``[T, T]`` and, for ``fwt``, zero-shot scores ``[T]``."""
-    return {name: measure.compute(scores, zero_shot) for name, measure in MEASURES.items()}
+# --- several runs --------------------------------------------------------------------------------
 
 
-def checked_scores(scores: ArrayLike) -> NDArray[np.float64]:
-    """The scores as float64 ``[T, T]``.
+def summary_of(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Statistics of the values that are not missing; None if there are none.
 
-    Raises:
-        ValueError: they are not square, or one on or below the diagonal is missing or infinite. Above the diagonal,
-            NaN stands for a task that was not evaluated before it was trained.
+    Returns:
+        ``{"mean", "std", "n", "interval"}``: ``std`` is the sample standard deviation (n - 1), and ``interval`` the
+        95 % confidence interval of the mean by Student's t. Both are None for one value.
     """
-    matrix = np.asarray(scores, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(
-            f"scores must be a square [tasks, tasks], got the shape {list(matrix.shape)}; reduce a run that is not "
-            "finished to its finished tasks"
-        )
-    is_missing = ~np.isfinite(matrix) & ~(np.isnan(matrix) & np.triu(np.ones_like(matrix, dtype=bool), k=1))
-    if is_missing.any():
-        t, j = np.argwhere(is_missing)[0]
-        raise ValueError(f"the score on task {j + 1} after task {t + 1} is {matrix[t, j]}; every measure needs it")
-    return matrix
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A value over several runs.
-
-    ``std`` is the sample standard deviation (n - 1), ``interval`` the confidence interval of the mean by Student's t;
-    both are None for one run.
-    """
-
-    mean: float
-    std: float | None
-    n: int
-    interval: list[float] | None
-    confidence: float = 0.95
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PairedDifference(Summary):
-    """A summary of ``a - b`` of two methods, pair by pair. ``unpaired`` has the runs that only one of them has."""
-
-    unpaired: tuple[Hashable, ...] = ()
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes zero; never for one pair."""
-        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        unpaired = [list(key) if isinstance(key, tuple) else key for key in self.unpaired]
-        return {**asdict(self), "is_clear": self.is_clear, "unpaired": unpaired}
-
-
-def summarise(values: Sequence[float], confidence: float = 0.95) -> Summary:
-    """Mean, standard deviation and confidence interval of a value over several runs.
-
-    Raises:
-        ValueError: there are no values, one is not finite, or the confidence is not between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    if not len(values) or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"a summary needs at least one value and only finite ones, got {list(values)}")
-    mean, n = float(np.mean(values)), len(values)
-    if n == 1:
-        return Summary(mean, None, n, None, confidence)
     from scipy import stats
 
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * stats.sem(values))
-    return Summary(mean, float(np.std(values, ddof=1)), n, [mean - half, mean + half], confidence)
-
-
-def paired_difference(
-    a: Mapping[Hashable, float], b: Mapping[Hashable, float], confidence: float = 0.95
-) -> PairedDifference:
-    """The mean of ``a - b`` over runs with the same key, usually ``(seed, order)``, and its interval.
-
-    Pairing removes the effect of seed and order on both methods, which often exceeds the difference between them.
-
-    Raises:
-        ValueError: no key is in both.
-    """
-    shared = [key for key in a if key in b]
-    if not shared:
-        raise ValueError(f"no run to pair: one method has {list(a)}, the other {list(b)}")
-    summary = summarise([a[key] - b[key] for key in shared], confidence)
-    unpaired = (*(key for key in a if key not in b), *(key for key in b if key not in a))
-    return PairedDifference(**asdict(summary), unpaired=unpaired)
+    numbers = np.array([value for value in values if value is not None], dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    n = len(numbers)
+    if n < 2:
+        return {"mean": float(numbers[0]), "std": None, "n": 1, "interval": None} if n else None
+    mean, half = float(numbers.mean()), float(stats.t.ppf(0.975, n - 1) * stats.sem(numbers))
+    return {"mean": mean, "std": float(numbers.std(ddof=1)), "n": n, "interval": [mean - half, mean + half]}
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points ``(learned, forgotten)`` that no other point dominates, in the given order.
+    """Positions of the points ``(learned, cost)`` that no other point dominates, in the given order.
 
-    A point is dominated by one that learned at least as much and forgot at most as much, one of them strictly. Equal
-    points do not dominate each other.
-
-    Raises:
-        ValueError: a coordinate is NaN.
+    A point is dominated by one that learned at least as much at no more cost, one of them strictly. Equal points do
+    not dominate each other.
     """
-    if np.isnan(np.asarray(points, dtype=float)).any():
-        raise ValueError(f"a point is not a number: {list(points)}")
 
     def dominates(p: tuple[float, float], q: tuple[float, float]) -> bool:
         return p[0] >= q[0] and p[1] <= q[1] and p != q

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .general import general_change
-from .measures import MEASURES, measures_of
+from .measures import Record, measures_of
 
 if TYPE_CHECKING:
     from .run import Run
 
 Entry = Mapping[str, Any]
-SUMS = {
-    "selection_seconds": "selection_seconds",
-    "training_seconds": "seconds",
-    "evaluation_seconds": "evaluation_seconds",
-    "bytes": "bytes",
-}
-"""Cost in a result -> name in an entry; the entries are summed."""
+SUMMED = ("selection_seconds", "training_seconds", "evaluation_seconds", "bytes")
 
 
 def result_of(
@@ -41,10 +33,7 @@ def result_of(
         tasks = tasks[: len(after)]  # shorter if a gate has stopped the run
     rows = [[entry["scores"].get(name) for name in tasks] for entry in after]
     zero_shot = [before["scores"][name] for name in tasks]
-    if sees_all_tasks:
-        measures = dict.fromkeys(MEASURES) | {"op": sum(rows[-1]) / len(rows[-1])}
-    else:
-        measures = measures_of([[math.nan if score is None else score for score in row] for row in rows], zero_shot)
+    losses = [entry["general_loss"] for entry in entries if entry["general_loss"] is not None]
     return {
         "method": run.method.name,
         "label": run.method.label,
@@ -54,8 +43,8 @@ def result_of(
         "tasks": tasks,
         "R": rows,
         "zero_shot": zero_shot,
-        **measures,
-        "general": general_change([entry["general_loss"] for entry in entries]),
+        "general_losses": losses or None,
+        **measures_of(Record(rows, zero_shot, losses)),
         "gate": [event for entry in after for event in entry.get("gate", [])] or None,
         "cut": dict(truncated) or None,
         "cost": _cost(entries),
@@ -64,7 +53,7 @@ def result_of(
 
 def _cost(entries: Sequence[Entry]) -> dict[str, Any]:
     return {
-        **{name: sum(entry.get(key, 0) for entry in entries) for name, key in SUMS.items()},
+        **{name: sum(entry.get(name, 0) for entry in entries) for name in SUMMED},
         "parameters": max(entry.get("parameters", 0) for entry in entries),
         "peak_memory": max(entry.get("peak_memory") or 0 for entry in entries) or None,
     }

@@ -134,7 +134,7 @@ class Runner:
         folder = self._task_folder(number, name)
         parts = [task.examples("train", self.tokenizer, self.run.seed) for task in tasks]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        entry: dict[str, Any] = {"task": name} | dict.fromkeys(("seconds", "selection_seconds"), 0.0)
+        entry: dict[str, Any] = {"task": name} | dict.fromkeys(("training_seconds", "selection_seconds"), 0.0)
         entry |= dict.fromkeys(("parameters", "bytes", "steps", "examples"), 0)
         trainer: Any = None
         method.number = number
@@ -152,7 +152,7 @@ class Runner:
             selection_seconds = 0.0 if report is None else report.seconds
             entry |= {
                 "selection_seconds": selection_seconds,
-                "seconds": time.perf_counter() - start - selection_seconds,
+                "training_seconds": time.perf_counter() - start - selection_seconds,
                 "steps": trainer.state.global_step,
                 "examples": len(trainer.train_dataset),
                 "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

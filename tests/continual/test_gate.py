@@ -68,7 +68,7 @@ def test_a_rolled_back_task_leaves_model_and_method_bit_exact(method, folder, tm
     assert all(torch.equal(states["minus"][name], value) for name, value in states["plus"].items())
     assert [event["action"] for event in result["gate"]] == ["rolled back"] and len(result["R"]) == 2
     ledger = json.loads(next(tmp_path.rglob("tasks.json")).read_text())
-    assert ledger[2]["parameters"] == ledger[2]["bytes"] == 0 and ledger[2]["seconds"] > 0
+    assert ledger[2]["parameters"] == ledger[2]["bytes"] == 0 and ledger[2]["training_seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...tuner.files import write_whole
+from ..measures import MEASURES
 from ..stream import differences
 from .contents import report_of
+from .tables import tables_of
 
 
 def require_report_packages() -> None:
@@ -57,12 +59,42 @@ def write_report(folder: Path | str, results: Sequence[dict[str, Any]], page: bo
         results: of ``run_stream`` or ``read_results``, finished or not.
         page: also write ``report.html``, which takes some seconds.
     """
-    from .markdown import markdown_of
-
     folder, report = Path(folder), report_of(results)
     write_whole(folder / "report.json", json.dumps(report, indent=1, allow_nan=False))
     write_whole(folder / "report.md", markdown_of(report))
     if page:
-        from .page import page_of
-
         write_whole(folder / "report.html", page_of(report))
+
+
+def page_of(report: Mapping[str, Any]) -> str:
+    """``report.html``, which needs no network and no script. Everything is escaped except the SVG of the figures."""
+    from .figures import legend_of, pictures_of
+
+    return _rendered("report.html", report, legend=legend_of(report), pictures=pictures_of(report))
+
+
+def markdown_of(report: Mapping[str, Any]) -> str:
+    """``report.md``: the tables and formulas, for a terminal or a code host. Labels and task names are escaped."""
+    return _rendered("report.md", report)
+
+
+def _rendered(template: str, report: Mapping[str, Any], **values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"svg": Markup, "escaped": escaped}
+    values |= {"report": report, "tables": tables_of(report)}
+    values["headings"] = {name: MEASURES[name].heading for name in MEASURES}
+    return environment.get_template(template).render(values)
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows literally, in a cell or a paragraph."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|&~$" else " " if c in "\r\n" else c for c in text)

@@ -1,0 +1,135 @@
+"""The figures of the HTML page."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ... import plots
+from .contents import FRONTS, counted, task_count
+
+Report = Mapping[str, Any]
+Runs = Mapping[str, list[dict[str, Any]]]
+
+GLYPHS = dict(zip(plots.MARKERS, "●■▲◆▼✚✖⬟◀⬢▶★", strict=True))
+
+
+class Picture(NamedTuple):
+    """A figure of the page: its title, the ``<svg>`` element, and a note with the number of runs."""
+
+    title: str
+    svg: str
+    note: str
+
+
+def legend_of(report: Report) -> list[tuple[str, str, str]]:
+    """Label, color and marker of each method."""
+    looks = plots.looks([point["label"] for point in report["best"]["points"]])
+    return [(label, look["color"], GLYPHS[look["marker"]]) for label, look in looks.items()]
+
+
+def pictures_of(report: Report) -> dict[str, list[Picture]]:
+    """Section of the page -> its figures. A method looks the same in all of them.
+
+    Matrices and curves are means over the runs of one order, that of the first run, at each method's best point.
+    """
+    looks = plots.looks([point["label"] for point in report["best"]["points"]])
+    rates = {point["label"]: point["learning_rate"] for point in report["best"]["points"]}
+    count = task_count(report["runs"])
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        is_complete = (run["order"], len(run["tasks"])) == (report["runs"][0]["order"], count)
+        if is_complete and run["learning_rate"] == rates[run["label"]]:
+            runs.setdefault(run["label"], []).append(run)
+    with plots.style():
+        return {
+            "fronts": [_front(report, name, looks) for name, points in report["pareto"].items() if points],
+            "matrices": list(_matrices(runs)),
+            "general": list(_general(runs, looks)),
+        }
+
+
+def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Picture:
+    """What was learned against its cost, with a line through the points that no other point dominates."""
+    from adjustText import adjust_text
+    from matplotlib.transforms import Bbox
+
+    points, (*_, title, cost) = report["pareto"][name], FRONTS[name]
+    best = [(point["label"], point["learning_rate"]) for point in report["best"]["points"]]
+    means = {(p["label"], p["learning_rate"]): (p["cost"]["mean"], p["learned"]["mean"]) for p in points}
+    front = [key for key, point in zip(means, points, strict=True) if point["is_on_front"]]
+    figure, (axes,) = plots.new_figure(3.4, width=4.0)
+    axes.set(xlabel=f"{cost} (less is better)", ylabel="learned: mean R[t,t]")
+    axes.plot(*zip(*sorted(means[point] for point in front), strict=True), color=plots.FAINT, linewidth=3, alpha=0.35)
+    for (label, rate), entry in zip(means, points, strict=True):
+        x, y = means[label, rate]
+        look = looks[label] | {"linestyle": "none", "markeredgewidth": 0.9, "ecolor": (looks[label]["color"], 0.45)}
+        look |= {"markersize": 7} if (label, rate) in best else {"markersize": 5, "fillstyle": "none"}
+        axes.errorbar(x, y, entry["learned"]["std"], entry["cost"]["std"], elinewidth=0.9, **look)
+    axes.margins(0.12)
+    figure.draw_without_rendering()  # labels are placed in the final layout, which they must not change
+    labels = [axes.text(*means[point], plots.shortened(point[0])) for point in best if point in means]
+    for label in labels:
+        label.set_in_layout(False)
+    centers = axes.transData.transform(list(means.values()))
+    markers = [Bbox(axes.transData.inverted().transform([center - 6, center + 6])) for center in centers]
+    line = {"arrowstyle": "-", "color": plots.FAINT, "linewidth": 0.6}
+    adjust_text(labels, objects=markers, ax=axes, iter_lim=1000, expand=(1.1, 1.3), arrowprops=line)
+    names = ", ".join(f"{label} at {rate:g}" for label, rate in front)
+    alt = f"{title}: {len(means)} points of {len(looks)} methods. No other point dominates {names}."
+    note = (
+        f"Better points are further up and to the left. Each point is a mean over "
+        f"{counted([point['learned']['n'] for point in points], 'run')}; bars are one standard deviation. "
+        "Filled: a method's best rate. Hollow: its other rates. No point dominates those on the grey line."
+    )
+    return Picture(title, plots.to_svg(figure, alt), note)
+
+
+def _matrices(runs: Runs) -> Iterator[Picture]:
+    """The scores of each method on each task after each task, on one scale."""
+    matrices = {label: _mean([[r["zero_shot"], *r["R"]] for r in members]) for label, members in runs.items()}
+    values = [value for matrix in matrices.values() for value in matrix.flat if value == value]
+    for label, matrix in matrices.items():
+        tasks, rate = runs[label][0]["tasks"], runs[label][0]["learning_rate"]
+        rows = ["zero-shot", *(tasks if len(matrix) == len(tasks) + 1 else ["all tasks"])]
+        figure, (axes,) = plots.new_figure(plots.heat_map_height(len(matrix), tasks))
+        cells = [[None if value != value else value for value in row] for row in matrix.tolist()]
+        plots.heat_map(axes, cells, rows, tasks, min(values), max(values))
+        axes.set(xlabel="score on", ylabel="after")
+        last = ", ".join(f"{task} {value:.2f}" for task, value in zip(tasks, matrix[-1], strict=True))
+        alt = f"Scores of {label} on each task after each task. After the last: {last}."
+        yield Picture(label, plots.to_svg(figure, alt), f"learning rate {rate:g}, {_over(runs[label])}")
+
+
+def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
+    """The loss on general text over the steps; a method that trains on all tasks at once has only its end."""
+    means = {}
+    for label, members in runs.items():
+        if losses := [run["general_losses"] for run in members if run.get("general_losses")]:
+            means[label] = _mean(losses).tolist()
+    if means:
+        figure, (axes,) = plots.new_figure(2.6)
+        count = max(map(len, means.values()))
+        for label, values in means.items():
+            steps, present = (range(count), values) if len(values) == count else ([count - 1], values[-1:])
+            plots.lines(axes, steps, {label: [None if value != value else value for value in present]}, looks)
+        axes.set(xlabel="after task", ylabel="loss on general text, nats")
+        axes.set_xticks(range(0, count, 1 if count <= 11 else 5))
+        alt = f"General loss at the end: {', '.join(f'{label} {values[-1]:.2f}' for label, values in means.items())}."
+        note = f"0 is before any task. Means over {_over(*(runs[label] for label in means))}."
+        yield Picture("General loss over the steps", plots.to_svg(figure, alt), note)
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Over the runs, without missing values; an array, NaN if all are missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nothing
+        return np.nanmean(np.array(values, dtype=float), axis=0)
+
+
+def _over(*members: Sequence[Mapping[str, Any]]) -> str:
+    """How many runs of which order."""
+    return f"{counted(list(map(len, members)), 'run')}, order {members[0][0]['order']}"
