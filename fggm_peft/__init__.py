@@ -42,7 +42,7 @@ from .tuner import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .deltas import Ledger, SparseDelta, compose, consolidate, diff, export_lora, overlap, prune, subtract
+    from .deltas import Ledger, SparseDelta, compose, diff, export_lora, overlap, prune, subtract
     from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 __all__ = [
@@ -84,7 +84,6 @@ __all__ = [
     "TopDensity",
     "__version__",
     "compose",
-    "consolidate",
     "diff",
     "estimate",
     "export_lora",

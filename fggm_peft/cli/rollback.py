@@ -32,17 +32,19 @@ def run(args: Namespace) -> Result:
         args.error("--model and --output require each other")
     ledger = Ledger(args.ledger)
     if args.model is None:
-        report = ledger.rollback(args.task, remove=False)
+        ledger.rollback(args.task)
+        text = f"Removed {args.task} from the ledger"
     else:
         require_free(args.output, args.overwrite)
         base = BaseModel(args.model)
         merged = base.load()
-        report = ledger.rollback(args.task, merged, remove=False)
+        ledger.rollback(args.task, merged, remove=False)
         with complete_folder(args.output) as folder:
             merged.save_pretrained(folder)
             with suppress(BaseModelError):  # it was merged without a tokenizer
                 base.load_tokenizer().save_pretrained(folder)
-    ledger.remove(args.task)  # last, when the model without the task is saved
-    data = {"ledger": str(args.ledger), "output": args.output and str(args.output), **report.to_dict()}
-    data["remaining"] = ledger.tasks
-    return data, facts_table(str(report), data)
+        ledger.remove(args.task)  # last, when the model without the task is saved
+        text = f"Removed {args.task} exactly from the ledger and the model"
+    output = None if args.output is None else str(args.output)
+    data = {"ledger": str(args.ledger), "task": args.task, "output": output, "remaining": ledger.tasks}
+    return data, facts_table(text, data)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..tuner.files.reading import read_adapter
     from ..tuner.files.saving import save_adapter
-    from .apply import apply_deltas, consolidate, export_merged
+    from .apply import apply_deltas, export_merged
     from .arithmetic import compose, prune, subtract
     from .delta import ModuleDelta, SparseDelta
     from .difference import diff
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "..tuner.files.reading": ("read_adapter",),
     "..tuner.files.saving": ("save_adapter",),
-    ".apply": ("apply_deltas", "consolidate", "export_merged"),
+    ".apply": ("apply_deltas", "export_merged"),
     ".arithmetic": ("compose", "prune", "subtract"),
     ".delta": ("ModuleDelta", "SparseDelta"),
     ".difference": ("diff",),
@@ -42,7 +42,6 @@ __all__ = [
     "Verification",
     "apply_deltas",
     "compose",
-    "consolidate",
     "diff",
     "export_lora",
     "export_merged",

@@ -22,7 +22,6 @@ from ..tuner.layer import FGGMLayer
 from ..tuner.merging.merge import add_to_dense_
 from ..tuner.merging.report import MergeReport, ModuleMerge, total
 from ..tuner.merging.sidecar import with_sidecar
-from ..tuner.target import find_targets
 from .delta import ModuleDelta, SparseDelta
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def export_merged(
 ) -> MergeReport:
     """Merge deltas into a dense base, and save it with a report (``merge_report.json``) and the tokenizer.
 
-    The folder never contains an incomplete model.
+    The model is moved into the folder when it is complete.
 
     Args:
         sources: deltas, as in ``apply_deltas``, or a ``Ledger``, whose tasks are merged.
@@ -127,17 +126,15 @@ def layers_to_change(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[st
 
 def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleMerge:
     """Add deltas to the weight of one layer, or to its sidecar if it is quantized."""
-    deltas = [delta.to(layer.device) for delta in deltas]
+    added = [delta.to(layer.device).weight_delta() for delta in deltas]
     if layer.quantization_backend is not None:
-        keep = [delta.weight_delta() for delta in deltas]
-        replace_module(model, path, with_sidecar(layer.get_base_layer(), keep))
-        square = sum(float(delta.values.double().square().sum()) for delta in deltas)
-        record = ModuleMerge(square**0.5, square, 0.0, "kept")
-    else:
-        weight = layer.get_base_layer().weight.data
-        matrix = layer.matrix(weight)
-        record = total([add_to_dense_(matrix, delta.weight_delta(), False)[0] for delta in deltas])
-        layer.write_back_(weight, matrix)
+        replace_module(model, path, with_sidecar(layer.get_base_layer(), added))
+        square = sum(float(delta.values.double().square().sum()) for delta in added)
+        return ModuleMerge(square**0.5, square, 0.0, "kept")
+    weight = layer.get_base_layer().weight.data
+    matrix = layer.matrix(weight)
+    record = total([add_to_dense_(matrix, delta, False)[0] for delta in added])
+    layer.write_back_(weight, matrix)
     return record
 
 
@@ -162,53 +159,3 @@ def _replaced_parameters(model: nn.Module, delta: SparseDelta) -> Mapping[str, T
         if is_trained_whole(key):
             parameters[key] = state[name]
     return parameters
-
-
-def consolidate(model: Any, adapter_names: Sequence[str] | None = None) -> nn.Module:
-    """Merge a model's adapters into one frozen sidecar for each quantized layer.
-
-    The result is that of ``merge_and_unload`` with ``quantized_merge="keep"``, whatever the adapters' configs say.
-    Each quantized layer keeps its weights and gets one frozen delta for each granularity, on the union of all supports
-    that were merged into it. So memory grows with the union and not with the number of tasks, and quantization loses
-    nothing. Layers that are not quantized take the deltas into their weights.
-
-    Args:
-        model: a ``PeftModel`` with FGGM adapters on a quantized base; do not use it afterwards.
-        adapter_names: the adapters to merge, in order; all by default. Other adapters are dropped.
-
-    Returns:
-        The base model; ``get_peft_model`` can add the adapter of the next task.
-
-    Raises:
-        TypeError: the model is not a ``PeftModel``, or no layer is quantized: then ``merge_and_unload`` is exact.
-        ValueError: an adapter is unknown, is not an FGGM adapter, is merged already, or has values that are not finite.
-    """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"consolidate takes a PeftModel with FGGM adapters, not a {type(model).__name__}")
-    names = list(model.peft_config) if adapter_names is None else list(adapter_names)
-    _require_mergeable(model, names)
-    targets = [target for name in names for target in find_targets(model, name).values()]
-    layers = {target.path: target.layer for target in targets}
-    if not any(layer.quantization_backend is not None for layer in layers.values()):
-        raise TypeError("no layer of the base is quantized: use merge_and_unload(), which is exact")
-    records = []
-    for path, layer in layers.items():
-        record = layer.merge(True, names, keep_originals=False, quantized_merge="keep")
-        if record is not None:
-            records.append(replace(record, name=path))
-    logger.info("%s", MergeReport(records))
-    return model.unload()
-
-
-def _require_mergeable(model: PeftModel, names: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in model.peft_config]
-    if unknown or not names:
-        raise ValueError(f"there is no adapter {unknown or names} on this model; it has {', '.join(model.peft_config)}")
-    if others := [name for name in names if model.peft_config[name].peft_type != "FGGM"]:
-        raise ValueError(f"only FGGM adapters have a sparse delta, not {', '.join(others)}")
-    for name in names:
-        for path, target in find_targets(model, name).items():
-            if merged := target.layer.merged_adapters:
-                raise ValueError(f"{', '.join(merged)} are merged ({path}); call unmerge_adapter() first")
-            if not all_finite(target.values):
-                raise ValueError(f"the adapter {name!r} has a value that is NaN or infinite ({path})")

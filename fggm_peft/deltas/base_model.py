@@ -23,32 +23,27 @@ Base = nn.Module | str | Path
 """A model, or the folder or Hub id of one."""
 
 
-def load_base(name: str, revision: str | None = None) -> nn.Module:
-    """Load a base model in the dtype and the class of its checkpoint.
-
-    Args:
-        name: a folder or a Hub id.
-        revision: branch, tag or commit of a Hub id.
+def load_base(name: str) -> nn.Module:
+    """Load a base model from a folder or the Hub, in the dtype and the class of its checkpoint.
 
     Raises:
         ValueError: there is no such model, or its config does not name its class.
     """
     import transformers
 
-    settings = _settings(name, revision)
+    settings = _settings(name)
     model_class = getattr(transformers, (settings.architectures or [""])[0], None)
     if model_class is None:
         raise ValueError(f"the config of {name} names no class of transformers; pass the model itself")
-    return model_class.from_pretrained(name, dtype="auto", revision=revision or "main")
+    return model_class.from_pretrained(name, dtype="auto")
 
 
-def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(base: Base, config: Any = None) -> nn.Module:
     """The base model, on the meta device unless it is given as a model.
 
     Args:
         base: a model, or a folder or Hub id; then only its ``config.json`` is read.
         config: config of an adapter for it, which names the model's class.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: there is no such model, or transformers does not have its class.
@@ -57,22 +52,20 @@ def skeleton(base: Base, config: Any = None, trust_remote_code: bool = False) ->
         return base.get_base_model() if isinstance(base, PeftModel) else base
     import transformers
 
-    settings = _settings(str(base), getattr(config, "revision", None), trust_remote_code=trust_remote_code)
+    settings = _settings(str(base), getattr(config, "revision", None))
     task = str(getattr(config, "task_type", None)).removeprefix("TaskType.")
     saved = (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
     names = [AUTO_CLASSES.get(task), saved, *(settings.architectures or []), "AutoModel"]
     model_class: Any = next(getattr(transformers, name) for name in names if name and hasattr(transformers, name))
     with torch.device("meta"):
-        if hasattr(model_class, "from_config"):
-            return model_class.from_config(settings, trust_remote_code=trust_remote_code)
-        return model_class(settings)
+        return getattr(model_class, "from_config", model_class)(settings)
 
 
-def _settings(name: str, revision: str | None, **options: Any) -> Any:
+def _settings(name: str, revision: str | None = None) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(name, revision=revision or "main", **options)
+        return transformers.AutoConfig.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -7,8 +7,7 @@ counts the changed entries, the second collects them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -59,22 +58,6 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
         return _Comparison(base, tuned, progress).delta(kind)
 
 
-@dataclass
-class _Changes:
-    """Result of the first pass.
-
-    Args:
-        units: granularity -> module path -> number of changed units.
-        weights, biases: paths of adaptable modules whose weight, or bias, has changed.
-        whole: paths of changed modules that cannot be adapted.
-    """
-
-    units: dict[Granularity, dict[str, int]] = field(default_factory=lambda: {kind: {} for kind in CANDIDATES})
-    weights: list[str] = field(default_factory=list)
-    biases: list[str] = field(default_factory=list)
-    whole: list[str] = field(default_factory=list)
-
-
 class _Comparison:
     def __init__(self, base: Base, tuned: Base, progress: bool):
         self.model = skeleton(base)
@@ -83,20 +66,28 @@ class _Comparison:
         self.tuned_name = self.tuned.where if isinstance(tuned, nn.Module) else Path(str(tuned)).name
         self.layers = _adaptable_layers(self.model)
         self.parameters = _parameters(self.model)
-        self.inexact = 0
+        # paths of modules whose weight or bias has changed, and of changed modules that cannot be adapted
+        self.weights: list[str] = []
+        self.biases: list[str] = []
+        self.others: list[str] = []
+        self.sizes = dict.fromkeys(CANDIDATES, 0)  # bytes of the delta
         self.sketches: dict[str, str] = {}
+        self.inexact = 0
 
     def delta(self, granularity: Granularity | None) -> SparseDelta:
-        changes = self._count()
-        whole = _whole_modules(self.model, changes.whole)
-        paths = [path for path in changes.weights if not _is_inside(path, whole)]
-        if not (paths or whole or changes.biases):
+        self._count()
+        whole = _whole_modules(self.model, self.others)
+        paths = [path for path in self.weights if not _is_inside(path, whole)]
+        if not (paths or whole or self.biases):
             raise ValueError(f"there is no difference: {self.tuned.where} has the weights of {self.base.where}")
         if not paths:
-            names = [*whole, *(f"{path}.bias" for path in changes.biases)]
+            names = [*whole, *(f"{path}.bias" for path in self.biases)]
             raise ValueError(f"only {', '.join(names)} differ, and a sparse delta must change a weight matrix")
-        granularity = self._choose_granularity(granularity, changes, paths)
-        modules = self._collect(granularity, paths)
+        granularity = granularity or min(CANDIDATES, key=self.sizes.__getitem__)
+        modules = {
+            path: self._changes(path, granularity, samples_per_weight(len(paths)))
+            for path in tqdm(paths, "Collecting the changes", disable=not self.progress)
+        }
         if self.inexact:
             warnings.warn(
                 f"{self.inexact:,} entries cannot be reproduced exactly by a float32 delta; the nearest value is "
@@ -108,7 +99,7 @@ class _Comparison:
         like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=task, modules_to_save=whole or None)
         like.base_fingerprint = self.sketches
         others = {PREFIX + name: self._read(self.tuned, name) for name in self.parameters if _is_inside(name, whole)}
-        if changes.biases:
+        if self.biases:
             like.bias = "all"
             others |= self._biases(paths)
         delta = new_delta(like, granularity, modules, f"diff of {self.tuned_name} and its base", others)
@@ -116,10 +107,8 @@ class _Comparison:
         delta.config.selection["inexact_entries"] = self.inexact
         return delta
 
-    # First pass ----------------------------------------------------------------------------------
-
-    def _count(self) -> _Changes:
-        changes = _Changes()
+    def _count(self) -> None:
+        """The first pass: which tensors have changed, and the size of the delta in each granularity."""
         for name in tqdm(self.parameters, "Comparing", disable=not self.progress):
             before, after = self._pair(name)
             changed = before != after
@@ -128,60 +117,34 @@ class _Comparison:
             path, _, part = name.rpartition(".")
             layer = self.layers.get(path)
             if layer is None or part not in ("weight", "bias"):
-                changes.whole.append(path)
+                self.others.append(path)
             elif part == "bias":
-                changes.biases.append(path)
+                self.biases.append(path)
             else:
-                matrix = layer.matrix(changed).float()
+                self.weights.append(path)
+                matrix, (o, i) = layer.matrix(changed).float(), layer.weight_shape
                 for kind in CANDIDATES:
-                    changes.units[kind][path] = int((kind.reduce(matrix) > 0).sum())
-                changes.weights.append(path)
-                self._warn_if_tied(name)
-        return changes
-
-    def _warn_if_tied(self, name: str) -> None:
-        if others := [other.rpartition(".")[0] for other in self.parameters[name] if other != name]:
-            warnings.warn(
-                f"{name.rpartition('.')[0]} has changed and shares its weight with {', '.join(others)}. Merging the "
-                "delta changes both; an adapter that is not merged changes only the first.",
-                stacklevel=5,
-            )
-
-    def _choose_granularity(self, requested: Granularity | None, changes: _Changes, paths: list[str]) -> Granularity:
-        """The requested granularity, or the one that takes the fewest bytes."""
-        if requested is not None:
-            for path in paths:
-                if not requested.supports(shape := self.layers[path].weight_shape):
-                    raise ValueError(
-                        f"granularity='{requested}' does not fit {path}, whose weight has the shape {list(shape)}"
+                    unit = VALUE_BYTES * kind.parameters_per_unit((o, i)) + index_dtype(o * i).itemsize
+                    self.sizes[kind] += int((kind.reduce(matrix) > 0).sum()) * unit
+                if tied := [other.rpartition(".")[0] for other in self.parameters[name] if other != name]:
+                    warnings.warn(
+                        f"{path} has changed and shares its weight with {', '.join(tied)}. Merging the delta changes "
+                        "both; an adapter that is not merged changes only the first.",
+                        stacklevel=5,
                     )
-            return requested
 
-        def size(granularity: Granularity) -> int:
-            total = 0
-            for path in paths:
-                shape = self.layers[path].weight_shape
-                unit = VALUE_BYTES * granularity.parameters_per_unit(shape) + index_dtype(shape[0] * shape[1]).itemsize
-                total += changes.units[granularity].get(path, 0) * unit
-            return total
-
-        return min(CANDIDATES, key=size)
-
-    # Second pass ---------------------------------------------------------------------------------
-
-    def _collect(self, granularity: Granularity, paths: list[str]) -> dict[str, ModuleDelta]:
-        modules = {}
-        for path in tqdm(paths, "Collecting the changes", disable=not self.progress):
-            layer = self.layers[path]
-            before, after = (layer.matrix(tensor) for tensor in self._pair(f"{path}.weight"))
-            self.sketches[path] = sketch_weight(path, before, samples_per_weight(len(paths))).to_text()
-            units = granularity.reduce((before != after).float()) > 0
-            indices = units.nonzero().squeeze(1)
-            values = self._exact(granularity.gather(before, indices), granularity.gather(after, indices), path)
-            shape = layer.weight_shape
-            indices = indices.to(index_dtype(shape[0] * shape[1]))
-            modules[path] = ModuleDelta(granularity, shape, indices, values)
-        return modules
+    def _changes(self, path: str, granularity: Granularity, samples: int) -> ModuleDelta:
+        """The second pass: the changed units of one weight."""
+        layer, shape = self.layers[path], self.layers[path].weight_shape
+        if not granularity.supports(shape):
+            raise ValueError(
+                f"granularity='{granularity}' does not fit {path}, whose weight has the shape {list(shape)}"
+            )
+        before, after = (layer.matrix(tensor) for tensor in self._pair(f"{path}.weight"))
+        self.sketches[path] = sketch_weight(path, before, samples).to_text()
+        indices = (granularity.reduce((before != after).float()) > 0).nonzero().squeeze(1)
+        values = self._exact(granularity.gather(before, indices), granularity.gather(after, indices), path)
+        return ModuleDelta(granularity, shape, indices.to(index_dtype(shape[0] * shape[1])), values)
 
     def _biases(self, adapted: list[str]) -> dict[str, Tensor]:
         """Every bias of the tuned model, by the name that it has beside adapters in the given modules."""
@@ -198,11 +161,15 @@ class _Comparison:
         if not bool(torch.isfinite(after).all()) or not bool(torch.isfinite(before).all()):
             raise ValueError(f"{where}: a changed entry is NaN or infinite in one of the models")
         values = (after.double() - before.double()).float()
-        values, missed = _reaching(values, lambda v: sum_rounded_once(before, v, 1.0).double() == after.double())
-        self.inexact += int(missed.sum())
-        return values
 
-    # Tensors -------------------------------------------------------------------------------------
+        def missed(values: Tensor) -> Tensor:
+            return sum_rounded_once(before, values, 1.0).double() != after.double()
+
+        for direction in (torch.inf, -torch.inf):  # the difference's own rounding may miss by one step
+            neighbor = values.nextafter(torch.full_like(values, direction))
+            values = torch.where(missed(values) & ~missed(neighbor), neighbor, values)
+        self.inexact += int(missed(values).sum())
+        return values
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         """One tensor of both models.
@@ -226,24 +193,6 @@ class _Comparison:
                 "architecture, or its checkpoint uses other names"
             )
         return tensor
-
-
-def _reaching(values: Tensor, reaches: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Replace a difference by a neighboring float if its own rounding misses the target.
-
-    Args:
-        reaches: values -> booleans of the same shape, True if adding the value gives the target.
-
-    Returns:
-        The values, and a mask of the entries that neither they nor a neighbor reach.
-    """
-    missed = ~reaches(values)
-    if missed.any():
-        infinity = torch.full_like(values, torch.inf)
-        for neighbor in (values.nextafter(infinity), values.nextafter(-infinity)):
-            values = torch.where(missed & reaches(neighbor), neighbor, values)
-        missed = ~reaches(values)
-    return values, missed
 
 
 def _adaptable_layers(model: nn.Module) -> dict[str, FGGMLayer]:

@@ -11,7 +11,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from ..tuner.files.tensors import is_trained_whole
 from ..tuner.merging.report import MergeReport
 from .apply import apply_deltas, layers_to_change
 from .delta import SparseDelta
-from .originals import Originals, remove_task_
+from .originals import Originals, read_originals, remove_task_, write_originals
 
 FILE = "ledger.json"
 DELTAS = "deltas"
@@ -31,42 +31,11 @@ _FORMAT = "fggm_ledger 1"
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One task of a ledger.
-
-    Args:
-        folder: folder of the delta, relative to the ledger's.
-        digest: sha256 over the files of the delta.
-        granularity, parameters, density: of the delta.
-    """
+    """One task: its name, the folder of its delta (relative to the ledger's), and the digest of this folder."""
 
     name: str
     folder: str
     digest: str
-    granularity: str
-    parameters: int
-    density: float
-
-
-@dataclass(frozen=True)
-class RollbackReport:
-    """How a task was removed. The model equals, bit for bit, the model without the task.
-
-    Args:
-        restored_from: "originals" (the original entries were restored, and the other tasks added again), "sidecar" (all
-            of the task's layers are quantized), or "nothing" if no model was given.
-        entries: number of weight entries that the task changed.
-    """
-
-    task: str
-    restored_from: Literal["originals", "sidecar", "nothing"]
-    entries: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        where = "from the ledger only" if self.restored_from == "nothing" else f"exactly ({self.restored_from})"
-        return f"removed {self.task} {where}: {self.entries:,} entries"
 
 
 class Ledger:
@@ -104,7 +73,7 @@ class Ledger:
             )
         return SparseDelta.read(folder)
 
-    def add(self, name: str, delta: Any) -> LedgerEntry:
+    def add(self, name: str, delta: Any) -> None:
         """Append a task; its delta is copied into the folder.
 
         Args:
@@ -124,24 +93,19 @@ class Ledger:
                 f"the delta of {name!r} has whole tensors ({whole[0]}, ...). They are not differences and could not be "
                 "removed again"
             )
-        source = SparseDelta(source.config, source.modules)
         folder = f"{DELTAS}/{self._next}-{name}"
         shutil.rmtree(self.folder / folder, ignore_errors=True)  # of an interrupted attempt
-        source.save(self.folder / folder)
-        digest = digest_of_folder(self.folder / folder)
-        entry = LedgerEntry(name, folder, digest, str(source.granularity), source.parameters, source.density)
+        SparseDelta(source.config, source.modules).save(self.folder / folder)
+        entry = LedgerEntry(name, folder, digest_of_folder(self.folder / folder))
         self._write([*self.entries, entry], self._next + 1)
-        return entry
 
-    def apply(
-        self, model: nn.Module, up_to: str | None = None, keep_originals: bool = True, progress: bool = False
-    ) -> MergeReport:
+    def apply(self, model: nn.Module, progress: bool = False) -> MergeReport:
         """Merge the tasks into a base model, in place and in order.
+
+        The base's entries that the tasks change are saved in the folder, so ``rollback`` needs no base.
 
         Args:
             model: the base, without adapters. Its quantized layers get the deltas as sidecars.
-            up_to: the last task to merge; by default all are merged.
-            keep_originals: save the base's entries that the tasks change. ``rollback`` needs them, and needs no base.
             progress: show a progress bar.
 
         Raises:
@@ -149,66 +113,47 @@ class Ledger:
                 is not the base, or tasks are merged already.
             AdapterFileError: a delta has changed since it was added.
         """
-        deltas = [self.delta(name) for name in self.tasks[: self._position(up_to)]]
+        deltas = [self.delta(name) for name in self.tasks]
         if not deltas:
             raise ValueError(f"there is no task in {self.folder} to apply")
-        layers = layers_to_change(model, deltas)
-        if keep_originals:
-            if not Originals.load(self.folder / ORIGINALS).are_in(layers):
-                raise ValueError(
-                    f"{self.folder / ORIGINALS} belongs to another base: pass the base model itself, without merged "
-                    "deltas, or keep_originals=False"
-                )
-            Originals.of(layers, deltas).save(self.folder / ORIGINALS)
+        layers, file = layers_to_change(model, deltas), self.folder / ORIGINALS
+        if not all(saved.are_in(layers[path]) for path, saved in read_originals(file).items() if path in layers):
+            raise ValueError(f"{file} belongs to another base: pass the base model itself, without merged deltas")
+        originals = {
+            path: Originals.of(layer, [delta.modules[path] for delta in deltas if path in delta.modules])
+            for path, layer in layers.items()
+            if layer.quantization_backend is None
+        }
+        write_originals(file, originals)
         return apply_deltas(model, deltas, progress)
 
-    def rollback(
-        self, task: str, model: nn.Module | None = None, up_to: str | None = None, remove: bool = True
-    ) -> RollbackReport:
+    def rollback(self, task: str, model: nn.Module | None = None, remove: bool = True) -> None:
         """Remove a task from the ledger and, if a merged model is given, from the model.
+
+        The model then equals, bit for bit, the model without the task.
 
         Args:
             task: any task, not only the last one.
             model: the model that ``apply`` merged the tasks into; changed in place.
-            up_to: the last task that is in the model; by default all are.
             remove: whether to remove the task from the ledger; False lets you save the model first.
 
         Raises:
-            ValueError: there is no such task, the model is not the base with these tasks, or ``apply`` saved no
+            ValueError: there is no such task, the model is not the base with the ledger's tasks, or there are no
                 originals. Nothing has changed then.
         """
-        names = self.tasks[: self._position(up_to)]
-        delta = self.delta(task)
-        if task not in names:
-            raise ValueError(f"{task!r} comes after {up_to!r}, so it is not in the model")
-        restored_from: Literal["originals", "sidecar", "nothing"] = "nothing"
+        self._entry(task)
         if model is not None:
-            deltas = {name: self.delta(name) for name in names}
+            deltas = {name: self.delta(name) for name in self.tasks}
             layers = layers_to_change(model, list(deltas.values()))
-            restored_from = remove_task_(model, layers, deltas, task, Originals.load(self.folder / ORIGINALS))
+            remove_task_(model, layers, deltas, task, read_originals(self.folder / ORIGINALS))
         if remove:
             self.remove(task)
-        return RollbackReport(task, restored_from, sum(module.values.numel() for module in delta.modules.values()))
 
     def remove(self, task: str) -> None:
         """Remove a task and its delta from the ledger only."""
         entry = self._entry(task)
         self._write([other for other in self.entries if other is not entry], self._next)
         shutil.rmtree(self.folder / entry.folder, ignore_errors=True)
-
-    def verify(self) -> None:
-        """Raise ``AdapterFileError``, which lists the problems, unless every delta is complete and unchanged."""
-        problems = []
-        for name in self.tasks:
-            try:
-                self.delta(name)
-            except (AdapterFileError, ValueError, OSError) as error:
-                problems.append(str(error))
-        if problems:
-            raise AdapterFileError("; ".join(problems))
-
-    def _position(self, up_to: str | None) -> int:
-        return len(self.entries) if up_to is None else self.tasks.index(self._entry(up_to).name) + 1
 
     def _entry(self, name: str) -> LedgerEntry:
         for entry in self.entries:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,15 +25,14 @@ from .apply import replace_module
 from .delta import ModuleDelta, SparseDelta
 
 _FORMAT = "fggm_originals 1"
-_PARTS = ("indices", "entries")
 
 
 @dataclass(frozen=True, eq=False)
-class ModuleOriginals:
-    """The original entries of one module, on the CPU.
+class Originals:
+    """The original entries of one weight, on the CPU.
 
     Args:
-        granularity, indices: of the union of the supports; no indices if the layer is quantized.
+        granularity, indices: of the union of the supports.
         entries: the weight's entries there, in the base's dtype.
     """
 
@@ -43,79 +41,54 @@ class ModuleOriginals:
     entries: Tensor
 
     @classmethod
-    def of(cls, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> ModuleOriginals:
-        """Copy the entries of the weight that the deltas change."""
-        granularity, indices, entries = deltas[0].granularity, torch.empty(0, dtype=torch.int64), torch.empty(0)
-        if layer.quantization_backend is None:
-            supports = in_one_granularity([delta.weight_delta() for delta in deltas], layer.weight_shape)
-            granularity, indices = supports[0].granularity, union(supports)
-            weight = _weight(layer)
-            entries = granularity.gather(layer.matrix(weight), indices.to(weight.device)).cpu()
-        return cls(granularity, indices, entries)
+    def of(cls, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Originals:
+        """Copy the entries of the layer's weight that the deltas change."""
+        supports = in_one_granularity([delta.weight_delta() for delta in deltas], layer.weight_shape)
+        granularity, indices = supports[0].granularity, union(supports)
+        matrix = layer.matrix(layer.get_base_layer().weight.data)
+        return cls(granularity, indices, granularity.gather(matrix, indices.to(matrix.device)).cpu())
 
-    def are_in(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta] = ()) -> bool:
-        """Whether the layer equals its base with the deltas added."""
-        is_quantized = layer.quantization_backend is not None
-        return is_quantized or torch.equal(self.weight_with(layer, deltas), layer.matrix(_weight(layer)))
-
-    def weight_with(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor:
+    def with_deltas(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor:
         """The layer's dense weight ``[o, i]`` with the originals restored and the deltas added."""
-        weight = _weight(layer)
-        matrix = layer.matrix(weight).clone()
-        self.granularity.put_(matrix, self.indices.to(weight.device), self.entries.to(weight.device, matrix.dtype))
-        for delta in (delta.to(weight.device) for delta in deltas):
+        matrix = layer.matrix(layer.get_base_layer().weight.data).clone()
+        self.granularity.put_(matrix, self.indices.to(matrix.device), self.entries.to(matrix.device, matrix.dtype))
+        for delta in (delta.to(matrix.device) for delta in deltas):
             delta.granularity.add_(matrix, delta.indices, delta.values)
         return matrix
 
+    def are_in(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta] = ()) -> bool:
+        """Whether the layer's weight equals that of the base with the deltas added."""
+        return torch.equal(self.with_deltas(layer, deltas), layer.matrix(layer.get_base_layer().weight.data))
 
-class Originals(dict[str, ModuleOriginals]):
-    """The original entries of a model by module path."""
 
-    @classmethod
-    def of(cls, layers: Mapping[str, FGGMLayer], deltas: Sequence[SparseDelta]) -> Originals:
-        """Copy the entries of the layers (by module path) that the deltas change."""
-        return cls(
-            (path, ModuleOriginals.of(layer, [delta.modules[path] for delta in deltas if path in delta.modules]))
-            for path, layer in layers.items()
-        )
+def write_originals(file: Path, originals: Mapping[str, Originals]) -> None:
+    """Write the originals by module path; the file is never incomplete."""
+    tensors = {f"{path}/{part}": getattr(o, part) for path, o in originals.items() for part in ("indices", "entries")}
+    granularities = json.dumps({path: o.granularity.to_dict() for path, o in originals.items()})
+    write_tensors(file, tensors, {"format": _FORMAT, "granularities": granularities})
 
-    def are_in(self, layers: Mapping[str, FGGMLayer]) -> bool:
-        """Whether the layers have these entries now."""
-        return all(originals.are_in(layers[path]) for path, originals in self.items() if path in layers)
 
-    def __missing__(self, path: str) -> ModuleOriginals:
-        raise ValueError(
-            f"the ledger has no original entries of {path}, so the task cannot be removed from the model. Apply the "
-            "ledger to the base without the task instead: ledger.remove(task); ledger.apply(base)"
-        )
+def read_originals(file: Path) -> dict[str, Originals]:
+    """Read what ``write_originals`` wrote; empty if there is no file.
 
-    def save(self, file: Path) -> None:
-        """Write the originals; the file is never incomplete."""
-        tensors = {f"{path}/{part}": getattr(o, part) for path, o in self.items() for part in _PARTS}
-        granularities = {path: originals.granularity.to_dict() for path, originals in self.items()}
-        write_tensors(file, tensors, {"format": _FORMAT, "granularities": json.dumps(granularities)})
-
-    @classmethod
-    def load(cls, file: Path) -> Originals:
-        """Read what ``save`` wrote; empty if there is no file.
-
-        Raises:
-            AdapterFileError: the file is damaged.
-        """
-        originals = cls()
-        if not file.is_file():
-            return originals
-        try:
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}")
-                for path, name in json.loads(metadata["granularities"]).items():
-                    tensors = (opened.get_tensor(f"{path}/{part}") for part in _PARTS)
-                    originals[path] = ModuleOriginals(granularity_from(name), *tensors)
-        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise AdapterFileError(f"{file} is damaged: {error}") from error
-        return originals
+    Raises:
+        AdapterFileError: the file is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}")
+            return {
+                path: Originals(
+                    granularity_from(name), opened.get_tensor(f"{path}/indices"), opened.get_tensor(f"{path}/entries")
+                )
+                for path, name in json.loads(metadata["granularities"]).items()
+            }
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AdapterFileError(f"{file} is damaged: {error}") from error
 
 
 def remove_task_(
@@ -123,56 +96,51 @@ def remove_task_(
     layers: Mapping[str, FGGMLayer],
     deltas: Mapping[str, SparseDelta],
     task: str,
-    originals: Originals,
-) -> Literal["originals", "sidecar"]:
+    originals: Mapping[str, Originals],
+) -> None:
     """Remove a task from a model in place.
 
     Args:
         layers: the model's layers, by module path.
         deltas: the deltas of all merged tasks in order, including the task.
-        originals: entries of the base.
-
-    Returns:
-        "sidecar" if all of the task's layers are quantized, otherwise "originals".
+        originals: entries of the base. Quantized layers need none, because their tasks are in a sidecar.
 
     Raises:
         ValueError: the model is not the base with these deltas, or originals are missing. Nothing has changed then.
     """
     paths = list(deltas[task].modules)
-    quantized = {path for path in paths if layers[path].quantization_backend is not None}
     for path in paths:
         merged = [delta.modules[path] for delta in deltas.values() if path in delta.modules]
-        if path in quantized:
-            _require_sidecar(layers[path], merged, path)
-        elif not originals[path].are_in(layers[path], merged):
+        if layers[path].quantization_backend is not None:
+            is_merged = _is_sidecar(layers[path], merged)
+        elif path not in originals:
             raise ValueError(
-                f"{path}: the weight is not that of the base with the ledger's tasks merged in order; pass "
-                "up_to=<last merged task>, or apply the ledger to the base again"
+                f"the ledger has no original entries of {path}, so the task cannot be removed from the model. Apply "
+                "the ledger to the base without the task instead: ledger.remove(task); ledger.apply(base)"
+            )
+        else:
+            is_merged = originals[path].are_in(layers[path], merged)
+        if not is_merged:
+            raise ValueError(
+                f"{path} is not that of the base with the ledger's tasks merged in order. Apply the ledger to the base "
+                "again"
             )
     for path in paths:
         layer = layers[path]
         others = [delta.modules[path] for name, delta in deltas.items() if name != task and path in delta.modules]
-        if path not in quantized:
-            matrix = originals[path].weight_with(layer, others)
-            layer.write_back_(_weight(layer), matrix)
-            continue
-        bare, keep = without_sidecar(layer.get_base_layer()), [other.weight_delta() for other in others]
-        replace_module(model, path, with_sidecar(bare, keep) if keep else bare)
-    return "sidecar" if len(quantized) == len(paths) else "originals"
+        if layer.quantization_backend is None:
+            layer.write_back_(layer.get_base_layer().weight.data, originals[path].with_deltas(layer, others))
+        else:
+            bare, keep = without_sidecar(layer.get_base_layer()), [other.weight_delta() for other in others]
+            replace_module(model, path, with_sidecar(bare, keep) if keep else bare)
 
 
-def _weight(layer: FGGMLayer) -> Tensor:
-    base: Any = layer.get_base_layer()
-    return base.weight.data
-
-
-def _require_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta], path: str) -> None:
-    """Raise unless the sidecar is the sum of the deltas."""
+def _is_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> bool:
+    """Whether the layer's sidecar is the sum of the deltas."""
     current = {delta.granularity: delta for delta in sidecar_deltas(layer.get_base_layer())}
-    expected = {d.granularity: d for d in Sidecar([delta.weight_delta() for delta in deltas]).deltas}
-    is_equal = current.keys() == expected.keys()
-    for kind, delta in expected.items() if is_equal else ():
-        is_equal &= torch.equal(current[kind].indices.cpu(), delta.indices)
-        is_equal &= torch.equal(current[kind].values.cpu(), delta.values)
-    if not is_equal:
-        raise ValueError(f"{path}: its sidecar is not the sum of the ledger's tasks; pass up_to=<last merged task>")
+    expected = {delta.granularity: delta for delta in Sidecar([delta.weight_delta() for delta in deltas]).deltas}
+    return current.keys() == expected.keys() and all(
+        torch.equal(current[kind].indices.cpu(), delta.indices)
+        and torch.equal(current[kind].values.cpu(), delta.values)
+        for kind, delta in expected.items()
+    )

@@ -14,6 +14,8 @@ from .delta import ModuleDelta, SparseDelta
 if TYPE_CHECKING:
     from rich.table import Table
 
+MEASURES = ("jaccard", "chance", "cosine")
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -86,13 +88,12 @@ class Overlap:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types: the matrices over all modules, and every pair in every module."""
-        measures = ("jaccard", "chance", "cosine")
         modules: dict[str, list[dict[str, Any]]] = {path: [] for path in self.modules}
         for first, second, path, pair in self.pairs():
             if path != "all":
-                numbers = {measure: getattr(pair, measure) for measure in measures}
+                numbers = {measure: getattr(pair, measure) for measure in MEASURES}
                 modules[path].append({"a": first, "b": second, **numbers, "shared_entries": pair.both})
-        return {"names": self.names, **{measure: self.matrix(measure) for measure in measures}, "modules": modules}
+        return {"names": self.names, **{measure: self.matrix(measure) for measure in MEASURES}, "modules": modules}
 
     def table(self, by_module: bool = False) -> Table:
         """A row for each pair and, with ``by_module``, for each of its modules."""
@@ -100,10 +101,9 @@ class Overlap:
         from rich.text import Text
 
         table = Table(title="Overlap of the supports, in weight entries")
-        for heading in ("deltas", "module"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("Jaccard", "by chance", "shared", "cosine there"):
-            table.add_column(heading, justify="right")
+        for heading in ("deltas", "module", "Jaccard", "by chance", "shared", "cosine there"):
+            is_name = heading in ("deltas", "module")
+            table.add_column(heading, justify="left" if is_name else "right", overflow="fold")
         for first, second, path, pair in self.pairs():
             if by_module or path == "all":
                 cosine = "" if pair.cosine is None else f"{pair.cosine:+.3f}"
@@ -140,7 +140,7 @@ def overlap(*sources: Any, names: Sequence[str] | None = None) -> Overlap:
     for path in dict.fromkeys(path for delta in deltas for path in delta.modules):
         column = [delta.modules.get(path) for delta in deltas]
         modules[path] = [[_compare(a, b) for b in column] for a in column]
-    return Overlap(list(names) if names is not None else _labels(sources), modules)
+    return Overlap(list(names or _labels(sources)), modules)
 
 
 def _labels(sources: Sequence[Any]) -> list[str]:

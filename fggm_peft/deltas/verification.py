@@ -23,12 +23,10 @@ class Verification:
     """The properties of an adapter that has passed all checks.
 
     Args:
-        adapter: folder or Hub id.
         base_model: name of the base in the config.
         base: "not checked", or "matches".
         format: version of the file format.
-        dtypes: dtypes of the values.
-        modules: number of adapted modules.
+        dtypes: of the values.
         parameters: number of values.
         density: share of the adapted weights' entries.
         bytes: size of the file.
@@ -54,7 +52,6 @@ class Verification:
     other_keys: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, ready for JSON."""
         return asdict(self)
 
 
@@ -78,28 +75,27 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
         require_base(adapted_layers(model, shapes, str(adapter)), config)
     contents = read_contents(config, file)
     delta = from_contents(contents)
-    granularity, modules = delta.granularity, delta.modules
+    modules = delta.modules
     if config.support_sizes not in (None, {path: len(module.indices) for path, module in modules.items()}):
         raise AdapterFileError(f"{file}: the numbers of units differ from support_sizes in {CONFIG_NAME}")
     dtypes = sorted({str(module.values.dtype)[6:] for module in modules.values()})
     if config.delta_dtype is not None and dtypes and dtypes != [config.delta_dtype]:
         raise AdapterFileError(f"{file}: values are {', '.join(dtypes)}, not delta_dtype={config.delta_dtype}")
-    tensors = [t for module in modules.values() for part, t in module.tensors.items() if part != "indices"]
-    entropy = sum(entropy_bytes(len(m.indices), granularity.units(m.shape)) for m in modules.values())
+    entropy = sum(entropy_bytes(len(m.indices), m.granularity.units(m.shape)) for m in modules.values())
     return Verification(
         adapter=str(adapter),
         base_model=config.base_model_name_or_path,
         base="not checked" if model is None else "matches",
         format=config.fggm_format,
-        granularity=str(granularity),
+        granularity=str(delta.granularity),
         criterion=config.criterion,
         dtypes=dtypes,
         modules=len(modules),
         parameters=delta.parameters,
         density=delta.density,
         bytes=file.stat().st_size,
-        bound_bytes=round(entropy) + sum(tensor.nbytes for tensor in tensors),
-        is_zero=not any(bool(tensor.any()) for tensor in tensors),
+        bound_bytes=round(entropy) + sum(module.values.nbytes for module in modules.values()),
+        is_zero=not any(bool(module.values.any()) for module in modules.values()),
         made_with=config.made_with or {},
         other_keys=list(contents.others),
     )
