@@ -34,7 +34,7 @@ def run(args: Namespace) -> Result:
 
     from ..deltas import Ledger, export_merged
     from ..deltas.apply import require_dense
-    from ..training import BaseModelError
+    from ..training.base_model import BaseModelError
 
     base = base_model(args)
     if base.quantization is not None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from peft import PeftConfig
 
-from ..training import BaseModel, DataSource, TokenizedExamples, load_examples
+from ..training.base_model import BaseModel
+from ..training.data import DataSource, TokenizedExamples, load_examples
 from ..tuner import FGGMConfig
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ def run(args: Namespace) -> Result:
     tasks changed the same entries.
     """
     from ..deltas.ledger import FILE, Ledger
-    from ..training import BaseModel, BaseModelError
+    from ..training.base_model import BaseModel, BaseModelError
     from ..tuner.files.atomic import complete_folder
 
     if not (args.ledger / FILE).is_file():

@@ -90,7 +90,8 @@ def run(args: Namespace) -> Result | None:
     from transformers import DataCollatorForSeq2Seq
 
     from ..deltas import save_adapter
-    from ..training import FGGMTrainer, score_answers
+    from ..training import FGGMTrainer
+    from ..training.evaluation import score_answers
 
     _require_adapter_without_selection(args)
     config = selection_config(args)
@@ -141,7 +142,7 @@ def training_arguments(args: Namespace, seed: int) -> TrainingArguments:
     """The trainer's arguments, with checkpoints in the output folder."""
     import torch
 
-    from ..training import this_process
+    from ..training.base_model import this_process
 
     given = TRAINING.given(args)
     computed = {
@@ -171,7 +172,7 @@ def _resumed_config(args: Namespace, given: FGGMConfig) -> FGGMConfig:
         FileNotFoundError: there is no checkpoint.
         ValueError: an option differs from the checkpoint's selection.
     """
-    from ..training import last_complete_checkpoint
+    from ..training.checkpoints import last_complete_checkpoint
     from ..tuner import FGGMConfig
 
     checkpoints = args.output / CHECKPOINTS

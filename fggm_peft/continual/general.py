@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from ..training import PARAGRAPH_LENGTH, DataError, TokenizedExamples, read_paragraphs
+from ..training.data import DataError, TokenizedExamples
+from ..training.texts import PARAGRAPH_LENGTH, read_paragraphs
 from ..tuner.files import digest_of_folder
 from .settings import DataPath, Settings, StreamError
 

@@ -20,7 +20,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from ..training import last_complete_checkpoint, score_answers, this_process, written_answers
+from ..training.base_model import this_process
+from ..training.checkpoints import last_complete_checkpoint
+from ..training.evaluation import score_answers, written_answers
 from ..tuner.files import digest_of_folder, write_json
 from .memory import peak_memory, reset_peak_memory
 from .methods import Method, make_method

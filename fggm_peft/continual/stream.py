@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from transformers.trainer_utils import SchedulerType
 
-from ..training import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
+from ..training.base_model import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
 from ..tuner.files import digest_of_folder, may_be_hub_id
 from .gate import EVERY_TASK, Gate
 from .general import General

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from ..training import (
+from ..training.data import (
     FILE_TYPES,
     DataError,
     DataSource,

@@ -78,7 +78,7 @@ def load_rows(source: DataSource) -> Records:
     if file is not None:
         rows = _read_file(file)
     elif path.is_dir() or (may_be_hub_id(source.name) and path.suffix not in FILE_TYPES):
-        rows = _load_with_datasets(source)
+        rows = _load_with_datasets(source, path)
     else:
         raise DataError(f"no file or folder {source.name!r}")
     if not len(rows):
@@ -87,28 +87,25 @@ def load_rows(source: DataSource) -> Records:
 
 
 def _read_file(path: Path) -> Records:
+    # `datasets` would infer types: it reads the text "2020-01-31" as a time, and "007" as the number 7
     if path.suffix not in FILE_TYPES:
         raise DataError(f"cannot read {path}: data files end in {', '.join(FILE_TYPES)}")
     try:
-        rows = _parse(path)
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.ParquetFile(path).read().to_pylist()
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else _parse_json(file.read(), path.suffix)
     except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
         raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not all(isinstance(row, dict) for row in rows):
         raise DataError(f'{path} must be a list of objects, such as [{{"prompt": ..., "answer": ...}}]')
     return rows
 
 
-def _parse(path: Path) -> Any:
-    # `datasets` infers types: it reads the answer "2020-01-31" as a time, and "007" in a CSV file as the number 7
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.ParquetFile(path).read().to_pylist()
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(file))
-        text = file.read()
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+def _parse_json(text: str, suffix: str) -> list[Any]:
+    if suffix == ".json" and text.lstrip().startswith("["):
         return json.loads(text)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -119,10 +116,9 @@ def _parse(path: Path) -> Any:
     return rows
 
 
-def _load_with_datasets(source: DataSource) -> Records:
+def _load_with_datasets(source: DataSource, path: Path) -> Records:
     import datasets
 
-    path = Path(source.name).expanduser()
     # only `datasets` can slice ("train[:10%]"); otherwise all splits are loaded, to find synonyms
     split = source.split if "[" in source.split or "+" in source.split else None
     try:
@@ -169,8 +165,8 @@ def _plain(column: str) -> RowFormat:
 
 
 def _read_instruction(row: Mapping[str, Any]) -> tuple[str, Any]:
-    instruction, context = row["instruction"], row.get("input")
-    return (f"{instruction}\n\n{context}" if context else instruction) + "\n\n", row["output"]
+    parts = [row["instruction"], *([row["input"]] if row.get("input") else []), ""]
+    return "\n\n".join(parts), row["output"]
 
 
 def _read_messages(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], Any]:
@@ -207,9 +203,9 @@ def row_format(columns: Sequence[str], source: DataSource) -> RowFormat:
     for candidate in formats:
         if set(candidate.columns) <= set(columns):
             return candidate
+    expected = ", or ".join(" + ".join(candidate.columns) for candidate in formats)
     raise DataError(
-        f"the columns of {source.name} are {', '.join(columns)}; expected "
-        f"{', or '.join(' + '.join(candidate.columns) for candidate in formats)}. Name the columns with "
+        f"the columns of {source.name} are {', '.join(columns)}; expected {expected}. Name the columns with "
         "--prompt-column and --answer-column"
     )
 
@@ -233,11 +229,11 @@ def load_examples(
     rows = load_rows(source)
     format = row_format(list(rows[0]), source)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
-    examples = [read_example(rows[index], index, format, source, tokenizer) for index in order[:limit]]
-    examples_with_text = [example for example in examples if example is not None]
-    if not examples_with_text:
+    read = (read_example(rows[index], index, format, source, tokenizer) for index in order[:limit])
+    examples = [example for example in read if example is not None]
+    if not examples:
         raise DataError(f"every row of {source.name} is empty")
-    return examples_with_text
+    return examples
 
 
 def read_example(row, index: int, format: RowFormat, source: DataSource, tokenizer) -> Example | None:
@@ -305,7 +301,8 @@ class TokenizedExamples(Dataset):
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2 (one token each of prompt and answer), got {max_length}")
         self.examples, self.tokenizer, self.max_length = examples, tokenizer, max_length
-        self.start = _start_tokens(tokenizer)
+        ids, start = tokenizer("a")["input_ids"], tokenizer.bos_token_id
+        self.start = [start] if start is not None and ids[:1] == [start] else []  # if the tokenizer adds one
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -316,7 +313,7 @@ class TokenizedExamples(Dataset):
         start = [] if example.is_rendered else self.start
         if not example.is_rendered and self.tokenizer.eos_token_id is not None:
             answer = [*answer, self.tokenizer.eos_token_id]
-        prompt, answer = self.truncate(start, prompt, answer)
+        prompt, answer = self._truncated(start, prompt, answer)
         if len(prompt) + len(answer) < 2 or not answer:
             raise DataError(f"an example of one token has nothing to predict: {example!r}")
         return {
@@ -328,17 +325,10 @@ class TokenizedExamples(Dataset):
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    def _truncated(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """Prompt (with the start tokens) and answer, at most ``max_length`` tokens together."""
         needed = 1 if start or prompt else 0  # the answer's first token is predicted from one before it
         answer = answer[: self.max_length - needed]
         prompt_length = self.max_length - len(answer)
         dropped = max(0, len(start) + len(prompt) - prompt_length)
         return start[:prompt_length] + prompt[dropped:], answer
-
-
-def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The start token, if the tokenizer adds one to a text."""
-    start = tokenizer.bos_token_id
-    ids = tokenizer("a")["input_ids"]
-    return [start] if start is not None and ids[:1] == [start] else []

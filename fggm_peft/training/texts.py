@@ -38,9 +38,6 @@ def text_batches(file: str | Path, tokenizer: PreTrainedTokenizerBase, batch_siz
     """A dataloader over the paragraphs of a text file, for ``select_parameters(reference=...)``.
 
     Each process of a distributed run reads a share. Paragraphs are truncated to 256 tokens.
-
-    Raises:
-        DataError: the file cannot be read or is empty.
     """
     from transformers import DataCollatorForSeq2Seq
 
