@@ -235,12 +235,12 @@ def _sizes(
         units = max(units, most_units)
         index_bytes = max(index_bytes, most_units * max(tensor.element_size() for tensor in indices))
     sizes = [target.units for target in targets.values()]
-    codecs = next(iter(targets.values())).granularity.index_codecs
+    compress = next(iter(targets.values())).granularity.compresses_indices
     gradients = round(_bytes(values) * share) + _bytes(others)
     return {
         "trainable_values": most + _count(others),
         "least_values": least + _count(others),
-        "adapter_bytes": gradients + min(index_bytes, most_index_bytes(codecs, min(units, sum(sizes)), sizes)),
+        "adapter_bytes": gradients + min(index_bytes, most_index_bytes(min(units, sum(sizes)), sizes, compress)),
         "base_bytes": _base_bytes(model, {*own, *map(id, others)}),
         "value_bytes": gradients + index_bytes,
         "gradient_bytes": gradients,

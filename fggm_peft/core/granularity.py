@@ -47,7 +47,7 @@ class Granularity(ABC):
     name: ClassVar[str]  # set by the registry
     unit_dim: ClassVar[int] = 0  # the dimension of the values that counts units
     weight_dim: ClassVar[int | None] = None  # units are slices of the weight along this dimension; None: they are not
-    index_codecs: ClassVar[tuple[str, ...]] = ("plain",)  # the encodings that a file may use for the indices
+    compresses_indices: ClassVar[bool] = False  # files contain encoded indices, see ``index_codec``
     saves_factored: ClassVar[bool] = False  # saved scores are row sums and column sums, not one number per unit
     stores_partial_input: ClassVar[bool] = False  # see ``stored_input``
     takes_digest: ClassVar[bool] = False  # scores can be computed from an ``InputDigest`` instead of the input
@@ -274,7 +274,7 @@ class Elements(Granularity):
     """Single entries, as flat indices ``o * in + i``. Values are ``[k]``."""
 
     saves_factored = True
-    index_codecs = ("plain", "golomb_rice")
+    compresses_indices = True
 
     def units(self, shape):
         return shape[0] * shape[1]

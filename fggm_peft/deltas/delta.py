@@ -23,7 +23,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import write_card
 from ..tuner.files.reading import AdapterContents, find_adapter, read_contents
-from ..tuner.files.saving import UntrainedAdapterWarning, as_trained, encode, index_shapes
+from ..tuner.files.saving import UntrainedAdapterWarning, as_trained, encode, index_bytes
 from ..tuner.files.tensors import MARK, PREFIX
 from ..tuner.target import find_targets
 
@@ -104,7 +104,7 @@ class SparseDelta:
         encoded = {path: encode(granularity, m.shape, config, m.tensors, path) for path, m in self.modules.items()}
         config.describe_file()
         config.support_sizes = {path: len(module.indices) for path, module in self.modules.items()}
-        config.index_shapes = index_shapes(encoded)
+        config.index_bytes = index_bytes(encoded)
         config.base_fingerprint = _fingerprint(config, self.modules)
         tensors = {f"{PREFIX}{path}{MARK}{part}": t for path, parts in encoded.items() for part, t in parts.items()}
         tensors = {key: tensor.detach().contiguous() for key, tensor in {**tensors, **self.others}.items()}

@@ -41,8 +41,6 @@ class AdapterState(BaseTunerLayer):
         self.quantized_merge: dict[str, str] = {}
         self.selected: dict[str, bool] = {}  # False until the support is known
         self.fggm_indices = SupportIndices(self.selected)
-        for part, tensors in self.fggm_indices.parts.items():
-            setattr(self, f"fggm_{part}", tensors)
         self.padded_sizes: dict[str, int] = {}  # units that a support is padded to, see several.hotswap
         self._frozen_empty: set[str] = set()  # adapters that would train here if their support were not empty
         self._selected_in_shards: set[str] = set()
@@ -108,9 +106,9 @@ class AdapterState(BaseTunerLayer):
             indices: ``[k]`` integers, sorted, unique, in range.
             generator: draws normal starting values instead of zeros; for tests only.
         """
+        self.fggm_indices.settle(adapter_name)
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
-        self.fggm_indices.settle(adapter_name)
         self.padded_sizes.pop(adapter_name, None)
         data = self.fggm_values[adapter_name].data
         data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))

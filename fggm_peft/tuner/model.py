@@ -113,13 +113,13 @@ class FGGMModel(BaseTuner):
 
     def _await_supports(self, config: FGGMConfig, targets: Targets) -> None:
         """Resize the supports of a saved adapter to their saved sizes, for loaders that compare shapes."""
-        sizes, shapes = config.support_sizes or {}, config.index_shapes or {}
+        sizes, encoded = config.support_sizes or {}, config.index_bytes or {}
         check = BaseCheck({path: target.layer for path, target in targets.items()}, config)
         keep_dtype = config.training_dtype is not None
         for path, target in targets.items():
             if sizes and not target.is_selected:
-                k, encoded = entry_within(sizes, path) or 0, entry_within(shapes, path)
-                await_support_(target, k, encoded, check, keep_dtype)
+                k, size = entry_within(sizes, path) or 0, entry_within(encoded, path)
+                await_support_(target, k, size, check, keep_dtype)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Like PEFT's, but values keep the config's ``training_dtype``."""

@@ -9,16 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fggm_peft.core.granularity import granularity_from
-from fggm_peft.core.index_codec import (
-    INDEX_CODECS,
-    INDEX_PARTS,
-    codec_of,
-    entropy_bytes,
-    index_dtype,
-    most_index_bytes,
-    smallest_codec,
-)
+from fggm_peft.core.index_codec import decode_indices, encode_indices, entropy_bytes, index_dtype, most_index_bytes
 
 
 def support(k: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -26,21 +17,19 @@ def support(k: int, n: int, seed: int = 0) -> torch.Tensor:
     return torch.randperm(n, generator=generator)[:k].sort().values
 
 
-def size(tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def nbytes(indices: torch.Tensor, n: int) -> int:
+    return encode_indices(indices, n, compress=True).nbytes
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_every_codec_is_lossless_and_predicts_its_size(data):
+def test_the_encoding_is_lossless_and_never_larger_than_plain_indices(data):
     n = data.draw(st.integers(1, 3000))
     indices = torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1)))), dtype=torch.int64)
-    for name in INDEX_CODECS:
-        codec = INDEX_CODECS[name]
-        encoded = codec.encode(indices, n)
-        assert len(encoded) == len(codec.parts)
-        assert size(encoded) == codec.nbytes(indices, n)
-        decoded = codec.decode(encoded, len(indices), n)
+    for compress in (False, True):
+        encoded = encode_indices(indices, n, compress)
+        assert encoded.nbytes <= 4 * len(indices)
+        decoded = decode_indices(encoded, len(indices), n)
         assert decoded.dtype == torch.int32 and torch.equal(decoded.long(), indices)
 
 
@@ -50,17 +39,16 @@ def test_the_size_bound_holds_for_every_support(data):
     sizes = data.draw(st.lists(st.integers(1, 2000), min_size=1, max_size=4))
     supports = [torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1)))), dtype=torch.int64) for n in sizes]
     k = sum(map(len, supports))
-    for names in (["plain"], ["golomb_rice"], list(INDEX_CODECS)):
-        codecs = [smallest_codec(names, x, n) for x, n in zip(supports, sizes, strict=True)]
-        taken = sum(codec.nbytes(x, n) for codec, x, n in zip(codecs, supports, sizes, strict=True))
-        assert taken <= most_index_bytes(names, k, sizes)
+    for compress in (False, True):
+        taken = sum(encode_indices(x, n, compress).nbytes for x, n in zip(supports, sizes, strict=True))
+        assert taken <= most_index_bytes(k, sizes, compress)
 
 
 @pytest.mark.parametrize("density", [1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
 def test_the_size_bound_is_near_the_size_of_random_supports(density):
     sizes = [100_000, 400_000, 500_000]
-    taken = sum(INDEX_CODECS["golomb_rice"].nbytes(support(int(density * n), n), n) for n in sizes)
-    most = most_index_bytes(INDEX_CODECS, int(density * sum(sizes)), sizes)
+    taken = sum(nbytes(support(int(density * n), n), n) for n in sizes)
+    most = most_index_bytes(int(density * sum(sizes)), sizes, compress=True)
     assert taken <= most <= 1.08 * taken + 40
 
 
@@ -68,19 +56,22 @@ def bits(stream: torch.Tensor) -> list[int]:
     return [(byte >> bit) & 1 for byte in stream.tolist() for bit in range(8)]
 
 
-@pytest.mark.parametrize(("k", "n"), [(1, 1), (5, 100), (64, 1000), (7, 4096), (300, 301), (2, 10**6)])
-def test_golomb_rice_has_the_documented_layout(k, n):
+@pytest.mark.parametrize(("k", "n"), [(5, 100), (64, 1000), (7, 4096), (300, 301), (20, 10**6)])
+def test_codes_have_the_documented_layout(k, n):
     indices = support(k, n).tolist()
-    high, low = INDEX_CODECS["golomb_rice"].encode(torch.tensor(indices), n)
+    code = encode_indices(torch.tensor(indices), n, compress=True)
+    assert code.dtype == torch.uint8
+    low_bits, width = int(code[0]), -(-k // 8)
+    low, high = code[1 : 1 + low_bits * width].view(low_bits, width), code[1 + low_bits * width :]
     gaps = [x - before - 1 for before, x in zip([-1, *indices], indices)]  # noqa: B905
-    unary = [bit for gap in gaps for bit in [0] * (gap >> len(low)) + [1]]
+    unary = [bit for gap in gaps for bit in [0] * (gap >> low_bits) + [1]]
     assert bits(high) == unary + [0] * (-len(unary) % 8)
-    assert [bits(plane)[:k] for plane in low] == [[(gap >> p) & 1 for gap in gaps] for p in range(len(low))]
+    assert [bits(plane)[:k] for plane in low] == [[(gap >> p) & 1 for gap in gaps] for p in range(low_bits)]
 
 
-def test_golomb_rice_without_low_bits_is_a_bitmask():
-    high, low = INDEX_CODECS["golomb_rice"].encode(torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 15]), 17)
-    assert high.tolist() == [0b11101111, 0b10000011] and low.shape == (0, 2)
+def test_a_code_without_low_bits_is_a_bitmask():
+    code = encode_indices(torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 15]), 17, compress=True)
+    assert code.tolist() == [0, 0b11101111, 0b10000011]
 
 
 def elias_fano_bytes(k: int, n: int) -> int:
@@ -92,8 +83,8 @@ def elias_fano_bytes(k: int, n: int) -> int:
 def test_the_size_is_near_the_entropy_and_never_above_elias_fano_or_a_bitmask(density, n):
     indices = support(round(n * density), n)
     k = len(indices)
-    size = smallest_codec(granularity_from("element").index_codecs, indices, n).nbytes(indices, n)
-    assert size <= min(elias_fano_bytes(k, n), -(-n // 8))
+    size = nbytes(indices, n)
+    assert size <= 1 + min(elias_fano_bytes(k, n), -(-n // 8))
     if density <= 0.5:  # the entropy of a nearly full support goes to zero
         assert size <= 1.03 * entropy_bytes(k, n)
     assert size + 2 * k <= 1.065 * (entropy_bytes(k, n) + 2 * k)
@@ -109,11 +100,10 @@ def clustered(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("indices", [clustered(512), torch.arange(4096, 14336), torch.arange(0, 512 * 512, 37)])
 def test_clustered_indices_take_no_more_than_random_indices(indices):
     n = 512 * 512
-    codec = INDEX_CODECS["golomb_rice"]
-    encoded = codec.encode(indices, n)
-    assert size(encoded) == codec.nbytes(indices, n) <= min(elias_fano_bytes(len(indices), n), n // 8)
-    assert size(encoded) <= 1.09 * entropy_bytes(len(indices), n)
-    assert torch.equal(codec.decode(encoded, len(indices), n).long(), indices)
+    code = encode_indices(indices, n, compress=True)
+    assert code.nbytes <= 1 + min(elias_fano_bytes(len(indices), n), n // 8)
+    assert code.nbytes <= 1 + 1.09 * entropy_bytes(len(indices), n)
+    assert torch.equal(decode_indices(code, len(indices), n).long(), indices)
 
 
 def test_entropy_is_the_logarithm_of_the_number_of_supports():
@@ -124,26 +114,24 @@ def test_a_weight_with_over_two_to_the_31_entries_has_int64_indices():
     n = 2**40
     indices = torch.tensor([0, 5, 2**31 + 7, 2**39, n - 1])
     assert index_dtype(n) == torch.int64 and index_dtype(2**31 - 1) == torch.int32
-    codec = INDEX_CODECS["golomb_rice"]
-    decoded = codec.decode(codec.encode(indices, n), 5, n)
+    decoded = decode_indices(encode_indices(indices, n, compress=True), 5, n)
     assert decoded.dtype == torch.int64 and torch.equal(decoded, indices)
 
 
-@pytest.mark.parametrize("name", list(INDEX_CODECS))
-def test_no_stream_causes_a_crash_or_an_invalid_support(name):
-    codec, n, k = INDEX_CODECS[name], 1000, 60
+@pytest.mark.parametrize("compress", [False, True])
+def test_no_code_causes_a_crash_or_an_invalid_support(compress):
+    n, k = 1000, 60
     indices = support(k, n)
-    good = codec.encode(indices, n)
+    good = encode_indices(indices, n, compress)
     generator = torch.Generator().manual_seed(1)
     refused = 0
     for _ in range(400):
-        tensors = [tensor.clone() for tensor in good]
-        which = int(torch.randint(len(tensors), (), generator=generator))
-        flat = tensors[which].view(-1).view(torch.uint8)
+        damaged = good.clone()
+        flat = damaged.view(torch.uint8)
         place = int(torch.randint(len(flat), (), generator=generator))
         flat[place] ^= 1 << int(torch.randint(8, (), generator=generator))
         try:
-            decoded = codec.decode(tensors, k, n)
+            decoded = decode_indices(damaged, k, n)
         except ValueError:
             refused += 1
             continue
@@ -163,35 +151,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("change", WRONG)
-@pytest.mark.parametrize("name", list(INDEX_CODECS))
-def test_a_tensor_of_another_shape_or_dtype_is_rejected(name, change):
-    codec = INDEX_CODECS[name]
-    good = codec.encode(support(60, 1000), 1000)
-    for which in range(len(good)):
-        tensors = [WRONG[change](t) if place == which else t for place, t in enumerate(good)]
-        with pytest.raises(ValueError):
-            codec.decode(tensors, 60, 1000)
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_tensor_of_another_shape_or_dtype_is_rejected(compress, change):
+    good = encode_indices(support(60, 1000), 1000, compress)
+    with pytest.raises(ValueError):
+        decode_indices(WRONG[change](good), 60, 1000)
 
 
 @pytest.mark.parametrize("k", [59, 61, 0, 10**15])
-@pytest.mark.parametrize("name", list(INDEX_CODECS))
-def test_a_stream_with_another_number_of_indices_is_rejected(name, k):
-    codec = INDEX_CODECS[name]
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_code_of_another_number_of_indices_is_rejected(compress, k):
     with pytest.raises(ValueError):
-        codec.decode(codec.encode(support(60, 1000), 1000), k, 1000)
+        decode_indices(encode_indices(support(60, 1000), 1000, compress), k, 1000)
 
 
-def test_the_tensor_names_identify_the_codec():
-    for name in INDEX_CODECS:
-        assert codec_of(INDEX_CODECS, INDEX_CODECS[name].parts) is INDEX_CODECS[name]
-    for parts in ([], ["indices_hi"], ["indices", "indices_lo"]):
-        with pytest.raises(ValueError, match="no encoding"):
-            codec_of(INDEX_CODECS, parts)
-    assert len(set(INDEX_PARTS)) == len(INDEX_PARTS)
-
-
-def test_bytes_for_no_indices_are_rejected():
-    with pytest.raises(ValueError, match="bytes follow the last"):
-        INDEX_CODECS["golomb_rice"].decode(
-            (torch.zeros(1, dtype=torch.uint8), torch.zeros(1, 0, dtype=torch.uint8)), 0, 63
-        )
+def test_a_code_of_no_indices_is_rejected():
+    with pytest.raises(ValueError, match="cannot hold 0 indices"):
+        decode_indices(torch.zeros(1, dtype=torch.uint8), 0, 63)

@@ -90,7 +90,7 @@ def damaged(folder, **changed):
     [
         ({"indices": lambda t: t + 1000}, "do not fit"),
         ({"indices": lambda t: t.flip(0)}, "not sorted"),
-        ({"indices": lambda t: t.float()}, "int32 or int64"),
+        ({"indices": lambda t: t.float()}, "int32, int64 or uint8"),
         ({"values": lambda t: t[:-1]}, "13 indices for 12 values"),
     ],
 )

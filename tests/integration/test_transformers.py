@@ -161,7 +161,7 @@ def test_transformers_loader_rejects_invalid_indices(change, kind, tmp_path):
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith("fggm_indices"))
     save_file({**tensors, key: change(tensors[key])}, path)
-    with pytest.raises(AdapterFileError, match="out of range, or not sorted"):
+    with pytest.raises(AdapterFileError, match=r"do not fit|not sorted and unique"):
         llama().load_adapter(str(tmp_path))
 
 
@@ -170,22 +170,22 @@ def test_transformers_loader_rejects_invalid_encoded_indices(change, tmp_path):
     trained("element").save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = next(key for key in tensors if key.endswith("fggm_indices_hi"))
+    key = next(key for key in tensors if key.endswith("fggm_indices"))
     save_file({**tensors, key: change(tensors[key])}, path)
-    with pytest.raises(AdapterFileError, match="bits are set"):
+    with pytest.raises(AdapterFileError, match=r"bits are set|cannot hold|low bits"):
         llama().load_adapter(str(tmp_path))
 
 
-@pytest.mark.parametrize("shape", [[10**9], [-1], "x", [1.5], [2, 10**9]])
-def test_invalid_index_shapes_raise_an_error_before_allocating(shape):
+@pytest.mark.parametrize("size", [10**9, -1, "x", 1.5, [2]])
+def test_invalid_index_sizes_raise_an_error_before_allocating(size):
     path = "model.layers.0.mlp.up_proj"
     config = FGGMConfig(
         granularity="element",
         target_modules=["up_proj"],
     )
     config.support_sizes = {path: 5}
-    config.index_shapes = {path: {"indices_hi": shape}}
-    with pytest.raises(ValueError, match="does not encode"):
+    config.index_bytes = {path: size}
+    with pytest.raises(ValueError, match="do not encode"):
         get_peft_model(llama(), config)
 
 

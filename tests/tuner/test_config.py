@@ -201,7 +201,7 @@ def test_every_way_to_read_a_config_restores_the_fields_of_the_library(tmp_path)
     written = {
         "selection": {"samples": 64},
         "support_sizes": {"q": 1},
-        "index_shapes": {"q": {"indices_low": [1]}},
+        "index_bytes": {"q": 1},
         "resolved_budget": 5,
         "base_fingerprint": None,
         "made_with": {"torch": "2"},

@@ -13,7 +13,6 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from fggm_peft import AdapterFileError, FGGMConfig
-from fggm_peft.core.granularity import granularity_from
 from fggm_peft.deltas import read_adapter, save_adapter, verify
 from fggm_peft.tuner.files.saving import UntrainedAdapterWarning
 from fggm_peft.tuner.files.tensors import MAX_HEADER_BYTES
@@ -337,15 +336,3 @@ def test_a_module_without_an_adapter_in_the_model_is_rejected(tmp_path):
     with pytest.raises(AdapterFileError, match=r"k_proj\.fggm_\w+: the model has no such layer"):
         set_peft_model_state_dict(model, state)
     assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(model).items())
-
-
-def test_a_codec_of_another_granularity_is_rejected(tmp_path):
-    assert "golomb_rice" not in granularity_from("row").index_codecs
-    tiny(tmp_path, "row")
-    tensors = load_file(tmp_path / FILE)
-    key = next(key for key in tensors if key.endswith("indices"))
-    del tensors[key]
-    tensors |= {f"{key}_hi": torch.zeros(2, dtype=torch.uint8), f"{key}_lo": torch.zeros(0, 1, dtype=torch.uint8)}
-    save_file(tensors, tmp_path / FILE)
-    with pytest.raises(AdapterFileError, match="no encoding of indices"):
-        PeftModel.from_pretrained(llama(), tmp_path)

@@ -146,7 +146,7 @@ def test_a_damaged_file_raises_an_error_that_names_the_tensor_and_does_not_chang
     save_file(spoil(load_file(path), *SPOILED[name]), path)
     victim = copy.deepcopy(model)
     before = {key: value.clone() for key, value in victim.state_dict().items()}
-    with pytest.raises(AdapterFileError, match=r"fggm_(indices|values)\.default"):
+    with pytest.raises(AdapterFileError, match=r"fggm_(indices|values): "):
         set_peft_model_state_dict(victim, load_file(path))
     assert all(torch.equal(value, before[key]) for key, value in victim.state_dict().items())
     with pytest.raises(AdapterFileError):
@@ -157,7 +157,7 @@ def test_the_error_names_a_missing_tensor(tmp_path):
     model = trained()
     state = get_peft_model_state_dict(model)
     state.pop(next(key for key in state if key.endswith("fggm_indices")))
-    with pytest.raises(AdapterFileError, match=r"fggm_indices\.default: this tensor is missing"):
+    with pytest.raises(AdapterFileError, match=r"fggm_indices: this tensor is missing"):
         set_peft_model_state_dict(model, state)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...core.errors import AdapterFileError
+from ...core.index_codec import index_dtype
 from ..config import FGGMConfig
 from ..hosts.sharding import plain_name, state_prefix
 from ..several.hotswap import pad
 from ..target import Target, find_targets
 from .base_check import require_base
-from .tensors import MARK, PARTS, PREFIX, StoredModule
+from .tensors import MARK, PARTS, PREFIX, checked_delta
 
 
 def fit_layers_to_state_dict(
@@ -35,14 +36,14 @@ def fit_layers_to_state_dict(
     require_base({path: target.layer for path, target in targets.items()}, config)
     checked: dict[str, dict[str, Tensor]] = {}
     for path, target in targets.items():
-        stored = _take(state_dict, prefix + path, target)
-        if not stored.tensors:
+        tensors = _take(state_dict, prefix + path, target)
+        if not tensors:
             continue  # PEFT reports missing keys
         if target.is_merged:
             raise ValueError(
                 f"adapter {adapter_name!r} is merged ({path}); call unmerge_adapter() before you load another over it"
             )
-        checked[path] = _checked(stored, target)
+        checked[path] = _checked(tensors, target)
     _require_known_keys(model, state_dict)
     is_selected = any(len(tensors["indices"]) for tensors in checked.values())
     for path, tensors in checked.items():
@@ -50,38 +51,40 @@ def fit_layers_to_state_dict(
         if (size := layer.padded_sizes.get(adapter_name)) is not None:
             tensors = pad(tensors, targets[path].granularity, size)
         state_dict |= {f"{prefix}{path}{MARK}{part}.{adapter_name}": tensor for part, tensor in tensors.items()}
+        layer.fggm_indices.settle(adapter_name)
         layer.resize_(adapter_name, len(tensors["indices"]), tensors["values"].dtype)
         layer.selected[adapter_name] = is_selected
-        layer.fggm_indices.settle(adapter_name)
         layer.freeze_empty_()
 
 
-def _take(state_dict: dict[str, Tensor], name: str, target: Target) -> StoredModule:
+def _take(state_dict: dict[str, Tensor], name: str, target: Target) -> dict[str, Tensor]:
     """Remove the tensors of one layer from ``state_dict``, and add those that sharded saving leaves out."""
     tensors = {}
     for part in PARTS:
-        # PEFT inserts the adapter's name by module names. It misses encoded indices, and modules inside torch's
-        # checkpoint_wrapper. A model that is not a PeftModel has no prefix.
+        # PEFT inserts the adapter's name by module names. It misses modules inside torch's checkpoint_wrapper. A model
+        # that is not a PeftModel has no prefix.
         for key in (f"{name}{MARK}{part}.{target.adapter_name}", f"{name}{MARK}{part}", f"{PREFIX}{name}{MARK}{part}"):
             if key in state_dict:
                 tensors[part] = state_dict.pop(key)
     indices = tensors.get("indices")
     if indices is not None and not indices.numel():  # DeepSpeed does not save frozen parameters, so no empty values
         tensors = {**target.layer.empty_tensors(target.adapter_name), **tensors}
-    return StoredModule(tensors, f"{name}{MARK}", f".{target.adapter_name}")
+    return tensors
 
 
-def _checked(stored: StoredModule, target: Target) -> dict[str, Tensor]:
+def _checked(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     """``indices`` and ``values`` with the dtypes of the layer."""
-    tensors = stored.checked(target.granularity, target.shape)
+    where = f"{target.path}{MARK}"
+    tensors = checked_delta(tensors, target.granularity, target.shape, where)
     k, size = len(tensors["indices"]), target.layer.padded_sizes.get(target.adapter_name)
     if size is not None and k > size:
         raise AdapterFileError(
-            f"{stored.where}indices{stored.suffix}: {k} units exceed the {size} that "
+            f"{where}indices: {k} units exceed the {size} that "
             "prepare_model_for_compiled_hotswap reserved; call it with a higher density"
         )
     values = tensors["values"].to(target.values.dtype)
-    return {"indices": tensors["indices"].to(values.device, target.indices.dtype), "values": values}
+    indices = tensors["indices"].to(values.device, index_dtype(target.shape[0] * target.shape[1]))
+    return {"indices": indices, "values": values}
 
 
 def _require_known_keys(model: nn.Module, state_dict: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from ..hosts.sharding import path_in_base
 from ..layer import FGGMLayer
 from ..layer_types import make_layer
 from .hub import from_hub
-from .tensors import MARK, opened, read_modules
+from .tensors import MARK, checked_delta, delta_keys, opened
 
 Delta = dict[str, Tensor]
 
@@ -67,12 +67,16 @@ def read_adapter(adapter: str | Path, **hub: Any) -> tuple[FGGMConfig, dict[str,
 def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
     """Read everything in an adapter's file; the arguments are the result of ``find_adapter``."""
     with opened(file) as tensors:
-        modules = read_modules(tensors, file)
+        keys = delta_keys(tensors.keys(), file)
+        modules = {path: {part: tensors.get_tensor(key) for part, key in parts.items()} for path, parts in keys.items()}
         others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if MARK not in key}
     for key, tensor in others.items():
         _require_expected(key, tensor, config, file)
     shapes = _shapes(config, modules, file)
-    deltas = {path: stored.checked(config.granularity, shapes[path]) for path, stored in modules.items()}
+    deltas = {
+        path: checked_delta(modules[path], config.granularity, shape, f"{file}: {path}{MARK}")
+        for path, shape in shapes.items()
+    }
     return AdapterContents(config, file, deltas, shapes, others)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ...core.errors import AdapterFileError
 from ...core.granularity import Granularity, Shape
-from ...core.index_codec import ENCODED_PARTS, smallest_codec
+from ...core.index_codec import encode_indices
 from ...core.ranking import all_finite
 from ..config import FGGMConfig
 from ..hosts.sharding import plain_name, state_prefix
@@ -85,7 +85,7 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
     encoded: dict[str, dict[str, Tensor]] = {}
     for path, target in targets.items():
         names = {part: f"{prefix}{path}{MARK}{part}.{adapter_name}" for part in PARTS}
-        tensors = {part: state_dict[keys[names[part]]] for part in ("indices", "values") if names[part] in keys}
+        tensors = {part: state_dict[keys[names[part]]] for part in PARTS if names[part] in keys}
         if adapter_name in target.layer.fggm_indices.awaited:  # a loader never brought the support
             tensors = target.layer.empty_tensors(adapter_name)
         if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
@@ -103,16 +103,12 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
             config.base_fingerprint = fingerprint(layers)
     is_selected = any(target.is_selected for target in targets.values())
     config.support_sizes = {path: len(target.indices) for path, target in targets.items()} if is_selected else None
-    config.index_shapes = index_shapes(encoded) if is_selected else None
+    config.index_bytes = index_bytes(encoded) if is_selected else None
 
 
-def index_shapes(encoded: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, list[int]]] | None:
-    """Module path -> part -> shape of the encoded indices; None if all indices are plain."""
-    shapes = {
-        path: {part: list(tensors[part].shape) for part in ENCODED_PARTS if part in tensors}
-        for path, tensors in encoded.items()
-    }
-    return {path: parts for path, parts in shapes.items() if parts} or None
+def index_bytes(encoded: Mapping[str, Mapping[str, Tensor]]) -> dict[str, int] | None:
+    """Module path -> size of the encoded indices; None if all indices are plain."""
+    return {p: t["indices"].nbytes for p, t in encoded.items() if t["indices"].dtype == torch.uint8} or None
 
 
 def _is_elsewhere(tensor: Tensor) -> bool:
@@ -140,8 +136,7 @@ def encode(
             f"{path}: a number of its values is NaN or infinite{rounded}, so the adapter is not saved. Go back to an "
             "earlier checkpoint, or lower the learning rate."
         )
-    codec = smallest_codec(granularity.index_codecs, indices, units)
-    return {"values": values, **dict(zip(codec.parts, codec.encode(indices, units), strict=True))}
+    return {"values": values, "indices": encode_indices(indices, units, granularity.compresses_indices)}
 
 
 def _warn_if_untrained(adapter_name: str, encoded: Mapping[str, Mapping[str, Tensor]]) -> None:

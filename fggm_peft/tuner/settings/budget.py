@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 from peft.utils.other import get_pattern_key
 
-from ...core.index_codec import INDEX_CODECS, most_index_bytes
+from ...core.index_codec import most_index_bytes
 from ...core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from ..files.tensors import MARK, PREFIX
 from .fields import is_integer, is_number, setting, written
@@ -198,7 +198,7 @@ def _of_bytes(size: int, targets: Targets, config: FGGMConfig) -> int:
 
     Counts the values in the dtype of the file, their indices at the codec's worst case, and the header.
     """
-    codecs = next(iter(targets.values())).granularity.index_codecs
+    compress = next(iter(targets.values())).granularity.compresses_indices
     width = max(_width(target, config) for target in targets.values())
     least = min(target.unit_size for target in targets.values())
     sizes = [target.units for target in targets.values()]
@@ -206,7 +206,7 @@ def _of_bytes(size: int, targets: Targets, config: FGGMConfig) -> int:
 
     def fits(values: int) -> bool:
         units = min(values // least, sum(sizes))
-        return values * width + most_index_bytes(codecs, units, sizes) <= available
+        return values * width + most_index_bytes(units, sizes, compress) <= available
 
     # the file never shrinks as values are added, so that bisection finds the first number that does not fit
     return bisect_left(range(max(0, available) // width + 1), True, lo=1, key=lambda values: not fits(values)) - 1
@@ -224,13 +224,10 @@ def _width(target: Target, config: FGGMConfig) -> int:
 def _header_bytes(targets: Targets, size: int) -> int:
     """Size of a safetensors header with the tensors of an adapter, with numbers as long as they can be."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    codecs = next(iter(targets.values())).granularity.index_codecs
-    parts = max((INDEX_CODECS[name].parts for name in codecs), key=len)
     for path, target in targets.items():
         o, i = target.shape
         values = target.granularity.values_shape((o, i), target.units)
-        shapes = {"values": values, **dict.fromkeys(parts, (o * i, 99))}
-        for part, shape in shapes.items():
+        for part, shape in (("values", values), ("indices", (o * i,))):
             entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size]}
             entries[f"{PREFIX}{path}{MARK}{part}"] = entry
     length = len(json.dumps(entries, separators=(",", ":")).encode())

@@ -35,9 +35,7 @@ class FileSettings:
     support_sizes: Optional[dict[str, int]] = written(
         "Module -> number of selected units, for loaders that compare shapes, such as transformers' own."
     )
-    index_shapes: Optional[dict[str, dict[str, list[int]]]] = written(
-        "Module -> shapes of its encoded indices, for the same loaders."
-    )
+    index_bytes: Optional[dict[str, int]] = written("Module -> size of its encoded indices, for the same loaders.")
     base_fingerprint: Optional[dict[str, str]] = written("Module -> shape and sampled entries of the base's weight.")
     made_with: Optional[dict[str, str]] = written("Versions of the libraries that saved the adapter.")
     fggm_format: Optional[int] = written("Version of the file format.")
