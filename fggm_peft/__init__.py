@@ -29,12 +29,14 @@ from .core.threshold import (
     TopDensity,
 )
 from .cost import CostEstimate, estimate
-from .selection import SelectionReport, select_parameters
+from .retention import HarmDecay, attach_harm_decay
+from .selection import SelectionReport, input_covariance, select_parameters
 from .tuner import (
     LAYER_TYPES,
     FGGMConfig,
     FGGMLayer,
     FGGMModel,
+    InputCovariance,
     MergeReport,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
@@ -67,6 +69,8 @@ __all__ = [
     "FGGMTrainer",
     "FGGMTrainerMixin",
     "Granularity",
+    "HarmDecay",
+    "InputCovariance",
     "Ledger",
     "LossyMergeError",
     "MeanPlusStd",
@@ -83,11 +87,13 @@ __all__ = [
     "ThresholdPolicy",
     "TopDensity",
     "__version__",
+    "attach_harm_decay",
     "compose",
     "diff",
     "estimate",
     "export_lora",
     "hotswap_adapter",
+    "input_covariance",
     "overlap",
     "prepare_model_for_compiled_hotswap",
     "prune",

@@ -236,7 +236,7 @@ def selection_config(args: Namespace) -> FGGMConfig:
     from ..tuner.settings.selection import require_reference
 
     config = FGGMConfig(**{"task_type": "CAUSAL_LM", **selection_settings(args)})
-    require_reference(config.criterion, config.reference)
+    require_reference(config, config.reference)
     return config
 
 

@@ -59,7 +59,7 @@ def run(args: Namespace) -> Result | None:
     from ..tuner.files.saving import UntrainedAdapterWarning
 
     loader = None
-    if CRITERIA[config.criterion].needs_data:
+    if CRITERIA[config.criterion].needs_data or config.needs_covariance:
         if args.data is None:
             args.error(f"--data: the criterion {config.criterion!r} needs data")
         loader = _dataloader(args, config)

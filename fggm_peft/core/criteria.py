@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .granularity import Granularity, Shape
+from .harm_decay import InputMetric
 from .registry import Registry
 from .statistics import STATISTICS
 
@@ -34,6 +35,7 @@ class Quantities:
         reference: those of the reference.
         reference_mean: for each of them its mean over entries: of this weight or, with a threshold of global scope, of
             all weights.
+        metric: of the layer's inputs, if the criterion uses their covariance.
     """
 
     granularity: Granularity
@@ -43,6 +45,7 @@ class Quantities:
     task: Mapping[str, Tensor] = field(default_factory=dict)
     reference: Mapping[str, Tensor] = field(default_factory=dict)
     reference_mean: Mapping[str, float] = field(default_factory=dict)
+    metric: InputMetric | None = None
 
     @property
     def entries(self) -> int:
@@ -64,12 +67,14 @@ class Criterion:
         task: names of the statistics of the task's data that it uses (``statistics.STATISTICS``).
         reference: names of the statistics of a reference that it uses.
         weight_dim: 0 if it ranks rows only, 1 if it ranks columns only, None if it ranks units of any granularity.
+        uses_covariance: whether it uses the covariance of the layer's inputs on data to retain, for rows and columns.
     """
 
     score: Callable[[Quantities], Tensor]
     task: tuple[str, ...] = ()
     reference: tuple[str, ...] = ()
     weight_dim: int | None = None
+    uses_covariance: bool = False
 
     def __post_init__(self) -> None:
         for name in (*self.task, *self.reference):
@@ -79,6 +84,8 @@ class Criterion:
 
     def supports(self, granularity: Granularity) -> bool:
         """Whether it can rank units of this granularity."""
+        if self.uses_covariance and not granularity.is_slice:
+            return False
         return self.weight_dim is None or self.weight_dim == granularity.weight_dim
 
     @property
@@ -125,6 +132,13 @@ def _harm(q: Quantities) -> Tensor:
 def _floored(values: Tensor, mean: float) -> Tensor:
     """``values + eps``, with eps 1 % of their mean; 1 if the mean is 0, so that only the task decides."""
     return values + FLOOR * mean if mean > 0 else torch.ones_like(values)
+
+
+@CRITERIA.register("gain_under_decay", task=("fisher_under_decay",), uses_covariance=True)
+def _gain_under_decay(q: Quantities) -> Tensor:
+    """What the unit contributes to the task if harm decay limits the delta (``harm_decay.InputMetric``)."""
+    assert q.metric is not None
+    return q.task["fisher_under_decay"] / q.metric.divisor()
 
 
 @CRITERIA.register("input_ratio", task=_MOMENT, reference=_MOMENT, weight_dim=1)

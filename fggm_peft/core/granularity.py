@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .covariance import Covariance
+from .harm_decay import Decay, DiagonalDecay, SpectralDecay
 from .per_sample import PerSampleGradients, RowGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product, starts_of
@@ -156,6 +158,11 @@ class Granularity(ABC):
         """The given rows of the delta, dense ``[n, i]``; differentiable in ``values``."""
         return ELEMENTS.delta_rows(rows, *self.as_elements(indices, values, shape), shape)
 
+    def decay(self, covariance: Covariance, indices: Tensor, shape: Shape) -> Decay:
+        """Harm decay of the values on the support; by default with the diagonal of the covariance."""
+        features = self.element_indices(indices, shape) % shape[1]
+        return DiagonalDecay(covariance.diagonal()[features].view(self.values_shape(shape, len(indices))))
+
     def added(self, weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> Tensor:
         """The entries on the support after the delta is added: in float32 at least, rounded once."""
         return sum_rounded_once(self.gather(weight, indices), values, scale)
@@ -222,6 +229,9 @@ class Rows(_Slices):
     def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
         _add_matrix_product_(gx, g.index_select(1, indices), values, scale)
 
+    def decay(self, covariance, indices, shape):
+        return SpectralDecay(covariance.spectrum())
+
     def delta_rows(self, rows, indices, values, shape):
         if indices.numel() == 0:
             return values.new_zeros(len(rows), shape[1])
@@ -260,6 +270,9 @@ class Columns(_Slices):
 
     def add_product_(self, y, x, indices, values, scale=1.0):
         _add_matrix_product_(y, x.index_select(1, indices), values.mT, scale)
+
+    def decay(self, covariance, indices, shape):
+        return SpectralDecay(covariance.spectrum(indices.long()))
 
     def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
         gx.index_add_(1, indices, (g @ values).to(gx.dtype), alpha=scale)

@@ -82,6 +82,13 @@ class Fisher(Statistic):
         granularity.accumulate_(sums, seen, batch.half)
 
 
+@STATISTICS.register("fisher_under_decay")
+class FisherUnderDecay(Fisher):
+    """``fisher`` for inputs that the pass has mapped by an ``InputMetric``; its criterion divides it."""
+
+    is_kept = False
+
+
 @STATISTICS.register("mean_gradient")
 class MeanGradient(Statistic):
     """The mean over samples of their signed gradients, ``[o * i]`` for every granularity."""

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
+from ..core.covariance import Spectrum
 from ..core.errors import NonFiniteScoreError
+from ..core.harm_decay import InputMetric
 from ..core.sketch import Sketch
 from ..core.statistics import Batch
 from ..tuner.config import FGGMConfig
+from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.sharding import is_shard
 from ..tuner.support import unwrapped
 from ..tuner.target import Targets
@@ -45,6 +48,7 @@ class DataPass:
         progress: show a progress bar on a terminal.
         processes: the processes that read a share of the data each.
         statistics: names of the statistics to collect.
+        metrics: module path -> mapping of the layer's inputs, before gradients are computed from them.
     """
 
     model: nn.Module
@@ -54,6 +58,7 @@ class DataPass:
     progress: bool = False
     processes: Processes = field(default_factory=Processes)
     statistics: Sequence[str] = ("fisher",)
+    metrics: Mapping[str, InputMetric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         draws_labels = self.config.fisher_labels == "model"
@@ -92,7 +97,7 @@ class DataPass:
             NonFiniteScoreError: a log-likelihood or a score is NaN or infinite.
         """
         log_likelihood, model = self._likelihood()
-        recorder = CallRecorder(*self._recording(targets))
+        recorder = CallRecorder(*self._recording(targets), self.metrics)
         sums, seen, has_answer, processes = recorder.sums, 0, False, self.processes
         is_sharded = processes.size > 1 and any(map(is_shard, self.model.parameters()))
         is_quiet = None if self.progress and processes.rank == 0 else True
@@ -165,6 +170,18 @@ class DataPass:
         """The batch on the model's device; an offloaded model moves it itself."""
         device = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
         return dict(send_to_device(dict(batch), device))
+
+
+def input_metrics(targets: Targets, covariance: InputCovariance) -> dict[str, InputMetric]:
+    """The mapping of each target's inputs for gains under decay; targets with the same input share its spectrum."""
+    spectra: dict[str, Spectrum] = {}
+    metrics = {}
+    for path, target in targets.items():
+        key = covariance.inputs[path]
+        if key not in spectra:
+            spectra[key] = covariance[path].to(target.indices.device).spectrum()
+        metrics[path] = InputMetric(spectra[key], of_columns=target.granularity.weight_dim == 1)
+    return metrics
 
 
 @contextmanager

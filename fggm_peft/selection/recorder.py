@@ -7,13 +7,14 @@ calls of a layer have their gradient: a layer that is called twice sums its grad
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.harm_decay import InputMetric
 from ..core.per_sample import DigestedGradients, GramDigest, GramMatrix, InputDigest, LinearGradients, gram_is_cheaper
 from ..core.sketch import Sketch, SketchDigest, SketchedGradients, sketch_is_cheaper
 from ..core.statistics import Batch, Features
@@ -65,10 +66,17 @@ class CallRecorder:
             other layers (embeddings, grouped convolutions), scores are exact.
         uses_digests: keep no more of inputs than row scores need. The caller must handle ``CalledAgainError``: digests
             of several calls do not add up.
+        metrics: module path -> mapping of the layer's inputs, before gradients are computed from them.
     """
 
-    def __init__(self, sums: RunningSums, sketch: Sketch | None = None, uses_digests: bool = False):
-        self.sums, self.sketch = sums, sketch
+    def __init__(
+        self,
+        sums: RunningSums,
+        sketch: Sketch | None = None,
+        uses_digests: bool = False,
+        metrics: Mapping[str, InputMetric] | None = None,
+    ):
+        self.sums, self.sketch, self.metrics = sums, sketch, metrics or {}
         # statistics of inputs would be counted again in a batch that begins again
         self.uses_digests = uses_digests and sums.are_of_unit_scores
         self._open: _OpenBatch | None = None
@@ -132,7 +140,7 @@ class CallRecorder:
     def _record_gradient(self, target: Target, x: Any, g: Tensor, gram: GramMatrix) -> None:
         _require_first_order(target, g)
         shared, waiting = self._current.shared, self._current.waiting[target.path]
-        waiting.append((shared.cleaned_input(x), shared.cleaned(g)))
+        waiting.append((shared.cleaned_input(x, self.metrics.get(target.path)), shared.cleaned(g)))
         calls = self._current.calls[target.path]
         if len(waiting) == calls:
             self._add_gradients(target, gram if calls == 1 else None)
@@ -166,6 +174,8 @@ class CallRecorder:
         def make() -> InputDigest | None:
             with torch.autocast(x.device.type, enabled=False):
                 features = self._by_sample(target, shared.cleaned(target.layer.input_features(x)))
+                if metric := self.metrics.get(target.path):
+                    features = metric(features)
                 _, positions, inputs = features.shape
                 if self.sketch is not None and sketch_is_cheaper(positions, outputs, inputs, self.sketch.size):
                     return SketchDigest(features, self.sketch, samples, target.path)

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA
 from ..core.statistics import STATISTICS, ones
+from ..tuner.files.input_covariance import InputCovariance, load_input_covariance, retained_by
 from ..tuner.files.task_scores import TaskRecord, history_of, load_record
 from ..tuner.settings.selection import check_reference, require_reference
 from ..tuner.support import unwrapped
 from ..tuner.target import Targets
 from .data_pass import DataPass
+from .input_covariance import input_covariance
 from .likelihood import IGNORED, task_type_of
 from .processes import Processes
 from .running_sums import Totals
@@ -166,35 +168,53 @@ class _WrittenText:
         yield from self.batches[self.processes.rank :: self.processes.size]
 
 
-def find_reference(given: ReferenceData, targets: Targets, task: DataPass) -> Reference | None:
-    """The reference of a selection; None if the criterion uses none.
+def reference_entries(given: ReferenceData, task: DataPass) -> list[Any]:
+    """The parts of a reference: data, "history", or paths of saved statistics. "self" becomes the text itself.
 
     Args:
         given: the argument of ``select_parameters``; None for the config's reference.
-        targets: all targets of the adapter.
-        task: the pass over the task's data; passes over the reference have the same settings.
+        task: the pass over the task's data.
 
     Raises:
-        ValueError: the criterion needs a reference and has none, or uses none and has one.
-        ScoreFileError: saved scores do not fit.
+        ValueError: the config needs a reference and has none, or uses none and has one.
     """
     config = task.config
-    names = CRITERIA[config.criterion].reference
     entries = _as_list(config.reference if given is None else given)
-    check_reference(config.criterion, entries)
-    if not names:
-        return None
-    require_reference(config.criterion, entries)
-    sources: list[Source] = []
+    check_reference(config, entries)
+    require_reference(config, entries)
     for entry in entries:
         if is_text_file(entry):
             raise ValueError(
                 f"the reference {str(entry)!r} is a text, and select_parameters has no tokenizer for it. Pass "
                 "fggm_peft.training.text_batches(file, tokenizer), or select in an FGGMTrainer or by fggm select"
             )
-        if isinstance(entry, str) and entry == "self":
-            text = _WrittenText(task.model, config.seed, task.processes)
-            sources.append(MeasuredSource(replace(task, dataloader=text, statistics=names, log_likelihood=None)))
+        if isinstance(entry, Iterator) and config.needs_covariance and CRITERIA[config.criterion].reference:
+            raise ValueError("the reference is an iterator but is read twice; pass a DataLoader or a list of batches")
+    return [
+        _WrittenText(task.model, config.seed, task.processes) if isinstance(entry, str) and entry == "self" else entry
+        for entry in entries
+    ]
+
+
+def find_reference(entries: Sequence[Any], targets: Targets, task: DataPass) -> Reference | None:
+    """The reference of the criterion; None if it uses none.
+
+    Args:
+        entries: the result of ``reference_entries``.
+        targets: all targets of the adapter.
+        task: the pass over the task's data; passes over the reference have the same settings.
+
+    Raises:
+        ScoreFileError: saved scores do not fit.
+    """
+    config = task.config
+    names = CRITERIA[config.criterion].reference
+    if not names:
+        return None
+    sources: list[Source] = []
+    for entry in entries:
+        if isinstance(entry, _WrittenText):
+            sources.append(MeasuredSource(replace(task, dataloader=entry, statistics=names, log_likelihood=None)))
         elif isinstance(entry, (str, Path)):
             is_history = entry == "history"
             records = history_of(unwrapped(task.model), besides=config) if is_history else [load_record(entry)]
@@ -207,6 +227,32 @@ def find_reference(given: ReferenceData, targets: Targets, task: DataPass) -> Re
     if not sources:
         warnings.warn("the history is empty, so the task alone decides what is selected", stacklevel=4)
     return Reference(sources, targets)
+
+
+def covariance_to_retain(entries: Sequence[Any], targets: Targets, task: DataPass) -> InputCovariance:
+    """The sum of the input covariances of a reference; zero if the history is empty.
+
+    Raises:
+        NonFiniteScoreError: an input is NaN or infinite; names the module.
+        ScoreFileError: saved statistics do not fit.
+        ValueError: a target is not a linear layer.
+    """
+    widths = {path: target.shape[1] for path, target in targets.items()}
+    sources: list[InputCovariance | None] = []
+    for entry in entries:
+        if isinstance(entry, (str, Path)):
+            is_history = entry == "history"
+            saved = retained_by(unwrapped(task.model), task.config) if is_history else load_input_covariance(entry)
+            if saved is not None:
+                saved.require_fits(widths)
+            sources.append(saved)
+        else:
+            sources.append(input_covariance(task.model, entry, modules=widths, progress=task.progress))
+    found = [source for source in sources if source is not None]
+    if not found:
+        warnings.warn("the history is empty, so that harm decay has nothing to retain yet", stacklevel=4)
+        return InputCovariance.zero(widths)
+    return sum(found[1:], start=found[0])
 
 
 def is_text_file(source: Any) -> bool:

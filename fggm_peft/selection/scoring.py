@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..core.criteria import CRITERIA
+from ..core.harm_decay import InputMetric
 from ..core.statistics import ones
 from ..tuner.config import FGGMConfig
 from ..tuner.support import Choice, choose_supports, criterion_scores
@@ -27,11 +28,13 @@ class Scoring:
         targets: all targets of the adapter.
         config: the adapter's config.
         reference: what the model should keep, if the criterion uses it.
+        metrics: module path -> mapping of the layer's inputs, if the criterion uses it.
     """
 
     targets: Targets
     config: FGGMConfig
     reference: Reference | None
+    metrics: Mapping[str, InputMetric] = field(default_factory=dict)
 
     def choose(
         self,
@@ -64,7 +67,7 @@ class Scoring:
             task = {name: ones(name, target.granularity, target.shape).to(device) for name in criterion.task}
         else:
             task = {name: totals.mean(path, name, half) for name in criterion.task}
-        statistics: dict[str, Any] = {"task": task}
+        statistics: dict[str, Any] = {"task": task, "metric": self.metrics.get(path)}
         if reference is not None:
             ranked, names = self._ranked_with(path), criterion.reference
             statistics["reference"] = {name: reference.values(path, name, reference_half) for name in names}

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -18,17 +19,19 @@ from torch import nn
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig
+from ..tuner.files.input_covariance import retain, set_covariance
 from ..tuner.files.task_scores import TaskRecord, remember
 from ..tuner.settings.selection import require_num_samples
 from ..tuner.support import forecast_supports, unwrapped, write_supports
 from ..tuner.target import Targets, find_targets
 from ..version import __version__
 from .agreement import split_half_agreement
-from .data_pass import DataPass
+from .data_pass import DataPass, input_metrics
+from .input_covariance import input_covariance
 from .likelihood import LogLikelihood
 from .measure import Measurement, Outcome, unit_entries
 from .processes import Processes, hash_of
-from .reference import ReferenceData, find_reference
+from .reference import ReferenceData, covariance_to_retain, find_reference, reference_entries
 from .report import ModuleSelection, SelectionReport
 from .score_memory import group_targets
 from .scoring import Scoring
@@ -98,15 +101,27 @@ def select_parameters(
     with _without_compiling():
         targets = _checked_targets(task, adapter_name, reset)
         with task.processes.together("select_parameters"):
-            against = find_reference(reference, targets, task)
+            entries = reference_entries(reference, task)
+            against = find_reference(entries, targets, task)
         references = {"the number of references": len(against.measured) if against else 0}
         task.processes.require_same("their setting", references, "Give every process a dataloader of each reference.")
-        measurement = Measurement(Scoring(targets, config, against), num_samples)
+        covariance = own = None
+        if config.needs_covariance:
+            covariance = covariance_to_retain(entries, targets, task)
+            if "history" in entries:
+                own = input_covariance(model, data, modules=targets, progress=progress)
+            task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})
+        measurement = Measurement(Scoring(targets, config, against, task.metrics), num_samples)
         if criterion.needs_data:
             outcome = measurement.from_data(task, group_targets(targets, config, task, against, score_memory))
         else:
             outcome = measurement.without_data()
-    return _write(task, targets, outcome, start)
+    report = _write(task, targets, outcome, start)
+    if covariance is not None:
+        set_covariance(config, covariance)
+    if own is not None:
+        retain(unwrapped(model), own, config)
+    return report
 
 
 def _without_compiling() -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..core.harm_decay import InputMetric
 from ..core.per_sample import GramMatrix, InputDigest, same_memory
 
 
@@ -41,10 +42,11 @@ class SharedInputs:
             self._digest = None if digest is None else (x, version, digest)
         return None if self._digest is None else self._digest[2]
 
-    def cleaned_input(self, x: Tensor) -> Tensor:
-        """``cleaned``, computed once for layers with the same input."""
+    def cleaned_input(self, x: Tensor, metric: InputMetric | None = None) -> Tensor:
+        """``cleaned``, and mapped by the metric; computed once for layers with the same input."""
         if self._cleaned is None or not same_memory(self._cleaned[0], x):
-            self._cleaned = x, self.cleaned(x)
+            cleaned = self.cleaned(x)
+            self._cleaned = x, cleaned if metric is None else metric(cleaned)
         return self._cleaned[1]
 
     def cleaned(self, tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.config import FGGMConfig
+from ..tuner.files.input_covariance import COVARIANCE_FILE, load_input_covariance, set_covariance
 from ..tuner.files.saving import as_trained
 from ..tuner.files.task_scores import SCORES_FILE, TaskRecord, load_record, remember
 from ..tuner.support import unwrapped
@@ -63,6 +64,8 @@ def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
         for folder in (checkpoint / name, checkpoint):
             if config.selection is not None or not (folder / CONFIG_NAME).exists():
                 continue
+            if (folder / COVARIANCE_FILE).exists():
+                set_covariance(config, load_input_covariance(folder))
             config.selection = json.loads((folder / CONFIG_NAME).read_text()).get("selection")
             if config.selection is not None and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
                 remember(unwrapped(model), config, _record(config, folder))

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..retention import HarmDecay, attach_harm_decay
 from ..selection import SelectionReport, select_parameters
 from ..selection.likelihood import LogLikelihood
 from ..selection.reference import ReferenceData
@@ -44,14 +45,16 @@ class FGGMTrainerMixin(_Trainer):
     """Adds selection to a trainer: ``class MyTrainer(FGGMTrainerMixin, SFTTrainer)``.
 
     ``train()`` calls ``select_parameters`` before it creates the optimizer, with the trainer's data, collator and
-    precision, over all its processes. An adapter that is already selected (because it was loaded or is resumed) is not
-    changed. All settings are on the ``FGGMConfig``; ``TrainingArguments`` needs no new field.
+    precision, over all its processes, and applies the config's ``harm_decay``. An adapter that is already selected
+    (because it was loaded or is resumed) is not changed. All settings are on the ``FGGMConfig``; ``TrainingArguments``
+    needs no new field.
 
     Checkpoints are complete: one whose writing fails is removed, and ``resume_from_checkpoint=True`` skips incomplete
     ones. They store values as they are trained, whatever ``delta_dtype`` is.
 
     Attributes:
         selection_report: the report of the last ``train()``; None if the adapter was already selected.
+        harm_decay: attached to the optimizer during ``train()``; None if the config has none.
         selection_log_likelihood: argument ``log_likelihood`` of ``select_parameters``, for a loss that is not the
             likelihood of labels, such as a reward model's. None chooses by the model's head.
         selection_reference: argument ``reference`` of ``select_parameters``, such as a dataloader of general text (on
@@ -59,6 +62,7 @@ class FGGMTrainerMixin(_Trainer):
     """
 
     selection_report: SelectionReport | None = None
+    harm_decay: HarmDecay | None = None
     selection_log_likelihood: LogLikelihood | None = None
     selection_reference: ReferenceData = None
 
@@ -90,7 +94,9 @@ class FGGMTrainerMixin(_Trainer):
                     log_likelihood=self.selection_log_likelihood,
                 )
             self.log(log_entry(report))
-        return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.harm_decay = attach_harm_decay(self.model, optimizer)
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Like the trainer's; ``resume_from_checkpoint=True`` skips incomplete checkpoints."""
@@ -101,7 +107,11 @@ class FGGMTrainerMixin(_Trainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 load_before_sharding_(self.model, Path(resume_from_checkpoint))
         self.selection_report = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.harm_decay is not None:
+                self.harm_decay.remove()
 
     @contextmanager
     def _selection_dataloader(self) -> Iterator[Any]:
@@ -169,6 +179,8 @@ class FGGMTrainerMixin(_Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.harm_decay is not None and self.args.should_save:
+            self.harm_decay.covariance.save(output_dir)
         # the main process writes the trainer's state next, which marks the checkpoint as complete
         self.accelerator.wait_for_everyone()
 
@@ -194,14 +206,28 @@ class FGGMCallback(TrainerCallback):
     def __init__(self, convert: Callable[[Any], Mapping[str, Any]] = selection_batch, reference: ReferenceData = None):
         self.convert, self.reference = convert, reference
         self.selection_report: SelectionReport | None = None
+        self.harm_decay: HarmDecay | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         restore_float32_(model)
         copy_to_reference_(model)
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, processing_class=None, **kwargs):
-        if not unselected_adapters(model):
-            return
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if unselected_adapters(model):
+            self._select(args, state, model, **kwargs)
+        elif (folder := _checkpoint(args, state)).exists():  # training resumes
+            recall_selection_(model, folder)
+        self.harm_decay = attach_harm_decay(model, optimizer)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.harm_decay is not None and args.should_save:
+            self.harm_decay.covariance.save(_checkpoint(args, state))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.harm_decay is not None:
+            self.harm_decay.remove()
+
+    def _select(self, args, state, model, train_dataloader=None, processing_class=None, **kwargs) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(
                 "FGGMCallback supports one process only. Use `class MyTrainer(FGGMTrainerMixin, Trainer)`, or call "
@@ -215,6 +241,10 @@ class FGGMCallback(TrainerCallback):
         finally:
             _end(train_dataloader)
         state.log_history.append({**log_entry(self.selection_report), "step": state.global_step})
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 class _Converted:

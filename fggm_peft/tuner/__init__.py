@@ -1,6 +1,7 @@
 """FGGM as a PEFT method: config, model, layers and merging."""
 
 from .config import FGGMConfig
+from .files.input_covariance import InputCovariance
 from .layer import FGGMLayer
 from .layer_types import LAYER_TYPES, FGGMLinear, LayerType
 from .merging.report import MergeReport, ModuleMerge
@@ -18,6 +19,7 @@ __all__ = [
     "FGGMLayer",
     "FGGMLinear",
     "FGGMModel",
+    "InputCovariance",
     "LayerType",
     "MergeReport",
     "ModuleMerge",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.granularity import Granularity, Shape
@@ -116,3 +118,13 @@ def find_targets(model: nn.Module, adapter_name: str) -> Targets:
     return {
         path: Target(path, layer, adapter_name) for path, layer in paths.items() if adapter_name in layer.fggm_values
     }
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by module path in the base model, without the parts of adapted layers."""
+    inner: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            inner |= {id(part) for part in module.modules() if part is not module}  # type: ignore[attr-defined]
+        if id(module) not in inner:
+            yield path_in_base(name), module

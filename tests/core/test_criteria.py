@@ -8,8 +8,10 @@ from models import adapted, fggm_layers, llama, token_batches
 from reference import criterion_scores, seeded, unit_scores, units
 
 from fggm_peft import CRITERIA, Criterion, FGGMConfig, ScoreMass, TopDensity, select_parameters
+from fggm_peft.core.covariance import Covariance
 from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.harm_decay import InputMetric
 
 SHAPE = (6, 9)
 CASES = [
@@ -45,6 +47,7 @@ def quantities(granularity, matrices=None, seed=0, **more):
     unit = lambda name: unit_scores(granularity, matrices[name]).float()  # noqa: E731
     task = {
         "fisher": unit("fisher"),
+        "fisher_under_decay": unit("fisher"),
         "mean_gradient": matrices["gradient"].flatten().float(),
         "input_second_moment": matrices["input"].float(),
         "output_magnitude": matrices["output"].float(),
@@ -55,6 +58,7 @@ def quantities(granularity, matrices=None, seed=0, **more):
         "input_second_moment": float(matrices["reference input"].mean()),
     }
     source = lambda: matrices["weight"].float()  # noqa: E731
+    more["metric"] = InputMetric(Covariance(torch.zeros(SHAPE[1], 0), 0.4).spectrum(), granularity == "column")
     return Quantities(granularity_from(granularity), SHAPE, source, seeded(seed), task, reference, means, **more)
 
 
@@ -134,7 +138,8 @@ def test_an_unknown_criterion_or_statistic_suggests_the_closest_name():
 
 
 def supports(criterion, granularity, batches, reference=None, threshold=None, **arguments):
-    model = adapted(llama(), granularity, criterion=criterion, threshold=threshold)
+    decay = {"harm_decay": 1.0} if CRITERIA[criterion].uses_covariance else {}
+    model = adapted(llama(), granularity, criterion=criterion, threshold=threshold, **decay)
     report = select_parameters(model, batches, reference=reference, progress=False, **arguments)
     return {name: layer.fggm_indices["default"] for name, layer in fggm_layers(model, "default").items()}, report
 
@@ -149,7 +154,7 @@ DATA_CASES = [case for case in CASES if CRITERIA[case[0]].needs_data]
 
 
 def reference_of(name):
-    return REFERENCE if CRITERIA[name].reference else None
+    return REFERENCE if CRITERIA[name].reference or CRITERIA[name].uses_covariance else None
 
 
 @pytest.mark.parametrize(("name", "granularity"), DATA_CASES)

@@ -408,7 +408,9 @@ def test_a_missing_reference_raises_an_error_that_lists_the_options(criterion):
 
 
 def test_an_unused_reference_is_rejected():
-    with pytest.raises(ValueError, match="'fisher' uses no reference; remove it, or use one of 'gain_per_harm'"):
+    with pytest.raises(
+        ValueError, match="'fisher' uses no reference; remove it, set harm_decay, or use one of 'gain_per_harm'"
+    ):
         FGGMConfig(reference="self")
     with pytest.raises(ValueError, match="uses no reference"):
         select(adapted(llama()), GENERAL)

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import Trainer
 
 from ...training import FGGMTrainer
-from ...tuner import FGGMConfig, require_reference
-from ...tuner.files import HISTORY, TaskRecord, history_of
+from ...tuner import FGGMConfig, InputCovariance, require_reference
+from ...tuner.files import HISTORY, TaskRecord, history_of, retained_by, set_retained
 from .method import METHODS, train_all_
 from .peft_method import PeftMethod
 
@@ -22,7 +22,8 @@ class FGGM(PeftMethod):
     """FGGM (arXiv 2601.18261): each task trains the units with the highest Fisher information on its data.
 
     The units are selected when ``train()`` begins; the sparse delta is saved and merged when the task ends. The scores
-    of each task are saved in its folder, and in ``memory`` for ``reference: history`` in later tasks.
+    of each task are saved in its folder. ``memory`` contains them, and the input covariance of all tasks together, for
+    ``reference: history`` in later tasks.
 
     Args:
         first_task_masked: False trains all weights in the first task, in which only the base model can be forgotten.
@@ -34,7 +35,7 @@ class FGGM(PeftMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         config: Any = self.make_config()
-        require_reference(config.criterion, config.reference)  # a stream cannot pass reference data later
+        require_reference(config, config.reference)  # a stream cannot pass reference data later
 
     def defaults(self):
         return {**super().defaults(), "seed": self.task_seed, "save_scores": True}
@@ -58,7 +59,11 @@ class FGGM(PeftMethod):
     def restore_history_(self, model: nn.Module) -> None:
         """Set the records of earlier tasks on a base model, which a new process does not have."""
         setattr(model, HISTORY, [TaskRecord(**fields) for fields in self.memory.get("history", [])])
+        if (retained := self.memory.get("retained")) is not None:
+            set_retained(model, InputCovariance.from_dict(retained))
 
     def keep_history(self, model: nn.Module) -> None:
         """Remember the records on a base model."""
         self.memory["history"] = [vars(record) for record in history_of(model)]
+        if (retained := retained_by(model)) is not None:
+            self.memory["retained"] = retained.to_dict()

@@ -2,7 +2,8 @@
 
 from .atomic import digest_of_files, digest_of_folder, write_json, write_whole
 from .hub import may_be_hub_id
+from .input_covariance import retain, retained_by, set_retained
 from .task_scores import HISTORY, TaskRecord, history_of, scores_from
 
 __all__ = ["HISTORY", "TaskRecord", "digest_of_files", "digest_of_folder", "history_of", "may_be_hub_id"]
-__all__ += ["scores_from", "write_json", "write_whole"]
+__all__ += ["retain", "retained_by", "scores_from", "set_retained", "write_json", "write_whole"]

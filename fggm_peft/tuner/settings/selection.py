@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union
@@ -12,7 +13,7 @@ from ...core.criteria import CRITERIA
 from ...core.granularity import Granularity, granularity_from
 from ...core.registry import require_one_of
 from ...core.statistics import STATISTICS
-from .fields import is_integer, setting, written
+from .fields import is_integer, is_number, setting, written
 
 
 @dataclass
@@ -28,15 +29,21 @@ class SelectionSettings:
         "fisher",
         "Score of a unit. From the task's data: 'fisher' (diagonal Fisher information F), 'gradient_low_magnitude' "
         "(mean gradient over |W|) or 'output_magnitude' (rows, by a forward pass). From the task's data and a "
-        "`reference`: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref) or 'input_ratio' (columns, by "
-        "forward passes). Without data, when the adapter is created: 'random' or 'weight_magnitude'. Or a name "
-        "that you registered in `fggm_peft.CRITERIA`.",
+        "`reference`: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref), 'input_ratio' (columns, by "
+        "forward passes) or 'gain_under_decay' (rows or columns, for `harm_decay`). Without data, when the adapter is "
+        "created: 'random' or 'weight_magnitude'. Or a name that you registered in `fggm_peft.CRITERIA`.",
+    )
+    harm_decay: float = setting(
+        0.0,
+        "Strength of harm decay; 0 disables it. After every few optimizer steps the delta decays in the directions "
+        "that the inputs of the `reference` use, so that the model keeps what it knew. 1 works from 10 % of the "
+        "columns up to all weights. Trainers apply it; a plain loop calls `attach_harm_decay`.",
     )
     reference: Optional[Union[list[str], str]] = setting(
         None,
-        "What the model should keep, for criteria that weigh the task against a reference: 'self' (text that the model "
-        "writes itself), 'history' (scores of the tasks selected on this model in this process), a file or folder with "
-        "saved scores of an earlier task, or a list of these. `select_parameters(reference=...)` also accepts a "
+        "What the model should keep, for `harm_decay` and for criteria that weigh the task against a reference: 'self' "
+        "(text that the model writes itself), 'history' (the tasks selected on this model in this process), a file, "
+        "folder or Hub id with saved statistics, or a list of these. `select_parameters(reference=...)` also accepts a "
         "dataloader of general text, and trainers accept the path of a text file (.txt).",
     )
     fisher_labels: Literal["data", "model"] = setting(
@@ -68,17 +75,34 @@ class SelectionSettings:
     @property
     def is_chosen_without_data(self) -> bool:
         """Whether the support is chosen when the adapter is created, without ``select_parameters``."""
-        return not CRITERIA[self.criterion].needs_data
+        return not CRITERIA[self.criterion].needs_data and not self.needs_covariance
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether the covariance of the layers' inputs on data to retain is needed."""
+        return self.harm_decay > 0 or CRITERIA[self.criterion].uses_covariance
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.needs_covariance or bool(CRITERIA[self.criterion].reference)
 
     def _check_selection(self) -> None:
         self.granularity = granularity_from(self.granularity)
         criterion = CRITERIA[self.criterion]
         if not criterion.supports(self.granularity):
-            kind = "row" if criterion.weight_dim == 0 else "column"
+            kinds = {0: "'row'", 1: "'column'", None: "'row' or 'column'"}[criterion.weight_dim]
             raise ValueError(
-                f"criterion {self.criterion!r} requires granularity={kind!r}, got granularity='{self.granularity}'"
+                f"criterion {self.criterion!r} requires granularity={kinds}, got granularity='{self.granularity}'"
             )
-        check_reference(self.criterion, _reference_names(self.reference))
+        if not is_number(self.harm_decay) or self.harm_decay < 0:
+            raise ValueError(f"harm_decay must be a number >= 0, got {self.harm_decay!r}")
+        if criterion.uses_covariance and not self.harm_decay:
+            warnings.warn(
+                f"criterion {self.criterion!r} selects the weights that matter most for what the model knows. Set "
+                "harm_decay too (1.0 is a good value), or the model forgets more than with any other criterion",
+                stacklevel=4,
+            )
+        check_reference(self, _reference_names(self.reference))
         require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
         self._check_estimate()
         if not is_integer(self.seed, 0) or self.seed >= 2**63:
@@ -104,18 +128,21 @@ class SelectionSettings:
             )
 
 
-def check_reference(criterion: str, reference: Sequence[Any]) -> None:
-    """Raise ``ValueError`` for a reference that the criterion would ignore."""
-    if reference and not CRITERIA[criterion].reference:
+def check_reference(config: SelectionSettings, reference: Sequence[Any]) -> None:
+    """Raise ``ValueError`` for a reference that the config would ignore."""
+    if reference and not config.needs_reference:
         names = ", ".join(repr(name) for name in CRITERIA if CRITERIA[name].reference)
-        raise ValueError(f"criterion {criterion!r} uses no reference; remove it, or use one of {names}")
-
-
-def require_reference(criterion: str, reference: Any) -> None:
-    """Raise ``ValueError`` if the criterion needs a reference and none is given."""
-    if CRITERIA[criterion].reference and not reference:
         raise ValueError(
-            f"criterion {criterion!r} weighs the task against a reference, but none was given. Set reference='self' "
+            f"criterion {config.criterion!r} uses no reference; remove it, set harm_decay, or use one of {names}"
+        )
+
+
+def require_reference(config: SelectionSettings, reference: Any) -> None:
+    """Raise ``ValueError`` if the config needs a reference and none is given."""
+    if config.needs_reference and not reference:
+        user = "harm_decay" if config.harm_decay else f"criterion {config.criterion!r}"
+        raise ValueError(
+            f"{user} weighs the task against a reference, but none was given. Set reference='self' "
             "(text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on the config, "
             "or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
         )

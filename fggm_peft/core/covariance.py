@@ -1,0 +1,168 @@
+"""The uncentered covariance ``C = E[x x^T]`` of a layer's inputs, as a low-rank sketch of constant size.
+
+Index convention: ``i`` input features, ``r`` rank, ``n`` positions. A covariance is ``factor @ factor.mT + floor * I``.
+Sums of covariances are truncated by robust Frequent Directions (Liberty, KDD 2013; Luo et al., JMLR 2019). After any
+number of sums of exact covariances ``|C - sketch|_2 <= |C - C_k|_* / (2 (r + 1 - k))`` for every ``k <= r``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RANK = 128
+"""Default rank of a sketch. A width of at most twice the rank is stored exactly."""
+
+Function = Callable[[Tensor], Tensor]
+"""A function of eigenvalues."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A symmetric matrix ``vectors @ diag(energy) @ vectors.mT + floor * I``.
+
+    Args:
+        vectors: ``[f, r]`` with orthonormal columns.
+        energy: ``[r]``, not negative.
+        floor: not negative.
+    """
+
+    vectors: Tensor
+    energy: Tensor
+    floor: float
+
+    def apply(self, x: Tensor, function: Function) -> Tensor:
+        """``x @ function(C)`` for ``x`` ``[..., f]``, where the function is applied to the eigenvalues of ``C``."""
+        rest, difference = self._values(function)
+        return x * rest + ((x @ self.vectors) * difference) @ self.vectors.mT
+
+    def diagonal(self, function: Function) -> Tensor:
+        """The diagonal of ``function(C)``, ``[f]``."""
+        rest, difference = self._values(function)
+        return self.vectors.square() @ difference + rest
+
+    def _values(self, function: Function) -> tuple[Tensor, Tensor]:
+        rest = function(self.energy.new_tensor(self.floor))
+        return rest, function(self.energy + self.floor) - rest
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """``factor @ factor.mT + floor * I``, an estimate of ``E[x x^T]``.
+
+    Args:
+        factor: ``[i, r]``.
+        floor: not negative.
+    """
+
+    factor: Tensor
+    floor: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """``i``, the number of input features."""
+        return len(self.factor)
+
+    def dense(self) -> Tensor:
+        """``[i, i]``."""
+        return self.factor @ self.factor.mT + self.floor * torch.eye(self.width).to(self.factor)
+
+    def diagonal(self) -> Tensor:
+        """``E[x_j^2]`` of each feature, ``[i]`` float32."""
+        return self.factor.float().square().sum(1) + self.floor
+
+    def spectrum(self, features: Tensor | None = None) -> Spectrum:
+        """The eigenvectors and eigenvalues, float32; with ``features`` ``[k]``, of the submatrix ``C[S, S]``."""
+        vectors, energy = _principal(self.factor if features is None else self.factor[features])
+        return Spectrum(vectors.float(), energy.float(), self.floor)
+
+    def truncated(self, rank: int) -> Covariance:
+        """The covariance with at most ``rank`` columns in its factor; exact up to twice the rank if ``i`` is as small.
+
+        One step of robust Frequent Directions: the first omitted eigenvalue is subtracted from the others, and half of
+        it is added to the floor.
+        """
+        limit = self.width if self.width <= 2 * rank else rank
+        if self.factor.shape[1] <= limit:
+            return self
+        vectors, energy = _principal(self.factor)
+        cut = float(energy[limit]) if len(energy) > limit else 0.0
+        kept = (energy[:limit] - cut).clamp(min=0).sqrt()
+        return Covariance((vectors[:, :limit] * kept).to(self.factor.dtype), self.floor + cut / 2)
+
+    def __add__(self, other: Covariance) -> Covariance:
+        return Covariance(torch.cat([self.factor, other.factor.to(self.factor)], 1), self.floor + other.floor)
+
+    def __mul__(self, factor: float) -> Covariance:
+        return Covariance(self.factor * factor**0.5, self.floor * factor)
+
+    def to(self, *args, **kwargs) -> Covariance:
+        """The covariance on a device or in a dtype, as ``Tensor.to``."""
+        return Covariance(self.factor.to(*args, **kwargs), self.floor)
+
+
+def _principal(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors ``[i, r]`` and squared singular values ``[r]`` of a matrix, descending, float64."""
+    wide = factor.double()
+    if wide.shape[1] > wide.shape[0]:
+        energy, vectors = torch.linalg.eigh(wide @ wide.mT)
+        return vectors.flip(1), energy.flip(0).clamp(min=0)
+    # orthonormal also where singular values are zero, which eigenvectors of the Gram matrix do not give
+    vectors, values, _ = torch.linalg.svd(wide, full_matrices=False)
+    return vectors, values.square()
+
+
+class CovarianceSum:
+    """Sums ``x x^T`` over positions and keeps ``[i, 2 r]`` numbers.
+
+    The sum is exact up to a width of ``2 r``. A wider one is multiplied by a random matrix as it is read, and recovered
+    by the Nystroem method (Tropp et al., NeurIPS 2017, algorithm 3). Such sums add up over processes, and reading a
+    position takes ``4 i r`` multiplications instead of a decomposition every few positions.
+
+    Args:
+        width: ``i``.
+        rank: ``r``.
+        device: of the sums.
+    """
+
+    def __init__(self, width: int, rank: int = RANK, device: torch.device | str = "cpu"):
+        self.rank = rank
+        self.test_matrix: Tensor | None = None
+        if width > 2 * rank:
+            generator = torch.Generator().manual_seed(width)  # the same on every process
+            self.test_matrix = torch.linalg.qr(torch.randn(width, 2 * rank, generator=generator))[0].to(device)
+        self.product = torch.zeros(width, min(width, 2 * rank), device=device)
+        self.positions = 0
+
+    def add_(self, x: Tensor) -> None:
+        """Add the positions ``[n, i]``."""
+        x = x.float()
+        self.product.addmm_(x.mT, x if self.test_matrix is None else x @ self.test_matrix)
+        self.positions += len(x)
+
+    def covariance(self) -> Covariance:
+        """The mean over positions; zero if there are none."""
+        mean = self.product.double() / max(1, self.positions)
+        if self.test_matrix is None:
+            energy, vectors = torch.linalg.eigh((mean + mean.mT) / 2)
+            factor = vectors * energy.clamp(min=0).sqrt()
+        else:
+            factor = _nystroem(mean, self.test_matrix.double())
+        return Covariance(factor.float()).truncated(self.rank)
+
+
+def _nystroem(product: Tensor, test_matrix: Tensor) -> Tensor:
+    """The factor of ``C`` from ``C @ test_matrix``, which was summed in float32."""
+    shift = torch.finfo(torch.float32).eps * float(product.norm())
+    if shift == 0:
+        return torch.zeros_like(product)
+    shifted = product + shift * test_matrix
+    core = test_matrix.mT @ shifted
+    energy, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    is_signal = energy > shift / 2
+    factor = shifted @ (vectors[:, is_signal] * energy[is_signal].rsqrt())
+    principal, energy = _principal(factor)
+    return principal * (energy - shift).clamp(min=0).sqrt()

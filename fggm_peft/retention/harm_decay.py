@@ -1,0 +1,167 @@
+"""``HarmDecay``: after optimizer steps, deltas decay in the directions that inputs to retain use."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..core.harm_decay import Decay
+from ..selection.select import active_adapters
+from ..tuner.files.input_covariance import InputCovariance, covariance_of
+from .trained import Trained, shrink_, trained_parameters
+
+EVERY = 4
+"""Steps between two decays: 4 give the same results as 1 (docs/retention.md)."""
+
+_STEPS, _PENDING, _PEAK = "harm_decay_steps", "harm_decay_pending", "harm_decay_peak_lr"
+
+
+class HarmDecay:
+    """Decays what training adds to linear layers, in the metric of their inputs on data to retain.
+
+    After every few optimizer steps each delta ``V`` becomes ``V (I + sigma C)^-1``. ``C`` is the covariance of the
+    layer's inputs; ``sigma`` is ``strength`` times the learning rate divided by its peak, summed over these steps. This
+    is the proximal step of the penalty ``sigma / 2 E |V x|^2``. It applies to the parameters of the optimizers that are
+    values of an FGGM adapter, PEFT's LoRA (its A, because ``B A (I + sigma C)^-1`` decays the product) or SHiRA, or
+    weights of linear layers that train themselves (``V`` is then their difference from the attached model).
+
+    Example:
+
+    ```py
+    >>> from fggm_peft import HarmDecay, input_covariance
+    >>> covariance = input_covariance(model, general_text)
+    >>> decay = HarmDecay(covariance).attach(model, optimizer)
+    >>> train(model, optimizer)
+    >>> decay.remove()
+    ```
+
+    The number of steps and the pending strength are in the optimizer's parameter groups, so that an optimizer that is
+    saved and loaded resumes exactly.
+
+    Args:
+        covariance: the result of ``input_covariance``, or a sum of such results.
+        strength: 1 works from 10 % of the columns up to all weights; 0.3 learns and forgets a little more.
+        every: steps between two decays.
+        offload: keep the start of weights that train themselves on the CPU.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, covariance: InputCovariance, strength: float = 1.0, every: int = EVERY, offload: bool = False):
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength must be a number >= 0, got {strength!r}")
+        if every < 1:
+            raise ValueError(f"every must be an integer > 0, got {every!r}")
+        self.covariance, self.strength, self.every, self.offload = covariance, strength, every, offload
+        self._model: nn.Module | None = None
+        self._optimizers: list[Optimizer] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._decays: dict[str, tuple[Trained, Decay]] = {}
+
+    def attach(self, model: nn.Module, *optimizers: Optimizer) -> HarmDecay:
+        """Decay after the steps of these optimizers of the model's parameters.
+
+        Raises:
+            TypeError: an optimizer is not a ``torch.optim.Optimizer``.
+            ValueError: the optimizers train nothing that can decay.
+        """
+        self.remove()
+        self._model = model
+        self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        for optimizer in self._optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(f"harm decay needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        trained = [self._trained_by(optimizer) for optimizer in self._optimizers]
+        if not any(trained):
+            self.remove()
+            raise ValueError(
+                "harm decay has nothing to decay: the optimizers train no adapter and no weight of a linear layer that "
+                "the input covariance contains. Attach it after select_parameters, to the optimizer of this model"
+            )
+        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers]
+        return self
+
+    def remove(self) -> None:
+        """Detach from the optimizers. Nothing remains on them."""
+        for handle in self._handles:
+            handle.remove()
+        for optimizer in self._optimizers if self._handles else []:
+            for group in optimizer.param_groups:
+                for name in (_STEPS, _PENDING, _PEAK):
+                    group.pop(name, None)
+        self._handles, self._optimizers, self._decays, self._model = [], [], {}, None
+
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is not None and bool(skipped):  # a fused optimizer skips a step of a loss scaler itself
+            return
+        due = []
+        for group in optimizer.param_groups:
+            rate = float(group["lr"])
+            group[_PEAK] = max(group.get(_PEAK, 0.0), rate, group.get("initial_lr", 0.0), group.get("max_lr", 0.0))
+            group[_PENDING] = group.get(_PENDING, 0.0) + (rate / group[_PEAK] if rate else 0.0)
+            group[_STEPS] = group.get(_STEPS, 0) + 1
+            if group[_STEPS] % self.every == 0:
+                due.append(group)
+        if due:
+            self._decay(optimizer, due)
+
+    @torch.no_grad()
+    def _decay(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        trained = self._trained_by(optimizer)
+        for group in groups:
+            sigma, group[_PENDING] = self.strength * group[_PENDING], 0.0
+            for parameter in group["params"] if sigma else []:
+                if id(parameter) in trained:
+                    shrink_(parameter, trained[id(parameter)], sigma)
+
+    def _trained_by(self, optimizer: Optimizer) -> dict[int, Decay]:
+        """The decay of each parameter of the optimizer that has one.
+
+        The model is searched each time, because an adapter may have been selected again, replaced or deleted.
+        """
+        assert self._model is not None
+        ours = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        decays = {}
+        for trained in trained_parameters(self._model, self.covariance, self.offload):
+            if id(trained.parameter) not in ours:
+                continue
+            last, decay = self._decays.get(trained.name, (None, None))
+            if last is None or decay is None or last.support is not trained.support:
+                decay = trained.decay()
+                self._decays[trained.name] = trained, decay
+            decays[id(trained.parameter)] = decay
+        return decays
+
+
+def attach_harm_decay(model: nn.Module, *optimizers: Optimizer) -> HarmDecay | None:
+    """Attach the harm decay of the model's FGGM adapters to its optimizers. Trainers do this themselves.
+
+    Call it after ``select_parameters``, which reads the statistics, and after the optimizer was created.
+
+    Returns:
+        The attached ``HarmDecay``, whose ``remove`` detaches it; None if no adapter has ``harm_decay``.
+
+    Raises:
+        ValueError: an adapter has no statistics, for example because it was loaded from a file; or two adapters retain
+            different things.
+    """
+    decaying = [config for _, config in active_adapters(model) if config.harm_decay]
+    if not decaying:
+        return None
+    covariance = covariance_of(decaying[0])
+    if covariance is None:
+        raise ValueError(
+            "harm_decay needs the statistics of what the model should retain, and an adapter file contains only the "
+            "setting. Select again with select_parameters(reset=True), or continue with harm_decay=0"
+        )
+    for config in decaying[1:]:
+        if covariance_of(config) is not covariance or config.harm_decay != decaying[0].harm_decay:
+            raise ValueError("the active adapters differ in what they retain; train them one after the other")
+    return HarmDecay(covariance, decaying[0].harm_decay).attach(model, *optimizers)

@@ -1,0 +1,222 @@
+"""Reads the covariances of the inputs of a model's layers: forward passes only, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..core.covariance import RANK, Covariance, CovarianceSum
+from ..core.errors import NonFiniteScoreError
+from ..core.per_sample import same_memory
+from ..tuner.files.input_covariance import InputCovariance
+from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
+from ..tuner.hosts.sharding import is_shard
+from ..tuner.support import unwrapped
+from ..tuner.target import outer_modules
+from .frozen_model import frozen_in_eval_mode
+from .out_of_memory import with_advice
+from .processes import Processes
+from .rounds import rounds
+from .shared_inputs import version_of
+
+COVARIANCE_SAMPLES = 64
+"""Samples that are read by default. More change little (measured: docs/retention.md)."""
+
+
+def input_covariance(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    num_samples: int | None = COVARIANCE_SAMPLES,
+    *,
+    rank: int = RANK,
+    modules: Iterable[str] | None = None,
+    progress: bool = True,
+) -> InputCovariance:
+    """The covariances ``E[x x^T]`` of the inputs of linear layers on data that the model should retain.
+
+    The pass runs forward only and leaves the model unchanged. Padding (``attention_mask`` 0) does not count. Layers
+    with the same input, such as q, k and v, share one covariance. If ``torch.distributed`` is initialized, every
+    process reads its own share of the data, and all of them get the result for all the data.
+
+    Args:
+        model: a model of transformers, with or without adapters; may be wrapped by PEFT.
+        dataloader: batches of model inputs; labels are ignored unless the model needs them.
+        num_samples: number of samples over all processes; None for all.
+        rank: of each covariance. A layer with at most twice as many input features gets the exact covariance.
+        modules: module paths in the base model; by default every linear layer except the output head.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The normalized covariances.
+
+    Raises:
+        NonFiniteScoreError: an input is NaN or infinite; names the module.
+        ValueError: there is no data or no linear layer, or a module is missing or is not a linear layer.
+    """
+    layers = linear_layers(model)
+    if modules is not None:
+        layers = {path: _layer(model, layers, path) for path in modules}
+    if not layers:
+        raise ValueError("the model has no linear layer whose input covariance could be read")
+    guard_four_bit_layers(model)
+    processes, seen = Processes(), 0
+    is_sharded = processes.size > 1 and any(map(is_shard, model.parameters()))
+    call = _call(model, layers)
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    is_quiet = None if progress and processes.rank == 0 else True
+    with (
+        frozen_in_eval_mode(model),
+        torch.no_grad(),
+        _InputHooks(layers, rank) as hooks,
+        tqdm(total=num_samples, desc="Input covariance", unit="sample", disable=is_quiet) as bar,
+    ):
+        for index, round in enumerate(rounds(dataloader, processes, num_samples, is_sharded)):
+            with processes.together("reading the input covariance"), with_advice(index, round.batch):
+                if round.batch is not None:
+                    batch = send_to_device(dict(round.batch), device)
+                    hooks.open(batch.get("attention_mask"), counts=round.size > 0)
+                    call(batch)
+            bar.update(round.end - seen)
+            seen = round.end
+            if seen == num_samples:
+                break
+    if not seen:
+        raise ValueError("the dataloader is empty, so there is no input covariance to read")
+    return hooks.result(processes).normalized()
+
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers by module path in the base model, adapted or not, without the output head."""
+    get_head = getattr(unwrapped(model), "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {path: m for path, m in outer_modules(model) if isinstance(_plain(m), LINEAR) and head not in (m, _plain(m))}
+
+
+def _layer(model: nn.Module, layers: Mapping[str, nn.Module], path: str) -> nn.Module:
+    if path in layers:
+        return layers[path]
+    module = dict(outer_modules(model)).get(path)
+    if module is None:
+        raise ValueError(f"the model has no module {path}")
+    if isinstance(_plain(module), LINEAR):  # the output head
+        return module
+    raise ValueError(
+        f"module {path} is a {type(_plain(module)).__name__}. Input covariances and harm decay support linear layers "
+        "only; leave the module out with exclude_modules, or set harm_decay=0"
+    )
+
+
+def _call(model: nn.Module, layers: Mapping[str, nn.Module]):
+    """Runs the model forward on a batch, without its head if all layers are in the trunk."""
+    base = unwrapped(model)
+    trunk = getattr(base, "base_model", base)
+    inside = set(map(id, trunk.modules()))
+    is_sharded = isinstance(model, FSDPModule)
+    if trunk is base or is_sharded or not all(id(layer) in inside for layer in layers.values()):
+        caller = model if is_sharded else base
+        return lambda batch: caller(**batch)
+    return lambda batch: trunk(**{name: value for name, value in batch.items() if name != "labels"})
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _width(layer: nn.Module) -> int:
+    plain: Any = _plain(layer)
+    return plain.weight.shape[0] if isinstance(plain, Conv1D) else plain.in_features
+
+
+class _InputHooks:
+    """Forward hooks that add each layer's input to a sum, once for layers with the same input."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], rank: int):
+        self.layers, self.rank = layers, rank
+        self.sums: dict[str, CovarianceSum] = {}
+        self.inputs: dict[str, str] = {}
+        self._mask: Tensor | None = None
+        self._counts = True
+        self._last: tuple[Tensor, int | None, str] | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _InputHooks:
+        for path, layer in self.layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(path), with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._last = None
+
+    def open(self, mask: Any, counts: bool) -> None:
+        """Start a batch with this attention mask ``[b, t]``; it is not added unless ``counts``."""
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._counts, self._last = counts, None
+
+    def _hook(self, path: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            last = self._last
+            if last is not None and same_memory(last[0], x) and last[1] == version_of(x):
+                key = last[2]
+            else:
+                key = self.inputs.get(path, path)
+                self._last = x, version_of(x), key
+                if self._counts:
+                    self._add(key, x)
+            self.inputs.setdefault(path, key)
+
+        return hook
+
+    def _add(self, key: str, x: Tensor) -> None:
+        if key not in self.sums:
+            self.sums[key] = CovarianceSum(x.shape[-1], self.rank, x.device)
+        if self._mask is not None and x.shape[:2] == self._mask.shape:
+            x = x[self._mask.to(x.device) != 0]
+        with torch.autocast(x.device.type, enabled=False):
+            self.sums[key].add_(x.reshape(-1, x.shape[-1]))
+
+    def result(self, processes: Processes) -> InputCovariance:
+        """The mean over all positions and processes; zero for layers that were not called."""
+        # an expert may have been called on some processes only
+        widths = {key: (entry.product.shape[0]) for key, entry in self.sums.items()}
+        for others in processes.gather(widths):
+            for key, width in others.items():
+                self.sums.setdefault(key, CovarianceSum(width, self.rank, self._device()))
+        for others in processes.gather(self.inputs):
+            self.inputs = {**others, **self.inputs}
+        for path, layer in self.layers.items():
+            key = self.inputs.setdefault(path, path)
+            if key not in self.sums:
+                self.sums[key] = CovarianceSum(_width(layer), self.rank, self._device())
+        covariances, positions = {}, 0
+        for key in dict.fromkeys(self.inputs[path] for path in self.layers):
+            covariances[key], count = self._covariance(key, processes)
+            positions = max(positions, count)
+        return InputCovariance(covariances, self.inputs, self.rank, positions)
+
+    def _covariance(self, key: str, processes: Processes) -> tuple[Covariance, int]:
+        entry = self.sums[key]
+        entry.product = processes.sum(entry.product)
+        entry.positions = sum(processes.gather(entry.positions))
+        if not torch.isfinite(entry.product).all():
+            raise NonFiniteScoreError(
+                f"the inputs of module {key} are NaN or infinite on the data to retain. Check the data; a float16 "
+                "model may need bfloat16 or float32"
+            )
+        return entry.covariance(), entry.positions
+
+    def _device(self) -> torch.device:
+        return next((entry.product.device for entry in self.sums.values()), torch.device("cpu"))

@@ -1,0 +1,216 @@
+"""``InputCovariance``: the covariances of the inputs of a model's layers, and their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ...core.covariance import RANK, Covariance
+from ...core.errors import ScoreFileError
+from .atomic import write_tensors
+from .hub import from_hub
+
+COVARIANCE_FILE = "fggm_retention.safetensors"
+_FORMAT = "fggm_retention 1"
+
+
+@dataclass(frozen=True, eq=False)
+class InputCovariance:
+    """What a model should retain: the covariances ``E[x x^T]`` of the inputs of its linear layers on some data.
+
+    A source is divided by its mean over all input features of all layers, so that sources of different models and
+    lengths are comparable, while the relation of the layers is preserved. Sums of sources keep their size.
+
+    Args:
+        covariances: one for each distinct input, by the path of the first module that reads it.
+        inputs: module path -> key of its input in ``covariances``.
+        rank: of the sketches.
+        positions: number of tokens that were read.
+    """
+
+    covariances: Mapping[str, Covariance]
+    inputs: Mapping[str, str]
+    rank: int = RANK
+    positions: int = 0
+
+    @classmethod
+    def zero(cls, widths: Mapping[str, int]) -> InputCovariance:
+        """The covariance of no data, for modules of these numbers of input features."""
+        zeros = {path: torch.zeros(width, 0, dtype=torch.bfloat16) for path, width in widths.items()}
+        return cls({path: Covariance(factor) for path, factor in zeros.items()}, {path: path for path in widths})
+
+    def __getitem__(self, path: str) -> Covariance:
+        """The covariance of one module's input.
+
+        Raises:
+            ScoreFileError: there is none.
+        """
+        if path not in self.inputs:
+            raise ScoreFileError(
+                f"the input covariance has no module {path}. It was computed for another model or for other modules: "
+                "compute it again with fggm_peft.input_covariance"
+            )
+        return self.covariances[self.inputs[path]]
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.inputs
+
+    def normalized(self) -> InputCovariance:
+        """The covariances divided by their mean diagonal over the features of all layers; unchanged if that is 0."""
+        diagonals = {key: covariance.diagonal().double() for key, covariance in self.covariances.items()}
+        total = sum(float(diagonals[key].sum()) for key in self.inputs.values())
+        mean = total / max(1, sum(len(diagonals[key]) for key in self.inputs.values()))
+        if mean == 0:
+            return self
+        scaled = {key: (covariance * (1 / mean)).to(torch.bfloat16) for key, covariance in self.covariances.items()}
+        return replace(self, covariances=scaled)
+
+    def __add__(self, other: InputCovariance) -> InputCovariance:
+        """The sum of two sources, truncated to the smaller rank.
+
+        Raises:
+            ScoreFileError: they are of different modules or widths.
+        """
+        self.require_fits({path: other[path].width for path in self.inputs})
+        rank = min(self.rank, other.rank)
+        keys = {key: other.inputs[key] for key in self.covariances}
+        total = {
+            key: (covariance + other.covariances[keys[key]]).truncated(rank)
+            for key, covariance in self.covariances.items()
+        }
+        positions = self.positions + other.positions
+        return InputCovariance(total, self.inputs, rank, positions)
+
+    def require_fits(self, widths: Mapping[str, int]) -> None:
+        """Raise ``ScoreFileError`` unless every module has a covariance of its width."""
+        for path, width in widths.items():
+            if self[path].width != width:
+                raise ScoreFileError(
+                    f"the input covariance of {path} has {self[path].width} features, but its input has {width}. It "
+                    "was computed for another model: compute it again with fggm_peft.input_covariance"
+                )
+
+    def to(self, *args, **kwargs) -> InputCovariance:
+        """The covariances on a device or in a dtype, as ``Tensor.to``."""
+        return replace(self, covariances={key: c.to(*args, **kwargs) for key, c in self.covariances.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors and plain types, which ``from_dict`` reads."""
+        return {**vars(self), "covariances": {key: vars(covariance) for key, covariance in self.covariances.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InputCovariance:
+        covariances = {key: Covariance(**fields) for key, fields in data["covariances"].items()}
+        return cls(**{**data, "covariances": covariances})
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory, in bytes."""
+        return sum(covariance.factor.nbytes for covariance in self.covariances.values())
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file; a folder gets the name ``fggm_retention.safetensors``."""
+        file = Path(path).expanduser()
+        file = file if file.suffix == ".safetensors" else file / COVARIANCE_FILE
+        metadata = {
+            "rank": self.rank,
+            "positions": self.positions,
+            "inputs": self.inputs,
+            "floors": {key: covariance.floor for key, covariance in self.covariances.items()},
+        }
+        tensors = {key: covariance.factor for key, covariance in self.covariances.items()}
+        write_tensors(file, tensors, {"format": _FORMAT, "fggm": json.dumps(metadata)})
+        return file
+
+
+def load_input_covariance(source: str | Path) -> InputCovariance:
+    """Load a file, the file of a folder, or of a repository on the Hub (``OWNER/NAME``).
+
+    Raises:
+        ScoreFileError: there is no such file, or it is damaged.
+    """
+    file = Path(source).expanduser()
+    file = file / COVARIANCE_FILE if file.is_dir() else file
+    if not file.is_file():
+        with from_hub(str(source), "input covariance", ScoreFileError):
+            file = Path(hf_hub_download(str(source), COVARIANCE_FILE))
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+            if header.get("format") != _FORMAT:
+                raise ScoreFileError(f"{file} contains no input covariance (format {header.get('format')!r})")
+            metadata = json.loads(header["fggm"])
+            factors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        covariances = {key: Covariance(factor, _number(metadata["floors"][key])) for key, factor in factors.items()}
+        loaded = InputCovariance(
+            covariances,
+            {str(path): str(key) for path, key in metadata["inputs"].items()},
+            int(_number(metadata["rank"])),
+            int(_number(metadata["positions"])),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, ScoreFileError):
+            raise
+        raise ScoreFileError(f"the input covariance in {file} is damaged: {error!r}") from error
+    _check(loaded, file)
+    return loaded
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{value!r:.40} is not a number >= 0")
+    return float(value)
+
+
+def _check(loaded: InputCovariance, file: Path) -> None:
+    for key, covariance in loaded.covariances.items():
+        factor = covariance.factor
+        if factor.dim() != 2 or not torch.isfinite(factor).all():
+            raise ScoreFileError(f"{file}: the factor of {key} must be a matrix of finite numbers")
+    if missing := set(loaded.inputs.values()) ^ loaded.covariances.keys():
+        raise ScoreFileError(f"{file} is damaged: its modules and its tensors differ in {sorted(missing)[0]!r:.80}")
+
+
+# The covariance that an adapter is trained with ------------------------------------------------------
+
+_OWN = "fggm_covariance"
+
+
+def covariance_of(config: object) -> InputCovariance | None:
+    """What the adapter with this config retains; None if it was not selected in this process."""
+    return getattr(config, _OWN, None)
+
+
+def set_covariance(config: object, covariance: InputCovariance) -> None:
+    setattr(config, _OWN, covariance)
+
+
+# The tasks that a base model has learned -----------------------------------------------------------
+
+_TASKS = "fggm_retained"
+
+
+def retained_by(model: nn.Module, besides: object = None) -> InputCovariance | None:
+    """The sum over the tasks that were learned on a base model, except that of the adapter with a given config."""
+    earlier, last, owner = getattr(model, _TASKS, (None, None, None))
+    if last is None or (owner is besides and besides is not None):
+        return earlier
+    return last if earlier is None else earlier + last
+
+
+def retain(model: nn.Module, task: InputCovariance, config: object) -> None:
+    """Add a task to those that the base model retains; it replaces an earlier one of the same adapter."""
+    setattr(model, _TASKS, (retained_by(model, besides=config), task, config))
+
+
+def set_retained(model: nn.Module, tasks: InputCovariance | None) -> None:
+    """Replace what the base model retains, for example when a run is resumed."""
+    setattr(model, _TASKS, (tasks, None, None))

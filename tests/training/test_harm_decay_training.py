@@ -1,0 +1,63 @@
+"""Harm decay inside trainers: attached before the first step, resumed exactly, gone afterwards."""
+
+from __future__ import annotations
+
+import pytest
+from models import llama, token_batches
+from peft import get_peft_model
+from trainers import assert_same_delta, make_trainer
+from transformers import Trainer
+
+from fggm_peft import FGGMConfig
+from fggm_peft.training import FGGMCallback, FGGMTrainer
+
+REFERENCE = token_batches(seed=1)
+
+
+def model(**config):
+    settings = {"granularity": "column", "density": 0.3, "harm_decay": 1.0, "task_type": "CAUSAL_LM", "num_samples": 8}
+    return get_peft_model(llama(), FGGMConfig(**{**settings, **config}))
+
+
+def trainer(folder, kind: str, **settings):
+    if kind == "callback":
+        return make_trainer(model(), folder, Trainer, callbacks=[FGGMCallback(reference=REFERENCE)], **settings)
+    made = make_trainer(model(), folder, FGGMTrainer, **settings)
+    made.selection_reference = REFERENCE
+    return made
+
+
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_trainers_apply_and_remove_it(tmp_path, kind):
+    with_decay = trainer(tmp_path, kind)
+    with_decay.train()
+    without = make_trainer(model(harm_decay=0.0), tmp_path, FGGMTrainer)
+    without.train()
+    with pytest.raises(AssertionError):
+        assert_same_delta(with_decay.model, without.model)
+    optimizer = with_decay.optimizer.optimizer
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any("harm_decay" in key for group in optimizer.param_groups for key in group)
+
+
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_resumes_bit_exactly(tmp_path, kind, accumulation):
+    saving = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "gradient_accumulation_steps": accumulation}
+    whole = trainer(tmp_path, kind, **saving)
+    whole.train()
+    assert (tmp_path / "checkpoint-3" / "fggm_retention.safetensors").exists()
+    resumed = trainer(tmp_path, kind, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_delta(resumed.model, whole.model)
+
+
+def test_continuing_without_statistics_is_an_error_before_training(tmp_path):
+    first = trainer(tmp_path, "mixin")
+    first.train()
+    first.model.save_pretrained(tmp_path / "delta")
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "delta", is_trainable=True)
+    with pytest.raises(ValueError, match="harm_decay needs the statistics"):
+        make_trainer(loaded, tmp_path, FGGMTrainer).train()
