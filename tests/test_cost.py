@@ -226,9 +226,7 @@ def test_values_and_file_size_of_a_density_are_exact(config, granularity, tmp_pa
 def unencoded_bytes(model) -> int:
     """Size of the adapter's values and indices in memory."""
     layers = fggm_layers(model, "default").values()
-    return sum(
-        t.nbytes for layer in layers for t in (*layer.adapter_parameters("default"), layer.fggm_indices["default"])
-    )
+    return sum(part["default"].nbytes for layer in layers for part in (layer.fggm_values, layer.fggm_indices))
 
 
 def data_bytes(path) -> int:

@@ -19,7 +19,7 @@ BASES = {
 
 
 def value_dtypes(model) -> set[torch.dtype]:
-    return {p.dtype for layer in fggm_layers(model, "default").values() for p in layer.adapter_parameters("default")}
+    return {layer.fggm_values["default"].dtype for layer in fggm_layers(model, "default").values()}
 
 
 def trained_values(model) -> list[torch.Tensor]:
