@@ -29,7 +29,7 @@ from .merging.merge import MIN_SURVIVAL, lossy_merge_error
 from .merging.report import MergeReport
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
-from .several.weighted import add_weighted_adapter, new_combination
+from .several.weighted import Combination, add_weighted_adapter
 from .support import choose_supports, criterion_scores, forecast_supports, write_supports
 from .target import Targets, find_targets
 
@@ -168,7 +168,7 @@ class FGGMModel(BaseTuner):
         if adapter_name in self.peft_config:
             warnings.warn(f"adapter {adapter_name!r} exists already and is not changed", stacklevel=2)
             return
-        how = new_combination(combination_type, density, majority_sign_method)
+        how = Combination(combination_type, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
     # Merging ------------------------------------------------------------------------------------

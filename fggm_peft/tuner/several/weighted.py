@@ -6,18 +6,14 @@ outside the union of the supports, and so is the result. So no dense delta is fo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.merge_utils import (
-    calculate_majority_sign_mask,
-    disjoint_merge,
-    random_pruning,
-    reshape_weight_task_tensors,
-)
+from peft.utils import merge_utils
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -29,6 +25,13 @@ from ..target import Target, Targets, find_targets
 if TYPE_CHECKING:
     from ..model import FGGMModel
 
+COMBINATIONS = {
+    "linear": merge_utils.task_arithmetic,
+    "magnitude_prune": merge_utils.magnitude_prune,
+    "ties": merge_utils.ties,
+    "dare_linear": merge_utils.dare_linear,
+    "dare_ties": merge_utils.dare_ties,
+}
 SIGN_METHODS = ("total", "frequency")
 
 
@@ -37,72 +40,49 @@ class Combination:
     """How several tensors become one; by default as a weighted sum.
 
     Args:
-        pruning: what is kept of each tensor: everything, its largest entries, or random ones, which are rescaled.
-        elects_sign: average, for each entry, only the tensors that agree with the majority's sign.
+        kind: PEFT's name, see ``COMBINATIONS``.
         density: share of a dense delta's entries that pruning keeps.
-        majority_sign_method: how the majority is counted.
+        majority_sign_method: how "ties" and "dare_ties" count the majority of signs.
+
+    Raises:
+        ValueError: an argument is not legal.
     """
 
-    pruning: Literal["none", "magnitude", "random"] = "none"
-    elects_sign: bool = False
+    kind: str = "linear"
     density: float | None = None
     majority_sign_method: str = "total"
+
+    def __post_init__(self) -> None:
+        if self.kind not in COMBINATIONS:
+            raise ValueError(f"Invalid combination_type: {self.kind!r}; it must be one of {', '.join(COMBINATIONS)}")
+        if self.majority_sign_method not in SIGN_METHODS:
+            raise ValueError(f"majority_sign_method must be one of {SIGN_METHODS}, got {self.majority_sign_method!r}")
+        if self.kind != "linear" and (self.density is None or not 0 < self.density <= 1):
+            raise ValueError(
+                f"combination_type {self.kind!r} keeps the share `density` of each delta, in (0, 1], got "
+                f"{self.density!r}"
+            )
 
     def of(self, tensors: Sequence[Tensor], weights: Sequence[float], entries: int) -> Tensor:
         """Combine tensors of one shape.
 
         Args:
             weights: one for each tensor.
-            entries: number of entries of a dense delta, which ``density`` is a share of.
+            entries: number of entries of a dense delta, of which ``density`` is a share.
         """
-        tensors = [self._pruned(tensor, entries) for tensor in tensors]
-        if not self.elects_sign:
-            total = torch.zeros_like(tensors[0])
-            for tensor, weight in zip(tensors, weights, strict=True):
-                total.add_(tensor, alpha=weight)
-            return total
-        stack = torch.stack(tensors)
-        factors = reshape_weight_task_tensors(stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device))
-        majority = calculate_majority_sign_mask(stack, method=self.majority_sign_method)  # type: ignore[arg-type]
-        return disjoint_merge(stack * factors, majority)
-
-    def _pruned(self, tensor: Tensor, entries: int) -> Tensor:
-        if self.pruning == "none" or self.density == 1:
-            return tensor
-        assert self.density is not None
-        if self.pruning == "random":
-            return random_pruning(tensor, self.density, rescale=True)
-        largest = tensor.abs().flatten().topk(min(int(self.density * entries), tensor.numel())).indices
-        result = torch.zeros_like(tensor)
-        result.view(-1)[largest] = tensor.flatten()[largest]
-        return result
-
-
-COMBINATIONS = {
-    "linear": Combination(),
-    "magnitude_prune": Combination("magnitude"),
-    "ties": Combination("magnitude", True),
-    "dare_linear": Combination("random"),
-    "dare_ties": Combination("random", True),
-}
-
-
-def new_combination(combination_type: str, density: float | None, majority_sign_method: str) -> Combination:
-    """A combination by PEFT's name.
-
-    Raises:
-        ValueError: an argument is not legal.
-    """
-    if combination_type not in COMBINATIONS:
-        raise ValueError(f"Invalid combination_type: {combination_type!r}; it must be one of {', '.join(COMBINATIONS)}")
-    if majority_sign_method not in SIGN_METHODS:
-        raise ValueError(f"majority_sign_method must be one of {SIGN_METHODS}, got {majority_sign_method!r}")
-    prunes = COMBINATIONS[combination_type].pruning != "none"
-    if prunes and (density is None or not 0 < density <= 1):
-        raise ValueError(
-            f"combination_type {combination_type!r} keeps the share `density` of each delta, in (0, 1], got {density!r}"
-        )
-    return replace(COMBINATIONS[combination_type], density=density, majority_sign_method=majority_sign_method)
+        options: dict[str, Any] = {}
+        if self.kind != "linear":
+            assert self.density is not None
+            options["density"] = self.density
+            if not self.kind.startswith("dare") and tensors[0].numel():
+                # the same number of entries as in dense deltas; half an entry more, because PEFT rounds down
+                options["density"] = min(1.0, (int(self.density * entries) + 0.5) / tensors[0].numel())
+            if self.kind.endswith("ties"):
+                options["majority_sign_method"] = self.majority_sign_method
+        factors = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The density .* no pruning")
+            return COMBINATIONS[self.kind](list(tensors), factors, **options)
 
 
 def common_granularity(granularities: Sequence[Granularity]) -> Granularity:
@@ -115,7 +95,7 @@ def combine(
     weights: Sequence[float],
     granularity: Granularity,
     shape: Shape,
-    how: Combination = COMBINATIONS["linear"],
+    how: Combination = Combination(),
 ) -> WeightDelta:
     """Combine deltas of one weight on the union of their supports.
 
@@ -145,7 +125,7 @@ def add_weighted_adapter(
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"give one weight for each adapter, got {len(weights)} for {list(adapters)}")
     if len(adapters) == 1:
-        how = COMBINATIONS["linear"]  # as PEFT does
+        how = Combination()  # as PEFT does
     sources = {name: _selected_targets(model, name) for name in adapters}
     wrappers = _modules_trained_whole(model, adapters)
     model.peft_config[adapter_name] = _config(model, adapters, sources, bool(wrappers))
