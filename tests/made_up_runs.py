@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fggm_peft.continual.measures import Record, measures_of
+from fggm_peft.continual.measures import measures_of
 
 TASKS = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
 METHODS = {
@@ -73,7 +73,7 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
         "R": rows,
         "zero_shot": zero_shot,
         "general_losses": losses,
-        **measures_of(Record(rows, zero_shot, losses)),
+        **measures_of(rows, zero_shot, losses),
         "cost": {
             "selection_seconds": 31.0 + random.random() if selects else 0.0,
             "training_seconds": 640.0 + 20 * random.random() if trains else 0.0,

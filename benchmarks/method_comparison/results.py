@@ -51,7 +51,7 @@ def write_results(stream: Stream, output: Path, folder: Path) -> list[Path]:
     files = []
     for run in runs_of(stream):
         run_folder = output / "runs" / run.name
-        if not (run_folder / "run.json").exists():
+        if not run.is_finished(output):
             continue
         result, entries = (json.loads((run_folder / name).read_text()) for name in ("run.json", "tasks.json"))
         content = _content(stream, run, result, entries, common)

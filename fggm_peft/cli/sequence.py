@@ -39,11 +39,10 @@ def run(args: Namespace) -> Result:
     end. If the command is interrupted, rerun it with --resume to continue with identical results. Several processes
     may share the work.
     """
-    from ..continual.gate import read_gate
     from ..continual.measures import MEASURES
     from ..continual.reading import read_stream
-    from ..continual.report import report_of, shown, write_report
-    from ..continual.run import all_results, finished_runs, run_stream, runs_of
+    from ..continual.report import read_results, report_of, shown, write_report
+    from ..continual.run import run_stream, runs_of
 
     settings = read_stream(
         args.stream,
@@ -52,25 +51,26 @@ def run(args: Namespace) -> Result:
         seeds=args.seeds,
         learning_rates=args.learning_rates,
         orders=None if args.orders is None else args.orders.split(","),
-        gate=read_gate(args.gate, args.gate_action) if args.gate else None,
+        gate={"keep": args.gate, "action": args.gate_action} if args.gate else None,
     )
     if args.methods is not None:
         settings = settings.with_methods(args.methods.split(","))
     output = args.output
-    total = len(runs_of(settings))
+    runs = runs_of(settings)
     try:
         for _ in run_stream(settings, output, args.resume, args.checkpoint_steps):
-            write_report(output, all_results(settings, output), page=False)
+            write_report(output, read_results([output]), page=False)
     except KeyboardInterrupt:
-        if results := all_results(settings, output):
-            write_report(output, results)
-        done = len(finished_runs(settings, output))
-        print(f"stopped after {done} of {total} runs; rerun with --resume to continue", file=sys.stderr)
+        done = sum(run.is_finished(output) for run in runs)
+        if done:
+            write_report(output, read_results([output]))
+        print(f"stopped after {done} of {len(runs)} runs; rerun with --resume to continue", file=sys.stderr)
         raise
-    unfinished = total - len(finished_runs(settings, output))
-    if unfinished:
-        print(f"another process is still computing {unfinished} of {total} runs", file=sys.stderr)
-    results = all_results(settings, output)
+    if unfinished := sum(not run.is_finished(output) for run in runs):
+        print(f"another process is still computing {unfinished} of {len(runs)} runs", file=sys.stderr)
+        if unfinished == len(runs):
+            raise ValueError("there is no result yet to report")
+    results = read_results([output])
     write_report(output, results)
     report = report_of(results)
     columns = ("op", "diagonal", "bwt", "general")  # the columns that fit a terminal; the report has all

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from .settings import Settings, StreamError
+from .settings import Settings
 
 EVERY_TASK = "*"
+
+
+def _shares(value: Any) -> Any:
+    """The mapping of a list of texts from the command line, such as ``["intent=0.9", "*=0.8"]``."""
+    if not isinstance(value, list):
+        return value
+    shares = {}
+    for text in value:
+        task, _, share = text.rpartition("=")
+        try:
+            shares[task] = float(share)
+        except ValueError:
+            task = ""
+        if not task:
+            raise ValueError(f"{text!r} is not a task and a share of its score, such as intent=0.9")
+    return shares
 
 
 class Gate(Settings):
@@ -21,7 +37,9 @@ class Gate(Settings):
             that task, bit for bit, and continues with the next task.
     """
 
-    keep: dict[str, Annotated[float, Field(gt=0, le=1, strict=True)]] = Field(min_length=1)
+    keep: Annotated[
+        dict[str, Annotated[float, Field(gt=0, le=1, strict=True)]], BeforeValidator(_shares), Field(min_length=1)
+    ]
     action: Literal["stop", "rollback"] = "stop"
 
     def violations(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -31,27 +49,9 @@ class Gate(Settings):
             learned: earlier task -> its score right after it was learned, ``R[j,j]``.
             scores: task -> its score now.
         """
-        violations = []
-        for task, before in learned.items():
-            share = self.keep.get(task, self.keep.get(EVERY_TASK))
-            if share is not None and scores[task] < share * before:
-                violations.append({"earlier": task, "score": scores[task], "needed": share * before})
-        return violations
-
-
-def read_gate(texts: Sequence[str], action: str) -> dict[str, Any]:
-    """The fields of a gate from the command line: ``["intent=0.9", "*=0.8"]`` and an action.
-
-    Raises:
-        StreamError: a text is not a task and a share.
-    """
-    keep: dict[str, float] = {}
-    for text in texts:
-        task, _, share = text.rpartition("=")
-        try:
-            keep[task] = float(share)
-        except ValueError:
-            task = ""
-        if not task:
-            raise StreamError(f"--gate {text!r} is not a task and a share of its score, such as intent=0.9")
-    return {"keep": keep, "action": action}
+        shares = {task: self.keep.get(task, self.keep.get(EVERY_TASK)) for task in learned}
+        return [
+            {"earlier": task, "score": scores[task], "needed": share * learned[task]}
+            for task, share in shares.items()
+            if share is not None and scores[task] < share * learned[task]
+        ]

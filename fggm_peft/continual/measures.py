@@ -9,38 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..core import Registry
 
 
-class Record:
-    """The values of one run that measures are computed from; None and NaN are missing values.
+class Record(NamedTuple):
+    """The values of one run that measures are computed from, float64; NaN is a missing value.
 
     Args:
-        scores: ``[T, T]``, or ``[1, T]`` for a method that learned all tasks at once. A score above the diagonal may
-            be missing: the task was not evaluated before it was trained.
+        scores: ``[T, T]``, or ``[1, T]`` for a method that learned all tasks at once.
         zero_shot: ``[T]``, the scores of the base model.
         losses: ``[T + 1]`` or ``[2]``, the loss on general text of the base model and after each task; may be empty.
-
-    Raises:
-        ValueError: the shapes do not match, or a score is missing.
     """
 
-    def __init__(self, scores: ArrayLike, zero_shot: ArrayLike, losses: Sequence[float] = ()):
-        self.scores, self.zero_shot = np.asarray(scores, dtype=np.float64), np.asarray(zero_shot, dtype=np.float64)
-        self.losses = losses
-        count = len(self.zero_shot)
-        if not count or self.scores.shape not in ((count, count), (1, count)):
-            raise ValueError(f"scores must be [{count}, {count}] or [1, {count}], got {list(self.scores.shape)}")
-        may_be_missing = np.triu(np.ones((count, count), dtype=bool), k=1)[-len(self.scores) :]
-        missing = ~np.isfinite(self.scores) & ~(np.isnan(self.scores) & may_be_missing)
-        if missing.any():
-            t, j = np.argwhere(missing)[0]
-            raise ValueError(f"the score on task {j + 1} after task {t + 1} is {self.scores[t, j]}")
+    scores: NDArray[np.float64]
+    zero_shot: NDArray[np.float64]
+    losses: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -66,8 +54,9 @@ MEASURES: Registry[Measure] = Registry("measure", make=Measure)
 """Name in a result -> measure."""
 
 
-def measures_of(record: Record) -> dict[str, float | None]:
-    """All measures of a run by name."""
+def measures_of(scores: ArrayLike, zero_shot: ArrayLike, losses: ArrayLike = ()) -> dict[str, float | None]:
+    """All measures of a run by name; the arguments are those of ``Record``, with None for missing values."""
+    record = Record(*(np.asarray(values, dtype=np.float64) for values in (scores, zero_shot, losses)))
     is_complete = len(record.scores) == len(record.zero_shot)
     entries = ((name, MEASURES[name]) for name in MEASURES)
     values = {name: m.compute(record) if is_complete or m.of_last_row else None for name, m in entries}

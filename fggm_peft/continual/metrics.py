@@ -76,12 +76,6 @@ def edit_similarity(prediction: str, reference: str, source: str = "") -> float:
     return _common_share(_restored(prediction).strip(), _restored(reference).strip())
 
 
-def require_metric(name: str) -> None:
-    """Raise ``MetricError`` unless ``task_score`` can compute the metric."""
-    if name not in METRICS:
-        _load(name)
-
-
 def task_score(name: str, predictions: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> float:
     """The mean of a metric over all samples.
 
@@ -97,7 +91,7 @@ def task_score(name: str, predictions: Sequence[str], references: Sequence[str],
     if name in METRICS:
         scores = sample_scores(name, predictions, references, sources)
         return sum(scores) / len(scores)
-    metric = _load(name)
+    metric = require_metric(name)
     columns: dict[str, Any] = {"predictions": predictions, "references": list(references)}
     if "sources" in metric.features:
         columns["sources"] = list(sources)
@@ -119,22 +113,18 @@ def sample_scores(
         try:
             scores.append(metric(*texts))
         except Exception as error:
-            shown = f"prediction {_shortened(texts[0])}, reference {_shortened(texts[1])}"
+            shown = f"prediction {texts[0]!r:.60}, reference {texts[1]!r:.60}"
             raise MetricError(f"{name} cannot score sample {number} ({error}): {shown}") from error
     return scores
 
 
-def _shortened(text: Any, length: int = 60) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= length else f"{shown[: length - 3]}..."
-
-
-def _load(name: str) -> Any:
+def require_metric(name: str) -> Any:
+    """Raise ``MetricError`` unless ``task_score`` can compute the metric; one of 🤗 Evaluate is returned."""
+    if name in METRICS:
+        return None
     try:
         import evaluate
-    except ImportError as error:
-        raise MetricError(f"the metric {name!r} needs the package evaluate: pip install evaluate") from error
-    try:
+
         return evaluate.load(name)
     except Exception as error:  # the loaded code may raise any error
         reason = " ".join(str(error).split())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
-from .settings import Settings, StreamError, one_line, read_settings
+from .settings import StreamError, one_line, require_known
 from .stream import Stream
 from .task import Task
 
@@ -36,43 +39,66 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
             one line that names the file and the field.
     """
     if isinstance(source, Mapping):
-        name, folder, settings = "the stream", Path.cwd(), dict(source)
+        name, folder, fields = "the stream", Path.cwd(), dict(source)
     else:
         path = _stream_file(source)
-        name, folder, settings = str(path), path.parent.absolute(), read_settings(path)
-    settings |= {field: _absolute(field, value) for field, value in overrides.items() if value is not None}
-    data = folder / Path(settings.pop("data", None) or ".").expanduser()
-    defaults = settings.pop("task_defaults", None)
-    context = {"folder": folder, "data": data}
+        name, folder, fields = str(path), path.parent.absolute(), _read_file(path)
+    fields |= {field: _absolute(field, value) for field, value in overrides.items() if value is not None}
+    data = folder / Path(fields.pop("data", None) or ".").expanduser()
+    defaults, tasks = fields.pop("task_defaults", None) or {}, fields.get("tasks")
+    if isinstance(tasks, list):
+        fields["tasks"] = [{**defaults, **task} if isinstance(task, Mapping) else task for task in tasks]
     try:
-        if defaults is not None:
-            _validated(Task, {"name": "x", "dataset": "x", **defaults}, context, prefix="task_defaults.")
-            if isinstance(settings.get("tasks"), list):
-                tasks = settings["tasks"]
-                settings["tasks"] = [{**defaults, **task} if isinstance(task, Mapping) else task for task in tasks]
-        return _validated(Stream, settings, context)
+        require_known(defaults, list(Task.model_fields), "field of task_defaults")
+        return Stream.model_validate(fields, context={"folder": folder, "data": data})
+    except ValidationError as error:
+        raise StreamError(f"{name}: {one_line(error)}") from error
     except StreamError as error:
         raise StreamError(f"{name}: {error}") from error
 
 
-def _validated(model: type[Settings], values: Mapping[str, Any], context: Mapping[str, Any], prefix: str = "") -> Any:
-    try:
-        return model.model_validate(values, context=dict(context))
-    except ValidationError as error:
-        other_fields = ("data", "task_defaults") if model is Stream else ()
-        raise StreamError(prefix + one_line(error, model, other_fields)) from error
-
-
 def _stream_file(source: str | Path) -> Path:
     path = Path(source).expanduser()
-    if not path.is_file() and str(source) in ready_streams():
+    if path.is_file():
+        return path
+    if str(source) in ready_streams():
         return READY / f"{source}.yaml"
-    if not path.is_file():
-        raise StreamError(f"no file {str(source)!r}; ready streams are {', '.join(ready_streams())}")
-    return path
+    raise StreamError(f"no file {str(source)!r}; ready streams are {', '.join(ready_streams())}")
 
 
 def _absolute(field: str, value: Any) -> Any:
     if field == "data" or (field == "model" and isinstance(value, (str, Path)) and Path(value).is_dir()):
         return str(Path(value).absolute())
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of version 1.2, in which ``1e-4`` is a number, and without duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in keys and key.value != "<<":
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The fields of a YAML or JSON file; an error names the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        fields = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise StreamError(f"{path}{line}: not YAML: {error.problem or error.context}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StreamError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise StreamError(f"{path} must have fields, such as model, methods and tasks")
+    return fields

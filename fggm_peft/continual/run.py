@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..tuner.files import write_json
 from .report import require_report_packages
-from .runner import Runner, method_of
+from .runner import Runner
 from .settings import StreamError
 from .stream import MethodSettings, Order, Stream, differences
 
@@ -32,9 +32,9 @@ class Run:
         """The path of its folder in ``runs``."""
         return f"{self.method.label}/lr{self.learning_rate:g}-seed{self.seed}-{self.order.name.replace(':', '')}"
 
-    def result_file(self, output: Path) -> Path:
-        """The file of its result, which exists when it is finished."""
-        return output / "runs" / self.name / "run.json"
+    def is_finished(self, output: Path) -> bool:
+        """Whether any process has computed its result."""
+        return (output / "runs" / self.name / "run.json").exists()
 
 
 def runs_of(stream: Stream) -> list[Run]:
@@ -62,22 +62,25 @@ def run_stream(
         checkpoint_steps: steps between checkpoints within a task; None restarts an interrupted task.
 
     Raises:
-        StreamError: the folder contains runs and ``resume`` is False, or runs of another stream (the message names
-            the differences); the model is quantized; a method or an option is unknown.
+        StreamError: the folder contains runs and ``resume`` is False, or runs of another stream; the message names
+            the differences.
         ImportError: a package that the report needs is not installed.
     """
-    _check_runnable(stream, output, resume)
+    require_report_packages()
     file = output / "stream.json"
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, stream.fingerprint())
-    tokenizer = stream.model.load_tokenizer()
-    pending = [run for run in runs_of(stream) if not run.result_file(output).exists()]
-    total = sum(len(run.order.tasks) for run in pending)
+    elif not resume:
+        raise StreamError(f"{output} already contains runs; continue with --resume, or choose another folder")
+    elif changes := differences(stream.fingerprint(), json.loads(file.read_text())):
+        raise StreamError(f"the runs in {output} are of another stream: {'; '.join(changes[:3])}")
+    tokenizer, runs = stream.model.load_tokenizer(), runs_of(stream)
+    total = sum(len(run.order.tasks) for run in runs if not run.is_finished(output))
     with tqdm(total=total, desc="Tasks", unit="task", disable=None) as bar:  # shows the remaining time
-        for run in runs_of(stream):
+        for run in runs:
             bar.set_postfix_str(run.name)
-            folder = run.result_file(output).parent
+            folder = output / "runs" / run.name
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(folder / ".lock", timeout=0):  # the system releases it when a process dies
@@ -85,30 +88,3 @@ def run_stream(
             except Timeout:
                 continue  # another process computes it
             yield result
-
-
-def finished_runs(stream: Stream, output: Path) -> list[dict[str, Any]]:
-    """The results in the folder, computed by any process."""
-    files = [run.result_file(output) for run in runs_of(stream)]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
-
-
-def all_results(stream: Stream, output: Path) -> list[dict[str, Any]]:
-    """The stream's results, then those of other methods, rates, seeds and orders in the folder."""
-    others = sorted(set(output.glob("runs/*/*/run.json")) - {run.result_file(output) for run in runs_of(stream)})
-    return finished_runs(stream, output) + [json.loads(file.read_text()) for file in others]
-
-
-def _check_runnable(stream: Stream, output: Path, resume: bool) -> None:
-    require_report_packages()
-    if stream.model.quantization is not None:
-        raise StreamError("sequences need a dense model, because methods change its weights; remove quantization")
-    for method in stream.methods:
-        method_of(method)  # an unknown option is an error now, not after hours
-    file = output / "stream.json"
-    if not file.exists():
-        return
-    if not resume:
-        raise StreamError(f"{output} already contains runs; continue with --resume, or choose another folder")
-    if changes := differences(stream.fingerprint(), json.loads(file.read_text())):
-        raise StreamError(f"the runs in {output} are of another stream: {'; '.join(changes[:3])}")

@@ -8,7 +8,6 @@ its newest checkpoint; both give the same bits as a run without interruption.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,14 +21,14 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from ..training.base_model import this_process
 from ..training.checkpoints import last_complete_checkpoint
+from ..training.data import TokenizedExamples
 from ..training.evaluation import score_answers, written_answers
-from ..tuner.files import digest_of_folder, write_json
+from ..training.texts import PARAGRAPH_LENGTH, read_paragraphs
+from ..tuner.files import digest_of_folder, partial_file, write_json
+from .measures import measures_of
 from .memory import peak_memory, reset_peak_memory
-from .methods import Method, make_method
+from .methods import Method
 from .metrics import task_score
-from .result import result_of
-from .settings import StreamError
-from .stream import MethodSettings
 from .task import Task
 
 if TYPE_CHECKING:
@@ -38,22 +37,11 @@ if TYPE_CHECKING:
     from .run import Run
     from .stream import Stream
 
-logger = logging.getLogger(__name__)
 Lesson = tuple[str, Sequence[Task]]
 """A name and the tasks that are learned together."""
 Entries = list[dict[str, Any]]
-
-
-def method_of(settings: MethodSettings) -> Method:
-    """The method with these settings.
-
-    Raises:
-        StreamError: the method is unknown or an option is illegal.
-    """
-    try:
-        return make_method(settings.name, **settings.settings)
-    except (ValueError, TypeError) as error:
-        raise StreamError(f"methods: {settings.label}: {error}") from error
+SUMMED = ("selection_seconds", "training_seconds", "evaluation_seconds", "bytes")
+"""Costs of a run that are sums over its tasks."""
 
 
 class Runner:
@@ -78,14 +66,15 @@ class Runner:
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.batch_size = stream.training.evaluation_batch_size or stream.training.batch_size
-        self.text = None if stream.general is None else stream.general.examples(tokenizer)
+        self.text: TokenizedExamples | None = None
+        if stream.general is not None:
+            self.text = TokenizedExamples(read_paragraphs(stream.general.text), tokenizer, PARAGRAPH_LENGTH)
         reset_peak_memory()
 
     def result(self) -> dict[str, Any]:
         """The run's result, computed or read from the folder."""
         file = self.folder / "run.json"
         if not file.exists():
-            logger.info("run %s", self.run.name)
             write_json(file, self._compute())
             (self.folder / "state.pt").unlink(missing_ok=True)
         return json.loads(file.read_text())
@@ -94,38 +83,33 @@ class Runner:
         method, model, entries = self._load_state()
         if not entries:
             entries = [{"task": None, **self._evaluate(model, len(self.tasks))}]
-        lessons: list[Lesson] = [(task.name, [task]) for task in self.tasks]
+        lessons: list[Lesson] = [(task.name, (task,)) for task in self.tasks]
         if method.sees_all_tasks:
             lessons = [("all", self.tasks)]
         self.on_tasks_done(len(entries) - 1)
         while len(entries) <= len(lessons) and not is_stopped(entries):
             number = len(entries) - 1
             method, model, entry = self._learn(method, model, number, lessons, entries)
-            entries.append(entry)
+            entries.append({**entry, "peak_memory": peak_memory()})  # of this process; a resumed run has several
             self._save_state(model, method, entries)
             self.on_tasks_done(len(lessons[number][1]))
-        truncated = {
-            task.name: {"prompts": test.cut_prompts, "answers": test.cut_answers}
-            for task, test in zip(self.tasks, self.tests, strict=True)
-            if test.cut_prompts or test.cut_answers
-        }
-        return result_of(self.run, entries, method.sees_all_tasks, truncated)
+        return self._result(entries, method.sees_all_tasks)
 
     def _learn(
         self, method: Method, model: nn.Module, number: int, lessons: list[Lesson], entries: Entries
     ) -> tuple[Method, nn.Module, dict[str, Any]]:
         """Train, evaluate and apply the gate; the entry describes the model after the gate."""
-        gate, (name, tasks) = self.stream.gate, lessons[number]
+        name, tasks = lessons[number]
         # for the forward transfer also the next task
         count = len(self.tasks) if number == len(lessons) - 1 else number + 2
+        gate = self.stream.gate
         model, entry = self._train(model, method, number, name, tasks)
         entry |= self._evaluate(model, count)
         violations = [] if gate is None else gate.violations(learned(entries), entry["scores"])
         if gate is not None and violations:
             if gate.action == "rollback":
                 method, model, _ = self._load_state()
-                entry |= {"parameters": 0, "bytes": 0, "digest": None}
-                entry |= self._evaluate(model, count)
+                entry |= {"parameters": 0, "bytes": 0, "digest": None, **self._evaluate(model, count)}
             action = {"stop": "stopped", "rollback": "rolled back"}[gate.action]
             entry["gate"] = [{"task": name, **violation, "action": action} for violation in violations]
         return method, model, entry
@@ -133,11 +117,10 @@ class Runner:
     def _train(
         self, model: nn.Module, method: Method, number: int, name: str, tasks: Sequence[Task]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        folder = self._task_folder(number, name)
+        folder = self.folder / "tasks" / f"{number}-{name}"
         parts = [task.examples("train", self.tokenizer, self.run.seed) for task in tasks]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        entry: dict[str, Any] = {"task": name} | dict.fromkeys(("training_seconds", "selection_seconds"), 0.0)
-        entry |= dict.fromkeys(("parameters", "bytes", "steps", "examples"), 0)
+        entry: dict[str, Any] = {"task": name, "parameters": 0, "steps": 0, "examples": 0}
         trainer: Any = None
         method.number = number
         model = method.begin_task(model, examples)
@@ -167,9 +150,6 @@ class Runner:
         entry["digest"] = digest_of_folder(folder) if files else None
         return model, entry
 
-    def _task_folder(self, number: int, name: str) -> Path:
-        return self.folder / "tasks" / f"{number}-{name}"
-
     def _arguments(self, task: Task, seed: int, folder: Path) -> TrainingArguments:
         """The same for every method; the seed, and thus the order of the data, differs from task to task."""
         training = self.stream.training_of(task)
@@ -191,7 +171,7 @@ class Runner:
             save_total_limit=1,
             logging_strategy="no",
             report_to="none",
-            disable_tqdm=not logger.isEnabledFor(logging.INFO),
+            disable_tqdm=True,
             use_cpu=this_process().device.type == "cpu",
         )
 
@@ -214,21 +194,14 @@ class Runner:
 
     def _save_state(self, model: nn.Module, method: Method, entries: Entries) -> None:
         """Save the state, which contains the entries, before ``tasks.json``: a kill between them is harmless."""
-        entries[-1]["peak_memory"] = peak_memory()  # of this process; a resumed run has several
         state = {"model": model.state_dict(), "method": method.memory, "entries": json.dumps(entries)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "state.pt.partial"
-        try:
+        with partial_file(self.folder / "state.pt") as partial:
             torch.save(state, partial)
-        except BaseException:  # such as a full disk: keep the previous state, remove the incomplete file
-            partial.unlink(missing_ok=True)
-            raise
-        partial.replace(self.folder / "state.pt")
         write_json(self.folder / "tasks.json", entries)
 
     def _load_state(self) -> tuple[Method, nn.Module, Entries]:
         """Method, model and entries after the last finished task."""
-        method = method_of(self.run.method)
+        method = self.run.method.method()
         torch.manual_seed(self.run.seed)
         model = method.prepare(self.stream.model.load(), self.run.seed)
         file = self.folder / "state.pt"
@@ -238,6 +211,35 @@ class Runner:
         model.load_state_dict(state["model"])
         method.memory = state["method"]
         return method, model, json.loads(state["entries"])
+
+    def _result(self, entries: Entries, sees_all_tasks: bool) -> dict[str, Any]:
+        """The result as plain types: one entry of a report."""
+        before, *after = entries
+        # fewer tasks if a gate has stopped the run
+        tasks = [task.name for task in (self.tasks if sees_all_tasks else self.tasks[: len(after)])]
+        rows = [[entry["scores"].get(name) for name in tasks] for entry in after]
+        zero_shot = [before["scores"][name] for name in tasks]
+        losses = [entry["general_loss"] for entry in entries if entry["general_loss"] is not None]
+        cut = {test.task.name: {"prompts": test.cut_prompts, "answers": test.cut_answers} for test in self.tests}
+        return {
+            "method": self.run.method.name,
+            "label": self.run.method.label,
+            "learning_rate": self.run.learning_rate,
+            "seed": self.run.seed,
+            "order": self.run.order.name,
+            "tasks": tasks,
+            "R": rows,
+            "zero_shot": zero_shot,
+            "general_losses": losses or None,
+            **measures_of(rows, zero_shot, losses),
+            "gate": [event for entry in after for event in entry.get("gate", [])] or None,
+            "cut": {name: counts for name, counts in cut.items() if any(counts.values())} or None,
+            "cost": {
+                **{name: sum(entry.get(name, 0) for entry in entries) for name in SUMMED},
+                "parameters": max(entry.get("parameters", 0) for entry in entries),
+                "peak_memory": max(entry.get("peak_memory") or 0 for entry in entries) or None,
+            },
+        }
 
 
 def learned(entries: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -8,16 +8,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from transformers.trainer_utils import SchedulerType
 
-from ..training.base_model import DTYPES, QUANTIZATIONS, BaseModel, computes_bfloat16
+from ..training.base_model import BaseModel, computes_bfloat16
+from ..training.texts import read_paragraphs
 from ..tuner.files import digest_of_folder, may_be_hub_id
 from .gate import EVERY_TASK, Gate
-from .general import General
-from .settings import Count, FolderName, Positive, Settings, StreamError, path_in_data, suggestions
+from .methods import Method, make_method
+from .settings import Count, DataPath, FolderName, Positive, Settings, StreamError, path_in_data, require_known
 from .task import Task
 
 
@@ -60,6 +61,22 @@ class Training(Settings):
         return value
 
 
+class General(Settings):
+    """A measure of general ability, in addition to the tasks.
+
+    Args:
+        text: file of plain text in paragraphs, whose loss is compared with the base model's after every task.
+    """
+
+    text: DataPath
+
+    @field_validator("text")
+    @classmethod
+    def _check_text(cls, value: str) -> str:
+        read_paragraphs(value)  # raises an error for a missing or empty file
+        return value
+
+
 class MethodSettings(Settings):
     """A method of a stream: its name in the registry, the label of its runs, and its options.
 
@@ -77,12 +94,23 @@ class MethodSettings(Settings):
             value = {"name": value}
         if not isinstance(value, Mapping):
             return value
-        options = dict(value)
-        name, label = options.pop("name", ""), options.pop("label", None)
-        options = {**options.pop("settings", {}), **options}
-        if "reference" in options:  # it may name files or folders in the data folder
+        options = {**value.get("settings", {}), **{k: v for k, v in value.items() if k not in cls.model_fields}}
+        if "reference" in options:
             options["reference"] = _existing_paths(options["reference"], info)
-        return {"name": name, "label": name if label is None else label, "settings": options}
+        name = value.get("name", "")
+        return {"name": name, "label": value.get("label", name), "settings": options}
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodSettings:
+        try:
+            self.method()
+        except TypeError as error:
+            raise ValueError(f"the method {self.name!r}: {error}") from error
+        return self
+
+    def method(self) -> Method:
+        """A new method with these settings."""
+        return make_method(self.name, **self.settings)
 
 
 def _existing_paths(value: Any, info: ValidationInfo) -> Any:
@@ -93,8 +121,7 @@ def _existing_paths(value: Any, info: ValidationInfo) -> Any:
     return path if path and Path(path).exists() else value
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """A name and all tasks in one order."""
 
     name: str
@@ -108,9 +135,7 @@ def _base_model(value: Any, info: ValidationInfo) -> Any:
         return fields
     if "trust_remote_code" in fields:  # a file may come from anywhere
         raise ValueError("a file cannot set trust_remote_code; pass a BaseModel from Python")
-    for name, legal in (("dtype", DTYPES), ("quantization", (*QUANTIZATIONS, None))):
-        if name in fields and fields[name] not in legal:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, legal))}, got {fields[name]!r}")
+    require_known(fields, [field.name for field in dataclasses.fields(BaseModel)])
     path = info.context["folder"] / Path(str(fields.get("name", ""))).expanduser()
     if path.is_dir():
         return {**fields, "name": str(path)}
@@ -138,6 +163,7 @@ class Stream(Settings):
         pydantic.ValidationError: a field is empty, out of range, or contains a duplicate.
     """
 
+    other_fields: ClassVar[tuple[str, ...]] = ("data", "task_defaults")
     model: Annotated[BaseModel, BeforeValidator(_base_model)]
     tasks: tuple[Task, ...] = Field(min_length=1)
     methods: tuple[MethodSettings, ...] = Field(min_length=1)
@@ -155,16 +181,16 @@ class Stream(Settings):
             "methods": [method.label for method in self.methods],
             "learning_rates": list(self.learning_rates),
             "seeds": list(self.seeds),
-            "orders": [_order_name(order) for order in self.orders],
+            "orders": [order.name for order in self.task_orders()],
         }
         for name, values in lists.items():
             if duplicates := [value for value in values if values.count(value) > 1]:
                 hint = "; give them different labels" if name == "methods" else ""
                 raise StreamError(f"{name} contains {duplicates[0]!r} more than once{hint}")
-        self.task_orders()
-        names = [*lists["tasks"], EVERY_TASK]
-        if self.gate is not None and (unknown := [name for name in self.gate.keep if name not in names]):
-            raise StreamError(f"gate.keep: unknown task {unknown[0]!r}; {suggestions(unknown[0], names)}")
+        if self.gate is not None:
+            require_known(self.gate.keep, [*lists["tasks"], EVERY_TASK], "task in gate.keep:")
+        if self.model.quantization is not None:
+            raise StreamError("model: methods change its weights, so it must be dense; remove quantization")
         return self
 
     def with_methods(self, labels: Sequence[str]) -> Stream:
@@ -174,8 +200,7 @@ class Stream(Settings):
             StreamError: a label is unknown.
         """
         by_label = {method.label: method for method in self.methods}
-        if unknown := [label for label in labels if label not in by_label]:
-            raise StreamError(f"methods: unknown label {unknown[0]!r}; {suggestions(unknown[0], list(by_label))}")
+        require_known(labels, list(by_label), "label in --methods:")
         return self.model_copy(update={"methods": tuple(by_label[label] for label in labels)})
 
     def rates(self) -> tuple[float, ...]:
@@ -188,27 +213,23 @@ class Stream(Settings):
 
     def task_orders(self) -> list[Order]:
         """The tasks in each of ``orders``."""
-        return [Order(_order_name(order), self._permuted(order)) for order in self.orders]
-
-    def _permuted(self, order: str | tuple[str, ...]) -> tuple[Task, ...]:
         by_name = {task.name: task for task in self.tasks}
-        if not isinstance(order, str):
-            if sorted(order) != sorted(by_name):
-                raise StreamError(
-                    f"orders: {', '.join(order)} does not contain each task once; the tasks are {', '.join(by_name)}"
-                )
-            return tuple(by_name[name] for name in order)
-        if order == "given":
-            return self.tasks
-        if order == "reversed":
-            return self.tasks[::-1]
-        if match := re.fullmatch(r"random:(\d+)", order):
-            # by hashes of the names: independent of the version of Python and of the order in the file
-            digests = {name: hashlib.sha256(f"{match[1]}:{name}".encode()).hexdigest() for name in by_name}
-            return tuple(sorted(self.tasks, key=lambda task: digests[task.name]))
-        raise StreamError(
-            f"orders: unknown order {order!r}; legal are given, reversed, random:SEED, or a list of all tasks"
-        )
+        orders = []
+        for order in self.orders:
+            drawn = re.fullmatch(r"random:(\d+)", order) if isinstance(order, str) else None
+            names = [order] if isinstance(order, str) else list(order)
+            if order in ("given", "reversed"):
+                names = list(by_name)[:: 1 if order == "given" else -1]
+            elif drawn:
+                # by hashes of the names: independent of the version of Python and of the order in the file
+                digests = {name: hashlib.sha256(f"{drawn[1]}:{name}".encode()).hexdigest() for name in by_name}
+                names = sorted(by_name, key=digests.__getitem__)
+            if sorted(names) != sorted(by_name):
+                legal = f"given, reversed, random:SEED, or a list of all tasks: {', '.join(by_name)}"
+                raise StreamError(f"orders: unknown order {order!r}; legal are {legal}")
+            name = order if isinstance(order, str) else ",".join(order)
+            orders.append(Order(name, tuple(by_name[name] for name in names)))
+        return orders
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that determines the results of the runs, as JSON types. Files are represented by digests.
@@ -216,24 +237,17 @@ class Stream(Settings):
         It contains no methods, seeds, orders and learning rates to be compared: a run has one of each, and adding
         another one does not change existing runs.
         """
-        model = dataclasses.asdict(self.model)
+        fields = self.model_dump(mode="json", include={"model", "training", "gate"})
         for name in ("device_map", "trust_remote_code"):  # these do not change the weights
-            del model[name]
+            del fields["model"][name]
         if Path(self.model.name).is_dir():
-            model["name"] = digest_of_folder(Path(self.model.name))
-        fingerprint = {
-            "model": model,
+            fields["model"]["name"] = digest_of_folder(Path(self.model.name))
+        return {
+            **fields,
             "tasks": {task.name: task.fingerprint() for task in self.tasks},
-            "training": self.training.model_dump(),
-            "general": None if self.general is None else self.general.fingerprint(),
-            "gate": None if self.gate is None else self.gate.model_dump(),
+            "general": None if self.general is None else {"text": digest_of_folder(Path(self.general.text))},
             "order": [task.name for task in self.tasks],
         }
-        return json.loads(json.dumps(fingerprint))
-
-
-def _order_name(order: str | tuple[str, ...]) -> str:
-    return order if isinstance(order, str) else ",".join(order)
 
 
 def differences(fingerprint: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

@@ -9,16 +9,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
 from ..training.data import (
     FILE_TYPES,
     DataError,
     DataSource,
     Example,
-    Records,
     TokenizedExamples,
     load_rows,
     read_example,
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
 Split = Literal["train", "eval", "test"]
 
 
+def _of_training(value: Any) -> Any:
+    return {"train": value} if isinstance(value, str) else value
+
+
 class TaskExamples(TokenizedExamples):
     """Tokenized examples of a task, and the texts that a metric compares.
 
@@ -42,25 +45,20 @@ class TaskExamples(TokenizedExamples):
     ``max_answer_length`` are truncated; the constructor counts them and warns.
 
     Args:
-        sources: the prompts as texts, without a chat template.
-        references: the answers as texts, never truncated.
+        rows: of each example also the prompt and the answer as texts, without a chat template.
 
     Attributes:
+        sources, references: the prompts and the answers, never truncated.
         cut_prompts: number of prompts with more than ``max_prompt_length`` tokens.
         cut_answers: number of answers, with their end token, with more than ``max_answer_length`` tokens.
     """
 
     def __init__(
-        self,
-        task: Task,
-        split: str,
-        examples: Sequence[Example],
-        sources: Sequence[str],
-        references: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
+        self, task: Task, split: str, rows: Sequence[tuple[Example, str, str]], tokenizer: PreTrainedTokenizerBase
     ):
+        examples, self.sources, self.references = map(list, zip(*rows, strict=True))
         super().__init__(examples, tokenizer, task.max_prompt_length + task.max_answer_length)
-        self.task, self.sources, self.references = task, sources, references
+        self.task = task
         self.cut_prompts = self.cut_answers = 0
         for example in examples:
             prompt, answer = tokenizer([example.prompt, example.answer], add_special_tokens=False)["input_ids"]
@@ -109,7 +107,7 @@ class Task(Settings):
     dataset: str | None = None
     rows: Callable[[str], Iterable[Mapping[str, Any]]] | None = None
     subset: str | None = None
-    split: str | dict[Split, str] | None = None
+    split: Annotated[dict[Split, str], BeforeValidator(_of_training)] = {}
     prompt: str | None = None
     answer: str | None = None
     chat_template: bool = False
@@ -134,7 +132,7 @@ class Task(Settings):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Task:
-        if sum(source is not None for source in (self.path, self.dataset, self.rows)) != 1:
+        if [self.path, self.dataset, self.rows].count(None) != 2:
             raise ValueError("needs exactly one of path (file or folder) and dataset (Hub id)")
         if (self.prompt is None) != (self.answer is None):
             raise ValueError("prompt and answer are templates that belong together: give both or neither")
@@ -143,15 +141,9 @@ class Task(Settings):
         for path in self.path.values() if isinstance(self.path, dict) else [self.path] if self.path else []:
             if not Path(path).exists():
                 raise ValueError(f"path: no file or folder {path}{where}")
-        test = self._split_name("test")
-        if isinstance(self.path, str) and self._has_file("train") and not self._has_file("test"):
-            raise ValueError(f"path: {self.path} has training data, but no {test}.json ({', '.join(FILE_TYPES)})")
         return self
 
-    def _has_file(self, split: str) -> bool:
-        return any(Path(str(self.path), self._split_name(split) + suffix).is_file() for suffix in FILE_TYPES)
-
-    def examples(self, split: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TaskExamples:
+    def examples(self, split: Split, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TaskExamples:
         """The examples of a split: "train" shuffled by the seed, other splits in the order of their rows.
 
         The seed also draws the rows for ``limit``. It does not affect the other splits: all runs use the same test
@@ -161,22 +153,20 @@ class Task(Settings):
             DataError: rows cannot be read or are empty, or a template fails; the message names file and row.
         """
         source = self._source(split)
-        rows = self._load_rows(split, source)
+        rows = load_rows(source) if self.rows is None else list(self.rows(split))
         is_training = split == "train"
         order = random.Random(seed if is_training else 0).sample(range(len(rows)), len(rows))
         indices = order[: self.limit] if is_training else sorted(order[: self.test_limit])
-        format = row_format(list(rows[0]) if self.prompt is None else ["prompt", "answer"], source)
-        examples, sources, references = [], [], []
+        format = row_format(list(rows[0]) if rows and self.prompt is None else ["prompt", "answer"], source)
+        examples = []
         for index in indices:
             row = rows[index] if self.prompt is None else self._rendered(rows[index], index, source)
             if (example := read_example(row, index, format, source, tokenizer)) is not None:
-                examples.append(example)
-                prompt, answer = map(_last_text, format.read(row))
-                sources.append(prompt)
-                references.append(answer)
+                prompt, answer = format.read(row)
+                examples.append((example, _last_text(prompt), _last_text(answer)))
         if not examples:
-            raise DataError(f"every row of {source.name} is empty")
-        return TaskExamples(self, split, examples, sources, references, tokenizer)
+            raise DataError(f"every row of {source.name} is empty, or there are none")
+        return TaskExamples(self, split, examples, tokenizer)
 
     def _rendered(self, row: Mapping[str, Any], index: int, source: DataSource) -> dict[str, str]:
         """Prompt and answer of a row by the templates."""
@@ -191,35 +181,20 @@ class Task(Settings):
                 f"columns are {', '.join(map(str, row))}"
             ) from error
 
-    def _split_name(self, split: Any) -> str:
-        if isinstance(self.split, dict):
-            return self.split.get(split, split)
-        return self.split if self.split is not None and split == "train" else split
-
-    def _source(self, split: Any) -> DataSource:
+    def _source(self, split: Split) -> DataSource:
         name = self.path or self.dataset or f"the rows of {self.name}"
+        if isinstance(name, str) and self.path is not None and Path(name).is_file():
+            name = {"train": name}
         if isinstance(name, dict):
             if split not in name:
-                raise DataError(f"path of task {self.name} has no {split!r}, only {', '.join(name)}")
+                known = ", ".join(name)
+                raise DataError(f"path of task {self.name} has only {known}; give path: {{train: ..., {split}: ...}}")
             name = name[split]
-        elif self.path is not None and split != "train" and Path(name).is_file():
-            raise DataError(
-                f"path of task {self.name} is one file with its training data; for other splits give "
-                f"path: {{train: {Path(name).name}, {split}: ...}}"
-            )
-        return DataSource(name, split=self._split_name(split), subset=self.subset, chat_template=self.chat_template)
-
-    def _load_rows(self, split: str, source: DataSource) -> Records:
-        if self.rows is None:
-            return load_rows(source)
-        rows = list(self.rows(split))
-        if not rows:
-            raise DataError(f"{source.name} are empty for the split {split!r}")
-        return rows
+        return DataSource(name, self.split.get(split, split), self.subset, chat_template=self.chat_template)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything in the task that determines results; files by their content, not by their path."""
-        return {**self.model_dump(exclude={"path", "rows"}), "data": self._data_digest()}
+        return {**self.model_dump(mode="json", exclude={"path", "rows"}), "data": self._data_digest()}
 
     def _data_digest(self) -> str | None:
         """Digest of the content of files and rows; None for a Hub data set, which its name identifies."""

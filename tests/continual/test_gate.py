@@ -77,7 +77,7 @@ def test_a_rolled_back_task_leaves_model_and_method_bit_exact(method, folder, tm
         ({"keep": {}}, "gate.keep is empty"),
         ({"keep": {"plus": 1.5}}, r"gate.keep.plus: must be less than or equal to 1, got 1.5"),
         ({"keep": {"plus": 0.9}, "action": "rollbck"}, "gate.action: must be 'stop' or 'rollback', got 'rollbck'"),
-        ({"keep": {"pluss": 0.9}}, "gate.keep: unknown task 'pluss'.*Did you mean 'plus'"),
+        ({"keep": {"pluss": 0.9}}, "unknown task in gate.keep: 'pluss'.*Did you mean 'plus'"),
     ],
 )
 def test_an_invalid_gate_is_rejected(gate, message, folder):
@@ -103,4 +103,4 @@ def test_a_gate_can_be_set_on_the_command_line(folder, tmp_path):
     result = fggm(*arguments, "--gate", "plus=1", "--gate", "minus=0.5")
     assert result.code == 0, result.err
     refused = fggm(*arguments, "--gate", "plus")
-    assert refused.code == 1 and "--gate 'plus' is not a task and a share" in refused.err
+    assert refused.code == 1 and "gate.keep: 'plus' is not a task and a share" in refused.err

@@ -9,7 +9,6 @@ import torch
 from models import byte_tokenizer, text_model
 from streams import settings, write_stream
 
-from fggm_peft.continual.general import General
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
 from fggm_peft.continual.settings import StreamError
@@ -42,12 +41,12 @@ def test_a_run_measures_the_mean_loss_over_the_tokens_of_the_text_after_each_tas
     assert losses == [entry["general_loss"] for entry in entries] and len(set(losses)) == 3
 
 
-def test_an_empty_text_is_an_error(tmp_path):
+def test_an_empty_text_is_an_error(folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(StreamError, match=r"general\.text: .* is empty"):
-        General(text=str(tmp_path / "empty.txt")).examples(byte_tokenizer())
+        read_stream(settings(folder, general={"text": str(tmp_path / "empty.txt")}))
 
 
 def test_an_unknown_field_is_an_error(folder):
-    with pytest.raises(StreamError, match=r"general\.lm_eval: unknown field; legal are text"):
+    with pytest.raises(StreamError, match=r"general: unknown field 'lm_eval'; legal are text"):
         read_stream(settings(folder, general={"text": str(folder / "general.txt"), "lm_eval": ["hellaswag"]}))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fggm_peft.continual.measures import MEASURES, Record, measures_of, pareto_front, summary_of
+from fggm_peft.continual.measures import MEASURES, measures_of, pareto_front, summary_of
 
 NAN = float("nan")
 # after task 1, 2, 3; task 1 gets better with task 2 before it is forgotten
@@ -39,7 +39,7 @@ LOSSES = [2.0, 3.5, 3.0, 2.9]
 
 def value(name: str, scores, zero_shot=None, losses=()) -> float | None:
     zero_shot = [NAN] * len(scores) if zero_shot is None else zero_shot
-    return measures_of(Record(scores, zero_shot, losses))[name]
+    return measures_of(scores, zero_shot, losses)[name]
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -57,12 +57,12 @@ def test_all_measures_differ_in_the_example():
 
 def test_a_method_that_learns_all_tasks_at_once_has_only_measures_of_its_end():
     known = {"op": pytest.approx(0.5), "general": pytest.approx(0.9)}
-    assert measures_of(Record(SCORES[-1:], ZERO_SHOT, LOSSES)) == dict.fromkeys(MEASURES) | known
+    assert measures_of(SCORES[-1:], ZERO_SHOT, LOSSES) == dict.fromkeys(MEASURES) | known
 
 
 def test_tasks_of_the_future_need_no_scores():
     known = np.where(np.tri(3, dtype=bool), SCORES, NAN)
-    complete, partial = (measures_of(Record(scores, ZERO_SHOT)) for scores in (SCORES, known))
+    complete, partial = (measures_of(scores, ZERO_SHOT) for scores in (SCORES, known))
     assert partial == complete | {"fwt": None}
 
 
@@ -76,7 +76,7 @@ def test_forward_transfer_needs_only_the_score_directly_before_a_task():
 
 def test_a_single_task_transfers_nothing_and_forgets_nothing():
     expected = dict.fromkeys(MEASURES) | dict.fromkeys(("op", "op_mean", "diagonal"), 0.6)
-    assert measures_of(Record([[0.6]], [0.1])) == expected
+    assert measures_of([[0.6]], [0.1]) == expected
 
 
 def test_the_first_of_two_tasks_is_forgotten_from_its_only_earlier_score():
@@ -100,21 +100,6 @@ def test_means_over_tasks_and_steps(scores):
     steps = [np.mean([scores[t, j] for j in range(t + 1)]) for t in range(len(scores))]
     assert value("op_mean", scores) == pytest.approx(np.mean(steps))
     assert value("diagonal", scores) == pytest.approx(scores.trace() / len(scores))
-
-
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        ([[0.1, 0.2], [0.1, 0.2], [0.1, 0.2]], r"must be \[2, 2\] or \[1, 2\], got \[3, 2\]"),
-        ([[0.1], [0.2]], r"got \[2, 1\]"),
-        ([[0.1, NAN], [NAN, 0.2]], "the score on task 1 after task 2 is nan"),
-        ([[NAN, 0.1], [0.3, 0.2]], "the score on task 1 after task 1 is nan"),
-        ([[0.1, float("inf")], [0.3, 0.2]], "the score on task 2 after task 1 is inf"),
-    ],
-)
-def test_missing_scores_raise_an_error_that_names_them(scores, message):
-    with pytest.raises(ValueError, match=message):
-        Record(scores, [0.1, 0.1])
 
 
 # --- over seeds and orders -----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fggm_peft import FGGMConfig
-from fggm_peft.continual.measures import Record, measures_of
+from fggm_peft.continual.measures import measures_of
 from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
@@ -171,7 +171,7 @@ def test_accuracy_is_the_mean_at_the_end_and_forgetting_the_change_of_the_texts_
     assert last["forgetting"] == run["general_losses"][-1] - run["general_losses"][0]
     assert last["backward transfer"] == pytest.approx(run["R"][1][0] - run["R"][0][0])
     assert [entry["valid accuracy"] for entry in between] == pytest.approx([run["R"][0][0], sum(run["R"][1]) / 2])
-    assert last["forgetting of tasks"] == pytest.approx(measures_of(Record(run["R"], run["zero_shot"]))["forgetting"])
+    assert last["forgetting of tasks"] == pytest.approx(measures_of(run["R"], run["zero_shot"])["forgetting"])
 
 
 def tokens(folder, name: str) -> list[int]:

@@ -190,16 +190,6 @@ def test_the_classes_declare_what_the_runner_needs():
     assert [name for name in METHODS if not METHODS[name].trains] == ["frozen"]
 
 
-def test_full_fine_tuning_rejects_integer_weights():
-    model = llama()
-    weight = model.model.layers[0].mlp.up_proj.weight
-    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(
-        ValueError, match=r"needs a dense model, and model\.layers\.0\.mlp\.up_proj\.weight is torch\.int8"
-    ):
-        make_method("sft").begin_task(model, examples())
-
-
 # Comparison with plain loops ---------------------------------------------------------------------
 
 

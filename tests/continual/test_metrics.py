@@ -116,9 +116,9 @@ def test_an_unknown_metric_raises_a_one_line_error_that_lists_the_known_metrics(
     assert "\n" not in str(error.value)
 
 
-def test_without_evaluate_the_error_says_what_to_install(monkeypatch):
+def test_without_evaluate_its_metrics_are_unknown(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    with pytest.raises(MetricError, match=r"pip install evaluate"):
+    with pytest.raises(MetricError, match="evaluate cannot load it"):
         require_metric("bleu")
 
 

@@ -359,7 +359,7 @@ page.onload = () => {{
   const root = page.contentDocument.documentElement;
   const smallest = Math.min(...[...root.querySelectorAll("figure svg text")].map(
     t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a || 99));
-  const outside = [...root.querySelectorAll("figure, h1, h2, p, .box, .legend")].filter(
+  const outside = [...root.querySelectorAll("figure, h1, h2, p, .box")].filter(
     e => e.getBoundingClientRect().right > {width} + 0.5).length;
   out.textContent = JSON.stringify({{overflow: root.scrollWidth - root.clientWidth, outside, smallest,
     figures: root.querySelectorAll("figure svg").length}});

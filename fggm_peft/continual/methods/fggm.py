@@ -12,7 +12,7 @@ from transformers import Trainer
 from ...training import FGGMTrainer
 from ...tuner import FGGMConfig, InputCovariance, require_reference
 from ...tuner.files import HISTORY, TaskRecord, history_of, retained_by, set_retained
-from .method import METHODS, train_all_
+from .method import METHODS
 from .peft_method import PeftMethod
 
 
@@ -47,7 +47,7 @@ class FGGM(PeftMethod):
 
     def begin_task(self, model, examples):
         self.restore_history_(model)
-        return super().begin_task(model, examples) if self.is_masked else train_all_(model)
+        return super().begin_task(model, examples) if self.is_masked else model.requires_grad_(True)
 
     def trainer(self, **arguments: Any) -> Trainer:
         return FGGMTrainer(**arguments) if self.is_masked else super().trainer(**arguments)

@@ -13,7 +13,7 @@ from transformers import Trainer
 from ...training import FGGMTrainer
 from ...tuner import find_targets
 from .fggm import FGGM
-from .method import METHODS, MethodTrainer, train_all_, train_only_
+from .method import METHODS, MethodTrainer, train_only_
 
 ADAPTER = "default"
 
@@ -41,7 +41,7 @@ class MaskedFineTuning(FGGM):
 
     def begin_task(self, model, examples):
         self.restore_history_(model)
-        return model if self.is_masked else train_all_(model)
+        return model if self.is_masked else model.requires_grad_(True)
 
     def trainer(self, **arguments: Any) -> Trainer:
         self.frozen = self._select(**arguments) if self.is_masked else {}

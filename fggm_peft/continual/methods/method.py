@@ -68,7 +68,7 @@ class Method:
 
     def begin_task(self, model: nn.Module, examples: Examples) -> nn.Module:
         """The model to train on the current task, with ``requires_grad`` set on its parameters."""
-        return train_all_(model)
+        return model.requires_grad_(True)
 
     def trainer(self, **arguments: Any) -> Trainer:
         """A trainer for the current task; the arguments are those of transformers' ``Trainer``."""
@@ -117,21 +117,6 @@ class MethodTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self.method.change_gradients_(self.accelerator.unwrap_model(self.model), self)
         return loss
-
-
-def train_all_(model: nn.Module) -> nn.Module:
-    """Make every parameter trainable.
-
-    Raises:
-        ValueError: the model is quantized.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"full fine-tuning needs a dense model, and {name} is {parameter.dtype}. Load the model without "
-                "quantization, or train an adapter (fggm, lora)"
-            )
-    return model.requires_grad_(True)
 
 
 def train_only_(model: nn.Module, names: Iterable[str]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -46,7 +47,7 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
     - ``measures``: name -> formula.
     - ``warnings``: what a reader should know before comparing.
     """
-    runs = [_finite(run) for run in results]
+    runs = json.loads(json.dumps(results), parse_constant=lambda name: None)
     frame = _frame(runs)
     summary = [_entry(members) for _, members in frame.groupby(["label", "learning_rate"], sort=False)]
     best = _best_points(summary)
@@ -60,15 +61,6 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
         "measures": {name: MEASURES[name].formula for name in MEASURES},
         "warnings": [*_tuning_warnings(best), *_run_warnings(results, summary)],
     }
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _frame(runs: Sequence[Run]) -> DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,6 @@ from .contents import FRONTS, counted, task_count
 Report = Mapping[str, Any]
 Runs = Mapping[str, list[dict[str, Any]]]
 
-GLYPHS = dict(zip(plots.MARKERS, "●■▲◆▼✚✖⬟◀⬢▶★", strict=True))
-
 
 class Picture(NamedTuple):
     """A figure of the page: its title, the ``<svg>`` element, and a note with the number of runs."""
@@ -23,12 +20,6 @@ class Picture(NamedTuple):
     title: str
     svg: str
     note: str
-
-
-def legend_of(report: Report) -> list[tuple[str, str, str]]:
-    """Label, color and marker of each method."""
-    looks = plots.looks([point["label"] for point in report["best"]["points"]])
-    return [(label, look["color"], GLYPHS[look["marker"]]) for label, look in looks.items()]
 
 
 def pictures_of(report: Report) -> dict[str, list[Picture]]:
@@ -111,12 +102,13 @@ def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
         if losses := [run["general_losses"] for run in members if run.get("general_losses")]:
             means[label] = _mean(losses).tolist()
     if means:
-        figure, (axes,) = plots.new_figure(2.6)
+        figure, (axes,) = plots.new_figure(2.4 + 0.1 * len(looks))
         count = max(map(len, means.values()))
         for label, values in means.items():
             steps, present = (range(count), values) if len(values) == count else ([count - 1], values[-1:])
             plots.lines(axes, steps, {label: [None if value != value else value for value in present]}, looks)
         axes.set(xlabel="after task", ylabel="loss on general text, nats")
+        plots.legend(axes, list(looks))
         axes.set_xticks(range(0, count, 1 if count <= 11 else 5))
         alt = f"General loss at the end: {', '.join(f'{label} {values[-1]:.2f}' for label, values in means.items())}."
         note = f"0 is before any task. Means over {_over(*(runs[label] for label in means))}."
@@ -125,9 +117,7 @@ def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
 
 def _mean(values: Sequence[Any]) -> Any:
     """Over the runs, without missing values; an array, NaN if all are missing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of nothing
-        return np.nanmean(np.array(values, dtype=float), axis=0)
+    return np.ma.masked_invalid(np.array(values, dtype=float)).mean(axis=0).filled(np.nan)
 
 
 def _over(*members: Sequence[Mapping[str, Any]]) -> str:

@@ -63,12 +63,9 @@ def _difference(difference: Mapping[str, Any] | None) -> str:
 
 
 def _costs(report: Report) -> Table:
-    """Seconds, memory, trainable values and bytes of every point, without the columns that are empty."""
-    cells = [_cost_cells(entry["cost"]) for entry in report["summary"]]
-    used = [heading for heading in (cells[0] if cells else {}) if any(row[heading] for row in cells)]
-    rows = [[*_point(e), *(row[name] for name in used)] for e, row in zip(report["summary"], cells, strict=True)]
+    rows = [[*_point(entry), *_cost_cells(entry["cost"]).values()] for entry in report["summary"]]
     note = "For a whole run, averaged over runs. Trainable values are those of the largest task."
-    return Table("Time, memory and size", [*POINT, *used], rows if used else [], note)
+    return Table("Time, memory and size", [*POINT, *_cost_cells({})], rows, note)
 
 
 def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:

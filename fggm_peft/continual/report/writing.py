@@ -68,9 +68,9 @@ def write_report(folder: Path | str, results: Sequence[dict[str, Any]], page: bo
 
 def page_of(report: Mapping[str, Any]) -> str:
     """``report.html``, which needs no network and no script. Everything is escaped except the SVG of the figures."""
-    from .figures import legend_of, pictures_of
+    from .figures import pictures_of
 
-    return _rendered("report.html", report, legend=legend_of(report), pictures=pictures_of(report))
+    return _rendered("report.html", report, pictures=pictures_of(report))
 
 
 def markdown_of(report: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 def write_whole(file: Path, text: str) -> None:
     """Write a text file, and its folder if necessary, so that it is never incomplete."""
-    with _partial(file) as partial:
+    with partial_file(file) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair must not stop a report
 
 
@@ -28,12 +28,12 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file so that it is never incomplete."""
-    with _partial(file) as partial:
+    with partial_file(file) as partial:
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial, metadata)
 
 
 @contextmanager
-def _partial(file: Path) -> Iterator[Path]:
+def partial_file(file: Path) -> Iterator[Path]:
     """A temporary file next to ``file`` that replaces it when the block ends without an error."""
     partial = file.with_name(file.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
