@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from .selection.score_memory import running_bytes
 from .selection.select import active_adapter
 from .step_memory import MakeBatch, copy_with_same_tensors, step_memory
 from .tuner.config import FGGMConfig
+from .tuner.settings.fields import is_integer
 from .tuner.settings.selection import score_bytes
 from .tuner.support import forecast_supports, unwrapped
 from .tuner.target import Target, Targets, find_targets
@@ -36,15 +37,22 @@ OPTIMIZERS: Registry[MakeOptimizer] = Registry("optimizer")
 for _class in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad"):
     OPTIMIZERS.register(_class.lower())(getattr(torch.optim, _class))
 
-
-def _bytes_of(label: str) -> Any:
-    """A field of ``CostEstimate`` in bytes, with its label in the table."""
-    return field(metadata={"label": label})
+LABELS = {
+    "adapter_bytes": "adapter file, without its header",
+    "score_bytes": "running scores of the selection pass",
+    "base_bytes": "base model, quantized weights as stored",
+    "value_bytes": "trainable values and indices",
+    "gradient_bytes": "gradients of the values",
+    "optimizer_bytes": "optimizer state",
+    "activation_bytes": "activations, logits and temporaries at the peak",
+    "peak_bytes": "peak of a training step",
+    "selection_bytes": "peak of the selection pass, in batches of that size",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostEstimate:
-    """What training an adapter will cost, in values and bytes.
+    """What training an adapter will cost, in values and bytes. ``LABELS`` describes the fields.
 
     ``trainable_values`` includes modules that train whole. If it depends on scores, every figure is an upper bound, and
     ``least_values`` is the lower bound of the values. (A unit whose score is 0 is never chosen, which can lower the
@@ -57,15 +65,15 @@ class CostEstimate:
 
     trainable_values: int
     least_values: int
-    adapter_bytes: int = _bytes_of("adapter file, without its header")
-    score_bytes: int = _bytes_of("running scores of the selection pass")
-    base_bytes: int = _bytes_of("base model, quantized weights as stored")
-    value_bytes: int = _bytes_of("trainable values and indices")
-    gradient_bytes: int = _bytes_of("gradients of the values")
-    optimizer_bytes: int = _bytes_of("optimizer state")
-    activation_bytes: int = _bytes_of("activations, logits and temporaries at the peak")
-    peak_bytes: int = _bytes_of("peak of a training step")
-    selection_bytes: int = _bytes_of("peak of the selection pass, in batches of that size")
+    adapter_bytes: int
+    score_bytes: int
+    base_bytes: int
+    value_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+    selection_bytes: int
     batch_size: int
     sequence_length: int
     optimizer: str
@@ -87,17 +95,13 @@ class CostEstimate:
 
         at_most = "at most " if self.depends_on_scores else ""
         checkpointed = ", with gradient checkpointing" if self.checkpointing else ""
-        table = Table(
-            title=f"{at_most}{self.trainable_values:,} trainable values",
-            caption=f"a step of {self.batch_size} x {self.sequence_length} tokens{checkpointed}, {self.optimizer}",
-        )
-        table.add_column("what")
+        caption = f"a step of {self.batch_size} x {self.sequence_length} tokens{checkpointed}, {self.optimizer}"
+        table = Table("what", title=f"{at_most}{self.trainable_values:,} trainable values", caption=caption)
         table.add_column("size", justify="right")
         if self.depends_on_scores:
             table.add_row("values, depending on scores", f"{self.least_values:,} to {self.trainable_values:,}")
-        for entry in fields(self):
-            if "label" in entry.metadata:
-                table.add_row(entry.metadata["label"], decimal(getattr(self, entry.name)))
+        for name, label in LABELS.items():
+            table.add_row(label, decimal(getattr(self, name)))
         return table
 
     def __str__(self) -> str:
@@ -148,7 +152,7 @@ def estimate(
             that returns no loss, or whose shapes depend on data (mixtures of experts that loop over their experts).
     """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value, least=1):
             raise ValueError(f"{name} must be an integer > 0, got {value!r}")
     make_optimizer = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     adapted, config, adapter_name = _copy_with_adapter(model, config, adapter_name)

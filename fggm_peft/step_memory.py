@@ -1,8 +1,7 @@
 """Memory of one training step, counted without computing it.
 
-The step runs at its real size under torch's ``FakeTensorMode``: every operator is dispatched, and its outputs have a
-shape but no data. ``_LiveBytes`` adds up these outputs while they are alive, in forward and backward. The result
-includes what autograd saves, what checkpointing computes again, logits, and temporary copies of weights.
+The step runs at its real size under torch's ``FakeTensorMode``, whose tensors have a shape but no data. ``_LiveBytes``
+adds up the outputs of all operators while they are alive, in forward and backward.
 """
 
 from __future__ import annotations
@@ -154,15 +153,13 @@ def _storages(tree: Any) -> list[tuple[int, torch.UntypedStorage]]:
 
 
 def _set_checkpointing(model: nn.Module, enabled: bool) -> None:
-    if enabled:
-        enable: Any
-        # transformers' names, the newer first
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
-        if enable is None:
-            raise ValueError(f"a {type(model).__name__} has no gradient checkpointing; leave checkpointing out")
-        enable({"use_reentrant": False})
+    if not enabled:
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                vars(module)["gradient_checkpointing"] = False
         return
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            vars(module)["gradient_checkpointing"] = False
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' newer name first
+        if hasattr(model, name):
+            getattr(model, name)({"use_reentrant": False})
+            return
+    raise ValueError(f"a {type(model).__name__} has no gradient checkpointing; leave checkpointing out")

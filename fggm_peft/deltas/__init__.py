@@ -20,19 +20,8 @@ if TYPE_CHECKING:
     from .to_lora import export_lora
     from .verification import Verification, verify
 
-_MODULES = {
-    "..tuner.files.reading": ("read_adapter",),
-    "..tuner.files.saving": ("save_adapter",),
-    ".apply": ("apply_deltas", "export_merged"),
-    ".arithmetic": ("compose", "prune", "subtract"),
-    ".delta": ("ModuleDelta", "SparseDelta"),
-    ".difference": ("diff",),
-    ".ledger": ("Ledger",),
-    ".overlaps": ("Overlap", "overlap"),
-    ".to_lora": ("export_lora",),
-    ".verification": ("Verification", "verify"),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULES = ["..tuner.files.reading", "..tuner.files.saving", ".delta", ".arithmetic", ".apply", ".difference"]
+_MODULES += [".ledger", ".overlaps", ".to_lora", ".verification"]
 
 __all__ = [
     "Ledger",
@@ -55,6 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name], __name__), name)
+    if name in __all__:
+        for module in _MODULES:
+            if hasattr(loaded := import_module(module, __name__), name):
+                return getattr(loaded, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
