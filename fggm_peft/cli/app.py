@@ -14,7 +14,7 @@ from typing import Any
 
 from ..version import __version__
 
-COMMANDS: tuple[str, ...] = ("select", "train", "eval", "sequence")
+COMMANDS: tuple[str, ...] = ("select", "train", "eval", "sequence", "reference")
 COMMANDS += ("inspect", "verify", "overlap", "diff", "merge", "export", "rollback")
 
 

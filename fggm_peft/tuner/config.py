@@ -27,8 +27,25 @@ QUANTIZED_MERGES = ("auto", "requantize", "dequantize", "keep")
 T = TypeVar("T")
 
 
-def _restores_written_fields(cls: type[T]) -> type[T]:
-    """Let the constructor of a config restore what the library wrote, if its arguments are a saved config.
+PRESETS = {
+    "retain": {"granularity": "column", "density": 0.3, "criterion": "gain_under_decay", "harm_decay": 1.0},
+}
+"""The settings of each preset. Arguments of the config override them."""
+
+
+def _with_preset(arguments: dict[str, Any]) -> dict[str, Any]:
+    preset = arguments.get("preset")
+    if preset is None:
+        return arguments
+    require_one_of("preset", preset, PRESETS)
+    settings = dict(PRESETS[preset])
+    if any(arguments.get(name) is not None for name in ("budget", "threshold")):
+        del settings["density"]
+    return {**settings, **arguments}
+
+
+def _completes_arguments(cls: type[T]) -> type[T]:
+    """Let the constructor of a config apply its preset, and restore what the library wrote into a saved config.
 
     Every way to load a config, in PEFT and in transformers, ends in ``FGGMConfig(**contents_of_the_file)``. Only a
     saved config has the key ``peft_type``. Without it, a field that the library writes is a ``TypeError``. Unknown keys
@@ -45,13 +62,15 @@ def _restores_written_fields(cls: type[T]) -> type[T]:
             if unknown := sorted(kwargs.keys() - inspect.signature(init).parameters.keys()):
                 warnings.warn(f"{cls.__name__} ignores the unknown fields {unknown} of a saved config", stacklevel=2)
             kwargs = {name: value for name, value in kwargs.items() if name not in unknown}
+        else:  # a saved config contains the settings of its preset
+            kwargs = _with_preset(kwargs)
         init(self, *args, **kwargs)
 
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
 
 
-@_restores_written_fields
+@_completes_arguments
 @dataclass
 class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     """
@@ -71,6 +90,12 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         ValueError: a value is out of its range; the message has the value and the range.
     """
 
+    preset: Optional[Literal["retain"]] = setting(
+        None,
+        "Recommended settings, each of which an argument can override. 'retain' learns a task and keeps what the model "
+        "knew: granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=1.0. It needs a"
+        " `reference`.",
+    )
     target_modules: Optional[Union[list[str], str]] = setting(
         None,
         "Modules to adapt: a list of module names, a regex, or 'all-linear' (the default) for every linear layer "
