@@ -544,3 +544,19 @@ def test_references_are_the_models_own_text_and_an_earlier_task(folder, tmp_path
 def test_a_criterion_without_its_reference_is_rejected_before_the_model_is_loaded(tmp_path):
     line = fail("select", "no/model", "--data", "x", "--output", tmp_path / "out", "--criterion", "gain_per_harm")
     assert "reference='self'" in line and not (tmp_path / "out").exists()
+
+
+def test_the_preset_retains_a_text_or_saved_statistics(folder, tmp_path):
+    text = tmp_path / "prose.txt"
+    text.write_text("One paragraph.\n\nAnother paragraph.")
+    saved = succeed("reference", folder / "model", "--text", text, "--output", tmp_path / "statistics")
+    assert saved["tokens"] == len("One paragraph.") + len("Another paragraph.") + 2
+    assert (tmp_path / "statistics" / "fggm_retention.safetensors").stat().st_size == saved["bytes"]
+    base = ("train", folder / "model", "--data", folder / "data", "--preset", "retain", "--max-steps", 4)
+    for name in ("prose.txt", "statistics"):
+        output = tmp_path / f"delta-{name}"
+        succeed(*base, "--reference", tmp_path / name, "--output", output, "--use-cpu")
+        config = json.loads((output / "adapter_config.json").read_text())
+        assert (config["harm_decay"], config["criterion"], config["density"]) == (1.0, "gain_under_decay", 0.3)
+    assert "harm_decay weighs the task against a reference" in fail(*base, "--output", tmp_path / "none", code=1)
+    assert "is not empty" in fail("reference", folder / "model", "--text", text, "--output", tmp_path / "statistics")

@@ -87,6 +87,29 @@ def test_the_snippets_on_selection_run(tmp_path, monkeypatch, capsys):
     assert all(f"`{name}`" in rows for name in names["CRITERIA"])
 
 
+def test_the_snippets_on_retention_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "retention.md").read_text()
+    Path("reference.txt").write_text("One paragraph.\n\nAnother paragraph.")
+    samples = [{key: value[0] for key, value in batch.items()} for batch in token_batches(sizes=(1,)) * 16]
+    arguments = {"output_dir": "out", "max_steps": 5, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    names = {
+        "dataset": samples,
+        "tokenizer": byte_tokenizer(),
+        "training_arguments": transformers.TrainingArguments(**arguments),
+        "dataloader": token_batches(),
+        "general_text": token_batches(seed=1),
+    }
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 3
+    decays = []
+    for snippet in snippets:
+        names["base"] = text_model()
+        exec(compile(snippet, "retention.md", "exec"), names)
+        decays.append(names["trainer"].harm_decay if not decays else names["decay"])
+    assert all(decays) and names["model"].peft_config["default"].peft_type == "LORA"
+
+
 def test_the_variants_of_the_page_on_extending_select_train_merge_and_load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     batches = token_batches()
