@@ -292,10 +292,7 @@ def _quantization_state(weight: Tensor) -> list[Tensor]:
 
 
 def _score_bytes(targets: Targets, config: FGGMConfig) -> int:
-    """Running sums of a pass, at most ``score_memory``.
-
-    If the criterion needs a reference and the config names none, one dataloader is assumed.
-    """
+    """Running sums of a pass, at most ``score_memory``. One dataloader is assumed if a reference is missing."""
     criterion = CRITERIA[config.criterion]
     if not criterion.needs_data:
         return 0

@@ -59,11 +59,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Context manager and decorator: matplotlib draws in this module's style.
-
-    Raises:
-        ImportError: a package of the extra ``continual`` is not installed.
-    """
+    """Context manager and decorator: matplotlib draws in this module's style."""
     try:
         import adjustText  # noqa: F401
         import matplotlib

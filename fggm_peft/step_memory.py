@@ -70,11 +70,7 @@ def step_memory(
 
 
 def copy_with_same_tensors(model: nn.Module, meta_device: str = "meta") -> nn.Module:
-    """A copy whose tensors share their memory with the original's, so that it can be changed and thrown away.
-
-    Args:
-        meta_device: device of new tensors in place of those on the meta device.
-    """
+    """A copy that can be changed and thrown away. Its tensors share their memory with the original's."""
     twins: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         is_meta = tensor.device.type == "meta"

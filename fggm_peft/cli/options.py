@@ -87,14 +87,7 @@ def option_name(field: str) -> str:
 
 
 def read_value(annotation: Any, text: str) -> Any:
-    """The text of an option as a value of its field's type.
-
-    If a field has several types, numbers and JSON come before text. "none" stands for None, and so does "all" for a
-    number.
-
-    Raises:
-        ArgumentTypeError: the text fits none of the types.
-    """
+    """Convert the text of an option to its field's type. Numbers and JSON come before text."""
     types, words, is_optional = _members(annotation)
     if text in words or types <= {str}:
         return text
@@ -188,12 +181,7 @@ def read_task(
     limit: int | None = None,
     seed: int = 0,
 ) -> TokenizedExamples:
-    """The examples of the data under ``name``.
-
-    Args:
-        split: replaces ``--split``.
-        limit: a further limit on the number of rows.
-    """
+    """The examples of the data under ``name``; ``split`` replaces ``--split``, and ``limit`` is a second limit."""
     source = DataSource(name, split=split or args.split, **DATA.given(args))
     limits = [number for number in (args.limit, limit) if number is not None]
     examples = load_examples(source, tokenizer, min(limits, default=None), seed)
@@ -213,11 +201,7 @@ def add_selection(parser: ArgumentParser) -> None:
 
 
 def selection_settings(args: Namespace) -> dict[str, Any]:
-    """The fields of FGGMConfig that the file or the options give.
-
-    Raises:
-        ValueError: the file cannot be read, or it has an unknown field.
-    """
+    """The fields of FGGMConfig that the file or the options give."""
     settings = {} if args.config is None else _read_config(args.config)
     given = SELECTION.given(args)
     exclusive = {"density", "threshold", "budget"}
@@ -228,11 +212,7 @@ def selection_settings(args: Namespace) -> dict[str, Any]:
 
 
 def selection_config(args: Namespace) -> FGGMConfig:
-    """The config that the file and the options describe.
-
-    Raises:
-        ValueError: the file cannot be read, a field is unknown, or a value is out of its range.
-    """
+    """The config that the file and the options describe."""
     from ..tuner.settings.selection import require_reference
 
     config = FGGMConfig(**{"task_type": "CAUSAL_LM", **selection_settings(args)})

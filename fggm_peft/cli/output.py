@@ -59,12 +59,7 @@ def add_output(parser: ArgumentParser, help: str = "Folder for the result.", req
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
-    """Raise unless ``folder`` may be written. Only the main process checks, since only it writes.
-
-    Raises:
-        FileExistsError: the folder is not empty and ``overwrite`` is False.
-        NotADirectoryError: it is a file.
-    """
+    """Raise unless ``folder`` may be written. Only the main process checks, since only it writes."""
     if os.environ.get("RANK", "0") != "0":
         return  # the main process may already be writing
     if folder.exists() and not folder.is_dir():

@@ -166,12 +166,7 @@ def _require_adapter_without_selection(args: Namespace) -> None:
 
 
 def _resumed_config(args: Namespace, given: FGGMConfig) -> FGGMConfig:
-    """The config of the newest checkpoint.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: an option differs from the checkpoint's selection.
-    """
+    """The config of the newest checkpoint. Raises if there is none, or if an option differs from its selection."""
     from ..training.checkpoints import last_complete_checkpoint
     from ..tuner import FGGMConfig
 

@@ -108,12 +108,7 @@ def require_finite(path: str, module: ModuleDelta) -> None:
 
 
 def layers_to_change(model: nn.Module, deltas: Sequence[SparseDelta]) -> dict[str, FGGMLayer]:
-    """The layers of a base that the deltas change, after all checks. The model stays as it is.
-
-    Raises:
-        ValueError: a module is missing or has another shape, or a value is not finite.
-        TypeError: the model has adapters.
-    """
+    """The layers of a base that the deltas change, after all checks of ``apply_deltas``. The model stays as it is."""
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TypeError("the model has adapters: pass the base model itself (model.unload() returns it)")
     layers: dict[str, FGGMLayer] = {}
@@ -145,11 +140,7 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _replaced_parameters(model: nn.Module, delta: SparseDelta) -> Mapping[str, Tensor]:
-    """Key of a whole tensor in the delta's file -> the parameter of the model that it replaces.
-
-    Raises:
-        ValueError: the model has no such parameter, or it has another shape.
-    """
+    """Key of a whole tensor in the delta's file -> the parameter of the model that it replaces."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     parameters = {}
     for key, tensor in delta.others.items():

@@ -93,11 +93,7 @@ def _restricted(module: ModuleDelta, keep: Tensor) -> ModuleDelta:
 
 
 def _common_others(deltas: Sequence[SparseDelta]) -> dict[str, Tensor]:
-    """The whole tensors, if they are equal in all deltas.
-
-    Raises:
-        ValueError: they differ. Whole tensors are not differences, so they cannot be added.
-    """
+    """The whole tensors, which are no differences and must be equal in all deltas."""
     first = deltas[0].others
     for other in (delta.others for delta in deltas[1:]):
         for name in sorted(first.keys() | other.keys()):

@@ -24,11 +24,7 @@ Base = nn.Module | str | Path
 
 
 def load_base(name: str) -> nn.Module:
-    """Load a base model from a folder or the Hub, in the dtype and the class of its checkpoint.
-
-    Raises:
-        ValueError: there is no such model, or its config does not name its class.
-    """
+    """Load a base model from a folder or the Hub, in the dtype and the class of its checkpoint."""
     import transformers
 
     settings = _settings(name)
@@ -39,15 +35,7 @@ def load_base(name: str) -> nn.Module:
 
 
 def skeleton(base: Base, config: Any = None) -> nn.Module:
-    """The base model, on the meta device unless it is given as a model.
-
-    Args:
-        base: a model, or a folder or Hub id; then only its ``config.json`` is read.
-        config: config of an adapter for it, which names the model's class.
-
-    Raises:
-        ValueError: there is no such model, or transformers does not have its class.
-    """
+    """The given model, or one on the meta device from its ``config.json`` and an adapter's ``config``."""
     if isinstance(base, nn.Module):
         return base.get_base_model() if isinstance(base, PeftModel) else base
     import transformers
@@ -75,23 +63,13 @@ def _settings(name: str, revision: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a whole model, read on demand.
-
-    Args:
-        where: names the model in errors.
-        readers: name -> function that returns the tensor on the CPU.
-    """
+    """The weights of a whole model by name, read on demand onto the CPU. ``where`` names the model in errors."""
 
     where: str
     readers: Mapping[str, Callable[[], Tensor]]
 
     def find(self, names: Iterable[str], prefix: str = "") -> Tensor | None:
-        """The tensor under the first name that exists, on the CPU.
-
-        Args:
-            names: names of one parameter; tied parameters have several.
-            prefix: path of the base in the model. Checkpoints of a base without a head omit it.
-        """
+        """The tensor under the first name that exists. Checkpoints of a base without a head omit ``prefix``."""
         for name in names:
             for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name):
                 if variant in self.readers:

@@ -172,11 +172,7 @@ class _Comparison:
         return values
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """One tensor of both models.
-
-        Raises:
-            ValueError: a model has no tensor of this name, or the shapes differ.
-        """
+        """One tensor of both models."""
         before, after = self._read(self.base, name), self._read(self.tuned, name)
         if before.shape != after.shape:
             raise ValueError(

@@ -29,12 +29,7 @@ _FORMAT = "fggm_originals 1"
 
 @dataclass(frozen=True, eq=False)
 class Originals:
-    """The original entries of one weight, on the CPU.
-
-    Args:
-        granularity, indices: of the union of the supports.
-        entries: the weight's entries there, in the base's dtype.
-    """
+    """The entries of one weight on the union of the supports, on the CPU and in the base's dtype."""
 
     granularity: Granularity
     indices: Tensor
@@ -69,11 +64,7 @@ def write_originals(file: Path, originals: Mapping[str, Originals]) -> None:
 
 
 def read_originals(file: Path) -> dict[str, Originals]:
-    """Read what ``write_originals`` wrote; empty if there is no file.
-
-    Raises:
-        AdapterFileError: the file is damaged.
-    """
+    """Read what ``write_originals`` wrote; empty if there is no file."""
     if not file.is_file():
         return {}
     try:

@@ -50,11 +50,7 @@ def launched_with_fsdp() -> bool:
 
 
 def shard_as_launched(model: Any) -> Any:
-    """The model, sharded over the processes if ``accelerate launch`` is configured to do so.
-
-    Raises:
-        BaseModelError: accelerate is configured for FSDP's first version, or does not support FSDP here.
-    """
+    """The model, sharded over the processes if ``accelerate launch`` is configured to do so."""
     if not launched_with_fsdp():
         return model
     import torch
@@ -83,11 +79,7 @@ class BaseModel:
     trust_remote_code: bool = setting(False, "Run code that comes with the checkpoint.")
 
     def load(self) -> PreTrainedModel:
-        """The causal language model, in eval mode.
-
-        Raises:
-            BaseModelError: the model does not exist or cannot be loaded.
-        """
+        """The causal language model, in eval mode; raises ``BaseModelError`` if it cannot be loaded."""
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": self.dtype, "device_map": self.device_map}
@@ -104,11 +96,7 @@ class BaseModel:
         return model if is_placed else model.to(device)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer. If it has no padding token, the end token is used.
-
-        Raises:
-            BaseModelError: the tokenizer does not exist or cannot be loaded.
-        """
+        """The tokenizer. If it has no padding token, the end token is used."""
         from transformers import AutoTokenizer
 
         tokenizer = self._load(AutoTokenizer)

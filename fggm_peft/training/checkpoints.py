@@ -46,11 +46,7 @@ def last_complete_checkpoint(folder: Path) -> Path:
 
 
 def unselected_adapters(model: nn.Module) -> list[str]:
-    """The active FGGM adapters that have no support yet.
-
-    Raises:
-        ValueError: the model has no active FGGM adapter.
-    """
+    """The active FGGM adapters that have no support yet."""
     names = [name for name, _ in active_adapters(model)]
     return [name for name in names if not any(target.is_selected for target in find_targets(model, name).values())]
 

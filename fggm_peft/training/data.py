@@ -67,11 +67,7 @@ class DataSource:
 
 
 def load_rows(source: DataSource) -> Records:
-    """The rows of a source.
-
-    Raises:
-        DataError: the file, folder, split or Hub dataset does not exist or cannot be read.
-    """
+    """The rows of a source; raises ``DataError`` if they do not exist or cannot be read."""
     path = Path(source.name).expanduser()
     files = [path / f"{split}{suffix}" for split in source.split_names for suffix in FILE_TYPES]
     file = path if path.is_file() else next((file for file in files if file.is_file()), None)
@@ -188,11 +184,7 @@ FORMATS = (
 
 
 def row_format(columns: Sequence[str], source: DataSource) -> RowFormat:
-    """The format of rows with these columns.
-
-    Raises:
-        DataError: no format fits, or a named column is missing. The message lists the columns.
-    """
+    """The format of rows with these columns; raises ``DataError`` if none fits."""
     prompt, answer = source.prompt_column, source.answer_column
     formats: Sequence[RowFormat] = FORMATS
     if prompt is not None:

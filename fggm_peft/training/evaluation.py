@@ -72,11 +72,7 @@ def written_answers(
     max_new_tokens: int = 64,
     description: str = "Generating",
 ) -> list[str]:
-    """The answers that greedy decoding generates, in the order of the examples. Leaves the model in eval mode.
-
-    Raises:
-        ValueError: an example has no prompt.
-    """
+    """The answers that greedy decoding generates, in the order of the examples. Leaves the model in eval mode."""
     model.eval()
     tokenizer, texts = examples.tokenizer, [""] * len(examples)
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -96,11 +92,7 @@ def written_answers(
 def exact_match(
     model: Any, examples: TokenizedExamples, batch_size: int = 8, max_new_tokens: int = 64, **options
 ) -> float:
-    """Share of the answers that greedy decoding generates. Spaces around an answer are ignored.
-
-    Raises:
-        ValueError: an example has no prompt.
-    """
+    """Share of the answers that greedy decoding generates. Spaces around an answer are ignored."""
     generated = written_answers(model, examples, batch_size, max_new_tokens, **options)
     answers = [_prompt_and_answer(examples[index])[1] for index in range(len(examples))]
     expected = examples.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -18,11 +18,7 @@ PARAGRAPH_LENGTH = 256  # tokens; longer paragraphs are truncated
 
 
 def read_paragraphs(file: str | Path) -> list[Example]:
-    """The paragraphs of a text file, which empty lines separate. The loss is on the whole paragraph.
-
-    Raises:
-        DataError: the file cannot be read or is empty.
-    """
+    """The paragraphs of a text file, which empty lines separate. The loss is on the whole paragraph."""
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
@@ -53,12 +49,7 @@ def has_texts(references: Any) -> bool:
 
 
 def with_texts(references: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """The references of ``select_parameters``, with each text file replaced by its batches.
-
-    Raises:
-        DataError: a text file cannot be read.
-        ValueError: one of the references is a text file, and ``tokenizer`` is None.
-    """
+    """The references of ``select_parameters``, with each text file replaced by its batches."""
     if not has_texts(references):
         return references
     if tokenizer is None:
