@@ -42,10 +42,9 @@ _installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") i
 
 
 def use_triton(mode: str) -> str:
-    """Choose where kernels run in this process, and return the previous mode.
+    """Set where kernels run in this process ("0" never, "1" where they should be faster, "always" where they can).
 
-    The modes are ``"0"`` for never, ``"1"`` for where they are expected to be faster and ``"always"`` for wherever they
-    can run; ``ValueError`` for others. The environment variable ``FGGM_PEFT_TRITON`` sets the initial mode.
+    Returns the previous mode. The environment variable ``FGGM_PEFT_TRITON`` sets the initial one.
     """
     global _mode
     before, _mode = _mode, _checked(mode)
@@ -119,10 +118,7 @@ def _operator(schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = 
 
 @_operator("(Tensor(a!) weight, Tensor indices, Tensor values, float scale) -> ()", lambda *_: None, ("weight",))
 def add_elements_(weight: Tensor, indices: Tensor, values: Tensor, scale: float) -> None:
-    """``weight.view(-1)[indices] += scale * values``, added in float32 and rounded once.
-
-    ``weight`` ``[o, i]`` may have any strides; ``indices`` ``[k]`` are unique.
-    """
+    """``weight.view(-1)[indices] += scale * values`` for a weight of any strides, added in float32 and rounded once."""
     from .triton import elements
 
     elements.add_elements_(weight, indices, values, scale)
@@ -130,11 +126,7 @@ def add_elements_(weight: Tensor, indices: Tensor, values: Tensor, scale: float)
 
 @_operator("(Tensor x, Tensor g, Tensor indices) -> Tensor", lambda x, g, indices: x.new_empty(indices.numel()))
 def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-    """The entries ``indices`` of ``g.mT @ x``, summed in float32; see ``sampled.sampled_product``.
-
-    One dot product for each entry if there are few; otherwise tiles of the whole product, from which entries are picked
-    while a tile is in registers.
-    """
+    """The entries ``indices`` of ``g.mT @ x``, summed in float32: by dot products if they are few, else from tiles."""
     from .triton import elements
 
     return (elements.sampled_dots if _few(x, g, indices) else elements.sampled_tiles)(x, g, indices)
@@ -147,11 +139,7 @@ def _matrix(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = F
 
 @_operator("(Tensor chosen, Tensor other, Tensor indices, bool transposed=False) -> Tensor", _matrix)
 def gathered_product(chosen: Tensor, other: Tensor, indices: Tensor, transposed: bool = False) -> Tensor:
-    """``chosen[:, indices].mT @ other``, summed in float32, without a copy of the selected columns.
-
-    The result is contiguous and in the dtype of both: ``[k, width]`` for ``chosen`` ``[n, units]`` and ``other``
-    ``[n, width]``, or ``[width, k]`` if ``transposed``.
-    """
+    """``chosen[:, indices].mT @ other`` or its transpose, summed in float32 without a copy of the columns."""
     from .triton import tiles
 
     result = _matrix(chosen, other, indices, transposed)

@@ -109,11 +109,7 @@ def _save_for_backward(ctx, first: int, x: Tensor, values: Sequence[Tensor]) -> 
 
 
 def _value_gradients(deltas: Sequence[WeightDelta], saved: Sequence[Tensor], g: Tensor) -> Iterator[Tensor | None]:
-    """The gradients of the values of every delta; None for those that require none.
-
-    Args:
-        saved: ``ctx.saved_tensors``, which checkpointing allows backward to read only once.
-    """
+    """The gradients of the values of every delta; ``saved`` is ``ctx.saved_tensors``, which can be read only once."""
     for delta, values, x in zip(deltas, saved[: len(deltas)], saved[len(deltas) :], strict=True):
         if x is None:
             yield None

@@ -255,10 +255,7 @@ class EmbeddingGradients(PerSampleGradients):
 
 
 def unfold_convolution(layer: nn.Module, x: Tensor) -> Tensor:
-    """The patches that a 1-d, 2-d or 3-d convolution multiplies with its weight.
-
-    They are ``[b, t, groups, i]``: ``t`` output positions, ``i`` the flattened inputs of one group.
-    """
+    """The patches ``[b, t, groups, i]`` that a 1-d, 2-d or 3-d convolution multiplies with its weight."""
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     padding = layer._reversed_padding_repeated_twice  # "same" and tuples are resolved in it
     x = F.pad(x, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)

@@ -20,8 +20,7 @@ _CHUNK = 1 << 20
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry of a floating-point tensor is NaN or infinite.
 
-    The smallest and the largest entry decide, since both are NaN if any entry is. ``isfinite`` makes four temporary
-    tensors and takes twenty times as long (8.7 million float32 on a CPU: 50 ms against 2.2 ms).
+    The extremes are NaN if any entry is; ``isfinite`` on all entries takes twenty times as long.
     """
     if not tensor.numel():
         return True

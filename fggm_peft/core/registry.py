@@ -44,10 +44,7 @@ class Registry(Generic[T]):
         return add
 
     def build(self, value: Any, key: str) -> Any:
-        """An instance of a registered dataclass.
-
-        Args:
-            value: a name, or a dict of a name (under ``key``) and arguments.
+        """An instance of a registered dataclass, from its name or a dict of the name (under ``key``) and arguments.
 
         Raises:
             ValueError: the name or an argument is unknown, an argument is missing or its value is illegal.

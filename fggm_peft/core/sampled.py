@@ -31,12 +31,7 @@ def add_sparse_product_(
 ) -> None:
     """``y[:, row] += scale * x[:, columns[k]] * values[k]`` for every ``k`` from ``starts[row]`` to the next start.
 
-    Args:
-        y: ``[n, o]``, changed in place.
-        x: ``[n, i]``.
-        starts: ``[o]`` integers of the dtype of ``columns``.
-        columns: ``[k]`` integers.
-        values: ``[k]`` in the dtype of ``x``.
+    ``y`` is ``[n, o]``, ``x`` ``[n, i]``, ``starts`` ``[o]``; ``columns`` and ``values`` are ``[k]``.
     """
     if columns.numel() == 0:
         return
@@ -45,15 +40,9 @@ def add_sparse_product_(
 
 
 def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-    """The entries ``indices`` (flat, ``o * in + i``, sorted) of ``g.mT @ x``.
+    """The entries ``indices`` (flat, ``o * in + i``, sorted) of ``g.mT @ x``, ``[k]``.
 
-    Args:
-        x: ``[n, i]``.
-        g: ``[n, o]``.
-        indices: ``[k]`` integers.
-
-    Returns:
-        ``[k]`` in the dtype of ``x``. The algorithm depends on the device, the dtype and the density.
+    ``x`` is ``[n, i]`` and ``g`` is ``[n, o]``. The algorithm depends on the device, the dtype and the density.
     """
     if kernels.samples(x, g, indices):
         return kernels.sampled_product(x, g, indices)

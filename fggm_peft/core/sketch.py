@@ -46,11 +46,7 @@ class Sketch:
     def project(self, x: Tensor, path: str, samples: Sequence[int], remember: bool = False) -> list[Tensor]:
         """``x[b] @ S[b]`` of each sample, ``[t, r]``, in float32 at least.
 
-        Args:
-            x: ``[b, t, f]``.
-            path: of the module.
-            samples: the numbers of the samples.
-            remember: keep the result for the next call, which may have the same arguments.
+        ``path`` and ``samples`` determine the signs. ``remember`` keeps the result for an equal call that follows.
         """
         last = self._last
         if last is not None and same_memory(last[0], x) and last[1:3] == (path, samples):

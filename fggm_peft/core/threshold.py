@@ -79,16 +79,13 @@ class ThresholdPolicy(ABC):
         kinds: Sequence[str] | None = None,
         most: int | None = None,
     ) -> list[Tensor]:
-        """Select units within limits.
+        """Select units within limits: for each weight the chosen indices, int64 on the CPU, sorted.
 
         Args:
             scores: one vector ``[units]`` for each weight, finite and not negative.
             costs: for each weight, the number of parameters of one unit.
             kinds: for each weight, the type of its module, for floors.
             most: the largest number of units of one weight; the best ones are kept.
-
-        Returns:
-            For each weight the selected indices, int64 on the CPU, sorted.
         """
         by_layer = self.scope == "layer"
         chosen = [self.select([s], [1])[0] for s in scores] if by_layer else self.select(scores, costs)
@@ -99,11 +96,7 @@ class ThresholdPolicy(ABC):
     def forecast(
         self, units: Sequence[int], costs: Sequence[int], kinds: Sequence[str] | None = None, most: int | None = None
     ) -> Forecast:
-        """The size of the selection before there are scores; by default between nothing and everything.
-
-        Args:
-            units: for each weight, the number of its units; the others as for ``choose``.
-        """
+        """The size of the selection before there are scores; by default between nothing and everything."""
         limits = _capped(units, most)
         return Forecast(limits, 0, _parameters(limits, costs))
 
@@ -245,12 +238,7 @@ class ParameterBudget(ThresholdPolicy):
         return _even_share(_capped(units, most), costs, self.count, self._floors(units, costs, kinds, most))
 
     def _floors(self, units, costs, kinds, most) -> list[int]:
-        """For each weight, the number of units that it gets first.
-
-        Raises:
-            ValueError: the budget is below one unit or below the floors, above the targeted weights, or a floor names
-                an unknown module type.
-        """
+        """For each weight, the number of units that it gets first; ``ValueError`` if they do not fit the budget."""
         limits = _capped(units, most)
         least, total = min(costs), _parameters(limits, costs)
         if not least <= self.count <= total:

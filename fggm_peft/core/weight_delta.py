@@ -58,11 +58,9 @@ def union(deltas: Sequence[WeightDelta]) -> Tensor:
 
 
 def spread(values: Tensor, indices: Tensor, onto: Tensor, dim: int) -> Tensor:
-    """Values of the units ``indices`` as values of the units ``onto``, with zeros for the others.
+    """Values of the units ``indices`` as values of the units ``onto``, which contain them, with zeros for the others.
 
-    Args:
-        indices, onto: sorted and unique; ``onto`` contains all of ``indices``.
-        dim: the dimension of the values that counts units.
+    ``dim`` is the dimension of the values that counts units.
     """
     shape = list(values.shape)
     shape[dim] = len(onto)

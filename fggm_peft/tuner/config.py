@@ -172,9 +172,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         check_base: bool = True,
         **kwargs: Any,
     ) -> FGGMConfig:
-        """Like PEFT's, but checks the file of tensors first and accepts ``check_base``.
-
-        So ``PeftModel.from_pretrained`` refuses an unreadable file before it changes the model.
+        """Like PEFT's, but accepts ``check_base`` and checks the file of tensors first, before a model changes.
 
         Raises:
             AdapterFileError: the file is damaged, or has keys that no adapter has.

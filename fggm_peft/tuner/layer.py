@@ -68,12 +68,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
 
     @abstractmethod
     def per_sample(self, calls: Calls, gram: GramMatrix) -> PerSampleGradients:
-        """Per-sample gradients of the weight.
-
-        Args:
-            calls: the layer's calls in this batch.
-            gram: Gram matrix of the input, which other layers may share.
-        """
+        """Per-sample gradients of the weight from the layer's calls in a batch; other layers may share ``gram``."""
 
     def input_features(self, x: Tensor) -> Tensor:
         """The input of one call as vectors that the weight multiplies, ``[b, t, i]``; by default a ``TypeError``."""
@@ -217,11 +212,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         return [name for name in names if name in self.fggm_values and name not in self.merged_adapters]
 
     def check_merge(self, names: list[str], safe: bool) -> ModuleMerge | None:
-        """Raise the errors of ``merge`` without changing anything.
-
-        Returns:
-            What requantizing would do to the delta, if mode "auto" has to decide about it over the whole model.
-        """
+        """Raise the errors of ``merge`` without changing anything; returns the loss that mode "auto" decides about."""
         mode = self.quantized_merge[names[0]]
         if self.quantization_backend is None:
             if safe:

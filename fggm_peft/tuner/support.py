@@ -48,13 +48,7 @@ def _module_generator(config: FGGMConfig, path: str) -> torch.Generator:
 
 
 def criterion_scores(target: Target, config: FGGMConfig, **statistics: Mapping[str, Any]) -> Tensor:
-    """The scores of the config's criterion for one weight, ``[units]``.
-
-    Args:
-        target: the weight.
-        config: the adapter's config.
-        statistics: ``task``, ``reference`` and ``reference_mean`` of ``Quantities``.
-    """
+    """The scores of the config's criterion for one weight, ``[units]``; ``statistics`` are fields of ``Quantities``."""
     quantities = Quantities(
         granularity=target.granularity,
         shape=target.shape,
@@ -76,10 +70,8 @@ def choose_supports(
     With layer scope, the scores of one module exist at a time; with global scope, those of all modules.
 
     Args:
-        targets: the weights.
-        config: the adapter's config.
-        scores: module path -> ``[units]``, finite and not negative; called once for each module.
-        observe: called with the path and the checked scores of each module.
+        scores: module path -> ``[units]``, called once for each module.
+        observe: called with the path and the scores of each module.
 
     Raises:
         NonFiniteScoreError: a score is NaN, infinite or negative; names the module.
@@ -99,11 +91,7 @@ def choose_supports(
 
 
 def forecast_supports(targets: Targets, config: FGGMConfig) -> Forecast:
-    """What is known about the choice without scores; ``units`` in the order of the targets.
-
-    Raises:
-        ValueError: the budget cannot be spent on these targets.
-    """
+    """The sizes that are known without scores, in the order of the targets; ``ValueError`` if a budget does not fit."""
     units: dict[str, int] = {}
     least = most = 0
     for policy, group in _by_policy(targets, config):

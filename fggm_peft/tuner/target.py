@@ -19,16 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One weight of the base model, as one adapter sees it.
-
-    A layer may have several adapters, so that a layer and the name of an adapter always go together. This class holds
-    the two, with the layer's module path.
-
-    Args:
-        path: module path of the layer in the base model.
-        layer: the adapted layer.
-        adapter_name: the adapter.
-    """
+    """One weight of the base model, as one adapter sees it: a layer, its module path, and the name of the adapter."""
 
     path: str
     layer: FGGMLayer
@@ -106,12 +97,7 @@ Targets = dict[str, Target]
 
 
 def find_targets(model: nn.Module, adapter_name: str) -> Targets:
-    """The weights that an adapter may change, by module path in the base model.
-
-    Args:
-        model: a ``PeftModel``, or a model with injected FGGM layers.
-        adapter_name: the adapter. If no layer has it, the result is empty.
-    """
+    """The weights that an adapter may change, by module path in the base model; empty if no layer has the adapter."""
     from .layer import FGGMLayer
 
     paths = {path_in_base(name): module for name, module in model.named_modules() if isinstance(module, FGGMLayer)}

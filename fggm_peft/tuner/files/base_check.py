@@ -68,11 +68,7 @@ def require_base(layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:
 
 @dataclass
 class BaseCheck:
-    """Runs ``require_base`` once, for a loader that brings tensors one by one.
-
-    Args:
-        layers: module path -> layer, all that the adapter has.
-    """
+    """Runs ``require_base`` once, for a loader that brings tensors one by one."""
 
     layers: Mapping[str, FGGMLayer]
     config: FGGMConfig

@@ -19,12 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AwaitedSupport:
-    """A support of ``k`` of ``units`` units whose indices a loader will bring.
-
-    Args:
-        dtype: of the indices in the layer.
-        check: raises if the adapter was made for another base.
-    """
+    """A support of ``k`` of ``units`` units that a loader will bring; ``check`` raises for another base."""
 
     k: int
     units: int
@@ -75,11 +70,7 @@ class SupportIndices(BufferDict):
             self._arrived(name)
 
     def _arrived(self, name: str) -> None:
-        """Decode and check the tensor that a loader has assigned.
-
-        Raises:
-            AdapterFileError: it does not encode indices of this weight.
-        """
+        """Decode and check the tensor that a loader has assigned."""
         support, encoded = self.awaited[name], self[name]
         support.check()
         if encoded.is_meta:
@@ -100,13 +91,8 @@ def await_support_(
 ) -> None:
     """Reserve a support of ``k`` units that a loader will bring; until then the target is not selected.
 
-    Args:
-        encoded_bytes: size of the encoded indices, from a saved config; None if the indices are plain.
-        check: raises if the adapter was made for another base; called when a loader assigns the indices.
-        keep_dtype: keep the values' dtype, which the config names. Otherwise they become at least float32.
-
-    Raises:
-        ValueError: there are fewer than ``k`` units, or no code has so many bytes.
+    ``encoded_bytes`` is the size of encoded indices, and ``check`` raises for another base. Unless ``keep_dtype``, the
+    values become float32 at least. An impossible size raises ``ValueError``.
     """
     if not isinstance(k, int) or not 0 <= k <= target.units:
         raise ValueError(f"{target.path}: a support of {k!r} units does not fit the {target.units} of the weight")
@@ -126,10 +112,7 @@ def await_support_(
 
 
 def entry_within(entries: Mapping[str, T], path: str) -> T | None:
-    """The entry of a saved config for a module, or None.
-
-    The model may be the body of the saved one (``AutoModel``), or contain it. Then one path ends with the other.
-    """
+    """The entry of a saved config for a module, or None; one path may end with the other (``AutoModel``)."""
     if path in entries:
         return entries[path]
     similar = [other for other in entries if other.endswith(f".{path}") or path.endswith(f".{other}")]

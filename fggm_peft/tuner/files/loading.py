@@ -22,11 +22,7 @@ def fit_layers_to_state_dict(
 ) -> None:
     """Resize an adapter's values and indices to those of a file that is about to be loaded.
 
-    Args:
-        model: has the adapter's layers.
-        config: contains the fingerprint of the base.
-        state_dict: keys as in the model, adapter name included. It is changed in place: indices are decoded, and
-            tensors that wrappers or DeepSpeed leave out are added.
+    Indices are decoded in ``state_dict``, and tensors that wrappers or DeepSpeed leave out are added to it.
 
     Raises:
         AdapterFileError: a tensor is missing or does not fit; names its key. Nothing has changed then.

@@ -44,11 +44,7 @@ def complete_card(folder: Path, config: FGGMConfig) -> None:
 
 
 def write_card(folder: Path, config: FGGMConfig) -> Path:
-    """Write the model card of an adapter, or replace the library's part of an existing one.
-
-    Returns:
-        The file.
-    """
+    """Write the model card of an adapter, or replace the library's part of an existing one; returns the file."""
     path = folder / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
     block = f"{_BEGIN}\n{_how_to_load(config)}\n{_description(config)}{_densities(config)}{_END}"

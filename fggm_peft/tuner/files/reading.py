@@ -104,12 +104,7 @@ def find_adapter(adapter: str | Path, subfolder: str | None = None, **hub: Any) 
 
 
 def read_config(file: Path) -> FGGMConfig:
-    """Read an ``adapter_config.json``.
-
-    Raises:
-        AdapterFileError: the file is damaged; names the file.
-        ValueError: the config belongs to another method.
-    """
+    """Read an ``adapter_config.json``; ``AdapterFileError`` if it is damaged, ``ValueError`` for another method."""
     try:
         settings = json.loads(file.read_text())
     except ValueError as error:
@@ -151,11 +146,7 @@ def module_paths(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "") -> dict[str, FGGMLayer]:
-    """The layers of a model that an adapter changes, as ``FGGMLayer``s. The model stays as it is.
-
-    Args:
-        shapes: module path -> ``(o, i)`` that the adapter was made for.
-        where: names the adapter in errors.
+    """The layers of a model with these weight shapes, by module path, as ``FGGMLayer``s. The model does not change.
 
     Raises:
         BaseMismatchError: a module is missing, has no weight that can be adapted, or has another shape.

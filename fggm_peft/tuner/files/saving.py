@@ -56,10 +56,7 @@ def keep_card(folder: Path, temporary: Path) -> None:
 
 @contextmanager
 def as_trained(model: nn.Module) -> Iterator[None]:
-    """Save adapters without rounding inside this context, whatever ``delta_dtype`` their configs name.
-
-    Training that resumes from rounded values would give other results.
-    """
+    """Save adapters in this context without rounding to ``delta_dtype``, so that training can resume exactly."""
     configs = [c for c in (getattr(model, "peft_config", None) or {}).values() if isinstance(c, FGGMConfig)]
     dtypes = [config.delta_dtype for config in configs]
     try:
@@ -72,14 +69,7 @@ def as_trained(model: nn.Module) -> Iterator[None]:
 
 
 def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Convert the tensors of an adapter to those of a file, in place, and complete the config.
-
-    Args:
-        state_dict: keys as in the model, adapter name included.
-
-    Raises:
-        AdapterFileError: a value is NaN or infinite, perhaps after rounding; names the module.
-    """
+    """Convert the tensors of an adapter in a state dict to those of a file, in place, and complete the config."""
     targets, prefix = find_targets(model, adapter_name), state_prefix(model)
     keys = {plain_name(key): key for key in state_dict}
     encoded: dict[str, dict[str, Tensor]] = {}
@@ -118,15 +108,7 @@ def _is_elsewhere(tensor: Tensor) -> bool:
 def encode(
     granularity: Granularity, shape: Shape, config: FGGMConfig, tensors: Mapping[str, Tensor], path: str
 ) -> dict[str, Tensor]:
-    """Part -> tensor of one module, as a file holds them.
-
-    Args:
-        tensors: "indices" and "values".
-        path: the module path, for errors.
-
-    Raises:
-        AdapterFileError: a value is NaN or infinite, perhaps after rounding.
-    """
+    """Part -> tensor of one module, as a file contains them; ``AdapterFileError`` if a value is NaN or infinite."""
     indices, values, units = tensors["indices"], tensors["values"], granularity.units(shape)
     if config.delta_dtype is not None:
         values = values.to(getattr(torch, config.delta_dtype))

@@ -60,11 +60,7 @@ class TaskRecord:
         return granularity.reduce(torch.outer(rows, columns / total if total else columns))
 
     def require(self, statistic: str, module: str, granularity: Granularity, shape: Shape) -> StoredScores:
-        """The stored scores of one module.
-
-        Raises:
-            ScoreFileError: they are missing, or have another shape or granularity; says which.
-        """
+        """The stored scores of one module; ``ScoreFileError`` if they are missing or do not fit."""
         stored = self.scores.get(statistic, {}).get(module)
         if stored is None:
             raise ScoreFileError(
@@ -96,11 +92,7 @@ class TaskRecord:
         }
 
     def save(self, path: Path) -> Path:
-        """Write the scores to a file, which is never incomplete. A folder gets the usual file name.
-
-        Raises:
-            ValueError: the record has no scores.
-        """
+        """Write the scores to a file or folder; ``ValueError`` if the record has none. The file is never incomplete."""
         if not self.scores:
             raise ValueError("this selection collected no statistics that a later task could use as a reference")
         path = path / SCORES_FILE if path.is_dir() else path
@@ -110,12 +102,7 @@ class TaskRecord:
 
 
 def load_record(path: str | Path) -> TaskRecord:
-    """Load saved scores from a file, or from an adapter's folder.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ScoreFileError: the file contains no scores, or is damaged.
-    """
+    """Load saved scores from a file, or from an adapter's folder; ``ScoreFileError`` if they are damaged."""
     file = Path(path).expanduser()
     file = file / SCORES_FILE if file.is_dir() else file
     if not file.is_file():
@@ -142,15 +129,7 @@ def load_record(path: str | Path) -> TaskRecord:
 
 
 def scores_from(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, StoredScores]]:
-    """The inverse of ``TaskRecord.tensors``.
-
-    Args:
-        where: source of the tensors, for errors.
-
-    Raises:
-        KeyError: the column sums of a module are missing.
-        ScoreFileError: a tensor is not a vector of finite, nonnegative numbers.
-    """
+    """The inverse of ``TaskRecord.tensors``; ``ScoreFileError`` unless they are vectors of numbers >= 0."""
     scores: dict[str, dict[str, StoredScores]] = {}
     for key, tensor in tensors.items():
         is_vector = tensor.dtype == torch.float32 and tensor.dim() == 1

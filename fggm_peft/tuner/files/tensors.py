@@ -42,15 +42,10 @@ def is_trained_whole(key: str) -> bool:
 def checked_delta(
     tensors: Mapping[str, Tensor], granularity: Granularity, shape: Shape, where: str
 ) -> dict[str, Tensor]:
-    """The decoded ``indices`` and the ``values`` of one module.
-
-    Args:
-        tensors: part -> tensor in a file.
-        shape: of the weight.
-        where: precedes a part's name in errors, e.g. "model.layers.0.mlp.up_proj.fggm_".
+    """The decoded ``indices`` and the ``values`` of one module, from its tensors in a file.
 
     Raises:
-        AdapterFileError: a tensor is missing, does not fit a weight of this shape, or is not finite.
+        AdapterFileError: a tensor is missing, does not fit the weight, or is not finite; ``where`` precedes its name.
     """
 
     def require(part: str, legal: bool, problem: str) -> None:
@@ -81,11 +76,7 @@ def file_error(key: str, problem: str) -> AdapterFileError:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """Open a safetensors file after a check of its header.
-
-    Raises:
-        AdapterFileError: the file is damaged or its header is implausible. Errors inside the block are converted too.
-    """
+    """Open a safetensors file after a check of its header; a damaged file raises ``AdapterFileError``."""
     with file.open("rb") as stream:
         start = stream.read(8)
     length, size = int.from_bytes(start, "little"), file.stat().st_size
@@ -101,11 +92,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def delta_keys(keys: Iterable[str], file: Path) -> dict[str, dict[str, str]]:
-    """Module path -> part -> key in a file.
-
-    Raises:
-        AdapterFileError: a key is unknown.
-    """
+    """Module path -> part -> key in a file; an unknown key raises ``AdapterFileError``."""
     modules: dict[str, dict[str, str]] = {}
     for key in sorted(key for key in keys if MARK in key):
         path, _, part = key.rpartition(MARK)

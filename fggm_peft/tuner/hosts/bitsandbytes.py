@@ -17,11 +17,7 @@ from torch import nn
 
 
 def guard_four_bit_layers(model: nn.Module) -> int:
-    """Unpack the repacked 4-bit layers of ``model`` and prevent repacking, also in layers without an adapter.
-
-    Returns:
-        Number of repacked layers. bitsandbytes had rounded their scales to bfloat16.
-    """
+    """Unpack the repacked 4-bit layers of a model and prevent repacking in all; returns how many were repacked."""
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is None:
         return 0

@@ -21,12 +21,9 @@ def offloaded_weight(layer: nn.Module) -> Tensor | None:
 
 
 def require_offloading_in_place(model: nn.Module) -> None:
-    """Raise if ``PeftModel.from_pretrained`` removed accelerate's hooks from a base that is offloaded to disk.
+    """Raise ``ValueError`` if ``PeftModel.from_pretrained`` removed accelerate's hooks from a base on disk.
 
     It dispatches the model again after loading, and would look for the adapter's values in the files of the base.
-
-    Raises:
-        ValueError: the hooks were removed; the message has the two calls that load such an adapter.
     """
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
     if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):

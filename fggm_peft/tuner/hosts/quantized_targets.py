@@ -12,10 +12,7 @@ from ..config import FGGMConfig
 
 
 def include_quantized_layers_(config: FGGMConfig, model: nn.Module) -> None:
-    """Let "all-linear" include quantized linear layers that are not ``nn.Linear``, such as HQQ's and GPTQ's.
-
-    PEFT finds linear layers by their class and misses these.
-    """
+    """Let "all-linear" include quantized layers that PEFT misses, because they are not ``nn.Linear`` (HQQ, GPTQ)."""
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return

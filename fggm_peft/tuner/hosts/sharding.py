@@ -39,12 +39,9 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def require_unsharded(model: nn.Module) -> None:
-    """Raise if FSDP2 or ZeRO-3 has already sharded the base of a new adapter.
+    """Raise ``ValueError`` if FSDP2 or ZeRO-3 has already sharded the base of a new adapter.
 
     The frameworks would not know the adapter's parameters, and each rank would train values of its own.
-
-    Raises:
-        ValueError: names the first sharded weight.
     """
     for name, parameter in model.named_parameters():
         if is_shard(parameter):

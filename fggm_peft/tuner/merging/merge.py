@@ -27,11 +27,7 @@ _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwar
 
 
 def add_to_dense_(matrix: Tensor, delta: WeightDelta, keep_originals: bool) -> tuple[ModuleMerge, Tensor | None]:
-    """Add a delta to a weight ``[o, i]`` in place.
-
-    Returns:
-        What the merge did to the delta, and the changed entries from before it (None without ``keep_originals``).
-    """
+    """Add a delta to a weight ``[o, i]`` in place; returns a record and, if they are kept, the original entries."""
     granularity, values = delta.granularity, delta.values.detach()
     wide = torch.promote_types(matrix.dtype, torch.float32)
     before = granularity.gather(matrix, delta.indices)

@@ -68,11 +68,7 @@ class BudgetSettings:
     resolved_budget: Optional[int] = written("Number of values of `budget` on the targeted modules.")
 
     def policy(self, module_name: str | None = None) -> ThresholdPolicy:
-        """The threshold policy of a module; without a name, that of the modules not in ``density_pattern``.
-
-        Raises:
-            ValueError: the budget is a text, and the adapter has not been added to a model.
-        """
+        """The threshold policy of a module; without a name, that of the modules not in ``density_pattern``."""
         patterns = self.density_pattern or {}
         if module_name is not None and patterns:
             key = get_pattern_key(patterns.keys(), module_name)
@@ -132,11 +128,7 @@ def _require_density(name: str, value: Any) -> None:
 
 
 def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
-    """Write the number of values of ``config.budget`` on these targets into the config.
-
-    Raises:
-        ValueError: the budget is below one unit or above the targeted weights; the message has both bounds.
-    """
+    """Write the number of values of ``config.budget`` into the config; ``ValueError`` if it does not fit."""
     if config.budget is None or not targets:
         return
     count, number = _parse_budget(config.budget)
@@ -152,11 +144,7 @@ def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
 
 
 def _parse_budget(value: Any) -> tuple[Callable[[Any, Targets, FGGMConfig], int], Any]:
-    """The function that counts the values of a budget on a model, and the number in the budget.
-
-    Raises:
-        ValueError: the value has no form of a budget, or no model can satisfy it.
-    """
+    """The function that counts the values of a budget on a model, and the number in the budget."""
     if is_integer(value, 1):
         return _of_number, value
     for pattern, read, count, rule in _FORMS if isinstance(value, str) else []:

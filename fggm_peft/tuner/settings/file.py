@@ -41,12 +41,7 @@ class FileSettings:
     fggm_format: Optional[int] = written("Version of the file format.")
 
     def _check_file(self) -> None:
-        """Check the file's fields.
-
-        Raises:
-            AdapterFileError: a newer version of the library wrote the file, or a field of the library is damaged.
-            ValueError: a setting is out of its range.
-        """
+        """Check the fields; ``AdapterFileError`` for a newer format or a damaged field that the library wrote."""
         version = self.fggm_format
         if version is not None and (not isinstance(version, int) or isinstance(version, bool) or version < 1):
             raise AdapterFileError(f"fggm_format must be the number of a version, got {version!r}")

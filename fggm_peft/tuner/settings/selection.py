@@ -168,11 +168,7 @@ def size_in_bytes(value: int | str) -> int:
 
 
 def score_bytes(value: int | str) -> int:
-    """``score_memory`` in bytes.
-
-    Raises:
-        ValueError: the value is neither a positive integer nor a size such as "8GiB".
-    """
+    """``score_memory`` in bytes; ``ValueError`` unless it is a number >= 0 or a size such as "8GiB"."""
     try:
         size = -1 if isinstance(value, bool) else size_in_bytes(value)
     except (ValueError, AttributeError, TypeError):

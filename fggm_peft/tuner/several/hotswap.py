@@ -96,11 +96,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, density: float, adap
 
 
 def pad(tensors: Mapping[str, Tensor], granularity: Granularity, size: int) -> dict[str, Tensor]:
-    """Fill up a support to ``size`` units; the lowest free units are added, with values of zero.
-
-    Args:
-        tensors: "indices" ``[k]`` and "values", with ``k <= size``.
-    """
+    """Fill up a support to ``size`` units; the lowest free units are added, with values of zero."""
     old = tensors["indices"]
     free = torch.ones(size, dtype=torch.bool, device=old.device)  # `size` units contain enough free ones
     free[old[old < size].long()] = False

@@ -23,14 +23,8 @@ def adapter_of_each_sample(model: nn.Module, layer_class: type, names: Any, num_
     """Pass the adapter names to the adapted layers, and to modules that are trained as a whole.
 
     Args:
-        model: the tuner.
-        layer_class: class of the layers that take ``adapter_names`` in their forward.
         names: one for each sample; ``"__base__"`` for no adapter. If it is None, nothing happens.
         num_beams: argument of ``generate``. The decoder sees each sample that many times, the encoder once.
-
-    Raises:
-        ValueError: the model is in training mode, or an adapter does not exist.
-        TypeError: ``names`` is not a list.
     """
     if names is None:
         yield
@@ -67,14 +61,7 @@ def _add_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -
 
 
 def mixed_batch_forward(layer: FGGMLayer, names: Sequence[str], x: Tensor, *args, **kwargs) -> Tensor:
-    """The output of the base layer for the whole batch, plus each sample's own adapter.
-
-    Args:
-        names: one for each sample of ``x``.
-
-    Raises:
-        ValueError: the number of names differs, or an adapter is merged.
-    """
+    """The output of the base layer for the whole batch, plus each sample's own adapter."""
     if len(x) != len(names):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "

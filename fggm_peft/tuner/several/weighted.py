@@ -64,12 +64,7 @@ class Combination:
             )
 
     def of(self, tensors: Sequence[Tensor], weights: Sequence[float], entries: int) -> Tensor:
-        """Combine tensors of one shape.
-
-        Args:
-            weights: one for each tensor.
-            entries: number of entries of a dense delta, of which ``density`` is a share.
-        """
+        """Combine tensors of one shape; ``density`` is a share of the ``entries`` of a dense delta."""
         options: dict[str, Any] = {}
         if self.kind != "linear":
             assert self.density is not None
@@ -97,15 +92,9 @@ def combine(
     shape: Shape,
     how: Combination = Combination(),
 ) -> WeightDelta:
-    """Combine deltas of one weight on the union of their supports.
+    """Combine deltas of one weight on the union of their supports, in float32 at least.
 
-    Args:
-        weights: one for each delta.
-        granularity: of the result: that of all deltas, or single elements.
-        shape: ``(o, i)``.
-
-    Returns:
-        The combined delta, in float32 at least.
+    ``granularity`` is that of all deltas, or single elements.
     """
     deltas = [delta if delta.granularity == granularity else delta.as_elements(shape) for delta in deltas]
     dtype = reduce(torch.promote_types, [delta.values.dtype for delta in deltas], torch.float32)
@@ -117,11 +106,7 @@ def combine(
 def add_weighted_adapter(
     model: FGGMModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
 ) -> None:
-    """Add an adapter that combines others; the others do not change.
-
-    Raises:
-        ValueError: an adapter does not exist or has no support yet, or they cannot be combined.
-    """
+    """Add an adapter that combines others; ``ValueError`` if one is missing or they cannot be combined."""
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"give one weight for each adapter, got {len(weights)} for {list(adapters)}")
     if len(adapters) == 1:
