@@ -44,7 +44,7 @@ from .tuner import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .deltas import Ledger, SparseDelta, compose, diff, export_lora, overlap, prune, subtract
+    from .deltas import Ledger, SparseDelta, compose, diff, export_lora, overlap, prune
     from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 __all__ = [
@@ -98,7 +98,6 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "prune",
     "select_parameters",
-    "subtract",
 ]
 
 

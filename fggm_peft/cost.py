@@ -130,11 +130,9 @@ def estimate(
     ``estimate`` under the autocast of the training.
 
     Not counted are memory that kernels allocate internally, rounding and unused blocks of the allocator, the device's
-    context, temporaries of the optimizer's step, and the batch. Compared with torch's profiler on a CPU
-    (tests/test_cost.py), the peak of a small Llama is exact to the byte, dense and in 4 bits; with checkpointing it is
-    up to 5056 bytes a layer too low, the random states that checkpointing keeps. GPT-2, T5, BERT and bfloat16 are
-    within 2 %; bfloat16 with checkpointing and few positions is up to 12 % too low, by the buffers of its kernels.
-    Nothing has been measured on a CUDA device.
+    context, temporaries of the optimizer's step, and the batch. On a CPU the peak is exact or within 2 %
+    (tests/test_cost.py); bfloat16 with checkpointing and few positions is up to 12 % too low. Nothing has been measured
+    on a CUDA device.
 
     Args:
         model: a base model on any device, the meta device included, or a model with an FGGM adapter.

@@ -22,6 +22,7 @@ from ..tuner import FGGMConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HELP_LENGTH = 240  # a help text ends with the last sentence within it; the first sentence is always complete
 SCALARS = {int, float, str, bool}
 JSON_TYPES = {int, float, bool, dict, list}
 
@@ -40,7 +41,6 @@ class FieldOptions:
         shown: fields that ``--help`` lists; None lists all.
         defaults: replace those of ``source`` in the help.
         aliases: field -> a short name.
-        help_length: help texts end with the last sentence within this length; the first sentence is always complete.
     """
 
     source: type
@@ -49,7 +49,6 @@ class FieldOptions:
     shown: Collection[str] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
-    help_length: int = 240
 
     @property
     def fields(self) -> list[Field]:
@@ -73,7 +72,7 @@ class FieldOptions:
     def _help(self, entry: Field) -> str:
         text, *sentences = re.split(r"(?<=[.!?]) (?=[A-Z`'])", " ".join(entry.metadata.get("help", "").split()))
         for sentence in sentences:
-            if len(text) + len(sentence) > self.help_length:
+            if len(text) + len(sentence) > HELP_LENGTH:
                 break
             text = f"{text} {sentence}"
         default = self.defaults.get(entry.name, entry.default)

@@ -63,7 +63,6 @@ TRAINING = FieldOptions(
     shown=SHOWN,
     defaults=DEFAULTS,
     aliases={"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},
-    help_length=100,
 )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..tuner.files.reading import read_adapter
     from ..tuner.files.saving import save_adapter
     from .apply import apply_deltas, export_merged
-    from .arithmetic import compose, prune, subtract
+    from .arithmetic import compose, prune
     from .delta import ModuleDelta, SparseDelta
     from .difference import diff
     from .ledger import Ledger
@@ -38,7 +38,6 @@ __all__ = [
     "prune",
     "read_adapter",
     "save_adapter",
-    "subtract",
     "verify",
 ]
 

@@ -1,8 +1,4 @@
-"""Arithmetic of deltas: weighted sums on the union of supports, differences, and pruning.
-
-Deltas of one granularity keep it. Deltas of different granularities are converted to single elements, one module at a
-time.
-"""
+"""Arithmetic of deltas: weighted sums on the union of supports, and pruning."""
 
 from __future__ import annotations
 
@@ -22,6 +18,7 @@ from .delta import ModuleDelta, SparseDelta, new_delta
 def compose(sources: Sequence[Any], weights: Sequence[float] | None = None) -> SparseDelta:
     """The weighted sum of deltas of one base model, on the union of their supports.
 
+    Deltas of one granularity keep it. Deltas of different granularities are converted to single elements.
     The values are float32 (float64 if a delta has float64 values). Whole tensors (``modules_to_save``) must be equal
     in all deltas.
 
@@ -49,11 +46,6 @@ def compose(sources: Sequence[Any], weights: Sequence[float] | None = None) -> S
         modules[path] = ModuleDelta(granularity, shape, indices, total.values)
     made_by = "compose: weights " + ", ".join(f"{weight:g}" for weight in weights)
     return new_delta(deltas[0].config, granularity, modules, made_by, others)
-
-
-def subtract(minuend: Any, subtrahend: Any) -> SparseDelta:
-    """``minuend - subtrahend`` on the union of their supports; see ``compose``."""
-    return compose([minuend, subtrahend], [1.0, -1.0])
 
 
 def prune(source: Any, density: float, scope: str = "layer") -> SparseDelta:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +59,45 @@ def _settings(name: str, revision: str | None = None) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
 class Weights:
-    """The weights of a whole model by name, read on demand onto the CPU. ``where`` names the model in errors."""
+    """The weights of a model or of a checkpoint (one safetensors file, or shards with an index), read on demand.
 
-    where: str
-    readers: Mapping[str, Callable[[], Tensor]]
-
-    def find(self, names: Iterable[str], prefix: str = "") -> Tensor | None:
-        """The tensor under the first name that exists. Checkpoints of a base without a head omit ``prefix``."""
-        for name in names:
-            for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name):
-                if variant in self.readers:
-                    return self.readers[variant]()
-        return None
-
-
-def weights_of(source: Base) -> Weights:
-    """The weights of a model in memory, or of a checkpoint: one safetensors file, or shards with an index.
+    Args:
+        source: a model, or a folder or Hub id.
 
     Raises:
         FileNotFoundError: there is no safetensors file. Pickled weights are not read.
         ValueError: a file is damaged.
     """
-    if isinstance(source, nn.Module):
-        tensors: dict[str, Tensor] = source.state_dict(keep_vars=True)
-        return Weights(type(source).__name__, {name: partial(_from_memory, name, t) for name, t in tensors.items()})
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        with from_hub(str(source), "checkpoint", FileNotFoundError):
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
-    return Weights(str(source), {name: partial(_from_file, name, file) for name, file in _files(folder).items()})
+
+    def __init__(self, source: Base):
+        self.where = type(source).__name__ if isinstance(source, nn.Module) else str(source)
+        self.stored: Mapping[str, Tensor | Path]  # tensors in memory, or the file of each
+        if isinstance(source, nn.Module):
+            self.stored = source.state_dict(keep_vars=True)
+            return
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            with from_hub(str(source), "checkpoint", FileNotFoundError):
+                folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        self.stored = _files(folder)
+
+    def find(self, names: Iterable[str], prefix: str = "") -> Tensor | None:
+        """The tensor under the first name that exists. Checkpoints of a base without a head omit ``prefix``."""
+        for name in names:
+            for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name):
+                if variant in self.stored:
+                    return self._read(variant)
+        return None
+
+    def _read(self, name: str) -> Tensor:
+        stored = self.stored[name]
+        if isinstance(stored, Path):
+            with _opened(stored) as tensors:
+                return tensors.get_tensor(name)
+        if stored.is_meta:
+            raise ValueError(f"{name} is on the meta device: the model's weights were never loaded")
+        return stored.detach().to("cpu")
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -111,17 +117,6 @@ def _files(folder: Path) -> dict[str, Path]:
         f"no {single.name} or {index.name} in {str(folder)!r}. Pickled weights are not read: load the model and save "
         "it again with save_pretrained"
     )
-
-
-def _from_memory(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        raise ValueError(f"{name} is on the meta device: the model's weights were never loaded")
-    return tensor.detach().to("cpu")
-
-
-def _from_file(name: str, file: Path) -> Tensor:
-    with _opened(file) as tensors:
-        return tensors.get_tensor(name)
 
 
 def _opened(file: Path) -> Any:

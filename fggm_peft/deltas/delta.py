@@ -228,7 +228,9 @@ def _fingerprint(like: FGGMConfig, modules: Mapping[str, ModuleDelta]) -> dict[s
 
 
 def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
-    name = adapter_name if adapter_name is not None else _active_adapter(model)
+    if adapter_name is None and len(active := model.active_adapters) != 1:
+        raise ValueError(f"the model has the active adapters {', '.join(active)}; pass one of them as adapter_name=")
+    name = adapter_name if adapter_name is not None else model.active_adapters[0]
     if name not in model.peft_config:
         raise ValueError(f"there is no adapter {name!r} on this model; it has {', '.join(model.peft_config)}")
     config = model.peft_config[name]
@@ -243,13 +245,6 @@ def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     others = {key: _copied(tensor) for key, tensor in state.items() if MARK not in key}
     return SparseDelta(_for_inference(config), modules, others)
-
-
-def _active_adapter(model: PeftModel) -> str:
-    names = model.active_adapters
-    if len(names) != 1:
-        raise ValueError(f"the model has the active adapters {', '.join(names)}; pass one of them as adapter_name=")
-    return names[0]
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.files.reading import adaptable_layer
 from ..tuner.files.tensors import BASE_PART, PREFIX
 from ..tuner.layer import FGGMLayer
-from .base_model import Base, Weights, skeleton, weights_of
+from .base_model import Base, Weights, skeleton
 from .delta import ModuleDelta, SparseDelta, new_delta
 
 CANDIDATES = (Rows(), Columns(), Elements())
@@ -61,7 +61,7 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
 class _Comparison:
     def __init__(self, base: Base, tuned: Base, progress: bool):
         self.model = skeleton(base)
-        self.base, self.tuned, self.progress = weights_of(base), weights_of(tuned), progress
+        self.base, self.tuned, self.progress = Weights(base), Weights(tuned), progress
         self.base_name = getattr(self.model, "name_or_path", "") if isinstance(base, nn.Module) else str(base)
         self.tuned_name = self.tuned.where if isinstance(tuned, nn.Module) else Path(str(tuned)).name
         self.layers = _adaptable_layers(self.model)

@@ -49,8 +49,7 @@ class FGGMTrainerMixin(_Trainer):
     (because it was loaded or is resumed) is not changed. All settings are on the ``FGGMConfig``; ``TrainingArguments``
     needs no new field.
 
-    Checkpoints are complete: one whose writing fails is removed, and ``resume_from_checkpoint=True`` skips incomplete
-    ones. They store values as they are trained, whatever ``delta_dtype`` is.
+    ``resume_from_checkpoint=True`` skips incomplete checkpoints. Checkpoints ignore ``delta_dtype``.
 
     Attributes:
         selection_report: the report of the last ``train()``; None if the adapter was already selected.
@@ -115,7 +114,7 @@ class FGGMTrainerMixin(_Trainer):
 
     @contextmanager
     def _selection_dataloader(self) -> Iterator[Any]:
-        """A training dataloader with every sample once, which accelerate forgets afterwards."""
+        """A training dataloader that contains every sample once. Accelerate forgets it afterwards."""
         settings = self.accelerator.dataloader_config
         before = settings.even_batches, settings.dispatch_batches
         # no repeated samples in the last batch, and no rank that waits for another that failed to read
