@@ -43,12 +43,7 @@ class Gate(Settings):
     action: Literal["stop", "rollback"] = "stop"
 
     def violations(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:
-        """The earlier tasks whose score fell too low: ``[{"earlier", "score", "needed"}]``.
-
-        Args:
-            learned: earlier task -> its score right after it was learned, ``R[j,j]``.
-            scores: task -> its score now.
-        """
+        """The earlier tasks whose score fell too low: ``[{"earlier", "score", "needed"}]``; ``learned`` is R[j,j]."""
         shares = {task: self.keep.get(task, self.keep.get(EVERY_TASK)) for task in learned}
         return [
             {"earlier": task, "score": scores[task], "needed": share * learned[task]}

@@ -33,17 +33,11 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of a run, as reports show it.
+    """A function of a run, whose docstring begins with the formula, and how reports show it."""
 
-    Args:
-        compute: returns None if the measure is not defined. Its docstring begins with the formula.
-        heading: of a column.
-        of_last_row: it is also defined for a method that learned all tasks at once.
-    """
-
-    compute: Callable[[Record], float | None]
+    compute: Callable[[Record], float | None]  # None: not defined for this run
     heading: str
-    of_last_row: bool = False
+    of_last_row: bool = False  # also defined for a method that learned all tasks at once
 
     @property
     def formula(self) -> str:

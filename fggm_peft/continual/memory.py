@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,12 @@ def reset_peak_memory() -> None:
         device.empty_cache()
         device.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        try:
+        with suppress(OSError):  # a sandbox may forbid it
             Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-        except OSError:  # a sandbox may forbid it
-            return
 
 
 def peak_memory() -> int | None:
-    """Bytes that an accelerator allocated at most, else the peak of the process's resident memory.
-
-    Where ``reset_peak_memory`` has no effect, the peak of a process includes its earlier runs. None on Windows.
-    """
+    """Bytes that an accelerator allocated at most, else the peak of the process's resident memory; None on Windows."""
     if (device := accelerator()) is not None:
         return device.max_memory_allocated()
     try:

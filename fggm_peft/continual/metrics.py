@@ -1,19 +1,6 @@
-r"""Metrics of tasks: functions of one prediction and its reference, with values in [0, 1].
+"""Metrics of tasks: functions of one prediction and its reference, with values in [0, 1].
 
-None of them needs a download. The tasks of TRACE (Wang et al. 2023, arXiv 2310.06762) use these:
-
-============ =============== ==================================================================
-task         metric          what TRACE's own scripts do
-============ =============== ==================================================================
-C-STANCE     accuracy        the whole answers are equal
-FOMC         accuracy        the whole answers are equal
-MeetingBank  rouge_l         F of the package ``rouge``, tokens split at spaces
-Py150        edit_similarity ``fuzzywuzzy.fuzz.ratio`` in whole per cent, literals restored
-ScienceQA    accuracy        the first letters are equal (the answer is a letter, then reasons)
-NumGLUE-cm   accuracy        the whole answers are equal
-NumGLUE-ds   accuracy        the whole answers are equal
-20Minuten    rouge_l         ``sari`` of 🤗 datasets, which is another metric
-============ =============== ==================================================================
+None of them needs a download. The streams ``trace-order1`` and ``trace-order2`` say which ones TRACE uses.
 """
 
 from __future__ import annotations

@@ -28,14 +28,10 @@ def require_known(names: Iterable[str], legal: Sequence[str], kind: str = "field
 
 
 class Settings(BaseModel):
-    """Fields of a stream file. Unknown fields and values of a wrong type are errors.
-
-    Attributes:
-        other_fields: fields of a file that ``read_stream`` reads, and that the class does not have.
-    """
+    """Fields of a stream file. Unknown fields and values of a wrong type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    other_fields: ClassVar[tuple[str, ...]] = ()
+    other_fields: ClassVar[tuple[str, ...]] = ()  # of a file; read_stream reads them
 
     @model_validator(mode="before")
     @classmethod

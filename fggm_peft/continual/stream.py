@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from transformers.trainer_utils import SchedulerType
 
 from ..training.base_model import BaseModel, computes_bfloat16
@@ -68,13 +68,8 @@ class General(Settings):
         text: file of plain text in paragraphs, whose loss is compared with the base model's after every task.
     """
 
-    text: DataPath
-
-    @field_validator("text")
-    @classmethod
-    def _check_text(cls, value: str) -> str:
-        read_paragraphs(value)  # raises an error for a missing or empty file
-        return value
+    # read_paragraphs raises an error for a missing or empty file
+    text: Annotated[DataPath, AfterValidator(lambda path: read_paragraphs(path) and path)]
 
 
 class MethodSettings(Settings):
@@ -102,10 +97,7 @@ class MethodSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> MethodSettings:
-        try:
-            self.method()
-        except TypeError as error:
-            raise ValueError(f"the method {self.name!r}: {error}") from error
+        self.method()  # raises an error for an illegal option
         return self
 
     def method(self) -> Method:
@@ -158,9 +150,6 @@ class Stream(Settings):
             tasks), or a tuple of the tasks' names.
         general: measures of general ability; None for none.
         gate: limits on the loss of earlier tasks' scores; None for none.
-
-    Raises:
-        pydantic.ValidationError: a field is empty, out of range, or contains a duplicate.
     """
 
     other_fields: ClassVar[tuple[str, ...]] = ("data", "task_defaults")
@@ -194,11 +183,7 @@ class Stream(Settings):
         return self
 
     def with_methods(self, labels: Sequence[str]) -> Stream:
-        """The stream with only the methods of these labels.
-
-        Raises:
-            StreamError: a label is unknown.
-        """
+        """The stream with only the methods of these labels; raises StreamError for an unknown one."""
         by_label = {method.label: method for method in self.methods}
         require_known(labels, list(by_label), "label in --methods:")
         return self.model_copy(update={"methods": tuple(by_label[label] for label in labels)})

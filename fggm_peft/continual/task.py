@@ -44,11 +44,8 @@ class TaskExamples(TokenizedExamples):
     Prompts that are too long are truncated on the left and keep their start token. Answers longer than
     ``max_answer_length`` are truncated; the constructor counts them and warns.
 
-    Args:
-        rows: of each example also the prompt and the answer as texts, without a chat template.
-
     Attributes:
-        sources, references: the prompts and the answers, never truncated.
+        sources, references: the prompts and the answers as texts, without a chat template and never truncated.
         cut_prompts: number of prompts with more than ``max_prompt_length`` tokens.
         cut_answers: number of answers, with their end token, with more than ``max_answer_length`` tokens.
     """

@@ -45,21 +45,8 @@ class Method:
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """The legal names of ``from_options``."""
+        """The options that ``make_method`` takes."""
         return [option.name for option in fields(cls) if option.init]
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Method:
-        """The method with these options; raises ``ValueError`` for an unknown one and lists the legal ones."""
-        legal = cls.option_names()
-        for name in options:
-            if name not in legal:
-                hint = suggestions(name, legal) if legal else "it has none"
-                raise ValueError(f"the method {cls.name!r} has no option {name!r}; {hint}")
-        own = {option.name for option in fields(cls) if option.init}
-        config = {name: value for name, value in options.items() if name not in own}  # of a PEFT adapter
-        own_options = {name: value for name, value in options.items() if name in own}
-        return cls(**own_options, **({"config": config} if config else {}))
 
     def prepare(self, base: nn.Module, seed: int) -> nn.Module:
         """The model to train, wrapped or not; called once, also when a run is resumed."""
@@ -100,6 +87,28 @@ class Method:
 
 
 METHODS: Registry[type[Method]] = Registry("method", named=True)
+
+
+def make_method(name: str, **options: Any) -> Method:
+    """The method registered under ``name``.
+
+    Args:
+        options: its dataclass fields; for a method that trains a PEFT adapter, also the fields of the adapter's config.
+
+    Raises:
+        ValueError: the method or an option is unknown (the message lists the legal ones), or a value is illegal.
+    """
+    method, legal = METHODS[name], METHODS[name].option_names()
+    for option in options:
+        if option not in legal:
+            hint = suggestions(option, legal) if legal else "it has none"
+            raise ValueError(f"the method {name!r} has no option {option!r}; {hint}")
+    own = {option.name for option in fields(method) if option.init}
+    config = {option: options.pop(option) for option in list(options) if option not in own}
+    try:
+        return method(**options, **({"config": config} if config else {}))
+    except TypeError as error:  # a value of a wrong type
+        raise ValueError(f"the method {name!r}: {error}") from error
 
 
 class MethodTrainer(Trainer):

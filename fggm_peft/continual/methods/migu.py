@@ -63,13 +63,6 @@ class MIGU(Method):
 
 
 def largest_features(magnitude: Tensor, threshold: float) -> Tensor:
-    """The top ``1 - threshold`` of the output features, at least one.
-
-    Args:
-        magnitude: ``[o]``, not negative; the scale does not matter.
-
-    Returns:
-        ``[o]``, True for features that keep their gradient.
-    """
+    """``[o]``, True for the top ``1 - threshold`` of the magnitudes ``[o]``, at least one."""
     count = max(1, round((1 - threshold) * len(magnitude)))
     return torch.zeros_like(magnitude, dtype=torch.bool).index_fill_(0, magnitude.topk(count).indices, True)

@@ -1,19 +1,21 @@
-"""Base class of the methods that train a PEFT adapter."""
+"""Methods that train a PEFT adapter: the base class, and those that PEFT implements."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
 
+from ...core.registry import require_one_of
 from ...deltas import save_adapter
-from .method import Method
+from .method import METHODS, Method
 
 WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
+Mode = Literal["merged", "carried"]
 DEFAULTS = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 
 
@@ -66,3 +68,84 @@ class PeftMethod(Method):
             is_main = trainer is None or trainer.is_world_process_zero()
             # "auto" would query the Hub for a resized vocabulary
             save_adapter(model, folder, is_main, save_embedding_layers=False)
+
+
+@METHODS.register("lora")
+@dataclass
+class LoRA(PeftMethod):
+    """LoRA (arXiv 2106.09685): W + BA, where A and B train.
+
+    Args:
+        mode: "merged": every task has its own adapter, which is merged when the task ends. "carried": one adapter
+            trains on all tasks, and the base model never changes.
+    """
+
+    config_class = LoraConfig
+    mode: Mode = "merged"
+
+    def __post_init__(self) -> None:
+        require_one_of("mode", self.mode, get_args(Mode))
+        super().__post_init__()
+
+    def prepare(self, base, seed):
+        base = super().prepare(base, seed)
+        return self.wrap(base) if self.mode == "carried" else base
+
+    def begin_task(self, model, examples):
+        return model if self.mode == "carried" else super().begin_task(model, examples)
+
+    def end_task(self, model, trainer, folder):
+        if self.mode == "merged":
+            return super().end_task(model, trainer, folder)
+        self.save(model, trainer, folder)
+        return model
+
+
+@METHODS.register("shira")
+@dataclass
+class SHiRA(PeftMethod):
+    """SHiRA (arXiv 2406.13175): a few entries of each weight train, chosen at random for every task.
+
+    PEFT implements the random mask. Without a seed PEFT chooses the same entries every time, so each task has its own
+    seed; within a task, weights of the same shape have the same entries.
+    """
+
+    config_class = ShiraConfig
+
+    def defaults(self):
+        return {**super().defaults(), "random_seed": self.task_seed}
+
+
+@METHODS.register("osf")
+@dataclass
+class OSF(PeftMethod):
+    """Orthogonal subspace fine-tuning (arXiv 2504.07097), as implemented in PEFT.
+
+    The largest singular directions of each weight are kept; the others train, with gradients orthogonal to them.
+    Between tasks it follows PEFT's documentation ("Sequential Task Learning"): the task is merged, the singular value
+    decomposition of the weights is computed again, and a larger part of it is kept. (The page calls ``unload()``,
+    which loses the task in peft 0.21, because the delta is not in the weight until it is merged.) PEFT's OSF adapts
+    ``nn.Linear`` and skips GPT-2's Conv1D.
+
+    Args:
+        effective_rank: the share of a weight's rank that is kept in the first task, in (0, 1).
+        growth: increase of this share with every task, up to ``most``.
+        most: the largest share.
+    """
+
+    config_class = OSFConfig
+    effective_rank: float = 0.5
+    growth: float = 0.05
+    most: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 0 < self.effective_rank <= self.most < 1 or self.growth < 0:
+            raise ValueError(
+                "OSF needs 0 < effective_rank <= most < 1 and growth >= 0, got "
+                f"effective_rank={self.effective_rank!r}, growth={self.growth!r}, most={self.most!r}"
+            )
+        super().__post_init__()
+
+    def defaults(self):
+        share = min(self.effective_rank + self.growth * self.number, self.most)
+        return {**super().defaults(), "effective_rank": share}
