@@ -305,7 +305,7 @@ class TokenizedExamples(Dataset):
         start = [] if example.is_rendered else self.start
         if not example.is_rendered and self.tokenizer.eos_token_id is not None:
             answer = [*answer, self.tokenizer.eos_token_id]
-        prompt, answer = self._truncated(start, prompt, answer)
+        prompt, answer = self.truncate(start, prompt, answer)
         if len(prompt) + len(answer) < 2 or not answer:
             raise DataError(f"an example of one token has nothing to predict: {example!r}")
         return {
@@ -317,8 +317,8 @@ class TokenizedExamples(Dataset):
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def _truncated(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """Prompt (with the start tokens) and answer, at most ``max_length`` tokens together."""
+    def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        """Prompt (with the start tokens) and answer, at most ``max_length`` tokens together. Subclasses override it."""
         needed = 1 if start or prompt else 0  # the answer's first token is predicted from one before it
         answer = answer[: self.max_length - needed]
         prompt_length = self.max_length - len(answer)
