@@ -22,7 +22,7 @@ from .settings.fields import setting
 from .settings.file import FileSettings
 from .settings.selection import SelectionSettings
 
-QUANTIZED_MERGES = ("auto", "requantize", "dequantize", "keep")
+QUANTIZED_MERGES = ("auto", "requantize", "keep")
 
 T = TypeVar("T")
 
@@ -123,11 +123,11 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         "the memory, with an optimizer that rounds stochastically. None: PEFT's `autocast_adapter_dtype` decides, "
         "which is float32 unless it is False.",
     )
-    quantized_merge: Literal["auto", "requantize", "dequantize", "keep"] = setting(
+    quantized_merge: Literal["auto", "requantize", "keep"] = setting(
         "auto",
         "How a delta is merged into a quantized layer. 'auto': requantize if at least 95 % of the delta survives, "
-        "otherwise raise an error; 'requantize': always; 'dequantize': the layer becomes dense; 'keep': the layer does "
-        "not change, and a frozen, exact sidecar adds the delta.",
+        "otherwise raise an error; 'requantize': always; 'keep': the layer does not change, and a frozen, exact "
+        "sidecar adds the delta.",
     )
     init_weights: bool = setting(
         True,

@@ -27,7 +27,6 @@ from .base_weight import BaseWeight
 from .merging.merge import (
     MIN_SURVIVAL,
     add_to_dense_,
-    dense_linear,
     lossy_merge_error,
     not_finite_error,
     requantized,
@@ -123,7 +122,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         adapter_names: list[str] | None = None,
         keep_originals: bool = True,
         quantized_merge: str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> ModuleMerge | None:
         """Merge adapters into the base layer.
 
@@ -132,7 +130,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             adapter_names: by default the active adapters.
             keep_originals: keep what ``unmerge`` needs to restore the base bit for bit.
             quantized_merge: overrides the adapter's mode.
-            dtype: of the dense layer that ``quantized_merge="dequantize"`` creates; default: its compute dtype.
 
         Returns:
             What the merge did to the delta; None if there was nothing to merge.
@@ -148,7 +145,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         if self.quantization_backend is None:
             report = self._merge_dense_(names, safe_merge, keep_originals)
         else:
-            replacement, report = self.quantized_replacement(names, safe_merge, quantized_merge, dtype)
+            replacement, report = self.quantized_replacement(names, safe_merge, quantized_merge)
             if keep_originals:
                 self._replaced_bases.append(self.base_layer)
             self._set_base(replacement)
@@ -177,7 +174,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
 
     @torch.no_grad()
     def quantized_replacement(
-        self, names: list[str], safe: bool, mode: str | None = None, dtype: torch.dtype | None = None
+        self, names: list[str], safe: bool, mode: str | None = None
     ) -> tuple[nn.Module, ModuleMerge]:
         """A new base layer with the deltas merged into it; this layer does not change. See ``merge``."""
         mode = mode or self.quantized_merge[names[0]]
@@ -187,21 +184,14 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
                 raise not_finite_error(names[0])
             replacement, report = with_sidecar(base, deltas), unchanged(deltas)
         else:
-            if mode != "dequantize":
-                require_requantizable(self.quantization_backend)
-            # a dense layer has no sidecar, so that the sidecar's deltas are merged as well
-            before = self.weight_copy() if mode == "dequantize" else self.get_base_weight().detach()
+            require_requantizable(self.quantization_backend)
+            before = self.get_base_weight().detach()
             after = effective_weight(before.to(torch.promote_types(before.dtype, torch.float32), copy=True), deltas)
             if safe and not all_finite(after):
                 raise not_finite_error(names[0])
-            if mode == "dequantize":
-                replacement = dense_linear(base, after, dtype or getattr(base, "compute_dtype", None) or before.dtype)
-                now = replacement.weight
-            else:
-                replacement = requantized(base, self.quantization_backend, after.to(before.dtype))
-                now = self.quantization_backend.get_base_weight(replacement)
-            outcome = "dequantized" if mode == "dequantize" else "requantized"
-            report = compare(now.float() - before.float(), (after - before).float(), outcome)
+            replacement = requantized(base, self.quantization_backend, after.to(before.dtype))
+            now = self.quantization_backend.get_base_weight(replacement)
+            report = compare(now.float() - before.float(), (after - before).float(), "requantized")
             if mode == "auto" and report.survived < MIN_SURVIVAL:
                 raise lossy_merge_error(MergeReport([report]))
         return replacement, report

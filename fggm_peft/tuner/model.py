@@ -8,7 +8,6 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
@@ -204,7 +203,6 @@ class FGGMModel(BaseTuner):
             raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
         tuner_layers = {path: m for path, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
         self._check_merge(tuner_layers, names, safe_merge)
-        dtype = self._compute_dtype()
         records = []
         for path, layer in tuner_layers.items():
             with onload_layer(layer):
@@ -214,7 +212,7 @@ class FGGMModel(BaseTuner):
                     modes = [layer.quantized_merge[name] for name in layer.pending(names)]
                     # "auto" was decided for the whole model above
                     mode = "requantize" if modes[:1] == ["auto"] else None
-                    record = layer.merge(safe_merge, names, keep_originals, quantized_merge=mode, dtype=dtype)
+                    record = layer.merge(safe_merge, names, keep_originals, quantized_merge=mode)
                     if record is not None:
                         records.append(replace(record, name=path))
         report = MergeReport(records)
@@ -230,15 +228,6 @@ class FGGMModel(BaseTuner):
         report = MergeReport(records)
         if report.survived < MIN_SURVIVAL:
             raise lossy_merge_error(report)
-
-    def _compute_dtype(self) -> torch.dtype:
-        """The dtype of the model's own floating-point weights, for quantized layers that become dense."""
-        own = (
-            parameter.dtype
-            for name, parameter in self.model.named_parameters()
-            if parameter.is_floating_point() and f".{self.prefix}" not in name
-        )
-        return next(own, torch.float32)
 
     def _unload_and_optionally_merge(
         self,

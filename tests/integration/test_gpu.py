@@ -36,7 +36,7 @@ def test_select_train_merge_unmerge_save_and_load(kind, triton, granularity, tmp
         pytest.importorskip("bitsandbytes")
     before = kernels.use_triton(triton)
     try:
-        model = adapted(base(kind), granularity, quantized_merge="dequantize")
+        model = adapted(base(kind), granularity, quantized_merge="keep")
         start = logits(model, batches()[0])
         report = select_parameters(model, batches(), progress=False)
         assert report.samples == 14

@@ -40,7 +40,7 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 @KINDS
 def test_select_train_evaluate_train_save_reload_merge(kind, granularity, tmp_path):
-    model = adapted(kind, granularity, quantized_merge="dequantize")
+    model = adapted(kind, granularity, quantized_merge="keep")
     start = logits(model, BATCHES[0])
     select_parameters(model, BATCHES, progress=False)
     losses = train(model, BATCHES[:1], steps=4)
@@ -53,7 +53,8 @@ def test_select_train_evaluate_train_save_reload_merge(kind, granularity, tmp_pa
     model.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(quantized(llama(), kind).eval(), tmp_path)
     torch.testing.assert_close(logits(fresh, BATCHES[0]), end)
-    torch.testing.assert_close(logits(model.merge_and_unload(), BATCHES[0]), end, rtol=1e-4, atol=1e-5)
+    tolerance = 2e-2 if kind == "int8" else 1e-4  # int8 layers quantize activations in eval mode
+    torch.testing.assert_close(logits(model.merge_and_unload(), BATCHES[0]), end, rtol=tolerance, atol=tolerance)
 
 
 @KINDS
@@ -122,18 +123,17 @@ def test_odd_shapes_evaluate_and_train(shape):
 
 
 @KINDS
-@pytest.mark.parametrize("mode", ["auto", "requantize", "dequantize", "keep"])
+@pytest.mark.parametrize("mode", ["auto", "requantize", "keep"])
 def test_unmerging_restores_the_quantized_base(kind, mode):
     model = trained(kind, quantized_merge=mode)
     before = logits(model, BATCHES[0])
     weights = [layer.weight_copy() for layer in fggm_layers(model, "default").values()]
     report = model.merge_adapter(safe_merge=True)
-    outcome = {"auto": "requantized", "requantize": "requantized", "dequantize": "dequantized", "keep": "kept"}[mode]
+    outcome = {"auto": "requantized", "requantize": "requantized", "keep": "kept"}[mode]
     assert {module.outcome for module in report.modules} == {outcome}
     merged = logits(model, BATCHES[0])
-    if mode in ("dequantize", "keep"):
-        # int8 layers quantize activations in eval mode
-        tolerance = 2e-2 if (kind, mode) == ("int8", "keep") else 1e-4
+    if mode == "keep":
+        tolerance = 2e-2 if kind == "int8" else 1e-4  # int8 layers quantize activations in eval mode
         torch.testing.assert_close(merged, before, rtol=tolerance, atol=tolerance)
     assert torch.equal(logits(copy.deepcopy(model), BATCHES[0]), merged)
     model.unmerge_adapter()
@@ -150,7 +150,7 @@ def test_auto_raises_an_error_instead_of_losing_the_delta(kind, unload):
         for layer in fggm_layers(model, "default").values():
             layer.fggm_values["default"] *= 3e-4
     before = logits(model, BATCHES[0])
-    with pytest.raises(LossyMergeError, match=r"\d\.\d% of the delta.*'keep'.*'dequantize'.*'requantize'"):
+    with pytest.raises(LossyMergeError, match=r"\d\.\d% of the delta.*'keep'.*'requantize'"):
         model.merge_and_unload() if unload else model.merge_adapter()
     assert torch.equal(logits(model, BATCHES[0]), before)
     assert not any(layer.merged for layer in fggm_layers(model, "default").values())
@@ -188,15 +188,13 @@ def test_sidecar_deltas_add_up_exactly_on_one_support(kind, granularity):
     assert not any("fggm" in name for name in model.base_model.model.state_dict() if "base_layer" in name)
 
 
-@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
-def test_the_sidecar_stays_when_the_next_task_is_merged_in_another_way(mode):
+def test_the_sidecar_stays_when_the_next_task_is_requantized():
     model = trained("nf4", quantized_merge="keep").merge_and_unload()
-    model = get_peft_model(model, FGGMConfig(granularity="column", criterion="random", quantized_merge=mode))
+    model = get_peft_model(model, FGGMConfig(granularity="column", criterion="random", quantized_merge="requantize"))
     train(model, BATCHES, steps=3)
     before = logits(model, BATCHES[0])
     model.merge_adapter()
-    tolerance = 1e-4 if mode == "dequantize" else 0.5
-    torch.testing.assert_close(logits(model, BATCHES[0]), before, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(logits(model, BATCHES[0]), before, rtol=0.5, atol=0.5)
     model.unmerge_adapter()
     assert torch.equal(logits(model, BATCHES[0]), before)
 
@@ -219,15 +217,6 @@ def test_saving_a_base_with_a_sidecar_warns_that_it_is_not_saved():
     base = trained("nf4", quantized_merge="keep").merge_and_unload()
     with pytest.warns(UserWarning, match="of the base omit the deltas"):
         base.state_dict()
-
-
-def test_dequantized_layers_have_the_dtype_of_the_model():
-    base = quantized(llama(), "int8").to(torch.bfloat16)
-    model = get_peft_model(base, FGGMConfig(criterion="random", init_weights=False, quantized_merge="dequantize"))
-    merged = model.merge_and_unload()
-    layer = merged.model.layers[0].mlp.up_proj
-    assert type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
-    assert logits(merged, BATCHES[0]).isfinite().all()
 
 
 def test_quantized_embeddings_are_rejected_by_name():

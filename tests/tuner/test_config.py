@@ -20,7 +20,7 @@ from fggm_peft.core.threshold import POLICIES
 from fggm_peft.tuner.settings.selection import score_bytes
 
 unit_interval = r"in \(0, 1\]"
-merges = "one of 'auto', 'requantize', 'dequantize', 'keep'"
+merges = "one of 'auto', 'requantize', 'keep'"
 BAD = [
     *[({"density": v}, f"density must be {unit_interval}, got {v!r}") for v in (0, -0.5, 1.5, True, "0.3")],
     ({"density": float("nan")}, f"density must be {unit_interval}, got nan"),

@@ -18,12 +18,9 @@ from ...core.granularity import sum_rounded_once
 from ...core.ranking import all_finite
 from ...core.weight_delta import WeightDelta
 from .report import MergeReport, ModuleMerge, compare
-from .sidecar import SidecarHook
 
 MIN_SURVIVAL = 0.95
 """Share of a delta that must survive requantization with ``quantized_merge="auto"``."""
-
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 def add_to_dense_(matrix: Tensor, delta: WeightDelta, keep_originals: bool) -> tuple[ModuleMerge, Tensor | None]:
@@ -64,24 +61,11 @@ def requantized(base: nn.Module, backend: Any, weight: Tensor) -> nn.Module:
     return holder.base_layer.train(base.training)
 
 
-def dense_linear(base: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """A dense layer in place of a quantized one, with its bias and hooks, and with the given weight ``[o, i]``."""
-    with torch.device("meta"):
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None)
-    dense.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if base.bias is not None:
-        dense.bias = nn.Parameter(base.bias.detach().to(dtype).clone(), requires_grad=False)
-    for name in _HOOK_DICTS:
-        hooks = getattr(base, name).items()
-        getattr(dense, name).update({key: hook for key, hook in hooks if not isinstance(hook, SidecarHook)})
-    return dense.train(base.training)
-
-
 def lossy_merge_error(report: MergeReport) -> LossyMergeError:
     """The error of mode "auto", with the surviving share and the alternatives."""
     return LossyMergeError(
         f"requantizing the merged weights would keep {report.survived:.1%} of the delta, less than the "
         f"{MIN_SURVIVAL:.0%} that quantized_merge='auto' requires. Nothing was changed. Set quantized_merge on the "
-        "adapter's config to 'keep' (the base does not change, and an exact sidecar adds the delta), 'dequantize' "
-        "(these layers become dense) or 'requantize' (accept the loss), or load the base unquantized."
+        "adapter's config to 'keep' (the base does not change, and an exact sidecar adds the delta) or 'requantize' "
+        "(accept the loss), or load the base unquantized."
     )

@@ -20,7 +20,7 @@ class ModuleMerge:
         delta_norm: Frobenius norm of the delta.
         projection: inner product of the weight's actual change with the delta.
         error_norm: Frobenius norm of (actual change - delta).
-        outcome: "added", "requantized", "dequantized" or "kept".
+        outcome: "added", "requantized" or "kept".
         name: module path.
     """
 
