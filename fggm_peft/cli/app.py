@@ -48,7 +48,7 @@ def run_program(arguments: Sequence[str] | None = None) -> None:
     """Run a command. Errors are one line and exit with 1, wrong usage with 2, and Ctrl-C with 130."""
     args = parser().parse_args(arguments)
     try:
-        # standard output is for the result only, whatever libraries print
+        # libraries may print, but standard output is only for the result
         with contextlib.redirect_stdout(sys.stderr):
             result = args.run(args)
     except KeyboardInterrupt:

@@ -53,7 +53,8 @@ def run(args: Namespace) -> Result:
     data = {"model": args.model, "adapters": args.adapter, "output": str(args.output), "ledger": args.ledger}
     headings = ("module", "norm of the delta", "survived", "outcome")
     rows = [(m.name, f"{m.delta_norm:.4g}", f"{m.survived:.2%}", m.outcome) for m in report.modules]
-    shown = Group(table(f"Saved to {args.output}", headings, rows), Text(str(report)))
+    note = Text(f"{report.survived:.2%} of the deltas is in the weights.")
+    shown = Group(table(f"Saved to {args.output}", headings, rows), note)
     return {**data, "ledger": args.ledger and str(args.ledger), **report.to_dict()}, shown
 
 

@@ -147,7 +147,7 @@ class _Comparison:
         return ModuleDelta(granularity, shape, indices.to(index_dtype(shape[0] * shape[1])), values)
 
     def _biases(self, adapted: list[str]) -> dict[str, Tensor]:
-        """Every bias of the tuned model, by the name that it has beside adapters in the given modules."""
+        """Every bias of the tuned model, by its name in an adapter file that adapts the given modules."""
         biases = {}
         for name in self.parameters:
             path, _, part = name.rpartition(".")

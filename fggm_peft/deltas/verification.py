@@ -9,10 +9,10 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 from torch import nn
 
-from ..core.errors import AdapterFileError
+from ..core.errors import AdapterFileError, BaseMismatchError
 from ..core.fingerprint import sketches_from
 from ..core.index_codec import entropy_bytes
-from ..tuner.files.base_check import require_base
+from ..tuner.files.base_check import base_difference
 from ..tuner.files.reading import adapted_layers, find_adapter, read_contents
 from .base_model import load_base
 from .delta import from_contents
@@ -72,7 +72,9 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
     config, file = find_adapter(adapter, **hub)
     if model is not None:
         shapes = {path: sketch.shape for path, sketch in sketches_from(config.base_fingerprint or {}).items()}
-        require_base(adapted_layers(model, shapes, str(adapter)), config)
+        layers = adapted_layers(model, shapes, str(adapter))
+        if problem := base_difference(layers, config.base_fingerprint or {}):
+            raise BaseMismatchError(f"the adapter was made for another base: {problem}")
     contents = read_contents(config, file)
     delta = from_contents(contents)
     modules = delta.modules

@@ -29,7 +29,7 @@ def restore_float32_(model: Any) -> None:
 
 
 def copy_to_reference_(model: Any) -> None:
-    """Copy the trained adapter to TRL's adapter "ref", which should be its copy.
+    """Copy the trained adapter to "ref", TRL's adapter for the reference model.
 
     TRL (1.16) adds "ref" with the active adapter's config and copies parameters with ".default." in their names. FGGM's
     parameter names end with the adapter's name, and supports are buffers, so TRL would leave "ref" empty.
