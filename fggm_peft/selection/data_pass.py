@@ -103,7 +103,7 @@ class DataPass:
         is_quiet = None if self.progress and processes.rank == 0 else True
         with (
             frozen_in_eval_mode(self.model),
-            _without_delta(targets),
+            without_delta(targets),
             LayerHooks(targets, recorder, _checkpointed_embeddings(self.model), not _checkpoints(self.model)),
             tqdm(total=limit, desc=description, unit="sample", disable=is_quiet) as bar,
         ):
@@ -185,7 +185,7 @@ def input_metrics(targets: Targets, covariance: InputCovariance) -> dict[str, In
 
 
 @contextmanager
-def _without_delta(targets: Targets) -> Iterator[None]:
+def without_delta(targets: Targets) -> Iterator[None]:
     """Switch the adapter's own delta off: statistics are taken where training starts."""
     scales = [(target.layer.scaling, target.adapter_name, target.scale) for target in targets.values()]
     for scaling, adapter_name, _ in scales:

@@ -26,7 +26,7 @@ from ..tuner.support import forecast_supports, unwrapped, write_supports
 from ..tuner.target import Targets, find_targets
 from ..version import __version__
 from .agreement import split_half_agreement
-from .data_pass import DataPass, input_metrics
+from .data_pass import DataPass, input_metrics, without_delta
 from .input_covariance import input_covariance
 from .likelihood import LogLikelihood
 from .measure import Measurement, Outcome, unit_entries
@@ -107,9 +107,10 @@ def select_parameters(
         task.processes.require_same("their setting", references, "Give every process a dataloader of each reference.")
         covariance = own = None
         if config.needs_covariance:
-            covariance = covariance_to_retain(entries, targets, task)
-            if "history" in entries:
-                own = input_covariance(model, data, modules=targets, progress=progress)
+            with without_delta(targets):
+                covariance = covariance_to_retain(entries, targets, task)
+                if "history" in entries:
+                    own = input_covariance(model, data, modules=targets, progress=progress)
             task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})
         measurement = Measurement(Scoring(targets, config, against, task.metrics), num_samples)
         if criterion.needs_data:

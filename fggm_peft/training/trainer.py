@@ -24,7 +24,7 @@ from ..retention import HarmDecay, attach_harm_decay
 from ..selection import SelectionReport, select_parameters
 from ..selection.likelihood import LogLikelihood
 from ..selection.reference import ReferenceData
-from ..selection.select import active_adapter
+from ..selection.select import active_adapter, active_adapters
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import complete_card
 from ..tuner.files.saving import as_trained, keep_card
@@ -82,6 +82,7 @@ class FGGMTrainerMixin(_Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Like the trainer's, but selects first if the adapter has no support."""
         self._reject_ram_efficient_loading()
+        self._reject_deepspeed_with_harm_decay()
         if unselected_adapters(self.model):
             with self._selection_dataloader() as dataloader:
                 report = self.selection_report = _select(
@@ -139,6 +140,13 @@ class FGGMTrainerMixin(_Trainer):
             raise ValueError(
                 "FSDP's cpu_ram_efficient_loading loads the weights on one rank only, and accelerate cannot send the "
                 "adapter's indices (a buffer) to the others. Set it to False in fsdp_config."
+            )
+
+    def _reject_deepspeed_with_harm_decay(self) -> None:
+        if self.is_deepspeed_enabled and any(config.harm_decay for _, config in active_adapters(self.model)):
+            raise ValueError(
+                "harm_decay does not support DeepSpeed, whose optimizer steps flat partitions instead of the adapter's "
+                "values. Use FSDP (version 2) or DDP, or set harm_decay=0."
             )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -61,3 +61,10 @@ def test_continuing_without_statistics_is_an_error_before_training(tmp_path):
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "delta", is_trainable=True)
     with pytest.raises(ValueError, match="harm_decay needs the statistics"):
         make_trainer(loaded, tmp_path, FGGMTrainer).train()
+
+
+def test_deepspeed_is_an_error_before_training(tmp_path):
+    rejected = trainer(tmp_path, "mixin")
+    rejected.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="harm_decay does not support DeepSpeed"):
+        rejected.create_optimizer()
