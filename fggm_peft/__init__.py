@@ -39,7 +39,6 @@ from .tuner import (
     InputCovariance,
     MergeReport,
     hotswap_adapter,
-    prepare_model_for_compiled_hotswap,
 )
 from .version import __version__
 
@@ -95,7 +94,6 @@ __all__ = [
     "hotswap_adapter",
     "input_covariance",
     "overlap",
-    "prepare_model_for_compiled_hotswap",
     "prune",
     "select_parameters",
 ]

@@ -8,7 +8,7 @@ from .merging.report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
 from .settings.selection import require_reference
-from .several.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from .several.hotswap import hotswap_adapter
 from .target import Target, find_targets
 
 register(FGGMConfig, FGGMModel)
@@ -26,6 +26,5 @@ __all__ = [
     "Target",
     "find_targets",
     "hotswap_adapter",
-    "prepare_model_for_compiled_hotswap",
     "require_reference",
 ]

@@ -30,7 +30,7 @@ class AdapterState(BaseTunerLayer):
     """
 
     adapter_layer_names = ("fggm_values",)
-    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge", "padded_sizes")
+    other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge")
 
     weight_shape: Shape
 
@@ -41,7 +41,6 @@ class AdapterState(BaseTunerLayer):
         self.quantized_merge: dict[str, str] = {}
         self.selected: dict[str, bool] = {}  # False until the support is known
         self.fggm_indices = SupportIndices(self.selected)
-        self.padded_sizes: dict[str, int] = {}  # units that a support is padded to, see several.hotswap
         self._frozen_empty: set[str] = set()  # adapters that would train here if their support were not empty
         self._selected_in_shards: set[str] = set()
         self._disable_adapters = False
@@ -109,7 +108,6 @@ class AdapterState(BaseTunerLayer):
         self.fggm_indices.settle(adapter_name)
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
-        self.padded_sizes.pop(adapter_name, None)
         data = self.fggm_values[adapter_name].data
         data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
         self.selected[adapter_name] = True

@@ -10,7 +10,7 @@ from models import fggm_layers, llama, logits, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from fggm_peft import AdapterFileError, FGGMConfig, hotswap_adapter, prepare_model_for_compiled_hotswap
+from fggm_peft import FGGMConfig, hotswap_adapter
 
 BATCH = token_batches()[0]
 
@@ -51,62 +51,23 @@ def test_a_swapped_adapter_computes_like_a_loaded_one_in_the_same_tensors(folder
     assert all(tensor.data_ptr() == place for tensor, place in before)
     assert torch.equal(logits(model, BATCH), logits(loaded(folders[1]), BATCH))
     assert model.peft_config["default"].seed == 1 and model.peft_config["default"].inference_mode
-    hotswap_adapter(model, folders[2], "default")  # without padding, the size may change
+    hotswap_adapter(model, folders[2], "default")  # of another size
     assert torch.equal(logits(model, BATCH), logits(loaded(folders[2]), BATCH))
 
 
-def test_padding_changes_neither_shapes_nor_results(folders):
-    model = loaded(folders[2])
-    expected = logits(model, BATCH)
-    prepare_model_for_compiled_hotswap(model, density=0.3)
-    shapes = [tensor.shape for tensor in tensors_of(model)]
-    for layer in fggm_layers(model, "default").values():
-        units = layer.granularity["default"].units(layer.weight_shape)
-        assert len(layer.fggm_indices["default"]) == -(-3 * units // 10)
-    torch.testing.assert_close(logits(model, BATCH), expected)
-    for folder in folders:
-        hotswap_adapter(model, folder, "default")
-        assert [tensor.shape for tensor in tensors_of(model)] == shapes
-        torch.testing.assert_close(logits(model, BATCH), logits(loaded(folder), BATCH))
-        model.merge_adapter()
-        torch.testing.assert_close(logits(model, BATCH), logits(loaded(folder).merge_and_unload(), BATCH))
-        model.unmerge_adapter()
-
-
-def test_padding_is_not_saved(folders, tmp_path):
-    model = loaded(folders[2])
-    prepare_model_for_compiled_hotswap(model, density=0.3)
-    model.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(loaded(tmp_path / "again"), BATCH), logits(loaded(folders[2]), BATCH))
-
-
-def test_an_adapter_that_exceeds_the_padding_changes_nothing(folders):
-    model = loaded(folders[2])
-    prepare_model_for_compiled_hotswap(model, density=0.15)
-    before = [tensor.clone() for tensor in tensors_of(model)]
-    with pytest.raises(AdapterFileError, match=r"units exceed the \d+ that"):
-        hotswap_adapter(model, folders[0], "default")
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(model), strict=True))
-    with pytest.raises(ValueError, match=r"more than density=0.05 allows; use at least 0.1"):
-        prepare_model_for_compiled_hotswap(model, density=0.05)
-
-
 @pytest.mark.parametrize("granularity", ["row", "column"])
-def test_a_swap_does_not_recompile_a_model(tmp_path, granularity):
+def test_a_swap_of_equal_sizes_does_not_recompile_a_model(tmp_path, granularity):
     def base():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
 
     config = {"granularity": granularity, "target_modules": ["0", "2"], "base": base}
-    paths = [saved(tmp_path / str(seed), seed=seed, density=0.1 + 0.1 * seed, **config) for seed in range(3)]
+    paths = [saved(tmp_path / str(seed), seed=seed, **config) for seed in range(3)]
     model = PeftModel.from_pretrained(base(), paths[0])
-    prepare_model_for_compiled_hotswap(model, density=0.35)
     torch._dynamo.reset()
     compilations = []
     backend = lambda graph, inputs: compilations.append(1) or graph.forward  # noqa: E731
     compiled, x = torch.compile(model.eval(), fullgraph=True, backend=backend), torch.randn(40, 16)
-    with pytest.raises(ValueError, match=r"before torch\.compile"):
-        prepare_model_for_compiled_hotswap(compiled, density=0.5)
     with torch.inference_mode():
         for path in [*paths, paths[0]]:
             hotswap_adapter(compiled, path, "default")
@@ -138,14 +99,10 @@ def test_modules_to_save_are_swapped_too(tmp_path):
     nn.init.normal_(other.base_model.model[1].modules_to_save["default"].weight)
     other.save_pretrained(tmp_path / "other")
     x = torch.randn(5, 6)
-    for density in (None, 0.5):
-        model = PeftModel.from_pretrained(base(), first)
-        if density:
-            prepare_model_for_compiled_hotswap(model, density=density)
-            torch.testing.assert_close(model(x), PeftModel.from_pretrained(base(), first)(x))
-        model.base_model.model[0].set_scale("default", 3.0)
-        hotswap_adapter(model, tmp_path / "other", "default")
-        torch.testing.assert_close(model(x), other(x))
+    model = PeftModel.from_pretrained(base(), first)
+    model.base_model.model[0].set_scale("default", 3.0)
+    hotswap_adapter(model, tmp_path / "other", "default")
+    torch.testing.assert_close(model(x), other(x))
 
 
 def test_an_adapter_loaded_by_transformers_can_be_swapped(folders):
@@ -168,7 +125,3 @@ def test_unsupported_swaps_raise_an_error(tmp_path):
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged; call unmerge_adapter\(\)"):
         hotswap_adapter(model, row, "default")
-    with pytest.raises(ValueError, match=r"density must be in \(0, 1\]"):
-        prepare_model_for_compiled_hotswap(model, density=2.0)
-    with pytest.raises(ValueError, match="no support yet"):
-        prepare_model_for_compiled_hotswap(get_peft_model(llama(), FGGMConfig()), density=0.5)

@@ -11,7 +11,6 @@ from ...core.errors import AdapterFileError
 from ...core.index_codec import index_dtype
 from ..config import FGGMConfig
 from ..hosts.sharding import plain_name, state_prefix
-from ..several.hotswap import pad
 from ..target import Target, find_targets
 from .base_check import require_base
 from .tensors import MARK, PARTS, PREFIX, checked_delta
@@ -44,8 +43,6 @@ def fit_layers_to_state_dict(
     is_selected = any(len(tensors["indices"]) for tensors in checked.values())
     for path, tensors in checked.items():
         layer = targets[path].layer
-        if (size := layer.padded_sizes.get(adapter_name)) is not None:
-            tensors = pad(tensors, targets[path].granularity, size)
         state_dict |= {f"{prefix}{path}{MARK}{part}.{adapter_name}": tensor for part, tensor in tensors.items()}
         layer.fggm_indices.settle(adapter_name)
         layer.resize_(adapter_name, len(tensors["indices"]), tensors["values"].dtype)
@@ -70,16 +67,9 @@ def _take(state_dict: dict[str, Tensor], name: str, target: Target) -> dict[str,
 
 def _checked(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     """``indices`` and ``values`` with the dtypes of the layer."""
-    where = f"{target.path}{MARK}"
-    tensors = checked_delta(tensors, target.granularity, target.shape, where)
-    k, size = len(tensors["indices"]), target.layer.padded_sizes.get(target.adapter_name)
-    if size is not None and k > size:
-        raise AdapterFileError(
-            f"{where}indices: {k} units exceed the {size} that "
-            "prepare_model_for_compiled_hotswap reserved; call it with a higher density"
-        )
-    values = tensors["values"].to(target.values.dtype)
-    indices = tensors["indices"].to(values.device, index_dtype(target.shape[0] * target.shape[1]))
+    checked = checked_delta(tensors, target.granularity, target.shape, f"{target.path}{MARK}")
+    values = checked["values"].to(target.values.dtype)
+    indices = checked["indices"].to(values.device, index_dtype(target.shape[0] * target.shape[1]))
     return {"indices": indices, "values": values}
 
 

@@ -1,15 +1,11 @@
 """Replaces a loaded adapter by another one in place: same tensors, same shapes, no recompilation.
 
-PEFT's own ``hotswap_adapter`` depends on LoRA's ranks and alphas. These functions have its signatures.
-
-A compiled model needs constant shapes. So every support is padded to one size with units whose values are zero: it
-stays sorted and unique, and the delta does not change.
+PEFT's own ``hotswap_adapter`` depends on LoRA's ranks and alphas. This function has its signature.
+Adapters with the same number of units in each module have the same shapes; a compiled model is then not compiled again.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,11 +13,9 @@ from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils import infer_device, load_peft_weights
 from torch import Tensor, nn
 
-from ...core.granularity import Granularity
-from ...core.weight_delta import spread
 from ..config import FGGMConfig
 from ..files.tensors import MARK, PREFIX
-from ..target import Target, Targets, find_targets
+from ..target import Targets, find_targets
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
 
@@ -31,9 +25,8 @@ def hotswap_adapter(
 ) -> None:
     """Replace the loaded adapter ``adapter_name`` by the adapter in a folder or on the Hub.
 
-    Values and indices are written into the existing tensors. If the sizes differ, the tensors are replaced, unless
-    ``prepare_model_for_compiled_hotswap`` has padded the supports; then a compiled model is not compiled again.
-    Modules that the new adapter does not change get a delta of zero.
+    Values and indices are written into the existing tensors, which are replaced if the sizes differ. Modules that
+    the new adapter does not change get a delta of zero.
 
     Args:
         model: has the adapter; may be compiled.
@@ -45,7 +38,7 @@ def hotswap_adapter(
     Raises:
         ValueError: the adapter is merged, or the two have different methods or granularities.
         RuntimeError: the new adapter changes modules that the loaded one does not.
-        AdapterFileError: the file does not fit the model, or a support exceeds the padding. Nothing has changed then.
+        AdapterFileError: the file does not fit the model. Nothing has changed then.
     """
     model = getattr(model, "_orig_mod", model)
     location = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
@@ -64,55 +57,6 @@ def hotswap_adapter(
         raise
     for target in targets.values():
         target.layer.set_scale(adapter_name, 1.0)
-
-
-def prepare_model_for_compiled_hotswap(model: nn.Module, *, density: float, adapter_name: str = "default") -> None:
-    """Pad supports to ``density`` of every module's units, so that hotswapping changes no shape.
-
-    The padding has values of zero, so the model computes the same. Call it after the first adapter is loaded and
-    before ``torch.compile``.
-
-    Raises:
-        ValueError: a loaded support is larger already, or the model is compiled.
-    """
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "call prepare_model_for_compiled_hotswap before torch.compile: it changes the adapter's shapes"
-        )
-    targets = _replaceable(model, adapter_name)
-    if not any(target.is_selected for target in targets.values()):
-        raise ValueError(f"adapter {adapter_name!r} has no support yet: load an adapter, or call select_parameters")
-    sizes = {path: math.ceil(density * target.units) for path, target in targets.items()}
-    for path, target in targets.items():
-        if (k := len(target.indices)) > sizes[path]:
-            raise ValueError(
-                f"adapter {adapter_name!r} has {k} of {target.units} units in {path}, more than density={density} "
-                f"allows; use at least {k / target.units:.4f}"
-            )
-    for path, target in targets.items():
-        _pad_(target, sizes[path])
-
-
-def pad(tensors: Mapping[str, Tensor], granularity: Granularity, size: int) -> dict[str, Tensor]:
-    """Fill up a support to ``size`` units; the lowest free units are added, with values of zero."""
-    old = tensors["indices"]
-    free = torch.ones(size, dtype=torch.bool, device=old.device)  # `size` units contain enough free ones
-    free[old[old < size].long()] = False
-    added = free.nonzero()[: size - len(old), 0].to(old.dtype)
-    indices = torch.cat([old, added]).sort().values
-    return {"indices": indices, "values": spread(tensors["values"], old, indices, granularity.unit_dim)}
-
-
-def _pad_(target: Target, size: int) -> None:
-    """Pad a loaded support, and record the size for the adapters that will replace it."""
-    padded = pad({part: tensor.clone() for part, tensor in target.tensors.items()}, target.granularity, size)
-    target.layer.resize_(target.adapter_name, size)
-    for part, tensor in target.tensors.items():
-        tensor.copy_(padded[part])
-    target.layer.padded_sizes[target.adapter_name] = size
-    target.layer.freeze_empty_()
 
 
 def _replaceable(model: Any, adapter_name: str) -> Targets:
