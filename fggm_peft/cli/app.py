@@ -15,7 +15,7 @@ from typing import Any
 from ..version import __version__
 
 COMMANDS: tuple[str, ...] = ("select", "train", "eval", "sequence", "reference")
-COMMANDS += ("inspect", "verify", "overlap", "diff", "merge", "export", "rollback")
+COMMANDS += ("inspect", "overlap", "diff", "merge", "export", "rollback")
 
 
 def parser() -> ArgumentParser:

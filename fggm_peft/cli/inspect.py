@@ -1,4 +1,4 @@
-"""``fggm inspect``: shows the contents of an adapter, without its base model."""
+"""``fggm inspect``: checks an adapter, and shows its contents."""
 
 from __future__ import annotations
 
@@ -13,38 +13,35 @@ if TYPE_CHECKING:
 
 def add_options(parser: ArgumentParser) -> None:
     add_adapter(parser)
+    parser.add_argument("--base", "-b", help="Folder or Hub id of the base that the adapter should fit.")
 
 
 def run(args: Namespace) -> Result:
-    """Show the changes in ADAPTER: their size in each module, and the rank that each requires as a LoRA."""
+    """Check every tensor of ADAPTER, and show its changes and the rank that each module requires as a LoRA.
+
+    With --base, the command loads the base and checks that the adapter was made on it. An error names the file and the
+    tensor.
+    """
     require_adapter(args.adapter)
     from rich.console import Group
 
-    from ..deltas import SparseDelta
+    from ..deltas import SparseDelta, verify
 
+    data = verify(args.adapter, args.base).to_dict()
     delta = SparseDelta.read(args.adapter)
     modules = {path: _figures(module) for path, module in delta.modules.items()}
-    data = {
-        "adapter": args.adapter,
-        "base": delta.config.base_model_name_or_path,
-        "granularity": str(delta.config.granularity),
-        "criterion": delta.config.criterion,
-        "parameters": delta.parameters,
-        "density": delta.density,
-        "norm": sum(module["norm"] ** 2 for module in modules.values()) ** 0.5,
-        "bytes": delta.bytes,
-        "lora_rank": max((module["lora_rank"] for module in modules.values()), default=0),
-        "whole_tensors": sorted(delta.others),
-        "selection": delta.config.selection,
-        "modules": modules,
-    }
+    data["norm"] = sum(module["norm"] ** 2 for module in modules.values()) ** 0.5
+    data["lora_rank"] = max((module["lora_rank"] for module in modules.values()), default=0)
+    selection = delta.config.selection or {}
+    facts = {**data, **{name: selection.get(name) for name in ("samples", "agreement", "made_by")}}
+    facts["made_with"] = [f"{name} {version}" for name, version in sorted(data["made_with"].items())]
     rows = []
     for path, module in modules.items():
         row = (path, " × ".join(map(str, module["shape"])), f"{module['units']:,}", f"{module['density']:.2%}")
         rows.append((*row, f"{module['norm']:.4g}", str(module["lora_rank"])))
-    headings = ("module", "weight", "units", "density", "norm", "LoRA rank")
-    made = {name: (data["selection"] or {}).get(name) for name in ("samples", "agreement", "made_by")}
-    return data, Group(facts_table(args.adapter, {**data, **made}), table("", headings, rows))
+    shown = table("", ("module", "weight", "units", "density", "norm", "LoRA rank"), rows)
+    data |= {"selection": delta.config.selection, "modules": modules}
+    return data, Group(facts_table(f"{args.adapter} is valid", facts), shown)
 
 
 def _figures(module: ModuleDelta) -> dict[str, Any]:

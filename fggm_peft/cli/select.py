@@ -50,6 +50,8 @@ def run(args: Namespace) -> Result | None:
         _require_plots(args)
 
     from peft import get_peft_model
+    from rich.console import Group
+    from rich.text import Text
 
     from ..core.criteria import CRITERIA
     from ..deltas import save_adapter
@@ -75,7 +77,9 @@ def run(args: Namespace) -> Result | None:
     size = (args.output / ADAPTER_FILE).stat().st_size
     pictures = [] if args.plots is None else _draw(report, args.plots)
     data = {"model": args.model, "output": str(args.output), "bytes": size, **report.to_dict()}
-    return {**data, "pictures": pictures}, _shown(args, report, pictures)
+    note = f"{f'Plots: {args.plots}. ' if pictures else ''}Saved to {args.output}. Train it with: "
+    note += f"fggm train {args.model} --adapter {args.output} --data ..."
+    return {**data, "pictures": pictures}, Group(report.to_table(), Text(note))
 
 
 def _cost(args: Namespace, config: FGGMConfig) -> Result | None:
@@ -132,12 +136,3 @@ def _draw(report: SelectionReport, folder: Path) -> list[str]:
             save(figure, temporary / f"{name}.svg")
             names.append(str(folder / f"{name}.svg"))
     return names
-
-
-def _shown(args: Namespace, report: SelectionReport, pictures: list[str]) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    plots = f"Plots: {', '.join(pictures)}. " if pictures else ""
-    train = f"fggm train {args.model} --adapter {args.output} --data ..."
-    return Group(report.to_table(), Text(f"{plots}Saved to {args.output}. Train it with: {train}"))

@@ -129,12 +129,6 @@ class SparseDelta:
         entries = sum(m.shape[0] * m.shape[1] for m in self.modules.values())
         return sum(m.values.numel() for m in self.modules.values()) / entries if entries else 0.0
 
-    @property
-    def bytes(self) -> int:
-        """Size of all tensors in memory."""
-        tensors = [t for module in self.modules.values() for t in module.tensors.values()]
-        return sum(tensor.nbytes for tensor in [*tensors, *self.others.values()])
-
     def __repr__(self) -> str:
         made_by = (self.config.selection or {}).get("made_by")
         return (

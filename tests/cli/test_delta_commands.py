@@ -40,7 +40,7 @@ def test_inspect(folder, granularity):
     found = succeed("inspect", folder / granularity)
     delta = SparseDelta.read(folder / granularity)
     assert (found["granularity"], found["parameters"]) == (granularity, delta.parameters)
-    assert found["density"] == delta.density and found["base"] == str(folder / "base")
+    assert found["density"] == delta.density and found["base_model"] == str(folder / "base")
     assert found["lora_rank"] == max(map(required_rank, delta.modules.values()))
     norms = [float(module.values.double().norm()) for module in delta.modules.values()]
     assert found["norm"] == pytest.approx(sum(norm**2 for norm in norms) ** 0.5)

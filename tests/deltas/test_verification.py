@@ -1,4 +1,4 @@
-"""``verify``, ``fggm verify`` and ``fggm card``."""
+"""``verify``, ``fggm inspect`` and the model card."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def test_a_file_that_contradicts_its_config_is_rejected(change, message, adapter
 
 
 def test_the_command_prints_a_description_or_a_one_line_error(adapter, base):
-    result = succeed("verify", adapter, "--base", base)
+    result = succeed("inspect", adapter, "--base", base)
     assert result["base"] == "matches" and result["parameters"] > 0
-    shown = fggm("verify", adapter)
+    shown = fggm("inspect", adapter)
     assert shown.code == 0 and "is valid" in " ".join(shown.out.split()) and "bound bytes" in shown.out
     (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:-1])
-    failed = fggm("verify", adapter)
+    failed = fggm("inspect", adapter)
     assert failed.code == 1 and failed.err.startswith("fggm: error: ") and "is damaged" in failed.err
-    assert fggm("verify", base).code == 1
+    assert fggm("inspect", base).code == 1
 
 
 # The model card ----------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_deltas_can_be_compared_verified_and_inspected_by_id(hub, base):
     _, deltas = read_adapter("me/a")
     inspected = succeed("inspect", "me/a")
     assert inspected["adapter"] == "me/a" and inspected["modules"].keys() == deltas.keys()
-    assert succeed("verify", "me/a", "--base", "me/base")["base"] == "matches"
+    assert succeed("inspect", "me/a", "--base", "me/base")["base"] == "matches"
     assert succeed("overlap", "me/a", "me/b")["jaccard"] == result.matrix("jaccard")
 
 
@@ -192,4 +192,4 @@ def test_commands_report_a_missing_id_in_one_line(hub):
     assert "'me/nothing'" in fail("inspect", "me/nothing")
     assert "'me/nothing'" in fail("overlap", "me/nothing", "me/nothing")
     pushed("me/delta")
-    assert "'me/base'" in fail("verify", "me/delta", "--base", "me/base")
+    assert "'me/base'" in fail("inspect", "me/delta", "--base", "me/base")

@@ -17,7 +17,6 @@ from fggm_peft.tuner.files.hub import may_be_hub_id
 PATHS = ["./nothere", "../nothere", "~/nothere", "/nothere", "a/b/nothere", "a b/nothere", "runs/nothere/"]
 COMMANDS = {
     "inspect": ["{}"],
-    "verify": ["{}"],
     "overlap": ["{}", "{}"],
     "merge": ["model", "--adapter", "{}", "--output", "out"],
     "export": ["{}", "--output", "out"],
