@@ -214,11 +214,7 @@ def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]],
 
 @style()
 def density_plot(shares: Mapping[str, tuple[float, int]], title: str = "") -> Figure:
-    """The selected share of each weight: types of modules as rows, layers as columns.
-
-    Args:
-        shares: module path -> share in [0, 1], entries of the weight; not empty.
-    """
+    """The selected share of each weight (module path -> share, entries): types of modules by layers."""
     sums: dict[tuple[str, str], tuple[float, int]] = {}
     for path, (share, entries) in shares.items():
         layer, kind = layer_and_type(path)

@@ -62,9 +62,6 @@ def _settings(name: str, revision: str | None = None) -> Any:
 class Weights:
     """The weights of a model or of a checkpoint (one safetensors file, or shards with an index), read on demand.
 
-    Args:
-        source: a model, or a folder or Hub id.
-
     Raises:
         FileNotFoundError: there is no safetensors file. Pickled weights are not read.
         ValueError: a file is damaged.

@@ -179,13 +179,7 @@ def new_delta(
     made_by: str,
     others: Mapping[str, Tensor] | None = None,
 ) -> SparseDelta:
-    """A computed delta. Its config targets exactly these modules.
-
-    Args:
-        like: config of a delta for the same base; provides the fields that describe the base.
-        made_by: description for the model card.
-        others: whole tensors.
-    """
+    """A computed delta that targets exactly these modules. ``like`` is a config for the same base."""
     config = FGGMConfig(
         granularity=granularity,
         # PEFT compares a list of names with the ends of paths; a pattern is exact

@@ -89,12 +89,11 @@ def remove_task_(
     task: str,
     originals: Mapping[str, Originals],
 ) -> None:
-    """Remove a task from a model in place.
+    """Remove a task from a model in place. Quantized layers need no originals, because their tasks are in a sidecar.
 
     Args:
         layers: the model's layers, by module path.
         deltas: the deltas of all merged tasks in order, including the task.
-        originals: entries of the base. Quantized layers need none, because their tasks are in a sidecar.
 
     Raises:
         ValueError: the model is not the base with these deltas, or originals are missing. Nothing has changed then.

@@ -18,15 +18,7 @@ MAX_NEW_TOKENS = 256  # of a generated answer, if the generation settings have n
 
 
 def selection_batch(batch: Any, trainer: Any = None) -> Mapping[str, Any]:
-    """A trainer's batch as model inputs with labels, one sample per row.
-
-    Args:
-        batch: the output of the trainer's collator.
-        trainer: its model generates answers for batches that contain only prompts.
-
-    Raises:
-        ValueError: the batch contains only prompts and ``trainer`` is None.
-    """
+    """A trainer's batch as model inputs with labels, one sample per row. Batches of prompts need ``trainer``."""
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Mapping) and "prompt" in batch[0]:
         if trainer is None:
             raise ValueError("the trainer's batches are prompts without answers; use FGGMTrainerMixin to generate them")
@@ -41,14 +33,10 @@ def selection_batch(batch: Any, trainer: Any = None) -> Mapping[str, Any]:
 
 
 def with_answers(trainer: Any, prompts: list[Any]) -> dict[str, Tensor]:
-    """Prompts with one sampled answer each, for trainers whose data has no answers (GRPO, RLOO).
+    """Prompts (texts, or lists of messages) with one sampled answer each, for trainers such as TRL's GRPO.
 
     The answers are sampled from the model, with the trainer's generation settings, so the scores are the true Fisher
     information at the task's prompts. Only the answers have labels.
-
-    Args:
-        trainer: with ``model``, ``processing_class`` and optionally ``generation_config`` and a chat template.
-        prompts: texts, or lists of messages.
     """
     model, tokenizer = trainer.model, trainer.processing_class
     is_text = isinstance(prompts[0], str)
@@ -102,10 +90,7 @@ def _paired(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpacked(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The batch with packed sequences in separate rows, so that a sample is one sequence.
-
-    A position of 0 starts a sequence in a packed row. Single padding tokens have position 0 too.
-    """
+    """Packed sequences in separate rows. A position of 0 starts a sequence, but single padding tokens have it too."""
     positions, labels, ids = (batch.get(key) for key in ("position_ids", "labels", "input_ids"))
     if not all(isinstance(value, Tensor) and value.dim() == 2 for value in (positions, labels, ids)):
         return batch

@@ -22,13 +22,10 @@ from ..tuner.target import find_targets
 
 
 def last_complete_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint in a trainer's output folder.
+    """The newest complete checkpoint in a trainer's output folder; raises ``ValueError`` if there is none.
 
     A process that is killed while it saves leaves an incomplete folder with the highest number. The trainer writes its
     state last, so a readable state shows that a checkpoint is complete.
-
-    Raises:
-        ValueError: the folder contains no complete checkpoint.
     """
     checkpoints = {
         int(path.name.rpartition("-")[2]): path
@@ -78,9 +75,6 @@ def load_before_sharding_(model: Any, checkpoint: Path) -> None:
     """Load the support of an adapter that will resume, while its values can still be resized.
 
     Under FSDP and DeepSpeed the trainer loads a checkpoint after it has sharded the model.
-
-    Raises:
-        ValueError: the checkpoint contains no adapter file.
     """
     if not unselected_adapters(model):
         return

@@ -143,9 +143,7 @@ def _load_with_datasets(source: DataSource, path: Path) -> Records:
 class RowFormat:
     """How to read rows that have certain columns.
 
-    Args:
-        columns: the columns that a row must have.
-        read: row -> prompt and answer. The prompt is a text, a list of messages, or None for plain text.
+    ``read`` returns prompt and answer. The prompt is a text, a list of messages, or None for plain text.
     """
 
     columns: tuple[str, ...]
@@ -208,15 +206,10 @@ def row_format(columns: Sequence[str], source: DataSource) -> RowFormat:
 def load_examples(
     source: DataSource, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, seed: int = 0
 ) -> list[Example]:
-    """The examples of a source, shuffled: files are often sorted by class, and ``limit`` may cut them.
-
-    Args:
-        tokenizer: its chat template renders conversations.
-        limit: the largest number of rows to use.
-        seed: of the order.
+    """The examples of a source, shuffled by ``seed``: files are often sorted by class, and ``limit`` may cut them.
 
     Raises:
-        DataError: as ``load_rows`` and ``row_format``; or a row has no answer.
+        DataError: the data cannot be read, no row format fits, or a row has no answer.
     """
     rows = load_rows(source)
     format = row_format(list(rows[0]), source)
@@ -229,14 +222,7 @@ def load_examples(
 
 
 def read_example(row, index: int, format: RowFormat, source: DataSource, tokenizer) -> Example | None:
-    """The example of a row; None for an empty row of plain text.
-
-    Args:
-        index: of the row, from 0, for messages.
-
-    Raises:
-        DataError: the row has no answer, lacks a column, or does not fit the chat template.
-    """
+    """The example of a row (``index`` counts from 0, for errors); None for an empty row of plain text."""
     name, columns = f"row {index + 1} of {source.name}", " + ".join(format.columns)
     try:
         prompt, answer = format.read(row)
