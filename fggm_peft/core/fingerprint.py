@@ -87,8 +87,8 @@ def sketch_weight(name: str, weight: Tensor, count: int, quantized: bool = False
 def exact_difference(a: WeightSketch, b: WeightSketch) -> float:
     """``|b - a| / |a|`` over the sampled entries of two dense weights; 0.0 if and only if they agree.
 
-    They agree if they are equal after rounding to the coarser dtype. Between float16 and bfloat16, neither of which is
-    coarser, the rounding errors of both are allowed.
+    They agree if they are equal after rounding to the coarser dtype. Neither float16 nor bfloat16 is
+    coarser than the other; between them, the rounding errors of both are allowed.
     """
     assert a.samples is not None and b.samples is not None
     x, y = a.samples, b.samples

@@ -119,7 +119,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     bias: Literal["none", "all"] = setting("none", "'all' trains every bias of the model, as in LoRA.")
     training_dtype: Optional[Literal["float32", "bfloat16"]] = setting(
         None,
-        "Dtype of the trainable values, whatever the base's dtype or quantization: 'float32', or 'bfloat16' for half "
+        "Dtype of the trainable values, for every base: 'float32', or 'bfloat16' for half "
         "the memory, with an optimizer that rounds stochastically. None: PEFT's `autocast_adapter_dtype` decides, "
         "which is float32 unless it is False.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import warnings
@@ -14,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .config import FGGMConfig
-from .files.base_check import BaseCheck, fingerprint
+from .files.base_check import fingerprint, require_base
 from .files.indices import await_support_, entry_within
 from .files.loading import fit_layers_to_state_dict
 from .files.saving import encode_for_file_
@@ -113,7 +114,8 @@ class FGGMModel(BaseTuner):
     def _await_supports(self, config: FGGMConfig, targets: Targets) -> None:
         """Resize the supports of a saved adapter to their saved sizes, for loaders that compare shapes."""
         sizes, encoded = config.support_sizes or {}, config.index_bytes or {}
-        check = BaseCheck({path: target.layer for path, target in targets.items()}, config)
+        layers = {path: target.layer for path, target in targets.items()}
+        check = functools.cache(lambda: require_base(layers, config))  # a loader brings tensors one by one
         keep_dtype = config.training_dtype is not None
         for path, target in targets.items():
             if sizes and not target.is_selected:

@@ -36,7 +36,7 @@ class Choice:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The base model of a ``PeftModel``, with its FGGM layers; other models as they are."""
+    """The base model of a ``PeftModel``, with its FGGM layers; other models unchanged."""
     while callable(get := getattr(model, "get_base_model", None)):
         model = get()
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,20 +63,6 @@ def require_base(layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:
         f"the adapter was made for another base: {problem}. Load the base model that its config names{base}, with the "
         "earlier deltas merged into it, or pass check_base=False."
     )
-
-
-@dataclass
-class BaseCheck:
-    """Runs ``require_base`` once, for a loader that brings tensors one by one."""
-
-    layers: Mapping[str, FGGMLayer]
-    config: FGGMConfig
-    is_done: bool = False
-
-    def __call__(self) -> None:
-        if not self.is_done:
-            require_base(self.layers, self.config)
-            self.is_done = True
 
 
 def base_difference(layers: Mapping[str, FGGMLayer], expected: Mapping[str, str]) -> str | None:

@@ -45,7 +45,7 @@ class Sidecar(nn.Module):
     """The sum of deltas, with one support for each granularity.
 
     It is a submodule of its layer, and a forward hook of the layer adds its product. The layer keeps its class, and
-    whatever wraps the layer next (FGGM, LoRA) adds to the output of both. Memory grows with the union of the supports,
+    a later wrapper (FGGM, LoRA) adds to the output of both. Memory grows with the union of the supports,
     not with the number of tasks.
     """
 

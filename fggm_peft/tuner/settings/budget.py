@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -18,9 +17,9 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ...core.index_codec import most_index_bytes
-from ...core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
+from ...core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, is_number, policy_from_dict
 from ..files.tensors import MARK, PREFIX
-from .fields import is_integer, is_number, setting, written
+from .fields import is_integer, setting, written
 from .selection import size_in_bytes
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class BudgetSettings:
     )
     max_units: Optional[int] = setting(
         None,
-        "Largest number of units (rows, columns or elements) in one module, whatever the threshold; those with the "
+        "Largest number of units (rows, columns or elements) in one module, under every threshold; those with the "
         "best scores are selected. A delta of k rows or columns is a LoRA of rank k.",
     )
     density_pattern: Optional[dict[str, float]] = setting(
@@ -131,8 +130,7 @@ def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
     """Write the number of values of ``config.budget`` into the config; ``ValueError`` if it does not fit."""
     if config.budget is None or not targets:
         return
-    count, number = _parse_budget(config.budget)
-    config.resolved_budget = count(number, targets, config)
+    config.resolved_budget = _count_values(*_parse_budget(config.budget), targets, config)
     least = min(target.unit_size for target in targets.values())
     most = sum(min(target.units, config.max_units or target.units) * target.unit_size for target in targets.values())
     if not least <= config.resolved_budget <= most:
@@ -143,32 +141,46 @@ def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
         )
 
 
-def _parse_budget(value: Any) -> tuple[Callable[[Any, Targets, FGGMConfig], int], Any]:
-    """The function that counts the values of a budget on a model, and the number in the budget."""
+_FORMS = (
+    (
+        "bytes",
+        r"(-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB))",
+        size_in_bytes,
+        "a file size must be at least one byte, for instance '50MiB'",
+    ),
+    (
+        "share",
+        r"(-?\d+(?:\.\d+)?) ?%",
+        lambda percent: Fraction(percent) / 100,
+        "a share of the targeted weights must be above 0% and at most 100%, for instance '1%'",
+    ),
+    ("rank", r"lora:r=(-?\d+)", int, "the rank of a LoRA must be at least 1, for instance 'lora:r=16'"),
+)
+"""Kind of a budget, pattern, reader of its number, and the legal range."""
+
+
+def _parse_budget(value: Any) -> tuple[str, Any]:
+    """The kind of a budget ("values", or one of ``_FORMS``) and its number."""
     if is_integer(value, 1):
-        return _of_number, value
-    for pattern, read, count, rule in _FORMS if isinstance(value, str) else []:
+        return "values", value
+    for kind, pattern, read, rule in _FORMS if isinstance(value, str) else ():
         if match := re.fullmatch(pattern, value, re.IGNORECASE):
-            number = 0 if value.lower().removeprefix("lora:r=").startswith("-") else read(match[1])
-            if number <= 0 or (count is _of_share and number > 1):
+            number: Any = 0 if match[1].startswith("-") else read(match[1])
+            if number <= 0 or (kind == "share" and number > 1):
                 raise ValueError(f"{rule}, got budget={value!r}")
-            return count, number
+            return kind, number
     raise ValueError(
         f"budget must be a number of values (an integer > 0), a file size such as '50MiB', a share of the targeted "
         f"weights such as '1%', or the size of a LoRA such as 'lora:r=16', got {value!r}"
     )
 
 
-def _of_number(number: int, targets: Targets, config: FGGMConfig) -> int:
-    return number
-
-
-def _of_share(share: Fraction, targets: Targets, config: FGGMConfig) -> int:
-    return int(share * sum(target.shape[0] * target.shape[1] for target in targets.values()))
-
-
-def _of_lora(rank: int, targets: Targets, config: FGGMConfig) -> int:
-    return sum(_lora_values(target, rank) for target in targets.values())
+def _count_values(kind: str, number: Any, targets: Targets, config: FGGMConfig) -> int:
+    if kind == "bytes":
+        return _values_in_file(number, targets, config)
+    if kind == "share":
+        return int(number * sum(target.shape[0] * target.shape[1] for target in targets.values()))
+    return sum(_lora_values(target, number) for target in targets.values()) if kind == "rank" else number
 
 
 def _lora_values(target: Target, rank: int) -> int:
@@ -181,8 +193,8 @@ def _lora_values(target: Target, rank: int) -> int:
     return rank * i * groups + o * rank // groups
 
 
-def _of_bytes(size: int, targets: Targets, config: FGGMConfig) -> int:
-    """The largest number of values whose file cannot exceed the size, whatever is selected.
+def _values_in_file(size: int, targets: Targets, config: FGGMConfig) -> int:
+    """The largest number of values whose file cannot exceed the size, for any support.
 
     Counts the values in the dtype of the file, their indices at the codec's worst case, and the header.
     """
@@ -220,21 +232,3 @@ def _header_bytes(targets: Targets, size: int) -> int:
             entries[f"{PREFIX}{path}{MARK}{part}"] = entry
     length = len(json.dumps(entries, separators=(",", ":")).encode())
     return 8 + length + 7  # 8 bytes for the length, and padding to a multiple of 8
-
-
-_FORMS: list[tuple[str, Callable[[str], Any], Callable[[Any, Targets, FGGMConfig], int], str]] = [
-    (
-        r"(-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB))",
-        size_in_bytes,
-        _of_bytes,
-        "a file size must be at least one byte, for instance '50MiB'",
-    ),
-    (
-        r"(-?\d+(?:\.\d+)?) ?%",
-        lambda percent: Fraction(percent) / 100,
-        _of_share,
-        "a share of the targeted weights must be above 0% and at most 100%, for instance '1%'",
-    ),
-    (r"lora:r=(-?\d+)", int, _of_lora, "the rank of a LoRA must be at least 1, for instance 'lora:r=16'"),
-]
-"""Pattern, reader of its number, function that counts the values, and the legal range."""

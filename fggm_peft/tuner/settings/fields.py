@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 
@@ -16,11 +15,6 @@ def written(help_text: str) -> Any:
     """A value that the library writes: saved and restored with the config, but not a keyword."""
     help_text = f"{help_text} Written by the library."
     return dataclasses.field(default=None, init=False, metadata={"help": help_text})
-
-
-def is_number(value: Any) -> bool:
-    """Whether the value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_integer(value: Any, least: int) -> bool:

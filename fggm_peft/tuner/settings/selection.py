@@ -13,7 +13,8 @@ from ...core.criteria import CRITERIA
 from ...core.granularity import Granularity, granularity_from
 from ...core.registry import require_one_of
 from ...core.statistics import STATISTICS
-from .fields import is_integer, is_number, setting, written
+from ...core.threshold import is_number
+from .fields import is_integer, setting, written
 
 
 @dataclass
