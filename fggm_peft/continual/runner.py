@@ -37,11 +37,9 @@ if TYPE_CHECKING:
     from .run import Run
     from .stream import Stream
 
-Lesson = tuple[str, Sequence[Task]]
-"""A name and the tasks that are learned together."""
+Lesson = tuple[str, Sequence[Task]]  # a name and the tasks that are learned together
 Entries = list[dict[str, Any]]
-SUMMED = ("selection_seconds", "training_seconds", "evaluation_seconds", "bytes")
-"""Costs of a run that are sums over its tasks."""
+SUMMED = ("selection_seconds", "training_seconds", "evaluation_seconds", "bytes")  # costs of a run that add up
 
 
 class Runner:

@@ -195,13 +195,13 @@ def folder_of(path, runs, stream):
 
 def test_a_report_of_several_folders_separates_their_runs(tmp_path):
     stream = {"training": {"epochs": 1}}
-    a = folder_of(tmp_path / "a", [run("sft", seed=s, op=0.5) for s in range(2)], stream)
-    b = folder_of(tmp_path / "b", [run("sft", seed=s, op=0.75) for s in range(2)] + [run("lora")], stream)
+    a = folder_of(tmp_path / "a" / "runs", [run("sft", seed=s, op=0.5) for s in range(2)], stream)
+    b = folder_of(tmp_path / "b" / "runs", [run("sft", seed=s, op=0.75) for s in range(2)] + [run("lora")], stream)
     assert read_results([str(a)]) == [run("sft", seed=s, op=0.5) for s in range(2)]
     report = report_of(read_results([a, b]))
-    assert [entry["label"] for entry in report["summary"]] == ["sft (a)", "lora", "sft (b)"]
+    assert [entry["label"] for entry in report["summary"]] == [f"sft ({a})", "lora", f"sft ({b})"]
     pairs = {(d["a"], d["b"]): d["measures"]["op"] for d in report["differences"]}
-    assert (pairs["sft (a)", "sft (b)"]["mean"], pairs["sft (a)", "sft (b)"]["n"]) == (-0.25, 2)
+    assert (pairs[f"sft ({a})", f"sft ({b})"]["mean"], pairs[f"sft ({a})", f"sft ({b})"]["n"]) == (-0.25, 2)
 
 
 def test_folders_of_different_streams_give_a_warning_and_an_empty_folder_an_error(tmp_path):

@@ -27,8 +27,8 @@ def require_report_packages() -> None:
 def read_results(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
     """The results of all finished runs in output folders of ``fggm sequence``.
 
-    If several folders contain the same label, the folder's name is added to it. A warning lists the differences
-    between the folders' streams, because results of different streams cannot be compared.
+    If several folders contain the same label, the folder is added to it. A warning lists the differences between the
+    folders' streams, because results of different streams cannot be compared.
 
     Raises:
         FileNotFoundError: a folder contains no finished run.
@@ -42,7 +42,7 @@ def read_results(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
             warnings.warn(f"the streams of {first} and {folder} differ: {'; '.join(changes)}", stacklevel=2)
     counts = Counter(label for runs in results.values() for label in {run["label"] for run in runs})
     return [
-        {**run, "label": f"{run['label']} ({folder.name})"} if counts[run["label"]] > 1 else run
+        {**run, "label": f"{run['label']} ({folder})"} if counts[run["label"]] > 1 else run
         for folder, runs in results.items()
         for run in runs
     ]
