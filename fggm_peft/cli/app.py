@@ -40,6 +40,8 @@ def parser() -> ArgumentParser:
         module.add_options(command)
         command.add_argument("--json", action="store_true", help="Print only one JSON object to standard output.")
         command.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        names = [str(action.metavar) for action in command._get_positional_actions()]
+        command.usage = " ".join(["%(prog)s", *names, "[OPTIONS]"])  # argparse would list a hundred options
         command.set_defaults(run=module.run, error=command.error)
     return program
 
