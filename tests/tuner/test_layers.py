@@ -152,22 +152,6 @@ def test_without_gradients_only_many_positions_copy_the_weight(granularity, adap
         assert relative_error(y, layer_output(base, x, delta_of(layer))) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d_of_transformers"])
-def test_in_training_few_positions_on_few_rows_or_columns_do_not_copy_the_weight(kind, adapt, monkeypatch):
-    base = nn.Linear(64, 64) if kind == "linear" else Conv1D(64, 64)
-    for granularity, expected in (("row", 0), ("column", 0), ("element", 2)):
-        copies = []
-        model = adapt(copy.deepcopy(base), granularity=granularity, density=0.1)
-        layer = adapted(model)
-        monkeypatch.setattr(
-            layer, "weight_copy", lambda copy=layer.weight_copy, copies=copies: copies.append(1) or copy()
-        )
-        assert_like_dense(model, base, torch.randn(2, 8, 64), torch.float32)
-        assert len(copies) == expected
-        assert_like_dense(model, base, torch.randn(2, 80, 64), torch.float32)
-        assert len(copies) == expected + 2
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_computes_in_its_dtype_with_float32_values(example, granularity, dtype, adapt):
     base, x = example.layer(dtype), example.x(torch.float32)
