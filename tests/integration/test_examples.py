@@ -123,7 +123,7 @@ def test_the_demo_runs_and_writes_its_report_and_deltas(model_folder, tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     report = json.loads((tmp_path / "runs" / "report.json").read_text())
     assert [(run["label"], run["learning_rate"]) for run in report["runs"]] == [
-        (label, rate) for rate in (2e-4, 1e-3) for label in ("fggm", "fggm-columns", "sft")
+        (label, rate) for label in ("fggm", "fggm-columns", "sft") for rate in (2e-4, 1e-3)
     ]
     assert (tmp_path / "runs" / "report.md").exists()
     deltas = sorted((tmp_path / "runs" / "runs" / "fggm-columns" / "lr0.001-seed0-given" / "tasks").iterdir())
