@@ -1,8 +1,11 @@
 """The uncentered covariance ``C = E[x x^T]`` of a layer's inputs, as a low-rank sketch of constant size.
 
 Index convention: ``i`` input features, ``r`` rank, ``n`` positions. A covariance is ``factor @ factor.mT + floor * I``.
-Sums of covariances are truncated by robust Frequent Directions (Liberty, KDD 2013; Luo et al., JMLR 2019). After any
-number of sums of exact covariances ``|C - sketch|_2 <= |C - C_k|_* / (2 (r + 1 - k))`` for every ``k <= r``.
+
+A truncation keeps the largest eigenvalues and replaces the others by their mean, the maximum likelihood estimate of
+probabilistic PCA (Tipping & Bishop, JRSS B 1999). It preserves the trace, and changes C by at most the first omitted
+eigenvalue in the spectral norm. Frequent Directions has a better bound for sums of very many covariances, but its floor
+is half of the first omitted eigenvalue: directions that the data hardly use would decay far too much.
 """
 
 from __future__ import annotations
@@ -80,18 +83,14 @@ class Covariance:
         return Spectrum(vectors.float(), energy.float(), self.floor)
 
     def truncated(self, rank: int) -> Covariance:
-        """The covariance with at most ``rank`` columns in its factor; exact up to twice the rank if ``i`` is as small.
-
-        One step of robust Frequent Directions: the first omitted eigenvalue is subtracted from the others, and half of
-        it is added to the floor.
-        """
+        """The covariance with at most ``rank`` columns in its factor; exact if ``i`` is at most twice the rank."""
         limit = self.width if self.width <= 2 * rank else rank
         if self.factor.shape[1] <= limit:
             return self
         vectors, energy = _principal(self.factor)
-        cut = float(energy[limit]) if len(energy) > limit else 0.0
-        kept = (energy[:limit] - cut).clamp(min=0).sqrt()
-        return Covariance((vectors[:, :limit] * kept).to(self.factor.dtype), self.floor + cut / 2)
+        rest = float(energy[limit:].sum()) / (self.width - limit) if limit < self.width else 0.0
+        kept = (energy[:limit] - rest).clamp(min=0).sqrt()
+        return Covariance((vectors[:, :limit] * kept).to(self.factor.dtype), self.floor + rest)
 
     def __add__(self, other: Covariance) -> Covariance:
         return Covariance(torch.cat([self.factor, other.factor.to(self.factor)], 1), self.floor + other.floor)
@@ -135,12 +134,14 @@ class CovarianceSum:
             generator = torch.Generator().manual_seed(width)  # the same on every process
             self.test_matrix = torch.linalg.qr(torch.randn(width, 2 * rank, generator=generator))[0].to(device)
         self.product = torch.zeros(width, min(width, 2 * rank), device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
         self.positions = 0
 
     def add_(self, x: Tensor) -> None:
         """Add the positions ``[n, i]``."""
         x = x.float()
         self.product.addmm_(x.mT, x if self.test_matrix is None else x @ self.test_matrix)
+        self.energy += x.square().sum()
         self.positions += len(x)
 
     def covariance(self) -> Covariance:
@@ -151,7 +152,10 @@ class CovarianceSum:
             factor = vectors * energy.clamp(min=0).sqrt()
         else:
             factor = _nystroem(mean, self.test_matrix.double())
-        return Covariance(factor.float()).truncated(self.rank)
+        result = Covariance(factor.float()).truncated(self.rank)
+        # what the product does not see
+        missing = float(self.energy) / max(1, self.positions) - float(result.diagonal().double().sum())
+        return Covariance(result.factor, result.floor + max(0.0, missing) / result.width)
 
 
 def _nystroem(product: Tensor, test_matrix: Tensor) -> Tensor:

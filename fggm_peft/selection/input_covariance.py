@@ -209,7 +209,7 @@ class _InputHooks:
 
     def _covariance(self, key: str, processes: Processes) -> tuple[Covariance, int]:
         entry = self.sums[key]
-        entry.product = processes.sum(entry.product)
+        entry.product, entry.energy = processes.sum(entry.product), processes.sum(entry.energy)
         entry.positions = sum(processes.gather(entry.positions))
         if not torch.isfinite(entry.product).all():
             raise NonFiniteScoreError(

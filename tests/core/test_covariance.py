@@ -57,28 +57,27 @@ def test_constant_inputs_have_rank_one():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_error_of_a_sketch_is_within_its_bound(dtype):
-    """Tropp et al., theorem 4.1 with 2 r columns, then one step of robust Frequent Directions."""
+    """Tropp et al., theorem 4.1 with 2 r columns, then a truncation."""
     x = features(300, 96, dtype=dtype)
     matrix = dense(x)
     energy = torch.linalg.eigvalsh(matrix).flip(0)
-    assert error(sketch(x, rank=12), matrix) < (1 + 12 / 11) * energy[12:].sum() + energy[12] / 2
-
-
-def bound(matrix: torch.Tensor, rank: int) -> float:
-    """Robust Frequent Directions: the best of ``|C - C_k|_* / (2 (r + 1 - k))``."""
-    energy = torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
-    return min(float(energy[k:].sum()) / (2 * (rank + 1 - k)) for k in range(rank + 1))
+    assert error(sketch(x, rank=12), matrix) < (1 + 12 / 11) * energy[12:].sum() + energy[12]
+    assert float(sketch(x, rank=12).diagonal().sum()) == pytest.approx(float(matrix.trace()), rel=1e-3)
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
-def test_sums_of_any_number_of_tasks_keep_the_bound_and_the_size(tasks, rank, seed):
+def test_sums_of_any_number_of_tasks_keep_the_trace_the_bound_and_the_size(tasks, rank, seed):
+    """Each truncation may add its first omitted eigenvalue to the error."""
     matrices = [dense(features(20, 24, seed + task)) for task in range(tasks)]
-    total = Covariance(torch.zeros(24, 0, dtype=torch.float64))
+    total, bound = Covariance(torch.zeros(24, 0, dtype=torch.float64)), 0.0
     for matrix in matrices:
-        total = (total + exact(matrix)).truncated(rank)
+        whole = total + exact(matrix)
+        bound += float(torch.linalg.svdvals(whole.factor)[rank].square())
+        total = whole.truncated(rank)
     matrix = torch.stack(matrices).sum(0)
-    assert error(total, matrix) <= bound(matrix, rank) * (1 + 1e-9)
+    assert error(total, matrix) <= bound * (1 + 1e-9)
+    assert float(total.diagonal().double().sum()) == pytest.approx(float(matrix.trace()), rel=1e-5)
     assert total.factor.shape[1] <= rank
 
 
