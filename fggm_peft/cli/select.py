@@ -58,6 +58,7 @@ def run(args: Namespace) -> Result | None:
     from ..selection import select_parameters
     from ..training.base_model import shard_as_launched, this_process
     from ..training.texts import has_texts, with_texts
+    from ..tuner.files.input_covariance import covariance_of
     from ..tuner.files.saving import UntrainedAdapterWarning
 
     loader = None
@@ -74,6 +75,8 @@ def run(args: Namespace) -> Result | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedAdapterWarning)
         save_adapter(model, args.output)
+    if (covariance := covariance_of(model.active_peft_config)) is not None:
+        covariance.save(args.output)  # for fggm train --adapter
     size = (args.output / ADAPTER_FILE).stat().st_size
     pictures = [] if args.plots is None else _draw(report, args.plots)
     data = {"model": args.model, "output": str(args.output), "bytes": size, **report.to_dict()}

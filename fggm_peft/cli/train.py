@@ -89,6 +89,7 @@ def run(args: Namespace) -> Result | None:
     from transformers import DataCollatorForSeq2Seq
 
     from ..deltas import save_adapter
+    from ..retention import kl_divergence, predicted_drift
     from ..training import FGGMTrainer
     from ..training.evaluation import score_answers
 
@@ -132,6 +133,10 @@ def run(args: Namespace) -> Result | None:
         "bytes": (args.output / ADAPTER_FILE).stat().st_size,
         "selection": report and report.to_dict(),
     }
+    if settings.world_size == 1:  # a sharded model runs on all processes together
+        data["kl"] = kl_divergence(model, trainer.get_train_dataloader(), num_batches=8)
+    if trainer.harm_decay is not None:
+        data["drift"] = predicted_drift(model, trainer.harm_decay.covariance)[""]
     if eval_examples is not None:
         data["evaluation"] = score_answers(model, eval_examples, settings.per_device_eval_batch_size).to_dict()
     return data, facts_table(f"Saved to {args.output}", {**data, **data.get("evaluation", {})})
@@ -200,9 +205,13 @@ def _no_empty_folders(output: Path) -> Iterator[None]:
 def _adapted(args: Namespace, config: FGGMConfig) -> Any:
     from peft import PeftModel, get_peft_model
 
+    from ..tuner.files.input_covariance import COVARIANCE_FILE, load_input_covariance, set_covariance
+
     model = base_model(args).load()
     if args.adapter is None:
         return get_peft_model(model, config)
     adapted = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
+    if (Path(args.adapter) / COVARIANCE_FILE).exists():
+        set_covariance(adapted.active_peft_config, load_input_covariance(args.adapter))
     adapted.active_peft_config.delta_dtype = config.delta_dtype or adapted.active_peft_config.delta_dtype
     return adapted

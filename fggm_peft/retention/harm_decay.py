@@ -140,10 +140,15 @@ class HarmDecay:
         return decays
 
 
-def attach_harm_decay(model: nn.Module, *optimizers: Optimizer) -> HarmDecay | None:
+def attach_harm_decay(
+    model: nn.Module, *optimizers: Optimizer, covariance: InputCovariance | None = None
+) -> HarmDecay | None:
     """Attach the harm decay of the model's FGGM adapters to its optimizers. Trainers do this themselves.
 
     Call it after ``select_parameters``, which reads the statistics, and after the optimizer was created.
+
+    Args:
+        covariance: statistics for an adapter that was loaded from a file; by default those of the selection.
 
     Returns:
         The attached ``HarmDecay``, whose ``remove`` detaches it; None if no adapter has ``harm_decay``.
@@ -155,11 +160,14 @@ def attach_harm_decay(model: nn.Module, *optimizers: Optimizer) -> HarmDecay | N
     decaying = [config for _, config in active_adapters(model) if config.harm_decay]
     if not decaying:
         return None
+    if covariance is not None:
+        return HarmDecay(covariance, decaying[0].harm_decay).attach(model, *optimizers)
     covariance = covariance_of(decaying[0])
     if covariance is None:
         raise ValueError(
             "harm_decay needs the statistics of what the model should retain, and an adapter file contains only the "
-            "setting. Select again with select_parameters(reset=True), or continue with harm_decay=0"
+            "setting. Pass covariance=input_covariance(...) to attach_harm_decay, select again with "
+            "select_parameters(reset=True), or continue with harm_decay=0"
         )
     for config in decaying[1:]:
         if covariance_of(config) is not covariance or config.harm_decay != decaying[0].harm_decay:

@@ -558,5 +558,24 @@ def test_the_preset_retains_a_text_or_saved_statistics(folder, tmp_path):
         succeed(*base, "--reference", tmp_path / name, "--output", output, "--use-cpu")
         config = json.loads((output / "adapter_config.json").read_text())
         assert (config["harm_decay"], config["criterion"], config["density"]) == (1.0, "gain_under_decay", 0.3)
+    trained = json.loads(
+        fggm(*base, "--reference", tmp_path / "statistics", "-o", tmp_path / "again", "--use-cpu", "--json").out
+    )
+    assert 0 < trained["drift"] < 1 and trained["kl"] > 0
+    selected = tmp_path / "selected"
+    reference = ("--preset", "retain", "--reference", tmp_path / "statistics")
+    succeed("select", folder / "model", "--data", folder / "data", *reference, "--output", selected)
+    succeed(
+        "train",
+        folder / "model",
+        "--data",
+        folder / "data",
+        "--adapter",
+        selected,
+        "--output",
+        tmp_path / "both",
+        "--max-steps",
+        4,
+    )
     assert "harm_decay weighs the task against a reference" in fail(*base, "--output", tmp_path / "none", code=1)
     assert "is not empty" in fail("reference", folder / "model", "--text", text, "--output", tmp_path / "statistics")

@@ -101,13 +101,16 @@ def test_the_snippets_on_retention_run(tmp_path, monkeypatch):
         "general_text": token_batches(seed=1),
     }
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     decays = []
     for snippet in snippets:
         names["base"] = text_model()
+        if "predicted_drift" in snippet:
+            names["model"] = get_peft_model(text_model(), FGGMConfig(preset="retain", task_type="CAUSAL_LM"))
+            select_parameters(names["model"], token_batches(), reference=token_batches(seed=1), progress=False)
         exec(compile(snippet, "retention.md", "exec"), names)
         decays.append(names["trainer"].harm_decay if not decays else names["decay"])
-    assert all(decays) and names["model"].peft_config["default"].peft_type == "LORA"
+    assert all(decays) and names["drift"][""] == 0
 
 
 def test_the_variants_of_the_page_on_extending_select_train_merge_and_load(tmp_path, monkeypatch):
