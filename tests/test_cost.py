@@ -298,9 +298,10 @@ def test_the_size_of_the_scores_agrees_with_the_pass(criterion, granularity, mon
     registered = CRITERIA[criterion]
     if not registered.supports(granularity_from(granularity)):
         pytest.skip("the config refuses this granularity")
-    config = FGGMConfig(criterion=criterion, granularity=granularity)
+    decay = {"harm_decay": 1.0} if registered.uses_covariance else {}
+    config = FGGMConfig(criterion=criterion, granularity=granularity, **decay)
     found = estimate(llama(), config, **SMALL)
-    if registered.reference:
+    if config.needs_reference:
         config.reference = "self"
         assert estimate(llama(), config, **SMALL) == found
     if not registered.needs_data:
@@ -314,11 +315,11 @@ def test_the_size_of_the_scores_agrees_with_the_pass(criterion, granularity, mon
         sums.append(sum(tensor.nbytes for module in self.tensors.values() for tensor in module.values()))
 
     monkeypatch.setattr(RunningSums, "__init__", counted)
-    reference = token_batches(seed=1) if registered.reference else None
-    model = adapted(llama(), granularity, criterion=criterion)
+    reference = token_batches(seed=1) if config.needs_reference else None
+    model = adapted(llama(), granularity, criterion=criterion, **decay)
     select_parameters(model, token_batches(), None, reference=reference, progress=False)
     assert found.score_bytes == sum(sums)
-    bounded = FGGMConfig(criterion=criterion, granularity=granularity, score_memory=1000)
+    bounded = FGGMConfig(criterion=criterion, granularity=granularity, score_memory=1000, **decay)
     assert estimate(llama(), bounded, **SMALL).score_bytes == min(1000, found.score_bytes)
 
 
