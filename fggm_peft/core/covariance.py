@@ -43,9 +43,11 @@ class Spectrum:
         return x * rest + ((x @ self.vectors) * difference) @ self.vectors.mT
 
     def diagonal(self, function: Function) -> Tensor:
-        """The diagonal of ``function(C)``, ``[f]``."""
-        rest, difference = self._values(function)
-        return self.vectors.square() @ difference + rest
+        """The diagonal of ``function(C)``, ``[f]``; positive for a positive function, also if one input dominates C."""
+        rest, _ = self._values(function)
+        squares = self.vectors.double().square()
+        outside = (1 - squares.sum(1)).clamp(min=0) * rest
+        return (squares @ function(self.energy.double() + self.floor) + outside).to(self.vectors.dtype)
 
     def _values(self, function: Function) -> tuple[Tensor, Tensor]:
         rest = function(self.energy.new_tensor(self.floor))

@@ -67,6 +67,18 @@ def test_a_direction_without_inputs_does_not_decay():
     torch.testing.assert_close(shrunk[0], quiet, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("energy", [1e2, 1e6, 1e10])
+def test_an_input_that_dominates_does_not_break_the_metric(energy):
+    """Attention sinks have inputs hundreds of times larger than the rest."""
+    factor = covariance().factor.clone()
+    factor[2, 0] = energy**0.5
+    metric = InputMetric(Covariance(factor, 0.01).spectrum(), of_columns=True)
+    matrix = Covariance(factor.double(), 0.01).dense() + RIDGE * torch.eye(8).double()
+    divisor = metric.divisor()
+    assert (divisor > 0).all()
+    torch.testing.assert_close(divisor.double(), torch.linalg.inv(matrix).diagonal(), atol=2e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("of_columns", [True, False])
 def test_gain_under_decay_is_what_the_definition_gives(of_columns):
     """Rows: ``g_r^T M g_r``. Columns: the loss of gain if the column must not change, times 2."""
