@@ -63,6 +63,7 @@ def test_every_granularity_decays_on_every_base(granularity, base):
     model = selected(
         llama() if base == "dense" else quantized(llama(hidden_size=128, intermediate_size=256), base),
         granularity=granularity,
+        harm_decay=32.0,
     )
     with_decay, without = copy.deepcopy(model), model
     optimizers = [optimizer_of(with_decay), optimizer_of(without)]

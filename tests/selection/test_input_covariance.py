@@ -41,8 +41,8 @@ def inputs_of(model: nn.Module, paths: list[str], batches: list[dict]) -> dict[s
 
 def expected(model: nn.Module, paths: list[str], batches: list[dict]) -> dict[str, torch.Tensor]:
     dense = {path: x.mT @ x / len(x) for path, x in inputs_of(model, paths, batches).items()}
-    mean = sum(float(c.diagonal().sum()) for c in dense.values()) / sum(len(c) for c in dense.values())
-    return {path: matrix / mean for path, matrix in dense.items()}
+    means = sorted(float(matrix.diagonal().mean()) for matrix in dense.values())
+    return {path: matrix / (32 * means[len(means) // 2]) for path, matrix in dense.items()}
 
 
 @pytest.mark.parametrize("padding", [0, 4])
@@ -105,6 +105,16 @@ def test_only_padding_is_zero():
     entry = batch(padding=9)
     result = input_covariance(llama(), [entry], progress=False)
     assert all(not covariance.factor.any() and covariance.floor == 0 for covariance in result.covariances.values())
+
+
+def test_a_sink_in_one_layer_does_not_change_the_scale_of_the_others():
+    covariances = [input_covariance(llama(), [batch()], progress=False)]
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = 1e3
+    covariances.append(input_covariance(model, [batch()], progress=False))
+    path = "model.layers.0.self_attn.q_proj"
+    torch.testing.assert_close(*(c[path].to(torch.float32).dense() for c in covariances), rtol=0.3, atol=0.01)
 
 
 def test_num_samples_limits_the_data():
