@@ -123,15 +123,6 @@ GOALS: tuple[Goal, ...] = (
         "The Gram matrix of an input costs T / hidden of a product, which is a large part in narrow models.",
     ),
     Goal(
-        f"{PASS}, rows, sketch",
-        FROZEN_PASS,
-        1.06,
-        PASS,
-        over("rows, sketch", "frozen"),
-        "Inputs and gradients are read once more. In narrow models, or with few positions, this is a large part of the "
-        "time, because the products are small.",
-    ),
-    Goal(
         f"{PASS}, elements",
         FROZEN_PASS,
         1.5,

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import kernels
 from .covariance import Covariance
 from .harm_decay import Decay, DiagonalDecay, SpectralDecay
-from .per_sample import PerSampleGradients, RowGradients
+from .per_sample import PerSampleGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product, starts_of
 
@@ -52,7 +52,6 @@ class Granularity(ABC):
     compresses_indices: ClassVar[bool] = False  # files contain encoded indices, see ``index_codec``
     saves_factored: ClassVar[bool] = False  # saved scores are row sums and column sums, not one number per unit
     stores_partial_input: ClassVar[bool] = False  # see ``stored_input``
-    takes_digest: ClassVar[bool] = False  # scores can be computed from an ``InputDigest`` instead of the input
 
     @abstractmethod
     def units(self, shape: Shape) -> int:
@@ -207,7 +206,6 @@ class Rows(_Slices):
     """Output features: row ``o`` of the weight (FGGM's choice). Values are ``[k, i]``."""
 
     weight_dim = 0
-    takes_digest = True
 
     def values_shape(self, shape, k):
         return (k, shape[1])
@@ -215,7 +213,7 @@ class Rows(_Slices):
     def element_indices(self, indices, shape):
         return (indices.long()[:, None] * shape[1] + torch.arange(shape[1], device=indices.device)).flatten()
 
-    def accumulate_(self, scores, gradients: RowGradients, half):
+    def accumulate_(self, scores, gradients, half):
         scores.index_add_(0, half, gradients.row_scores().to(scores.dtype))
 
     def value_gradient(self, stored, g, indices):

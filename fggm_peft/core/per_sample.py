@@ -17,18 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class RowGradients(ABC):
-    """The gradients of one batch with respect to one weight, as far as the scores of rows need them."""
+class PerSampleGradients(ABC):
+    """The gradients of one batch with respect to one weight, one for each sample."""
+
+    shape: tuple[int, int]  # (o, i)
 
     @abstractmethod
     def row_scores(self) -> Tensor:
         """Squared gradients summed over input features, ``[b, o]`` float32."""
-
-
-class PerSampleGradients(RowGradients):
-    """The gradients of one batch with respect to one weight, one for each sample."""
-
-    shape: tuple[int, int]  # (o, i)
 
     @abstractmethod
     def column_scores(self) -> Tensor:
@@ -150,34 +146,6 @@ class LinearGradients(PerSampleGradients):
     def total(self, samples: Tensor) -> Tensor:
         x, g = (_widened(tensor[samples]).flatten(0, 1) for tensor in (self.x, self.g))
         return g.mT @ x
-
-
-class InputDigest(ABC):
-    """A replacement for the input ``[b, t, i]`` of layers, from which their row scores can be computed."""
-
-    @abstractmethod
-    def row_scores(self, g: Tensor) -> Tensor:
-        """Like ``PerSampleGradients.row_scores``, ``[b, o]``, from ``g`` ``[b, t, o]``."""
-
-
-class GramDigest(InputDigest):
-    """``x @ x.mT`` of each sample: ``[t, t]`` instead of ``[t, i]``. The scores are exact."""
-
-    def __init__(self, x: Tensor):
-        self.blocks = _gram_blocks(_widened(x))
-
-    def row_scores(self, g):
-        return _quadratic_form(g, self.blocks)
-
-
-class DigestedGradients(RowGradients):
-    """Gradients of a layer whose input is available as a digest only."""
-
-    def __init__(self, digest: InputDigest, g: Tensor):
-        self.digest, self.g = digest, g
-
-    def row_scores(self):
-        return self.digest.row_scores(self.g)
 
 
 _CHUNK_BYTES = 2**20

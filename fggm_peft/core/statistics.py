@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .granularity import Granularity, Shape
-from .per_sample import RowGradients
+from .per_sample import PerSampleGradients
 from .registry import Registry
 
 
@@ -25,7 +25,6 @@ class Batch:
 
     half: Tensor  # [b], 0 or 1: the running sum that each sample is added to
     padding: Tensor | None = None  # [b, t] True where a position is padding
-    first: int = 0  # number of the first sample, over all processes
 
 
 class Features(NamedTuple):
@@ -41,20 +40,17 @@ class Statistic(ABC):
     Attributes:
         looks_at: "gradient" requires a backward pass; "input" and "output" (of the layer) do not.
         is_kept: it is stored with a task and can be the reference of later tasks; it is not negative then.
-        has_sketch: it uses only scores of rows and columns, which a sketch can estimate and, for rows, a digest of the
-            input can replace.
     """
 
     looks_at: Literal["gradient", "input", "output"] = "gradient"
     is_kept: ClassVar[bool] = True
-    has_sketch: ClassVar[bool] = False
 
     @abstractmethod
     def size(self, granularity: Granularity, shape: Shape) -> int:
         """Length of one running sum."""
 
     @abstractmethod
-    def add_(self, sums: Tensor, granularity: Granularity, seen: RowGradients | Features, batch: Batch) -> None:
+    def add_(self, sums: Tensor, granularity: Granularity, seen: PerSampleGradients | Features, batch: Batch) -> None:
         """Add one batch to ``sums``, ``[2, size]`` float32."""
 
     def mean(self, total: Tensor, count: int) -> Tensor:
@@ -72,8 +68,6 @@ STATISTICS: Registry[Statistic] = Registry("statistic", make=lambda statistic, *
 @STATISTICS.register("fisher")
 class Fisher(Statistic):
     """Squared per-sample gradients of the units, ``[units]``: the diagonal Fisher information (FGGM equation 3)."""
-
-    has_sketch = True
 
     def size(self, granularity, shape):
         return granularity.units(shape)

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from ..core.covariance import Spectrum
 from ..core.errors import NonFiniteScoreError
 from ..core.harm_decay import InputMetric
-from ..core.sketch import Sketch
 from ..core.statistics import Batch
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance
@@ -28,12 +27,9 @@ from .hooks import LayerHooks
 from .likelihood import LogLikelihood, default_log_likelihood
 from .out_of_memory import with_advice
 from .processes import Processes
-from .recorder import CalledAgainError, CallRecorder
+from .recorder import CallRecorder
 from .rounds import Round, batch_size, rounds
 from .running_sums import RunningSums, Totals
-
-SKETCH_SIZE = 16
-"""Random projections of a sketch; the variance of a score is in proportion to 1 / it."""
 
 
 @dataclass
@@ -42,7 +38,7 @@ class DataPass:
 
     Args:
         model: the model with the adapter; may be wrapped by PEFT.
-        config: the adapter's config: whose labels, exact or sketched scores, and the seed of what is drawn.
+        config: the adapter's config: whose labels, and the seed of labels that are drawn.
         dataloader: iterable of batches.
         log_likelihood: by default the one that fits the model's head.
         progress: show a progress bar on a terminal.
@@ -97,7 +93,7 @@ class DataPass:
             NonFiniteScoreError: a log-likelihood or a score is NaN or infinite.
         """
         log_likelihood, model = self._likelihood()
-        recorder = CallRecorder(*self._recording(targets), self.metrics)
+        recorder = CallRecorder(RunningSums(targets, self.statistics), self.metrics)
         sums, seen, has_answer, processes = recorder.sums, 0, False, self.processes
         is_sharded = processes.size > 1 and any(map(is_shard, self.model.parameters()))
         is_quiet = None if self.progress and processes.rank == 0 else True
@@ -124,12 +120,6 @@ class DataPass:
                 raise ValueError("all labels of all batches are -100, so there is no answer to take a likelihood of")
         return sums.totals(processes, seen)
 
-    def _recording(self, targets: Targets) -> tuple[RunningSums, Sketch | None, bool]:
-        sketch = Sketch(SKETCH_SIZE, self.config.seed) if self.config.fisher_estimate == "sketch" else None
-        # checkpointing keeps no inputs anyway, and a process that began a batch again would leave the others waiting
-        uses_digests = not _checkpoints(self.model) and self.processes.size == 1
-        return RunningSums(targets, self.statistics), sketch, uses_digests
-
     def _likelihood(self) -> tuple[LogLikelihood, nn.Module]:
         if self.log_likelihood is not None:
             return self.log_likelihood, self.model
@@ -148,14 +138,10 @@ class DataPass:
         half = (torch.arange(round.size or batch_size(batch, index)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        about, needs_backward = Batch(half, padding, round.first), recorder.sums.needs_backward
+        recorder.open(Batch(half, padding), bool(round.size))
+        needs_backward = recorder.sums.needs_backward
         with torch.set_grad_enabled(needs_backward):
-            try:
-                recorder.open(about, bool(round.size))
-                value = log_likelihood(model, batch)
-            except CalledAgainError:  # the recorder keeps whole inputs from now on
-                recorder.open(about, bool(round.size))
-                value = log_likelihood(model, batch)
+            value = log_likelihood(model, batch)
         if not isinstance(value, Tensor) or value.shape != half.shape:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")

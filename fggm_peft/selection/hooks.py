@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tuner.target import Target, Targets
-from .recorder import Call, CallRecorder
+from .recorder import CallRecorder, Finish
 from .shared_inputs import version_of
 
 
@@ -61,25 +61,25 @@ class LayerHooks:
             if not self.recorder.is_open:
                 return output
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            call = self.recorder.record_forward(target, x, output)
-            return output if call is None else self._with_backward_hook(target, output, call)
+            finish = self.recorder.record_forward(target, x, output)
+            return output if finish is None else self._with_backward_hook(target, x, output, finish)
 
         return hook
 
-    def _with_backward_hook(self, target: Target, output: Tensor, call: Call) -> Tensor:
-        """The output, whose gradient will be given to the call."""
+    def _with_backward_hook(self, target: Target, x: Tensor, output: Tensor, finish: Finish) -> Tensor:
+        """The output, whose gradient will be passed to ``finish`` with the input."""
         whole = _whole(output) if self.uses_tensor_hooks and output.requires_grad else None
         if whole is None:
-            return _Identity.apply(output, call.saved, self._anchor, call.finish)
-        shape, version = output.shape, call.saved is not None and version_of(call.saved)
+            return _Identity.apply(output, x, self._anchor, finish)
+        shape, version = output.shape, version_of(x)
 
         def on_gradient(g: Tensor) -> None:
-            if call.saved is not None and version_of(call.saved) != version:
+            if version_of(x) != version:
                 raise RuntimeError(
                     f"module {target.path}: its input was modified by an inplace operation after the module read it. "
-                    "Leave the module out with exclude_modules, or choose rows"
+                    "Leave the module out with exclude_modules"
                 )
-            call.finish(call.saved, g.reshape(shape))
+            finish(x, g.reshape(shape))
 
         whole.register_hook(on_gradient)
         return output
@@ -103,12 +103,12 @@ def _whole(output: Tensor) -> Tensor | None:
 
 
 class _Identity(torch.autograd.Function):
-    """The identity; its backward calls ``finish(saved, gradient)``."""
+    """The identity; its backward calls ``finish(x, gradient)``."""
 
     @staticmethod
-    def forward(ctx, output, saved, anchor, finish):
+    def forward(ctx, output, x, anchor, finish):
         ctx.finish = finish
-        ctx.save_for_backward(saved)
+        ctx.save_for_backward(x)
         return output.clone()  # a view could not be modified in place, as ReLU(inplace=True) does
 
     @staticmethod

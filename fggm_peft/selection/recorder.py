@@ -9,35 +9,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.harm_decay import InputMetric
-from ..core.per_sample import DigestedGradients, GramDigest, GramMatrix, InputDigest, LinearGradients, gram_is_cheaper
-from ..core.sketch import Sketch, SketchDigest, SketchedGradients, sketch_is_cheaper
+from ..core.per_sample import GramMatrix
 from ..core.statistics import Batch, Features
 from ..tuner.layer_types import FGGMLinear
 from ..tuner.target import Target
 from .running_sums import RunningSums
 from .shared_inputs import SharedInputs
 
-
-class Call(NamedTuple):
-    """What the backward of one call of a layer needs.
-
-    Args:
-        saved: a tensor to keep until then, or None.
-        finish: takes ``saved`` and the gradient at the layer's output.
-    """
-
-    saved: Tensor | None
-    finish: Callable[[Tensor | None, Tensor], None]
-
-
-class CalledAgainError(RuntimeError):
-    """A layer whose input was replaced by a digest was called again in one forward. The batch must begin again."""
+Finish = Callable[[Tensor, Tensor], None]
+"""Completes a call of a layer in backward; takes its input and the gradient at its output."""
 
 
 @dataclass
@@ -49,11 +34,6 @@ class _OpenBatch:
     waiting: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     in_backward: bool = False
 
-    @property
-    def samples(self) -> range:
-        """The numbers of the batch's samples, over all processes."""
-        return range(self.batch.first, self.batch.first + len(self.batch.half))
-
 
 class CallRecorder:
     """Adds the calls of one batch after the other to running sums.
@@ -62,23 +42,11 @@ class CallRecorder:
 
     Args:
         sums: of the targets whose layers are hooked.
-        sketch: estimates row and column scores of layers whose gradients are products of x and g. Without it, and for
-            other layers (embeddings, grouped convolutions), scores are exact.
-        uses_digests: keep no more of inputs than row scores need. The caller must handle ``CalledAgainError``: digests
-            of several calls do not add up.
         metrics: module path -> mapping of the layer's inputs, before gradients are computed from them.
     """
 
-    def __init__(
-        self,
-        sums: RunningSums,
-        sketch: Sketch | None = None,
-        uses_digests: bool = False,
-        metrics: Mapping[str, InputMetric] | None = None,
-    ):
-        self.sums, self.sketch, self.metrics = sums, sketch, metrics or {}
-        # statistics of inputs would be counted again in a batch that begins again
-        self.uses_digests = uses_digests and sums.are_of_unit_scores
+    def __init__(self, sums: RunningSums, metrics: Mapping[str, InputMetric] | None = None):
+        self.sums, self.metrics = sums, metrics or {}
         self._open: _OpenBatch | None = None
 
     @property
@@ -119,26 +87,25 @@ class CallRecorder:
     def close(self) -> None:
         """Forget the batch."""
         self._open = None
-        if self.sketch is not None:
-            self.sketch.forget()
 
     # One call of a layer ----------------------------------------------------------------------------
 
-    def record_forward(self, target: Target, x: Tensor, output: Tensor) -> Call | None:
-        """Record a forward call; returns what its backward needs, if the sums need one."""
+    def record_forward(self, target: Target, x: Tensor, output: Tensor) -> Finish | None:
+        """Record a forward call; returns what its backward must call, if the sums need one."""
         if not self._current.in_backward:  # checkpointing repeats calls in backward; they have been counted
             self._current.calls[target.path] += 1
             self._add_features(target, x, output)
         if not self.sums.needs_backward:
             return None
-        digest = self._digest(target, x, output)
-        if digest is not None:
-            return Call(None, lambda _, g: self._record_digested(target, digest, g))
         gram = self._current.shared.gram(x)
-        return Call(x, lambda saved, g: self._record_gradient(target, saved, g, gram))
+        return lambda x, g: self._record_gradient(target, x, g, gram)
 
-    def _record_gradient(self, target: Target, x: Any, g: Tensor, gram: GramMatrix) -> None:
-        _require_first_order(target, g)
+    def _record_gradient(self, target: Target, x: Tensor, g: Tensor, gram: GramMatrix) -> None:
+        if torch.is_grad_enabled() and g.requires_grad:
+            raise RuntimeError(
+                f"module {target.path}: the log-likelihood differentiates within itself (create_graph=True), so it has "
+                "no per-sample gradients. Remove that term from the log-likelihood."
+            )
         shared, waiting = self._current.shared, self._current.waiting[target.path]
         waiting.append((shared.cleaned_input(x, self.metrics.get(target.path)), shared.cleaned(g)))
         calls = self._current.calls[target.path]
@@ -150,38 +117,7 @@ class CallRecorder:
         waiting = self._current.waiting.pop(target.path)
         calls = [(self._by_sample(target, x), self._by_sample(target, g)) for x, g in waiting]
         with torch.autocast(calls[0][1].device.type, enabled=False):  # scores are summed in float32
-            gradients = target.layer.per_sample(calls, gram or GramMatrix())
-            if self.sketch is not None and isinstance(gradients, LinearGradients):
-                gradients = SketchedGradients(gradients, self.sketch, self._current.samples, target.path)
-            self._add(target, "gradient", gradients)
-
-    def _record_digested(self, target: Target, digest: InputDigest, g: Tensor) -> None:
-        _require_first_order(target, g)
-        with torch.autocast(g.device.type, enabled=False):
-            g = self._by_sample(target, target.layer.output_features(self._current.shared.cleaned(g)))
-            self._add(target, "gradient", DigestedGradients(digest, g))
-
-    @torch.no_grad()
-    def _digest(self, target: Target, x: Tensor, output: Tensor) -> InputDigest | None:
-        """What row scores need of an input; None if they need all of it."""
-        if not (self.uses_digests and isinstance(target.layer, FGGMLinear) and target.granularity.takes_digest):
-            return None
-        if self._current.calls[target.path] > 1 and not self._current.in_backward:
-            self.uses_digests = False
-            raise CalledAgainError(f"module {target.path} is called several times in one forward")
-        shared, samples, outputs = self._current.shared, self._current.samples, output.shape[-1]
-
-        def make() -> InputDigest | None:
-            with torch.autocast(x.device.type, enabled=False):
-                features = self._by_sample(target, shared.cleaned(target.layer.input_features(x)))
-                if metric := self.metrics.get(target.path):
-                    features = metric(features)
-                _, positions, inputs = features.shape
-                if self.sketch is not None and sketch_is_cheaper(positions, outputs, inputs, self.sketch.size):
-                    return SketchDigest(features, self.sketch, samples, target.path)
-                return GramDigest(features) if gram_is_cheaper(positions, outputs, inputs) else None
-
-        return shared.digest(x, make)
+            self._add(target, "gradient", target.layer.per_sample(calls, gram or GramMatrix()))
 
     @torch.no_grad()
     def _add_features(self, target: Target, x: Tensor, output: Tensor) -> None:
@@ -203,7 +139,7 @@ class CallRecorder:
 
     def _by_sample(self, target: Target, tensor: Tensor) -> Tensor:
         """The tensor with one entry for each sample in its first dimension."""
-        samples = len(self._current.samples)
+        samples = len(self._current.batch.half)
         if len(tensor) == samples:
             return tensor
         if samples == 1 and isinstance(target.layer, FGGMLinear):
@@ -211,12 +147,4 @@ class CallRecorder:
         raise ValueError(
             f"module {target.path} was called with a first dimension of {len(tensor)} in a batch of {samples} samples, "
             "so its gradient cannot be split into samples. Use a dataloader with batch size 1, or exclude_modules."
-        )
-
-
-def _require_first_order(target: Target, g: Tensor) -> None:
-    if torch.is_grad_enabled() and g.requires_grad:
-        raise RuntimeError(
-            f"module {target.path}: the log-likelihood differentiates within itself (create_graph=True), so it has no "
-            "per-sample gradients. Remove that term from the log-likelihood."
         )

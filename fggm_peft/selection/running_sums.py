@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import NonFiniteScoreError
-from ..core.per_sample import RowGradients
+from ..core.per_sample import PerSampleGradients
 from ..core.statistics import STATISTICS, Batch, Features
 from ..tuner.target import Target, Targets
 from .processes import Processes
@@ -72,12 +72,7 @@ class RunningSums:
     def needs_backward(self) -> bool:
         return "gradient" in self.sides
 
-    @property
-    def are_of_unit_scores(self) -> bool:
-        """Whether all statistics are made of squared gradients of units, for which a digest of the input may do."""
-        return self.sides == {"gradient"} and all(entry.has_sketch for entry in self.statistics.values())
-
-    def add_(self, target: Target, side: str, measured: RowGradients | Features, batch: Batch) -> None:
+    def add_(self, target: Target, side: str, measured: PerSampleGradients | Features, batch: Batch) -> None:
         """Add one batch to the statistics that look at ``side``."""
         for name, statistic in self.statistics.items():
             if statistic.looks_at == side:

@@ -5,13 +5,11 @@ Only the results of the last input are stored. The memory of an input identifies
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..core.harm_decay import InputMetric
-from ..core.per_sample import GramMatrix, InputDigest, same_memory
+from ..core.per_sample import GramMatrix, same_memory
 
 
 class SharedInputs:
@@ -24,7 +22,6 @@ class SharedInputs:
     def __init__(self, padding: Tensor | None):
         self.padding = padding
         self._gram: tuple[Tensor, GramMatrix] | None = None
-        self._digest: tuple[Tensor, int | None, InputDigest] | None = None
         self._cleaned: tuple[Tensor, Tensor] | None = None
 
     def gram(self, x: Tensor) -> GramMatrix:
@@ -33,14 +30,6 @@ class SharedInputs:
             self._gram = x, GramMatrix(shared_by=0)
         self._gram[1].shared_by += 1
         return self._gram[1]
-
-    def digest(self, x: Tensor, make: Callable[[], InputDigest | None]) -> InputDigest | None:
-        """The digest of an input as ``make`` returns it; None if the input itself is needed."""
-        version = version_of(x)
-        if self._digest is None or not same_memory(self._digest[0], x) or self._digest[1] != version:
-            digest = make()
-            self._digest = None if digest is None else (x, version, digest)
-        return None if self._digest is None else self._digest[2]
 
     def cleaned_input(self, x: Tensor, metric: InputMetric | None = None) -> Tensor:
         """``cleaned``, and mapped by the metric; computed once for layers with the same input."""

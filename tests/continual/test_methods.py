@@ -30,7 +30,6 @@ CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS]
     pytest.param("lora", {"r": 2, "mode": "carried"}, id="lora-carried"),
     pytest.param("fggm", {"first_task_masked": False}, id="fggm-first-task-plain"),
     pytest.param("fggm", {"criterion": "random", "granularity": "element"}, id="fggm-random-elements"),
-    pytest.param("fggm", {"fisher_estimate": "sketch"}, id="fggm-sketch"),
     pytest.param("sft_masked", {"first_task_masked": False}, id="sft_masked-first-task-plain"),
     pytest.param("migu", {"first_task_masked": False}, id="migu-first-task-plain"),
 ]
@@ -171,7 +170,6 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
         ("lora", {"mode": "kept"}, "'merged', 'carried'"),
         ("osf", {"effective_rank": 8}, "effective_rank"),
         ("sft_masked", {"bias": "all"}, "neither bias nor modules_to_save"),
-        ("fggm", {"fisher_estimate": "sketch", "granularity": "element"}, "granularity='element'"),
     ],
 )
 def test_an_unknown_name_or_option_raises_an_error_with_the_valid_ones(name, options, message):

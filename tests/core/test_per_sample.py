@@ -14,7 +14,6 @@ from fggm_peft.core import per_sample
 from fggm_peft.core.granularity import GRANULARITIES, granularity_from
 from fggm_peft.core.per_sample import (
     EmbeddingGradients,
-    GramDigest,
     GramMatrix,
     GroupedGradients,
     LinearGradients,
@@ -73,14 +72,14 @@ def test_the_gram_form_and_the_direct_form_agree(t, monkeypatch):
     t=st.sampled_from([1, 2, 9, 127, 128, 131, 200]),
     spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
 )
-def test_scores_from_an_input_digest_are_correct_for_any_zero_part_of_the_gradient(t, spans):
+def test_row_scores_are_correct_for_any_zero_part_of_the_gradient(t, spans):
     x, g = torch.randn(len(spans), t, 5, dtype=torch.float64), torch.randn(len(spans), t, 3, dtype=torch.float64)
     for sample, (start, end) in enumerate(spans):  # an empty span makes the whole gradient zero
         g[sample, : round(start * t)] = 0
         g[sample, round(end * t) :] = 0
-    digest = GramDigest(x)
-    assert relative_error(digest.row_scores(g), per_sample_gradients(x, g).square().sum(2)) < 1e-10
-    assert digest.row_scores(g).dtype == torch.float64
+    scores = LinearGradients(x, g).row_scores()
+    assert relative_error(scores, per_sample_gradients(x, g).square().sum(2)) < 1e-10
+    assert scores.dtype == torch.float64
 
 
 @given(t=st.integers(1, 5000), o=st.integers(1, 5000), i=st.integers(1, 5000), layers=st.sampled_from([1, 2, 4]))

@@ -140,7 +140,7 @@ def test_sixteen_bit_models_accumulate_in_float32(granularity, dtype):
         assert correlation > 0.99, name
 
 
-def saved_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
+def saved_by_layers(model: nn.Module, batch: dict) -> set[tuple]:
     """Shapes of tensors that a selection pass saves for backward in addition to a plain forward pass."""
 
     def shapes(forward) -> Counter:
@@ -150,7 +150,7 @@ def saved_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
         return result
 
     targets = find_targets(model, "default")
-    recorder = CallRecorder(RunningSums(targets), **settings)
+    recorder = CallRecorder(RunningSums(targets))
     with LayerHooks(targets, recorder, model.get_input_embeddings()):
         recorder.open(Batch(torch.zeros(len(batch["input_ids"]), dtype=torch.long)))
         measured = shapes(lambda: model(**batch))
@@ -158,15 +158,14 @@ def saved_by_layers(model: nn.Module, batch: dict, **settings) -> set[tuple]:
     return set(measured - shapes(lambda: model(**batch)))
 
 
-def test_a_pass_saves_inputs_for_columns_but_not_for_rows(granularity):
+def test_a_pass_saves_nothing_but_inputs(granularity):
     model, batch = adapted(llama(), granularity).eval(), token_batches()[0]
     inputs = {(*batch["input_ids"].shape, width) for width in (64, 96)}
     assert saved_by_layers(model, batch) == inputs
-    assert saved_by_layers(model, batch, uses_digests=True) == (set() if granularity == "row" else inputs)
 
 
 def test_gradients_of_several_forward_passes_are_summed_before_squaring(granularity):
-    """Preference losses compare two forward passes; the pass restarts the first batch for them."""
+    """Preference losses compare two forward passes."""
 
     def twice(model, batch):
         likelihood = default_log_likelihood(unwrapped(model), None)
@@ -259,77 +258,17 @@ def test_an_input_modified_in_place_raises_an_error(granularity):
         fisher_scores(model, class_batches(), class_log_likelihood)
 
 
-class Between(nn.Module):
-    """Three layers; the model modifies their shared input in place between two of them."""
-
-    def __init__(self, forward):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(50, 64), nn.Linear(64, 4)
-        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
-        self.between = forward
-
-    def forward(self, input_ids, **_):
-        return self.head(self.between(self, self.embed(input_ids))).mean(1)
-
-
-def residual(m, h):
-    h = h.clone()
-    for layer in (m.a, m.b, m.c):
-        h += layer(h)
-    return h
-
-
-def scaled(m, h):
-    h = m.a(h) + 0
-    y = m.b(h)
-    h.mul_(2).add_(1)
-    return y.tanh() + m.c(h)
-
-
-def shifted(m, h):
-    h = m.a(h) + 0
-    y = m.b(h).tanh()
-    h[:, 1:] = 0.5 * h[:, :-1].clone()
-    return y + m.c(h)
-
-
-@pytest.mark.parametrize("forward", [residual, scaled, shifted])
-def test_row_scores_use_the_input_at_the_time_of_each_call(forward):
-    batches = class_batches()
-    model = adapted(Between(forward), "row", target_modules=["a", "b", "c"])
-    actual = fisher_scores(model, batches, class_log_likelihood)
-    expected = naive_with_copied_inputs(forward, batches)
-    for name in actual:
-        torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-3, atol=1e-6)
-
-
-def naive_with_copied_inputs(forward, batches) -> dict[str, torch.Tensor]:
-    """Row scores of single samples, with layers that read a copy of their input."""
-    expected = {name: torch.zeros(64, dtype=torch.float64) for name in "abc"}
-    for batch in batches:
-        for sample in range(len(batch["labels"])):
-            model = Between(forward).double()
-            for name in "abc":
-                model.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0].clone(),))
-            one = {key: value[sample : sample + 1] for key, value in batch.items()}
-            class_log_likelihood(model, one).sum().backward()
-            for name in "abc":
-                expected[name] += model.get_submodule(name).weight.grad.square().sum(1) / 8
-    return expected
-
-
 def test_a_likelihood_with_an_inner_gradient_is_rejected(granularity):
     def penalised(model, batch):
         value = class_log_likelihood(model, batch)
         (slope,) = torch.autograd.grad(value.sum(), [model.get_base_model().penalised], create_graph=True)
         return value - slope.square().sum()
 
-    class Penalised(Between):
+    class Penalised(InPlace):
         def forward(self, input_ids, **_):
             self.penalised = self.embed(input_ids).detach().requires_grad_()
-            return self.head(self.c(self.penalised).tanh()).mean(1)
+            return self.head(self.first(self.penalised).tanh()).mean(1)
 
-    model = adapted(Penalised(None), granularity, target_modules=["c"])
+    model = adapted(Penalised(True, False, None), granularity, target_modules=["first"])
     with pytest.raises(RuntimeError, match="differentiates within itself"):
         fisher_scores(model, class_batches(), penalised)

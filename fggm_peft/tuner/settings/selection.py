@@ -12,7 +12,6 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from ...core.criteria import CRITERIA
 from ...core.granularity import Granularity, granularity_from
 from ...core.registry import require_one_of
-from ...core.statistics import STATISTICS
 from ...core.threshold import is_number
 from .fields import is_integer, setting, written
 
@@ -52,12 +51,6 @@ class SelectionSettings:
         "Labels of the Fisher information: 'data' (empirical Fisher, as in the paper) or 'model' (true Fisher, with "
         "labels drawn from the model's distribution).",
     )
-    fisher_estimate: Literal["exact", "sketch"] = setting(
-        "exact",
-        "'exact' Fisher information, or 'sketch': an unbiased estimate by random projections of each sample's "
-        "gradient, drawn by `seed`. It costs hardly more than a pass of the frozen model. For rows and columns "
-        "only; exact where that takes no more operations.",
-    )
     num_samples: Optional[Union[int, Literal["auto"]]] = setting(
         "auto",
         "Number of samples for the scores: a number, None for all, or 'auto': 32 samples, doubled up to 1024 until two "
@@ -68,9 +61,7 @@ class SelectionSettings:
         "Memory limit for running scores, in bytes or as '8GiB'; None: no limit. Above the limit the data is read "
         "several times. Element scores take 8 bytes per entry; scores of rows and columns take almost nothing.",
     )
-    seed: int = setting(
-        0, "Seed of random scores, sketches and labels of the model. The global random state is not changed."
-    )
+    seed: int = setting(0, "Seed of random scores and labels of the model. The global random state is not changed.")
     selection: Optional[dict[str, Any]] = written("Result of the selection: samples, agreement, density.")
 
     @property
@@ -105,28 +96,11 @@ class SelectionSettings:
             )
         check_reference(self, _reference_names(self.reference))
         require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
-        self._check_estimate()
         if not is_integer(self.seed, 0) or self.seed >= 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
         require_num_samples(self.num_samples)
         if self.score_memory is not None:
             score_bytes(self.score_memory)
-
-    def _check_estimate(self) -> None:
-        require_one_of("fisher_estimate", self.fisher_estimate, ("exact", "sketch"))
-        if self.fisher_estimate == "exact":
-            return
-        if not self.granularity.is_slice:
-            raise ValueError(
-                "fisher_estimate='sketch' estimates sums over rows or columns and does not support "
-                f"granularity='{self.granularity}'; use fisher_estimate='exact'"
-            )
-        criterion = CRITERIA[self.criterion]
-        if not any(STATISTICS[name].has_sketch for name in (*criterion.task, *criterion.reference)):
-            raise ValueError(
-                f"fisher_estimate='sketch' estimates Fisher information, and criterion {self.criterion!r} uses none; "
-                "use fisher_estimate='exact'"
-            )
 
 
 def check_reference(config: SelectionSettings, reference: Sequence[Any]) -> None:
