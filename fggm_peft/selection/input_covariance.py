@@ -103,6 +103,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in outer_modules(model) if isinstance(_plain(m), LINEAR) and head not in (m, _plain(m))}
 
 
+def input_widths(model: nn.Module) -> dict[str, int]:
+    """The number of input features of each of ``linear_layers``."""
+    return {path: _width(layer) for path, layer in linear_layers(model).items()}
+
+
 def _layer(model: nn.Module, layers: Mapping[str, nn.Module], path: str) -> nn.Module:
     if path in layers:
         return layers[path]

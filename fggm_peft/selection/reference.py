@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA
 from ..core.statistics import STATISTICS, ones
-from ..tuner.files.input_covariance import InputCovariance, load_input_covariance, retained_by
+from ..tuner.files.input_covariance import InputCovariance, load_input_covariance
 from ..tuner.files.task_scores import TaskRecord, history_of, load_record
 from ..tuner.settings.selection import check_reference, require_reference
 from ..tuner.support import unwrapped
@@ -229,25 +229,34 @@ def find_reference(entries: Sequence[Any], targets: Targets, task: DataPass) -> 
     return Reference(sources, targets)
 
 
-def covariance_to_retain(entries: Sequence[Any], targets: Targets, task: DataPass) -> InputCovariance:
+def covariance_to_retain(
+    model: nn.Module,
+    entries: Sequence[Any],
+    widths: Mapping[str, int],
+    history: InputCovariance | None,
+    progress: bool = True,
+) -> InputCovariance:
     """The sum of the input covariances of a reference; zero if the history is empty.
+
+    Args:
+        entries: data, "history", or paths of saved statistics.
+        widths: module path -> number of input features.
+        history: the statistics of earlier tasks; None if there is none.
 
     Raises:
         NonFiniteScoreError: an input is NaN or infinite; names the module.
         ScoreFileError: saved statistics do not fit.
-        ValueError: a target is not a linear layer.
+        ValueError: a module is not a linear layer.
     """
-    widths = {path: target.shape[1] for path, target in targets.items()}
     sources: list[InputCovariance | None] = []
     for entry in entries:
         if isinstance(entry, (str, Path)):
-            is_history = entry == "history"
-            saved = retained_by(unwrapped(task.model), task.config) if is_history else load_input_covariance(entry)
+            saved = history if entry == "history" else load_input_covariance(entry)
             if saved is not None:
                 saved.require_fits(widths)
             sources.append(saved)
         else:
-            sources.append(input_covariance(task.model, entry, modules=widths, progress=task.progress))
+            sources.append(input_covariance(model, entry, modules=widths, progress=progress))
     found = [source for source in sources if source is not None]
     if not found:
         warnings.warn("the history is empty, so that harm decay has nothing to retain yet", stacklevel=4)

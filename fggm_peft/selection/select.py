@@ -19,7 +19,7 @@ from torch import nn
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig
-from ..tuner.files.input_covariance import retain, set_covariance
+from ..tuner.files.input_covariance import retain, retained_by, set_covariance
 from ..tuner.files.task_scores import TaskRecord, remember
 from ..tuner.settings.selection import require_num_samples
 from ..tuner.support import forecast_supports, unwrapped, write_supports
@@ -108,7 +108,9 @@ def select_parameters(
         covariance = own = None
         if config.needs_covariance:
             with without_delta(targets):
-                covariance = covariance_to_retain(entries, targets, task)
+                widths = {path: target.shape[1] for path, target in targets.items()}
+                history = retained_by(unwrapped(model), config)
+                covariance = covariance_to_retain(model, entries, widths, history, progress)
                 if "history" in entries:
                     own = input_covariance(model, data, modules=targets, progress=progress)
             task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})

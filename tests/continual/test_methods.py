@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from learning import Recorder, assert_same_bits, begin, learn
 from models import gpt2, llama
 from peft import PeftModel
 from streams import state
 from torch import Tensor, nn
 from torch.func import functional_call
 from trainers import arguments, examples, losses
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 from fggm_peft.continual.methods import METHODS, make_method
 from fggm_peft.continual.methods.method import Method, linear_layers
@@ -33,6 +34,11 @@ CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS]
     pytest.param("sft_masked", {"first_task_masked": False}, id="sft_masked-first-task-plain"),
     pytest.param("migu", {"first_task_masked": False}, id="migu-first-task-plain"),
 ]
+DECAY = {"harm_decay": 1.0, "reference": ["history"]}
+CASES += [
+    pytest.param(name, OPTIONS.get(name, {}) | DECAY, id=f"{name}-decay", marks=pytest.mark.filterwarnings("ignore"))
+    for name in ("sft", "lora", "shira", "o_lora", "ewc", "migu", "replay")
+]
 MASKED = ["row", "column", "element"]
 
 
@@ -45,32 +51,8 @@ def _cheap_collection():
     gc.unfreeze()
 
 
-def begin(method: Method, model: nn.Module, number: int, data) -> nn.Module:
-    method.number = number
-    return method.begin_task(model, data)
-
-
-def learn(
-    method: Method, model: nn.Module, number: int, folder: Path, callbacks=(), data=None, **settings
-) -> tuple[nn.Module, Trainer | None]:
-    """Train one task as the runner does."""
-    data = data or examples(seed=number)
-    model = begin(method, model, number, data)
-    trainer = None
-    if method.trains:
-        args = arguments(folder / "trainer", **{"lr_scheduler_type": "linear", **settings})
-        trainer = method.trainer(model=model, args=args, train_dataset=data, callbacks=list(callbacks))
-        trainer.train()
-    return method.end_task(model, trainer, folder / str(number)), trainer
-
-
 def structure(model: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(module)) for name, module in model.named_modules()]
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @dataclass
@@ -163,7 +145,16 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
         ("fgm", {}, "unknown method 'fgm'.*'sft'.*Did you mean 'fggm'"),
         ("fggm", {"densty": 0.1}, "'fggm' has no option 'densty'.*first_task_masked.*density"),
         ("fggm", {"density": 2}, r"density must be in \(0, 1\]"),
-        ("sft", {"x": 1}, "'sft' has no option 'x'; it has none"),
+        ("sft", {"x": 1}, "'sft' has no option 'x'; legal are harm_decay, reference"),
+        ("frozen", {"x": 1}, "'frozen' has no option 'x'; it has none"),
+        ("sft", {"harm_decay": -1, "reference": ["history"]}, "harm_decay must be a number >= 0"),
+        ("sft", {"harm_decay": 1.0}, "what should the model retain"),
+        ("sft", {"reference": ["history"]}, "set harm_decay too"),
+        ("lora", {"harm_decay": 1.0, "reference": ["missing.txt"]}, "missing.txt: cannot be read"),
+        ("lora", DECAY | {"mode": "carried"}, "zero when a task begins"),
+        ("lora", DECAY | {"init_lora_weights": "pissa"}, "zero when a task begins"),
+        ("osf", DECAY, "'osf' has no option 'harm_decay'"),
+        ("sft_masked", DECAY, "'sft_masked' does not support harm_decay"),
         ("migu", {"threshold": 1.0}, "threshold"),
         ("replay", {"fraction": 0}, "fraction"),
         ("ewc", {"decay": 2}, "decay"),
@@ -189,18 +180,6 @@ def test_the_classes_declare_what_the_runner_needs():
 
 
 # Comparison with plain loops ---------------------------------------------------------------------
-
-
-class Recorder:
-    """The batches of a training run."""
-
-    def __init__(self, model: nn.Module):
-        self.batches: list[dict[str, Tensor]] = []
-        model.register_forward_pre_hook(self._record, with_kwargs=True)
-
-    def _record(self, model, args, kwargs):
-        batch = {key: kwargs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
-        self.batches += [batch] if model.training else []
 
 
 def plain_loop(parameters: dict[str, nn.Parameter], loss_of, batches, lr=1e-2, weight_decay=0.1) -> list[float]:

@@ -41,13 +41,14 @@ class EWC(Method):
     _anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1 or None, got {self.num_samples!r}")
         if self.penalty < 0 or not 0 <= self.decay <= 1:
             raise ValueError(f"EWC needs penalty >= 0 and decay in [0, 1], got {self.penalty!r} and {self.decay!r}")
 
     def begin_task(self, model, examples):
-        self._anchor = {name: model.get_parameter(name).detach().clone() for name in self.memory}
+        self._anchor = {name: p.detach().clone() for name, p in model.named_parameters() if name in self.memory}
         return train_only_(model, [f"{name}.weight" for name in linear_layers(model)])
 
     def penalties(self, model):

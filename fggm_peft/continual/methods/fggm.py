@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftModel
@@ -30,6 +30,8 @@ class FGGM(PeftMethod):
     """
 
     config_class = FGGMConfig
+    harm_decay: float = field(default=0.0, init=False, repr=False)  # a field of the config
+    reference: list[str] = field(default_factory=list, init=False, repr=False)
     first_task_masked: bool = True
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .method import METHODS, Method
 
@@ -27,6 +27,8 @@ class Frozen(Method):
     """The base model without training: a lower reference."""
 
     trains = False
+    harm_decay: float = field(default=0.0, init=False, repr=False)  # nothing decays
+    reference: list[str] = field(default_factory=list, init=False, repr=False)
 
     def begin_task(self, model, examples):
         return model.requires_grad_(False)

@@ -38,6 +38,9 @@ class MaskedFineTuning(FGGM):
         super().__post_init__()
         if self.config.get("bias", "none") != "none" or self.config.get("modules_to_save"):
             raise ValueError(f"{self.name!r} trains weights only: it supports neither bias nor modules_to_save")
+        config: Any = self.make_config()
+        if config.harm_decay:
+            raise ValueError(f"{self.name!r} does not support harm_decay; use 'fggm', which makes the same changes")
 
     def begin_task(self, model, examples):
         self.restore_history_(model)

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from ...core import Registry
+from ...core.threshold import is_number
+from ...retention import HarmDecay
+from ...selection.reference import is_text_file
+from ...training.texts import read_paragraphs
 from ..settings import suggestions
+from .retaining import covariance_for_task
 
 Examples = Sequence[Mapping[str, Sequence[int]]]
 """Tokenized training data of a task: ``TokenizedExamples``, or a list of such rows."""
@@ -27,6 +33,11 @@ class Method:
     the model that ``end_task`` returns. Between tasks the model has the modules that it had after ``prepare``: its
     ``state_dict`` and ``memory``, restored after ``prepare``, resume a run exactly.
 
+    Args:
+        harm_decay: strength of harm decay (docs/retention.md) of what the method trains in linear layers; 0 for none.
+        reference: what the model should retain, as in ``FGGMConfig``: text files (.txt), "history" (earlier tasks),
+            "self", or saved statistics.
+
     Attributes:
         name: the name in the registry, which sets it.
         sees_all_tasks: the method receives the data of all tasks at once, as task 0.
@@ -39,9 +50,27 @@ class Method:
     name: ClassVar[str]
     sees_all_tasks: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    harm_decay: float = 0.0
+    reference: list[str] = field(default_factory=list)
     seed: int = field(default=0, init=False, repr=False)
     number: int = field(default=0, init=False, repr=False)
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.reference = [self.reference] if isinstance(self.reference, str) else list(self.reference or [])
+        if not is_number(self.harm_decay) or self.harm_decay < 0:
+            raise ValueError(f"harm_decay must be a number >= 0, got {self.harm_decay!r}")
+        if self.uses_reference and not self.reference:
+            raise ValueError("what should the model retain? Set reference to a text file (.txt), 'history', or both")
+        if self.reference and not self.uses_reference:
+            raise ValueError("reference is for harm_decay; set harm_decay too, or remove reference")
+        for file in filter(is_text_file, self.reference):
+            read_paragraphs(file)  # raises an error for a missing or empty file now, not after hours
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether it reads the input covariance of the reference."""
+        return self.harm_decay > 0
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -70,6 +99,9 @@ class Method:
         scaler = trainer.accelerator.scaler  # for float16, in which the other gradients are scaled
         for term in self.penalties(model):
             (term if scaler is None else scaler.scale(term)).backward()
+
+    def change_optimizer_(self, optimizer: Optimizer) -> None:
+        """Called once per task, with the new optimizer; for hooks before harm decay."""
 
     def end_task(self, model: nn.Module, trainer: Trainer | None, folder: Path | None) -> nn.Module:
         """The model for the evaluation and the next task.
@@ -105,21 +137,47 @@ def make_method(name: str, **options: Any) -> Method:
             raise ValueError(f"the method {name!r} has no option {option!r}; {hint}")
     own = {option.name for option in fields(method) if option.init}
     config = {option: options.pop(option) for option in list(options) if option not in own}
+    if config:
+        options["config"] = config
     try:
-        return method(**options, **({"config": config} if config else {}))
+        return method(**options)
     except TypeError as error:  # a value of a wrong type
         raise ValueError(f"the method {name!r}: {error}") from error
 
 
 class MethodTrainer(Trainer):
-    """transformers' ``Trainer``, in which a method changes the gradients of each step.
+    """transformers' ``Trainer``, in which a method changes the gradients of each step, with the method's harm decay.
 
     It does not support DeepSpeed, which does not keep gradients on the parameters.
+
+    Attributes:
+        covariance: of the inputs to retain; None if the method does not use it.
+        harm_decay: attached to the optimizer until training ends; None if the method has none.
     """
 
     def __init__(self, method: Method, **arguments: Any):
         super().__init__(**arguments)
         self.method = method
+        self.covariance = covariance_for_task(method, self) if method.uses_reference else None
+        self.harm_decay: HarmDecay | None = None
+        if method.harm_decay and self.covariance is not None:
+            # attached now, because weights decay to what they are before a checkpoint is loaded
+            trained: Any = self.model
+            self.harm_decay = HarmDecay(self.covariance, method.harm_decay).attach(trained, self.create_optimizer())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            self.method.change_optimizer_(optimizer)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.harm_decay is not None:
+                self.harm_decay.remove()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

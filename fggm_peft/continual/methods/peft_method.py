@@ -32,6 +32,7 @@ class PeftMethod(Method):
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.make_config()  # raises an error for an illegal option now, not after hours
 
     @classmethod
@@ -86,6 +87,10 @@ class LoRA(PeftMethod):
     def __post_init__(self) -> None:
         require_one_of("mode", self.mode, get_args(Mode))
         super().__post_init__()
+        if self.harm_decay and (self.mode == "carried" or self.config.get("init_lora_weights", True) is not True):
+            raise ValueError(
+                "harm_decay needs an adapter that is zero when a task begins: mode='merged' and init_lora_weights=True"
+            )
 
     def prepare(self, base, seed):
         base = super().prepare(base, seed)
@@ -134,6 +139,8 @@ class OSF(PeftMethod):
     """
 
     config_class = OSFConfig
+    harm_decay: float = field(default=0.0, init=False, repr=False)  # it trains factors of the weights
+    reference: list[str] = field(default_factory=list, init=False, repr=False)
     effective_rank: float = 0.5
     growth: float = 0.05
     most: float = 0.95
