@@ -102,6 +102,9 @@ def select_parameters(
         targets = _checked_targets(task, adapter_name, reset)
         with task.processes.together("select_parameters"):
             entries = reference_entries(reference, task)
+            retains = config.needs_covariance and "history" in entries
+            if retains:
+                _require_data_to_retain(dataloader, criterion.needs_data)
             against = find_reference(entries, targets, task)
         references = {"the number of references": len(against.measured) if against else 0}
         task.processes.require_same("their setting", references, "Give every process a dataloader of each reference.")
@@ -111,7 +114,7 @@ def select_parameters(
                 widths = {path: target.shape[1] for path, target in targets.items()}
                 history = retained_by(unwrapped(model), config)
                 covariance = covariance_to_retain(model, entries, widths, history, progress)
-                if "history" in entries:
+                if retains:
                     own = input_covariance(model, data, modules=targets, progress=progress)
             task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})
         measurement = Measurement(Scoring(targets, config, against, task.metrics), num_samples)
@@ -125,6 +128,17 @@ def select_parameters(
     if own is not None:
         retain(unwrapped(model), own, config)
     return report
+
+
+def _require_data_to_retain(dataloader: Any, is_read_again: bool) -> None:
+    """Raise ``ValueError`` if the task cannot be added to the history."""
+    if dataloader is None:
+        raise ValueError("reference='history' reads what later tasks should retain: pass a dataloader of this task")
+    if is_read_again and iter(dataloader) is dataloader:
+        raise ValueError(
+            "harm_decay with reference='history' reads the data of the task twice, and this dataloader is an iterator; "
+            "pass a DataLoader or a list of batches"
+        )
 
 
 def _without_compiling() -> AbstractContextManager[Any]:

@@ -339,6 +339,13 @@ def test_the_history_is_added_to_the_next_task_and_keeps_its_size():
     assert len(set(sizes)) == 1
 
 
+def test_data_of_a_task_that_cannot_be_retained_is_an_error():
+    with pytest.raises(ValueError, match="iterator"):
+        select_parameters(adapted(), iter(TASK), reference=[REFERENCE, "history"], progress=False)
+    with pytest.raises(ValueError, match="pass a dataloader of this task"):
+        select_parameters(adapted(criterion="random"), reference=[REFERENCE, "history"], progress=False)
+
+
 def test_another_selection_of_the_same_adapter_replaces_its_own_task():
     model = adapted()
     for _ in range(2):
