@@ -127,7 +127,7 @@ class Study:
             for name, half in HALVES.items():
                 self.chosen[samples, case, name] = self._choose(case, totals, half)
             pair = self.chosen[samples, case, "even"], self.chosen[samples, case, "odd"]
-            self.halves.setdefault(case, {})[samples] = self._agreement(case, *pair)
+            self.halves.setdefault(case, {})[samples] = split_half_agreement(*pair)[0]
         self.seconds += time.perf_counter() - start
         return False
 
@@ -145,8 +145,8 @@ class Study:
                 "granularity": case.granularity,
                 "density": case.density,
                 "halves": list(self.halves[case].values()),
-                "largest": [self._agreement(case, self.chosen[n, case, "all"], final["all"]) for n in counts],
-                "independent": [self._agreement(case, choices, final["odd"]) for choices in even],
+                "largest": [split_half_agreement(self.chosen[n, case, "all"], final["all"])[0] for n in counts],
+                "independent": [split_half_agreement(choices, final["odd"])[0] for choices in even],
                 "score_held": [score_held(others, choices, final["even"]) for choices in even],
                 **stops(self.halves[case]),
             }
@@ -155,7 +155,8 @@ class Study:
         policy, result = TopDensity(case.density), {}
         for name, scores in self._scores(case, totals, half):
             (indices,) = policy.choose([scores], [1])
-            result[name] = Choice(indices.to(torch.int32), len(scores), 0.0)
+            size = case.kind.parameters_per_unit(self.layers[name].weight_shape)
+            result[name] = Choice(indices.to(torch.int32), len(scores), size)
         return result
 
     def _scores(self, case: Case, totals: Totals, half: int | None) -> Iterator[tuple[str, Tensor]]:
@@ -163,10 +164,6 @@ class Study:
             scores = self.score(case, name, totals.mean(name, "fisher", half))
             if scores is not None:
                 yield name, scores
-
-    def _agreement(self, case: Case, first: Choices, second: Choices) -> float | None:
-        costs = {name: case.kind.parameters_per_unit(self.layers[name].weight_shape) for name in first}
-        return split_half_agreement(first, second, costs)[0]
 
 
 def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) -> float:

@@ -19,7 +19,7 @@ from .core.index_codec import most_index_bytes
 from .core.registry import Registry
 from .core.threshold import Forecast
 from .selection.likelihood import task_type_of
-from .selection.score_memory import running_bytes
+from .selection.measure import running_bytes
 from .selection.select import active_adapter
 from .step_memory import MakeBatch, copy_with_same_tensors, step_memory
 from .tuner.config import FGGMConfig

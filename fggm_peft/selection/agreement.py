@@ -15,7 +15,7 @@ SUFFICIENT_AGREEMENT = 0.8
 
 
 def split_half_agreement(
-    first: Mapping[str, Choice], second: Mapping[str, Choice], unit_entries: Mapping[str, int]
+    first: Mapping[str, Choice], second: Mapping[str, Choice]
 ) -> tuple[float | None, dict[str, float | None]]:
     """Overlap of two sets of supports, corrected for chance.
 
@@ -25,7 +25,6 @@ def split_half_agreement(
     Args:
         first: module path -> choice from one half of the samples.
         second: the same from the other half.
-        unit_entries: module path -> number of weight entries of one unit.
 
     Returns:
         The agreement over all modules, and of each module: 1 is perfect, 0 is chance. None if nothing or everything
@@ -34,14 +33,14 @@ def split_half_agreement(
     common_total = chance_total = size_total = 0.0
     modules: dict[str, float | None] = {}
     for name, a in first.items():
-        b, entries = second[name], unit_entries[name]
+        b = second[name]
         common = int(torch.isin(a.indices, b.indices).sum())
         chance = len(a.indices) * len(b.indices) / a.units
         size = (len(a.indices) + len(b.indices)) / 2
         modules[name] = _corrected(common, chance, size)
-        common_total += common * entries
-        chance_total += chance * entries
-        size_total += size * entries
+        common_total += common * a.unit_size
+        chance_total += chance * a.unit_size
+        size_total += size * a.unit_size
     return _corrected(common_total, chance_total, size_total), modules
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.sharding import is_shard
 from ..tuner.support import unwrapped
 from ..tuner.target import Targets
-from .frozen_model import frozen_in_eval_mode
+from .frozen_model import frozen_in_eval_mode, without_delta
 from .hooks import LayerHooks
 from .likelihood import LogLikelihood, default_log_likelihood
 from .out_of_memory import with_advice
@@ -45,6 +44,7 @@ class DataPass:
         processes: the processes that read a share of the data each.
         statistics: names of the statistics to collect.
         metrics: module path -> mapping of the layer's inputs, before gradients are computed from them.
+        prepare: completes a batch before it is given to ``log_likelihood``.
     """
 
     model: nn.Module
@@ -55,6 +55,7 @@ class DataPass:
     processes: Processes = field(default_factory=Processes)
     statistics: Sequence[str] = ("fisher",)
     metrics: Mapping[str, InputMetric] = field(default_factory=dict)
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         draws_labels = self.config.fisher_labels == "model"
@@ -134,7 +135,7 @@ class DataPass:
             return False
         if self.generator is not None:  # the labels of a sample must not depend on the number of processes
             self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
-        batch = self._on_device(round.batch)
+        batch = self._on_device(round.batch if self.prepare is None else self.prepare(round.batch))
         half = (torch.arange(round.size or batch_size(batch, index)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -168,19 +169,6 @@ def input_metrics(targets: Targets, covariance: InputCovariance) -> dict[str, In
             spectra[key] = covariance[path].to(target.indices.device).spectrum()
         metrics[path] = InputMetric(spectra[key], of_columns=target.granularity.weight_dim == 1)
     return metrics
-
-
-@contextmanager
-def without_delta(targets: Targets) -> Iterator[None]:
-    """Switch the adapter's own delta off: statistics are taken where training starts."""
-    scales = [(target.layer.scaling, target.adapter_name, target.scale) for target in targets.values()]
-    for scaling, adapter_name, _ in scales:
-        scaling[adapter_name] = 0.0
-    try:
-        yield
-    finally:
-        for scaling, adapter_name, scale in scales:
-            scaling[adapter_name] = scale
 
 
 def _checkpoints(model: nn.Module) -> bool:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..tuner.target import Targets
+
 
 @contextmanager
 def frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
@@ -27,6 +29,19 @@ def frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def without_delta(targets: Targets) -> Iterator[None]:
+    """Switch the adapter's own delta off: statistics are taken where training starts."""
+    scales = [(target.layer.scaling, target.adapter_name, target.scale) for target in targets.values()]
+    for scaling, adapter_name, _ in scales:
+        scaling[adapter_name] = 0.0
+    try:
+        yield
+    finally:
+        for scaling, adapter_name, scale in scales:
+            scaling[adapter_name] = scale
 
 
 @contextmanager

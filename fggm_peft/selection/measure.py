@@ -1,131 +1,204 @@
-"""Reads the references and the task's data, group of modules by group, and selects from the statistics."""
+"""Reads the references and the task's data, group of modules by group, and selects from their statistics."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..core.criteria import CRITERIA
+from ..core.criteria import CRITERIA, Criterion
 from ..core.statistics import STATISTICS
 from ..tuner.files.task_scores import StoredScores, stored_scores
-from ..tuner.target import Targets
+from ..tuner.settings.selection import score_bytes
+from ..tuner.support import Choice, choose_supports, criterion_scores
+from ..tuner.target import Target, Targets
 from .agreement import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT, split_half_agreement
 from .data_pass import DataPass
-from .reference import MeasuredSource, Reference
+from .reference import Reference, Source, ones_of
 from .report import AgreementCheck
 from .running_sums import Totals
-from .scoring import Choices, Scoring
 
-
-@dataclass
-class Outcome:
-    """The choice from all samples and from each half of them, and how it was made."""
-
-    num_samples: Any = None
-    choices: Choices = field(default_factory=dict)
-    halves: tuple[Choices, Choices] = field(default_factory=lambda: ({}, {}))
-    samples: int = 0
-    reference_samples: int = 0
-    reference_seconds: float = 0.0
-    sample_passes: int = 0
-    scores: dict[str, dict[str, StoredScores]] = field(default_factory=dict)
-    checks: list[AgreementCheck] = field(default_factory=list)
-    mean_scores: dict[str, float] = field(default_factory=dict)
+Choices = dict[str, Choice]
 
 
 class Measurement:
-    """Measures and selects for one adapter; the results are in ``outcome``.
+    """Measures and selects for one adapter. The results are in the attributes.
 
     Args:
-        scoring: makes choices of statistics.
+        task: the pass over the task's data.
+        targets: all targets of the adapter.
+        sources: the parts of the reference.
         num_samples: a number, None for all, or "auto".
     """
 
-    def __init__(self, scoring: Scoring, num_samples: Any = None):
-        self.scoring, self.outcome = scoring, Outcome(num_samples)
-        self.criterion = CRITERIA[scoring.config.criterion]
+    def __init__(self, task: DataPass, targets: Targets, sources: Sequence[Source], num_samples: Any = None):
+        self.task, self.targets, self.sources, self.num_samples = task, targets, sources, num_samples
+        self.config, self.criterion = task.config, CRITERIA[task.config.criterion]
+        self.reference = Reference(sources, targets)
+        self.choices: Choices = {}
+        self.halves: tuple[Choices, Choices] = {}, {}
+        self.samples = self.reference_samples = self.sample_passes = 0
+        self.reference_seconds = 0.0
+        self.scores: dict[str, dict[str, StoredScores]] = {}
+        self.checks: list[AgreementCheck] = []
         self._limits: dict[int, Any] = {}  # every group of modules sees the same samples
 
-    def without_data(self) -> Outcome:
+    def without_data(self) -> None:
         """Select by a criterion that needs no data."""
-        self.outcome.choices = self.scoring.choose(self.scoring.targets, None, observe=self._describe)
-        return self.outcome
+        self.choices = self._choose(self.targets, None)
 
-    def from_data(self, task: DataPass, groups: list[Targets]) -> Outcome:
-        """Read the references and the task once for each group of modules."""
-        outcome, reference = self.outcome, self.scoring.reference
-        measured = reference.measured if reference else []
+    def from_data(self, score_memory: int | str | None) -> None:
+        """Read the references and the task once for each group of modules that ``score_memory`` holds.
+
+        Raises:
+            ValueError: the memory holds no single module, or several passes are needed and not possible.
+        """
+        groups = self._groups(score_memory)
         for number, group in enumerate(groups, start=1):
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
-            start = time.perf_counter()
-            for index, source in enumerate(measured, start=1):
-                name = "reference" if len(measured) == 1 else f"reference {index}"
-                self._read_reference(source, group, name, suffix)
-            outcome.reference_seconds += time.perf_counter() - start if measured else 0.0
-            self._read_task(task, group, suffix)
-        asked = outcome.num_samples
-        if isinstance(asked, int) and outcome.samples < asked:
-            warnings.warn(f"num_samples={asked}, but the data has {outcome.samples}; all were used", stacklevel=3)
-        outcome.reference_samples = reference.samples if reference else 0
-        return outcome
+            self._read_references(group, suffix)
+            self._read_task(group, suffix)
+        if isinstance(self.num_samples, int) and self.samples < self.num_samples:
+            message = f"num_samples={self.num_samples}, but the data has {self.samples}; all were used"
+            warnings.warn(message, stacklevel=3)
 
-    def _read_reference(self, source: MeasuredSource, group: Targets, name: str, suffix: str) -> None:
-        """Read a reference; with "auto", until two halves of it would rank the units alike."""
-        assert self.scoring.reference is not None
-        alone = Reference([source], self.scoring.targets)
+    def _read_references(self, group: Targets, suffix: str) -> None:
+        """Read each reference; with "auto", until two halves of it would rank the units alike."""
+        start, measured = time.perf_counter(), [source for source in self.sources if source.data is not None]
+        for number, source in enumerate(measured, start=1):
+            name = "reference" if len(measured) == 1 else f"reference {number}"
 
+            def is_enough(totals: Totals, name: str = name) -> bool:
+                alone = Reference([Source(totals=totals)], self.targets)
+                return self._agree(name, totals, lambda half: self._choose(group, None, None, alone, half))
+
+            assert source.data is not None
+            source.totals = self._run(source.data, group, is_enough, "Reference" + suffix)
+        if measured:
+            self.reference = Reference(self.sources, self.targets)
+            self.reference_samples = sum(source.totals.samples for source in measured if source.totals)
+            self.reference_seconds += time.perf_counter() - start
+
+    def _read_task(self, group: Targets, suffix: str) -> None:
         def is_enough(totals: Totals) -> bool:
-            source.totals = totals
-            alone.forget_means()
-            return self._agree(
-                name, totals, group, *(self.scoring.choose_by_reference(group, alone, h) for h in (0, 1))
-            )
+            return totals.has_halves and self._agree("task", totals, lambda half: self._choose(group, totals, half))
 
-        source.totals = self._run(source.data, group, is_enough, "Reference" + suffix)
-        source.samples = source.totals.samples
-        self.scoring.reference.forget_means()
-
-    def _read_task(self, task: DataPass, group: Targets, suffix: str) -> None:
-        def is_enough(totals: Totals) -> bool:
-            if not totals.has_halves:
-                return False
-            return self._agree("task", totals, group, *(self.scoring.choose(group, totals, half) for half in (0, 1)))
-
-        totals = self._run(task, group, is_enough, "Fisher pass" + suffix)
-        self.outcome.samples = totals.samples
-        self.outcome.choices.update(self.scoring.choose(group, totals, observe=self._describe))
+        totals = self._run(self.task, group, is_enough, "Fisher pass" + suffix)
+        self.samples = totals.samples
+        self.choices.update(self._choose(group, totals))
         if totals.has_halves:
-            for half, choices in enumerate(self.outcome.halves):
-                choices.update(self.scoring.choose(group, totals, half))
+            for half, choices in enumerate(self.halves):
+                choices.update(self._choose(group, totals, half))
         for statistic in self.criterion.task:
             if STATISTICS[statistic].is_kept:
-                scores = self.outcome.scores.setdefault(statistic, {})
+                scores = self.scores.setdefault(statistic, {})
                 for path, target in group.items():
                     scores[path] = stored_scores(totals.mean(path, statistic), target.granularity, target.shape)
 
     def _run(self, data: DataPass, group: Targets, is_enough, description: str) -> Totals:
-        num_samples = self._limits.get(id(data), self.outcome.num_samples)
-        if num_samples == "auto":
+        limit = self._limits.get(id(data), self.num_samples)
+        if limit == "auto":
             totals = data.run(group, MAX_SAMPLES, is_enough, MIN_SAMPLES, description)
         else:
-            totals = data.run(group, num_samples, description=description)
+            totals = data.run(group, limit, description=description)
         self._limits[id(data)] = totals.samples
-        self.outcome.sample_passes += totals.samples
+        self.sample_passes += totals.samples
         return totals
 
-    def _agree(self, data: str, totals: Totals, group: Targets, first: Choices, second: Choices) -> bool:
-        agreement, _ = split_half_agreement(first, second, unit_entries(group))
-        self.outcome.checks.append(AgreementCheck(data, totals.samples, agreement))
+    def _agree(self, data: str, totals: Totals, choose: Callable[[int], Choices]) -> bool:
+        agreement, _ = split_half_agreement(choose(0), choose(1))
+        self.checks.append(AgreementCheck(data, totals.samples, agreement))
         return agreement is None or agreement >= SUFFICIENT_AGREEMENT
 
-    def _describe(self, path: str, scores: Tensor) -> None:
-        self.outcome.mean_scores[path] = float(scores.double().mean()) / unit_entries(self.scoring.targets)[path]
+    # Scores -------------------------------------------------------------------------------------
+
+    def _choose(
+        self,
+        group: Targets,
+        totals: Totals | None,
+        half: int | None = None,
+        reference: Reference | None = None,
+        reference_half: int | None = None,
+    ) -> Choices:
+        """Select units of a group of targets.
+
+        Args:
+            totals: statistics of the task; None for a task whose statistics are the same everywhere.
+            half: use one half of the task's samples.
+            reference: by default the whole reference.
+            reference_half: use one half of the reference's samples.
+        """
+        reference = reference or self.reference
+
+        def scores(path: str) -> Tensor:
+            target, names, ranked = self.targets[path], self.criterion.reference, self._ranked_with(path)
+            return criterion_scores(
+                target,
+                self.config,
+                task={
+                    name: ones_of(target, name) if totals is None else totals.mean(path, name, half)
+                    for name in self.criterion.task
+                },
+                reference={name: reference.values(target, name, reference_half) for name in names},
+                reference_mean={name: reference.mean(ranked, name, reference_half) for name in names},
+                metric=self.task.metrics.get(path),
+            )
+
+        return choose_supports(group, self.config, scores)
+
+    def _ranked_with(self, path: str) -> tuple[str, ...]:
+        """The modules that are ranked together with this one."""
+        policy = self.config.policy(path)
+        if policy.scope == "layer":
+            return (path,)
+        return tuple(other for other in self.targets if self.config.policy(other) == policy)
+
+    # Memory -------------------------------------------------------------------------------------
+
+    def _groups(self, score_memory: int | str | None) -> list[Targets]:
+        """Groups of targets whose running sums fit into ``score_memory`` together."""
+        if score_memory is None:
+            return [self.targets]
+        measured = [source.data for source in self.sources if source.data is not None]
+        bound = score_bytes(score_memory)
+        groups: list[Targets] = []
+        used = bound + 1
+        for path, target in self.targets.items():
+            size = running_bytes(target, self.criterion, len(measured))
+            if size > bound:
+                raise ValueError(
+                    f"score_memory={score_memory!r} is too small: the scores of {path} alone take {size} bytes"
+                )
+            if used + size > bound:
+                groups.append({})
+                used = 0
+            groups[-1][path] = target
+            used += size
+        if len(groups) > 1:
+            if any(self.config.policy(path).scope == "global" for path in self.targets):
+                raise ValueError(
+                    "a threshold of global scope requires the scores of all modules at once, and "
+                    f"score_memory={score_memory!r} is too small for them. Raise it, or use scope='layer'."
+                )
+            for data in (self.task, *measured):
+                data.require_repeatable(len(groups))
+            if measured and len(self.sources) > 1:
+                raise ValueError(
+                    "several references are scaled by their means over all modules, and score_memory is too small for "
+                    "the scores of all modules at once. Raise it, or use one reference or saved ones "
+                    "(report.save_scores)."
+                )
+        return groups
 
 
-def unit_entries(targets: Targets) -> dict[str, int]:
-    """Module path -> number of weight entries of one unit."""
-    return {path: target.granularity.parameters_per_unit(target.shape) for path, target in targets.items()}
+def running_bytes(target: Target, criterion: Criterion, sources: int) -> int:
+    """Bytes of the running sums of one module: two halves in float32, of the task and of each reference.
+
+    Args:
+        sources: number of references that are read from data and not from saved scores.
+    """
+    names = [*criterion.task, *criterion.reference * sources]
+    return 2 * 4 * sum(STATISTICS[name].size(target.granularity, target.shape) for name in names)

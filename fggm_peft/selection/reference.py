@@ -9,9 +9,8 @@ it is.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from ..tuner.files.input_covariance import InputCovariance, load_input_covarianc
 from ..tuner.files.task_scores import TaskRecord, history_of, load_record
 from ..tuner.settings.selection import check_reference, require_reference
 from ..tuner.support import unwrapped
-from ..tuner.target import Targets
+from ..tuner.target import Target, Targets
 from .data_pass import DataPass
+from .frozen_model import frozen_in_eval_mode, without_delta
 from .input_covariance import input_covariance
 from .likelihood import IGNORED, task_type_of
-from .processes import Processes
 from .running_sums import Totals
 from .self_text import written_batches
 
@@ -43,136 +42,87 @@ Trainers, sequences and the command line have a tokenizer and accept files of ge
 """
 
 
-class Source(ABC):
-    """One part of a reference."""
+@dataclass(eq=False)
+class Source:
+    """One part of a reference: the saved statistics of an earlier task, or data that are read during this selection.
 
-    samples: int = 0
+    Args:
+        record: the saved statistics.
+        data: a pass over the data, one group of modules at a time.
+        totals: the result of the pass.
+    """
 
-    @abstractmethod
-    def values(self, path: str, statistic: str, half: int | None) -> Tensor:
-        """A statistic of a module, from all samples or, if the source has halves, from one half of them."""
+    record: TaskRecord | None = None
+    data: DataPass | None = None
+    totals: Totals | None = None
 
-
-class SavedSource(Source):
-    """The saved statistics of an earlier task."""
-
-    def __init__(self, record: TaskRecord, targets: Targets, statistics: Sequence[str]):
-        self.record, self.targets = record, targets
-        for path, target in targets.items():
-            for statistic in statistics:
-                record.require(statistic, path, target.granularity, target.shape)
-
-    def values(self, path, statistic, half):
-        target = self.targets[path]
-        return self.record.values(statistic, path, target.granularity, target.shape).to(target.indices.device)
-
-
-class MeasuredSource(Source):
-    """Data read during this selection, one group of modules at a time; ``totals`` holds the statistics."""
-
-    def __init__(self, data: DataPass):
-        self.data = data
-        self.totals: Totals | None = None
-
-    def values(self, path, statistic, half):
+    def values(self, target: Target, statistic: str, half: int | None) -> Tensor:
+        """A statistic of a module from all samples or, if the source has halves, from one half of them."""
+        if self.record is not None:
+            saved = self.record.values(statistic, target.path, target.granularity, target.shape)
+            return saved.to(target.indices.device)
         assert self.totals is not None
-        return self.totals.mean(path, statistic, half if self.totals.has_halves else None)
+        return self.totals.mean(target.path, statistic, half if self.totals.has_halves else None)
 
 
 class Reference:
-    """The sources of one selection.
+    """The sources of one selection. Without any, every statistic is 1, so that the task alone decides."""
 
-    Args:
-        sources: empty if there is no earlier task; then the task alone decides.
-        targets: all targets of the adapter.
-    """
-
-    def __init__(self, sources: list[Source], targets: Targets):
+    def __init__(self, sources: Sequence[Source], targets: Targets):
         self.sources, self.targets = sources, targets
         self._means: dict[Any, float] = {}
 
-    @property
-    def measured(self) -> list[MeasuredSource]:
-        return [source for source in self.sources if isinstance(source, MeasuredSource)]
-
-    @property
-    def samples(self) -> int:
-        """Samples that were read for the reference during this selection."""
-        return sum(source.samples for source in self.measured)
-
-    def values(self, path: str, statistic: str, half: int | None = None) -> Tensor:
-        """A statistic of one module; ones without any source."""
+    def values(self, target: Target, statistic: str, half: int | None = None) -> Tensor:
+        """A statistic of one module."""
         if not self.sources:
-            target = self.targets[path]
-            return ones(statistic, target.granularity, target.shape).to(target.indices.device)
+            return ones_of(target, statistic)
         if len(self.sources) == 1:
-            return self.sources[0].values(path, statistic, half)
-        total = torch.zeros(())
+            return self.sources[0].values(target, statistic, half)
+        total = torch.zeros((), device=target.indices.device)
         for source in self.sources:
-            values = source.values(path, statistic, half)
-            total = total.to(values.device) + values / self._scale(source, statistic)
+            scale = self._mean(source, tuple(self.targets), statistic, None) or 1.0
+            total = total + source.values(target, statistic, half) / scale
         return total
 
-    def forget_means(self) -> None:
-        """Compute means anew, because a source was measured again."""
-        self._means.clear()
-
-    def mean(self, statistic: str, paths: tuple[str, ...], half: int | None = None) -> float:
+    def mean(self, paths: tuple[str, ...], statistic: str, half: int | None = None) -> float:
         """The mean over the entries of the modules."""
-        return self._mean(paths, statistic, half, lambda path: self.values(path, statistic, half), None)
+        return self._mean(self, paths, statistic, half)
 
-    def _scale(self, source: Source, statistic: str) -> float:
-        """The divisor of a source: its mean over the entries of all modules."""
-        paths = tuple(self.targets)
-        return self._mean(paths, statistic, None, lambda path: source.values(path, statistic, None), source) or 1.0
-
-    def _mean(self, paths, statistic: str, half, values: Callable[[str], Tensor], source: Source | None) -> float:
-        key = paths, statistic, half, source
+    def _mean(self, of: Source | Reference, paths: tuple[str, ...], statistic: str, half: int | None) -> float:
+        key = of, paths, statistic, half
         if key not in self._means:
             total = count = 0.0
-            for path in paths:
-                target, numbers = self.targets[path], values(path)
+            for target in (self.targets[path] for path in paths):
+                numbers = of.values(target, statistic, half)
                 total += float(numbers.double().sum())
                 count += STATISTICS[statistic].entries(target.granularity, target.shape) * len(numbers)
             self._means[key] = total / count
         return self._means[key]
 
 
-class _LabeledText:
-    """Batches of general text; a batch without labels gets its own tokens as labels."""
-
-    def __init__(self, batches: Iterable[Mapping[str, Any]]):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return map(_labeled, iter(self.batches))
+def ones_of(target: Target, statistic: str) -> Tensor:
+    """The statistic of a module with every number 1."""
+    return ones(statistic, target.granularity, target.shape).to(target.indices.device)
 
 
-def _labeled(batch: Any) -> Any:
-    if not isinstance(batch, Mapping) or "labels" in batch or not isinstance(batch.get("input_ids"), Tensor):
+class _OwnText(list[Mapping[str, Any]]):
+    """Batches of text that the model has written."""
+
+
+def _with_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch of general text without labels gets its own tokens as labels."""
+    if "labels" in batch or not isinstance(batch.get("input_ids"), Tensor):
         return batch
     labels, mask = batch["input_ids"], batch.get("attention_mask")
     return {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, IGNORED)}
 
 
-class _WrittenText:
-    """Text that the model writes when the pass begins to read it, in the state in which the pass has put the model."""
-
-    def __init__(self, model: nn.Module, seed: int, processes: Processes):
-        self.model, self.seed, self.processes = model, seed, processes
-        self.batches: list[dict[str, Tensor]] | None = None
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self.batches is None:
-            self.batches = written_batches(self.model, WRITTEN_TEXTS, WRITTEN_LENGTH, self.seed)
-        yield from self.batches[self.processes.rank :: self.processes.size]
-
-
-def reference_entries(given: ReferenceData, task: DataPass) -> list[Any]:
+def reference_entries(given: ReferenceData, targets: Targets, task: DataPass) -> list[Any]:
     """The parts of a reference: data, "history", or paths of saved statistics. "self" becomes the text itself.
 
     Args:
         given: the argument of ``select_parameters``; None for the config's reference.
+        targets: all targets of the adapter, whose delta does not count.
         task: the pass over the task's data.
 
     Raises:
@@ -182,7 +132,7 @@ def reference_entries(given: ReferenceData, task: DataPass) -> list[Any]:
     entries = _as_list(config.reference if given is None else given)
     check_reference(config, entries)
     require_reference(config, entries)
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if is_text_file(entry):
             raise ValueError(
                 f"the reference {str(entry)!r} is a text, and select_parameters has no tokenizer for it. Pass "
@@ -190,14 +140,15 @@ def reference_entries(given: ReferenceData, task: DataPass) -> list[Any]:
             )
         if isinstance(entry, Iterator) and config.needs_covariance and CRITERIA[config.criterion].reference:
             raise ValueError("the reference is an iterator but is read twice; pass a DataLoader or a list of batches")
-    return [
-        _WrittenText(task.model, config.seed, task.processes) if isinstance(entry, str) and entry == "self" else entry
-        for entry in entries
-    ]
+        if isinstance(entry, str) and entry == "self":
+            with frozen_in_eval_mode(task.model), without_delta(targets):
+                batches = written_batches(task.model, WRITTEN_TEXTS, WRITTEN_LENGTH, config.seed)
+            entries[number] = _OwnText(batches[task.processes.rank :: task.processes.size])
+    return entries
 
 
-def find_reference(entries: Sequence[Any], targets: Targets, task: DataPass) -> Reference | None:
-    """The reference of the criterion; None if it uses none.
+def find_sources(entries: Sequence[Any], targets: Targets, task: DataPass) -> list[Source]:
+    """The parts of the reference of the criterion; empty if it uses none.
 
     Args:
         entries: the result of ``reference_entries``.
@@ -209,24 +160,25 @@ def find_reference(entries: Sequence[Any], targets: Targets, task: DataPass) -> 
     """
     config = task.config
     names = CRITERIA[config.criterion].reference
-    if not names:
-        return None
     sources: list[Source] = []
-    for entry in entries:
-        if isinstance(entry, _WrittenText):
-            sources.append(MeasuredSource(replace(task, dataloader=entry, statistics=names, log_likelihood=None)))
-        elif isinstance(entry, (str, Path)):
-            is_history = entry == "history"
-            records = history_of(unwrapped(task.model), besides=config) if is_history else [load_record(entry)]
-            sources += [SavedSource(record, targets, names) for record in records]
-        else:
-            data = entry
-            if _is_causal(task):  # an iterator remains one, because it cannot be read twice
-                data = map(_labeled, entry) if isinstance(entry, Iterator) else _LabeledText(entry)
-            sources.append(MeasuredSource(replace(task, dataloader=data, statistics=names)))
-    if not sources:
+    for entry in entries if names else ():
+        if not isinstance(entry, (str, Path)):
+            is_text = (config.task_type or task_type_of(unwrapped(task.model))) == TaskType.CAUSAL_LM
+            prepare, log_likelihood = _with_labels if is_text else None, task.log_likelihood
+            if isinstance(entry, _OwnText):
+                log_likelihood = None
+            data = replace(task, dataloader=entry, statistics=names, log_likelihood=log_likelihood, prepare=prepare)
+            sources.append(Source(data=data))
+            continue
+        is_history = entry == "history"
+        for record in history_of(unwrapped(task.model), besides=config) if is_history else [load_record(entry)]:
+            for path, target in targets.items():
+                for statistic in names:
+                    record.require(statistic, path, target.granularity, target.shape)
+            sources.append(Source(record))
+    if names and not sources:
         warnings.warn("the history is empty, so the task alone decides what is selected", stacklevel=4)
-    return Reference(sources, targets)
+    return sources
 
 
 def covariance_to_retain(
@@ -275,7 +227,3 @@ def _as_list(given: ReferenceData) -> list[Any]:
         return []
     has_several = isinstance(given, (list, tuple)) and not any(isinstance(entry, Mapping) for entry in given)
     return list(given) if has_several else [given]
-
-
-def _is_causal(task: DataPass) -> bool:
-    return (task.config.task_type or task_type_of(unwrapped(task.model))) == TaskType.CAUSAL_LM

@@ -26,15 +26,14 @@ from ..tuner.support import forecast_supports, unwrapped, write_supports
 from ..tuner.target import Targets, find_targets
 from ..version import __version__
 from .agreement import split_half_agreement
-from .data_pass import DataPass, input_metrics, without_delta
+from .data_pass import DataPass, input_metrics
+from .frozen_model import without_delta
 from .input_covariance import input_covariance
 from .likelihood import LogLikelihood
-from .measure import Measurement, Outcome, unit_entries
+from .measure import Measurement
 from .processes import Processes, hash_of
-from .reference import ReferenceData, covariance_to_retain, find_reference, reference_entries
+from .reference import ReferenceData, covariance_to_retain, find_sources, reference_entries
 from .report import ModuleSelection, SelectionReport
-from .score_memory import group_targets
-from .scoring import Scoring
 
 
 @torch.inference_mode(False)  # the values created here must train
@@ -101,12 +100,12 @@ def select_parameters(
     with _without_compiling():
         targets = _checked_targets(task, adapter_name, reset)
         with task.processes.together("select_parameters"):
-            entries = reference_entries(reference, task)
+            entries = reference_entries(reference, targets, task)
             retains = config.needs_covariance and "history" in entries
             if retains:
                 _require_data_to_retain(dataloader, criterion.needs_data)
-            against = find_reference(entries, targets, task)
-        references = {"the number of references": len(against.measured) if against else 0}
+            sources = find_sources(entries, targets, task)
+        references = {"the number of references": sum(source.data is not None for source in sources)}
         task.processes.require_same("their setting", references, "Give every process a dataloader of each reference.")
         covariance = own = None
         if config.needs_covariance:
@@ -117,12 +116,12 @@ def select_parameters(
                 if retains:
                     own = input_covariance(model, data, modules=targets, progress=progress)
             task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})
-        measurement = Measurement(Scoring(targets, config, against, task.metrics), num_samples)
+        measured = Measurement(task, targets, sources, num_samples)
         if criterion.needs_data:
-            outcome = measurement.from_data(task, group_targets(targets, config, task, against, score_memory))
+            measured.from_data(score_memory)
         else:
-            outcome = measurement.without_data()
-    report = _write(task, targets, outcome, start)
+            measured.without_data()
+    report = _write(measured, start)
     if covariance is not None:
         set_covariance(config, covariance)
     if own is not None:
@@ -177,70 +176,65 @@ def _checked_targets(task: DataPass, adapter_name: str, reset: bool) -> Targets:
     return targets
 
 
-def _write(task: DataPass, targets: Targets, outcome: Outcome, start: float) -> SelectionReport:
+def _write(measured: Measurement, start: float) -> SelectionReport:
     """Write the supports to the targets, remember the task, and report.
 
     Raises:
         RuntimeError: the processes selected different supports.
         ValueError: nothing was selected.
     """
-    config = task.config
-    supports = {path: choice.indices for path, choice in outcome.choices.items()}
+    task, config = measured.task, measured.config
+    supports = {path: choice.indices for path, choice in measured.choices.items()}
     if not any(map(len, supports.values())):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
     same = {"support": hash_of(supports)}
     task.processes.require_same("what they selected", same, "Please report this; nothing has been changed.")
-    write_supports(targets, config, outcome.choices)
+    write_supports(measured.targets, config, measured.choices)
     base = config.base_model_name_or_path or ""
-    record = TaskRecord(config.granularity.to_dict(), outcome.samples, base, outcome.scores)
+    record = TaskRecord(config.granularity.to_dict(), measured.samples, base, measured.scores)
     remember(unwrapped(task.model), config, record)
-    report = _report(targets, config, outcome, record, time.perf_counter() - start)
+    report = _report(measured, record, time.perf_counter() - start)
     config.selection = report.summary()
-    _warn_of_empty(report, outcome)
+    _warn_of_empty(measured)
     return report
 
 
-def _report(
-    targets: Targets, config: FGGMConfig, outcome: Outcome, record: TaskRecord, seconds: float
-) -> SelectionReport:
-    agreement: float | None = None
-    module_agreement: dict[str, float | None] = {}
-    if outcome.halves[0]:
-        agreement, module_agreement = split_half_agreement(*outcome.halves, unit_entries(targets))
+def _report(measured: Measurement, record: TaskRecord, seconds: float) -> SelectionReport:
+    config, agreement = measured.config, None
+    of_modules: dict[str, float | None] = {}
+    if measured.halves[0]:
+        agreement, of_modules = split_half_agreement(*measured.halves)
     modules = [
         ModuleSelection(
             name=path,
-            shape=(targets[path].shape[0], targets[path].shape[1]),
+            shape=(measured.targets[path].shape[0], measured.targets[path].shape[1]),
             units=choice.units,
             chosen=len(choice.indices),
-            parameters=targets[path].values.numel(),
+            parameters=measured.targets[path].values.numel(),
             score_share=choice.score_share,
-            agreement=module_agreement.get(path),
-            mean_score=outcome.mean_scores[path],
+            agreement=of_modules.get(path),
+            mean_score=choice.mean_score,
         )
-        for path, choice in outcome.choices.items()
+        for path, choice in measured.choices.items()
     ]
+    taken = ("samples", "reference_samples", "reference_seconds", "num_samples", "sample_passes", "checks")
     return SelectionReport(
         granularity=str(config.granularity),
         criterion=config.criterion,
         threshold=config.policy().to_dict(),
-        samples=outcome.samples,
         agreement=agreement,
         seconds=seconds,
         modules=modules,
-        reference_samples=outcome.reference_samples,
-        reference_seconds=outcome.reference_seconds,
-        num_samples=outcome.num_samples,
-        sample_passes=outcome.sample_passes,
-        backward=bool(outcome.sample_passes) and CRITERIA[config.criterion].needs_backward,
-        checks=outcome.checks,
+        backward=bool(measured.sample_passes) and measured.criterion.needs_backward,
         record=record,
+        **{name: getattr(measured, name) for name in taken},
     )
 
 
-def _warn_of_empty(report: SelectionReport, outcome: Outcome) -> None:
-    zero = [path for path, choice in outcome.choices.items() if choice.is_zero]
-    low = [name for name in report.empty_modules if name not in zero]
+def _warn_of_empty(measured: Measurement) -> None:
+    empty = {path: choice for path, choice in measured.choices.items() if not len(choice.indices)}
+    zero = [path for path, choice in empty.items() if not choice.mean_score]
+    low = [path for path, choice in empty.items() if choice.mean_score]
     for names, why in (
         (zero, "every score is 0, and units with a score of 0 are never chosen; scope='global' spends their share"),
         (low, "their scores are below the threshold"),
@@ -248,7 +242,7 @@ def _warn_of_empty(report: SelectionReport, outcome: Outcome) -> None:
         if names:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(
-                f"nothing was chosen in {len(names)} of {len(report.modules)} modules ({listed}): {why}", stacklevel=4
+                f"nothing was chosen in {len(names)} of {len(measured.choices)} modules ({listed}): {why}", stacklevel=4
             )
 
 

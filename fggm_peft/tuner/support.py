@@ -25,14 +25,16 @@ class Choice:
     Args:
         indices: ``[k]`` int64 on the CPU, sorted.
         units: number of units of the weight.
+        unit_size: number of weight entries of one unit.
         score_share: share of the module's total score that the chosen units have, in [0, 1].
-        is_zero: every score is 0, so that no unit could be chosen.
+        mean_score: mean score of a unit per weight entry; 0 if every score is 0, so that no unit could be chosen.
     """
 
     indices: Tensor
     units: int
-    score_share: float
-    is_zero: bool = False
+    unit_size: int
+    score_share: float = 0.0
+    mean_score: float = 0.0
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -47,7 +49,7 @@ def _module_generator(config: FGGMConfig, path: str) -> torch.Generator:
     return torch.Generator().manual_seed((config.seed * 0x9E3779B1 + zlib.crc32(path.encode())) % 2**63)
 
 
-def criterion_scores(target: Target, config: FGGMConfig, **statistics: Mapping[str, Any]) -> Tensor:
+def criterion_scores(target: Target, config: FGGMConfig, **statistics: Any) -> Tensor:
     """The scores of the config's criterion for one weight, ``[units]``; ``statistics`` are fields of ``Quantities``."""
     quantities = Quantities(
         granularity=target.granularity,
@@ -59,19 +61,13 @@ def criterion_scores(target: Target, config: FGGMConfig, **statistics: Mapping[s
     return CRITERIA[config.criterion].score(quantities)
 
 
-def choose_supports(
-    targets: Targets,
-    config: FGGMConfig,
-    scores: Callable[[str], Tensor],
-    observe: Callable[[str, Tensor], None] | None = None,
-) -> dict[str, Choice]:
+def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str], Tensor]) -> dict[str, Choice]:
     """Choose units by the config's policies, without changing the layers.
 
     With layer scope, the scores of one module exist at a time; with global scope, those of all modules.
 
     Args:
         scores: module path -> ``[units]``, called once for each module.
-        observe: called with the path and the scores of each module.
 
     Raises:
         NonFiniteScoreError: a score is NaN, infinite or negative; names the module.
@@ -82,11 +78,11 @@ def choose_supports(
         for path in group:
             vectors.append(scores(path))
             _require_legal(path, vectors[-1])
-            if observe is not None:
-                observe(path, vectors[-1])
         chosen = policy.choose(vectors, *bounds(group, config))
         for path, vector, indices in zip(group, vectors, chosen, strict=True):
-            choices[path] = Choice(indices, len(vector), _share(vector, indices), not vector.any())
+            total, size = float(vector.double().sum()), targets[path].unit_size
+            share = float(vector[indices.to(vector.device)].double().sum()) / total if total else 0.0
+            choices[path] = Choice(indices, len(vector), size, share, total / len(vector) / size)
     return {path: choices[path] for path in targets}
 
 
@@ -121,11 +117,6 @@ def _require_legal(path: str, scores: Tensor) -> None:
         raise NonFiniteScoreError(f"a score of module {path} is NaN or infinite")
     if (scores < 0).any():
         raise NonFiniteScoreError(f"a score of module {path} is negative; the criterion must return scores >= 0")
-
-
-def _share(scores: Tensor, indices: Tensor) -> float:
-    total = float(scores.double().sum())
-    return float(scores[indices.to(scores.device)].double().sum()) / total if total else 0.0
 
 
 def write_supports(targets: Targets, config: FGGMConfig, choices: Mapping[str, Choice]) -> None:
