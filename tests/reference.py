@@ -189,6 +189,9 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
     def unit(matrix: Tensor) -> Tensor:
         return unit_scores(granularity, matrix)
 
+    def least(importance: Tensor) -> Tensor:
+        return entries / (importance / importance.mean() + 0.01)
+
     entries = q["weight"].numel() // len(unit(q["weight"]))
     weight = unit(q["weight"].abs()) / entries + 0.01 * q["weight"].abs().mean()
     harm = unit(q["reference"]) / entries + 0.01 * q["reference"].mean()
@@ -203,6 +206,8 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
             * (q["input"] * q["reference input"].mean()).sqrt()
             / (q["reference input"] + 0.01 * q["reference input"].mean())
         ),
+        "ssu": lambda: least(q["weight"].abs().sum(0) * q["reference input"].sqrt()),
+        "ssu_inputs": lambda: least(q["reference input"]),
         "gradient_low_magnitude": lambda: unit(q["gradient"].abs()) / weight,
         "output_magnitude": lambda: q["output"] / q["output"].sum(),
         "weight_magnitude": lambda: unit(q["weight"].abs()),

@@ -153,6 +153,28 @@ def _input_ratio(q: Quantities) -> Tensor:
     return q.entries * (q.task["input_second_moment"] * (mean or 1.0)).sqrt() / _floored(reference, mean)
 
 
+@CRITERIA.register("ssu", task=_MOMENT, reference=_MOMENT, weight_dim=1)
+def _ssu(q: Quantities) -> Tensor:
+    """The columns that the reference uses least, by ``sum_o |W_oj| sqrt(E x_ref_j^2)`` (SSU, arXiv 2512.04844).
+
+    The importance of a weight is that of Wanda (arXiv 2306.11695). The authors' code uses ``|W_j|_2 E x_ref_j^2``.
+    """
+    norm = q.reference["input_second_moment"].sqrt()
+    return _least_important(q, q.granularity.reduce(q.weight().abs().float()).to(norm.device) * norm)
+
+
+@CRITERIA.register("ssu_inputs", task=_MOMENT, reference=_MOMENT, weight_dim=1)
+def _ssu_inputs(q: Quantities) -> Tensor:
+    """The columns that the reference uses least, by ``E x_ref_j^2``: ``ssu`` without the weight."""
+    return _least_important(q, q.reference["input_second_moment"])
+
+
+def _least_important(q: Quantities, importance: Tensor) -> Tensor:
+    """High for columns whose importance is low, relative to the layer's mean. The task's data has no influence."""
+    mean = float(importance.mean())
+    return q.entries * (mean or 1.0) / _floored(importance, mean)
+
+
 @CRITERIA.register("gradient_low_magnitude", task=("mean_gradient",))
 def _gradient_low_magnitude(q: Quantities) -> Tensor:
     """``|mean gradient| / (|W| + eps)`` (GaLLoP, arXiv 2510.19778); both are summed over a unit first."""
