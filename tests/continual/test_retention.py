@@ -116,6 +116,7 @@ class Killed(BaseException):
     [
         {"name": "sft", "harm_decay": 1.0, "reference": ["general.txt", "history"]},
         {"name": "lora", "r": 2, "harm_decay": 1.0, "reference": "general.txt"},
+        {"name": "corda", "r": 2, "reference": ["general.txt"]},
     ],
 )
 def test_a_stream_reads_texts_and_resumes_exactly(method, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ class Method:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether it reads the input covariance of the reference."""
+        """Whether it reads the reference."""
         return self.harm_decay > 0
 
     @classmethod
@@ -151,16 +151,16 @@ class MethodTrainer(Trainer):
     It does not support DeepSpeed, which does not keep gradients on the parameters.
 
     Attributes:
-        covariance: of the inputs to retain; None if the method does not use it.
+        covariance: of the inputs to retain; None without harm decay.
         harm_decay: attached to the optimizer until training ends; None if the method has none.
     """
 
     def __init__(self, method: Method, **arguments: Any):
         super().__init__(**arguments)
         self.method = method
-        self.covariance = covariance_for_task(method, self) if method.uses_reference else None
+        self.covariance = covariance_for_task(method, self) if method.harm_decay else None
         self.harm_decay: HarmDecay | None = None
-        if method.harm_decay and self.covariance is not None:
+        if self.covariance is not None:
             # attached now, because weights decay to what they are before a checkpoint is loaded
             trained: Any = self.model
             self.harm_decay = HarmDecay(self.covariance, method.harm_decay).attach(trained, self.create_optimizer())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, OSFConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 from ...core.registry import require_one_of
@@ -49,11 +49,11 @@ class PeftMethod(Method):
         """A new config for the current task's adapter; PEFT modifies it."""
         return self.config_class(**{**self.defaults(), **copy.deepcopy(self.config)})
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with the current task's adapter."""
+    def wrap(self, model: nn.Module, config: PeftConfig | None = None) -> nn.Module:
+        """The model with the current task's adapter, or with an adapter of this config."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.task_seed)
-            return get_peft_model(model, self.make_config())  # type: ignore[arg-type]
+            return get_peft_model(model, self.make_config() if config is None else config)  # type: ignore[arg-type]
 
     def begin_task(self, model, examples):
         return self.wrap(model)
@@ -63,12 +63,12 @@ class PeftMethod(Method):
         return model.merge_and_unload()
 
     @staticmethod
-    def save(model, trainer, folder):
-        """Save the adapter in the folder, if there is one, from the main process."""
+    def save(model, trainer, folder, **options):
+        """Save the adapter in the folder, if there is one, from the main process, with options of PEFT."""
         if folder is not None:
             is_main = trainer is None or trainer.is_world_process_zero()
             # "auto" would query the Hub for a resized vocabulary
-            save_adapter(model, folder, is_main, save_embedding_layers=False)
+            save_adapter(model, folder, is_main, save_embedding_layers=False, **options)
 
 
 @METHODS.register("lora")
@@ -156,3 +156,16 @@ class OSF(PeftMethod):
     def defaults(self):
         share = min(self.effective_rank + self.growth * self.number, self.most)
         return {**super().defaults(), "effective_rank": share}
+
+
+@METHODS.register("oft")
+@dataclass
+class OFT(PeftMethod):
+    """Orthogonal fine-tuning (arXiv 2306.07280; OFTv2, arXiv 2506.19847), as implemented in PEFT.
+
+    The input of each weight is rotated by a trained orthogonal matrix of blocks (``oft_block_size``, 32 by default).
+    """
+
+    config_class = OFTConfig
+    harm_decay: float = field(default=0.0, init=False, repr=False)  # it trains rotations
+    reference: list[str] = field(default_factory=list, init=False, repr=False)
