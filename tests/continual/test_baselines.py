@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from learning import assert_same_bits
-from models import byte_tokenizer, text_model
+from learning import Recorder, assert_same_bits, begin, learn
+from models import byte_tokenizer, llama, text_model, token_batches
 from peft import PeftModel
-from trainers import arguments
+from trainers import arguments, examples
 from transformers import DataCollatorForSeq2Seq
 
+from fggm_peft import input_covariance
 from fggm_peft.continual.methods import make_method
 from fggm_peft.continual.methods.method import linear_layers
 from fggm_peft.training.data import Example, TokenizedExamples
 
+PATHS = list(linear_layers(llama()))
 GENERAL = "\n\n".join(f"Sentence {n} of some general text, number {n * n}." for n in range(40))
 
 
@@ -84,3 +86,55 @@ def test_corda_needs_a_text():
     for reference in ([], ["history"]):
         with pytest.raises(ValueError, match=r"Set reference|must be text files"):
             make_method("corda", reference=reference)
+
+
+# MoFO and HFT ------------------------------------------------------------------------------------
+
+
+def test_mofo_changes_the_entries_with_the_largest_momentum(tmp_path):
+    method, twin = make_method("mofo", fraction=0.1), llama().double()
+    model = begin(method, llama().double(), 0, examples())
+    recorder = Recorder(model)
+    settings = {"weight_decay": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "linear", "optim": "adamw_torch"}
+    method.trainer(model=model, args=arguments(tmp_path, **settings), train_dataset=examples()).train()
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in twin.named_parameters()}
+    for step, batch in enumerate(recorder.batches, start=1):
+        rate = 1e-2 * (1 - (step - 1) / 4)
+        twin.zero_grad()
+        twin(**batch).loss.backward()
+        for name, parameter in twin.named_parameters():
+            m, v = moments[name]
+            m.copy_(0.9 * m + 0.1 * parameter.grad)
+            v.copy_(0.999 * v + 0.001 * parameter.grad**2)
+            update = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            if parameter.dim() > 1:
+                update *= m.abs() >= m.abs().flatten().sort(descending=True).values[int(0.1 * m.numel()) - 1]
+            parameter.data.mul_(1 - rate * (0 if "norm" in name else 0.1)).sub_(rate * update)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_mofo_decays_after_its_filter(tmp_path):
+    """Otherwise the filter would restore what harm decay has removed."""
+    harm, covariance = [], input_covariance(llama(), token_batches(seed=1), progress=False)
+    file = str(covariance.save(tmp_path))
+    for decay in ({}, {"harm_decay": 3.0, "reference": [file]}):
+        model, _ = learn(make_method("mofo", **decay), llama(), 0, tmp_path, max_steps=8)
+        changes = {path: model.get_submodule(path).weight - llama().get_submodule(path).weight for path in PATHS}
+        harm.append(sum((d @ covariance[p].to(torch.float32).dense() * d).sum().item() for p, d in changes.items()))
+    assert harm[1] < 0.6 * harm[0]
+
+
+def test_hft_freezes_another_half_of_each_block_in_each_task():
+    method, frozen = make_method("hft"), []
+    for number in (0, 1):
+        model = begin(method, llama(layers=4), number, examples())
+        frozen.append({name for name, parameter in model.named_parameters() if not parameter.requires_grad})
+        feed_forward = []
+        for block in range(4):
+            own = [name for name in frozen[-1] if f"layers.{block}." in name]
+            assert sum("self_attn" in name for name in own) == 2 and sum("norm" in name for name in own) == 1
+            feed_forward.append(sum("mlp" in name for name in own))
+        assert sorted(feed_forward) == [1, 1, 2, 2]
+        assert not {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} & frozen[-1]
+    assert frozen[0] != frozen[1]

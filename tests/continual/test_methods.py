@@ -37,7 +37,7 @@ CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS 
 DECAY = {"harm_decay": 1.0, "reference": ["history"]}
 CASES += [
     pytest.param(name, OPTIONS.get(name, {}) | DECAY, id=f"{name}-decay", marks=pytest.mark.filterwarnings("ignore"))
-    for name in ("sft", "lora", "shira", "o_lora", "ewc", "migu", "replay")
+    for name in ("sft", "lora", "shira", "o_lora", "ewc", "migu", "replay", "mofo", "hft")
 ]
 MASKED = ["row", "column", "element"]
 
@@ -159,6 +159,7 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
         ("sft_masked", DECAY, "'sft_masked' does not support harm_decay"),
         ("migu", {"threshold": 1.0}, "threshold"),
         ("replay", {"fraction": 0}, "fraction"),
+        ("mofo", {"fraction": 0}, "fraction"),
         ("ewc", {"decay": 2}, "decay"),
         ("lora", {"mode": "kept"}, "'merged', 'carried'"),
         ("osf", {"effective_rank": 8}, "effective_rank"),
