@@ -6,19 +6,17 @@ their order. The result equals, bit for bit, the model without the task.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..core.errors import AdapterFileError
 from ..core.granularity import Granularity, granularity_from
 from ..core.weight_delta import in_one_granularity, union
-from ..tuner.files.atomic import write_tensors
+from ..tuner.files.atomic import read_tensors, write_tensors
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.sidecar import Sidecar, sidecar_deltas, with_sidecar, without_sidecar
 from .apply import replace_module
@@ -59,27 +57,18 @@ class Originals:
 def write_originals(file: Path, originals: Mapping[str, Originals]) -> None:
     """Write the originals by module path; the file is never incomplete."""
     tensors = {f"{path}/{part}": getattr(o, part) for path, o in originals.items() for part in ("indices", "entries")}
-    granularities = json.dumps({path: o.granularity.to_dict() for path, o in originals.items()})
-    write_tensors(file, tensors, {"format": _FORMAT, "granularities": granularities})
+    write_tensors(file, tensors, _FORMAT, {path: o.granularity.to_dict() for path, o in originals.items()})
 
 
 def read_originals(file: Path) -> dict[str, Originals]:
     """Read what ``write_originals`` wrote; empty if there is no file."""
     if not file.is_file():
         return {}
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}")
-            return {
-                path: Originals(
-                    granularity_from(name), opened.get_tensor(f"{path}/indices"), opened.get_tensor(f"{path}/entries")
-                )
-                for path, name in json.loads(metadata["granularities"]).items()
-            }
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AdapterFileError(f"{file} is damaged: {error}") from error
+    with read_tensors(file, _FORMAT, AdapterFileError) as (granularities, tensors):
+        return {
+            path: Originals(granularity_from(name), tensors[f"{path}/indices"], tensors[f"{path}/entries"])
+            for path, name in granularities.items()
+        }
 
 
 def remove_task_(

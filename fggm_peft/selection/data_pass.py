@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm.auto import tqdm
 
 from ..core.covariance import Spectrum
 from ..core.errors import NonFiniteScoreError
@@ -18,16 +16,14 @@ from ..core.harm_decay import InputMetric
 from ..core.statistics import Batch
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance
-from ..tuner.hosts.sharding import is_shard
 from ..tuner.support import unwrapped
 from ..tuner.target import Targets
 from .frozen_model import frozen_in_eval_mode, without_delta
 from .hooks import LayerHooks
 from .likelihood import LogLikelihood, default_log_likelihood
-from .out_of_memory import with_advice
 from .processes import Processes
 from .recorder import CallRecorder
-from .rounds import Round, batch_size, rounds
+from .rounds import Round, batch_size, on_device_of, rounds
 from .running_sums import RunningSums, Totals
 
 
@@ -96,22 +92,16 @@ class DataPass:
         log_likelihood, model = self._likelihood()
         recorder = CallRecorder(RunningSums(targets, self.statistics), self.metrics)
         sums, seen, has_answer, processes = recorder.sums, 0, False, self.processes
-        is_sharded = processes.size > 1 and any(map(is_shard, self.model.parameters()))
-        is_quiet = None if self.progress and processes.rank == 0 else True
         with (
             frozen_in_eval_mode(self.model),
             without_delta(targets),
             LayerHooks(targets, recorder, _checkpointed_embeddings(self.model), not _checkpoints(self.model)),
-            tqdm(total=limit, desc=description, unit="sample", disable=is_quiet) as bar,
         ):
-            for index, round in enumerate(rounds(self.dataloader, processes, limit, is_sharded)):
-                with processes.together("the selection pass"), with_advice(index, round.batch):
-                    has_answer |= self._add_batch(recorder, model, log_likelihood, round, index)
-                bar.update(round.end - seen)
+            for round in rounds(self.model, self.dataloader, processes, limit, description, self.progress):
+                with processes.together("the selection pass"), round.advice():
+                    has_answer |= self._add_batch(recorder, model, log_likelihood, round)
                 seen = round.end
-                if seen == limit:
-                    break
-                if is_enough is not None and seen >= first_check:
+                if is_enough is not None and first_check <= seen != limit:
                     first_check *= 2
                     if is_enough(sums.so_far(processes, seen)):
                         break
@@ -129,14 +119,14 @@ class DataPass:
         # if FSDP2 has made a wrapper the root of its shards, the wrapper's own forward gathers them
         return log_likelihood, self.model if isinstance(self.model, FSDPModule) else base
 
-    def _add_batch(self, recorder: CallRecorder, model, log_likelihood, round: Round, index: int) -> bool:
+    def _add_batch(self, recorder: CallRecorder, model, log_likelihood, round: Round) -> bool:
         """Add the statistics of one batch; returns whether a sample of it has an answer."""
         if round.batch is None:
             return False
         if self.generator is not None:  # the labels of a sample must not depend on the number of processes
             self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
-        batch = self._on_device(round.batch if self.prepare is None else self.prepare(round.batch))
-        half = (torch.arange(round.size or batch_size(batch, index)) + round.first) % 2
+        batch = on_device_of(self.model, round.batch if self.prepare is None else self.prepare(round.batch))
+        half = (torch.arange(round.size or batch_size(batch, round.number)) + round.first) % 2
         mask = batch.get("attention_mask")
         padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         recorder.open(Batch(half, padding), bool(round.size))
@@ -147,16 +137,12 @@ class DataPass:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")
         if not torch.isfinite(value).all():
-            raise NonFiniteScoreError(f"the log-likelihood of batch {index} is NaN or infinite: {value.tolist()}")
+            numbers = value.tolist()
+            raise NonFiniteScoreError(f"the log-likelihood of batch {round.number} is NaN or infinite: {numbers}")
         if needs_backward:
             recorder.backward(value if round.size else value * 0)
-        recorder.finish(index)
+        recorder.finish(round.number)
         return bool(round.size and value.any())
-
-    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch on the model's device; an offloaded model moves it itself."""
-        device = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
-        return dict(send_to_device(dict(batch), device))
 
 
 def input_metrics(targets: Targets, covariance: InputCovariance) -> dict[str, InputMetric]:

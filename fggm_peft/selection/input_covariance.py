@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..core.covariance import RANK, Covariance, CovarianceSum
@@ -18,13 +16,11 @@ from ..core.errors import NonFiniteScoreError
 from ..core.per_sample import same_memory
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
-from ..tuner.hosts.sharding import is_shard
 from ..tuner.support import unwrapped
 from ..tuner.target import outer_modules
 from .frozen_model import frozen_in_eval_mode
-from .out_of_memory import with_advice
 from .processes import Processes
-from .rounds import rounds
+from .rounds import on_device_of, rounds
 from .shared_inputs import version_of
 
 COVARIANCE_SAMPLES = 64
@@ -68,26 +64,15 @@ def input_covariance(
         raise ValueError("the model has no linear layer whose input covariance could be read")
     guard_four_bit_layers(model)
     processes, seen = Processes(), 0
-    is_sharded = processes.size > 1 and any(map(is_shard, model.parameters()))
     call = _call(model, layers)
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    is_quiet = None if progress and processes.rank == 0 else True
-    with (
-        frozen_in_eval_mode(model),
-        torch.no_grad(),
-        _InputHooks(layers, rank) as hooks,
-        tqdm(total=num_samples, desc="Input covariance", unit="sample", disable=is_quiet) as bar,
-    ):
-        for index, round in enumerate(rounds(dataloader, processes, num_samples, is_sharded)):
-            with processes.together("reading the input covariance"), with_advice(index, round.batch):
+    with frozen_in_eval_mode(model), torch.no_grad(), _InputHooks(layers, rank) as hooks:
+        for round in rounds(model, dataloader, processes, num_samples, "Input covariance", progress):
+            with processes.together("reading the input covariance"), round.advice():
                 if round.batch is not None:
-                    batch = send_to_device(dict(round.batch), device)
+                    batch = on_device_of(model, round.batch)
                     hooks.open(batch.get("attention_mask"), counts=round.size > 0)
                     call(batch)
-            bar.update(round.end - seen)
             seen = round.end
-            if seen == num_samples:
-                break
     if not seen:
         raise ValueError("the dataloader is empty, so there is no input covariance to read")
     return hooks.result(processes).normalized()

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from torch import Tensor
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from ..tuner.hosts.sharding import is_shard
 from .processes import Processes
+
+# texts of torch's errors on a CPU; devices raise torch.OutOfMemoryError
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Round(NamedTuple):
     """One batch on every process.
 
     Args:
+        number: of the batch, from 0.
         batch: the batch of this process; None if its data has ended before that of the others.
         size: samples of the batch that count. 0 with a batch: each process holds a part of the model, and this one
             takes part without adding anything.
@@ -28,18 +36,58 @@ class Round(NamedTuple):
         end: number of the round's last sample on any process, plus 1.
     """
 
+    number: int
     batch: Mapping[str, Any] | None
     size: int
     first: int
     end: int
 
+    @contextmanager
+    def advice(self) -> Iterator[None]:
+        """Add the batch and a remedy to an out-of-memory error, whose type does not change."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            is_known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not is_known and not any(text in str(error) for text in _OUT_OF_MEMORY):
+                raise
+            tensors = [value for value in (self.batch or {}).values() if isinstance(value, Tensor) and value.dim()]
+            shape = list(tensors[0].shape) if tensors else "unknown"
+            raise type(error)(
+                f"{error}\nThe selection pass ran out of memory in batch {self.number}, whose shape is "
+                f"{shape}. Use a smaller batch size, which selects the same. "
+                "Gradient checkpointing also helps and, for single elements, score_memory=."
+            ) from error
 
-def rounds(dataloader: Iterable, processes: Processes, limit: int | None, is_sharded: bool) -> Iterator[Round]:
+
+def rounds(
+    model: nn.Module, dataloader: Iterable, processes: Processes, limit: int | None, description: str, progress: bool
+) -> Iterator[Round]:
     """Batches of all processes until the data of every process has ended, truncated to ``limit`` samples.
 
     Args:
-        is_sharded: each process holds a part of the model, so that all of them must go through it in every round.
+        model: the model that will read them. If each process holds a part of it, all must go through it in every round.
+        description: of the progress bar, which is shown on a terminal if ``progress``.
     """
+    is_sharded = processes.size > 1 and any(map(is_shard, model.parameters()))
+    is_quiet = None if progress and processes.rank == 0 else True
+    seen = 0
+    with tqdm(total=limit, desc=description, unit="sample", disable=is_quiet) as bar:
+        for round in _rounds(dataloader, processes, limit, is_sharded):
+            bar.update(round.end - seen)
+            seen = round.end
+            yield round
+            if seen == limit:
+                return
+
+
+def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch on the model's device; an offloaded model moves it itself."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    return dict(send_to_device(dict(batch), device))
+
+
+def _rounds(dataloader: Iterable, processes: Processes, limit: int | None, is_sharded: bool) -> Iterator[Round]:
     batches, start, spare = iter(dataloader), 0, None
     for index in itertools.count():
         with _reading_together(dataloader, processes):
@@ -55,7 +103,7 @@ def rounds(dataloader: Iterable, processes: Processes, limit: int | None, is_sha
             batch, size = _truncated(batch, size, sizes[processes.rank])
         start += sum(sizes)
         spare = batch if size else spare
-        yield Round(spare if is_sharded and not size else batch, size, firsts[processes.rank], start)
+        yield Round(index, spare if is_sharded and not size else batch, size, firsts[processes.rank], start)
 
 
 def _reading_together(dataloader: Iterable, processes: Processes) -> AbstractContextManager:

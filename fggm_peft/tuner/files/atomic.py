@@ -1,4 +1,4 @@
-"""Writes files and folders as a whole or not at all, and computes digests that show whether they changed."""
+"""Writes files and folders as a whole or not at all, reads tensors with metadata, and computes digests of files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,10 +27,33 @@ def write_json(file: Path, value: Any) -> None:
     write_whole(file, json.dumps(value, indent=1))
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file so that it is never incomplete."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], format_name: str, metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file with metadata so that it is never incomplete."""
+    header = {"format": format_name, "fggm": json.dumps(metadata)}
     with partial_file(file) as partial:
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial, metadata)
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial, header)
+
+
+@contextmanager
+def read_tensors(
+    file: Path, format_name: str, error_class: type[ValueError]
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The metadata and the tensors of a file that ``write_tensors`` wrote.
+
+    Raises:
+        error_class: the file is damaged or of another format, or the context finds that its contents are damaged.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+            if header.get("format") != format_name:
+                raise error_class(f"{file} is not of the format {format_name!r}, but of {header.get('format')!r}")
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        yield json.loads(header["fggm"]), tensors
+    except error_class:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise error_class(f"{file} is damaged: {error!r}") from error
 
 
 @contextmanager

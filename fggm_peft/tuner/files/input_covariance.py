@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...core.covariance import RANK, Covariance
 from ...core.errors import ScoreFileError
-from .atomic import write_tensors
+from .atomic import read_tensors, write_tensors
 from .hub import from_hub
 
 COVARIANCE_FILE = "fggm_retention.safetensors"
@@ -131,7 +129,7 @@ class InputCovariance:
             "floors": {key: covariance.floor for key, covariance in self.covariances.items()},
         }
         tensors = {key: covariance.factor for key, covariance in self.covariances.items()}
-        write_tensors(file, tensors, {"format": _FORMAT, "fggm": json.dumps(metadata)})
+        write_tensors(file, tensors, _FORMAT, metadata)
         return file
 
 
@@ -146,41 +144,23 @@ def load_input_covariance(source: str | Path) -> InputCovariance:
     if not file.is_file():
         with from_hub(str(source), "input covariance", ScoreFileError):
             file = Path(hf_hub_download(str(source), COVARIANCE_FILE))
-    try:
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise ScoreFileError(f"{file} contains no input covariance (format {header.get('format')!r})")
-            metadata = json.loads(header["fggm"])
-            factors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    with read_tensors(file, _FORMAT, ScoreFileError) as (metadata, factors):
         covariances = {key: Covariance(factor, _number(metadata["floors"][key])) for key, factor in factors.items()}
-        loaded = InputCovariance(
-            covariances,
-            {str(path): str(key) for path, key in metadata["inputs"].items()},
-            int(_number(metadata["rank"])),
-            int(_number(metadata["positions"])),
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, ScoreFileError):
-            raise
-        raise ScoreFileError(f"the input covariance in {file} is damaged: {error!r}") from error
-    _check(loaded, file)
-    return loaded
+        inputs = {str(path): str(key) for path, key in metadata["inputs"].items()}
+        for key, factor in factors.items():
+            if factor.dim() != 2 or not torch.isfinite(factor).all():
+                raise ScoreFileError(f"{file}: the factor of {key} must be a matrix of finite numbers")
+        if missing := set(inputs.values()) ^ covariances.keys():
+            problem = f"its modules and its tensors differ in {sorted(missing)[0]!r:.80}"
+            raise ScoreFileError(f"{file} is damaged: {problem}")
+        rank, positions = int(_number(metadata["rank"])), int(_number(metadata["positions"]))
+        return InputCovariance(covariances, inputs, rank, positions)
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ValueError(f"{value!r:.40} is not a number >= 0")
     return float(value)
-
-
-def _check(loaded: InputCovariance, file: Path) -> None:
-    for key, covariance in loaded.covariances.items():
-        factor = covariance.factor
-        if factor.dim() != 2 or not torch.isfinite(factor).all():
-            raise ScoreFileError(f"{file}: the factor of {key} must be a matrix of finite numbers")
-    if missing := set(loaded.inputs.values()) ^ loaded.covariances.keys():
-        raise ScoreFileError(f"{file} is damaged: its modules and its tensors differ in {sorted(missing)[0]!r:.80}")
 
 
 # The covariance that an adapter is trained with ------------------------------------------------------

@@ -7,20 +7,18 @@ so a record takes a few numbers for each row and column.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...core.errors import ScoreFileError
 from ...core.granularity import Granularity, Shape, granularity_from
 from ...core.statistics import ones
-from .atomic import write_tensors
+from .atomic import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ..config import FGGMConfig
@@ -82,22 +80,19 @@ class TaskRecord:
             )
         return stored
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The scores by name; ``scores_from`` is the inverse."""
-        return {
-            f"{statistic}/{module}{suffix}": tensor.contiguous()
-            for statistic, modules in self.scores.items()
-            for module, stored in modules.items()
-            for suffix, tensor in zip(("",) if len(stored) == 1 else ("/rows", "/columns"), stored, strict=True)
-        }
-
     def save(self, path: Path) -> Path:
         """Write the scores to a file or folder; ``ValueError`` if the record has none. The file is never incomplete."""
         if not self.scores:
             raise ValueError("this selection collected no statistics that a later task could use as a reference")
         path = path / SCORES_FILE if path.is_dir() else path
+        tensors = {
+            f"{statistic}/{module}{suffix}": tensor
+            for statistic, modules in self.scores.items()
+            for module, stored in modules.items()
+            for suffix, tensor in zip(("",) if len(stored) == 1 else ("/rows", "/columns"), stored, strict=True)
+        }
         metadata = {"granularity": self.granularity, "samples": self.samples, "base": self.base}
-        write_tensors(path, self.tensors(), {"format": _FORMAT, "fggm": json.dumps(metadata)})
+        write_tensors(path, tensors, _FORMAT, metadata)
         return path
 
 
@@ -109,32 +104,21 @@ def load_record(path: str | Path) -> TaskRecord:
         raise FileNotFoundError(
             f"no saved scores in {str(path)!r}: report.save_scores(path) or save_scores=True on the config writes them"
         )
-    try:
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise ScoreFileError(f"{file} contains no scores of fggm_peft (format {header.get('format')!r})")
-            metadata = json.loads(header["fggm"])
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    with read_tensors(file, _FORMAT, ScoreFileError) as (metadata, tensors):
         granularity, samples, base = metadata["granularity"], metadata["samples"], metadata["base"]
-        try:
-            granularity_from(granularity)
-        except ValueError as error:
-            raise ScoreFileError(f"the scores in {file} cannot be read: {error}") from error
+        granularity_from(granularity)
         if not isinstance(samples, int) or not isinstance(base, str):
-            raise ScoreFileError(f"the scores in {file} are damaged: their metadata are {metadata}")
-        return TaskRecord(granularity, samples, base, scores_from(tensors, str(file)))
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ScoreFileError(f"the scores in {file} are damaged: {error}") from error
+            raise ScoreFileError(f"{file} is damaged: its metadata are {metadata}")
+        return TaskRecord(granularity, samples, base, _scores_from(tensors, file))
 
 
-def scores_from(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, StoredScores]]:
-    """The inverse of ``TaskRecord.tensors``; ``ScoreFileError`` unless they are vectors of numbers >= 0."""
+def _scores_from(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, StoredScores]]:
+    """Statistic -> module path -> stored scores; ``ScoreFileError`` unless they are vectors of numbers >= 0."""
     scores: dict[str, dict[str, StoredScores]] = {}
     for key, tensor in tensors.items():
         is_vector = tensor.dtype == torch.float32 and tensor.dim() == 1
         if not is_vector or not torch.isfinite(tensor).all() or (tensor < 0).any():
-            raise ScoreFileError(f"{where}: {key} is not a vector of finite float32 numbers >= 0")
+            raise ScoreFileError(f"{file}: {key} is not a vector of finite float32 numbers >= 0")
         statistic, module, *part = key.split("/")
         modules = scores.setdefault(statistic, {})
         if part != ["columns"]:
