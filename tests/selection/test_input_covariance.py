@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import bert, gpt2, llama, quantized, t5
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -193,3 +195,30 @@ def test_the_covariance_of_another_model_is_refused():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ScoreFileError, match="input covariance"):
         load_input_covariance(tmp_path / "a" / "b" / "missing")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> bytes:
+    covariance = input_covariance(llama(layers=1), [batch()], rank=4, progress=False)
+    return covariance.save(tmp_path_factory.mktemp("saved")).read_bytes()
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_mutated_file_loads_completely_or_raises_the_documented_error(data, saved, tmp_path_factory):
+    """Header bytes decide about shapes, offsets and metadata; they are mutated more often than values."""
+    content = bytearray(saved)
+    header = 8 + int.from_bytes(saved[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        end = header if data.draw(st.booleans()) else len(content)
+        content[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    file = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    file.write_bytes(bytes(content))
+    try:
+        loaded = load_input_covariance(file)
+    except ScoreFileError:
+        return
+    assert set(loaded.inputs.values()) == set(loaded.covariances)
+    assert all(torch.isfinite(c.factor).all() and 0 <= c.floor < float("inf") for c in loaded.covariances.values())
