@@ -13,7 +13,7 @@ import json
 import random
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -52,17 +52,21 @@ def write_tasks(folder: Path, train_size: int = 480, test_size: int = 48, seed: 
     The ``limit`` of a stream samples training examples with the seed of a run. All runs share the test examples.
     """
     for position, (name, make) in enumerate({"module": _module, "code": _code, "numeric": _numeric}.items()):
-        train, test = make(train_size, test_size, random.Random(f"{seed}-{position}"))
-        for split, examples in (("train", train), ("test", test)):
-            path = folder / name / f"{split}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps([asdict(example) for example in examples], indent=1), encoding="utf-8")
+        write_examples(folder / name, *make(train_size, test_size, random.Random(f"{seed}-{position}")))
     paragraphs = sorted(set(_prose_paragraphs()))
     text = random.Random(f"{seed}-general").sample(paragraphs, min(GENERAL_SIZE, len(paragraphs)))
     (folder / "general.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     rest = sorted(set(paragraphs) - set(text))
     text = random.Random(f"{seed}-reference").sample(rest, min(REFERENCE_SIZE, len(rest)))
     (folder / "reference.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def write_examples(folder: Path, train: Sequence[Example], test: Sequence[Example]) -> None:
+    """Write ``train.json`` and ``test.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, examples in (("train", train), ("test", test)):
+        rows = json.dumps([asdict(example) for example in examples], indent=1)
+        (folder / f"{split}.json").write_text(rows, encoding="utf-8")
 
 
 def _prose_paragraphs() -> Iterator[str]:
