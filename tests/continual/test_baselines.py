@@ -9,8 +9,9 @@ import torch
 from learning import Recorder, assert_same_bits, begin, learn
 from models import byte_tokenizer, llama, text_model, token_batches
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from trainers import arguments, examples
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM
 
 from fggm_peft import input_covariance
 from fggm_peft.continual.methods import make_method
@@ -28,17 +29,21 @@ def general(tmp_path_factory) -> str:
     return str(file)
 
 
-def learn_text(method, model, number: int, folder: Path, **settings):
-    """Train one task of texts as the runner does."""
+def trainer_on_text(method, model, number: int, folder: Path, **settings):
+    """The trainer of a task of texts."""
     method.number = number
     data = TokenizedExamples([Example(f"{n} and one is ", str(n + 1)) for n in range(10, 34)], byte_tokenizer(), 64)
-    model = method.begin_task(model, data)
-    trainer = method.trainer(
-        model=model,
+    return method.trainer(
+        model=method.begin_task(model, data),
         args=arguments(folder / "trainer", **settings),
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(byte_tokenizer()),
     )
+
+
+def learn_text(method, model, number: int, folder: Path, **settings):
+    """Train one task of texts as the runner does."""
+    trainer = trainer_on_text(method, model, number, folder, **settings)
     started = {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
     trainer.train()
     return method.end_task(model, trainer, folder / str(number)), started
@@ -138,3 +143,37 @@ def test_hft_freezes_another_half_of_each_block_in_each_task():
         assert sorted(feed_forward) == [1, 1, 2, 2]
         assert not {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} & frozen[-1]
     assert frozen[0] != frozen[1]
+
+
+# SDFT and LoRA in quiet directions ---------------------------------------------------------------
+
+
+def test_sdft_starts_its_teacher_from_the_model_after_the_earlier_tasks(tmp_path):
+    pytest.importorskip("trl.experimental.sdft")
+    text_model().save_pretrained(tmp_path / "base")
+    states = []
+    for run in ("first", "second"):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.nn.init.constant_(model.model.norm.weight, 1.5)  # an earlier task
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        method = make_method("sdft")
+        trainer = trainer_on_text(method, model, 1, tmp_path / run, max_steps=3)
+        assert_same_bits(trainer.teacher_model.state_dict(), before)
+        trainer.train()
+        states.append(model.state_dict())
+        assert any(not torch.equal(tensor, before[key]) for key, tensor in states[-1].items())
+    assert_same_bits(*states)
+
+
+@pytest.mark.parametrize("decay", [{}, {"harm_decay": 1.0}])
+def test_a_quiet_lora_starts_in_what_the_task_uses_more_than_the_reference(decay, general, tmp_path):
+    method = make_method("lora", r=4, init="quiet", reference=[general], **decay)
+    trainer = trainer_on_text(method, text_model(), 0, tmp_path)
+    task = input_covariance(text_model(), DataLoader(trainer.train_dataset, 8, collate_fn=trainer.data_collator))
+    for path in PATHS:
+        a = trainer.model.get_submodule(f"base_model.model.{path}").lora_A["default"].weight.detach().double()
+        retained, own = (each[path].to(torch.float64).dense() for each in (trainer.covariance, task))
+        mapped = torch.linalg.inv(0.1 * torch.eye(len(own)) + retained)
+        vectors = torch.linalg.eigh(mapped @ own @ mapped).eigenvectors[:, -4:]
+        torch.testing.assert_close(a @ a.mT, torch.eye(4).double() / 3, atol=1e-5, rtol=0)
+        assert (a * 3**0.5 @ vectors).square().sum() > 0.95 * 4  # the same subspace

@@ -27,7 +27,8 @@ from fggm_peft.tuner import find_targets
 from fggm_peft.tuner.files.task_scores import SCORES_FILE, load_record
 
 OPTIONS = {"lora": {"r": 2}, "o_lora": {"r": 2}, "shira": {"r": 2}, "ewc": {"penalty": 10.0}}
-CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS if name != "corda"] + [
+OF_TEXT = ("corda", "sdft")  # they need a tokenizer: see test_baselines
+CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS if name not in OF_TEXT] + [
     pytest.param("lora", {"r": 2, "mode": "carried"}, id="lora-carried"),
     pytest.param("fggm", {"first_task_masked": False}, id="fggm-first-task-plain"),
     pytest.param("fggm", {"criterion": "random", "granularity": "element"}, id="fggm-random-elements"),
@@ -105,7 +106,7 @@ def test_the_seed_determines_the_random_numbers_of_a_method(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if issubclass(METHODS[name], PeftMethod) and name != "corda"]
+    "name", [name for name in METHODS if issubclass(METHODS[name], PeftMethod) and name not in OF_TEXT]
 )
 def test_a_saved_delta_contains_the_change_of_its_task(name, tmp_path):
     method = make_method(name, **OPTIONS.get(name, {}))
@@ -154,6 +155,8 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
         ("sft", {"reference": ["history"]}, "set harm_decay too"),
         ("lora", {"harm_decay": 1.0, "reference": ["missing.txt"]}, "missing.txt: cannot be read"),
         ("lora", DECAY | {"mode": "carried"}, "zero when a task begins"),
+        ("lora", {"init": "loud"}, "'random', 'quiet'"),
+        ("lora", {"init": "quiet"}, "what should the model retain"),
         ("lora", DECAY | {"init_lora_weights": "pissa"}, "zero when a task begins"),
         ("osf", DECAY, "'osf' has no option 'harm_decay'"),
         ("sft_masked", DECAY, "'sft_masked' does not support harm_decay"),

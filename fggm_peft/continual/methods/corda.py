@@ -50,6 +50,9 @@ class CorDA(PeftMethod):
         corda = CordaConfig(corda_method="kpm")
         return {**super().defaults(), "init_lora_weights": "corda", "corda_config": corda}
 
+    def covariance(self, trainer):
+        return None  # PEFT computes its own
+
     def begin_task(self, model, examples):
         return model  # the trainer has the tokenizer for the reference
 

@@ -17,6 +17,7 @@ from ...core.threshold import is_number
 from ...retention import HarmDecay
 from ...selection.reference import is_text_file
 from ...training.texts import read_paragraphs
+from ...tuner import InputCovariance
 from ..settings import suggestions
 from .retaining import covariance_for_task
 
@@ -90,6 +91,10 @@ class Method:
         """A trainer for the current task; the arguments are those of transformers' ``Trainer``."""
         return MethodTrainer(self, **arguments)
 
+    def covariance(self, trainer: Trainer) -> InputCovariance | None:
+        """Of the inputs to retain in the current task; None if the method does not use it."""
+        return covariance_for_task(self, trainer) if self.uses_reference else None
+
     def penalties(self, model: nn.Module) -> Iterable[Tensor]:
         """Terms that are added to the loss. Only the intermediate results of one term are in memory at a time."""
         return ()
@@ -151,16 +156,16 @@ class MethodTrainer(Trainer):
     It does not support DeepSpeed, which does not keep gradients on the parameters.
 
     Attributes:
-        covariance: of the inputs to retain; None without harm decay.
+        covariance: of the inputs to retain; None if the method does not use it.
         harm_decay: attached to the optimizer until training ends; None if the method has none.
     """
 
     def __init__(self, method: Method, **arguments: Any):
         super().__init__(**arguments)
         self.method = method
-        self.covariance = covariance_for_task(method, self) if method.harm_decay else None
+        self.covariance = method.covariance(self)
         self.harm_decay: HarmDecay | None = None
-        if self.covariance is not None:
+        if method.harm_decay and self.covariance is not None:
             # attached now, because weights decay to what they are before a checkpoint is loaded
             trained: Any = self.model
             self.harm_decay = HarmDecay(self.covariance, method.harm_decay).attach(trained, self.create_optimizer())
