@@ -24,7 +24,7 @@ from .hosts.offloading import require_offloading_in_place
 from .hosts.quantized_targets import include_quantized_layers_
 from .hosts.sharding import require_unsharded
 from .layer import FGGMLayer
-from .layer_types import make_layer
+from .layer_types import FGGMLinear, make_layer
 from .merging.merge import MIN_SURVIVAL, lossy_merge_error
 from .merging.report import MergeReport
 from .settings.budget import resolve_budget_
@@ -82,6 +82,11 @@ class FGGMModel(BaseTuner):
             raise ValueError(
                 f"{current_key}: granularity='{peft_config.granularity}' does not support a weight of shape "
                 f"{list(layer.weight_shape)}. Use another granularity, or leave the module out with `exclude_modules`."
+            )
+        if peft_config.needs_covariance and not isinstance(layer, FGGMLinear):
+            raise ValueError(
+                f"{current_key} is a {type(layer.get_base_layer()).__name__}, but harm decay supports linear layers "
+                "only. Leave the module out with `exclude_modules`, or set harm_decay=0."
             )
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
         if layer is not target:

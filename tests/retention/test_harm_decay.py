@@ -321,7 +321,7 @@ def test_errors_before_any_work():
     with pytest.raises(ValueError, match="'row' or 'column'"):
         FGGMConfig(criterion="gain_under_decay", granularity="element", harm_decay=1.0)
     with pytest.raises(ValueError, match="linear layers only"):
-        selected(target_modules=["embed_tokens"])
+        adapted(target_modules=["embed_tokens"])
 
 
 # Tasks --------------------------------------------------------------------------------------------------
