@@ -103,7 +103,7 @@ class DataPass:
                 seen = round.end
                 if is_enough is not None and first_check <= seen != limit:
                     first_check *= 2
-                    if is_enough(sums.so_far(processes, seen)):
+                    if is_enough(sums.totals(processes, seen)):
                         break
             if not seen:
                 raise ValueError("the dataloader is empty; select_parameters needs at least one batch")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..tuner.target import Target, Targets
 from .recorder import CallRecorder, Finish
-from .shared_inputs import version_of
 
 
 class LayerHooks:
@@ -115,3 +114,8 @@ class _Identity(torch.autograd.Function):
     def backward(ctx, g):
         ctx.finish(ctx.saved_tensors[0], g)
         return g, None, None, None
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often the tensor was written into; None for inference tensors, which have no counter."""
+    return None if tensor.is_inference() else tensor._version

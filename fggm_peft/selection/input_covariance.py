@@ -19,9 +19,9 @@ from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from ..tuner.support import unwrapped
 from ..tuner.target import outer_modules
 from .frozen_model import frozen_in_eval_mode
+from .hooks import version_of
 from .processes import Processes
 from .rounds import on_device_of, rounds
-from .shared_inputs import version_of
 
 COVARIANCE_SAMPLES = 64
 """Samples that are read by default. More change little (measured: docs/retention.md)."""
@@ -180,25 +180,19 @@ class _InputHooks:
 
     def result(self, processes: Processes) -> InputCovariance:
         """The mean over all positions and processes; zero for layers that were not called."""
-        # an expert may have been called on some processes only
-        widths = {key: (entry.product.shape[0]) for key, entry in self.sums.items()}
-        for others in processes.gather(widths):
-            for key, width in others.items():
-                self.sums.setdefault(key, CovarianceSum(width, self.rank, self._device()))
-        for others in processes.gather(self.inputs):
+        for others in processes.gather(self.inputs):  # an expert may have been called on some processes only
             self.inputs = {**others, **self.inputs}
-        for path, layer in self.layers.items():
-            key = self.inputs.setdefault(path, path)
-            if key not in self.sums:
-                self.sums[key] = CovarianceSum(_width(layer), self.rank, self._device())
         covariances, positions = {}, 0
-        for key in dict.fromkeys(self.inputs[path] for path in self.layers):
-            covariances[key], count = self._covariance(key, processes)
-            positions = max(positions, count)
+        for path in self.layers:
+            key = self.inputs.setdefault(path, path)
+            if key not in covariances:
+                covariances[key], count = self._covariance(key, processes)
+                positions = max(positions, count)
         return InputCovariance(covariances, self.inputs, self.rank, positions)
 
     def _covariance(self, key: str, processes: Processes) -> tuple[Covariance, int]:
-        entry = self.sums[key]
+        device = next((entry.product.device for entry in self.sums.values()), "cpu")
+        entry = self.sums.setdefault(key, CovarianceSum(_width(self.layers[key]), self.rank, device))
         entry.product, entry.energy = processes.sum(entry.product), processes.sum(entry.energy)
         entry.positions = sum(processes.gather(entry.positions))
         if not torch.isfinite(entry.product).all():
@@ -207,6 +201,3 @@ class _InputHooks:
                 "model may need bfloat16 or float32"
             )
         return entry.covariance(), entry.positions
-
-    def _device(self) -> torch.device:
-        return next((entry.product.device for entry in self.sums.values()), torch.device("cpu"))

@@ -147,11 +147,6 @@ class SelectionReport:
         passes = f"{self.sample_passes:,} sample passes ({kind}), {self.samples_per_second:.1f} a second"
         return f"{self.seconds:.1f} s{share}; {passes}"
 
-    @property
-    def empty_modules(self) -> list[str]:
-        """Modules without a chosen unit, because every score was 0 or too low."""
-        return [module.name for module in self.modules if not module.chosen]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, ready for JSON."""
         result = asdict(replace(self, record=None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +21,10 @@ class Totals:
 
     Args:
         sums: (module path, statistic) -> ``[2, size]``, summed over all processes.
-        counts: number of samples in each half.
+        counts: number of samples in each half: with even numbers, with odd ones.
     """
 
-    sums: Callable[[str, str], Tensor]
+    sums: Mapping[tuple[str, str], Tensor]
     counts: tuple[int, int]
 
     @property
@@ -38,7 +38,7 @@ class Totals:
 
     def mean(self, path: str, statistic: str, half: int | None = None) -> Tensor:
         """A statistic of a module from all samples, or from one half of them."""
-        sums = self.sums(path, statistic)
+        sums = self.sums[path, statistic]
         if half is None:
             return STATISTICS[statistic].mean(sums.sum(0), self.samples)
         return STATISTICS[statistic].mean(sums[half], self.counts[half])
@@ -91,20 +91,11 @@ class RunningSums:
                 "float16 model may need bfloat16 or float32 for the selection pass."
             )
 
-    def so_far(self, processes: Processes, samples: int) -> Totals:
-        """The statistics of all processes. A sum is exchanged when it is read."""
-        return Totals(lambda path, name: processes.sum(self.tensors[path][name]), _halves(samples))
-
     def totals(self, processes: Processes, samples: int) -> Totals:
-        """The statistics of all processes, exchanged now."""
+        """The statistics of all processes."""
         sums = {
             (path, name): processes.sum(tensor)
             for path, module in self.tensors.items()
             for name, tensor in module.items()
         }
-        return Totals(lambda path, name: sums[path, name], _halves(samples))
-
-
-def _halves(samples: int) -> tuple[int, int]:
-    """How many numbers below ``samples`` are even, and how many are odd."""
-    return (samples + 1) // 2, samples // 2
+        return Totals(sums, ((samples + 1) // 2, samples // 2))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -30,7 +28,6 @@ def written_batches(model: nn.Module, count: int, length: int, seed: int) -> lis
         ValueError: the model is not a decoder, or has no start token.
     """
     start, ends = _special_tokens(unwrapped(model))
-    _require_in_vocabulary(unwrapped(model).config, start)
     length = min(length, getattr(unwrapped(model).config, "max_position_embeddings", None) or length)
     # if FSDP2 has made a wrapper the root of its shards, the wrapper's own forward gathers them
     call = model if isinstance(model, FSDPModule) else unwrapped(model)
@@ -66,16 +63,13 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
             "reference='self': the model's config has neither a start token (bos_token_id) nor an end token "
             "(eos_token_id) to begin with. Set one, or pass a dataloader of general text as reference=."
         )
-    return start, ends
-
-
-def _require_in_vocabulary(config: Any, start: int) -> None:
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and not 0 <= start < vocabulary:
         raise ValueError(
             f"reference='self': the start token of the model's config is {start}, but its vocabulary has {vocabulary} "
             "tokens. Set bos_token_id, or pass a dataloader of general text as reference=."
         )
+    return start, ends
 
 
 @torch.no_grad()
