@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .registry import require_one_of
+
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALF)
 _OLDEST = (8, 0)  # compute capability: Ampere is the first to multiply bfloat16
@@ -28,11 +30,7 @@ _VARIABLE = "FGGM_PEFT_TRITON"
 
 
 def _checked(mode: str) -> str:
-    if mode not in ("0", "1", "always"):
-        raise ValueError(
-            f"{mode!r} says nothing about Triton kernels: set {_VARIABLE} or use_triton() to '0' (never), "
-            "'1' (where they are expected to be faster) or 'always' (wherever they can run)"
-        )
+    require_one_of(f"{_VARIABLE} or use_triton()", mode, ("0", "1", "always"))
     return mode
 
 

@@ -62,14 +62,6 @@ class DataPass:
             )
         self.generator = torch.Generator() if draws_labels else None
 
-    def require_repeatable(self, passes: int) -> None:
-        """Raise ``ValueError`` if the data can be read only once."""
-        if iter(self.dataloader) is self.dataloader:
-            raise ValueError(
-                f"score_memory requires {passes} passes over the data, and this dataloader is an iterator that can be "
-                "read once; pass a DataLoader or a list of batches"
-            )
-
     def run(
         self,
         targets: Targets,

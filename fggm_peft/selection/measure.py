@@ -183,8 +183,11 @@ class Measurement:
                     "a threshold of global scope requires the scores of all modules at once, and "
                     f"score_memory={score_memory!r} is too small for them. Raise it, or use scope='layer'."
                 )
-            for data in (self.task, *measured):
-                data.require_repeatable(len(groups))
+            if any(iter(data.dataloader) is data.dataloader for data in (self.task, *measured)):
+                raise ValueError(
+                    f"score_memory requires {len(groups)} passes over the data, and this dataloader is an iterator "
+                    "that can be read once; pass a DataLoader or a list of batches"
+                )
             if measured and len(self.sources) > 1:
                 raise ValueError(
                     "several references are scaled by their means over all modules, and score_memory is too small for "

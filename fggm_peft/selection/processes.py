@@ -71,9 +71,9 @@ class Processes:
         for rank, other in enumerate(others, start=1):
             for key in sorted(first.keys() | other.keys()):
                 if first.get(key) != other.get(key):
+                    a, b = (f"{texts.get(key, 'missing'):.80}" for texts in (first, other))
                     raise RuntimeError(
-                        f"the ranks differ in {what}: {key} is {_short(first.get(key))} on rank 0 and "
-                        f"{_short(other.get(key))} on rank {rank}. {advice}"
+                        f"the ranks differ in {what}: {key} is {a} on rank 0 and {b} on rank {rank}. {advice}"
                     )
 
     @staticmethod
@@ -95,8 +95,3 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _short(text: str | None) -> str:
-    text = "missing" if text is None else text
-    return text if len(text) <= 80 else text[:77] + "..."

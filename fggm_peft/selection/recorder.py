@@ -24,51 +24,42 @@ Finish = Callable[[Tensor, Tensor], None]
 """Completes a call of a layer in backward; takes its input and the gradient at its output."""
 
 
-class SharedInputs:
-    """What consecutive layers with the same input share within a batch, such as the query, key and value projections.
+@dataclass
+class _OpenBatch:
+    """One batch, and what consecutive layers with the same input share in it, such as the query and key projections.
 
     Only the results of the last input are stored. The memory of an input identifies it.
-
-    Args:
-        padding: ``[b, t]`` True where a position is padding, or None.
     """
 
-    def __init__(self, padding: Tensor | None):
-        self.padding = padding
-        self._gram: tuple[Tensor, GramMatrix] | None = None
-        self._cleaned: tuple[Tensor, Tensor] | None = None
+    batch: Batch
+    counts: bool
+    calls: Counter[str] = field(default_factory=Counter)  # forward calls of each module
+    waiting: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    in_backward: bool = False
+    last_gram: tuple[Tensor, GramMatrix] | None = None
+    last_cleaned: tuple[Tensor, Tensor] | None = None
 
     def gram(self, x: Tensor) -> GramMatrix:
         """The Gram matrix of an input ``[b, t, i]``. It is computed when a layer needs it."""
-        if self._gram is None or not same_memory(self._gram[0], x):
-            self._gram = x, GramMatrix(shared_by=0)
-        self._gram[1].shared_by += 1
-        return self._gram[1]
+        if self.last_gram is None or not same_memory(self.last_gram[0], x):
+            self.last_gram = x, GramMatrix(shared_by=0)
+        self.last_gram[1].shared_by += 1
+        return self.last_gram[1]
 
     def cleaned_input(self, x: Tensor, metric: InputMetric | None = None) -> Tensor:
         """``cleaned``, and mapped by the metric; computed once for layers with the same input."""
-        if self._cleaned is None or not same_memory(self._cleaned[0], x):
+        if self.last_cleaned is None or not same_memory(self.last_cleaned[0], x):
             cleaned = self.cleaned(x)
-            self._cleaned = x, cleaned if metric is None else metric(cleaned)
-        return self._cleaned[1]
+            self.last_cleaned = x, cleaned if metric is None else metric(cleaned)
+        return self.last_cleaned[1]
 
     def cleaned(self, tensor: Tensor) -> Tensor:
         """The tensor without the NaN that eager attention leaves at padded positions on the left."""
-        padding = self.padding
+        padding = self.batch.padding
         if padding is None or tensor.shape[:2] != padding.shape or not tensor.is_floating_point():
             return tensor
         padded = padding.to(tensor.device).view(*padding.shape, *[1] * (tensor.dim() - 2))
         return torch.where(padded, tensor.nan_to_num(0.0, 0.0, 0.0), tensor)
-
-
-@dataclass
-class _OpenBatch:
-    batch: Batch
-    counts: bool
-    shared: SharedInputs
-    calls: Counter[str] = field(default_factory=Counter)  # forward calls of each module
-    waiting: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    in_backward: bool = False
 
 
 class CallRecorder:
@@ -102,7 +93,7 @@ class CallRecorder:
         """
         self.close()
         padding = batch.padding if batch.padding is not None and bool(batch.padding.any()) else None
-        self._open = _OpenBatch(replace(batch, padding=padding), counts, SharedInputs(padding))
+        self._open = _OpenBatch(replace(batch, padding=padding), counts)
 
     def backward(self, log_likelihood: Tensor) -> None:
         """Differentiate the summed log-likelihood, ``[b]``. Forward calls from now on are repeated ones."""
@@ -133,7 +124,7 @@ class CallRecorder:
             self._add_features(target, x, output)
         if not self.sums.needs_backward:
             return None
-        gram = self._current.shared.gram(x)
+        gram = self._current.gram(x)
         return lambda x, g: self._record_gradient(target, x, g, gram)
 
     def _record_gradient(self, target: Target, x: Tensor, g: Tensor, gram: GramMatrix) -> None:
@@ -142,9 +133,9 @@ class CallRecorder:
                 f"module {target.path}: the log-likelihood differentiates within itself (create_graph=True), so it has "
                 "no per-sample gradients. Remove that term from the log-likelihood."
             )
-        shared, waiting = self._current.shared, self._current.waiting[target.path]
-        waiting.append((shared.cleaned_input(x, self.metrics.get(target.path)), shared.cleaned(g)))
-        calls = self._current.calls[target.path]
+        current = self._current
+        waiting, calls = current.waiting[target.path], current.calls[target.path]
+        waiting.append((current.cleaned_input(x, self.metrics.get(target.path)), current.cleaned(g)))
         if len(waiting) == calls:
             self._add_gradients(target, gram if calls == 1 else None)
         gram.done()

@@ -100,14 +100,10 @@ class SelectionReport:
     def save_scores(self, path: str | Path) -> Path:
         """Write the statistics of the task as safetensors, so that a later task can use them as a reference.
 
-        Each module has a float32 vector; for elements, the row sums and the column sums. The metadata have the
-        granularity, the number of samples and the base.
+        Each module has a float32 vector; for elements, the row sums and the column sums.
 
         Args:
             path: a file, or an existing folder (such as the adapter's) for ``fggm_scores.safetensors``.
-
-        Returns:
-            The file.
 
         Raises:
             ValueError: the criterion collects no statistics that can be a reference.
@@ -157,10 +153,6 @@ class SelectionReport:
             entry["shape"], entry["density"] = list(module.shape), module.density
         return result
 
-    def shares(self) -> dict[str, tuple[float, int]]:
-        """Module path -> (share of its weight that may change, entries of the weight)."""
-        return {module.name: (module.density, module.shape[0] * module.shape[1]) for module in self.modules}
-
     def agreements(self) -> dict[str, list[tuple[int, float | None]]]:
         """(samples, agreement) of each check, by data; the final agreement is added if it is the same measure."""
         curves: dict[str, list[tuple[int, float | None]]] = {}
@@ -176,7 +168,7 @@ class SelectionReport:
         from ..plots import agreement_plot, density_plot
         from .agreement import SUFFICIENT_AGREEMENT
 
-        yield "density", density_plot(self.shares())
+        yield "density", density_plot({m.name: (m.density, m.shape[0] * m.shape[1]) for m in self.modules})
         curves = self.agreements()
         if any(agreement is not None for curve in curves.values() for _, agreement in curve):
             yield "agreement", agreement_plot(curves, SUFFICIENT_AGREEMENT)

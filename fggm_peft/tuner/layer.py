@@ -31,7 +31,6 @@ from .merging.merge import (
     not_finite_error,
     requantized,
     require_requantizable,
-    stays_finite,
 )
 from .merging.report import MergeReport, ModuleMerge, compare, total, unchanged
 from .merging.sidecar import with_sidecar
@@ -169,7 +168,8 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
     def _require_finite(self, names: list[str]) -> None:
         matrix = self.matrix(self.get_base_weight())
         for name in names:
-            if not stays_finite(matrix, self.delta(name)):
+            delta = self.delta(name)
+            if not all_finite(delta.granularity.added(matrix, delta.indices, delta.values.detach(), delta.scale)):
                 raise not_finite_error(name)
 
     @torch.no_grad()

@@ -97,7 +97,8 @@ def _sketch(layer: FGGMLayer, path: str, count: int, costly: set[str]) -> Weight
     shape = (int(layer.weight_shape[0]), int(layer.weight_shape[1]))
     with torch.no_grad():
         weight = _readable_weight(layer, path in costly)
-        return WeightSketch(shape) if weight is None else sketch_weight(path, weight, count, _is_quantized(layer))
+        quantized = layer.quantization_backend is not None
+        return WeightSketch(shape) if weight is None else sketch_weight(path, weight, count, quantized)
 
 
 def _readable_weight(layer: FGGMLayer, may_cost: bool) -> Tensor | None:
@@ -120,12 +121,8 @@ def _is_readable(layer: FGGMLayer) -> bool:
     return weight is None or not (is_shard(weight) or (weight.is_meta and not is_offloaded(base)))
 
 
-def _is_quantized(layer: FGGMLayer) -> bool:
-    return layer.quantization_backend is not None
-
-
 def _is_costly(layer: FGGMLayer) -> bool:
-    return _is_quantized(layer) or is_offloaded(layer.get_base_layer())
+    return layer.quantization_backend is not None or is_offloaded(layer.get_base_layer())
 
 
 def _costly_to_read(layers: Mapping[str, FGGMLayer]) -> set[str]:
@@ -137,6 +134,6 @@ def _costly_to_read(layers: Mapping[str, FGGMLayer]) -> set[str]:
 
 def _limit(layer: FGGMLayer, expected: WeightSketch) -> float:
     """The sketch does not say which quantization it was taken with, so 4 bits are assumed."""
-    backend = getattr(layer.quantization_backend, "backend_name", "")
-    limit = MAX_DISTANCE.get(backend, MAX_DISTANCE_ELSEWHERE) if _is_quantized(layer) else 0.0
+    backend = layer.quantization_backend
+    limit = 0.0 if backend is None else MAX_DISTANCE.get(backend.backend_name, MAX_DISTANCE_ELSEWHERE)
     return max(limit, MAX_DISTANCE["bnb 4bit"] if expected.quantized else 0.0)

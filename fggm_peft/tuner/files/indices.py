@@ -10,9 +10,9 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
-from ...core.errors import AdapterFileError
 from ...core.index_codec import decode_indices
 from ..target import Target
+from .tensors import file_error
 
 T = TypeVar("T")
 
@@ -78,9 +78,7 @@ class SupportIndices(BufferDict):
         try:
             indices = decode_indices(encoded, support.k, support.units)
         except ValueError as error:
-            raise AdapterFileError(
-                f"fggm_indices.{name}: {error}. The file was made for another base model or is damaged."
-            ) from error
+            raise file_error(f"fggm_indices.{name}", str(error)) from error
         del self.awaited[name]
         self[name] = indices.to(encoded.device, support.dtype)
         self.selected[name] = True

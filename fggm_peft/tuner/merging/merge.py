@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ...core.errors import LossyMergeError
 from ...core.granularity import sum_rounded_once
-from ...core.ranking import all_finite
 from ...core.weight_delta import WeightDelta
 from .report import MergeReport, ModuleMerge, compare
 
@@ -32,11 +31,6 @@ def add_to_dense_(matrix: Tensor, delta: WeightDelta, keep_originals: bool) -> t
     granularity.put_(matrix, delta.indices, after)
     report = compare(after.to(wide) - before.to(wide), values.to(wide) * delta.scale, "added")
     return report, before if keep_originals else None
-
-
-def stays_finite(matrix: Tensor, delta: WeightDelta) -> bool:
-    """Whether every changed entry of a weight ``[o, i]`` is finite after the delta is added."""
-    return all_finite(delta.granularity.added(matrix, delta.indices, delta.values.detach(), delta.scale))
 
 
 def not_finite_error(adapter_name: str) -> ValueError:

@@ -18,6 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...core.granularity import ELEMENTS, Granularity, Shape
+from ...core.registry import require_one_of
 from ...core.weight_delta import WeightDelta, spread, union
 from ..config import FGGMConfig
 from ..target import Target, Targets, find_targets
@@ -32,7 +33,6 @@ COMBINATIONS = {
     "dare_linear": merge_utils.dare_linear,
     "dare_ties": merge_utils.dare_ties,
 }
-SIGN_METHODS = ("total", "frequency")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,8 @@ class Combination:
     majority_sign_method: str = "total"
 
     def __post_init__(self) -> None:
-        if self.kind not in COMBINATIONS:
-            raise ValueError(f"Invalid combination_type: {self.kind!r}; it must be one of {', '.join(COMBINATIONS)}")
-        if self.majority_sign_method not in SIGN_METHODS:
-            raise ValueError(f"majority_sign_method must be one of {SIGN_METHODS}, got {self.majority_sign_method!r}")
+        require_one_of("combination_type", self.kind, COMBINATIONS)
+        require_one_of("majority_sign_method", self.majority_sign_method, ("total", "frequency"))
         if self.kind != "linear" and (self.density is None or not 0 < self.density <= 1):
             raise ValueError(
                 f"combination_type {self.kind!r} keeps the share `density` of each delta, in (0, 1], got "
