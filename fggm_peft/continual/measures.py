@@ -24,11 +24,13 @@ class Record(NamedTuple):
         scores: ``[T, T]``, or ``[1, T]`` for a method that learned all tasks at once.
         zero_shot: ``[T]``, the scores of the base model.
         losses: ``[T + 1]`` or ``[2]``, the loss on general text of the base model and after each task; may be empty.
+        other_losses: the same on the other text.
     """
 
     scores: NDArray[np.float64]
     zero_shot: NDArray[np.float64]
     losses: NDArray[np.float64]
+    other_losses: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ MEASURES: Registry[Measure] = Registry("measure", make=Measure)
 """Name in a result -> measure."""
 
 
-def measures_of(scores: ArrayLike, zero_shot: ArrayLike, losses: ArrayLike = ()) -> dict[str, float | None]:
+def measures_of(
+    scores: ArrayLike, zero_shot: ArrayLike, losses: ArrayLike = (), other_losses: ArrayLike = ()
+) -> dict[str, float | None]:
     """All measures of a run by name; the arguments are those of ``Record``, with None for missing values."""
-    record = Record(*(np.asarray(values, dtype=np.float64) for values in (scores, zero_shot, losses)))
+    record = Record(*(np.asarray(values, dtype=np.float64) for values in (scores, zero_shot, losses, other_losses)))
     is_complete = len(record.scores) == len(record.zero_shot)
     entries = ((name, MEASURES[name]) for name in MEASURES)
     values = {name: m.compute(record) if is_complete or m.of_last_row else None for name, m in entries}
@@ -111,6 +115,12 @@ def fwt(run: Record) -> float | None:
 def general(run: Record) -> float | None:
     """``L[T] - L[0]``: change of the mean next-token loss on general text, in nats; + is worse. None without a text."""
     return run.losses[-1] - run.losses[0] if len(run.losses) else None
+
+
+@MEASURES.register("other", heading="other loss", of_last_row=True)
+def other(run: Record) -> float | None:
+    """``M[T] - M[0]``: the same on text of another kind, ``other`` of the stream's ``general``."""
+    return run.other_losses[-1] - run.other_losses[0] if len(run.other_losses) else None
 
 
 # --- several runs --------------------------------------------------------------------------------

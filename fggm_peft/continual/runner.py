@@ -64,9 +64,13 @@ class Runner:
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.batch_size = stream.training.evaluation_batch_size or stream.training.batch_size
-        self.text: TokenizedExamples | None = None
-        if stream.general is not None:
-            self.text = TokenizedExamples(read_paragraphs(stream.general.text), tokenizer, PARAGRAPH_LENGTH)
+        general = stream.general
+        files = {} if general is None else {"general_loss": general.text, "other_loss": general.other}
+        self.texts = {
+            name: TokenizedExamples(read_paragraphs(file), tokenizer, PARAGRAPH_LENGTH)
+            for name, file in files.items()
+            if file is not None
+        }
         reset_peak_memory()
 
     def result(self) -> dict[str, Any]:
@@ -174,16 +178,19 @@ class Runner:
         )
 
     def _evaluate(self, model: nn.Module, count: int) -> dict[str, Any]:
-        """Scores on the first ``count`` tasks, and the loss on general text. Training is not affected."""
+        """Scores on the first ``count`` tasks, and the losses on general text. Training is not affected."""
         start = time.perf_counter()
         training, device = model.training, this_process().device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
         with torch.random.fork_rng(), autocast:
             scores = {self.tasks[position].name: self._score(model, position) for position in range(count)}
-            text = None if self.text is None else score_answers(model, self.text, self.batch_size, "General text")
+            losses = {
+                name: score_answers(model, text, self.batch_size, "General text").loss
+                for name, text in self.texts.items()
+            }
         model.train(training)
         seconds = time.perf_counter() - start
-        return {"scores": scores, "general_loss": text and text.loss, "evaluation_seconds": seconds}
+        return {"scores": scores, "general_loss": None, **losses, "evaluation_seconds": seconds}
 
     def _score(self, model: nn.Module, position: int) -> float:
         task, examples = self.tasks[position], self.tests[position]
@@ -217,7 +224,9 @@ class Runner:
         tasks = [task.name for task in (self.tasks if sees_all_tasks else self.tasks[: len(after)])]
         rows = [[entry["scores"].get(name) for name in tasks] for entry in after]
         zero_shot = [before["scores"][name] for name in tasks]
-        losses = [entry["general_loss"] for entry in entries if entry["general_loss"] is not None]
+        losses, others = (
+            [entry[name] for entry in entries if entry.get(name) is not None] for name in ("general_loss", "other_loss")
+        )
         cut = {test.task.name: {"prompts": test.cut_prompts, "answers": test.cut_answers} for test in self.tests}
         return {
             "method": self.run.method.name,
@@ -229,7 +238,8 @@ class Runner:
             "R": rows,
             "zero_shot": zero_shot,
             "general_losses": losses or None,
-            **measures_of(rows, zero_shot, losses),
+            "other_losses": others or None,
+            **measures_of(rows, zero_shot, losses, others),
             "gate": [event for entry in after for event in entry.get("gate", [])] or None,
             "cut": {name: counts for name, counts in cut.items() if any(counts.values())} or None,
             "cost": {

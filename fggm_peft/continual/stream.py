@@ -61,15 +61,25 @@ class Training(Settings):
         return value
 
 
+TextFile = Annotated[DataPath, AfterValidator(lambda path: read_paragraphs(path) and path)]
+"""Reading it raises an error for a missing or empty file."""
+
+
 class General(Settings):
     """A measure of general ability, in addition to the tasks.
 
     Args:
         text: file of plain text in paragraphs, whose loss is compared with the base model's after every task.
+        other: a file of another kind of text, measured in the same way; None for none.
     """
 
-    # read_paragraphs raises an error for a missing or empty file
-    text: Annotated[DataPath, AfterValidator(lambda path: read_paragraphs(path) and path)]
+    text: TextFile
+    other: TextFile | None = None
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the files."""
+        files = {"text": self.text, "other": self.other}
+        return {name: digest_of_folder(Path(file)) for name, file in files.items() if file is not None}
 
 
 class MethodSettings(Settings):
@@ -230,7 +240,7 @@ class Stream(Settings):
         return {
             **fields,
             "tasks": {task.name: task.fingerprint() for task in self.tasks},
-            "general": None if self.general is None else {"text": digest_of_folder(Path(self.general.text))},
+            "general": None if self.general is None else self.general.fingerprint(),
             "order": [task.name for task in self.tasks],
         }
 

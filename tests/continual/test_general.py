@@ -41,6 +41,17 @@ def test_a_run_measures_the_mean_loss_over_the_tokens_of_the_text_after_each_tas
     assert losses == [entry["general_loss"] for entry in entries] and len(set(losses)) == 3
 
 
+def test_a_second_text_is_measured_in_the_same_way(folder, tmp_path):
+    (tmp_path / "other.txt").write_text("Something else.\n")
+    general = {"text": str(folder / "general.txt"), "other": str(tmp_path / "other.txt")}
+    stream = read_stream(settings(folder, methods=["sft", "frozen"], general=general))
+    assert stream.fingerprint()["general"].keys() == {"text", "other"}
+    trained, frozen = run_stream(stream, tmp_path / "runs")
+    assert frozen["other_losses"] == [pytest.approx(loss_by_hand(text_model(), ["Something else."]), rel=1e-5)] * 3
+    assert trained["other"] == trained["other_losses"][2] - trained["other_losses"][0] != 0
+    assert trained["general"] == trained["general_losses"][2] - trained["general_losses"][0] != trained["other"]
+
+
 def test_an_empty_text_is_an_error(folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(StreamError, match=r"general\.text: .* is empty"):

@@ -68,7 +68,8 @@ def test_the_data_have_the_promised_size(stream, tmp_path):
 def test_the_streams_are_legal_and_have_the_same_methods_and_training(tmp_path):
     data = write_stream(tmp_path)
     row = json.dumps([{"prompt": "a", "answer": "b"}])
-    (data / "reference.txt").write_text("A text to retain.\n")
+    for text in ("reference", "other"):
+        (data / f"{text}.txt").write_text("A text to retain.\n")
     for name in NAMES:
         for task in fields_of(name)["tasks"]:
             (data / task["path"]).mkdir(exist_ok=True)

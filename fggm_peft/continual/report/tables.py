@@ -30,16 +30,16 @@ def tables_of(report: Report) -> list[Table]:
 def _points(report: Report) -> Table:
     """The measures of every point."""
     best = {(point["label"], point["learning_rate"]) for point in report["best"]["points"]}
-    rows = []
+    names, rows = [name for name in MEASURES if any(entry[name] for entry in report["summary"])], []
     for entry in report["summary"]:
-        name, *point = _point(entry)
+        label, *point = _point(entry)
         star = "*" if (entry["label"], entry["learning_rate"]) in best else ""
-        figures = [entry[measure] for measure in MEASURES]
+        figures = [entry[name] for name in names]
         # the number of runs is shown if only some of them have the measure
         cells = [shown(f) + (f" (n = {f['n']})" if f and f["n"] != entry["runs"] else "") for f in figures]
-        rows.append([name + star, *point, *cells])
+        rows.append([label + star, *point, *cells])
     note = f"Mean ± standard deviation over runs (seeds and orders). * {report['best']['rule']}"
-    return Table("Results", [*POINT, *(MEASURES[name].heading for name in MEASURES)], rows, note)
+    return Table("Results", [*POINT, *(MEASURES[name].heading for name in names)], rows, note)
 
 
 def _differences(report: Report) -> Table:
