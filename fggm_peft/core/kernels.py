@@ -74,7 +74,7 @@ def adds(weight: Tensor, values: Tensor) -> bool:
 
 
 def samples(x: Tensor, g: Tensor, indices: Tensor) -> bool:
-    """Whether ``sampled_product`` takes these: not many entries in float32, for which PyTorch's product is better."""
+    """Whether ``sampled_product`` takes these: for many entries in float32, PyTorch's product is better."""
     if not (_can_run(x, g) and x.dtype == g.dtype):
         return False
     return _mode == "always" or x.dtype in _HALF or _few(x, g, indices)

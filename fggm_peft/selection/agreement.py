@@ -23,8 +23,7 @@ def split_half_agreement(
     expected value for random supports of the same sizes. Units count by their entries.
 
     Args:
-        first: module path -> choice from one half of the samples.
-        second: the same from the other half.
+        first, second: module path -> choice, each from one half of the samples.
 
     Returns:
         The agreement over all modules, and of each module: 1 is perfect, 0 is chance. None if nothing or everything

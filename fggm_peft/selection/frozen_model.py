@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,11 +61,11 @@ def same_random_state() -> Iterator[None]:
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode in which gradient checkpointing still works.
 
-    transformers checkpoints in training mode only, so modules that checkpoint keep ``training=True``, whatever mode the
-    model was in. Their own dropout rates are 0 meanwhile, and their children are in eval mode.
+    transformers checkpoints only in training mode, so modules that checkpoint get ``training=True``. Their own dropout
+    rates are 0 meanwhile, and their children are in eval mode.
     """
     modes = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     rates: list[tuple[nn.Module, str, float]] = []
     try:
@@ -75,13 +76,13 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
                 rates += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
         for module, name, _ in rates:
             setattr(module, name, 0.0)
-        if config is not None and use_cache is not None:
+        if use_cache is not None:
             config.use_cache = False
         yield
     finally:
         for module, name, rate in rates:
             setattr(module, name, rate)
-        if config is not None and use_cache is not None:
+        if use_cache is not None:
             config.use_cache = use_cache
         for module, training in modes:
             module.training = training

@@ -89,7 +89,7 @@ def _causal(model, batch, labels, generator):
 
 
 def _takes_positions(model: nn.Module) -> bool:
-    """Whether the model can compute the logits of some positions only, and its head is no target."""
+    """Whether the model can compute the logits of only some positions, and its head is not adapted."""
     inner: Any = unwrapped(getattr(model, "module", model))  # of DistributedDataParallel
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return False

@@ -46,16 +46,17 @@ class Measurement:
         self.checks: list[AgreementCheck] = []
         self._limits: dict[int, Any] = {}  # every group of modules sees the same samples
 
-    def without_data(self) -> None:
-        """Select by a criterion that needs no data."""
-        self.choices = self._choose(self.targets, None)
+    def run(self, score_memory: int | str | None) -> None:
+        """Read the references and the task, if the criterion needs data, and select.
 
-    def from_data(self, score_memory: int | str | None) -> None:
-        """Read the references and the task once for each group of modules that ``score_memory`` holds.
+        The data are read once for each group of modules that ``score_memory`` holds.
 
         Raises:
             ValueError: the memory holds no single module, or several passes are needed and not possible.
         """
+        if not self.criterion.needs_data:
+            self.choices = self._choose(self.targets, None)
+            return
         groups = self._groups(score_memory)
         for number, group in enumerate(groups, start=1):
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
@@ -76,7 +77,7 @@ class Measurement:
                 return self._agree(name, totals, lambda half: self._choose(group, None, None, alone, half))
 
             assert source.data is not None
-            source.totals = self._run(source.data, group, is_enough, "Reference" + suffix)
+            source.totals = self._pass(source.data, group, is_enough, "Reference" + suffix)
         if measured:
             self.reference = Reference(self.sources, self.targets)
             self.reference_samples = sum(source.totals.samples for source in measured if source.totals)
@@ -86,7 +87,7 @@ class Measurement:
         def is_enough(totals: Totals) -> bool:
             return totals.has_halves and self._agree("task", totals, lambda half: self._choose(group, totals, half))
 
-        totals = self._run(self.task, group, is_enough, "Fisher pass" + suffix)
+        totals = self._pass(self.task, group, is_enough, "Fisher pass" + suffix)
         self.samples = totals.samples
         self.choices.update(self._choose(group, totals))
         if totals.has_halves:
@@ -98,7 +99,7 @@ class Measurement:
                 for path, target in group.items():
                     scores[path] = stored_scores(totals.mean(path, statistic), target.granularity, target.shape)
 
-    def _run(self, data: DataPass, group: Targets, is_enough, description: str) -> Totals:
+    def _pass(self, data: DataPass, group: Targets, is_enough, description: str) -> Totals:
         limit = self._limits.get(id(data), self.num_samples)
         if limit == "auto":
             totals = data.run(group, MAX_SAMPLES, is_enough, MIN_SAMPLES, description)
@@ -198,10 +199,6 @@ class Measurement:
 
 
 def running_bytes(target: Target, criterion: Criterion, sources: int) -> int:
-    """Bytes of the running sums of one module: two halves in float32, of the task and of each reference.
-
-    Args:
-        sources: number of references that are read from data and not from saved scores.
-    """
+    """Bytes of the running sums of one module, for the task and for each of the ``sources`` that are read from data."""
     names = [*criterion.task, *criterion.reference * sources]
     return 2 * 4 * sum(STATISTICS[name].size(target.granularity, target.shape) for name in names)

@@ -193,7 +193,7 @@ def covariance_to_retain(
     Args:
         entries: data, "history", or paths of saved statistics.
         widths: module path -> number of input features.
-        history: the statistics of earlier tasks; None if there is none.
+        history: the statistics of earlier tasks, or None.
 
     Raises:
         NonFiniteScoreError: an input is NaN or infinite; names the module.

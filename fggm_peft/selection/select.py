@@ -117,10 +117,7 @@ def select_parameters(
                     own = input_covariance(model, data, modules=targets, progress=progress)
             task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})
         measured = Measurement(task, targets, sources, num_samples)
-        if criterion.needs_data:
-            measured.from_data(score_memory)
-        else:
-            measured.without_data()
+        measured.run(score_memory)
     report = _write(measured, start)
     if covariance is not None:
         set_covariance(config, covariance)

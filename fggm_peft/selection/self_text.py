@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..tuner.support import unwrapped
 from .likelihood import IGNORED
 
-_WRITTEN_TOGETHER = 32  # each step reads all weights once, whatever the number of texts
+_WRITTEN_TOGETHER = 32  # each step reads all weights once, for any number of texts
 _BATCH = 8  # batch size of the pass over the texts
 
 

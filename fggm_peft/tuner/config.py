@@ -92,9 +92,8 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
 
     preset: Optional[Literal["retain"]] = setting(
         None,
-        "Recommended settings, each of which an argument can override. 'retain' learns a task and keeps what the model "
-        "knew: granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=1.0. It needs a"
-        " `reference`.",
+        "Recommended settings; arguments override them. 'retain' learns a task and keeps what the model knew: "
+        "granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=1.0. It needs a `reference`.",
     )
     target_modules: Optional[Union[list[str], str]] = setting(
         None,

@@ -207,7 +207,7 @@ def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGML
     if backend is not None and backend.layer_type == "linear":
         return FGGMLinear(base_layer, **quantization_kwargs)
     weight = getattr(target, "weight", None)
-    # an integer weight is quantized by a library for which PEFT has no backend
+    # PEFT has no backend for the library that quantized an integer weight
     floating = isinstance(weight, Tensor) and weight.is_floating_point()
     # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear and never calls the layer
     if floating and not isinstance(target, NonDynamicallyQuantizableLinear):

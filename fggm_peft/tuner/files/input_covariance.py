@@ -56,7 +56,7 @@ class InputCovariance:
         """The covariance of one module's input.
 
         Raises:
-            ScoreFileError: there is none.
+            ScoreFileError: the module has no covariance.
         """
         if path not in self.inputs:
             raise ScoreFileError(
