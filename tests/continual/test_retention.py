@@ -33,12 +33,13 @@ def test_full_fine_tuning_decays_towards_its_start_as_in_a_plain_loop(statistics
     trainer.train()
     start = {name: parameter.detach().clone() for name, parameter in twin.named_parameters()}
     covariance = trainer.covariance.to(torch.float64)
-    optimizer, sigma = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0), 0.0
+    trained = [twin.get_parameter(f"{name}.weight") for name in linear_layers(twin)]
+    optimizer, sigma = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0), 0.0
     for step, batch in enumerate(recorder.batches):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)
         twin(**batch).loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        twin.zero_grad()
         sigma += 2.0 * (1 - step / 6)
         if step % 4 == 3:
             for name in linear_layers(twin):

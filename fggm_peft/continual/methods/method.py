@@ -84,7 +84,12 @@ class Method:
         return base
 
     def begin_task(self, model: nn.Module, examples: Examples) -> nn.Module:
-        """The model to train on the current task, with ``requires_grad`` set on its parameters."""
+        """The model to train on the current task, with ``requires_grad`` set on its parameters.
+
+        All of them train. With harm decay only the weights of linear layers do, because nothing retains the others.
+        """
+        if self.harm_decay:
+            return train_only_(model, [f"{name}.weight" for name in linear_layers(model)])
         return model.requires_grad_(True)
 
     def trainer(self, **arguments: Any) -> Trainer:
