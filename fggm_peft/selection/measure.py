@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -184,7 +184,7 @@ class Measurement:
                     "a threshold of global scope requires the scores of all modules at once, and "
                     f"score_memory={score_memory!r} is too small for them. Raise it, or use scope='layer'."
                 )
-            if any(iter(data.dataloader) is data.dataloader for data in (self.task, *measured)):
+            if any(isinstance(data.dataloader, Iterator) for data in (self.task, *measured)):
                 raise ValueError(
                     f"score_memory requires {len(groups)} passes over the data, and this dataloader is an iterator "
                     "that can be read once; pass a DataLoader or a list of batches"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -130,7 +130,7 @@ def _require_data_to_retain(dataloader: Any, is_read_again: bool) -> None:
     """Raise ``ValueError`` if the task cannot be added to the history."""
     if dataloader is None:
         raise ValueError("reference='history' reads what later tasks should retain: pass a dataloader of this task")
-    if is_read_again and iter(dataloader) is dataloader:
+    if is_read_again and isinstance(dataloader, Iterator):
         raise ValueError(
             "harm_decay with reference='history' reads the data of the task twice, and this dataloader is an iterator; "
             "pass a DataLoader or a list of batches"
