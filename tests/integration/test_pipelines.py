@@ -54,8 +54,9 @@ def offloaded(tmp_path):
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_a_base_offloaded_to_disk_gives_the_results_of_a_base_in_memory(criterion, offloaded, tmp_path):
     granularity = next(name for name in GRANULARITIES if CRITERIA[criterion].supports(granularity_from(name)))
-    models = [adapted(base, granularity, criterion=criterion) for base in (llama(), offloaded())]
-    reference = BATCHES[:1] if CRITERIA[criterion].reference else None
+    decay = {"harm_decay": 1.0} if CRITERIA[criterion].uses_covariance else {}
+    models = [adapted(base, granularity, criterion=criterion, **decay) for base in (llama(), offloaded())]
+    reference = BATCHES[:1] if CRITERIA[criterion].reference or decay else None
     for model in models:
         if CRITERIA[criterion].needs_data:
             select_parameters(model, BATCHES, reference=reference, progress=False)
