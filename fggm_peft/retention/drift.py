@@ -90,7 +90,6 @@ def scale_to_budget_(
     return factor
 
 
-@torch.no_grad()
 def kl_divergence(model: Any, dataloader: Iterable[Mapping[str, Any]], num_batches: int | None = None) -> float:
     """``KL(base || adapted)`` in nats, the mean over the answer's tokens of the data.
 

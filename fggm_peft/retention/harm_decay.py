@@ -15,7 +15,7 @@ from ..tuner.files.input_covariance import InputCovariance, covariance_of
 from .trained import Trained, shrink_, trained_parameters
 
 EVERY = 4
-"""Steps between two decays: 4 give the same results as 1 (docs/retention.md)."""
+"""Steps between two decays."""
 
 _STEPS, _PENDING, _PEAK = "harm_decay_steps", "harm_decay_pending", "harm_decay_peak_lr"
 
@@ -44,7 +44,7 @@ class HarmDecay:
 
     Args:
         covariance: the result of ``input_covariance``, or a sum of such results.
-        strength: 1 works from 10 % of the columns up to all weights; 0.3 learns and forgets a little more.
+        strength: a higher value forgets and learns less.
         every: steps between two decays.
         offload: keep the start of weights that train themselves on the CPU.
 

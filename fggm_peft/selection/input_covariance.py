@@ -24,7 +24,7 @@ from .processes import Processes
 from .rounds import on_device_of, rounds
 
 COVARIANCE_SAMPLES = 64
-"""Samples that are read by default. More change little (measured: docs/retention.md)."""
+"""Samples that are read by default."""
 
 
 def input_covariance(

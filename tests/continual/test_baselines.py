@@ -15,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM
 
 from fggm_peft import input_covariance
 from fggm_peft.continual.methods import make_method
-from fggm_peft.continual.methods.method import linear_layers
+from fggm_peft.selection import linear_layers
 from fggm_peft.training.data import Example, TokenizedExamples
 
 PATHS = list(linear_layers(llama()))

@@ -19,10 +19,11 @@ from trainers import arguments, examples, losses
 from transformers import TrainerCallback, default_data_collator
 
 from fggm_peft.continual.methods import METHODS, make_method
-from fggm_peft.continual.methods.method import Method, linear_layers
+from fggm_peft.continual.methods.method import Method
 from fggm_peft.continual.methods.migu import largest_features
 from fggm_peft.continual.methods.o_lora import lora_a
 from fggm_peft.continual.methods.peft_method import PeftMethod
+from fggm_peft.selection import linear_layers
 from fggm_peft.tuner import find_targets
 from fggm_peft.tuner.files.task_scores import SCORES_FILE, load_record
 

@@ -12,10 +12,11 @@ from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
+from ...selection import linear_layers
 from ...selection.frozen_model import frozen_in_eval_mode
 from ...selection.reference import is_text_file
 from ...training.texts import text_batches
-from .method import METHODS, linear_layers
+from .method import METHODS
 from .peft_method import PeftMethod
 
 

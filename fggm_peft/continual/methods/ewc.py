@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...selection import linear_layers
 from ...selection.likelihood import IGNORED
-from .method import METHODS, Method, linear_layers, train_only_
+from .method import METHODS, Method, train_only_
 
 
 @METHODS.register("ewc")

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.pytorch_utils import Conv1D
 
 from ...core import Registry
 from ...core.threshold import is_number
 from ...retention import HarmDecay
+from ...selection import linear_layers
 from ...selection.reference import is_text_file
 from ...training.texts import read_paragraphs
 from ...tuner import InputCovariance
@@ -202,14 +202,3 @@ def train_only_(model: nn.Module, names: Iterable[str]) -> nn.Module:
     for name in names:
         model.get_parameter(name).requires_grad_(True)
     return model
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers by module path, without the output head, as in PEFT's ``all-linear``."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    }

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .method import METHODS, Method, linear_layers
+from ...selection import linear_layers
+from .method import METHODS, Method
 
 
 @METHODS.register("migu")

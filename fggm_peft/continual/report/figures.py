@@ -121,5 +121,5 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def _over(*members: Sequence[Mapping[str, Any]]) -> str:
-    """How many runs of which order."""
+    """The number of runs, and their order."""
     return f"{counted(list(map(len, members)), 'run')}, order {members[0][0]['order']}"

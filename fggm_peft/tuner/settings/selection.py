@@ -37,8 +37,8 @@ class SelectionSettings:
     harm_decay: float = setting(
         0.0,
         "Strength of harm decay; 0 disables it. After every few optimizer steps the delta decays in the directions "
-        "that the inputs of the `reference` use, so that the model keeps what it knew. 1 works from 10 % of the "
-        "columns up to all weights. Trainers apply it; a plain loop calls `attach_harm_decay`.",
+        "that the inputs of the `reference` use, so that the model keeps what it knew. A higher value "
+        "forgets and learns less. Trainers apply it; a plain loop calls `attach_harm_decay`.",
     )
     reference: Optional[Union[list[str], str]] = setting(
         None,
