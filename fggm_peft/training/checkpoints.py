@@ -14,11 +14,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.config import FGGMConfig
-from ..tuner.files.input_covariance import COVARIANCE_FILE, load_input_covariance, set_covariance
+from ..tuner.files.input_covariance import (
+    COVARIANCE_FILE,
+    InputCovariance,
+    load_input_covariance,
+    retained_by,
+    set_covariance,
+    set_retained,
+)
 from ..tuner.files.saving import as_trained
 from ..tuner.files.task_scores import SCORES_FILE, TaskRecord, load_record, remember
 from ..tuner.support import unwrapped
 from ..tuner.target import find_targets
+
+TASKS_FILE = "fggm_tasks.safetensors"
+"""The input covariance of all tasks that were selected on the model."""
 
 
 def last_complete_checkpoint(folder: Path) -> Path:
@@ -48,11 +58,20 @@ def unselected_adapters(model: nn.Module) -> list[str]:
     return [name for name in names if not any(target.is_selected for target in find_targets(model, name).values())]
 
 
+def save_retention(model: nn.Module, covariance: InputCovariance, checkpoint: Path) -> None:
+    """Save what the adapter retains, and what later tasks should retain, with a checkpoint."""
+    covariance.save(checkpoint)
+    if (tasks := retained_by(unwrapped(model))) is not None:
+        tasks.save(checkpoint / TASKS_FILE)
+
+
 def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
     """Add a checkpoint's record of its selection to the model's configs, which new code has created.
 
     The selection also becomes part of the model's history, with its scores if they were saved.
     """
+    if (checkpoint / TASKS_FILE).exists():
+        set_retained(unwrapped(model), load_input_covariance(checkpoint / TASKS_FILE))
     for name, config in active_adapters(model):
         for folder in (checkpoint / name, checkpoint):
             if config.selection is not None or not (folder / CONFIG_NAME).exists():

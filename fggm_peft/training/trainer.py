@@ -29,7 +29,13 @@ from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import complete_card
 from ..tuner.files.saving import as_trained, keep_card
 from .batches import selection_batch
-from .checkpoints import last_complete_checkpoint, load_before_sharding_, recall_selection_, unselected_adapters
+from .checkpoints import (
+    last_complete_checkpoint,
+    load_before_sharding_,
+    recall_selection_,
+    save_retention,
+    unselected_adapters,
+)
 from .texts import with_texts
 from .trl import copy_to_reference_, restore_float32_
 
@@ -187,7 +193,7 @@ class FGGMTrainerMixin(_Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.harm_decay is not None and self.args.should_save:
-            self.harm_decay.covariance.save(output_dir)
+            save_retention(self.model, self.harm_decay.covariance, Path(output_dir))
         # the main process writes the trainer's state next, which marks the checkpoint as complete
         self.accelerator.wait_for_everyone()
 
@@ -226,9 +232,9 @@ class FGGMCallback(TrainerCallback):
             recall_selection_(model, folder)
         self.harm_decay = attach_harm_decay(model, optimizer)
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, model=None, **kwargs):
         if self.harm_decay is not None and args.should_save:
-            self.harm_decay.covariance.save(_checkpoint(args, state))
+            save_retention(model, self.harm_decay.covariance, _checkpoint(args, state))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.harm_decay is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from models import llama, token_batches
 from peft import get_peft_model
 from trainers import assert_same_delta, make_trainer
@@ -10,6 +11,7 @@ from transformers import Trainer
 
 from fggm_peft import FGGMConfig
 from fggm_peft.training import FGGMCallback, FGGMTrainer
+from fggm_peft.tuner.files import retained_by
 
 REFERENCE = token_batches(seed=1)
 
@@ -19,11 +21,11 @@ def model(**config):
     return get_peft_model(llama(), FGGMConfig(**{**settings, **config}))
 
 
-def trainer(folder, kind: str, **settings):
+def trainer(folder, kind: str, reference=REFERENCE, **settings):
     if kind == "callback":
-        return make_trainer(model(), folder, Trainer, callbacks=[FGGMCallback(reference=REFERENCE)], **settings)
+        return make_trainer(model(), folder, Trainer, callbacks=[FGGMCallback(reference=reference)], **settings)
     made = make_trainer(model(), folder, FGGMTrainer, **settings)
-    made.selection_reference = REFERENCE
+    made.selection_reference = reference
     return made
 
 
@@ -50,6 +52,19 @@ def test_training_resumes_bit_exactly(tmp_path, kind, accumulation):
     resumed = trainer(tmp_path, kind, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_delta(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_a_resumed_task_is_retained_by_later_tasks(tmp_path, kind):
+    saving = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+    retained = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        run = trainer(tmp_path, kind, [REFERENCE, "history"], **saving)
+        run.train(resume_from_checkpoint=resume)
+        retained.append(retained_by(run.model.get_base_model()))
+    whole, resumed = retained
+    for path in whole.inputs:
+        assert torch.equal(whole[path].factor, resumed[path].factor) and whole[path].floor == resumed[path].floor
 
 
 def test_continuing_without_statistics_is_an_error_before_training(tmp_path):
