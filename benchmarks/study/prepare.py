@@ -49,7 +49,6 @@ STREAMS: dict[str, dict[str, Make]] = {
     "tuning": {
         "script": made.script,
         "number-italian": partial(made.number, code="it", language="Italian", most=10000),
-        "date-portuguese": partial(made.date, code="pt", language="Portuguese"),
     },
 }
 """Stream -> task -> its examples. The other streams are ``demo`` and ``intents``."""

@@ -1,15 +1,17 @@
 #!/usr/bin/env python
 """Tunes the learning rate of each method and runs the study's streams with it.
 
-    python benchmarks/study/run.py study-data study-runs
+    python benchmarks/study/run.py study-data
 
-``study-data`` is the folder of ``prepare.py``. The command may be stopped and repeated at any time. Several processes
-can share the work. Runs go seed by seed, so that the report in each stream's folder soon contains all methods.
+``study-data`` is the folder of ``prepare.py``. The command may be stopped and repeated at any time, also on another
+machine: it computes only the runs whose result is not in ``benchmarks/results/retention``. Several processes can share
+the work. Runs go seed by seed, so that the report in each stream's folder soon contains all methods.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +28,7 @@ from fggm_peft.continual.stream import Stream
 HERE = Path(__file__).parent
 STREAMS = ("demo", "intents", "generation", "mixed")
 RATES = HERE / "rates.yaml"
+RESULTS = HERE.parent / "results" / "retention"
 WAIT = 60  # seconds
 
 
@@ -33,7 +36,7 @@ def main() -> None:
     """Tune, then run the streams."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with the model and the data, from prepare.py")
-    parser.add_argument("output", type=Path, help="folder with one folder for each stream")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder with one folder for each stream")
     parser.add_argument("--streams", nargs="+", choices=STREAMS, default=STREAMS, help="default: all")
     parser.add_argument("--methods", nargs="+", metavar="LABEL", help="default: all")
     parser.add_argument("--tune-only", action="store_true", help="only choose the learning rates")
@@ -94,6 +97,9 @@ def compute(stream: Stream, output: Path) -> None:
     """Compute the runs that are not finished and that no other process computes, and update the report."""
     if unfinished(stream, output):
         for _ in run_stream(stream, output, resume=True):
+            for run in runs_of(stream):
+                if run.is_finished(output):  # the deltas of all runs would fill the disk
+                    shutil.rmtree(output / "runs" / run.name / "tasks", ignore_errors=True)
             write_report(output, read_results([output]), page=False)
 
 

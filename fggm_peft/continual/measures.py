@@ -25,12 +25,14 @@ class Record(NamedTuple):
         zero_shot: ``[T]``, the scores of the base model.
         losses: ``[T + 1]`` or ``[2]``, the loss on general text of the base model and after each task; may be empty.
         other_losses: the same on the other text.
+        divergences: ``[T]``, KL(base || model) on each task right after it; may be empty.
     """
 
     scores: NDArray[np.float64]
     zero_shot: NDArray[np.float64]
     losses: NDArray[np.float64]
     other_losses: NDArray[np.float64]
+    divergences: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,19 @@ MEASURES: Registry[Measure] = Registry("measure", make=Measure)
 
 
 def measures_of(
-    scores: ArrayLike, zero_shot: ArrayLike, losses: ArrayLike = (), other_losses: ArrayLike = ()
+    scores: ArrayLike,
+    zero_shot: ArrayLike,
+    losses: ArrayLike = (),
+    other_losses: ArrayLike = (),
+    divergences: ArrayLike = (),
 ) -> dict[str, float | None]:
     """All measures of a run by name; the arguments are those of ``Record``, with None for missing values."""
-    record = Record(*(np.asarray(values, dtype=np.float64) for values in (scores, zero_shot, losses, other_losses)))
+    values = (scores, zero_shot, losses, other_losses, divergences)
+    record = Record(*(np.asarray(array, dtype=np.float64) for array in values))
     is_complete = len(record.scores) == len(record.zero_shot)
     entries = ((name, MEASURES[name]) for name in MEASURES)
-    values = {name: m.compute(record) if is_complete or m.of_last_row else None for name, m in entries}
-    return {name: None if value is None else float(value) for name, value in values.items()}
+    computed = {name: m.compute(record) if is_complete or m.of_last_row else None for name, m in entries}
+    return {name: None if value is None else float(value) for name, value in computed.items()}
 
 
 @MEASURES.register("op", heading="OP", of_last_row=True)
@@ -117,10 +124,22 @@ def general(run: Record) -> float | None:
     return run.losses[-1] - run.losses[0] if len(run.losses) else None
 
 
+@MEASURES.register("general_worst", heading="worst general loss", of_last_row=True)
+def general_worst(run: Record) -> float | None:
+    """``max_t L[t] - L[0]``: the same at its worst, after any task."""
+    return run.losses[1:].max() - run.losses[0] if len(run.losses) else None
+
+
 @MEASURES.register("other", heading="other loss", of_last_row=True)
 def other(run: Record) -> float | None:
     """``M[T] - M[0]``: the same on text of another kind, ``other`` of the stream's ``general``."""
     return run.other_losses[-1] - run.other_losses[0] if len(run.other_losses) else None
+
+
+@MEASURES.register("kl", heading="KL", of_last_row=True)
+def kl(run: Record) -> float | None:
+    """``mean_t KL(base || model_t)`` on answers of task t right after it, in nats: how far learning moved the model."""
+    return run.divergences.mean() if len(run.divergences) else None
 
 
 # --- several runs --------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
+from ..retention import kl_divergence
 from ..training.base_model import this_process
 from ..training.checkpoints import last_complete_checkpoint
 from ..training.data import TokenizedExamples
@@ -28,7 +29,7 @@ from ..tuner.files import digest_of_folder, partial_file, write_json
 from .measures import measures_of
 from .memory import peak_memory, reset_peak_memory
 from .methods import Method
-from .metrics import task_score
+from .metrics import sample_scores, task_score
 from .task import Task
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 Lesson = tuple[str, Sequence[Task]]  # a name and the tasks that are learned together
 Entries = list[dict[str, Any]]
+KL_BATCHES = 1  # of test examples
 SUMMED = ("selection_seconds", "training_seconds", "evaluation_seconds", "bytes")  # costs of a run that add up
 
 
@@ -83,8 +85,6 @@ class Runner:
 
     def _compute(self) -> dict[str, Any]:
         method, model, entries = self._load_state()
-        if not entries:
-            entries = [{"task": None, **self._evaluate(model, len(self.tasks))}]
         lessons: list[Lesson] = [(task.name, (task,)) for task in self.tasks]
         if method.sees_all_tasks:
             lessons = [("all", self.tasks)]
@@ -106,7 +106,7 @@ class Runner:
         count = len(self.tasks) if number == len(lessons) - 1 else number + 2
         gate = self.stream.gate
         model, entry = self._train(model, method, number, name, tasks)
-        entry |= self._evaluate(model, count)
+        entry |= {**self._evaluate(model, count), "kl": self._kl(model, number + 1)}
         violations = [] if gate is None else gate.violations(learned(entries), entry["scores"])
         if gate is not None and violations:
             if gate.action == "rollback":
@@ -178,24 +178,45 @@ class Runner:
         )
 
     def _evaluate(self, model: nn.Module, count: int) -> dict[str, Any]:
-        """Scores on the first ``count`` tasks, and the losses on general text. Training is not affected."""
+        """Scores on the first ``count`` tasks, and the losses on general text. Training is not affected.
+
+        ``right`` has a digit for each test example: 1 if the model writes exactly the answer.
+        """
         start = time.perf_counter()
-        training, device = model.training, this_process().device.type
-        autocast = torch.autocast(device, torch.bfloat16, enabled=self.stream.training.bf16)
-        with torch.random.fork_rng(), autocast:
-            scores = {self.tasks[position].name: self._score(model, position) for position in range(count)}
+        training, scores, right = model.training, {}, {}
+        with torch.random.fork_rng(), self._autocast():
+            for task, examples in list(zip(self.tasks, self.tests, strict=True))[:count]:
+                title = f"Evaluating {task.name}"
+                answers = written_answers(model, examples, self.batch_size, task.max_answer_length, title)
+                scores[task.name] = task_score(task.metric, answers, examples.references, examples.sources)
+                exact = sample_scores("exact_match", answers, examples.references, examples.sources)
+                right[task.name] = "".join(f"{score:.0f}" for score in exact)
             losses = {
                 name: score_answers(model, text, self.batch_size, "General text").loss
                 for name, text in self.texts.items()
             }
         model.train(training)
         seconds = time.perf_counter() - start
-        return {"scores": scores, "general_loss": None, **losses, "evaluation_seconds": seconds}
+        return {"scores": scores, "right": right, "general_loss": None, **losses, "evaluation_seconds": seconds}
 
-    def _score(self, model: nn.Module, position: int) -> float:
-        task, examples = self.tasks[position], self.tests[position]
-        answers = written_answers(model, examples, self.batch_size, task.max_answer_length, f"Evaluating {task.name}")
-        return task_score(task.metric, answers, examples.references, examples.sources)
+    def _evaluate_base(self, model: nn.Module) -> dict[str, Any]:
+        """The base model's evaluation on all tasks, which the runs of an output folder share."""
+        file = self.folder.parents[2] / "base.json"
+        if not file.exists():
+            write_json(file, {"task": None, **self._evaluate(model, len(self.tasks))})
+        return json.loads(file.read_text())
+
+    def _kl(self, model: nn.Module, count: int) -> float | None:
+        """``KL(base || model)`` on some test examples of the newest of ``count`` tasks; None if not requested."""
+        if self.stream.general is None or not self.stream.general.kl:
+            return None
+        base, examples = self.stream.model.load(), self.tests[count - 1]
+        batches = DataLoader(examples, self.batch_size, collate_fn=DataCollatorForSeq2Seq(self.tokenizer))
+        with self._autocast():
+            return kl_divergence(model, batches, num_batches=KL_BATCHES, base=base)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(this_process().device.type, torch.bfloat16, enabled=self.stream.training.bf16)
 
     def _save_state(self, model: nn.Module, method: Method, entries: Entries) -> None:
         """Save the state, which contains the entries, before ``tasks.json``: a kill between them is harmless."""
@@ -208,10 +229,11 @@ class Runner:
         """Method, model and entries after the last finished task."""
         method = self.run.method.method()
         torch.manual_seed(self.run.seed)
-        model = method.prepare(self.stream.model.load(), self.run.seed)
-        file = self.folder / "state.pt"
-        if not file.exists():
-            return method, model, []
+        base, file = self.stream.model.load(), self.folder / "state.pt"
+        entries = [] if file.exists() else [self._evaluate_base(base)]
+        model = method.prepare(base, self.run.seed)
+        if entries:
+            return method, model, entries
         state = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         method.memory = state["method"]
@@ -224,8 +246,9 @@ class Runner:
         tasks = [task.name for task in (self.tasks if sees_all_tasks else self.tasks[: len(after)])]
         rows = [[entry["scores"].get(name) for name in tasks] for entry in after]
         zero_shot = [before["scores"][name] for name in tasks]
-        losses, others = (
-            [entry[name] for entry in entries if entry.get(name) is not None] for name in ("general_loss", "other_loss")
+        losses, others, divergences = (
+            [entry[name] for entry in entries if entry.get(name) is not None]
+            for name in ("general_loss", "other_loss", "kl")
         )
         cut = {test.task.name: {"prompts": test.cut_prompts, "answers": test.cut_answers} for test in self.tests}
         return {
@@ -239,7 +262,9 @@ class Runner:
             "zero_shot": zero_shot,
             "general_losses": losses or None,
             "other_losses": others or None,
-            **measures_of(rows, zero_shot, losses, others),
+            "divergences": divergences or None,
+            "changed": changed_answers(after) or None,
+            **measures_of(rows, zero_shot, losses, others, divergences),
             "gate": [event for entry in after for event in entry.get("gate", [])] or None,
             "cut": {name: counts for name, counts in cut.items() if any(counts.values())} or None,
             "cost": {
@@ -253,6 +278,15 @@ class Runner:
 def learned(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Finished task -> its score right after it was learned."""
     return {entry["task"]: entry["scores"][entry["task"]] for entry in entries if entry["task"] in entry["scores"]}
+
+
+def changed_answers(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Task -> how many of its test answers became wrong ("lost") and right ("gained") after it was learned."""
+    changed = {}
+    for entry in entries[:-1]:
+        pairs = list(zip(entry["right"][entry["task"]], entries[-1]["right"][entry["task"]], strict=True))
+        changed[entry["task"]] = {"lost": pairs.count(("1", "0")), "gained": pairs.count(("0", "1"))}
+    return changed
 
 
 def is_stopped(entries: Sequence[dict[str, Any]]) -> bool:

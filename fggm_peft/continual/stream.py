@@ -71,15 +71,19 @@ class General(Settings):
     Args:
         text: file of plain text in paragraphs, whose loss is compared with the base model's after every task.
         other: a file of another kind of text, measured in the same way; None for none.
+        kl: also measure, after every task, how far the model's answers to it are from those of the base model. It
+            loads a second copy of the base model.
     """
 
     text: TextFile
     other: TextFile | None = None
+    kl: bool = False
 
-    def fingerprint(self) -> dict[str, str]:
-        """Digests of the files."""
+    def fingerprint(self) -> dict[str, Any]:
+        """Digests of the files, and the setting."""
         files = {"text": self.text, "other": self.other}
-        return {name: digest_of_folder(Path(file)) for name, file in files.items() if file is not None}
+        digests = {name: digest_of_folder(Path(file)) for name, file in files.items() if file is not None}
+        return {**digests, "kl": True} if self.kl else digests
 
 
 class MethodSettings(Settings):

@@ -90,15 +90,18 @@ def scale_to_budget_(
     return factor
 
 
-def kl_divergence(model: Any, dataloader: Iterable[Mapping[str, Any]], num_batches: int | None = None) -> float:
-    """``KL(base || adapted)`` in nats, the mean over the answer's tokens of the data.
+def kl_divergence(
+    model: Any, dataloader: Iterable[Mapping[str, Any]], num_batches: int | None = None, base: Any = None
+) -> float:
+    """``KL(base || model)`` in nats, the mean over the answer's tokens of the data.
 
     On the data of the task itself it predicts how much a model forgets (RL's Razor, arXiv 2509.04259).
 
     Args:
-        model: a causal language model with an adapter of any PEFT method.
+        model: a causal language model, with an adapter of any PEFT method unless ``base`` is given.
         dataloader: batches with labels; without labels, every token counts that is no padding.
         num_batches: number of batches that are read; None for all.
+        base: the base model; by default ``model`` without its adapter.
 
     Raises:
         ValueError: no token has a label.
@@ -110,10 +113,10 @@ def kl_divergence(model: Any, dataloader: Iterable[Mapping[str, Any]], num_batch
             inputs = send_to_device(dict(batch), device)
             counted = _counted(inputs)
             inputs.pop("labels", None)
-            adapted = model(**inputs).logits[:, :-1][counted].float().log_softmax(-1)
-            with model.disable_adapter():
-                base = model(**inputs).logits[:, :-1][counted].float().log_softmax(-1)
-            total += float((base.exp() * (base - adapted)).sum())
+            tuned = model(**inputs).logits[:, :-1][counted].float().log_softmax(-1)
+            with model.disable_adapter() if base is None else frozen_in_eval_mode(base):
+                before = (base or model)(**inputs).logits[:, :-1][counted].float().log_softmax(-1)
+            total += float((before.exp() * (before - tuned)).sum())
             count += int(counted.sum())
     if not count:
         raise ValueError("no token of the data has a label, so there is nothing to compare")

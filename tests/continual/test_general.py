@@ -52,6 +52,16 @@ def test_a_second_text_is_measured_in_the_same_way(folder, tmp_path):
     assert trained["general"] == trained["general_losses"][2] - trained["general_losses"][0] != trained["other"]
 
 
+def test_kl_is_measured_on_the_test_answers_of_each_new_task(folder, tmp_path):
+    general = {"text": str(folder / "general.txt"), "kl": True}
+    stream = read_stream(settings(folder, methods=["sft", "frozen"], general=general))
+    trained, frozen = run_stream(stream, tmp_path)
+    assert frozen["kl"] == 0 and frozen["divergences"] == [0, 0]
+    assert trained["kl"] == sum(trained["divergences"]) / 2 > 0
+    entries = json.loads(next(tmp_path.glob("runs/sft/*/tasks.json")).read_text())
+    assert [entry["kl"] for entry in entries[1:]] == trained["divergences"]
+
+
 def test_an_empty_text_is_an_error(folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(StreamError, match=r"general\.text: .* is empty"):

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
-from fggm_peft.continual.runner import Runner
+from fggm_peft.continual.runner import Runner, changed_answers
 from fggm_peft.continual.settings import StreamError
 
 
@@ -321,3 +321,20 @@ def test_a_full_disk_leaves_no_partial_state_and_the_run_can_resume(folder, tmp_
     assert not list(tmp_path.rglob("*.partial")) and list((tmp_path / "parts").rglob("state.pt"))
     (result,) = run_stream(stream, tmp_path / "parts", resume=True)
     assert without_times(result) == without_times(expected)
+
+
+def test_answers_that_became_wrong_and_right_are_counted():
+    entries = [
+        {"task": "a", "right": {"a": "1100"}},
+        {"task": "b", "right": {"a": "1110", "b": "01"}},
+        {"task": "c", "right": {"a": "1011", "b": "11", "c": "0"}},
+    ]
+    assert changed_answers(entries) == {"a": {"lost": 1, "gained": 2}, "b": {"lost": 0, "gained": 1}}
+
+
+def test_the_runs_of_a_folder_share_the_evaluation_of_the_base_model(folder, tmp_path, monkeypatch):
+    counts, evaluate = [], Runner._evaluate
+    monkeypatch.setattr(Runner, "_evaluate", lambda *args: counts.append(1) or evaluate(*args))
+    results = list(run_stream(read_stream(settings(folder, methods=["frozen", "sft"])), tmp_path))
+    assert len(counts) == 1 + 2 * 2  # tasks
+    assert results[0]["zero_shot"] == results[1]["zero_shot"] == results[0]["R"][1]

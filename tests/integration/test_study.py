@@ -101,7 +101,7 @@ def test_every_method_runs_with_its_tuned_rate(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "HERE", tmp_path)
     monkeypatch.setattr(study, "RATES", tmp_path / "rates.yaml")
     monkeypatch.setattr(study, "STREAMS", ("demo",))
-    monkeypatch.setattr(sys, "argv", ["run.py", str(data), str(tmp_path / "runs"), "--streams", "demo"])
+    monkeypatch.setattr(sys, "argv", ["run.py", str(data), "--output", str(tmp_path / "runs"), "--streams", "demo"])
     study.main()
     runs = json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())["runs"]
     assert sorted((run["label"], run["seed"], run["order"]) for run in runs) == [
@@ -111,6 +111,7 @@ def test_every_method_runs_with_its_tuned_rate(tmp_path, monkeypatch, capsys):
     points = json.loads((tmp_path / "runs" / "tuning" / "report.json").read_text())["best"]["points"]
     assert all(len(point["rates"]) == 3 for point in points)
     assert {(run["label"], run["learning_rate"]) for run in runs} == {(p["label"], p["learning_rate"]) for p in points}
+    assert not list(tmp_path.glob("runs/*/runs/*/*/tasks")) and list(tmp_path.glob("runs/*/runs/*/*/run.json"))
     assert "frozen: the best rate 1e-05 is at the end" in capsys.readouterr().err
 
     monkeypatch.setattr(study, "run_stream", None)  # everything is finished

@@ -79,6 +79,7 @@ def test_the_divergence_is_that_of_the_definition():
                         total += float((p.exp() * (p - q)).sum())
                         count += 1
     assert kl_divergence(model, TASK) == pytest.approx(total / count, rel=1e-4)
+    assert kl_divergence(model, TASK, base=llama()) == kl_divergence(model, TASK)
     assert kl_divergence(moved("row", size=0.0), TASK) == pytest.approx(0, abs=1e-6)
 
 

@@ -24,7 +24,7 @@ class Table(NamedTuple):
 
 def tables_of(report: Report) -> list[Table]:
     """The tables of a report, without those that are empty."""
-    return [table for table in (_points(report), _differences(report), _costs(report)) if table.rows]
+    return [table for table in (_points(report), _changes(report), _differences(report), _costs(report)) if table.rows]
 
 
 def _points(report: Report) -> Table:
@@ -40,6 +40,27 @@ def _points(report: Report) -> Table:
         rows.append([label + star, *point, *cells])
     note = f"Mean ± standard deviation over runs (seeds and orders). * {report['best']['rule']}"
     return Table("Results", [*POINT, *(MEASURES[name].heading for name in names)], rows, note)
+
+
+def _changes(report: Report) -> Table:
+    """How many answers of each task became wrong and right after the task."""
+    runs, rows = [run for run in report["runs"] if run.get("changed")], []
+    tasks = list(dict.fromkeys(task for run in runs for task in run["changed"]))
+    for entry in report["summary"]:
+        point = (entry["label"], entry["learning_rate"])
+        if changes := [run["changed"] for run in runs if (run["label"], run["learning_rate"]) == point]:
+            own = [[change[task] for change in changes if task in change] for task in tasks]
+            rows.append([*_point(entry), *map(_changed, own)])
+    note = (
+        "Test answers that became wrong (\u2212) and right (+) between the end of their task and the end of the "
+        "sequence: means over the runs in which another task follows."
+    )
+    return Table("Changed answers", [*POINT, *tasks], rows, note)
+
+
+def _changed(changes: Sequence[Mapping[str, int]]) -> str:
+    lost, gained = (sum(change[name] for change in changes) / max(1, len(changes)) for name in ("lost", "gained"))
+    return f"\u2212{lost:.3g} +{gained:.3g}" if changes else ""
 
 
 def _differences(report: Report) -> Table:
