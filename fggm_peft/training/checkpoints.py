@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..selection.select import active_adapter, active_adapters
+from ..selection.select import active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import (
     COVARIANCE_FILE,
@@ -22,7 +23,6 @@ from ..tuner.files.input_covariance import (
     set_covariance,
     set_retained,
 )
-from ..tuner.files.saving import as_trained
 from ..tuner.files.task_scores import SCORES_FILE, TaskRecord, load_record, remember
 from ..tuner.support import unwrapped
 from ..tuner.target import find_targets
@@ -52,6 +52,18 @@ def last_complete_checkpoint(folder: Path) -> Path:
     raise ValueError(f"No valid checkpoint found in output directory ({folder})")
 
 
+def adapter_folder(model: nn.Module, checkpoint: Path, adapter_name: str) -> Path:
+    """The folder in which a checkpoint contains an adapter. PEFT saves every adapter but "default" in a subfolder."""
+    return checkpoint / adapter_name if isinstance(model, PeftModel) and adapter_name != "default" else checkpoint
+
+
+def load_adapters_(model: nn.Module, checkpoint: Path, names: Iterable[str]) -> None:
+    """Load the values and supports of adapters from a checkpoint; the training modes of the model do not change."""
+    for name in names:
+        weights = load_peft_weights(str(adapter_folder(model, checkpoint, name)), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
 def unselected_adapters(model: nn.Module) -> list[str]:
     """The active FGGM adapters that have no support yet."""
     names = [name for name, _ in active_adapters(model)]
@@ -72,15 +84,17 @@ def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
     """
     if (checkpoint / TASKS_FILE).exists():
         set_retained(unwrapped(model), load_input_covariance(checkpoint / TASKS_FILE))
+    file = checkpoint / COVARIANCE_FILE
+    covariance = load_input_covariance(file) if file.exists() else None
     for name, config in active_adapters(model):
-        for folder in (checkpoint / name, checkpoint):
-            if config.selection is not None or not (folder / CONFIG_NAME).exists():
-                continue
-            if (folder / COVARIANCE_FILE).exists():
-                set_covariance(config, load_input_covariance(folder))
-            config.selection = json.loads((folder / CONFIG_NAME).read_text()).get("selection")
-            if config.selection is not None and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-                remember(unwrapped(model), config, _record(config, folder))
+        folder = adapter_folder(model, checkpoint, name)
+        if config.selection is not None or not (folder / CONFIG_NAME).exists():
+            continue
+        if covariance is not None:
+            set_covariance(config, covariance)
+        config.selection = json.loads((folder / CONFIG_NAME).read_text()).get("selection")
+        if config.selection is not None and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            remember(unwrapped(model), config, _record(config, folder))
 
 
 def _record(config: FGGMConfig, folder: Path) -> TaskRecord:
@@ -90,17 +104,16 @@ def _record(config: FGGMConfig, folder: Path) -> TaskRecord:
     return TaskRecord(config.granularity.to_dict(), samples, config.base_model_name_or_path or "", {})
 
 
-def load_before_sharding_(model: Any, checkpoint: Path) -> None:
+def load_before_sharding_(model: nn.Module, checkpoint: Path) -> None:
     """Load the support of an adapter that will resume, while its values can still be resized.
 
     Under FSDP and DeepSpeed the trainer loads a checkpoint after it has sharded the model.
     """
-    if not unselected_adapters(model):
-        return
-    if not (checkpoint / SAFETENSORS_WEIGHTS_NAME).exists():
-        raise ValueError(
-            f"{checkpoint} has no {SAFETENSORS_WEIGHTS_NAME}, so its selection is unknown. FSDP does not write it with "
-            "state_dict_type SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select with fggm select and load that adapter."
-        )
-    with as_trained(model):
-        model.load_adapter(str(checkpoint), active_adapter(model, None)[0], is_trainable=True)
+    for name in unselected_adapters(model):
+        file = adapter_folder(model, checkpoint, name) / SAFETENSORS_WEIGHTS_NAME
+        if not file.exists():
+            raise ValueError(
+                f"{file} does not exist, so the selection is unknown. FSDP does not write it with state_dict_type "
+                "SHARDED_STATE_DICT. Use FULL_STATE_DICT, or select with fggm select and load that adapter."
+            )
+        load_adapters_(model, checkpoint, [name])
