@@ -6,6 +6,7 @@ Importing the package registers FGGM with PEFT, so that ``PeftModel.from_pretrai
 from typing import TYPE_CHECKING, Any
 
 from . import deltas, training
+from .core.blocks import ColumnBlocks, RowBlocks
 from .core.criteria import CRITERIA, Criterion
 from .core.errors import (
     AdapterFileError,
@@ -57,6 +58,7 @@ __all__ = [
     "AdapterNotSelectedError",
     "AlreadyTrainedError",
     "BaseMismatchError",
+    "ColumnBlocks",
     "Columns",
     "CostEstimate",
     "Criterion",
@@ -77,6 +79,7 @@ __all__ = [
     "NonFiniteScoreError",
     "ParameterBudget",
     "Registry",
+    "RowBlocks",
     "Rows",
     "ScoreFileError",
     "ScoreMass",

@@ -13,12 +13,12 @@ from command_line import folder, selected, trained  # noqa: F401
 from hub_stand_in import HubStandIn
 from peft import get_peft_model
 from processes import Processes
-from reference import seeded, units
+from reference import KINDS, seeded, units
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fggm_peft import FGGMConfig
-from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.weight_delta import WeightDelta
 
 
@@ -32,7 +32,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=list(GRANULARITIES))
+@pytest.fixture(params=KINDS)
 def granularity(request) -> str:
     """The name of every granularity in the registry."""
     return request.param

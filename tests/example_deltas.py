@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from models import adapted, llama
-from reference import dense_delta, seeded
+from reference import KINDS, dense_delta, seeded
 from torch import Tensor, nn
 
-from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.deltas import SparseDelta
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -51,5 +50,5 @@ def mask_of(delta: SparseDelta, name: str) -> Tensor:
     return dense_delta(module.granularity.name, module.shape, module.indices, ones) != 0
 
 
-ALL = list(GRANULARITIES)
+ALL = KINDS
 PAIRS = [(a, b) for a in ALL for b in ALL]

@@ -29,6 +29,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 # Supports: one line for each granularity ---------------------------------------------------------
 
+KINDS = ("row", "column", "element")
+"""The granularities without arguments, which most tests run with. tests/core/test_blocks.py has the others."""
+
 
 def units(name: str, shape: tuple[int, int]) -> int:
     return {"row": shape[0], "column": shape[1], "element": shape[0] * shape[1]}[name]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from models import adapted, fggm_layers, llama, token_batches
-from reference import criterion_scores, seeded, unit_scores, units
+from reference import KINDS, criterion_scores, seeded, unit_scores, units
 
 from fggm_peft import CRITERIA, Criterion, FGGMConfig, ScoreMass, TopDensity, select_parameters
 from fggm_peft.core.covariance import Covariance
 from fggm_peft.core.criteria import Quantities
-from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.harm_decay import InputMetric
 
 SHAPE = (6, 9)
 CASES = [
     (name, granularity)
     for name, criterion in CRITERIA._entries.items()
-    for granularity in GRANULARITIES
+    for granularity in KINDS
     if criterion.supports(granularity_from(granularity))
 ]
 
@@ -125,7 +125,7 @@ def test_a_unit_with_a_random_draw_of_zero_can_still_be_selected(granularity, mo
     [
         (name, granularity)
         for name in CRITERIA
-        for granularity in GRANULARITIES
+        for granularity in KINDS
         if not CRITERIA[name].supports(granularity_from(granularity))
     ],
 )

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TOLERANCE, dense_delta, linear, relative_error, units
+from reference import KINDS, TOLERANCE, dense_delta, linear, relative_error, units
 
-from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.core.linear import (
     additive_linear,
     effective_linear,
@@ -101,7 +100,7 @@ def test_several_deltas_of_any_granularity_add_up_with_their_scales(form, make_d
     shape = (8, 6)
     deltas = [
         make_delta(name, shape, 1 + position % 4, torch.float64, scale=scale, seed=position)
-        for position, (name, scale) in enumerate([(n, s) for n in GRANULARITIES for s in (1.0, -0.5, 0.0)])
+        for position, (name, scale) in enumerate([(n, s) for n in KINDS for s in (1.0, -0.5, 0.0)])
     ]
     x, weight, bias = (torch.randn(size, dtype=torch.float64) for size in ((5, 6), shape, (8,)))
     assert_like_dense(form, x, weight, bias, deltas)
@@ -122,7 +121,7 @@ def test_random_shapes_and_supports_agree_with_dense(form, data, make_delta):
             seed=data.draw(st.integers(0, 99)),
             index_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
         )
-        for name in data.draw(st.lists(st.sampled_from(list(GRANULARITIES)), min_size=1, max_size=3))
+        for name in data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))
     ]
     x = torch.randn(data.draw(st.integers(0, 5)), shape[1], dtype=torch.float64)
     weight = torch.randn(shape, dtype=torch.float64)

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from reference import per_sample_gradients, per_sample_weight_gradients, relative_error, unit_scores
+from reference import KINDS, per_sample_gradients, per_sample_weight_gradients, relative_error, unit_scores
 from torch import nn
 
 from fggm_peft.core import per_sample
-from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.per_sample import (
     EmbeddingGradients,
     GramMatrix,
@@ -133,7 +133,7 @@ def test_positions_without_a_gradient_change_nothing(spans, gap):
         g[sample, :start], g[sample, end:] = 0, -0.0
     g[:, :, 0] *= not gap  # a zero feature does not make a position zero
     half = torch.arange(b) % 2
-    for name in GRANULARITIES:
+    for name in KINDS:
         expected = naive_halves(per_sample_gradients(x, g), name, half)
         assert relative_error(halves(LinearGradients(x, g), name, units(name, o, i), half), expected) < FLOAT32
 
@@ -151,7 +151,7 @@ def test_non_finite_gradients_are_not_excluded(value, granularity):
 def test_any_shape_agrees_with_the_naive_loop(b, t, o, i):
     x, g = torch.randn(b, t, i, dtype=torch.float64), torch.randn(b, t, o, dtype=torch.float64)
     half = torch.arange(b) % 2
-    for name in GRANULARITIES:
+    for name in KINDS:
         expected = naive_halves(per_sample_gradients(x, g), name, half)
         assert relative_error(halves(LinearGradients(x, g), name, units(name, o, i), half), expected) < FLOAT32
 

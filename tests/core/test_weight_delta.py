@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import dense_delta, mask, relative_error, seeded, units
+from reference import KINDS, dense_delta, mask, relative_error, seeded, units
 
-from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.weight_delta import WeightDelta, in_one_granularity, shared, united
 
-KINDS = st.sampled_from(list(GRANULARITIES))
+NAMES = st.sampled_from(KINDS)
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 

@@ -124,7 +124,7 @@ def test_the_variants_of_the_page_on_extending_select_train_merge_and_load(tmp_p
     registered = {
         CRITERIA: "fisher_over_weight",
         POLICIES: "above_median",
-        GRANULARITIES: "row_blocks",
+        GRANULARITIES: "tiles",
         METHODS: "embeddings",
         LAYER_TYPES: "InputMajorLinear",
     }
@@ -134,22 +134,20 @@ def test_the_variants_of_the_page_on_extending_select_train_merge_and_load(tmp_p
         for registry, name in registered.items():
             assert name in registry
 
-        model, loaded, merged, blocks = names["model"], names["loaded"], names["merged"], names["RowBlocks"](8)
-        saved = json.loads(Path("blocks/adapter_config.json").read_text())
-        assert saved["granularity"] == {"granularity": "row_blocks", "size": 8}
+        model, loaded, merged, tiles = names["model"], names["loaded"], names["merged"], names["Tiles"](8)
+        saved = json.loads(Path("tiles/adapter_config.json").read_text())
+        assert saved["granularity"] == {"granularity": "tiles", "size": 8}
         assert saved["threshold"] == {"policy": "above_median", "factor": 1.2, "scope": "layer"}
-        assert loaded.peft_config["default"].granularity == blocks
+        assert loaded.peft_config["default"].granularity == tiles
         assert names["report"].criterion == "fisher_over_weight" and names["report"].density < 0.6
         for target in find_targets(loaded, "default").values():
-            assert target.granularity == blocks and target.values.shape[1:] == (8, target.shape[1])
+            assert target.granularity == tiles and target.values.shape[1:] == (8, 8)
         with torch.no_grad():
             outputs = [m(**batches[0]).logits for m in (text_model(), loaded, merged)]
         assert not torch.equal(outputs[0], outputs[1])
         torch.testing.assert_close(outputs[1], outputs[2])
-        with pytest.raises(
-            ValueError, match=r"q_proj: granularity='row_blocks\(size=7\)' does not support .*\[64, 64\]"
-        ):
-            get_peft_model(text_model(), FGGMConfig(granularity=names["RowBlocks"](7), target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match=r"q_proj: granularity='tiles\(size=7\)' does not support .*\[64, 64\]"):
+            get_peft_model(text_model(), FGGMConfig(granularity=names["Tiles"](7), target_modules=["q_proj"]))
         with pytest.raises(ValueError, match=r"AboveMedian\.factor must be a finite number > 0, got 0"):
             names["AboveMedian"](0)
 

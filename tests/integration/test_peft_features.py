@@ -15,12 +15,11 @@ from peft import (
     inject_adapter_in_model,
     prepare_model_for_kbit_training,
 )
-from reference import TOLERANCE, relative_error
+from reference import KINDS, TOLERANCE, relative_error
 from torch import nn
 from transformers import BertForSequenceClassification
 
 from fggm_peft import FGGMConfig, select_parameters
-from fggm_peft.core.granularity import GRANULARITIES
 
 BATCHES = token_batches()
 
@@ -190,7 +189,7 @@ def test_a_model_prepared_for_kbit_training_trains(granularity):
 
 
 @pytest.mark.parametrize("positions", [3, 40])
-@pytest.mark.parametrize("kind", [name for name in GRANULARITIES if name != "element"])
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "element"])
 def test_forward_and_backward_of_rows_and_columns_compile_into_one_graph(kind, positions):
     """Elements are excluded: the shapes of their chunks depend on data, so they compile into several graphs."""
     torch._dynamo.reset()
@@ -207,7 +206,7 @@ def test_forward_and_backward_of_rows_and_columns_compile_into_one_graph(kind, p
         torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("kind", [name for name in GRANULARITIES if name != "element"])
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "element"])
 def test_other_sequence_lengths_do_not_recompile_a_model(kind):
     """In eager mode, the form of a layer's product depends on the length, with a different limit for each layer."""
     torch._dynamo.reset()

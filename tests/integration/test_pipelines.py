@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from models import adapted, byte_tokenizer, fggm_layers, llama, logits, text_model, token_batches, train
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from reference import KINDS
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, d
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.criteria import CRITERIA
-from fggm_peft.core.granularity import GRANULARITIES, granularity_from
+from fggm_peft.core.granularity import granularity_from
 from fggm_peft.training import FGGMCallback, FGGMTrainer
 
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
@@ -53,7 +54,7 @@ def offloaded(tmp_path):
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_a_base_offloaded_to_disk_gives_the_results_of_a_base_in_memory(criterion, offloaded, tmp_path):
-    granularity = next(name for name in GRANULARITIES if CRITERIA[criterion].supports(granularity_from(name)))
+    granularity = next(name for name in KINDS if CRITERIA[criterion].supports(granularity_from(name)))
     decay = {"harm_decay": 1.0} if CRITERIA[criterion].uses_covariance else {}
     models = [adapted(base, granularity, criterion=criterion, **decay) for base in (llama(), offloaded())]
     reference = BATCHES[:1] if CRITERIA[criterion].reference or decay else None

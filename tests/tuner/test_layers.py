@@ -8,13 +8,13 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from reference import TOLERANCE, dense_delta, layer_output, relative_error, stored
+from reference import KINDS, TOLERANCE, dense_delta, layer_output, relative_error, stored
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fggm_peft import FGGMConfig, FGGMLayer
 from fggm_peft.core.errors import AdapterNotSelectedError
-from fggm_peft.core.granularity import GRANULARITIES, Rows
+from fggm_peft.core.granularity import Rows
 from fggm_peft.tuner.layer_types import LAYER_TYPES, make_layer
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -244,7 +244,7 @@ def test_the_forward_of_a_subclass_is_used(build, like, granularity, layer_examp
 
 def test_several_active_adapters_add_up_with_their_scales(example, adapt):
     base, x = example.layer(), example.x()
-    names = list(GRANULARITIES)
+    names = list(KINDS)
     model = adapt(copy.deepcopy(base), granularity=names[0])
     for seed, name in enumerate(names):
         config = FGGMConfig(

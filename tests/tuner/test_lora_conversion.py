@@ -8,10 +8,10 @@ import pytest
 import torch
 from models import gpt2, llama, logits, quantized, token_batches
 from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
+from reference import KINDS
 from torch import nn
 
 from fggm_peft import FGGMConfig
-from fggm_peft.core.granularity import GRANULARITIES
 
 BATCH = token_batches()[0]
 
@@ -22,7 +22,7 @@ def adapted(base: nn.Module, granularity: str, **config) -> PeftModel:
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
-@pytest.mark.parametrize("kind", [kind for kind in GRANULARITIES if kind != "element"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "element"])
 def test_rows_and_columns_convert_to_a_lora_of_their_number(kind, build, tmp_path):
     model = adapted(build(), kind, max_units=4)
     for layer in model.modules():

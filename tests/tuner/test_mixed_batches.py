@@ -8,20 +8,18 @@ import pytest
 import torch
 from models import bert, fggm_layers, llama, t5, token_batches
 from peft import get_peft_model
-from reference import TOLERANCE, relative_error
+from reference import KINDS, TOLERANCE, relative_error
 from torch import nn
 from transformers import BertForSequenceClassification
 
 from fggm_peft import FGGMConfig
-from fggm_peft.core.granularity import GRANULARITIES
 
-KINDS = list(GRANULARITIES)
 NAMES = [KINDS[0], "__base__", KINDS[-1], KINDS[0], KINDS[1]]
 
 
 def with_an_adapter_of_each_granularity(model: nn.Module, **config) -> nn.Module:
     """A model with one adapter for each granularity and of its name, with random supports and values."""
-    for seed, kind in enumerate(GRANULARITIES):
+    for seed, kind in enumerate(KINDS):
         options = FGGMConfig(criterion="random", granularity=kind, seed=seed, density=0.3, **config)
         if seed:
             model.add_adapter(kind, options)

@@ -7,12 +7,11 @@ import torch
 from models import fggm_layers, llama, logits, token_batches
 from peft import get_peft_model
 from peft.utils import merge_utils
-from reference import dense_delta
+from reference import KINDS, dense_delta
 from safetensors.torch import load_file
 from torch import nn
 
 from fggm_peft import FGGMConfig
-from fggm_peft.core.granularity import GRANULARITIES
 from fggm_peft.tuner.several.weighted import COMBINATIONS
 
 PEFT_FUNCTIONS = {
@@ -22,7 +21,6 @@ PEFT_FUNCTIONS = {
     "dare_linear": lambda tensors, weights, density, sign: merge_utils.dare_linear(tensors, weights, density),
     "dare_ties": merge_utils.dare_ties,
 }
-KINDS = list(GRANULARITIES)
 
 
 def with_adapters(base: nn.Module, granularities, density=0.3, **config):

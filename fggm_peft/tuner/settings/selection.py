@@ -23,7 +23,8 @@ class SelectionSettings:
     granularity: Granularity = setting(
         "row",
         "Unit of the selection: 'row' (an output feature, as in the paper), 'column' (an input feature), 'element' (a "
-        "single weight entry), a Granularity with arguments, or its dict.",
+        "single weight entry), or an instance with arguments: `RowBlocks(size=64)` ('row_block') and "
+        "`ColumnBlocks(size=64)` ('column_block') are consecutive rows or columns. A dict stands for an instance.",
     )
     criterion: str = setting(
         "fisher",
