@@ -16,7 +16,7 @@ SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 
 @st.composite
-def deltas(draw, shape, kinds=KINDS):
+def deltas(draw, shape, kinds=NAMES):
     name = draw(kinds)
     chosen = sorted(draw(st.sets(st.integers(0, units(name, shape) - 1))))
     kind = granularity_from(name)
