@@ -7,6 +7,7 @@ its newest checkpoint; both give the same bits as a run without interruption.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -92,7 +93,8 @@ class Runner:
         while len(entries) <= len(lessons) and not is_stopped(entries):
             number = len(entries) - 1
             method, model, entry = self._learn(method, model, number, lessons, entries)
-            entries.append({**entry, "peak_memory": peak_memory()})  # of this process; a resumed run has several
+            entry |= {"kept_bytes": saved_bytes(method.memory), "peak_memory": peak_memory()}  # of this process
+            entries.append(entry)
             self._save_state(model, method, entries)
             self.on_tasks_done(len(lessons[number][1]))
         return self._result(entries, method.sees_all_tasks)
@@ -270,6 +272,7 @@ class Runner:
             "cost": {
                 **{name: sum(entry.get(name, 0) for entry in entries) for name in SUMMED},
                 "parameters": max(entry.get("parameters", 0) for entry in entries),
+                "kept_bytes": max(entry.get("kept_bytes", 0) for entry in entries),
                 "peak_memory": max(entry.get("peak_memory") or 0 for entry in entries) or None,
             },
         }
@@ -278,6 +281,14 @@ class Runner:
 def learned(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Finished task -> its score right after it was learned."""
     return {entry["task"]: entry["scores"][entry["task"]] for entry in entries if entry["task"] in entry["scores"]}
+
+
+def saved_bytes(memory: dict[Any, Any]) -> int:
+    """Size of a file with what a method keeps between tasks."""
+    file = io.BytesIO()
+    if memory:
+        torch.save(memory, file)
+    return file.tell()
 
 
 def changed_answers(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

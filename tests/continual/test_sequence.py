@@ -323,6 +323,14 @@ def test_a_full_disk_leaves_no_partial_state_and_the_run_can_resume(folder, tmp_
     assert without_times(result) == without_times(expected)
 
 
+def test_the_size_of_what_a_method_keeps_is_measured(folder, tmp_path):
+    methods = ["sft", {"name": "replay", "fraction": 0.5}]
+    kept = [
+        result["cost"]["kept_bytes"] for result in run_stream(read_stream(settings(folder, methods=methods)), tmp_path)
+    ]
+    assert kept[0] == 0 < kept[1] < 100_000
+
+
 def test_answers_that_became_wrong_and_right_are_counted():
     entries = [
         {"task": "a", "right": {"a": "1100"}},

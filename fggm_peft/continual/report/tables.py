@@ -96,6 +96,7 @@ def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
         "peak memory": _mean(cost.get("peak_memory"), bytes_shown),
         "trainable values": _mean(cost.get("parameters"), lambda count: f"{count:,.0f}"),
         "saved": _mean(cost.get("bytes"), bytes_shown),
+        "kept for later tasks": _mean(cost.get("kept_bytes"), bytes_shown),
     }
 
 
