@@ -1,0 +1,218 @@
+#!/usr/bin/env python
+"""Writes the tables and the figure of docs/study.md from the runs in benchmarks/results/retention.
+
+    python benchmarks/study/page.py [--check]
+
+``--check`` writes nothing and fails if the page does not show the committed runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fggm_peft import plots
+from fggm_peft.continual.measures import summary_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "retention"
+PAGE, FIGURE = ROOT / "docs" / "study.md", ROOT / "docs" / "study.png"
+STREAMS = ("demo", "intents", "generation", "mixed")
+OURS = ("retain", "retain-10%", "decay-all")
+WITH_OLD_DATA = ("replay-1%", "replay-10%", "multitask")
+Run = dict[str, Any]
+
+
+def main() -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
+    arguments = parser.parse_args()
+    runs = {stream: runs_of(stream) for stream in STREAMS}
+    page = with_parts(PAGE.read_text("utf-8"), parts_of({name: own for name, own in runs.items() if own}))
+    if arguments.check:
+        sys.exit(0 if page == PAGE.read_text("utf-8") else f"{PAGE.name} is out of date; run {Path(__file__).name}")
+    PAGE.write_text(page, "utf-8")
+    draw({name: own for name, own in runs.items() if own})
+
+
+def runs_of(stream: str) -> list[Run]:
+    """The finished runs of a stream, in the order of the methods in its file."""
+    file = Path(__file__).parent / f"{'' if stream == 'tuning' else 'retention-'}{stream}.yaml"
+    methods = yaml.safe_load(file.read_text())["methods"]
+    labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in methods]
+    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / stream).glob("runs/*/*/run.json"))]
+    return sorted(runs, key=lambda run: (labels.index(run["label"]), run["learning_rate"], run["seed"], run["order"]))
+
+
+def with_parts(page: str, parts: dict[str, str]) -> str:
+    """The page with new text between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    for name, text in parts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        page, count = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{PAGE.name} needs <!-- {name} --> and <!-- /{name} --> once")
+    return page
+
+
+def parts_of(streams: dict[str, list[Run]]) -> dict[str, str]:
+    """The generated parts of the page."""
+    sections = [f"### {name}\n\n{stream_table(runs)}" for name, runs in streams.items()]
+    return {"targets": targets(streams), "streams": "\n\n".join(sections), "tuning": tuning_table(runs_of("tuning"))}
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(run["label"] for run in runs))
+
+
+def values(runs: Iterable[Run], measure: str, **where: Any) -> list[float]:
+    own = (run for run in runs if all(run[key] == value for key, value in where.items()))
+    return [run[measure] for run in own if run.get(measure) is not None]
+
+
+def mean(numbers: Sequence[float], form: str = ".3f") -> str:
+    return f"{sum(numbers) / len(numbers):{form}}" if numbers else ""
+
+
+def stream_table(runs: Sequence[Run]) -> str:
+    """One row for each method."""
+    headings = ["method", "rate", "runs", "OP, given", "OP, reversed", "learned", "BWT", "general, nats", "worst"]
+    headings += ["other text", "KL", "right → wrong", "minutes", "kept MB", "OP: `retain` − this"]  # noqa: RUF001
+    rows = []
+    for label in labels_of(runs):
+        own = [run for run in runs if run["label"] == label]
+        changed = [sum(task["lost"] for task in (run.get("changed") or {}).values()) for run in own]
+        minutes = [(run["cost"]["selection_seconds"] + run["cost"]["training_seconds"]) / 60 for run in own]
+        kept = [run["cost"].get("kept_bytes", 0) / 1e6 for run in own]
+        rows.append(
+            [
+                f"**{label}**" if label in OURS else label,
+                f"{own[0]['learning_rate']:g}",
+                str(len(own)),
+                *(mean(values(own, "op", order=order)) for order in ("given", "reversed")),
+                mean(values(own, "diagonal")),
+                *(mean(values(own, measure), "+.3f") for measure in ("bwt", "general", "general_worst", "other")),
+                mean(values(own, "kl"), ".2f"),
+                mean(changed, ".0f"),
+                mean(minutes, ".1f"),
+                mean(kept, ".1f"),
+                difference(runs, "retain", label),
+            ]
+        )
+    return table(headings, rows)
+
+
+def difference(runs: Sequence[Run], a: str, b: str) -> str:
+    """The mean difference in OP over the runs with the same seed and order, with its 95 % interval."""
+    ops = {label: {(r["seed"], r["order"]): r["op"] for r in runs if r["label"] == label} for label in (a, b)}
+    summary = summary_of(ops[a][pair] - ops[b][pair] for pair in ops[a] if pair in ops[b]) if a != b else None
+    if summary is None:
+        return ""
+    interval = "" if summary["interval"] is None else " [{:+.3f}, {:+.3f}]".format(*summary["interval"])
+    return f"{summary['mean']:+.3f}{interval}"
+
+
+def targets(streams: dict[str, list[Run]]) -> str:
+    """Whether our methods reach what issue 17 promised, stream by stream."""
+    rows = []
+    for stream, runs in streams.items():
+        for label in [label for label in labels_of(runs) if label in OURS]:
+            own = [run for run in runs if run["label"] == label]
+            limit = -0.04 if len(own[0]["tasks"]) >= 8 else -0.02
+            rows.append(
+                [
+                    stream,
+                    label,
+                    *(
+                        judged(value, form, is_met)
+                        for value, form, is_met in (
+                            (gap(runs, label, "sft", "diagonal"), "+.3f", lambda x: x >= -0.01),
+                            (average(own, "bwt"), "+.3f", lambda x, limit=limit: x >= limit),
+                            (average(own, "general"), "+.3f", lambda x: x <= 0.03),
+                            (average(own, "other"), "+.3f", lambda x: x <= 0.05),
+                            (lead(runs, label), "+.3f", lambda x: x > 0),
+                        )
+                    ),
+                ]
+            )
+    headings = ["stream", "method", "learned − full fine-tuning (≥ −.01)", "BWT (≥ −.02; 8 tasks −.04)"]  # noqa: RUF001
+    headings += ["general, nats (≤ .03)", "other text (≤ .05)", "OP − best other without old data, worst order (> 0)"]  # noqa: RUF001
+    return table(headings, rows)
+
+
+def judged(value: float | None, form: str, is_met: Callable[[float], bool]) -> str:
+    return "" if value is None else f"{value:{form}} {'✓' if is_met(value) else '✗'}"
+
+
+def average(runs: Sequence[Run], measure: str) -> float | None:
+    numbers = values(runs, measure)
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def gap(runs: Sequence[Run], a: str, b: str, measure: str) -> float | None:
+    """The mean of ``a`` minus the mean of ``b``; None if one of them has no run."""
+    first, second = (average([run for run in runs if run["label"] == label], measure) for label in (a, b))
+    return None if first is None or second is None else first - second
+
+
+def lead(runs: Sequence[Run], label: str) -> float | None:
+    """The lead in OP over the best other method without old data (or with 1 % of it), in the worst order."""
+    others = [b for b in labels_of(runs) if b not in OURS and b not in set(WITH_OLD_DATA) - {"replay-1%"}]
+    orders = [[run for run in runs if run["order"] == order] for order in ("given", "reversed")]
+    leads = [gap(own, label, b, "op") for b in others for own in orders]
+    return min((x for x in leads if x is not None), default=None)
+
+
+def tuning_table(runs: Sequence[Run]) -> str:
+    """OP and general loss of each method at each rate on the tuning stream."""
+    rows = [
+        [
+            run["label"],
+            f"{run['learning_rate']:g}",
+            f"{run['op']:.3f}",
+            f"{run['diagonal']:.3f}",
+            f"{run['general']:+.3f}",
+        ]
+        for run in runs
+    ]
+    return table(["method", "rate", "OP", "learned", "general, nats"], rows)
+
+
+# --- figure --------------------------------------------------------------------------------------
+
+
+@plots.style()
+def draw(streams: dict[str, list[Run]]) -> None:
+    """What each method learned, against what it still knows at the end: an arrow for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(streams), 3.4), layout="constrained")
+    labels = list(dict.fromkeys(label for runs in streams.values() for label in labels_of(runs)))
+    for axes, (name, runs) in zip(figure.subplots(1, len(streams), squeeze=False).flat, streams.items(), strict=True):
+        for label in labels_of(runs):
+            own = [run for run in runs if run["label"] == label]
+            x, y = average(own, "general"), average(own, "op")
+            look = plots.looks(labels)[label] | {"linestyle": "none", "markersize": 9 if label in OURS else 6}
+            axes.plot(x, y, label=label, **look)
+        axes.set(title=name, xlabel="rise of the general loss, nats", ylabel="final performance (OP)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    plots.save(figure, FIGURE)
+
+
+if __name__ == "__main__":
+    main()
