@@ -104,15 +104,15 @@ def _dataloader(args: Namespace, config: FGGMConfig) -> Any:
     """Shuffled batches. Each process reads its share, without repeating samples."""
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader
-    from transformers import DataCollatorForSeq2Seq
 
     from ..selection.agreement import MAX_SAMPLES
     from ..training.base_model import this_process
+    from ..training.data import padding_on_the_right
 
     tokenizer = base_model(args).load_tokenizer()
     limit = MAX_SAMPLES if config.num_samples == "auto" else config.num_samples
     examples: Any = read_task(args, args.data, tokenizer, limit=limit, seed=config.seed)
-    loader = DataLoader(examples, batch_size=args.batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    loader = DataLoader(examples, batch_size=args.batch_size, collate_fn=padding_on_the_right(tokenizer))
     if this_process().num_processes == 1:
         return loader
     return prepare_data_loader(loader, even_batches=False, put_on_device=False)

@@ -86,11 +86,10 @@ def run(args: Namespace) -> Result | None:
     Without --adapter, the weights are selected first, from the same data. Runs on several devices under accelerate
     launch or torchrun. Every field of TrainingArguments is an option, also those not listed, e.g. --max-grad-norm 0.5.
     """
-    from transformers import DataCollatorForSeq2Seq
-
     from ..deltas import save_adapter
     from ..retention import kl_divergence, predicted_drift
     from ..training import FGGMTrainer
+    from ..training.data import padding_on_the_right
     from ..training.evaluation import score_answers
 
     _require_adapter_without_selection(args)
@@ -111,7 +110,7 @@ def run(args: Namespace) -> Result | None:
             args=settings,
             train_dataset=examples,
             eval_dataset=eval_examples,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=padding_on_the_right(tokenizer),
         )
         if args.overwrite and not args.resume and trainer.is_world_process_zero():
             shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier run

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import TrainingArguments
 
 from ..retention import kl_divergence
 from ..training.base_model import this_process
 from ..training.checkpoints import last_complete_checkpoint
-from ..training.data import TokenizedExamples
+from ..training.data import TokenizedExamples, padding_on_the_right
 from ..training.evaluation import score_answers, written_answers
 from ..training.texts import PARAGRAPH_LENGTH, read_paragraphs
 from ..tuner.files import digest_of_folder, partial_file, write_json
@@ -134,7 +134,7 @@ class Runner:
                 model=model,
                 args=self._arguments(tasks[0], method.task_seed, folder / "checkpoints"),
                 train_dataset=examples,
-                data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+                data_collator=padding_on_the_right(self.tokenizer),
             )
             trainer.train(resume_from_checkpoint=_newest_checkpoint(folder / "checkpoints"))
             report = getattr(trainer, "selection_report", None)
@@ -213,7 +213,7 @@ class Runner:
         if self.stream.general is None or not self.stream.general.kl:
             return None
         base, examples = self.stream.model.load(), self.tests[count - 1]
-        batches = DataLoader(examples, self.batch_size, collate_fn=DataCollatorForSeq2Seq(self.tokenizer))
+        batches = DataLoader(examples, self.batch_size, collate_fn=padding_on_the_right(self.tokenizer))
         with self._autocast():
             return kl_divergence(model, batches, num_batches=KL_BATCHES, base=base)
 

@@ -7,7 +7,6 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ from ..training.data import (
     DataSource,
     Example,
     TokenizedExamples,
+    Turns,
     load_rows,
     read_example,
     row_format,
@@ -26,9 +26,9 @@ from ..training.data import (
 from ..tuner.files import digest_of_files, digest_of_folder
 from .metrics import require_metric
 from .settings import Count, DataPath, FolderName, Positive, Settings
+from .templates import template
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "eval", "test"]
@@ -57,11 +57,9 @@ class TaskExamples(TokenizedExamples):
         super().__init__(examples, tokenizer, task.max_prompt_length + task.max_answer_length)
         self.task = task
         self.cut_prompts = self.cut_answers = 0
-        for example in examples:
-            prompt, answer = tokenizer([example.prompt, example.answer], add_special_tokens=False)["input_ids"]
-            start, end = (0, 0) if example.is_rendered else (len(self.start), tokenizer.eos_token_id is not None)
-            self.cut_prompts += len(prompt) + start > task.max_prompt_length
-            self.cut_answers += len(answer) + end > task.max_answer_length
+        for start, prompt, answer in map(self.parts, examples):
+            self.cut_prompts += len(start) + len(prompt) > task.max_prompt_length
+            self.cut_answers += len(answer) > task.max_answer_length
         if self.cut_answers:
             warnings.warn(
                 f"{self.cut_answers} of {len(examples)} answers of {task.name} ({split}) have more than "
@@ -89,7 +87,7 @@ class Task(Settings):
         split: names of the splits in the data set, such as ``{train: "train[:5000]", test: validation}``; a text is
             the name of the training split.
         prompt, answer: Jinja templates over the columns of a row, for rows of other formats. ``row`` is the whole
-            row. They run in Jinja's sandbox, and their output is text, whatever it contains.
+            row. They run in Jinja's sandbox. What they write must be text or numbers.
         chat_template: wrap prompts and answers in the tokenizer's chat template.
         max_prompt_length: in tokens; longer prompts are truncated on the left.
         max_answer_length: in tokens, also for generation; longer answers are truncated and counted.
@@ -124,7 +122,7 @@ class Task(Settings):
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
         if value is not None:
-            _template(value)
+            template(value)
         return value
 
     @model_validator(mode="after")
@@ -160,7 +158,7 @@ class Task(Settings):
             row = rows[index] if self.prompt is None else self._rendered(rows[index], index, source)
             if (example := read_example(row, index, format, source, tokenizer)) is not None:
                 prompt, answer = format.read(row)
-                examples.append((example, _last_text(prompt), _last_text(answer)))
+                examples.append((example, _last_text(prompt), _last_text(answer) or example.answer))
         if not examples:
             raise DataError(f"every row of {source.name} is empty, or there are none")
         return TaskExamples(self, split, examples, tokenizer)
@@ -170,7 +168,7 @@ class Task(Settings):
         from jinja2 import TemplateError
 
         try:
-            return {name: _template(getattr(self, name)).render({"row": row, **row}) for name in ("prompt", "answer")}
+            return {name: template(getattr(self, name)).render({"row": row, **row}) for name in ("prompt", "answer")}
         except Exception as error:  # a template may raise any error, such as a division by zero
             kind = "" if isinstance(error, (TemplateError, ValueError)) else f"{type(error).__name__}: "
             raise DataError(
@@ -203,30 +201,6 @@ class Task(Settings):
         return None if self.path is None else digest_of_folder(Path(self.path), (*FILE_TYPES, ".arrow"))
 
 
-def _last_text(text: Any) -> str:
+def _last_text(text: str | Turns | None) -> str:
     """The text, or the last message of a conversation."""
-    if isinstance(text, list):
-        return str(text[-1]["content"]) if text else ""
-    return "" if text is None else str(text)
-
-
-@lru_cache
-def _template(text: str) -> Template:
-    from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    if "{{" not in text and "{%" not in text:
-        raise ValueError(f"{text!r} is the same for every row; a template contains columns, such as {{{{ {text} }}}}")
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
-    )
-    try:
-        return environment.from_string(text)
-    except TemplateError as error:
-        raise ValueError(f"not a Jinja template: {error}") from error
-
-
-def _not_null(value: Any) -> Any:
-    if value is None:  # Jinja would write the word None, and a model would learn it
-        raise ValueError("a value is null; write {{ column or '' }} if that is intended")
-    return value
+    return text[-1]["content"] if isinstance(text, list) and text else str(text or "")

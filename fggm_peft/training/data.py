@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import csv
+import copy
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from ..selection.likelihood import IGNORED
-from ..tuner.files.hub import may_be_hub_id
-from ..tuner.settings.fields import setting
+from .rows import FILE_TYPES, DataError, DataSource, Records, as_text, load_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-Records = Sequence[Mapping[str, Any]]
-"""The rows of a table, each a dict of column name -> value."""
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
-EVALUATION_SPLITS = ("eval", "validation", "valid", "val", "dev")
+Turns = list[dict[str, Any]]
+"""Messages of a conversation, each with a role and a content."""
+PARTS = ("tool_calls", "reasoning_content", "thinking")
+"""What a message may contain beside its content."""
 
-
-class DataError(ValueError):
-    """Data cannot be read, or a row has no answer to learn. The message names the file and the row."""
+__all__ = ["FILE_TYPES", "FORMATS", "IGNORED", "DataError", "DataSource", "Example", "Records", "RowFormat"]
+__all__ += ["TokenizedExamples", "load_examples", "load_rows", "padding_on_the_right", "read_example", "row_format"]
 
 
 @dataclass(frozen=True)
@@ -44,98 +42,6 @@ class Example:
     is_rendered: bool = False
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """Where rows come from, and which of their columns to use."""
-
-    name: str = field(metadata={"help": "A .json, .jsonl, .csv or .parquet file, a folder, or a Hub id."})
-    split: str = setting("train", "Split of a folder or a Hub dataset. eval and validation are synonyms.")
-    subset: Optional[str] = setting(None, "Configuration of a Hub dataset.")
-    prompt_column: Optional[str] = setting(None, "Column of the prompts; None recognizes it by its name.")
-    answer_column: Optional[str] = setting(
-        None, "Column of the answers; None recognizes it by its name. Without a prompt column it is plain text."
-    )
-    chat_template: bool = setting(False, "Wrap prompts and answers in the tokenizer's chat template.")
-
-    @property
-    def split_names(self) -> list[str]:
-        """The split and its synonyms."""
-        return [self.split, *(EVALUATION_SPLITS if self.split in EVALUATION_SPLITS else ())]
-
-
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def load_rows(source: DataSource) -> Records:
-    """The rows of a source; raises ``DataError`` if they do not exist or cannot be read."""
-    path = Path(source.name).expanduser()
-    files = [path / f"{split}{suffix}" for split in source.split_names for suffix in FILE_TYPES]
-    file = path if path.is_file() else next((file for file in files if file.is_file()), None)
-    if file is not None:
-        rows = _read_file(file)
-    elif path.is_dir() or (may_be_hub_id(source.name) and path.suffix not in FILE_TYPES):
-        rows = _load_with_datasets(source, path)
-    else:
-        raise DataError(f"no file or folder {source.name!r}")
-    if not len(rows):
-        raise DataError(f"{source.name} has no rows")
-    return rows
-
-
-def _read_file(path: Path) -> Records:
-    # `datasets` would infer types: it reads the text "2020-01-31" as a time, and "007" as the number 7
-    if path.suffix not in FILE_TYPES:
-        raise DataError(f"cannot read {path}: data files end in {', '.join(FILE_TYPES)}")
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.ParquetFile(path).read().to_pylist()
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else _parse_json(file.read(), path.suffix)
-    except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
-        raise DataError(f"cannot read {path}: {error}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f'{path} must be a list of objects, such as [{{"prompt": ..., "answer": ...}}]')
-    return rows
-
-
-def _parse_json(text: str, suffix: str) -> list[Any]:
-    if suffix == ".json" and text.lstrip().startswith("["):
-        return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-    return rows
-
-
-def _load_with_datasets(source: DataSource, path: Path) -> Records:
-    import datasets
-
-    # only `datasets` can slice ("train[:10%]"); otherwise all splits are loaded, to find synonyms
-    split = source.split if "[" in source.split or "+" in source.split else None
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(source.name, source.subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"cannot load the dataset {source.name!r} (split {source.split!r}): {reason}. Give a file "
-            f"({', '.join(FILE_TYPES)}), a folder with {source.split}.json, or a Hub id"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        return loaded
-    for name in source.split_names:
-        if name in loaded:
-            return loaded[name]
-    raise DataError(f"{source.name} has no split {source.split!r}; it has {', '.join(loaded)}. Choose one with --split")
-
-
 # --- columns -------------------------------------------------------------------------------------
 
 
@@ -143,31 +49,54 @@ def _load_with_datasets(source: DataSource, path: Path) -> Records:
 class RowFormat:
     """How to read rows that have certain columns.
 
-    ``read`` returns prompt and answer. The prompt is a text, a list of messages, or None for plain text.
+    ``read`` returns prompt and answer, each as text or as messages. The prompt is None for plain text, and an answer
+    is None if the row has none.
     """
 
     columns: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], tuple[str | list[dict[str, str]] | None, Any]]
+    read: Callable[[Mapping[str, Any]], tuple[str | Turns | None, str | Turns | None]]
 
 
 def _pair(prompt: str, answer: str) -> RowFormat:
-    return RowFormat((prompt, answer), lambda row: (row[prompt], row[answer]))
+    return RowFormat((prompt, answer), lambda row: (_content(row, prompt), _answer(row, answer)))
 
 
 def _plain(column: str) -> RowFormat:
-    return RowFormat((column,), lambda row: (None, row[column]))
+    return RowFormat((column,), lambda row: (None, _answer(row, column)))
 
 
-def _read_instruction(row: Mapping[str, Any]) -> tuple[str, Any]:
-    parts = [row["instruction"], *([row["input"]] if row.get("input") else []), ""]
-    return "\n\n".join(parts), row["output"]
+def _content(row: Mapping[str, Any], column: str) -> str | Turns:
+    value = row[column]
+    return _messages(value, column) if isinstance(value, list) and value else as_text(value, f"column {column!r}")
 
 
-def _read_messages(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], Any]:
-    messages = list(row["messages"])
+def _answer(row: Mapping[str, Any], column: str) -> str | Turns | None:
+    return None if row[column] is None else _content(row, column)
+
+
+def _messages(value: Any, column: str) -> Turns:
+    """The messages of a column, each with a content that is text. Keys without a value are omitted."""
+    is_list = isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
+    if not is_list or not all(isinstance(turn.get("role"), str) for turn in value):
+        raise DataError(f"column {column!r} must be text or a list of messages with role and content")
+    turns = [{key: part for key, part in turn.items() if part is not None and part != []} for turn in value]
+    for turn in turns:
+        content = turn.get("content", "" if "tool_calls" in turn else None)
+        turn["content"] = as_text(content, f"the content of a message in column {column!r}")
+    return turns
+
+
+def _read_instruction(row: Mapping[str, Any]) -> tuple[str, str | Turns | None]:
+    columns = ["instruction", *(["input"] if row.get("input") not in (None, "") else [])]
+    texts = [as_text(row[column], f"column {column!r}") for column in columns]
+    return "\n\n".join([*texts, ""]), _answer(row, "output")
+
+
+def _read_messages(row: Mapping[str, Any]) -> tuple[Turns, Turns]:
+    messages = _messages(row["messages"], "messages")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    return messages[:-1], messages[-1]["content"] if messages else None
+    return messages[:-1], messages[-1:]
 
 
 FORMATS = (
@@ -223,40 +152,66 @@ def load_examples(
 
 def read_example(row, index: int, format: RowFormat, source: DataSource, tokenizer) -> Example | None:
     """The example of a row (``index`` counts from 0, for errors); None for an empty row of plain text."""
-    name, columns = f"row {index + 1} of {source.name}", " + ".join(format.columns)
+    name = f"row {index + 1} of {source.name}"
     try:
         prompt, answer = format.read(row)
-        if isinstance(answer, list) and answer:  # TRL's conversational completions
-            answer = answer[-1]["content"]
+        tools = _tools(row)
     except KeyError as error:
-        raise DataError(f"{name} has no {error}; it must have {columns}") from error
-    except TypeError as error:
-        raise DataError(f"{name}: {columns} has an unexpected form: {error}") from error
-    if isinstance(answer, (Mapping, list)) and answer:
-        raise DataError(f"{name}: the answer ({format.columns[-1]}) is a {type(answer).__name__}, not a text")
-    if answer is None or not str(answer).strip():
+        raise DataError(f"{name} has no {error}; it must have {' + '.join(format.columns)}") from error
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    turns = [] if answer is None else _turns(answer, "assistant")
+    if not any(turn["content"].strip() or "tool_calls" in turn for turn in turns):
         if prompt is None:
             return None  # empty rows separate the paragraphs of plain text
         raise DataError(f"{name} has an empty answer ({format.columns[-1]}); remove the row")
-    if isinstance(prompt, list) or (source.chat_template and prompt is not None):
-        return _rendered(prompt, str(answer), name, tokenizer)
-    return Example("" if prompt is None else str(prompt), str(answer))
+    if isinstance(answer, str) and not isinstance(prompt, list) and not (source.chat_template and prompt is not None):
+        return Example(prompt or "", answer)
+    return _rendered(_turns(prompt or [], "user"), turns, tools, name, tokenizer)
 
 
-def _rendered(prompt: str | list[dict[str, str]], answer: str, name: str, tokenizer) -> Example:
+def _turns(content: str | Turns, role: str) -> Turns:
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    """The column "tools", which may be JSON in a text."""
+    tools = row.get("tools")
+    with suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    if tools and not isinstance(tools, list):
+        raise DataError("column 'tools' must be a list of tools, or JSON of one")
+    return tools or None
+
+
+def _rendered(prompt: Turns, answer: Turns, tools: list[Any] | None, name: str, tokenizer) -> Example:
     """The example in the tokenizer's chat template. The answer starts where the model would start to generate."""
     if not tokenizer.chat_template:
         raise DataError(
             f"{name} is a conversation, but the tokenizer of {tokenizer.name_or_path} has no chat template. Use the "
             "instruct version of the model, or rows with prompt and answer"
         )
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    conversation = [*messages, {"role": "assistant", "content": answer}]
+
+    def render(turns: Turns, tools: list[Any] | None = tools, **options: Any) -> str:
+        return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options)
+
+    turns = [*prompt, *answer]
     try:
-        start = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if messages else ""
-        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        start = render(prompt, add_generation_prompt=True) if prompt else ""
+        text = render(turns)
     except Exception as error:  # a template can raise anything
         raise DataError(f"the chat template rejects {name}: {error}") from error
+
+    def is_ignored(part: str) -> bool:
+        others = [{key: value for key, value in turn.items() if key != part} for turn in turns]
+        try:
+            is_used = (part == "tools" and tools) or others != turns
+            return bool(is_used) and render(others, None if part == "tools" else tools) == text
+        except Exception:  # the template requires this part
+            return False
+
+    if ignored := next(filter(is_ignored, ("tools", *PARTS)), None):
+        raise DataError(f"{name} has {ignored}, which the tokenizer's chat template does not write; remove it")
     if not text.startswith(start):
         raise DataError(
             f"the chat template does not write {name} as prompt, then answer; use prompt and answer columns"
@@ -287,11 +242,7 @@ class TokenizedExamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         example = self.examples[index]
-        prompt, answer = self._ids(example.prompt), self._ids(example.answer)
-        start = [] if example.is_rendered else self.start
-        if not example.is_rendered and self.tokenizer.eos_token_id is not None:
-            answer = [*answer, self.tokenizer.eos_token_id]
-        prompt, answer = self.truncate(start, prompt, answer)
+        prompt, answer = self.truncate(*self.parts(example))
         if len(prompt) + len(answer) < 2 or not answer:
             raise DataError(f"an example of one token has nothing to predict: {example!r}")
         return {
@@ -300,8 +251,26 @@ class TokenizedExamples(Dataset):
             "labels": [IGNORED] * len(prompt) + answer,
         }
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    def parts(self, example: Example) -> tuple[list[int], list[int], list[int]]:
+        """The start tokens to add, the prompt, and the answer with its end token, before truncation.
+
+        Prompt and answer are tokenized together, because many tokenizers write the start of a text in another way. A
+        token with characters of both belongs to the answer.
+        """
+        text, is_fast = example.prompt + example.answer, self.tokenizer.is_fast
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=is_fast)
+        ids = encoded["input_ids"]
+        if is_fast:
+            is_answer = [end > len(example.prompt) for _, end in encoded["offset_mapping"]]
+        else:  # the tokens after those that the prompt has alone
+            alone = self.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+            is_answer = [ids[: n + 1] != alone[: n + 1] for n in range(len(ids))]
+        length = is_answer.index(True) if True in is_answer else len(ids)
+        prompt, answer, end = ids[:length], ids[length:], self.tokenizer.eos_token_id
+        if example.is_rendered:
+            return [], prompt, answer
+        has_end = end is None or answer[-1:] == [end]
+        return [] if ids[:1] == self.start else self.start, prompt, answer if has_end else [*answer, end]
 
     def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """Prompt (with the start tokens) and answer, at most ``max_length`` tokens together. Subclasses override it."""
@@ -310,3 +279,15 @@ class TokenizedExamples(Dataset):
         prompt_length = self.max_length - len(answer)
         dropped = max(0, len(start) + len(prompt) - prompt_length)
         return start[:prompt_length] + prompt[dropped:], answer
+
+
+def padding_on_the_right(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """A collator for ``TokenizedExamples``.
+
+    Padding on the left would shift the absolute positions of a sample by an amount that depends on its batch.
+    """
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "right"
+    return DataCollatorForSeq2Seq(tokenizer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..selection.likelihood import IGNORED
 from ..tuner.hosts.bitsandbytes import four_bit_layers_as_they_are
-from .data import TokenizedExamples
+from .data import TokenizedExamples, padding_on_the_right
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,8 @@ def score_answers(
     model: nn.Module, examples: TokenizedExamples, batch_size: int = 8, description: str = "Evaluating"
 ) -> AnswerScores:
     """Loss and accuracy on the answers, equal for every batch size up to rounding. Leaves the model in eval mode."""
-    from transformers import DataCollatorForSeq2Seq
-
     model.eval()
-    collate = DataCollatorForSeq2Seq(examples.tokenizer)
+    collate = padding_on_the_right(examples.tokenizer)
     loss, correct, tokens = 0.0, 0, 0
     for indices in _batches(examples, batch_size, description):
         batch = collate([examples[index] for index in indices]).to(next(model.parameters()).device)
@@ -75,14 +75,13 @@ def written_answers(
     """The answers that greedy decoding generates, in the order of the examples. Leaves the model in eval mode."""
     model.eval()
     tokenizer, texts = examples.tokenizer, [""] * len(examples)
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     for indices in _batches(examples, batch_size, description):
         prompts = [_prompt_and_answer(examples[index])[0] for index in indices]
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         batch = batch.to(next(model.parameters()).device)
-        options = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **greedy}
-        with four_bit_layers_as_they_are(model):
-            sequences = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with four_bit_layers_as_they_are(model), _greedy_decoding(model, tokenizer):
+            sequences = model.generate(**inputs, max_new_tokens=max_new_tokens)
         answers = sequences[:, batch["input_ids"].shape[1] :]
         for index, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
             texts[index] = text
@@ -93,10 +92,35 @@ def exact_match(
     model: Any, examples: TokenizedExamples, batch_size: int = 8, max_new_tokens: int = 64, **options
 ) -> float:
     """Share of the answers that greedy decoding generates. Spaces around an answer are ignored."""
+    parts = [examples.parts(example) for example in examples.examples]
+    kept = [len(examples.truncate(*each)[1]) for each in parts]
+    answers, end = [answer for *_, answer in parts], examples.tokenizer.eos_token_id
+    lengths = [answer.index(end) if end in answer else len(answer) for answer in answers]
+    if too_long := sum(length > min(max_new_tokens, room) for length, room in zip(lengths, kept, strict=True)):
+        warnings.warn(
+            f"{too_long} of {len(answers)} answers can never match exactly: they have more than "
+            f"max_new_tokens={max_new_tokens} tokens, or are truncated to max_length={examples.max_length}",
+            stacklevel=2,
+        )
     generated = written_answers(model, examples, batch_size, max_new_tokens, **options)
-    answers = [_prompt_and_answer(examples[index])[1] for index in range(len(examples))]
     expected = examples.tokenizer.batch_decode(answers, skip_special_tokens=True)
     return sum(text.strip() == answer.strip() for text, answer in zip(generated, expected, strict=True)) / len(examples)
+
+
+@contextmanager
+def _greedy_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Replace the generation config of the base, which may contain penalties, forced tokens and a type of output."""
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    base.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
+    try:
+        yield
+    finally:
+        base.generation_config = config
 
 
 def _batches(examples: TokenizedExamples, batch_size: int, description: str) -> Iterator[list[int]]:

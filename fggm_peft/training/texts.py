@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from ..selection.reference import is_text_file
+from ..tuner.files.hub import user_path
 from .base_model import this_process
-from .data import DataError, Example, TokenizedExamples
+from .data import DataError, Example, TokenizedExamples, padding_on_the_right
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,9 +20,9 @@ PARAGRAPH_LENGTH = 256  # tokens; longer paragraphs are truncated
 
 def read_paragraphs(file: str | Path) -> list[Example]:
     """The paragraphs of a text file, which empty lines separate. The loss is on the whole paragraph."""
-    path = Path(file).expanduser()
+    path = user_path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
     paragraphs = [Example("", paragraph.strip()) for paragraph in text.split("\n\n") if paragraph.strip()]
@@ -35,12 +36,10 @@ def text_batches(file: str | Path, tokenizer: PreTrainedTokenizerBase, batch_siz
 
     Each process of a distributed run reads a share. Paragraphs are truncated to 256 tokens.
     """
-    from transformers import DataCollatorForSeq2Seq
-
     process = this_process()
     paragraphs = read_paragraphs(file)[process.process_index :: process.num_processes]
     examples: Any = TokenizedExamples(paragraphs, tokenizer, PARAGRAPH_LENGTH)
-    return DataLoader(examples, batch_size=batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    return DataLoader(examples, batch_size=batch_size, collate_fn=padding_on_the_right(tokenizer))
 
 
 def has_texts(references: Any) -> bool:

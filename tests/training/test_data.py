@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from fggm_peft.training.data import (
     FORMATS,
@@ -20,6 +21,7 @@ from fggm_peft.training.data import (
     TokenizedExamples,
     load_examples,
     load_rows,
+    padding_on_the_right,
 )
 
 CHAT_TEMPLATE = (
@@ -250,3 +252,212 @@ def test_a_missing_file_is_not_requested_from_the_hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(DataError, match="no file or folder"):
         load_rows(DataSource("missing.json"))
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), [], {}, ["a"], {"a": "b"}, True, "\ud83d"], ids=repr)
+@pytest.mark.parametrize(
+    "row", [row for row, _ in ROWS.values() if "text" not in row and "messages" not in row], ids=str
+)
+def test_a_value_that_is_not_text_is_an_error_that_names_the_row_and_the_column(row, value, tmp_path):
+    for column in row.keys() - {"id"}:
+        if (column, value) == ("input", None):
+            continue
+        with pytest.raises(DataError, match=rf"row 1 of .*{column}"):
+            read([{**row, column: value}], tmp_path)
+
+
+def test_numbers_are_text(tmp_path):
+    assert read([{"prompt": 1, "answer": 2.5}], tmp_path) == [Example("1", "2.5")]
+    assert read([{"instruction": 7, "input": 0, "output": 1}], tmp_path) == [Example("7\n\n0\n\n", "1")]
+
+
+# --- conversations -------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
+WITH_TOOLS = (
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}[{{ message.role }}]{{ message.reasoning_content }}{{ message.content }}"
+    "{% for call in message.tool_calls %}<call>{{ call.function.name }}{% endfor %}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+USER = {"role": "user", "content": "1+1"}
+ANSWER = {"role": "assistant", "content": "two"}
+
+
+def test_a_completion_of_several_turns_is_learned_as_a_whole(tmp_path):
+    row = {"prompt": [USER], "completion": [ANSWER, {"role": "user", "content": "sure?"}, ANSWER]}
+    [example] = read([row], tmp_path, byte_tokenizer(CHAT_TEMPLATE))
+    assert (example.prompt, example.answer) == (
+        "[user]1+1<eos>[assistant]",
+        "two<eos>[user]sure?<eos>[assistant]two<eos>",
+    )
+
+
+@pytest.mark.parametrize("empty", [{}, {"content": None}, {"content": "", "reasoning_content": None}])
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "text"])
+def test_tool_calls_and_tools_are_written_by_the_template(tools, empty, tmp_path):
+    call = {"role": "assistant", "tool_calls": [CALL], **empty}
+    rows = [
+        {"messages": [USER, call], "tools": tools},
+        {"messages": [USER, call, {"role": "tool", "content": 2}, ANSWER], "tools": tools},
+        {"prompt": [USER], "completion": [call, {"role": "tool", "content": "2"}, ANSWER], "tools": tools},
+    ]
+    for row, answer in zip(
+        rows, ("<call>add<eos>", "two<eos>", "<call>add<eos>[tool]2<eos>[assistant]two<eos>"), strict=True
+    ):
+        [example] = read([row], tmp_path, byte_tokenizer(WITH_TOOLS))
+        assert example.prompt.startswith('<tools>[{"type": "function"') and "None" not in example.prompt
+        assert example.answer == answer
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"messages": [USER, {**ANSWER, "tool_calls": [CALL]}]}, "tool_calls"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, USER, ANSWER]}, "tool_calls"),
+        ({"messages": [USER, {**ANSWER, "reasoning_content": "hm"}]}, "reasoning_content"),
+        ({"messages": [USER, {**ANSWER, "thinking": "hm"}]}, "thinking"),
+        ({"messages": [USER, ANSWER], "tools": [TOOL]}, "tools"),
+        ({"prompt": [USER], "completion": [ANSWER], "tools": json.dumps([TOOL])}, "tools"),
+    ],
+)
+def test_what_the_template_does_not_write_is_an_error(row, part, tmp_path):
+    with pytest.raises(DataError, match=rf"row 1 of .* has {part}, which the tokenizer's chat template does not write"):
+        read([row], tmp_path, byte_tokenizer(CHAT_TEMPLATE))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"content": "two"},
+        {"role": None, "content": "two"},
+        "two",
+    ],
+)
+def test_a_message_whose_content_is_not_text_is_an_error(message, tmp_path):
+    with pytest.raises(DataError, match=r"row 1 of .*: .*column 'messages'"):
+        read([{"messages": [USER, message, ANSWER]}], tmp_path, byte_tokenizer(CHAT_TEMPLATE))
+    with pytest.raises(DataError, match=r"row 1 of .*: .*column 'completion'"):
+        read([{"prompt": "1+1", "completion": [message]}], tmp_path, byte_tokenizer(CHAT_TEMPLATE))
+
+
+@pytest.mark.parametrize("tools", ["add", {"name": "add"}, "{", 5])
+def test_tools_that_are_no_list_are_an_error(tools, tmp_path):
+    with pytest.raises(DataError, match=r"row 1 of .*: column 'tools' must be a list"):
+        read([{"messages": [USER, ANSWER], "tools": tools}], tmp_path, byte_tokenizer(WITH_TOOLS))
+
+
+# --- one tokenization ----------------------------------------------------------------------------
+
+
+def spaced_tokenizer(kind: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer of characters that marks the start of a text like a space, as those of Llama 2 and T5."""
+    characters = ["▁", *"0123456789+=[]<>abcdefghijklmnopqrstuvwxyz"]
+    words = ["<unk>", "<s>", "</s>", *characters, *(f"▁{character}" for character in characters)]
+    if kind == "Unigram":
+        model = models.Unigram([(word, -9.0 if len(word) == 1 else -5.0) for word in words], 0)
+    else:
+        merges = [("▁", character) for character in characters]
+        model = models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    if kind == "Prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
+
+
+def tokens_of(example: Example, tokenizer) -> tuple[list[str], list[str]]:
+    row = TokenizedExamples([example], tokenizer, max_length=200)[0]
+    start = sum(label == IGNORED for label in row["labels"])
+    tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    return tokens[:start], tokens[start:]
+
+
+@pytest.mark.parametrize("kind", ["Prepend", "Metaspace", "Unigram"])
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("2+2=", "4", (["▁2", "+", "2", "="], ["4"])),
+        ("2+2=", " 4", (["▁2", "+", "2", "="], ["▁4"])),
+        ("2+2= ", "4", (["▁2", "+", "2", "="], ["▁4"])),
+        ("", "4", ([], ["▁4"])),
+        ("[a]", "b=a", (["▁[", "a", "]"], ["b", "=", "a"])),
+    ],
+)
+def test_prompt_and_answer_are_tokenized_together(kind, prompt, answer, expected):
+    tokenizer = spaced_tokenizer(kind)
+    assert tokens_of(Example(prompt, answer), tokenizer) == (expected[0], [*expected[1], "</s>"])
+    if prompt:
+        assert tokens_of(Example(prompt, answer, is_rendered=True), tokenizer) == expected
+
+
+@pytest.mark.parametrize("kind", ["Prepend", "Metaspace", "Unigram"])
+def test_the_answer_within_a_chat_template_is_tokenized_like_the_whole_text(kind, tmp_path):
+    template = CHAT_TEMPLATE.replace("<eos>", "</s>")
+    tokenizer = spaced_tokenizer(kind, template)
+    [example] = read([{"prompt": "2+2=", "answer": "4"}], tmp_path, tokenizer, chat_template=True)
+    prompt, answer = tokens_of(example, tokenizer)
+    assert [*prompt, *answer] == tokenizer.tokenize("[user]2+2=</s>[assistant]4</s>") and answer == ["4", "</s>"]
+
+
+class Slow(PreTrainedTokenizer):
+    """A tokenizer without offsets, with the token "=4"."""
+
+    words = ("<eos>", "=4", *"0123456789+=a")
+
+    def get_vocab(self):
+        return {word: index for index, word in enumerate(self.words)}
+
+    @property
+    def vocab_size(self):
+        return len(self.words)
+
+    def _tokenize(self, text, **kwargs):
+        return re.findall("=4|.", text)
+
+    def _convert_token_to_id(self, token):
+        return self.words.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.words[index]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [("2+2=", "4", (["2", "+", "2"], ["=4"])), ("2+2", "=5", (["2", "+", "2"], ["=", "5"])), ("", "4", ([], ["4"]))],
+)
+def test_a_tokenizer_without_offsets_splits_where_the_prompt_alone_ends(prompt, answer, expected):
+    tokenizer = Slow(eos_token="<eos>", pad_token="<eos>")
+    assert tokens_of(Example(prompt, answer), tokenizer) == (expected[0], [*expected[1], "<eos>"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("<bos>ab", "c"), ("ab", "c<eos>"), ("<bos>ab", "c<eos>"), ("", "<bos>abc<eos>"), ("", "<bos>abc"), ("ab", "c")],
+)
+def test_start_and_end_tokens_in_the_data_are_not_added_again(prompt, answer):
+    tokenizer = byte_tokenizer(adds_start=True)
+    prompt_tokens, answer_tokens = tokens_of(Example(prompt, answer), tokenizer)
+    assert [*prompt_tokens, *answer_tokens] == ["<bos>", "a", "b", "c", "<eos>"]
+    no_start = tokens_of(Example(prompt, answer), byte_tokenizer())
+    assert [*no_start[0], *no_start[1]].count("<bos>") == (prompt + answer).count("<bos>")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_padded_on_the_right(side):
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = side
+    examples = TokenizedExamples([Example("abc", "d"), Example("a", "b")], tokenizer, 20)
+    batch = padding_on_the_right(tokenizer)([examples[0], examples[1]])
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]] and tokenizer.padding_side == side
+    assert batch["labels"].tolist()[1][3:] == [IGNORED] * 2

@@ -1,13 +1,19 @@
-"""Distinguishes folders from Hub ids, and converts every failed download into one kind of error."""
+"""Expands paths, distinguishes folders from Hub ids, and converts every failed download into one kind of error."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+
+
+def user_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a user means: ``~`` is the home directory, also where a shell does not expand it."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises an error for an unknown user)
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -21,7 +27,7 @@ def may_be_hub_id(name: str) -> bool:
 
 def not_here(name: str) -> str:
     """The part of an error message that says that there is no folder of this name."""
-    location = f"there is no folder {Path(name).expanduser().absolute()}"
+    location = f"there is no folder {user_path(name).absolute()}"
     return location if may_be_hub_id(name) else f"{location}, and {name!r} cannot be a Hub id (those are OWNER/NAME)"
 
 
