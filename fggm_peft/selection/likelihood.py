@@ -41,12 +41,12 @@ def default_log_likelihood(
     if head is None:
         raise ValueError(
             f"the likelihood of a {type(model).__name__} is unknown (task_type={task_type!r}). Set task_type on the "
-            "FGGMConfig (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS), or pass log_likelihood=: a function of "
-            "(model, batch) that returns the summed log-likelihood of each sample."
+            "FGGMConfig (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS or QUESTION_ANS), or pass log_likelihood=: a "
+            "function of (model, batch) that returns the summed log-likelihood of each sample."
         )
 
     def log_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        labels = batch.get("labels")
+        labels = _span(batch) if head is _question_answering else batch.get("labels")
         if not isinstance(labels, Tensor):
             raise ValueError(
                 "a batch has no labels, and the selection pass needs them. For another loss, pass "
@@ -66,8 +66,10 @@ def task_type_of(model: nn.Module) -> str | None:
         ("ForConditionalGeneration", TaskType.SEQ_2_SEQ_LM),
         ("ForSequenceClassification", TaskType.SEQ_CLS),
         ("ForImageClassification", TaskType.SEQ_CLS),
+        ("ForAudioClassification", TaskType.SEQ_CLS),
         ("ForTokenClassification", TaskType.TOKEN_CLS),
         ("ForMaskedLM", TaskType.TOKEN_CLS),
+        ("ForQuestionAnswering", TaskType.QUESTION_ANS),
     ):
         if part in name:
             return task_type
@@ -75,8 +77,9 @@ def task_type_of(model: nn.Module) -> str | None:
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], **extra: Any) -> Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model(**inputs, **extra).logits
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", *_SPAN)}
+    output = model(**inputs, **extra)
+    return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], 1)
 
 
 def _causal(model, batch, labels, generator):
@@ -107,6 +110,21 @@ def _token_classification(model, batch, labels, generator):
     return _token_sum(_logits(model, batch), labels, generator)
 
 
+def _question_answering(model, batch, labels, generator):
+    """The first and the last position of the answer are two tokens ``[b, 2]``, whose classes are the positions."""
+    logits = _logits(model, batch)
+    outside = (labels < 0) | (labels >= logits.shape[-1])  # as in transformers, these do not count
+    return _token_sum(logits, labels.masked_fill(outside, IGNORED), generator)
+
+
+_SPAN = ("start_positions", "end_positions")
+
+
+def _span(batch: Mapping[str, Any]) -> Tensor | None:
+    positions = [batch[name].reshape(-1) for name in _SPAN if isinstance(batch.get(name), Tensor)]
+    return torch.stack(positions, 1) if len(positions) == 2 else None
+
+
 def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
     """Log-likelihood ``[b]`` of the answers' tokens from logits ``[b, t, v]``; only their rows become float32."""
     if labels.shape != logits.shape[:2]:
@@ -123,18 +141,31 @@ def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None
 
 def _sequence_classification(model, batch, labels, generator):
     logits = _logits(model, batch).float()
-    if logits.shape[-1] == 1:  # regression: a normal density of unit variance
-        prediction = logits.squeeze(-1)
+    problem = _problem_type(model, logits, labels)
+    if labels.numel() != (len(logits) if problem == "single_label_classification" else logits.numel()):
+        raise ValueError(f"{problem}: labels are {list(labels.shape)}, but the logits are {list(logits.shape)}")
+    if problem == "single_label_classification":
+        labels = _checked(labels.reshape(-1), logits) if generator is None else _sample(logits, generator)
+        return -F.cross_entropy(logits, labels, reduction="none")
+    labels = labels.reshape(logits.shape).float()
+    if problem == "regression":  # a normal density of unit variance
         if generator is not None:
-            labels = prediction.detach() + torch.randn(len(labels), generator=generator).to(logits)
-        return -0.5 * (prediction - labels.float()).square()
-    if labels.dim() == 2:  # several labels at once
-        if generator is not None:
-            uniform = torch.rand(logits.shape, generator=generator).to(logits)
-            labels = (uniform < logits.detach().sigmoid()).float()
-        return -F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").sum(1)
-    labels = _checked(labels, logits) if generator is None else _sample(logits, generator)
-    return -F.cross_entropy(logits, labels, reduction="none")
+            labels = logits.detach() + torch.randn(logits.shape, generator=generator).to(logits)
+        return -0.5 * (logits - labels).square().sum(1)
+    if generator is not None:
+        labels = (torch.rand(logits.shape, generator=generator).to(logits) < logits.detach().sigmoid()).float()
+    return -F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
+
+
+def _problem_type(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
+    """The ``problem_type`` of transformers' loss for sequence classification: of the config, else from the labels."""
+    config = getattr(unwrapped(getattr(model, "module", model)), "config", None)
+    if problem := getattr(config, "problem_type", None):
+        return problem
+    if logits.shape[-1] == 1:
+        return "regression"
+    single = labels.numel() == len(labels) and not labels.is_floating_point()
+    return "single_label_classification" if single else "multi_label_classification"
 
 
 def _checked(labels: Tensor, logits: Tensor) -> Tensor:
@@ -150,7 +181,7 @@ def _checked(labels: Tensor, logits: Tensor) -> Tensor:
             f"a label is {int(wrong[0])}, but the model's head has the classes 0..{classes - 1}. Check that the labels "
             f"come from the same tokenizer or label list; {IGNORED} marks tokens outside the answer."
         )
-    return labels
+    return labels.long()
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -164,4 +195,5 @@ _HEADS: dict[str, Callable[..., Tensor]] = {
     TaskType.SEQ_2_SEQ_LM: _sequence_to_sequence,
     TaskType.SEQ_CLS: _sequence_classification,
     TaskType.TOKEN_CLS: _token_classification,
+    TaskType.QUESTION_ANS: _question_answering,
 }

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from models import adapted, gpt2, llama, token_batches
+from models import adapted, bert, gpt2, llama, token_batches
 from torch import nn
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 from fggm_peft.selection.likelihood import default_log_likelihood
 
@@ -64,3 +65,70 @@ def test_models_without_logits_to_keep_compute_all_logits():
     old.forward = lambda input_ids, attention_mask: model(input_ids, attention_mask)
     torch.testing.assert_close(likelihood(old, PROMPTED), expected)
     torch.testing.assert_close(likelihood(model, PROMPTED | {"logits_to_keep": 0}), expected)
+
+
+# Sequence classification and question answering -------------------------------------------------------
+
+CLASSES, FLAGS, NUMBERS = torch.tensor([2, 0, 1]), torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1]]), torch.randn(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("problem", "count", "labels"),
+    [
+        (None, 3, CLASSES),
+        (None, 3, CLASSES.int()),
+        (None, 3, CLASSES[:, None]),
+        (None, 3, FLAGS.float()),
+        (None, 1, NUMBERS[:, 0]),
+        (None, 1, NUMBERS[:, :1]),
+        (None, 1, CLASSES.float()),
+        ("regression", 3, NUMBERS),
+        ("regression", 1, NUMBERS[:, :1]),
+        ("regression", 3, FLAGS.float()),
+        ("multi_label_classification", 3, FLAGS.float()),
+        ("multi_label_classification", 1, FLAGS[:, :1].float()),
+        ("single_label_classification", 3, CLASSES),
+        ("single_label_classification", 3, CLASSES[:, None]),
+    ],
+)
+def test_the_problem_type_of_the_config_decides_the_likelihood_as_in_transformers(problem, count, labels):
+    model = bert(BertForSequenceClassification, num_labels=count, problem_type=problem).eval()
+    inputs = {"input_ids": PROMPTED["input_ids"]}
+    actual = default_log_likelihood(model, "SEQ_CLS")(model, inputs | {"labels": labels})
+    assert actual.shape == (3,)
+    twin = copy.deepcopy(model)
+    if problem is None and labels.dtype == torch.float32 and labels.dim() == 1:
+        labels = labels[:, None]  # transformers squeezes both
+    loss = -twin(**inputs, labels=labels.long() if labels.dtype == torch.int32 else labels).loss
+    factor = {"regression": count / 2, "multi_label_classification": count}.get(twin.config.problem_type, 1)
+    torch.testing.assert_close(actual.mean(), loss * factor)
+    drawn = default_log_likelihood(model, "SEQ_CLS", torch.Generator().manual_seed(0))
+    assert drawn(model, inputs | {"labels": labels}).shape == (3,)
+
+
+def test_labels_of_another_shape_than_the_head_raise_an_error():
+    for problem, count, labels in (
+        ("regression", 3, CLASSES.float()),
+        ("multi_label_classification", 3, CLASSES.float()),
+        ("single_label_classification", 3, FLAGS),
+        (None, 1, NUMBERS),
+    ):
+        model = bert(BertForSequenceClassification, num_labels=count, problem_type=problem)
+        with pytest.raises(ValueError, match=r"labels are \[.*\], but the logits are"):
+            default_log_likelihood(model, "SEQ_CLS")(model, {"input_ids": PROMPTED["input_ids"], "labels": labels})
+
+
+@pytest.mark.parametrize("end", [[4, 5, 6], [[4], [5], [6]], [4, 99, -1]])
+def test_the_likelihood_of_an_answer_in_a_text_agrees_with_the_models_own_loss(end):
+    model = bert(BertForQuestionAnswering).eval()
+    batch = {"input_ids": PROMPTED["input_ids"], "end_positions": torch.tensor(end)}
+    batch["start_positions"] = torch.tensor([1, 3, 2]).view_as(batch["end_positions"])
+    actual = default_log_likelihood(model, None)(model, batch)
+    for sample in range(3):
+        positions = [batch[name].reshape(-1)[sample] for name in ("start_positions", "end_positions")]
+        output = model(input_ids=batch["input_ids"][sample : sample + 1])
+        scores = [output.start_logits.log_softmax(1)[0], output.end_logits.log_softmax(1)[0]]
+        inside = [log[p] for log, p in zip(scores, positions, strict=True) if 0 <= p < log.numel()]
+        torch.testing.assert_close(actual[sample], sum(inside))
+    with pytest.raises(ValueError, match="no labels"):
+        default_log_likelihood(model, "QUESTION_ANS")(model, {"input_ids": batch["input_ids"]})
