@@ -23,6 +23,7 @@ from .selection.measure import running_bytes
 from .selection.select import active_adapter
 from .step_memory import MakeBatch, copy_with_same_tensors, step_memory
 from .tuner.config import FGGMConfig
+from .tuner.layer import FGGMLayer
 from .tuner.settings.fields import is_integer
 from .tuner.settings.selection import score_bytes
 from .tuner.support import forecast_supports, unwrapped
@@ -138,11 +139,12 @@ def estimate(
         model: a base model on any device, the meta device included, or a model with an FGGM adapter.
         config: config of the adapter to add; None for the adapter that the model has.
         batch_size: samples of a training step on one device.
-        sequence_length: tokens of each sample; for a sequence-to-sequence model, of the input and of the answer.
+        sequence_length: tokens of each sample (of sound: values); for a sequence-to-sequence model, of the input and of
+            the answer. Images and spectrograms have the size in the model's config.
         optimizer: "adamw", "adam", "sgd", "rmsprop", "adagrad", or a function that makes an optimizer from parameters.
             Its state is counted after one step on the meta device.
         checkpointing: whether to use gradient checkpointing (not the reentrant kind).
-        make_batch: for models that do not take ``input_ids``, ``attention_mask`` and ``labels``.
+        make_batch: for models whose inputs are other than those of transformers' models for text, images and sound.
         adapter_name: by default the active adapter.
 
     Raises:
@@ -160,7 +162,7 @@ def estimate(
         for target, k in zip(targets.values(), forecast.units, strict=True):
             _set_planned_support_(target, k)
     sizes = _sizes(adapted, targets, forecast, make_optimizer)
-    make_batch = make_batch or _token_batches(adapted, config)
+    make_batch = make_batch or _batches(adapted, config)
     step = step_memory(adapted, make_batch, batch_size, sequence_length, checkpointing)
     selecting = step.most_activations
     if forecast is not None and any(target.granularity.stores_partial_input for target in targets.values()):
@@ -243,7 +245,7 @@ def _sizes(
         "trainable_values": most + _count(others),
         "least_values": least + _count(others),
         "adapter_bytes": gradients + min(index_bytes, most_index_bytes(min(units, sum(sizes)), sizes, compress)),
-        "base_bytes": _base_bytes(model, {*own, *map(id, others)}),
+        "base_bytes": _base_bytes(model, {*map(id, others), *_adapter_tensors(model)}),
         "value_bytes": gradients + index_bytes,
         "gradient_bytes": gradients,
         "optimizer_bytes": round(_state_bytes(values, make_optimizer) * share) + _state_bytes(others, make_optimizer),
@@ -273,11 +275,18 @@ def _state_bytes(parameters: Iterable[Tensor], make_optimizer: MakeOptimizer) ->
 def _base_bytes(model: nn.Module, trained: set[int]) -> int:
     """Parameters and buffers that neither train nor belong to an adapter. Shared memory counts once."""
     tensors: list[Tensor] = []
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in trained and ".fggm_" not in name:
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in trained:
             tensors += [tensor, *_quantization_state(tensor)]
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _adapter_tensors(model: nn.Module) -> set[int]:
+    """The ids of the tensors of all adapters."""
+    layers = [module for module in model.modules() if isinstance(module, FGGMLayer)]
+    parts = [part for layer in layers for part in (layer.fggm_values, layer.fggm_indices, layer.fggm_originals)]
+    return {id(tensor) for part in parts for tensor in part.values()}
 
 
 def _quantization_state(weight: Tensor) -> list[Tensor]:
@@ -300,18 +309,42 @@ def _score_bytes(targets: Targets, config: FGGMConfig) -> int:
     return size if config.score_memory is None else min(size, score_bytes(config.score_memory))
 
 
-def _token_batches(model: nn.Module, config: FGGMConfig) -> MakeBatch:
-    """Batches for a transformers model, with one padded position."""
-    base = unwrapped(model)
-    device = next(base.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
-    whole_sample = (config.task_type or task_type_of(base)) == TaskType.SEQ_CLS
+def _batches(model: nn.Module, config: FGGMConfig) -> MakeBatch:
+    """Batches for a transformers model: tokens with one padded position, images or sound."""
+    base: Any = unwrapped(model)
+    weight = next(base.parameters())
+    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+    task_type = config.task_type or task_type_of(base)
+    name = getattr(base, "main_input_name", "input_ids")
+    if name not in ("input_ids", *_INPUT_SHAPES):
+        raise ValueError(
+            f"the shape of {name!r} is unknown. Pass make_batch=: (batch size, sequence length) -> a batch"
+        )
+    shape = () if name == "input_ids" else _INPUT_SHAPES[name](base.config)
 
     def make_batch(batch_size: int, length: int) -> dict[str, Tensor]:
         tokens = torch.ones(batch_size, length, dtype=torch.int64, device=device)
         mask = tokens.clone()
         mask[-1, 1:][-1:] = 0
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        if name != "input_ids":
+            inputs = {name: torch.zeros(batch_size, *(shape or (length,)), dtype=base.dtype, device=device)}
+        names = ("start_positions", "end_positions") if task_type == TaskType.QUESTION_ANS else ("labels",)
+        whole_sample = task_type in (TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
         labels = torch.zeros_like(tokens[:, 0] if whole_sample else tokens)
-        return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+        return {**inputs, **dict.fromkeys(names, labels)}
 
     return make_batch
+
+
+def _image_shape(config: Any) -> tuple[int, ...]:
+    size = config.image_size
+    return (config.num_channels, *((size, size) if isinstance(size, int) else size))
+
+
+_INPUT_SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
+    "pixel_values": _image_shape,
+    "input_features": lambda config: (config.num_mel_bins, 2 * config.max_source_positions),
+    "input_values": lambda config: (),
+}
+"""Shape of one sample of an input that is no text; (): one value for each position."""

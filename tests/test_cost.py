@@ -24,7 +24,19 @@ from models import (
 from peft import get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    BertForQuestionAnswering,
+    DeiTConfig,
+    DeiTForImageClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from fggm_peft import CostEstimate, FGGMConfig, ParameterBudget, ScoreMass, TopDensity, estimate, select_parameters
@@ -408,3 +420,57 @@ def test_invalid_arguments_are_rejected(arguments, message):
 def test_an_adapter_together_with_a_config_is_rejected():
     with pytest.raises(ValueError, match="has an adapter already"):
         estimate(adapted(llama()), FGGMConfig(), **SMALL)
+
+
+# Inputs other than text ----------------------------------------------------------------------------
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def whisper():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
+    lengths = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16, "eos_token_id": 2}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=50, **sizes, **heads, **lengths))
+
+
+def wav2vec2():
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0}
+    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**VISION, **convolutions, **positions))
+
+
+OTHER_INPUTS = {
+    "ViT": lambda: ViTForImageClassification(ViTConfig(**VISION, image_size=32, patch_size=16)),
+    "DeiT": lambda: DeiTForImageClassification(DeiTConfig(**VISION, image_size=[32, 48], patch_size=16)),
+    "Whisper": whisper,
+    "wav2vec2": wav2vec2,
+    "question answering": lambda: bert(BertForQuestionAnswering),
+}
+SHAPES = {"ViT": (3, 32, 32), "DeiT": (3, 32, 48), "Whisper": (8, 40), "wav2vec2": (200,)}
+
+
+@pytest.mark.parametrize("kind", OTHER_INPUTS)
+def test_models_of_images_sound_and_questions_need_no_make_batch(kind):
+    """The estimate equals the one for a batch that is made by hand."""
+    model, size = OTHER_INPUTS[kind](), {"batch_size": 2, "sequence_length": 200 if kind == "wav2vec2" else 8}
+
+    def make_batch(batch_size, length):
+        labels = torch.zeros(batch_size, dtype=torch.long)
+        if kind == "question answering":
+            tokens = torch.ones(batch_size, length, dtype=torch.long)
+            inputs = {"input_ids": tokens, "attention_mask": torch.tensor([[1] * 8, [1] * 7 + [0]])}
+            return {**inputs, "start_positions": labels, "end_positions": labels}
+        if kind == "Whisper":
+            labels = torch.zeros(batch_size, length, dtype=torch.long)
+        return {model.main_input_name: torch.zeros(batch_size, *SHAPES[kind]), "labels": labels}
+
+    config = FGGMConfig(target_modules=["q_proj", "query", "v_proj", "value"], criterion="random")
+    assert estimate(model, config, **size) == estimate(model, config, **size, make_batch=make_batch)
+
+
+def test_a_model_of_unknown_inputs_needs_make_batch():
+    model = llama()
+    model.main_input_name = "graph"
+    with pytest.raises(ValueError, match="the shape of 'graph' is unknown"):
+        estimate(model, FGGMConfig(), **SMALL)
