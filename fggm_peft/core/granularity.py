@@ -336,7 +336,7 @@ class Elements(Granularity):
         add_sparse_product_(gx, g, starts, rows[order], values[order], scale)
 
     def delta_rows(self, rows, indices, values, shape):
-        if torch.compiler.is_exporting():  # sizes in an exported program must not depend on data
+        if kernels.is_recording():  # sizes in a recorded program must not depend on data
             return values.new_zeros(shape[0] * shape[1]).index_copy(0, indices.long(), values).view(shape)[rows]
         unique, inverse = rows.unique(return_inverse=True)
         first = torch.searchsorted(indices, (unique * shape[1]).to(indices.dtype))

@@ -64,8 +64,13 @@ def _can_run(*tensors: Tensor) -> bool:
         and _on_gpu(tensors[0])
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _DTYPES for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and not torch.compiler.is_exporting()
+        and not is_recording()
     )
+
+
+def is_recording() -> bool:
+    """Whether a program is recorded (torch.export, torch.jit.trace): it must consist of PyTorch's operators."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def adds(weight: Tensor, values: Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels import is_recording
 from .weight_delta import WeightDelta
 
 WeightSource = Callable[[], Tensor]
@@ -49,7 +50,7 @@ def effective_matrix(weight: WeightSource, deltas: Sequence[WeightDelta]) -> Ten
 
     The gradient of the result may be dense; the values receive their entries of it.
     """
-    if torch.compiler.is_exporting():
+    if is_recording():
         return effective_weight(weight(), deltas)
     return _EffectiveMatrix.apply(weight, tuple(deltas), *(d.values for d in deltas))
 
@@ -63,7 +64,7 @@ def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[WeightDelta
         deltas: their values receive gradients in their own dtype.
     """
     plain = not torch.is_grad_enabled() and not is_autocast(x)
-    if plain or torch.compiler.is_exporting():  # an exported program contains operators, not autograd functions
+    if plain or is_recording():
         return _with_products(_flat(base_output), _flat(x), deltas).view(base_output.shape)
     flat = _AdditiveLinear.apply(_flat(base_output), _flat(x), tuple(deltas), *(d.values for d in deltas))
     return flat.view(base_output.shape)

@@ -24,7 +24,7 @@ from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import write_card
 from ..tuner.files.reading import AdapterContents, find_adapter, read_contents
 from ..tuner.files.saving import UntrainedAdapterWarning, as_trained, encode, index_bytes
-from ..tuner.files.tensors import MARK, PREFIX
+from ..tuner.files.tensors import MARK, PREFIX, split_key
 from ..tuner.target import find_targets
 
 
@@ -231,7 +231,7 @@ def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
     with as_trained(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedAdapterWarning)
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    others = {key: _copied(tensor) for key, tensor in state.items() if MARK not in key}
+    others = {key: _copied(tensor) for key, tensor in state.items() if split_key(key) is None}
     return SparseDelta(_for_inference(config), modules, others)
 
 

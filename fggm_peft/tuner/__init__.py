@@ -8,10 +8,10 @@ from .merging.report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
 from .settings.selection import require_reference
-from .several.hotswap import hotswap_adapter
+from .several.hotswap import hotswap_adapter, swap_in_place
 from .target import Target, find_targets
 
-register(FGGMConfig, FGGMModel)
+register(FGGMConfig, FGGMModel, swap_in_place)
 
 __all__ = [
     "LAYER_TYPES",

@@ -32,6 +32,8 @@ class AdapterState(BaseTunerLayer):
     adapter_layer_names = ("fggm_values",)
     other_param_names = ("fggm_indices", "scaling", "granularity", "selected", "quantized_merge")
 
+    cast_input_dtype_enabled = True
+    """For PEFT's ``disable_input_dtype_casting``. Inputs have the dtype of the base's output, so it has no effect."""
     weight_shape: Shape
 
     def __init__(self) -> None:

@@ -74,7 +74,7 @@ def _completes_arguments(cls: type[T]) -> type[T]:
 @dataclass
 class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     """
-    Configuration of Fisher-Guided Gradient Masking (FGGM, arXiv 2601.18261) as a PEFT method.
+    Configuration of Fisher-Guided Gradient Masking (FGGM, https://arxiv.org/abs/2601.18261) as a PEFT method.
 
     Example:
 

@@ -80,7 +80,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
 
     def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
         if adapter_names is not None and not self.disable_adapters:
-            return mixed_batch_forward(self, adapter_names, x, *args, **kwargs)
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -89,6 +89,8 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         if not deltas and not self.needs_weight_for_gradients(x):
             return self.base_layer(x, *args, **kwargs)
         return self.adapted_forward(deltas, x, *args, **kwargs)
+
+    _mixed_batch_forward = mixed_batch_forward  # PEFT's name
 
     def _active_deltas(self) -> list[WeightDelta]:
         names = [name for name in self.active_adapters if name in self.fggm_values]

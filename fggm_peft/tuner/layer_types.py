@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..core.kernels import is_recording
 from ..core.linear import (
     WeightDelta,
     additive_linear,
@@ -68,8 +69,8 @@ class FGGMLinear(FGGMLayer):
 
     def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
         dtype = self._compute_dtype(x)
-        decoding = not torch.is_grad_enabled() and _positions(x) < _MIN_POSITIONS_TO_COPY
-        additive = decoding or torch.compiler.is_exporting()  # the additive form consists of plain operators
+        # the additive form consists of plain operators; sizes must not be read while a program is recorded
+        additive = is_recording() or (not torch.is_grad_enabled() and _positions(x) < _MIN_POSITIONS_TO_COPY)
         if dtype is None or additive or args or kwargs or not self.can_copy_weight():
             return super().adapted_forward(deltas, x, *args, **kwargs)
         bias = None if self.base_layer.bias is None else self.base_layer.bias.to(dtype)
@@ -119,7 +120,7 @@ class FGGMConv(FGGMLayer):
 
     def adapted_forward(self, deltas, x, *args, **kwargs):
         layer = self.get_base_layer()
-        if not self.can_copy_weight() or torch.compiler.is_exporting():
+        if not self.can_copy_weight() or is_recording():
             return super().adapted_forward(deltas, x, *args, **kwargs)
         weight = self.unmatrix(effective_matrix(self.weight_copy, deltas))
         return layer._conv_forward(x, weight, layer.bias)
@@ -162,14 +163,21 @@ class FGGMEmbedding(FGGMLayer):
         result = output.to(wide)
         for delta in self.deltas(adapter_names):
             rows = delta.granularity.delta_rows(x.reshape(-1), delta.indices, delta.values, self.weight_shape)
+            rows = rows.view(*x.shape, -1).to(wide)
             scale = delta.scale if embed_scale is None else delta.scale * embed_scale
-            result = result + rows.view(*x.shape, -1).to(wide) * scale
+            result = result + torch.where(self._is_padding(x), rows.detach(), rows) * scale
         return result.to(output.dtype)
 
     def per_sample(self, calls, gram):
         tokens, g = _concatenated((x.reshape(len(x), -1), _tokens(g)) for x, g in calls)
+        g = g.masked_fill(self._is_padding(tokens), 0)
         embed_scale = self._get_embed_scale()
         return EmbeddingGradients(tokens, g if embed_scale is None else g * embed_scale, self.weight_shape[0])
+
+    def _is_padding(self, tokens: Tensor) -> Tensor:
+        """``[..., 1]``: whether a token is ``padding_idx``, whose row gets no gradient in ``nn.Embedding``."""
+        padding = self.get_base_layer().padding_idx
+        return (tokens == (-1 if padding is None else padding))[..., None]
 
 
 def _positions(x: Tensor) -> int:

@@ -9,6 +9,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
@@ -34,6 +35,8 @@ from .support import choose_supports, criterion_scores, forecast_supports, write
 from .target import Targets, find_targets
 
 logger = logging.getLogger(__name__)
+
+_TRAINED_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 
 
 class FGGMModel(BaseTuner):
@@ -63,6 +66,13 @@ class FGGMModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config, key):
+        # for these task types, PEFT adds the head to modules_to_save after the layers have been adapted
+        heads = _TRAINED_HEADS.get(peft_config.task_type, ())
+        is_head = any(part in heads for part in key.split("."))
+        return not is_head and BaseTuner._check_target_module_exists(peft_config, key)
 
     def _prepare_model(self, peft_config, model):
         require_unsharded(model)

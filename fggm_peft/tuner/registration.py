@@ -6,9 +6,13 @@ so the member is added to the enum object. Registering twice, or with a PEFT tha
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import register_peft_method
+from peft.utils import hotswap, register_peft_method
 
 NAME = "FGGM"
 
@@ -34,7 +38,22 @@ def add_peft_type(name: str = NAME) -> PeftType:
     return member
 
 
-def register(config_class: type, model_class: type) -> None:
-    """Register the config and the tuner of ``FGGM`` with PEFT, unless PEFT has them already."""
-    if add_peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)
+def register(config_class: type, model_class: type, swap: Callable[..., None]) -> None:
+    """Register the config, the tuner and the hotswapping of ``FGGM`` with PEFT, unless PEFT has them already.
+
+    PEFT's ``hotswap_adapter`` ends in a function that sets the ranks and alphas of LoRA; ``swap`` replaces it for FGGM.
+    """
+    if add_peft_type() in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["granularity", "bias"]
+    theirs = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(theirs)
+    def swap_in_place(model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.peft_type == NAME:
+            swap(model, state_dict, adapter_name, config)
+        else:
+            theirs(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    hotswap.hotswap_adapter_from_state_dict = swap_in_place

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import (
     BERT_HEADS,
+    VOCABULARY,
     Twice,
     adapted,
     bert,
@@ -81,6 +82,24 @@ def test_conv1d_and_embedding_layers_are_scored(granularity):
         reference.lm_head.weight.detach().clone()
     )  # untie the head, which is not a target
     assert_same_scores(model, reference, token_batches(padding="right"), granularity)
+
+
+@pytest.mark.parametrize("padding_idx", [3, VOCABULARY - 1])
+def test_the_padding_row_of_an_embedding_has_no_score(granularity, padding_idx):
+    """The naive loop gets its gradients from ``nn.Embedding``."""
+
+    def base():
+        model = llama()
+        model.model.embed_tokens.padding_idx = padding_idx
+        return model
+
+    batches = token_batches()
+    for batch in batches:
+        batch["input_ids"][:, ::3] = padding_idx
+    model = adapted(base(), granularity, target_modules=["embed_tokens", "q_proj"])
+    assert_same_scores(model, base(), batches, granularity)
+    if granularity == "row":
+        assert fisher_scores(model, batches)["model.embed_tokens"][padding_idx] == 0
 
 
 def test_sequence_to_sequence_models_are_scored(granularity):

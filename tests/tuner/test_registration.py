@@ -19,6 +19,7 @@ from torch import nn
 
 from fggm_peft import FGGMConfig, FGGMModel
 from fggm_peft.tuner.registration import add_peft_type, register
+from fggm_peft.tuner.several.hotswap import swap_in_place
 
 ROOT = Path(__file__).parents[2]
 MEMBER = PeftType("FGGM")
@@ -154,7 +155,7 @@ def test_pefts_config_class_loads_an_fggm_folder(tmp_path):
 def test_registering_again_changes_nothing():
     before = list(PeftType), dict(PEFT_TYPE_TO_CONFIG_MAPPING), dict(PEFT_TYPE_TO_TUNER_MAPPING)
     assert add_peft_type() is MEMBER
-    register(FGGMConfig, FGGMModel)
+    register(FGGMConfig, FGGMModel, swap_in_place)
     assert (list(PeftType), dict(PEFT_TYPE_TO_CONFIG_MAPPING), dict(PEFT_TYPE_TO_TUNER_MAPPING)) == before
 
 

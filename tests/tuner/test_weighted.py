@@ -175,6 +175,15 @@ def test_an_invalid_combination_raises_an_error_and_does_not_change_the_model(ar
     assert set(model.state_dict()) == keys and "new" not in model.peft_config
 
 
+def test_a_combination_of_adapters_without_a_support_has_none(granularity):
+    model = get_peft_model(small(), FGGMConfig(target_modules=["0"], granularity=granularity), adapter_name="a")
+    model.add_adapter("b", FGGMConfig(target_modules=["2"], granularity=granularity))
+    with pytest.warns(UserWarning, match=r"none of \['a', 'b'\] has a support yet, so 'sum' has none"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "sum")
+    layers = fggm_layers(model, "sum")
+    assert list(layers) == ["0", "2"] and not any(layer.selected["sum"] for layer in layers.values())
+
+
 def test_an_existing_adapter_is_not_overwritten():
     model = with_adapters(small(), ["row"] * 2, target_modules=["0"])
     before = dense(model.base_model.model[0], "b")

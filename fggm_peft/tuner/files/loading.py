@@ -13,7 +13,7 @@ from ..config import FGGMConfig
 from ..hosts.sharding import plain_name, state_prefix
 from ..target import Target, find_targets
 from .base_check import require_base
-from .tensors import MARK, PARTS, PREFIX, checked_delta
+from .tensors import MARK, PARTS, PREFIX, checked_delta, split_key
 
 
 def fit_layers_to_state_dict(
@@ -39,7 +39,7 @@ def fit_layers_to_state_dict(
                 f"adapter {adapter_name!r} is merged ({path}); call unmerge_adapter() before you load another over it"
             )
         checked[path] = _checked(tensors, target)
-    _require_known_keys(model, state_dict)
+    _require_known_keys(model, adapter_name, state_dict)
     is_selected = any(len(tensors["indices"]) for tensors in checked.values())
     for path, tensors in checked.items():
         layer = targets[path].layer
@@ -73,9 +73,9 @@ def _checked(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     return {"indices": indices, "values": values}
 
 
-def _require_known_keys(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+def _require_known_keys(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Raise for a tensor that belongs to no layer."""
-    unknown = [key for key in state_dict if MARK in key and key.rpartition(MARK)[2].partition(".")[0] in PARTS]
+    unknown = [key for key in state_dict if split_key(key.removesuffix(f".{adapter_name}"))]
     if unknown:
         raise AdapterFileError(
             f"{unknown[0]}: the model has no such layer with this adapter. The file was made for another base model "

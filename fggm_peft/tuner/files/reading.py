@@ -22,7 +22,7 @@ from ..hosts.sharding import path_in_base
 from ..layer import FGGMLayer
 from ..layer_types import make_layer
 from .hub import from_hub
-from .tensors import MARK, checked_delta, delta_keys, opened
+from .tensors import MARK, checked_delta, delta_keys, opened, split_key
 
 Delta = dict[str, Tensor]
 
@@ -67,9 +67,9 @@ def read_adapter(adapter: str | Path, **hub: Any) -> tuple[FGGMConfig, dict[str,
 def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
     """Read everything in an adapter's file; the arguments are the result of ``find_adapter``."""
     with opened(file) as tensors:
-        keys = delta_keys(tensors.keys(), file)
+        keys = delta_keys(tensors.keys())
         modules = {path: {part: tensors.get_tensor(key) for part, key in parts.items()} for path, parts in keys.items()}
-        others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if MARK not in key}
+        others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if split_key(key) is None}
     for key, tensor in others.items():
         _require_expected(key, tensor, config, file)
     shapes = _shapes(config, modules, file)

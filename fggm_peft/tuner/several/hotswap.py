@@ -1,6 +1,6 @@
 """Replaces a loaded adapter by another one in place: same tensors, same shapes, no recompilation.
 
-PEFT's own ``hotswap_adapter`` depends on LoRA's ranks and alphas. This function has its signature.
+PEFT's ``hotswap_adapter`` works too, for the active adapter of a ``PeftModel``.
 Adapters with the same number of units in each module have the same shapes; a compiled model is then not compiled again.
 """
 
@@ -14,7 +14,7 @@ from peft.utils import infer_device, load_peft_weights
 from torch import Tensor, nn
 
 from ..config import FGGMConfig
-from ..files.tensors import MARK, PREFIX
+from ..files.tensors import MARK, PREFIX, delta_keys, split_key
 from ..target import Targets, find_targets
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
@@ -40,13 +40,20 @@ def hotswap_adapter(
         RuntimeError: the new adapter changes modules that the loaded one does not.
         AdapterFileError: the file does not fit the model. Nothing has changed then.
     """
-    model = getattr(model, "_orig_mod", model)
     location = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = PeftConfig.from_pretrained(model_name_or_path, **location)
+    state_dict = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **location)
+    swap_in_place(model, state_dict, adapter_name, config)
+
+
+def swap_in_place(model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig) -> None:
+    """Replace a loaded adapter by the tensors of a file, whose keys may contain the adapter's name already."""
+    model = getattr(model, "_orig_mod", model)
     targets = _replaceable(model, adapter_name)
     old = model.peft_config[adapter_name]
     _require_compatible(old, config)
-    state_dict = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **location)
+    plain = {key: key.removesuffix(f".{adapter_name}") for key in state_dict}
+    state_dict = {plain[key] if split_key(plain[key]) else key: tensor for key, tensor in state_dict.items()}
     _complete_(state_dict, targets)
     config.inference_mode = old.inference_mode
     model.peft_config[adapter_name] = config  # it describes the file and its base
@@ -81,7 +88,7 @@ def _require_compatible(old: FGGMConfig, new: PeftConfig) -> None:
 
 def _complete_(state_dict: dict[str, Tensor], targets: Targets) -> None:
     """Raise for modules that have no target, and add a delta of zero for targets that the file does not change."""
-    paths = {key.rpartition(MARK)[0].removeprefix(PREFIX) for key in state_dict if MARK in key}
+    paths = set(delta_keys(state_dict))
     if unexpected := sorted(paths - set(targets)):
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}. "

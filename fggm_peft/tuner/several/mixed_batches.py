@@ -60,12 +60,12 @@ def _add_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -
     return args, {**kwargs, "adapter_names": names}
 
 
-def mixed_batch_forward(layer: FGGMLayer, names: Sequence[str], x: Tensor, *args, **kwargs) -> Tensor:
+def mixed_batch_forward(layer: FGGMLayer, x: Tensor, *args, adapter_names: Sequence[str], **kwargs) -> Tensor:
     """The output of the base layer for the whole batch, plus each sample's own adapter."""
-    if len(x) != len(names):
+    if len(x) != len(adapter_names):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {len(x)} respectively."
+            f"{len(adapter_names)} and {len(x)} respectively."
         )
     if layer.merged:
         raise ValueError(
@@ -73,9 +73,9 @@ def mixed_batch_forward(layer: FGGMLayer, names: Sequence[str], x: Tensor, *args
         )
     output = layer.base_layer(x, *args, **kwargs)
     mixed = output
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(adapter_names):
         if layer.deltas([name]):
-            samples = torch.tensor([n for n, other in enumerate(names) if other == name], device=output.device)
+            samples = torch.tensor([n for n, other in enumerate(adapter_names) if other == name], device=output.device)
             adapted = layer.with_deltas(output[samples], [name], x[samples.to(x.device)])
             mixed = mixed.index_copy(0, samples, adapted)
     return mixed

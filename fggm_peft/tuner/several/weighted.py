@@ -109,12 +109,15 @@ def add_weighted_adapter(
         raise ValueError(f"give one weight for each adapter, got {len(weights)} for {list(adapters)}")
     if len(adapters) == 1:
         how = Combination()  # as PEFT does
-    sources = {name: _selected_targets(model, name) for name in adapters}
+    sources = _sources(model, adapters)
     wrappers = _modules_trained_whole(model, adapters)
     model.peft_config[adapter_name] = _config(model, adapters, sources, bool(wrappers))
     model.inject_adapter(model.model, adapter_name)
     model._cast_adapter_dtype(adapter_name)
     model.set_requires_grad(adapter_name, requires_grad=False)
+    if not any(target.is_selected for targets in sources.values() for target in targets.values()):
+        warnings.warn(f"none of {list(adapters)} has a support yet, so {adapter_name!r} has none", stacklevel=3)
+        return
     for path, target in find_targets(model.model, adapter_name).items():
         terms = [(sources[name][path], w) for name, w in zip(adapters, weights, strict=True) if path in sources[name]]
         _fill(target, terms, how)
@@ -123,13 +126,15 @@ def add_weighted_adapter(
             wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[name].state_dict())
 
 
-def _selected_targets(model: FGGMModel, adapter_name: str) -> Targets:
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"Adapter {adapter_name} does not exist")
-    targets = find_targets(model.model, adapter_name)
-    if not all(target.is_selected for target in targets.values()):
-        raise ValueError(f"adapter {adapter_name!r} has no support yet: call fggm_peft.select_parameters, and train it")
-    return targets
+def _sources(model: FGGMModel, adapters: Sequence[str]) -> dict[str, Targets]:
+    """The targets of each adapter. Either all adapters have a support or none."""
+    if missing := [name for name in adapters if name not in model.peft_config]:
+        raise ValueError(f"Adapter {missing[0]} does not exist")
+    sources = {name: find_targets(model.model, name) for name in adapters}
+    empty = [name for name in adapters if not all(target.is_selected for target in sources[name].values())]
+    if empty and len(empty) < len(adapters):
+        raise ValueError(f"adapter {empty[0]!r} has no support yet: call fggm_peft.select_parameters, and train it")
+    return sources
 
 
 def _modules_trained_whole(model: nn.Module, adapters: Sequence[str]) -> dict[ModulesToSaveWrapper, str]:
