@@ -20,7 +20,9 @@ LEAST_SAMPLES = 2048
 """The smallest number of entries that are sampled of a whole model."""
 SAMPLES_PER_WEIGHT = 16
 
-_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = {
+    name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype) and dtype.is_floating_point
+}
 _TEXT = re.compile(r"(\d{1,18})x(\d{1,18})(?: (\w+)(?: (quantized))? ([A-Za-z0-9+/=]*))?", re.ASCII)
 
 
@@ -87,19 +89,18 @@ def sketch_weight(name: str, weight: Tensor, count: int, quantized: bool = False
 def exact_difference(a: WeightSketch, b: WeightSketch) -> float:
     """``|b - a| / |a|`` over the sampled entries of two dense weights; 0.0 if and only if they agree.
 
-    They agree if they are equal after rounding to the coarser dtype. Neither float16 nor bfloat16 is
-    coarser than the other; between them, the rounding errors of both are allowed.
+    They agree if they are equal after rounding to the coarser dtype. Of two dtypes of the same size, such as float16
+    and bfloat16, neither is coarser; between them, the rounding errors of both are allowed.
     """
     assert a.samples is not None and b.samples is not None
     x, y = a.samples, b.samples
-    dtypes = {x.dtype, y.dtype}
-    if dtypes == {torch.float16, torch.bfloat16}:
-        x, y = x.double(), y.double()
-        agree = (x - y).abs() <= x.abs() * 2**-8 + 2**-24
-    else:
-        coarse = min(dtypes, key=lambda dtype: dtype.itemsize)
-        x, y = x.to(coarse), y.to(coarse)
-        agree = (x == y) | (x.isnan() & y.isnan())
+    coarse, other = sorted((x.dtype, y.dtype), key=lambda dtype: dtype.itemsize)
+    x, y = (tensor.to(coarse).double() if coarse.itemsize < other.itemsize else tensor.double() for tensor in (x, y))
+    agree = (x == y) | (x.isnan() & y.isnan())
+    if coarse is not other and coarse.itemsize == other.itemsize:
+        infos = torch.finfo(coarse), torch.finfo(other)
+        least = max(info.smallest_normal * info.eps for info in infos)
+        agree |= (x - y).abs() <= x.abs() * max(info.eps for info in infos) / 2 + least
     return 0.0 if agree.all() else max(relative_distance([(x, y)]), 1e-12)
 
 

@@ -102,15 +102,16 @@ class SparseDelta:
         """
         config, granularity = copy.copy(self.config), self.granularity
         encoded = {path: encode(granularity, m.shape, config, m.tensors, path) for path, m in self.modules.items()}
-        config.describe_file()
-        config.support_sizes = {path: len(module.indices) for path, module in self.modules.items()}
-        config.index_bytes = index_bytes(encoded)
-        config.base_fingerprint = _fingerprint(config, self.modules)
+        config.describe_file(
+            support_sizes={path: len(module.indices) for path, module in self.modules.items()},
+            index_bytes=index_bytes(encoded),
+            base_fingerprint=_fingerprint(config, self.modules),
+        )
         tensors = {f"{PREFIX}{path}{MARK}{part}": t for path, parts in encoded.items() for part, t in parts.items()}
         tensors = {key: tensor.detach().contiguous() for key, tensor in {**tensors, **self.others}.items()}
         with complete_folder(Path(folder)) as temporary:
             save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-            write_card(temporary, config)
+            write_card(temporary, config.of_file())
             config.save_pretrained(str(temporary))
         return Path(folder)
 
@@ -232,7 +233,7 @@ def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
         warnings.simplefilter("ignore", UntrainedAdapterWarning)
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     others = {key: _copied(tensor) for key, tensor in state.items() if split_key(key) is None}
-    return SparseDelta(_for_inference(config), modules, others)
+    return SparseDelta(_for_inference(config.of_file()), modules, others)
 
 
 def _copied(tensor: Tensor) -> Tensor:

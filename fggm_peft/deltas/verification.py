@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..core.errors import AdapterFileError, BaseMismatchError
@@ -78,8 +77,6 @@ def verify(adapter: str | Path, base: nn.Module | str | None = None, **hub: Any)
     contents = read_contents(config, file)
     delta = from_contents(contents)
     modules = delta.modules
-    if config.support_sizes not in (None, {path: len(module.indices) for path, module in modules.items()}):
-        raise AdapterFileError(f"{file}: the numbers of units differ from support_sizes in {CONFIG_NAME}")
     dtypes = sorted({str(module.values.dtype)[6:] for module in modules.values()})
     if config.delta_dtype is not None and dtypes and dtypes != [config.delta_dtype]:
         raise AdapterFileError(f"{file}: values are {', '.join(dtypes)}, not delta_dtype={config.delta_dtype}")

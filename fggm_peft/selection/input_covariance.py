@@ -16,6 +16,7 @@ from ..core.errors import NonFiniteScoreError
 from ..core.per_sample import same_memory
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
+from ..tuner.hosts.sharding import without_wrappers
 from ..tuner.support import unwrapped
 from ..tuner.target import outer_modules
 from .frozen_model import frozen_in_eval_mode
@@ -57,6 +58,7 @@ def input_covariance(
         NonFiniteScoreError: an input is NaN or infinite; names the module.
         ValueError: there is no data or no linear layer, or a module is missing or is not a linear layer.
     """
+    model = without_wrappers(model)
     layers = linear_layers(model)
     if modules is not None:
         layers = {path: _layer(model, layers, path) for path in modules}

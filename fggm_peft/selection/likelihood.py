@@ -93,7 +93,7 @@ def _causal(model, batch, labels, generator):
 
 def _takes_positions(model: nn.Module) -> bool:
     """Whether the model can compute the logits of only some positions, and its head is not adapted."""
-    inner: Any = unwrapped(getattr(model, "module", model))  # of DistributedDataParallel
+    inner: Any = unwrapped(model)
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return False
     return not isinstance(inner.get_output_embeddings(), BaseTunerLayer)

@@ -21,6 +21,7 @@ from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import retain, retained_by, set_covariance
 from ..tuner.files.task_scores import TaskRecord, remember
+from ..tuner.hosts.sharding import require_resizable, without_wrappers
 from ..tuner.settings.selection import require_num_samples
 from ..tuner.support import forecast_supports, unwrapped, write_supports
 from ..tuner.target import Targets, find_targets
@@ -87,7 +88,7 @@ def select_parameters(
         ValueError: no FGGM adapter, a merged adapter, no data, no labels, no reference for a criterion that needs one,
             or another bad argument.
     """
-    start = time.perf_counter()
+    start, model = time.perf_counter(), without_wrappers(model)
     adapter_name, config = active_adapter(model, adapter_name)
     num_samples = config.num_samples if num_samples == "config" else num_samples
     score_memory = config.score_memory if score_memory is None else score_memory
@@ -150,6 +151,7 @@ def _checked_targets(task: DataPass, adapter_name: str, reset: bool) -> Targets:
     """The adapter's targets, if all processes can select on them and have the same setting."""
     targets, config = find_targets(task.model, adapter_name), task.config
     with task.processes.together("select_parameters"):
+        require_resizable(task.model)
         if not targets:
             raise ValueError(f"no module of the model has the adapter {adapter_name!r}")
         for path, target in targets.items():
@@ -263,6 +265,7 @@ def active_adapters(model: nn.Module) -> list[tuple[str, FGGMConfig]]:
     Raises:
         ValueError: the model has none.
     """
+    model = without_wrappers(model)
     configs = getattr(model, "peft_config", None) or {}
     active = None
     if configs:  # a property in PEFT; a method in transformers, which raises if transformers did not add the adapter

@@ -161,7 +161,7 @@ class FGGMTrainerMixin(_Trainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             _, config = active_adapter(self.model, None)
-            complete_card(Path(self.args.output_dir), config)
+            complete_card(Path(self.args.output_dir), config.of_file())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

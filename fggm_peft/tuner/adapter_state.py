@@ -72,14 +72,14 @@ class AdapterState(BaseTunerLayer):
         return {"indices": self.fggm_indices[adapter_name][:0], "values": values}
 
     def values_dtype(self, config: FGGMConfig) -> torch.dtype:
-        """The dtype of new values: the config's ``training_dtype``, else the base weight's if it is floating-point."""
+        """The config's ``training_dtype``, else the base weight's dtype if values can train in it."""
         if config.training_dtype is not None:
             return getattr(torch, config.training_dtype)
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        return dtype if dtype is not None and dtype.is_floating_point else torch.float32
+        return dtype if dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
 
-    def resize_(self, adapter_name: str, k: int, dtype: torch.dtype | None = None) -> None:
-        """Resize the adapter to ``k`` units of zeros, perhaps of another dtype; nothing changes if they fit already.
+    def resize_(self, adapter_name: str, k: int) -> None:
+        """Resize the adapter to ``k`` units of zeros; nothing changes if they fit already.
 
         The parameter stays the same object, so that an existing optimizer trains the new size.
         """
@@ -87,7 +87,7 @@ class AdapterState(BaseTunerLayer):
             self.granularity[adapter_name].values_shape(self.weight_shape, k),
             self.fggm_values[adapter_name],
         )
-        if values.shape != shape or dtype not in (None, values.dtype):
+        if values.shape != shape:
             trains = values.requires_grad or adapter_name in self._frozen_empty
             if isinstance(values, DTensor):  # FSDP2 keeps the old parameter; the new one can only be saved
                 values = torch.zeros(shape, dtype=values.dtype, device=values.device)
@@ -95,7 +95,7 @@ class AdapterState(BaseTunerLayer):
                 self._selected_in_shards.add(adapter_name)
             else:
                 values.grad = None
-                values.data = values.data.new_zeros(shape, dtype=dtype)
+                values.data = values.data.new_zeros(shape)
                 values.requires_grad_(trains)
         if self.fggm_indices[adapter_name].shape != (k,):
             self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)

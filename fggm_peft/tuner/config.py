@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import warnings
@@ -183,8 +182,8 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Like PEFT's, but completes the model card and, with ``save_scores``, saves the task's scores."""
-        super().save_pretrained(save_directory, **kwargs)
-        saved = copy.copy(self)
+        saved = self.of_file()
+        super(FGGMConfig, saved).save_pretrained(save_directory, **kwargs)
         saved.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping  # PEFT stores it in the file only
         complete_card(Path(save_directory), saved)
         if self.save_scores and (record := record_of(self)) is not None and record.scores:

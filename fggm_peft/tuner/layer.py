@@ -95,6 +95,8 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
     def _active_deltas(self) -> list[WeightDelta]:
         names = [name for name in self.active_adapters if name in self.fggm_values]
         for name in names:
+            if name in self.fggm_indices.awaited:
+                self.fggm_indices.awaited[name].require_whole_file()
             if not self.selected[name] and self.training and torch.is_grad_enabled():
                 raise AdapterNotSelectedError(
                     f"adapter {name!r} has no support yet, so there is nothing to train. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import logging
 import re
 import warnings
@@ -12,18 +12,18 @@ from dataclasses import replace
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .config import FGGMConfig
-from .files.base_check import fingerprint, require_base
-from .files.indices import await_support_, entry_within
-from .files.loading import fit_layers_to_state_dict
+from .files.base_check import fingerprint
+from .files.indices import AwaitedFile, SupportIndices, await_support_, entry_within
+from .files.loading import fit_layers_to_model_state, fit_layers_to_state_dict
 from .files.saving import encode_for_file_
 from .hosts.bitsandbytes import guard_four_bit_layers
 from .hosts.offloading import require_offloading_in_place
-from .hosts.quantized_targets import include_quantized_layers_
-from .hosts.sharding import require_unsharded
+from .hosts.quantized_targets import expand_all_linear_
+from .hosts.sharding import plain_name, require_unsharded
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear, make_layer
 from .merging.merge import MIN_SURVIVAL, lossy_merge_error
@@ -72,13 +72,13 @@ class FGGMModel(BaseTuner):
         # for these task types, PEFT adds the head to modules_to_save after the layers have been adapted
         heads = _TRAINED_HEADS.get(peft_config.task_type, ())
         is_head = any(part in heads for part in key.split("."))
-        return not is_head and BaseTuner._check_target_module_exists(peft_config, key)
+        return not is_head and BaseTuner._check_target_module_exists(peft_config, plain_name(key))
 
     def _prepare_model(self, peft_config, model):
         require_unsharded(model)
         require_offloading_in_place(model)
         guard_four_bit_layers(model)
-        include_quantized_layers_(peft_config, model)
+        expand_all_linear_(peft_config, model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -104,6 +104,12 @@ class FGGMModel(BaseTuner):
             setattr(parent, target_name, layer)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        require_adapter_name(model, adapter_name)
+        # the caller's config may be used for other adapters too
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        vars(self.peft_config[adapter_name]).pop("_of_file", None)
+        if fit_layers_to_model_state not in [h.hook for h in model._load_state_dict_pre_hooks.values()]:
+            model.register_load_state_dict_pre_hook(fit_layers_to_model_state)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config, targets = self.peft_config[adapter_name], find_targets(model, adapter_name)
@@ -112,7 +118,7 @@ class FGGMModel(BaseTuner):
             forecast_supports(targets, config)  # raises if the budget cannot be spent
             self._choose_without_data(config, targets)
             self._await_supports(config, targets)
-            if config.base_fingerprint is None:  # taken now, because the base may be sharded later
+            if not config.support_sizes:  # a new adapter; taken now, because the base may be sharded later
                 config.base_fingerprint = fingerprint({path: t.layer for path, t in targets.items()}) or None
         except Exception:
             _remove_adapter(model, adapter_name)  # PEFT stops at the first unsupported module
@@ -123,19 +129,19 @@ class FGGMModel(BaseTuner):
         on_meta = any(target.values.is_meta for target in targets.values())
         if not config.is_chosen_without_data or on_meta or not targets or config.support_sizes:
             return
+        config.selection = None
         choices = choose_supports(targets, config, lambda path: criterion_scores(targets[path], config))
         write_supports(targets, config, choices)
 
     def _await_supports(self, config: FGGMConfig, targets: Targets) -> None:
         """Resize the supports of a saved adapter to their saved sizes, for loaders that compare shapes."""
         sizes, encoded = config.support_sizes or {}, config.index_bytes or {}
-        layers = {path: target.layer for path, target in targets.items()}
-        check = functools.cache(lambda: require_base(layers, config))  # a loader brings tensors one by one
+        file = AwaitedFile(config, {path: target.layer for path, target in targets.items() if not target.is_selected})
         keep_dtype = config.training_dtype is not None
         for path, target in targets.items():
             if sizes and not target.is_selected:
                 k, size = entry_within(sizes, path) or 0, entry_within(encoded, path)
-                await_support_(target, k, size, check, keep_dtype)
+                await_support_(target, k, size, file, keep_dtype)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Like PEFT's, but values keep the config's ``training_dtype``."""
@@ -280,6 +286,21 @@ class FGGMModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fit_layers_to_state_dict(model, config, adapter_name, state_dict)
         return state_dict
+
+
+def require_adapter_name(model: nn.Module, name: str) -> None:
+    """Raise ``ValueError`` for a name with which PEFT, which finds adapters by parts of keys, would mix up tensors."""
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrapped = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, wrappers))
+    paths = [name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())]
+    parts = {part for path in paths if not path.startswith(wrapped) for part in path.split(".")}
+    parts |= {"base_model", "model", "base_layer", "modules_to_save", "original_module", *FGGMLayer.adapter_layer_names}
+    parts |= {*FGGMLayer.other_param_names, *dir(nn.ParameterDict), *dir(SupportIndices)}
+    if not name or "." in name or name in parts:
+        raise ValueError(
+            f"an adapter cannot be named {name!r}: the name must not be empty, contain a dot, or be a part of the "
+            "name of a module or a parameter. Choose another name."
+        )
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:

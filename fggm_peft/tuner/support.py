@@ -15,6 +15,7 @@ from ..core.errors import NonFiniteScoreError
 from ..core.ranking import all_finite
 from ..core.threshold import Forecast, ThresholdPolicy
 from .config import FGGMConfig
+from .hosts.sharding import without_wrappers
 from .target import Target, Targets
 
 
@@ -38,9 +39,10 @@ class Choice:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The base model of a ``PeftModel``, with its FGGM layers; other models unchanged."""
+    """The base model with its FGGM layers, without PEFT's and other wrappers."""
+    model = without_wrappers(model)
     while callable(get := getattr(model, "get_base_model", None)):
-        model = get()
+        model = without_wrappers(get())
     return model
 
 

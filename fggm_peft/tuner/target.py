@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.granularity import Granularity, Shape
 from ..core.weight_delta import WeightDelta
-from .hosts.sharding import path_in_base
+from .hosts.sharding import path_in_base, without_wrappers
 
 if TYPE_CHECKING:
     from .layer import FGGMLayer
@@ -100,7 +100,8 @@ def find_targets(model: nn.Module, adapter_name: str) -> Targets:
     """The weights that an adapter may change, by module path in the base model; empty if no layer has the adapter."""
     from .layer import FGGMLayer
 
-    paths = {path_in_base(name): module for name, module in model.named_modules() if isinstance(module, FGGMLayer)}
+    modules = without_wrappers(model).named_modules()
+    paths = {path_in_base(name): module for name, module in modules if isinstance(module, FGGMLayer)}
     return {
         path: Target(path, layer, adapter_name) for path, layer in paths.items() if adapter_name in layer.fggm_values
     }
@@ -109,7 +110,7 @@ def find_targets(model: nn.Module, adapter_name: str) -> Targets:
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model by module path in the base model, without the parts of adapted layers."""
     inner: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in without_wrappers(model).named_modules():
         if isinstance(module, BaseTunerLayer):
             inner |= {id(part) for part in module.modules() if part is not module}  # type: ignore[attr-defined]
         if id(module) not in inner:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,19 +12,58 @@ from torch import Tensor
 
 from ...core.index_codec import decode_indices
 from ..target import Target
-from .tensors import file_error
+from .base_check import require_base
+from .tensors import MARK, file_error
+
+if TYPE_CHECKING:
+    from ..config import FGGMConfig
+    from ..layer import FGGMLayer
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class AwaitedSupport:
-    """A support of ``k`` of ``units`` units that a loader will bring; ``check`` raises for another base."""
+@dataclass(eq=False)
+class AwaitedFile:
+    """The file of an adapter, which a loader brings tensor by tensor.
 
+    Args:
+        config: the config that was saved with it. Its sizes are cleared when all indices have arrived.
+        layers: the layers of the adapter by module path.
+    """
+
+    config: FGGMConfig
+    layers: Mapping[str, FGGMLayer]
+
+    def __post_init__(self) -> None:
+        self.missing = set(self.layers)
+        self._is_checked = False
+
+    def check(self) -> None:
+        """Raise ``BaseMismatchError`` for another base."""
+        if not self._is_checked:
+            require_base(self.layers, self.config)
+            self._is_checked = True
+
+    def arrived(self, path: str) -> None:
+        self.missing.discard(path)
+        if not self.missing:
+            self.config.support_sizes = self.config.index_bytes = None
+
+
+@dataclass(frozen=True, eq=False)
+class AwaitedSupport:
+    """A support of ``k`` of ``units`` units that a loader will bring."""
+
+    path: str
     k: int
     units: int
     dtype: torch.dtype
-    check: Callable[[], None]
+    file: AwaitedFile
+
+    def require_whole_file(self) -> None:
+        """Raise ``AdapterFileError`` if the loader brought the supports of other modules only."""
+        if len(self.file.missing) < len(self.file.layers):
+            raise file_error(f"{self.path}{MARK}indices", "this tensor is missing")
 
 
 class SupportIndices(BufferDict):
@@ -47,8 +86,10 @@ class SupportIndices(BufferDict):
     def settle(self, name: str) -> None:
         """Stop waiting for a loader."""
         support = self.awaited.pop(name, None)
-        if support is not None and self[name].dtype == torch.uint8:
-            self[name] = self[name].new_zeros(support.k, dtype=support.dtype)
+        if support is not None:
+            support.file.arrived(support.path)
+            if self[name].dtype == torch.uint8:
+                self[name] = self[name].new_zeros(support.k, dtype=support.dtype)
 
     def __delitem__(self, name: str) -> None:
         self.awaited.pop(name, None)
@@ -59,20 +100,10 @@ class SupportIndices(BufferDict):
         if name in self.__dict__.get("awaited", {}):
             self._arrived(name)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        arriving = {name: state_dict[prefix + name] for name in self.awaited if prefix + name in state_dict}
-        for name, tensor in arriving.items():
-            if tensor.dtype != torch.uint8:  # state dicts of models contain decoded indices
-                support = self.awaited[name]
-                self.register_buffer(name, self[name].new_zeros(support.k, dtype=support.dtype))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in arriving:
-            self._arrived(name)
-
     def _arrived(self, name: str) -> None:
         """Decode and check the tensor that a loader has assigned."""
         support, encoded = self.awaited[name], self[name]
-        support.check()
+        support.file.check()
         if encoded.is_meta:
             return
         try:
@@ -80,17 +111,18 @@ class SupportIndices(BufferDict):
         except ValueError as error:
             raise file_error(f"fggm_indices.{name}", str(error)) from error
         del self.awaited[name]
+        support.file.arrived(support.path)
         self[name] = indices.to(encoded.device, support.dtype)
         self.selected[name] = True
 
 
 def await_support_(
-    target: Target, k: int, encoded_bytes: int | None, check: Callable[[], None], keep_dtype: bool = False
+    target: Target, k: int, encoded_bytes: int | None, file: AwaitedFile, keep_dtype: bool = False
 ) -> None:
     """Reserve a support of ``k`` units that a loader will bring; until then the target is not selected.
 
-    ``encoded_bytes`` is the size of encoded indices, and ``check`` raises for another base. Unless ``keep_dtype``, the
-    values become float32 at least. An impossible size raises ``ValueError``.
+    ``encoded_bytes`` is the size of encoded indices. Unless ``keep_dtype``, the values become float32 at least. An
+    impossible size raises ``ValueError``.
     """
     if not isinstance(k, int) or not 0 <= k <= target.units:
         raise ValueError(f"{target.path}: a support of {k!r} units does not fit the {target.units} of the weight")
@@ -105,7 +137,7 @@ def await_support_(
     plain: Tensor = target.indices
     reserved = plain.fill_(-1) if encoded_bytes is None else plain.new_zeros(encoded_bytes, dtype=torch.uint8)
     target.layer.fggm_indices[target.adapter_name] = reserved
-    support = AwaitedSupport(k, target.units, plain.dtype, check)
+    support = AwaitedSupport(target.path, k, target.units, plain.dtype, file)
     target.layer.fggm_indices.awaited[target.adapter_name] = support
 
 

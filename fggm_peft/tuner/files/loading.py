@@ -5,15 +5,23 @@ Adapters may come from strangers: every key, shape, dtype, index and value is ch
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...core.errors import AdapterFileError
-from ...core.index_codec import index_dtype
+from ...core.index_codec import decode_indices, index_dtype
+from ..adapter_state import AdapterState
 from ..config import FGGMConfig
-from ..hosts.sharding import plain_name, state_prefix
-from ..target import Target, find_targets
+from ..hosts.sharding import path_in_base, require_resizable, state_prefix
+from ..target import Target, Targets, find_targets
 from .base_check import require_base
-from .tensors import MARK, PARTS, PREFIX, checked_delta, split_key
+from .indices import entry_within
+from .tensors import MARK, PARTS, PREFIX, checked_delta, file_error, split_key
+
+Delta = dict[str, Tensor]
 
 
 def fit_layers_to_state_dict(
@@ -29,24 +37,62 @@ def fit_layers_to_state_dict(
     """
     targets, prefix = find_targets(model, adapter_name), state_prefix(model)
     require_base({path: target.layer for path, target in targets.items()}, config)
-    checked: dict[str, dict[str, Tensor]] = {}
+    checked: dict[str, Delta] = {}
     for path, target in targets.items():
         tensors = _take(state_dict, prefix + path, target)
         if not tensors:
-            continue  # PEFT reports missing keys
+            continue
         if target.is_merged:
             raise ValueError(
                 f"adapter {adapter_name!r} is merged ({path}); call unmerge_adapter() before you load another over it"
             )
         checked[path] = _checked(tensors, target)
-    _require_known_keys(model, adapter_name, state_dict)
-    is_selected = any(len(tensors["indices"]) for tensors in checked.values())
+    _require_sizes(config, checked, targets)
+    keys = {path_in_base(key): key for key in model.state_dict()}
+    _require_known_keys(adapter_name, state_dict, keys)
+    for key in list(state_dict):  # a compiled base has other keys than the file
+        state_dict[keys[path_in_base(key)]] = state_dict.pop(key)
     for path, tensors in checked.items():
-        layer = targets[path].layer
-        state_dict |= {f"{prefix}{path}{MARK}{part}.{adapter_name}": tensor for part, tensor in tensors.items()}
-        layer.fggm_indices.settle(adapter_name)
-        layer.resize_(adapter_name, len(tensors["indices"]), tensors["values"].dtype)
-        layer.selected[adapter_name] = is_selected
+        state_dict |= {keys[f"{path}{MARK}{part}.{adapter_name}"]: tensor for part, tensor in tensors.items()}
+    _resize_(model, targets, checked)
+    config.support_sizes = config.index_bytes = None
+
+
+def fit_layers_to_model_state(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Resize the adapters of a model to those in a state dict of the whole model; a hook of ``load_state_dict``."""
+    keys = {path_in_base(key.removeprefix(prefix)): key for key in state_dict if MARK in key}
+    names = {name for layer in model.modules() if isinstance(layer, AdapterState) for name in layer.fggm_values}
+    for name in names:
+        targets = find_targets(model, name)
+        arriving = {path: _take_decoded(state_dict, keys, target) for path, target in targets.items()}
+        _resize_(model, targets, {path: delta for path, delta in arriving.items() if delta})
+
+
+def _take_decoded(state_dict: dict[str, Tensor], keys: Mapping[str, str], target: Target) -> Delta:
+    """The tensors of a target in the state dict of a model, where its indices become plain; empty if it has none."""
+    names = {part: keys.get(f"{target.path}{MARK}{part}.{target.adapter_name}", "") for part in PARTS}
+    delta = {part: state_dict[key] for part, key in names.items() if key}
+    dim = target.granularity.unit_dim
+    if delta.keys() != set(PARTS) or isinstance(delta["values"], DTensor) or delta["values"].dim() <= dim:
+        return {}
+    try:
+        indices = decode_indices(delta["indices"], delta["values"].shape[dim], target.units)
+    except ValueError as error:
+        raise file_error(names["indices"], str(error)) from error
+    state_dict[names["indices"]] = indices
+    return {**delta, "indices": indices}
+
+
+def _resize_(model: nn.Module, targets: Targets, tensors: Mapping[str, Delta]) -> None:
+    """Resize the layers to the tensors that are about to be loaded into them."""
+    if any(delta["values"].shape != targets[path].values.shape for path, delta in tensors.items()):
+        require_resizable(model)
+    is_selected = any(len(delta["indices"]) for delta in tensors.values())
+    for path, delta in tensors.items():
+        name, layer = targets[path].adapter_name, targets[path].layer
+        layer.fggm_indices.settle(name)
+        layer.resize_(name, len(delta["indices"]))
+        layer.selected[name] = is_selected
         layer.freeze_empty_()
 
 
@@ -73,7 +119,17 @@ def _checked(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     return {"indices": indices, "values": values}
 
 
-def _require_known_keys(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def _require_sizes(config: FGGMConfig, deltas: Mapping[str, Delta], targets: Targets) -> None:
+    """Raise unless the tensors have the sizes that the config was saved with."""
+    for path in targets:
+        expected = entry_within(config.support_sizes or {}, path)
+        actual = len(deltas[path]["indices"]) if path in deltas else None
+        if expected is not None and actual != expected:
+            found = "is missing" if actual is None else f"has {actual} units"
+            raise file_error(f"{path}{MARK}indices", f"{found}, but support_sizes in the config has {expected!r:.80}")
+
+
+def _require_known_keys(adapter_name: str, state_dict: dict[str, Tensor], known: Collection[str]) -> None:
     """Raise for a tensor that belongs to no layer."""
     unknown = [key for key in state_dict if split_key(key.removesuffix(f".{adapter_name}"))]
     if unknown:
@@ -81,7 +137,6 @@ def _require_known_keys(model: nn.Module, adapter_name: str, state_dict: dict[st
             f"{unknown[0]}: the model has no such layer with this adapter. The file was made for another base model "
             "or for other target modules."
         )
-    known = {plain_name(key).removeprefix(PREFIX) for key in model.state_dict()}
-    unknown = [key for key in state_dict if plain_name(key).removeprefix(PREFIX) not in known]
+    unknown = [key for key in state_dict if path_in_base(key) not in known]
     if unknown:
         raise AdapterFileError(f"{unknown[0]}: unknown key. The file was made for another base model or is damaged.")

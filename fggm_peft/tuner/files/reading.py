@@ -77,6 +77,8 @@ def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
         path: checked_delta(modules[path], config.granularity, shape, f"{file}: {path}{MARK}")
         for path, shape in shapes.items()
     }
+    if config.support_sizes not in (None, {path: len(delta["indices"]) for path, delta in deltas.items()}):
+        raise AdapterFileError(f"{file}: the numbers of units differ from support_sizes in {CONFIG_NAME}")
     return AdapterContents(config, file, deltas, shapes, others)
 
 

@@ -84,16 +84,18 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
         for name in names.values():
             state_dict.pop(keys.get(name, ""), None)
         state_dict |= {names[part]: tensor for part, tensor in encoded[path].items()}
+    layers, expected = {path: target.layer for path, target in targets.items()}, config.base_fingerprint or {}
+    # an old fingerprint that fits is kept, because it may come from the unquantized base
+    if encoded and (expected.keys() != layers.keys() or base_difference(layers, expected) is not None):
+        expected = fingerprint(layers)
+    is_selected = any(target.is_selected for target in targets.values())
+    config.describe_file(
+        base_fingerprint=expected or None,
+        support_sizes={path: len(target.indices) for path, target in targets.items()} if is_selected else None,
+        index_bytes=index_bytes(encoded) if is_selected else None,
+    )
     if encoded:
         _warn_if_untrained(adapter_name, encoded)
-        config.describe_file()
-        layers, old = {path: target.layer for path, target in targets.items()}, config.base_fingerprint or {}
-        # an old fingerprint that fits is kept, because it may come from the unquantized base
-        if old.keys() != layers.keys() or base_difference(layers, old) is not None:
-            config.base_fingerprint = fingerprint(layers)
-    is_selected = any(target.is_selected for target in targets.values())
-    config.support_sizes = {path: len(target.indices) for path, target in targets.items()} if is_selected else None
-    config.index_bytes = index_bytes(encoded) if is_selected else None
 
 
 def index_bytes(encoded: Mapping[str, Mapping[str, Tensor]]) -> dict[str, int] | None:

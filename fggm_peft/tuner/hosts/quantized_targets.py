@@ -1,4 +1,4 @@
-"""``target_modules="all-linear"`` on a quantized base."""
+"""``target_modules="all-linear"`` on a quantized or compiled base."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import FGGMConfig
+from .sharding import plain_name, without_wrappers
 
 
-def include_quantized_layers_(config: FGGMConfig, model: nn.Module) -> None:
-    """Let "all-linear" include quantized layers that PEFT misses, because they are not ``nn.Linear`` (HQQ, GPTQ)."""
-    targets = config.target_modules
+def expand_all_linear_(config: FGGMConfig, model: nn.Module) -> None:
+    """Expand "all-linear" to module paths, as in PEFT.
+
+    It includes quantized layers that PEFT misses, because they are not ``nn.Linear`` (HQQ, GPTQ). The paths are those
+    of the model without ``torch.compile``.
+    """
+    targets, model = config.target_modules, without_wrappers(model)
     if not isinstance(targets, str) or targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    paths = {
+    missed = {
         path
         for path, module in model.named_modules()
         if module is not head and not path.startswith(adapted) and _is_missed_by_peft(module)
     }
-    if paths:
-        _maybe_include_all_linear_layers(config, model)
-        config.target_modules |= paths
+    _maybe_include_all_linear_layers(config, model)
+    config.target_modules = set(map(plain_name, config.target_modules | missed))
 
 
 def _is_missed_by_peft(module: nn.Module) -> bool:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+
+import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..files.tensors import PREFIX
 
 # parts of module names that are missing in state dicts
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel``, ``DataParallel``, DeepSpeed's engine and ``torch.compile``."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def require_resizable(model: nn.Module) -> None:
+    """Raise ``ValueError`` if ``DistributedDataParallel`` wraps the model.
+
+    Its buckets have the sizes that the parameters had, so that a resized parameter would fail in backward.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    model = without_wrappers(model)
+    wrappers = [wrapper for wrapper in gc.get_objects() if type(wrapper) is DistributedDataParallel]
+    if any(module is model for wrapper in wrappers for module in wrapper.modules()):
+        raise ValueError(
+            "DistributedDataParallel already wraps the model, and the adapter's values cannot be resized any more. "
+            "Select or load the adapter before you wrap the model, for example before accelerator.prepare."
+        )
 
 
 def plain_name(name: str) -> str:

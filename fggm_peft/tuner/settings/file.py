@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from ...core.errors import AdapterFileError
 from ...core.fingerprint import sketches_from
@@ -61,8 +62,14 @@ class FileSettings:
         except ValueError as error:
             raise AdapterFileError(str(error)) from error
 
-    def describe_file(self) -> None:
-        """Write the format and the versions."""
+    def describe_file(self, **fields: Any) -> None:
+        """Set written fields for the next file; this config itself does not change, because adapters may share it."""
         libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        self.fggm_format = FORMAT
-        self.made_with = {"fggm_peft": __version__, **libraries}  # PEFT writes its own version
+        made_with = {"fggm_peft": __version__, **libraries}  # PEFT writes its own version
+        self._of_file = {"fggm_format": FORMAT, "made_with": made_with, **fields}
+
+    def of_file(self) -> Any:
+        """A copy with the fields of ``describe_file``."""
+        config = copy.copy(self)
+        vars(config).update(vars(self).get("_of_file", {}))
+        return config

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import FGGMConfig
 from ..files.tensors import MARK, PREFIX, delta_keys, split_key
+from ..hosts.sharding import without_wrappers
 from ..target import Targets, find_targets
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
@@ -48,7 +49,7 @@ def hotswap_adapter(
 
 def swap_in_place(model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig) -> None:
     """Replace a loaded adapter by the tensors of a file, whose keys may contain the adapter's name already."""
-    model = getattr(model, "_orig_mod", model)
+    model = without_wrappers(model)
     targets = _replaceable(model, adapter_name)
     old = model.peft_config[adapter_name]
     _require_compatible(old, config)
