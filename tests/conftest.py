@@ -69,6 +69,17 @@ class LayerExample:
         return x.to(dtype) if x.is_floating_point() else x
 
 
+class ExampleRouter(nn.Module):
+    """A router that returns its logits only."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, 7))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
 LAYER_EXAMPLES = {
     "linear": LayerExample(lambda: nn.Linear(7, 5), lambda: torch.randn(4, 9, 7)),
     "linear without bias": LayerExample(lambda: nn.Linear(6, 8, bias=False), lambda: torch.randn(3, 6)),
@@ -84,6 +95,7 @@ LAYER_EXAMPLES = {
         lambda: torch.randn(2, 4, 6, 5).to(memory_format=torch.channels_last),
     ),
     "conv3d": LayerExample(lambda: nn.Conv3d(2, 4, 2, dilation=2), lambda: torch.randn(2, 2, 5, 4, 4)),
+    "router": LayerExample(ExampleRouter, lambda: torch.randn(4, 7)),
     "embedding": LayerExample(lambda: nn.Embedding(11, 6), lambda: torch.randint(0, 11, (3, 5))),
 }
 

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -53,6 +54,36 @@ def bert(head: type, **config) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     return head(BertConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 32} | sizes | config))
+
+
+def mixture(name: str, dtype: torch.dtype = torch.float32, implementation: str = "eager") -> nn.Module:
+    """A causal language model with two layers of four experts."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
+    special = {
+        "Mixtral": {"num_local_experts": 4},
+        "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
+        "GptOss": {"num_local_experts": 4, "head_dim": 8},
+        "Llama4": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 24, "num_experts_per_tok": 1},
+        "DeepseekV3": {
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_key_value_heads": 4,
+        }
+        | {"first_k_dense_replace": 0, "kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 8}
+        | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+    }
+    config = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**(sizes | special[name]))).to(dtype)
+    if name != "Llama4":
+        model.set_experts_implementation(implementation)
+    with torch.no_grad():  # some architectures start with zeros
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=dtype), alpha=0.1)
+    return model
 
 
 BERT_HEADS = {

@@ -45,14 +45,26 @@ def effective_weight(weight: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
     return weight
 
 
-def effective_matrix(weight: WeightSource, deltas: Sequence[WeightDelta]) -> Tensor:
+def effective_matrix(
+    weight: WeightSource, deltas: Sequence[WeightDelta], parts: Sequence[Callable[[Tensor], Tensor]] | None = None
+) -> Tensor:
     """``weight + sum of deltas``, ``[o, i]``, for layers that compute more than a matrix product.
 
     The gradient of the result may be dense; the values receive their entries of it.
+
+    Args:
+        parts: for a stack of weights, the view ``[o, i]`` of it that each delta changes.
     """
+    parts = parts or [lambda whole: whole] * len(deltas)
     if is_recording():
-        return effective_weight(weight(), deltas)
-    return _EffectiveMatrix.apply(weight, tuple(deltas), *(d.values for d in deltas))
+        return _with_parts(weight(), deltas, parts)
+    return _EffectiveMatrix.apply(weight, tuple(deltas), tuple(parts), *(d.values for d in deltas))
+
+
+def _with_parts(weight: Tensor, deltas: Sequence[WeightDelta], parts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    for delta, part in zip(deltas, parts, strict=True):
+        effective_weight(part(weight), [delta])
+    return weight
 
 
 def additive_linear(base_output: Tensor, x: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
@@ -175,15 +187,17 @@ class _AdditiveLinear(torch.autograd.Function):
 
 class _EffectiveMatrix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, deltas, *values):
-        ctx.deltas, ctx.dtypes = deltas, [v.dtype for v in values]
-        return effective_weight(weight(), deltas)
+    def forward(ctx, weight, deltas, parts, *values):
+        ctx.deltas, ctx.parts, ctx.dtypes = deltas, parts, [v.dtype for v in values]
+        return _with_parts(weight(), deltas, parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         gradients = [
-            delta.granularity.gather(g, delta.indices).to(dtype) * delta.scale if needed else None
-            for delta, dtype, needed in zip(ctx.deltas, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+            delta.granularity.gather(part(g), delta.indices).to(dtype) * delta.scale if needed else None
+            for delta, part, dtype, needed in zip(
+                ctx.deltas, ctx.parts, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
+            )
         ]
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)

@@ -171,13 +171,12 @@ def _matrices(x: Tensor, g: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
             yield sample, rows, torch.mm(g[sample, :, rows].mT, x[sample], out=matrix)
 
 
-class GroupedGradients(PerSampleGradients):
-    """Gradients of a grouped convolution: ``x`` ``[b, t, groups, i]`` and ``g`` ``[b, t, groups, o / groups]``."""
+class MatrixGradients(PerSampleGradients):
+    """Gradients that exist as matrices ``[b, o, i]``."""
 
-    def __init__(self, x: Tensor, g: Tensor):
-        matrices = torch.einsum("btqo,btqi->bqoi", _widened(g), _widened(x))
-        self.matrices = matrices.flatten(1, 2)  # [b, o, i]
-        self.shape = (self.matrices.shape[1], self.matrices.shape[2])
+    def __init__(self, matrices: Tensor):
+        self.matrices = _widened(matrices)
+        self.shape = (matrices.shape[1], matrices.shape[2])
 
     def row_scores(self) -> Tensor:
         return self.matrices.square().sum(2)
@@ -190,6 +189,13 @@ class GroupedGradients(PerSampleGradients):
 
     def total(self, samples: Tensor) -> Tensor:
         return self.matrices[samples].sum(0)
+
+
+class GroupedGradients(MatrixGradients):
+    """Gradients of a grouped convolution: ``x`` ``[b, t, groups, i]`` and ``g`` ``[b, t, groups, o / groups]``."""
+
+    def __init__(self, x: Tensor, g: Tensor):
+        super().__init__(torch.einsum("btqo,btqi->bqoi", _widened(g), _widened(x)).flatten(1, 2))
 
 
 class EmbeddingGradients(PerSampleGradients):

@@ -103,6 +103,8 @@ def _layers(delta: SparseDelta, base: Base | None) -> dict[str, FGGMLayer]:
 def _require_supported(path: str, layer: FGGMLayer) -> None:
     """Raise ``ValueError`` if PEFT's LoRA of this layer cannot express the delta."""
     base: Any = layer.get_base_layer()
+    if not layer.reads_inputs:
+        raise ValueError(f"{path} is a parameter, which cannot be exported as LoRA yet. Merge the delta (fggm merge)")
     if not isinstance(layer, FGGMConv):
         return
     is_plain = {"groups": base.groups == 1, "dilation": set(base.dilation) == {1}}

@@ -84,6 +84,8 @@ class DataPass:
         log_likelihood, model = self._likelihood()
         recorder = CallRecorder(RunningSums(targets, self.statistics), self.metrics)
         sums, seen, has_answer, processes = recorder.sums, 0, False, self.processes
+        # the gradient of a parameter is the sum over the batch; forward statistics raise an error elsewhere
+        one_by_one = not all(target.layer.reads_inputs for target in targets.values())
         with (
             frozen_in_eval_mode(self.model),
             without_delta(targets),
@@ -91,7 +93,8 @@ class DataPass:
         ):
             for round in rounds(self.model, self.dataloader, processes, limit, description, self.progress):
                 with processes.together("the selection pass"), round.advice():
-                    has_answer |= self._add_batch(recorder, model, log_likelihood, round)
+                    for part in round.samples() if one_by_one else [round]:
+                        has_answer |= self._add_batch(recorder, model, log_likelihood, part)
                 seen = round.end
                 if is_enough is not None and first_check <= seen != limit:
                     first_check *= 2

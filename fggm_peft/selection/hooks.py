@@ -7,6 +7,8 @@ checkpointing, reentrant or not, neither keeps ``x`` nor counts a sample twice.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,9 @@ class LayerHooks:
 
     def __enter__(self) -> LayerHooks:
         for target in self.targets.values():
+            if not target.layer.reads_inputs:
+                target.layer.observer = partial(self.recorder.record_weight, target)
+                continue
             self._handles.append(target.layer.register_forward_hook(self._hook_of(target), with_kwargs=True))
         if self.input_embeddings is not None and self.recorder.sums.needs_backward:
             self._handles.append(self.input_embeddings.register_forward_hook(self._require_grad))
@@ -50,6 +55,9 @@ class LayerHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for target in self.targets.values():
+            if not target.layer.reads_inputs:
+                target.layer.observer = None
         self.recorder.close()
 
     def _require_grad(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ Finish = Callable[[Tensor, Tensor], None]
 """Completes a call of a layer in backward; takes its input and the gradient at its output."""
 
 
+_NOTHING = torch.empty(0, 0)
+
+
 @dataclass
 class _OpenBatch:
     """One batch, and what consecutive layers with the same input share in it, such as the query and key projections.
@@ -135,10 +138,19 @@ class CallRecorder:
             )
         current = self._current
         waiting, calls = current.waiting[target.path], current.calls[target.path]
-        waiting.append((current.cleaned_input(x, self.metrics.get(target.path)), current.cleaned(g)))
+        if target.layer.reads_inputs:
+            x, g = current.cleaned_input(x, self.metrics.get(target.path)), current.cleaned(g)
+        waiting.append((x, g))
         if len(waiting) == calls:
             self._add_gradients(target, gram if calls == 1 else None)
         gram.done()
+
+    def record_weight(self, target: Target) -> Callable[[Tensor], None] | None:
+        """Record a call of a module that uses the weight, without inputs; returns what takes the weight's gradient."""
+        if not self.is_open:
+            return None
+        finish = self.record_forward(target, _NOTHING, _NOTHING)
+        return None if finish is None else lambda g: finish(_NOTHING, g)
 
     def _add_gradients(self, target: Target, gram: GramMatrix | None = None) -> None:
         waiting = self._current.waiting.pop(target.path)
@@ -167,7 +179,9 @@ class CallRecorder:
     def _by_sample(self, target: Target, tensor: Tensor) -> Tensor:
         """The tensor with one entry for each sample in its first dimension."""
         samples = len(self._current.batch.half)
-        if len(tensor) == samples:
+        if samples == 1 and not target.layer.reads_inputs:
+            return tensor[None]  # the gradient of the weight
+        if len(tensor) == samples and target.layer.reads_inputs:
             return tensor
         if samples == 1 and isinstance(target.layer, FGGMLinear):
             return tensor.reshape(1, -1, tensor.shape[-1])

@@ -42,6 +42,29 @@ class Round(NamedTuple):
     first: int
     end: int
 
+    def samples(self) -> Iterator[Round]:
+        """The round, one sample at a time.
+
+        Raises:
+            ValueError: a tensor of the batch does not have one entry for each sample.
+        """
+        if self.size < 2:
+            yield self
+            return
+        assert self.batch is not None
+        for name, value in self.batch.items():
+            if isinstance(value, Tensor) and value.dim() and len(value) != self.size:
+                raise ValueError(
+                    f"batch {self.number}: {name!r} has {len(value)} entries for {self.size} samples, so the batch "
+                    "cannot be split into samples. Use a dataloader with batch size 1."
+                )
+        for sample in range(self.size):
+            batch = {
+                name: value[sample : sample + 1] if isinstance(value, Tensor) and value.dim() else value
+                for name, value in self.batch.items()
+            }
+            yield self._replace(batch=batch, size=1, first=self.first + sample)
+
     @contextmanager
     def advice(self) -> Iterator[None]:
         """Add the batch and a remedy to an out-of-memory error, whose type does not change."""

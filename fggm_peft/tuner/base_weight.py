@@ -33,9 +33,13 @@ class BaseWeight(BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features: int
         self.out_features: int
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._features()
         self._quantization_kwargs = quantization_kwargs
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+
+    def _features(self) -> Any:
+        """The number of input features and of output features, as PEFT defines them."""
+        return _get_in_out_features(self.get_base_layer())
 
     @property
     @abstractmethod

@@ -99,6 +99,12 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         "Modules to adapt: a list of module names, a regex, or 'all-linear' (the default) for every linear layer "
         "except the output head. Linear, Conv1D, Conv1d/2d/3d, Embedding and quantized linear layers are supported.",
     )
+    target_parameters: Optional[list[str]] = setting(
+        None,
+        "Parameters to adapt, as in LoRA: names of matrices, or of stacks of matrices such as the experts of a mixture "
+        "(['experts.gate_up_proj', 'experts.down_proj', 'gate.weight']). Each expert has a support of its own. "
+        "`target_modules` is empty by default then.",
+    )
     exclude_modules: Optional[Union[list[str], str]] = setting(
         None, "Modules not to adapt: a list of module names, or a regex."
     )
@@ -148,6 +154,8 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":

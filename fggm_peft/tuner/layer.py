@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,13 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
 
     # Layer types --------------------------------------------------------------------------------
 
+    reads_inputs = True
+    """Whether the layer is called with the input that its weight multiplies; otherwise see ``tuner.parameters``."""
+    observer: Callable[[], Callable[[Tensor], None] | None] | None = None
+    """Called with every forward of a module that uses the weight; may return what receives the weight's gradient."""
+    is_expert = False
+    """Whether the weight is one of a stack, so that the last part of its path is a number."""
+
     def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
         """The output of the base layer with the deltas added to its weight; by default in the additive form."""
         return self.with_deltas(self.base_layer(x, *args, **kwargs), self.active_adapters, x)
@@ -81,18 +88,21 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
     def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        deltas = self.current_deltas()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        deltas = self._active_deltas()
         if not deltas and not self.needs_weight_for_gradients(x):
             return self.base_layer(x, *args, **kwargs)
         return self.adapted_forward(deltas, x, *args, **kwargs)
 
     _mixed_batch_forward = mixed_batch_forward  # PEFT's name
 
-    def _active_deltas(self) -> list[WeightDelta]:
+    def current_deltas(self) -> list[WeightDelta]:
+        """What the next forward adds to the base weight; adapters that are disabled are unmerged first."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
         names = [name for name in self.active_adapters if name in self.fggm_values]
         for name in names:
             if name in self.fggm_indices.awaited:

@@ -6,13 +6,14 @@ import copy
 import logging
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+from accelerate import init_empty_weights
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import Tensor, nn
 
 from .config import FGGMConfig
@@ -25,9 +26,10 @@ from .hosts.offloading import require_offloading_in_place
 from .hosts.quantized_targets import expand_all_linear_
 from .hosts.sharding import plain_name, require_unsharded
 from .layer import FGGMLayer
-from .layer_types import FGGMLinear, make_layer
+from .layer_types import FGGMLinear
 from .merging.merge import MIN_SURVIVAL, lossy_merge_error
 from .merging.report import MergeReport
+from .parameters import FGGMParameter, FGGMParameters, matched_parameters, targeted_layers
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
 from .several.weighted import Combination, add_weighted_adapter
@@ -63,7 +65,7 @@ class FGGMModel(BaseTuner):
     # Injection ----------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config, model_config):
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config.target_modules = "all-linear"
         return peft_config
 
@@ -83,11 +85,19 @@ class FGGMModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
-        layer = target
-        if not isinstance(target, FGGMLayer):
-            layer = make_layer(target, current_key, **get_quantization_kwargs(self.model))
-            layer.set_adapter(self.active_adapters)
-            layer.train(target.training)
+        if isinstance(target, FGGMParameter) or isinstance(parent, FGGMParameters):
+            return  # PEFT found the name of a parameter that is adapted
+        layers = targeted_layers(self.model, target, current_key, parameter_name, **get_quantization_kwargs(self.model))
+        for path, layer in layers.items():
+            if not layer.fggm_values:
+                layer.set_adapter(self.active_adapters)
+                layer.train(target.training)
+            self._add_to_layer(adapter_name, peft_config, path, layer)
+        if current_key in layers and layers[current_key] is not target:
+            # PEFT's _replace_module would move the adapter to the meta device if the weight is offloaded
+            setattr(parent, target_name, layers[current_key])
+
+    def _add_to_layer(self, adapter_name: str, peft_config: FGGMConfig, current_key: str, layer: FGGMLayer) -> None:
         if not peft_config.granularity.supports(layer.weight_shape):
             raise ValueError(
                 f"{current_key}: granularity='{peft_config.granularity}' does not support a weight of shape "
@@ -99,9 +109,15 @@ class FGGMModel(BaseTuner):
                 "only. Leave the module out with `exclude_modules`, or set harm_decay=0."
             )
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            # PEFT's _replace_module would move the adapter to the meta device if the weight is offloaded
-            setattr(parent, target_name, layer)
+
+    def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage):
+        keys = []
+        for path, name, key in matched_parameters(model, peft_config.target_parameters):
+            parent, target, target_name = _get_submodules(model, path)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, target_name, parent, path, name)
+            keys.append(key)
+        return keys
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         require_adapter_name(model, adapter_name)
@@ -305,12 +321,14 @@ def require_adapter_name(model: nn.Module, name: str) -> None:
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Undo an injection: remove the adapter, and unwrap layers that have no adapter left."""
-    for path, layer in list(model.named_modules()):
+    for layer in model.modules():
         if isinstance(layer, FGGMLayer) and adapter_name in layer.fggm_values:
             layer.delete_adapter(adapter_name)
-            if not layer.fggm_values:
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
+    for path, wrapper in list(model.named_modules()):
+        is_wrapper = isinstance(wrapper, (FGGMLayer, FGGMParameters)) and not isinstance(wrapper, FGGMParameter)
+        if is_wrapper and not any(m.fggm_values for m in wrapper.modules() if isinstance(m, FGGMLayer)):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrapper.base_layer)
 
 
 def _warn_of_unused_patterns(config: FGGMConfig, targets: Targets) -> None:

@@ -46,8 +46,9 @@ class Target:
 
     @property
     def module_type(self) -> str:
-        """The last part of the path, as in ``budget_floor``."""
-        return self.path.rpartition(".")[2]
+        """The last part of the path without the number of an expert, as in ``budget_floor``."""
+        path = self.path.rpartition(".")[0] if self.layer.is_expert else self.path
+        return path.rpartition(".")[2]
 
     @property
     def indices(self) -> Tensor:

@@ -21,6 +21,7 @@ from ..config import FGGMConfig
 from ..hosts.sharding import path_in_base
 from ..layer import FGGMLayer
 from ..layer_types import make_layer
+from ..parameters import parameter_layer
 from .hub import from_hub
 from .tensors import MARK, checked_delta, delta_keys, opened, split_key
 
@@ -156,7 +157,7 @@ def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "
     modules, quantization = module_paths(model), get_quantization_kwargs(model)
     layers = {}
     for path, shape in shapes.items():
-        layer = adaptable_layer(modules.get(path), path, **quantization)
+        layer = adaptable_layer(modules.get(path), path, **quantization) or parameter_layer(modules, path)
         if layer is None or tuple(layer.weight_shape) != tuple(shape):
             actual = "not an adaptable layer" if layer is None else str(list(layer.weight_shape))
             raise BaseMismatchError(

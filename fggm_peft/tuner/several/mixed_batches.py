@@ -51,6 +51,8 @@ def _require_legal(model: nn.Module, layer_class: type, names: Any) -> None:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+    if any(not module.reads_inputs for module in model.modules() if isinstance(module, layer_class)):
+        raise ValueError("Mixed batches (`adapter_names`) do not support adapters of parameters, as in LoRA.")
     existing = {name for module in model.modules() if isinstance(module, layer_class) for name in module.fggm_values}
     if missing := sorted(set(names) - existing - {BASE}):
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")

@@ -1,0 +1,271 @@
+"""Weights that a module uses without a layer of their own: experts, routers and ``nn.MultiheadAttention``.
+
+The module's own forward is called with adapted weights in place of its parameters, by ``functional_call``. So every
+implementation of it is supported, and the result is that of the merged weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..core.linear import effective_matrix
+from ..core.per_sample import MatrixGradients
+from .hosts.offloading import is_offloaded
+from .layer import FGGMLayer
+from .layer_types import LAYER_TYPES, make_layer
+
+_STORE_INPUTS_FIRST = ("Llama4TextExperts",)
+"""Experts that store ``[experts, in, out]`` and have no attribute ``is_transposed``."""
+
+
+class _ParameterLayer(FGGMLayer):
+    """A weight that its module reads by itself, so that neither inputs nor outputs of a product are visible."""
+
+    reads_inputs = False
+
+    @property
+    def weight_shape(self):
+        o, i = self.matrix(self.get_base_layer().weight).shape
+        return o, i
+
+    def _features(self):
+        return self.weight_shape[1], self.weight_shape[0]
+
+    def can_copy_weight(self):
+        return True
+
+    def with_deltas(self, output, adapter_names, x):
+        raise TypeError(f"a {type(self).__name__} is not called with the input of its weight")
+
+    def per_sample(self, calls, gram):
+        return MatrixGradients(sum(gradient for _, gradient in calls))
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """This weight ``[o, i]`` as a view of the module's parameter, or of its gradient."""
+        return self.matrix(parameter)
+
+
+@LAYER_TYPES.register("routers of experts", matches=lambda module: type(module).__name__.endswith(("Router", "Gate")))
+class FGGMWeight(_ParameterLayer):
+    """Any module with a matrix ``weight``, such as the router of a mixture of experts."""
+
+    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        return call_adapted(self.base_layer, {"weight": [self]}, args, kwargs)
+
+
+class _Matrix:
+    """One matrix of a module's parameter, as the base layer of an ``FGGMParameter``. It does not own the module."""
+
+    def __init__(self, module: nn.Module, name: str, index: int | None):
+        self.module, self.name, self.index = module, name, index
+
+    @property
+    def weight(self) -> Tensor:
+        parameter = self.module.get_parameter(self.name)
+        return parameter if self.index is None else parameter[self.index]
+
+
+class FGGMParameter(_ParameterLayer):
+    """A parameter ``[o, i]`` of a module, or one expert's matrix of a parameter ``[experts, o, i]``. It is not called.
+
+    Args:
+        module: the module with the parameter.
+        name: of the parameter in the module.
+        index: of the expert.
+    """
+
+    def __init__(self, module: nn.Module, name: str, index: int | None = None):
+        default = type(module).__name__ in _STORE_INPUTS_FIRST
+        self.is_transposed = index is not None and getattr(module, "is_transposed", default)
+        super().__init__(_Matrix(module, name, index))  # type: ignore[arg-type]
+        self.is_expert = index is not None
+
+    def matrix(self, weight):
+        return weight.mT if self.is_transposed else weight
+
+    def unmatrix(self, matrix):
+        return self.matrix(matrix)
+
+    def part(self, parameter):
+        return self.matrix(parameter if self.base_layer.index is None else parameter[self.base_layer.index])
+
+
+class FGGMParameters(nn.Module):
+    """A module whose parameters are adapted. Each parameter is a child: one ``FGGMParameter``, or a list for experts.
+
+    Other attributes are those of the module.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.base_layer = module
+        self.adapted: dict[str, str] = {}  # child -> name of the parameter
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # while the module is copied or unpickled
+                raise
+        if (
+            name == "_qkv_same_embed_dim"
+        ):  # nn.TransformerEncoderLayer would read the weights without calling the module
+            return False
+        return getattr(self.base_layer, name)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def layers(self, child: str) -> list[FGGMParameter]:
+        """The matrices of one parameter, which is added if it is not adapted yet."""
+        if child not in self.adapted:
+            name = parameter_names(self.base_layer)[child]
+            experts = self.base_layer.get_parameter(name).shape[:-2]
+            layers = [FGGMParameter(self.base_layer, name, e) for e in range(experts[0])] if experts else []
+            # add_module would find the parameter of the same name
+            self._modules[child] = nn.ModuleList(layers) if experts else FGGMParameter(self.base_layer, name)
+            self.adapted[child] = name
+        module: Any = self._modules[child]
+        return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+    def forward(self, *args, **kwargs):
+        layers = {name: self.layers(child) for child, name in self.adapted.items()}
+        return call_adapted(self.base_layer, layers, args, kwargs)
+
+
+def parameter_names(module: nn.Module) -> dict[str, str]:
+    """The names of a module's parameters in module paths -> their names in the module."""
+    if isinstance(module, nn.MultiheadAttention):
+        weights = [name for name, _ in module.named_parameters() if name.endswith("weight")]
+        return {name.replace(".", "_").removesuffix("_weight"): name for name in weights}
+    return {name: name for name, _ in module.named_parameters(recurse=False)}
+
+
+def targeted_layers(
+    model: nn.Module, target: nn.Module, path: str, parameter: str | None, **quantization: Any
+) -> dict[str, FGGMLayer]:
+    """Module path -> layer of everything that a targeted module, or one parameter of it, consists of.
+
+    A module whose parameters are adapted is replaced by an ``FGGMParameters`` around it. Other layers are not put into
+    the model.
+
+    Raises:
+        TypeError: the module's type is not supported.
+        ValueError: the parameter is no floating-point matrix or stack of matrices, or it is offloaded.
+    """
+    base, parent = getattr(target, "base_layer", target), path.rpartition(".")[0]
+    if isinstance(target, FGGMLayer):
+        return {path: target}
+    if parameter is None and isinstance(base, nn.MultiheadAttention):
+        names = parameter_names(base).values()
+        return {path: layer for name in names for path, layer in _adapt_parameter_(model, path, name).items()}
+    if parameter is None and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        return _adapt_parameter_(model, parent, f"{path.rpartition('.')[2]}.weight")
+    if parameter not in (None, "weight"):
+        return _adapt_parameter_(model, path, parameter)
+    try:
+        return {path: make_layer(target, path, **quantization)}
+    except TypeError:
+        if parameter is None:
+            raise
+        is_matrix = base.weight.dim() == 2 and base.weight.is_floating_point()
+        return {path: FGGMWeight(base)} if is_matrix else _adapt_parameter_(model, path, parameter)
+
+
+def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGMLayer]:
+    """Module path -> layer of each matrix of one parameter."""
+    path = path.removesuffix(".base_layer")
+    module = model.get_submodule(path)
+    base = module.base_layer if isinstance(module, FGGMParameters) else module
+    parameter, child = base.get_parameter(name), {n: c for c, n in parameter_names(base).items()}[name]
+    where = f"{path}.{child}"
+    if parameter.dim() not in (2, 3):
+        raise ValueError(f"{where} is a parameter with {parameter.dim()} dimensions, but only 2d and 3d are supported.")
+    if not parameter.is_floating_point():
+        raise ValueError(f"{where} is quantized ({parameter.dtype}), which FGGM does not support. Load it unquantized.")
+    if is_offloaded(base):
+        raise ValueError(f"{where} is offloaded, which FGGM does not support for parameters. Give it a device.")
+    if module is base:
+        module = FGGMParameters(base)
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, module)
+    layers = module.layers(child)
+    return {f"{where}.{e}" if parameter.dim() == 3 else where: layer for e, layer in enumerate(layers)}
+
+
+def matched_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Module path, name and key of each parameter that ``target_parameters`` names, as in PEFT."""
+    endings = tuple(f".{name}" for name in names)
+    for path, module in list(model.named_modules()):
+        base = getattr(module, "base_layer", module)
+        if "base_layer" in path.split(".") or not isinstance(base, nn.Module):
+            continue
+        for name, _ in base.named_parameters(recurse=False):
+            key = f"{path}.{name}"
+            if f".{key}".endswith(endings) and not path:
+                raise ValueError(f"{name} is a parameter of the model itself, which `target_parameters` cannot adapt.")
+            if f".{key}".endswith(endings):
+                yield path, name, key
+
+
+def parameter_layer(modules: Mapping[str, nn.Module], path: str) -> FGGMLayer | None:
+    """The layer of a path such as ``mlp.experts.down_proj.3`` in a model without adapters; None if there is none."""
+    parent, _, child = path.rpartition(".")
+    index = int(child) if child.isdecimal() else None
+    if index is not None:
+        parent, _, child = parent.rpartition(".")
+    module = modules.get(parent)
+    name = None if module is None else parameter_names(module).get(child)
+    if module is None or name is None:
+        return None
+    shape = module.get_parameter(name).shape
+    if len(shape) != (2 if index is None else 3) or (index is not None and index >= shape[0]):
+        return None
+    return FGGMParameter(module, name, index)
+
+
+def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[_ParameterLayer]], args: tuple, kwargs: dict) -> Any:
+    """Call a module with its parameters adapted.
+
+    Args:
+        layers: name of a parameter -> the layers of its matrices.
+    """
+    weights = {name: _adapted(module.get_parameter(name), group) for name, group in layers.items()}
+    changed = {name: weight for name, weight in weights.items() if weight is not None}
+    return functional_call(module, changed, args, kwargs) if changed else module(*args, **kwargs)
+
+
+def _adapted(parameter: Tensor, layers: Iterable[_ParameterLayer]) -> Tensor | None:
+    """The parameter with the deltas of its layers; None if nothing changes or observes it."""
+    pairs = [(delta, layer.part) for layer in layers for delta in layer.current_deltas()]
+    weight = parameter
+    if pairs:
+        deltas, parts = zip(*pairs, strict=True)
+        if parameter.requires_grad:  # it trains as well
+            weight = parameter + effective_matrix(lambda: torch.zeros_like(parameter), deltas, parts)
+        else:
+            weight = effective_matrix(lambda: parameter.detach().clone(), deltas, parts)
+    finishes = [(layer.part, layer.observer()) for layer in layers if layer.observer is not None]
+    if called := [(part, finish) for part, finish in finishes if finish is not None]:
+        weight = _Observed.apply(weight, weight.new_zeros((), requires_grad=True), called)
+    return None if weight is parameter else weight
+
+
+class _Observed(torch.autograd.Function):
+    """The identity; its backward passes the gradient of each part to its observer."""
+
+    @staticmethod
+    def forward(ctx, weight, anchor, finishes):
+        ctx.finishes = finishes
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        for part, finish in ctx.finishes:
+            finish(part(g))
+        return None, None, None
