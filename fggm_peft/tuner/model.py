@@ -130,6 +130,7 @@ class FGGMModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config, targets = self.peft_config[adapter_name], find_targets(model, adapter_name)
             _warn_of_unused_patterns(config, targets)
+            _warn_of_unknown_modules(config, model)
             resolve_budget_(config, targets)
             forecast_supports(targets, config)  # raises if the budget cannot be spent
             self._choose_without_data(config, targets)
@@ -341,3 +342,17 @@ def _warn_of_unused_patterns(config: FGGMConfig, targets: Targets) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _warn_of_unknown_modules(config: FGGMConfig, model: nn.Module) -> None:
+    """PEFT ignores a name of a list that no module has, such as those of experts that are parameters."""
+    if isinstance(config.target_modules, (set, list)):
+        endings = {f".{plain_name(path)}" for path, _ in model.named_modules()}
+        unknown = [name for name in sorted(config.target_modules) if not any(e.endswith(f".{name}") for e in endings)]
+        if unknown:
+            warnings.warn(
+                f"target_modules contains {unknown}, but no module has such a name. Experts may be parameters: see "
+                "`target_parameters`.",
+                RuntimeWarning,
+                stacklevel=2,
+            )

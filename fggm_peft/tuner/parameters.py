@@ -162,8 +162,8 @@ def targeted_layers(
     if isinstance(target, FGGMLayer):
         return {path: target}
     if parameter is None and isinstance(base, nn.MultiheadAttention):
-        names = parameter_names(base).values()
-        return {path: layer for name in names for path, layer in _adapt_parameter_(model, path, name).items()}
+        parts = [_adapt_parameter_(model, path, name) for name in parameter_names(base).values()]
+        return {where: layer for part in parts for where, layer in part.items()}
     if parameter is None and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
         return _adapt_parameter_(model, parent, f"{path.rpartition('.')[2]}.weight")
     if parameter not in (None, "weight"):

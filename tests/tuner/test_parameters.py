@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import warnings
 
 import pytest
 import torch
-from models import adapted, fisher_scores, logits, mixture, token_batches, train
-from peft import PeftModel
+from models import (
+    VOCABULARY,
+    adapted,
+    class_batches,
+    class_log_likelihood,
+    fggm_layers,
+    fisher_scores,
+    llama,
+    logits,
+    mixture,
+    token_batches,
+    train,
+)
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from fggm_peft import SparseDelta, apply_deltas, select_parameters
+from fggm_peft import FGGMConfig, SparseDelta, apply_deltas, select_parameters
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.selection.likelihood import default_log_likelihood
+from fggm_peft.tuner.layer_types import FGGMLinear
 from fggm_peft.tuner.target import find_targets
 
 ROUTERS = {"Mixtral": "gate", "Qwen3Moe": "gate", "GptOss": "router", "Llama4": "router", "DeepseekV3": "gate"}
@@ -168,3 +183,168 @@ def test_training_saving_loading_and_merging_are_exact(name, granularity, tmp_pa
     for key, tensor in merged.state_dict().items():
         assert torch.equal(tensor, base.state_dict()[key]), key
     assert torch.equal(logits(merged, batches[0]), trained)
+
+
+# Targets -------------------------------------------------------------------------------------------
+
+
+def test_all_linear_says_what_it_skips_and_how_to_include_it(name):
+    router = [] if name == "Llama4" else [f"{ROUTERS[name]}.weight"]  # a linear layer
+    with pytest.warns(UserWarning, match="skips the experts and routers") as record:
+        model = adapted(mixture(name), criterion="random")
+    (message,) = [str(w.message) for w in record if "skips" in str(w.message)]
+    assert all(part in message for part in [*parameters(name)[:2], *router]) and "bias" not in message
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*skips")
+        both = adapted(
+            mixture(name), criterion="random", target_modules="all-linear", target_parameters=parameters(name)
+        )
+    assert set(find_targets(model, "default")) < set(find_targets(both, "default"))
+    assert any("gate_up_proj.3" in path for path in find_targets(both, "default"))
+
+
+def test_a_name_that_no_module_has_gives_a_warning():
+    with pytest.warns(RuntimeWarning, match=r"\['w1'\], but no module has such a name"):
+        adapted(mixture("Mixtral"), criterion="random", target_modules=["q_proj", "w1"])
+
+
+def test_an_unknown_or_unsuitable_parameter_is_an_error():
+    with pytest.raises(ValueError, match="No `target_modules` passed but also no `target_parameters` found"):
+        adapted(mixture("Mixtral"), target_parameters=["experts.w1"])
+    with pytest.raises(TypeError, match="must be a list of strings"):
+        adapted(mixture("Mixtral"), target_parameters="experts.down_proj")
+    model = mixture("GptOss")
+    before = str(model)
+    with pytest.raises(ValueError, match=r"experts.sinks is a parameter with 1 dimensions|1 dimensions"):
+        adapted(model, target_parameters=["experts.down_proj", "self_attn.sinks"])
+    assert str(model) == before
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.matrix = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="matrix is a parameter of the model itself"):
+        adapted(module, target_parameters=["matrix"])
+    with pytest.raises(ValueError, match="harm decay supports linear layers only"):
+        adapted(mixture("Mixtral"), target_parameters=["experts.down_proj"], harm_decay=1.0)
+
+
+def test_a_parameter_of_a_linear_layer_is_the_layer():
+    model = adapted(llama(), criterion="random", target_parameters=["q_proj.weight"])
+    assert isinstance(fggm_layers(model, "default")["model.layers.0.self_attn.q_proj"], FGGMLinear)
+
+
+def test_several_adapters_share_the_experts():
+    model, batch = with_experts("Mixtral", "row", torch.float32), token_batches()[0]
+    first = logits(model, batch)
+    settings = {"criterion": "random", "init_weights": False, "target_parameters": ["experts.down_proj", "gate.weight"]}
+    model.add_adapter("second", FGGMConfig(granularity="column", density=0.5, **settings))
+    assert torch.equal(logits(model, batch), first)
+    model.set_adapter("second")
+    second = logits(model, batch)
+    assert {path.split(".")[4] for path in find_targets(model, "second")} == {"experts", "gate"}
+    assert not torch.equal(first, second)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model, batch)
+    model.merge_adapter()
+    assert torch.equal(logits(model, batch), both)
+    model.unmerge_adapter()
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    assert torch.equal(logits(model, batch), second)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(copy.deepcopy(model))), batch), second)
+    model.unload()
+    assert str(model.get_base_model()) == str(mixture("Mixtral"))
+
+
+# nn.MultiheadAttention -----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """A classifier with ``nn.MultiheadAttention``; its inputs are ``[b, t]`` for both layouts."""
+
+    def __init__(self, batch_first: bool, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.batch_first = batch_first
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input_ids, **_):
+        x = self.embed(input_ids) if self.batch_first else self.embed(input_ids).transpose(0, 1)
+        keys = x[..., : self.attention.kdim]
+        return self.head(self.attention(x, keys, keys)[0].mean(1 if self.batch_first else 0))
+
+
+ATTENTION = {
+    "batch first": lambda: Attention(True),
+    "sequence first": lambda: Attention(False),
+    "without bias": lambda: Attention(True, bias=False),
+    "other keys": lambda: Attention(False, kdim=6, vdim=6),
+}
+
+
+@pytest.mark.parametrize("build", ATTENTION.values(), ids=ATTENTION)
+def test_multihead_attention_is_adapted_exactly(build, granularity):
+    model = adapted(build(), granularity, criterion="random", target_modules=["attention"], init_weights=False)
+    reference, batch = build().double(), class_batches()[0]
+    tensors = dict(reference.named_parameters())
+    weights = {path.rpartition(".")[2]: t.layer for path, t in find_targets(model, "default").items()}
+    assert set(weights) in ({"in_proj", "out_proj"}, {"q_proj", "k_proj", "v_proj", "out_proj"})
+    of = lambda name, where: where[f"attention.{name}{'.' if name == 'out_proj' else '_'}weight"]  # noqa: E731
+    with torch.no_grad():
+        for name, layer in weights.items():
+            of(name, tensors).add_(layer.get_delta_weight("default"))
+    actual, expected = class_log_likelihood(model, batch), class_log_likelihood(reference, batch)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+    actual.sum().backward()
+    expected.sum().backward()
+    for name, layer in weights.items():
+        gradient = layer.granularity["default"].gather(of(name, tensors).grad, layer.fggm_indices["default"])
+        torch.testing.assert_close(layer.fggm_values["default"].grad.double(), gradient, rtol=1e-4, atol=1e-6)
+    model.eval()  # torch has a fast path without gradients, before and after merging
+    with torch.no_grad():
+        torch.testing.assert_close(class_log_likelihood(model, batch).double(), expected.detach(), rtol=1e-5, atol=1e-6)
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert torch.equal(class_log_likelihood(merged, batch), class_log_likelihood(model, batch))
+    assert type(merged.attention) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("build", ATTENTION.values(), ids=ATTENTION)
+def test_fisher_of_multihead_attention_is_that_of_a_loop(build, granularity):
+    model = adapted(build(), granularity, target_modules=["attention"])
+    actual = fisher_scores(model, class_batches(), class_log_likelihood)
+    reference = build().double().eval()
+    parameters = {
+        name.replace("_weight", "").replace(".weight", ""): parameter
+        for name, parameter in reference.attention.named_parameters()
+        if "weight" in name
+    }
+    sums, count = dict.fromkeys(parameters, 0), 0
+    for batch in class_batches():
+        for sample in range(len(batch["input_ids"])):
+            one = {key: value[sample : sample + 1] for key, value in batch.items()}
+            found = torch.autograd.grad(class_log_likelihood(reference, one).sum(), list(parameters.values()))
+            for name, gradient in zip(parameters, found, strict=True):
+                sums[name] = sums[name] + granularity_from(granularity).reduce(gradient.square())
+            count += 1
+    for name, total in sums.items():
+        scores = total / count
+        torch.testing.assert_close(
+            actual[f"attention.{name}"].double(), scores, rtol=1e-3, atol=float(scores.max()) * 1e-5
+        )
+
+
+def test_an_encoder_layer_of_torch_uses_the_adapted_attention(tmp_path):
+    build = lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))  # noqa: E731
+    torch.manual_seed(0)
+    base, x = build(), torch.randn(2, 5, 8)
+    model = get_peft_model(
+        copy.deepcopy(base), FGGMConfig(target_modules="all-linear", criterion="random", init_weights=False)
+    ).eval()
+    assert {"0.self_attn.in_proj", "0.self_attn.out_proj", "0.linear1"} <= set(find_targets(model, "default"))
+    with torch.no_grad():
+        adapted_output = model(x)
+        assert not torch.allclose(adapted_output, base.eval()(x))
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        assert torch.equal(loaded(x), adapted_output)
+        torch.testing.assert_close(model.merge_and_unload().eval()(x), adapted_output)
