@@ -10,8 +10,10 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from ..tuner.files.hub import expanded
 from ..version import __version__
 
 COMMANDS: tuple[str, ...] = ("select", "train", "eval", "sequence", "reference")
@@ -49,6 +51,8 @@ def parser() -> ArgumentParser:
 def run_program(arguments: Sequence[str] | None = None) -> None:
     """Run a command. Errors are one line and exit with 1, wrong usage with 2, and Ctrl-C with 130."""
     args = parser().parse_args(arguments)
+    for name, value in vars(args).items():
+        setattr(args, name, _with_paths(value))
     try:
         # libraries may print, but standard output is only for the result
         with contextlib.redirect_stdout(sys.stderr):
@@ -73,7 +77,14 @@ def _print(args: Namespace, data: dict[str, Any], shown: Any) -> None:
         return
     from rich.console import Console
 
-    Console().print(shown, crop=False)
+    Console(markup=False, emoji=False).print(shown, crop=False)  # names are text, also "[/1]"
+
+
+def _with_paths(value: Any) -> Any:
+    """The value of an option with expanded paths. In ``--output=~/x`` the shell does not expand them."""
+    if isinstance(value, list):
+        return [_with_paths(entry) for entry in value]
+    return type(value)(expanded(str(value))) if isinstance(value, (str, Path)) else value
 
 
 def _finite(value: Any) -> Any:

@@ -44,17 +44,17 @@ def run(args: Namespace) -> Result:
         match = exact_match(model, examples, args.batch_size, args.max_new_tokens, description=description)
         return replace(scores, exact_match=match)
 
-    scores = {"base": evaluate(model, "base")}
+    scores: list[tuple[str | None, AnswerScores]] = [(None, evaluate(model, "the base"))]
     for name in args.adapter:
         adapted = PeftModel.from_pretrained(model, name)
-        scores[name] = evaluate(adapted, name)
+        scores.append((name, evaluate(adapted, name)))
         model = adapted.unload()
-    results = [{"adapter": None if name == "base" else name, **score.to_dict()} for name, score in scores.items()]
+    results = [{"adapter": name, **score.to_dict()} for name, score in scores]
     headings = ["adapter", "loss", "perplexity", "token accuracy", *(["exact match"] if args.generate else [])]
     rows = [
-        [name, f"{score.loss:.4f}", f"{score.perplexity:.3f}", f"{score.accuracy:.1%}"]
+        [name or "(base)", f"{score.loss:.4f}", f"{score.perplexity:.3f}", f"{score.accuracy:.1%}"]
         + ([] if score.exact_match is None else [f"{score.exact_match:.1%}"])
-        for name, score in scores.items()
+        for name, score in scores
     ]
-    title = f"{args.model} on {args.data}: {len(examples):,} samples, {scores['base'].tokens:,} answer tokens"
+    title = f"{args.model} on {args.data}: {len(examples):,} samples, {scores[0][1].tokens:,} answer tokens"
     return {"model": args.model, "data": args.data, "results": results}, table(title, headings, rows)

@@ -46,7 +46,7 @@ def run(args: Namespace) -> Result:
         for name, adapter in zip(_task_names(args.adapter), args.adapter, strict=True):
             ledger.add(name, adapter)
     try:
-        tokenizer = base.load_tokenizer()
+        tokenizer = base.load_tokenizer(as_saved=True)
     except BaseModelError:  # the base has none
         tokenizer = None
     report = export_merged(model, ledger or args.adapter, args.output, tokenizer, progress=True)

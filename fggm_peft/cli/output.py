@@ -59,12 +59,14 @@ def add_output(parser: ArgumentParser, help: str = "Folder for the result.", req
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
-    """Raise unless ``folder`` may be written. Only the main process checks, since only it writes."""
+    """Raise unless ``folder`` can and may be written. Only the main process checks, since only it writes."""
+    from ..tuner.files.atomic import TEMPORARY, require_writable
+
     if os.environ.get("RANK", "0") != "0":
         return  # the main process may already be writing
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"the output {folder} is a file; name a folder")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+    require_writable(folder)
+    is_free = not folder.is_dir() or all(path.name.startswith(TEMPORARY) for path in folder.iterdir())
+    if not overwrite and not is_free:
         raise FileExistsError(f"the output {folder} is not empty; name another folder, or pass --overwrite")
 
 
@@ -76,9 +78,9 @@ def require_adapter(name: str) -> None:
     """Raise ``FileNotFoundError`` if no adapter has this name, as a folder or on the Hub."""
     from huggingface_hub import hf_hub_download
 
-    from ..tuner.files.hub import from_hub, may_be_hub_id, not_here
+    from ..tuner.files.hub import from_hub, may_be_hub_id, not_here, user_path
 
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         if not (path / ADAPTER_CONFIG).is_file():
             raise FileNotFoundError(f"no adapter in {name!r}: it has no {ADAPTER_CONFIG}")

@@ -24,12 +24,13 @@ def run(args: Namespace) -> Result:
     """
     from ..deltas.ledger import FILE, Ledger
     from ..training.base_model import BaseModel, BaseModelError
-    from ..tuner.files.atomic import complete_folder
+    from ..tuner.files.atomic import complete_folder, require_writable
 
     if not (args.ledger / FILE).is_file():
         raise FileNotFoundError(f"no ledger in {str(args.ledger)!r}: it has no {FILE}")
     if (args.model is None) != (args.output is None):
         args.error("--model and --output require each other")
+    require_writable(args.ledger)
     ledger = Ledger(args.ledger)
     if args.model is None:
         ledger.rollback(args.task)
@@ -42,7 +43,7 @@ def run(args: Namespace) -> Result:
         with complete_folder(args.output) as folder:
             merged.save_pretrained(folder)
             with suppress(BaseModelError):  # it was merged without a tokenizer
-                base.load_tokenizer().save_pretrained(folder)
+                base.load_tokenizer(as_saved=True).save_pretrained(folder)
         ledger.remove(args.task)  # last, when the model without the task is saved
         text = f"Removed {args.task} exactly from the ledger and the model"
     output = None if args.output is None else str(args.output)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import positive
-from .output import Result, table
+from .output import Result, require_free, table
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -43,6 +43,7 @@ def run(args: Namespace) -> Result:
     from ..continual.reading import read_stream
     from ..continual.report import read_results, report_of, shown, write_report
     from ..continual.run import run_stream, runs_of
+    from ..tuner.files import require_writable
 
     settings = read_stream(
         args.stream,
@@ -56,6 +57,9 @@ def run(args: Namespace) -> Result:
     if args.methods is not None:
         settings = settings.with_methods(args.methods.split(","))
     output = args.output
+    require_writable(output)
+    if not any(output.glob("stream.json*")):  # another process may be writing it
+        require_free(output, overwrite=False)
     runs = runs_of(settings)
     try:
         for _ in run_stream(settings, output, args.resume, args.checkpoint_steps):

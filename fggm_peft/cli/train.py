@@ -149,7 +149,7 @@ def training_arguments(args: Namespace, seed: int) -> TrainingArguments:
 
     given = TRAINING.given(args)
     computed = {
-        "output_dir": str(args.output / CHECKPOINTS),
+        "output_dir": str((args.output / CHECKPOINTS).resolve()),  # a link may lead to a folder that does not exist
         "seed": seed,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "use_cpu": this_process().device.type == "cpu",  # else processes on CPUs would not find each other

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..tuner.files import user_path
 from .settings import StreamError, one_line, require_known
 from .stream import Stream
 from .task import Task
@@ -44,7 +45,7 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
         path = _stream_file(source)
         name, folder, fields = str(path), path.parent.absolute(), _read_file(path)
     fields |= {field: _absolute(field, value) for field, value in overrides.items() if value is not None}
-    data = folder / Path(fields.pop("data", None) or ".").expanduser()
+    data = folder / user_path(fields.pop("data", None) or ".")
     defaults, tasks = fields.pop("task_defaults", None) or {}, fields.get("tasks")
     if isinstance(tasks, list):
         fields["tasks"] = [{**defaults, **task} if isinstance(task, Mapping) else task for task in tasks]
@@ -58,7 +59,7 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
 
 
 def _stream_file(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return path
     if str(source) in ready_streams():
@@ -67,8 +68,8 @@ def _stream_file(source: str | Path) -> Path:
 
 
 def _absolute(field: str, value: Any) -> Any:
-    if field == "data" or (field == "model" and isinstance(value, (str, Path)) and Path(value).is_dir()):
-        return str(Path(value).absolute())
+    if field == "data" or (field == "model" and isinstance(value, (str, Path)) and user_path(value).is_dir()):
+        return str(user_path(value).absolute())
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..tuner.files import write_json
+from ..tuner.files import file_name, require_writable, user_path, write_json
 from .report import require_report_packages
 from .runner import Runner
 from .settings import StreamError
@@ -30,7 +30,8 @@ class Run:
     @property
     def name(self) -> str:
         """The path of its folder in ``runs``."""
-        return f"{self.method.label}/lr{self.learning_rate:g}-seed{self.seed}-{self.order.name.replace(':', '')}"
+        label, order = file_name(self.method.label), file_name(self.order.name.replace(":", ""))
+        return f"{label}/lr{self.learning_rate:g}-seed{self.seed}-{order}"
 
     def is_finished(self, output: Path) -> bool:
         """Whether any process has computed its result."""
@@ -67,6 +68,7 @@ def run_stream(
         ImportError: a package that the report needs is not installed.
     """
     require_report_packages()
+    require_writable(output := user_path(output).resolve())
     file = output / "stream.json"
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from ..training.checkpoints import last_complete_checkpoint
 from ..training.data import TokenizedExamples, padding_on_the_right
 from ..training.evaluation import score_answers, written_answers
 from ..training.texts import PARAGRAPH_LENGTH, read_paragraphs
-from ..tuner.files import digest_of_folder, partial_file, write_json
+from ..tuner.files import digest_of_folder, file_name, partial_file, write_json
 from .measures import measures_of
 from .memory import peak_memory, reset_peak_memory
 from .methods import Method
@@ -121,7 +121,7 @@ class Runner:
     def _train(
         self, model: nn.Module, method: Method, number: int, name: str, tasks: Sequence[Task]
     ) -> tuple[nn.Module, dict[str, Any]]:
-        folder = self.folder / "tasks" / f"{number}-{name}"
+        folder = self.folder / "tasks" / f"{number}-{file_name(name)}"
         parts = [task.examples("train", self.tokenizer, self.run.seed) for task in tasks]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         entry: dict[str, Any] = {"task": name, "parameters": 0, "steps": 0, "examples": 0}

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
+from ..tuner.files import user_path
+
 
 class StreamError(ValueError):
     """A stream that cannot be run. The message names the file and the field."""
@@ -49,7 +51,7 @@ def _folder_name(name: str) -> str:
 
 def path_in_data(path: str, info: ValidationInfo) -> str:
     """The path, relative to the data folder of the stream file that is read."""
-    return str((info.context or {}).get("data", Path()) / Path(path).expanduser())
+    return str((info.context or {}).get("data", Path()) / user_path(path))
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..training.base_model import BaseModel, computes_bfloat16
 from ..training.texts import read_paragraphs
-from ..tuner.files import digest_of_folder, may_be_hub_id
+from ..tuner.files import digest_of_folder, may_be_hub_id, user_path
 from .gate import EVERY_TASK, Gate
 from .methods import Method, make_method
 from .settings import Count, DataPath, FolderName, Positive, Settings, StreamError, path_in_data, require_known
@@ -142,7 +142,7 @@ def _base_model(value: Any, info: ValidationInfo) -> Any:
     if "trust_remote_code" in fields:  # a file may come from anywhere
         raise ValueError("a file cannot set trust_remote_code; pass a BaseModel from Python")
     require_known(fields, [field.name for field in dataclasses.fields(BaseModel)])
-    path = info.context["folder"] / Path(str(fields.get("name", ""))).expanduser()
+    path = info.context["folder"] / user_path(str(fields.get("name", "")))
     if path.is_dir():
         return {**fields, "name": str(path)}
     if not may_be_hub_id(str(fields.get("name", ""))):

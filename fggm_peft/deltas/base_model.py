@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..tuner.files.hub import from_hub
+from ..tuner.files.hub import expanded, from_hub, user_path
 from ..tuner.files.model_card import AUTO_CLASSES
 
 Base = nn.Module | str | Path
@@ -25,7 +25,7 @@ def load_base(name: str) -> nn.Module:
     """Load a base model from a folder or the Hub, in the dtype and the class of its checkpoint."""
     import transformers
 
-    settings = _settings(name)
+    settings = _settings(name := expanded(name))
     model_class = getattr(transformers, (settings.architectures or [""])[0], None)
     if model_class is None:
         raise ValueError(f"the config of {name} names no class of transformers; pass the model itself")
@@ -51,7 +51,7 @@ def _settings(name: str, revision: str | None = None) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(name, revision=revision or "main")
+        return transformers.AutoConfig.from_pretrained(expanded(name), revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -73,7 +73,7 @@ class Weights:
         if isinstance(source, nn.Module):
             self.stored = source.state_dict(keep_vars=True)
             return
-        folder = Path(source).expanduser()
+        folder = user_path(source)
         if not folder.is_dir():
             with from_hub(str(source), "checkpoint", FileNotFoundError):
                 folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import AdapterFileError
-from ..tuner.files.atomic import digest_of_folder, write_json
+from ..tuner.files.atomic import digest_of_folder, file_name, write_json
+from ..tuner.files.hub import user_path
 from ..tuner.files.tensors import is_trained_whole
 from ..tuner.merging.report import MergeReport
 from .apply import apply_deltas, layers_to_change
@@ -49,7 +50,7 @@ class Ledger:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.entries: list[LedgerEntry] = []  # in order
         self._next = 0
         if (self.folder / FILE).is_file():
@@ -93,7 +94,7 @@ class Ledger:
                 f"the delta of {name!r} has whole tensors ({whole[0]}, ...). They are not differences and could not be "
                 "removed again"
             )
-        folder = f"{DELTAS}/{self._next}-{name}"
+        folder = f"{DELTAS}/{self._next}-{file_name(name)}"
         shutil.rmtree(self.folder / folder, ignore_errors=True)  # of an interrupted attempt
         SparseDelta(source.config, source.modules).save(self.folder / folder)
         entry = LedgerEntry(name, folder, digest_of_folder(self.folder / folder))

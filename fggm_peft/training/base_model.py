@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args
 
-from ..tuner.files.hub import may_be_hub_id
+from ..tuner.files.hub import expanded, may_be_hub_id
 from ..tuner.settings.fields import setting
 
 if TYPE_CHECKING:
@@ -95,22 +95,23 @@ class BaseModel:
         is_placed = options["device_map"] is not None or getattr(model, "is_quantized", False) or launched_with_fsdp()
         return model if is_placed else model.to(device)
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer. If it has no padding token, the end token is used."""
+    def load_tokenizer(self, as_saved: bool = False) -> PreTrainedTokenizerBase:
+        """The tokenizer. If it has no padding token, the end token is used, unless it must stay as it was saved."""
         from transformers import AutoTokenizer
 
         tokenizer = self._load(AutoTokenizer)
-        if tokenizer.pad_token is None:
+        if tokenizer.pad_token is None and not as_saved:
             # padding is masked and has no loss, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
     def _load(self, auto_class: Any, **options: Any) -> Any:
-        if not Path(self.name).is_dir() and not may_be_hub_id(self.name):
+        name = expanded(self.name)
+        if not Path(name).is_dir() and not may_be_hub_id(name):
             raise BaseModelError(f"no folder {self.name!r}; give a model's folder or a Hub id")
         options |= {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         try:
-            return auto_class.from_pretrained(self.name, **options)
+            return auto_class.from_pretrained(name, **options)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise BaseModelError(f"cannot load {self.name!r} as a causal language model: {reason}") from error

@@ -25,7 +25,7 @@ from ..selection import SelectionReport, select_parameters
 from ..selection.likelihood import LogLikelihood
 from ..selection.reference import ReferenceData
 from ..selection.select import active_adapter, active_adapters
-from ..tuner.files.atomic import complete_folder
+from ..tuner.files.atomic import complete_folder, full_disk_as_oserror
 from ..tuner.files.model_card import complete_card
 from ..tuner.files.saving import as_trained, keep_card
 from .batches import selection_batch
@@ -169,7 +169,7 @@ class FGGMTrainerMixin(_Trainer):
         if self.args.should_save:  # an older checkpoint is incomplete while it is overwritten
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
-            with as_trained(self.model):
+            with as_trained(self.model), full_disk_as_oserror(folder):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             if not existed:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .hub import user_path
+
+TEMPORARY = ".fggm-"
+"""How names of temporary folders begin."""
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -59,40 +66,88 @@ def read_tensors(
 @contextmanager
 def partial_file(file: Path) -> Iterator[Path]:
     """A temporary file next to ``file`` that replaces it when the block ends without an error."""
+    file = user_path(file)
     partial = file.with_name(file.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-    except OSError:  # for example a full disk
+        with full_disk_as_oserror(partial):
+            yield partial
+        partial.replace(file)
+    except BaseException:  # for example a full disk
         partial.unlink(missing_ok=True)
         raise
-    partial.replace(file)
+
+
+@contextmanager
+def full_disk_as_oserror(path: Path) -> Iterator[None]:
+    """Raise an ``OSError`` if ``torch.save`` could not write all bytes; its own error tells only positions."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"PytorchStreamWriter|unexpected pos \d+ vs", str(error)):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full, or a file may not become so large ({str(error).splitlines()[0]})",
+            str(path),
+        ) from error
 
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends without an error.
 
-    Files of the same name are replaced one by one, each atomically. Other files in ``folder`` stay.
+    Files of the same name are replaced one by one, each atomically. Other files in ``folder`` stay. The temporary
+    folder is in ``folder``, whose parent may be read-only or in another file system. Without files, or after an error,
+    no new folder remains.
     """
-    folder = folder.expanduser().absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    folder = user_path(folder).resolve()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        yield temporary
-        _move_into(folder, temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True) as temporary:
+            yield Path(temporary)
+            _move_into(folder, Path(temporary))
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for path in missing:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def _move_into(folder: Path, temporary: Path) -> None:
-    folder.mkdir(exist_ok=True)
     # the config moves last, because PEFT recognizes an adapter by it
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+        target = folder / entry.name
         if entry.is_dir():
-            _move_into(folder / entry.name, entry)
-        else:
-            entry.replace(folder / entry.name)
+            target.resolve().mkdir(exist_ok=True)
+            _move_into(target, entry)
+            continue
+        try:
+            entry.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # a subfolder may be in another file system
+                raise
+            with partial_file(target) as partial:
+                shutil.copy(entry, partial)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ``OSError`` if no file can be created in a folder, which need not exist."""
+    try:
+        with complete_folder(folder):
+            pass
+    except FileExistsError as error:
+        raise NotADirectoryError(f"the output {folder} is a file; name a folder") from error
+    except (OSError, RuntimeError) as error:  # pathlib raises a RuntimeError for links in a circle
+        raise OSError(f"the output {folder} cannot be written: {error}") from error
+
+
+def file_name(text: str, longest: int = 120) -> str:
+    """A name for a file or folder: the text, or its beginning and a digest if a file system could reject it."""
+    if len(text.encode()) <= longest:
+        return text
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{text.encode()[: longest - 17].decode(errors='ignore')}-{digest}"
 
 
 def digest_of_folder(path: Path, suffixes: Sequence[str] | None = None) -> str:

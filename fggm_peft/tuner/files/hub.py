@@ -11,9 +11,14 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import validate_repo_id
 
 
-def user_path(name: str | os.PathLike[str]) -> Path:
-    """The path that a user means: ``~`` is the home directory, also where a shell does not expand it."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises an error for an unknown user)
+def expanded(name: str) -> str:
+    """The name of a path or a Hub id. ``~`` is the home directory, also where a shell does not expand it."""
+    return os.path.expanduser(name)  # noqa: PTH111 (Path's raises an error for an unknown user and omits "./")
+
+
+def user_path(name: str | Path) -> Path:
+    """The path that a user means."""
+    return Path(expanded(str(name)))
 
 
 def may_be_hub_id(name: str) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from ...core.covariance import RANK, Covariance
 from ...core.errors import ScoreFileError
 from .atomic import read_tensors, write_tensors
-from .hub import from_hub
+from .hub import from_hub, user_path
 
 COVARIANCE_FILE = "fggm_retention.safetensors"
 _FORMAT = "fggm_retention 1"
@@ -120,7 +120,7 @@ class InputCovariance:
 
     def save(self, path: str | Path) -> Path:
         """Write a file; a folder gets the name ``fggm_retention.safetensors``."""
-        file = Path(path).expanduser()
+        file = user_path(path)
         file = file if file.suffix == ".safetensors" else file / COVARIANCE_FILE
         metadata = {
             "rank": self.rank,
@@ -139,7 +139,7 @@ def load_input_covariance(source: str | Path) -> InputCovariance:
     Raises:
         ScoreFileError: there is no such file, or it is damaged.
     """
-    file = Path(source).expanduser()
+    file = user_path(source)
     file = file / COVARIANCE_FILE if file.is_dir() else file
     if not file.is_file():
         with from_hub(str(source), "input covariance", ScoreFileError):

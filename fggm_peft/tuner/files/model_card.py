@@ -39,7 +39,7 @@ def complete_card(folder: Path, config: FGGMConfig) -> None:
     A card whose author explains outside of the marks how to load the adapter stays as it is.
     """
     path = folder / "README.md"
-    if path.exists() and ("import fggm_peft" not in (text := path.read_text()) or _BEGIN in text):
+    if path.exists() and ("import fggm_peft" not in (text := path.read_text(encoding="utf-8")) or _BEGIN in text):
         write_card(folder, config)
 
 

@@ -22,7 +22,7 @@ from ..hosts.sharding import path_in_base
 from ..layer import FGGMLayer
 from ..layer_types import make_layer
 from ..parameters import parameter_layer
-from .hub import from_hub
+from .hub import from_hub, user_path
 from .tensors import MARK, checked_delta, delta_keys, opened, split_key
 
 Delta = dict[str, Tensor]
@@ -125,7 +125,7 @@ def read_config(file: Path) -> FGGMConfig:
 
 
 def _fetch(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
-    folder = Path(adapter).expanduser()
+    folder = user_path(adapter)
     if folder.is_dir():
         file = folder / (subfolder or "") / name
         if file.is_file():

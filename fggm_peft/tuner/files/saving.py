@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +23,7 @@ from ..hosts.sharding import plain_name, state_prefix
 from ..target import find_targets
 from .atomic import complete_folder
 from .base_check import base_difference, fingerprint
+from .hub import user_path
 from .tensors import MARK, PARTS
 
 
@@ -49,9 +51,19 @@ def save_adapter(model: Any, folder: str | Path, is_main_process: bool = True, *
 
 
 def keep_card(folder: Path, temporary: Path) -> None:
-    """Copy an existing model card to the temporary folder, where saving updates it."""
-    if (folder / "README.md").is_file():
-        shutil.copy(folder / "README.md", temporary / "README.md")
+    """Copy an existing model card to the temporary folder, where saving updates it.
+
+    A card that cannot be updated is renamed, so that neither its text nor the adapter is lost.
+    """
+    card, name = user_path(folder) / "README.md", "README.md"
+    if not card.is_file():
+        return
+    try:
+        str(ModelCard.load(card))
+    except Exception as error:  # the card may contain anything
+        name, reason = "README.old.md", " ".join(str(error).split())
+        warnings.warn(f"the card {card} cannot be updated and is renamed to {name}: {reason:.200}", stacklevel=3)
+    shutil.copy(card, temporary / name)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ...core.errors import ScoreFileError
 from ...core.granularity import Granularity, Shape, granularity_from
 from ...core.statistics import ones
 from .atomic import read_tensors, write_tensors
+from .hub import user_path
 
 if TYPE_CHECKING:
     from ..config import FGGMConfig
@@ -98,7 +99,7 @@ class TaskRecord:
 
 def load_record(path: str | Path) -> TaskRecord:
     """Load saved scores from a file, or from an adapter's folder; ``ScoreFileError`` if they are damaged."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     file = file / SCORES_FILE if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(
