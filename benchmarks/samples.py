@@ -1,4 +1,4 @@
-"""How many samples does a selection need? Agreement of halves, and of small samples with large ones.
+"""How many samples does a selection need? Its regret, and the share of the score that small samples find.
 
 python benchmarks/samples.py MODEL TASK [TASK ...] --general TEXT [--samples 1024]
 
@@ -9,9 +9,7 @@ selects whenever the number of samples has doubled.
 
 Each curve in the result file has these values for every number of samples ``n`` in ``counts``:
 
-- ``halves``: agreement of the supports of two halves, each of n/2 samples.
-- ``largest``: agreement of the support of n samples with that of all samples, which include the n.
-- ``independent``: agreement of the support of n/2 samples with that of the other half of all samples.
+- ``regret``: as in ``SelectionReport``, of two halves of n/2 samples each.
 - ``score_held``: score of the support of n/2 samples, measured on the other half of all samples, over the score of the
   support of its own half of all samples.
 """
@@ -35,10 +33,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
-from fggm_peft.core.granularity import GRANULARITIES, Rows, granularity_from
+from fggm_peft.core.granularity import Rows, granularity_from
 from fggm_peft.plots import legend, lines, looks, new_figure, save, style
-from fggm_peft.selection.agreement import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT, split_half_agreement
 from fggm_peft.selection.data_pass import DataPass, Totals
+from fggm_peft.selection.regret import MAX_SAMPLES, MIN_SAMPLES, regret_of
 from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples
 from fggm_peft.tuner.layer import FGGMLayer
 from fggm_peft.tuner.support import Choice
@@ -46,9 +44,9 @@ from fggm_peft.tuner.target import find_targets
 
 DENSITIES = (0.05, 0.1, 0.3)
 EVERY = 10  # elements are collected in every tenth block
-FIRST_CHECK, BATCH_SIZE, MAX_LENGTH = 16, 8, 128
+GRANULARITIES = ("row", "column", "element")
+BATCH_SIZE, MAX_LENGTH = 8, 128
 TIMED_SAMPLES = 32
-HALVES = {"even": 0, "odd": 1, "all": None}  # the samples that a support is selected from
 
 Layers = dict[str, FGGMLayer]
 Choices = dict[str, Choice]
@@ -116,47 +114,48 @@ class Study:
     layers: Layers
     cases: list[Case]
     score: Callable[[Case, str, Tensor], Tensor | None]
-    chosen: dict[tuple[int, Case, str], Choices] = field(default_factory=dict)
-    halves: dict[Case, dict[int, float | None]] = field(default_factory=dict)
+    chosen: dict[tuple[int, Case], Choices] = field(default_factory=dict)  # from the even samples
+    regret: dict[Case, dict[int, float | None]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def take(self, totals: Totals) -> bool:
         """Select from the samples so far. Returns False: the pass continues."""
         start, samples = time.perf_counter(), totals.samples
         for case in self.cases:
-            for name, half in HALVES.items():
-                self.chosen[samples, case, name] = self._choose(case, totals, half)
-            pair = self.chosen[samples, case, "even"], self.chosen[samples, case, "odd"]
-            self.halves.setdefault(case, {})[samples] = split_half_agreement(*pair)[0]
+            scores = [dict(self._scores(case, totals, half)) for half in (0, 1)]
+            choices = [self._choose(case, half) for half in scores]
+            self.chosen[samples, case] = choices[0]
+            pairs = [
+                (held(scores[1 - half], choices[half], name), held(scores[1 - half], choices[1 - half], name))
+                for half in (0, 1)
+                for name in scores[0]
+            ]
+            self.regret.setdefault(case, {})[samples] = regret_of(pairs)
         self.seconds += time.perf_counter() - start
         return False
 
     def curves(self, totals: Totals) -> Iterator[dict[str, Any]]:
         """The curves of each case, by the number of samples."""
-        if totals.samples not in self.halves.get(self.cases[0], {}):
+        if totals.samples not in self.regret.get(self.cases[0], {}):
             self.take(totals)
         for case in self.cases:
-            counts = list(self.halves[case])
-            final = {name: self.chosen[counts[-1], case, name] for name in HALVES}
-            others = dict(self._scores(case, totals, HALVES["odd"]))
-            even = [self.chosen[n, case, "even"] for n in counts]
+            counts, others = list(self.regret[case]), dict(self._scores(case, totals, 1))
+            even = [self.chosen[n, case] for n in counts]
             yield {
                 "criterion": case.criterion,
                 "granularity": case.granularity,
                 "density": case.density,
-                "halves": list(self.halves[case].values()),
-                "largest": [split_half_agreement(self.chosen[n, case, "all"], final["all"])[0] for n in counts],
-                "independent": [split_half_agreement(choices, final["odd"])[0] for choices in even],
-                "score_held": [score_held(others, choices, final["even"]) for choices in even],
-                **stops(self.halves[case]),
+                "regret": list(self.regret[case].values()),
+                "score_held": [score_held(others, choices, even[-1]) for choices in even],
+                "samples_for": {str(most): samples_for(self.regret[case], most) for most in (0.05, 0.02, 0.01)},
             }
 
-    def _choose(self, case: Case, totals: Totals, half: int | None) -> Choices:
+    def _choose(self, case: Case, scores: Mapping[str, Tensor]) -> Choices:
         policy, result = TopDensity(case.density), {}
-        for name, scores in self._scores(case, totals, half):
-            (indices,) = policy.choose([scores], [1])
+        for name, vector in scores.items():
+            (indices,) = policy.choose([vector], [1])
             size = case.kind.parameters_per_unit(self.layers[name].weight_shape)
-            result[name] = Choice(indices.to(torch.int32), len(scores), size)
+            result[name] = Choice(indices, len(vector), size)
         return result
 
     def _scores(self, case: Case, totals: Totals, half: int | None) -> Iterator[tuple[str, Tensor]]:
@@ -166,30 +165,22 @@ class Study:
                 yield name, scores
 
 
+def held(scores: Mapping[str, Tensor], choices: Choices, name: str) -> float:
+    """The score of the units that were chosen in a module."""
+    return float(scores[name][choices[name].indices].double().sum())
+
+
 def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) -> float:
     """The score of a support on other samples, over the score of the support of the largest sample.
 
     Mean over modules, because the threshold is applied to each module.
     """
-
-    def held(name: str, choices: Choices) -> float:
-        return float(scores[name][choices[name].indices].double().sum())
-
-    return sum(held(name, chosen) / held(name, largest) for name in scores) / len(scores)
+    return sum(held(scores, chosen, name) / held(scores, largest, name) for name in scores) / len(scores)
 
 
-def stops(halves: Mapping[int, float | None]) -> dict[str, Any]:
-    """Samples needed for several agreements (None: more than there are), and where ``"auto"`` stops."""
-
-    def first(target: float, least: int = 0) -> int | None:
-        enough = [n for n, agreement in halves.items() if n >= least and agreement is not None and agreement >= target]
-        return min(enough, default=None)
-
-    most = max(n for n in halves if n <= MAX_SAMPLES)
-    return {
-        "samples_for": {str(target): first(target) for target in (0.7, 0.8, 0.9, 0.95)},
-        "auto": first(SUFFICIENT_AGREEMENT, MIN_SAMPLES) or most,
-    }
+def samples_for(regrets: Mapping[int, float | None], most: float) -> int | None:
+    """The first number of samples with at most this regret, where ``"auto"`` stops; None if there is none."""
+    return min((n for n, regret in regrets.items() if regret is not None and regret <= most), default=None)
 
 
 class Model:
@@ -221,7 +212,7 @@ class Model:
         study = Study(layers, cases, lambda case, name, statistics: score(case, layers[name], name, statistics))
         data = DataPass(model, model.peft_config["default"], self.batches(examples), progress=True)
         with torch.autocast("cpu", torch.bfloat16):
-            totals = data.run(find_targets(model, "default"), None, study.take, FIRST_CHECK, "Samples")
+            totals = data.run(find_targets(model, "default"), None, study.take, MIN_SAMPLES, "Samples")
         return study, totals
 
     def speed(self, examples: list[Example], granularity: str) -> dict[str, Any]:
@@ -233,7 +224,7 @@ class Model:
 
 
 def measure_reference(model: Model, text: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fisher information of a general text by module, and the agreement of its column rankings."""
+    """Fisher information of a general text by module, and the regret of its column rankings."""
     paragraphs = [Example("", part.strip()) for part in text.read_text(encoding="utf-8").split("\n\n") if part.strip()]
 
     def score(case: Case, layer: FGGMLayer, name: str, statistics: Tensor) -> Tensor:
@@ -241,7 +232,7 @@ def measure_reference(model: Model, text: Path) -> tuple[dict[str, Tensor], dict
         return scored(case, layer, torch.ones_like(harm), harm)  # as if all gains were equal
 
     study, totals = model.study(paragraphs, WEIGHED, score)
-    measured = {"curves": list(study.curves(totals)), "counts": list(study.halves[WEIGHED[0]])}
+    measured = {"curves": list(study.curves(totals)), "counts": list(study.regret[WEIGHED[0]])}
     return {name: totals.mean(name, "fisher").clone() for name in study.layers}, measured
 
 
@@ -257,7 +248,7 @@ def measure(model: Model, task: Path, limit: int, reference: Mapping[str, Tensor
     study, totals = model.study(examples, FISHER + WEIGHED, score)
     curves = list(study.curves(totals))
     return {
-        "counts": list(study.halves[FISHER[0]]),
+        "counts": list(study.regret[FISHER[0]]),
         "seconds": time.perf_counter() - start,
         "choosing_seconds": study.seconds,
         "curves": curves,
@@ -267,7 +258,7 @@ def measure(model: Model, task: Path, limit: int, reference: Mapping[str, Tensor
 
 @style()
 def draw(results: dict[str, Any], path: Path) -> None:
-    """For each task at 10 % density: the agreement of halves, and below it the share of the score that is found."""
+    """For each task at 10 % density: the regret, and below it the share of the score that is found."""
     names = {"row": "Fisher, rows", "column": "Fisher, columns", "element": "Fisher, elements"}
     tasks = results["tasks"]
     figure, axes = new_figure(0.3 + 4.2 * len(tasks), rows=2 * len(tasks))
@@ -279,9 +270,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         }
         styles = looks(list(curves))
         above, below = axes[2 * number : 2 * number + 2]
-        lines(above, measured["counts"], {name: curve["halves"] for name, curve in curves.items()}, styles)
-        above.axhline(SUFFICIENT_AGREEMENT, linestyle="--", label="enough")
-        above.set(title=task, ylabel="agreement of halves", ylim=(0.35, 1.0))
+        lines(above, measured["counts"], {name: curve["regret"] for name, curve in curves.items()}, styles)
+        above.axhline(FGGMConfig().regret, linestyle="--", label="enough")
+        above.set(title=task, ylabel="regret", ylim=(0.0, 0.2))
         # the scores of a half: a selection from n samples is that of 2n in the figures
         halves = [count // 2 for count in measured["counts"][:-1]]
         lines(below, halves, {name: curve["score_held"][:-1] for name, curve in curves.items()}, styles)
@@ -306,7 +297,7 @@ def main() -> None:
     results = {"model": Path(arguments.model).name, "reference": measured, "tasks": {}}
     for task in arguments.tasks:
         results["tasks"][task.name] = measure(model, task, arguments.samples, reference)
-        for figure in ("halves", "independent", "score_held"):
+        for figure in ("regret", "score_held"):
             counts, curves = results["tasks"][task.name]["counts"], results["tasks"][task.name]["curves"]
             title = "{criterion}, {granularity}s, {density:.0%}"
             rows = {title.format(**c): dict(zip(map(str, counts), c[figure], strict=True)) for c in curves}

@@ -73,7 +73,7 @@ def main() -> None:
     )
     trainer.train()
     report = trainer.selection_report
-    print(f"{report.parameters:,} trainable values; split-half agreement {report.agreement:.2f} "
+    print(f"{report.parameters:,} trainable values; regret {report.regret:.1%} "
           f"from {report.samples} samples")  # fmt: skip
     trainer.save_model(str(arguments.output))
     size = (arguments.output / "adapter_model.safetensors").stat().st_size

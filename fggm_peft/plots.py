@@ -232,12 +232,11 @@ def density_plot(shares: Mapping[str, tuple[float, int]], title: str = "") -> Fi
 
 
 @style()
-def agreement_plot(curves: Mapping[str, Sequence[tuple[int, Value]]], enough: float, title: str = "") -> Figure:
-    """The agreement of the selections from two halves of the samples, by the number of samples.
+def regret_plot(curves: Mapping[str, Sequence[tuple[int, Value]]], title: str = "") -> Figure:
+    """The regret of a selection by the number of samples.
 
     Args:
-        curves: name -> (samples, agreement) of each check; one of them has an agreement.
-        enough: the agreement at which ``num_samples="auto"`` stops.
+        curves: name -> (samples, regret) of each check; one of them has a regret.
     """
     present = {name: dict(checks) for name, checks in curves.items() if any(value is not None for _, value in checks)}
     samples = sorted({n for checks in present.values() for n, value in checks.items() if value is not None})
@@ -247,9 +246,7 @@ def agreement_plot(curves: Mapping[str, Sequence[tuple[int, Value]]], enough: fl
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
-    axes.axhline(enough, color=INK, linewidth=0.9, linestyle="--")
-    axes.text(0.02, enough, f"enough: {enough:g}", transform=axes.get_yaxis_transform(), va="bottom")
-    axes.set(title=plain(title), xlabel="samples", ylabel="agreement of two halves", ylim=(None, 1.0))
+    axes.set(title=plain(title), xlabel="samples", ylabel="regret", ylim=(0.0, None))
     if len(present) > 1:
         legend(axes, list(present))
     return figure

@@ -11,7 +11,6 @@ import pytest
 from fggm_peft import plots
 from fggm_peft.plots import (
     INK,
-    agreement_plot,
     density_plot,
     heat_map,
     legend,
@@ -19,6 +18,7 @@ from fggm_peft.plots import (
     looks,
     new_figure,
     plain,
+    regret_plot,
     save,
     shortened,
     style,
@@ -44,7 +44,7 @@ def lines_figure(names):
 
 DRAW = {
     "density": lambda names: density_plot(dict.fromkeys(names, (0.5, 1))),
-    "agreement": lambda names: agreement_plot({name: [(1, 0.2), (2, 0.9)] for name in names}, 0.8),
+    "regret": lambda names: regret_plot({name: [(1, 0.2), (2, 0.9)] for name in names}),
     "lines": lines_figure,
 }
 
@@ -109,9 +109,9 @@ def test_the_color_bar_has_a_label():
     assert {"a &lt;share&gt;", ".37"} <= set(texts(to_svg(figure, "plot")))
 
 
-def test_ticks_that_would_overlap_are_omitted_and_the_sufficient_level_is_labelled():
-    found = texts(to_svg(agreement_plot({"a": [(32, 0.1), (64, 0.2), (70, 0.3)]}, 0.25), "plot"))
-    assert {"32", "64", "enough: 0.25"} <= set(found) and "70" not in found
+def test_ticks_that_would_overlap_are_omitted():
+    found = texts(to_svg(regret_plot({"a": [(32, 0.3), (64, 0.2), (70, 0.1)]}), "plot"))
+    assert {"32", "64"} <= set(found) and "70" not in found
 
 
 def test_a_legend_stays_within_the_figure():

@@ -33,7 +33,7 @@ def run(args: Namespace) -> Result:
     data["norm"] = sum(module["norm"] ** 2 for module in modules.values()) ** 0.5
     data["lora_rank"] = max((module["lora_rank"] for module in modules.values()), default=0)
     selection = delta.config.selection or {}
-    facts = {**data, **{name: selection.get(name) for name in ("samples", "agreement", "made_by")}}
+    facts = {**data, **{name: selection.get(name) for name in ("samples", "regret", "made_by")}}
     facts["made_with"] = [f"{name} {version}" for name, version in sorted(data["made_with"].items())]
     rows = []
     for path, module in modules.items():

@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_data(parser, required=False)
     add_batch_size(parser)
     add_output(parser, "Folder for the adapter. Required without --dry-run.", required=False)
-    parser.add_argument("--plots", type=Path, help="Folder for plots of densities and split-half agreement.")
+    parser.add_argument("--plots", type=Path, help="Folder for plots of densities and regret.")
     group = parser.add_argument_group("dry run")
     text = "Show the cost of training. Reads no data and writes nothing."
     group.add_argument("--dry-run", action="store_true", help=text)
@@ -105,7 +105,7 @@ def _dataloader(args: Namespace, config: FGGMConfig) -> Any:
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader
 
-    from ..selection.agreement import MAX_SAMPLES
+    from ..selection.regret import MAX_SAMPLES
     from ..training.base_model import this_process
     from ..training.data import padding_on_the_right
 

@@ -128,7 +128,7 @@ def run(args: Namespace) -> Result | None:
         "seconds": trained.metrics["train_runtime"],
         "parameters": model.get_nb_trainable_parameters()[0],
         "density": selection.get("density"),
-        "agreement": selection.get("agreement"),
+        "regret": selection.get("regret"),
         "bytes": (args.output / ADAPTER_FILE).stat().st_size,
         "selection": report and report.to_dict(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +16,10 @@ from ..tuner.files.task_scores import StoredScores, stored_scores
 from ..tuner.settings.selection import score_bytes
 from ..tuner.support import Choice, choose_supports, criterion_scores
 from ..tuner.target import Target, Targets
-from .agreement import MAX_SAMPLES, MIN_SAMPLES, SUFFICIENT_AGREEMENT, split_half_agreement
 from .data_pass import DataPass
 from .reference import Reference, Source, ones_of
-from .report import AgreementCheck
+from .regret import MAX_SAMPLES, MIN_SAMPLES, regret_of, split_half_scores
+from .report import RegretCheck
 from .running_sums import Totals
 
 Choices = dict[str, Choice]
@@ -39,11 +40,11 @@ class Measurement:
         self.config, self.criterion = task.config, CRITERIA[task.config.criterion]
         self.reference = Reference(sources, targets)
         self.choices: Choices = {}
-        self.halves: tuple[Choices, Choices] = {}, {}
+        self.half_scores: dict[str, tuple[float, float]] = {}  # see split_half_scores
         self.samples = self.reference_samples = self.sample_passes = 0
         self.reference_seconds = 0.0
         self.scores: dict[str, dict[str, StoredScores]] = {}
-        self.checks: list[AgreementCheck] = []
+        self.checks: list[RegretCheck] = []
         self._limits: dict[int, Any] = {}  # every group of modules sees the same samples
 
     def run(self, score_memory: int | str | None) -> None:
@@ -55,7 +56,7 @@ class Measurement:
             ValueError: the memory holds no single module, or several passes are needed and not possible.
         """
         if not self.criterion.needs_data:
-            self.choices = self._choose(self.targets, None)
+            self.choices = choose_supports(self.targets, self.config, self._score)
             return
         groups = self._groups(score_memory)
         for number, group in enumerate(groups, start=1):
@@ -67,14 +68,14 @@ class Measurement:
             warnings.warn(message, stacklevel=3)
 
     def _read_references(self, group: Targets, suffix: str) -> None:
-        """Read each reference; with "auto", until two halves of it would rank the units alike."""
+        """Read each reference; with "auto", until two halves of it would select equally good units."""
         start, measured = time.perf_counter(), [source for source in self.sources if source.data is not None]
         for number, source in enumerate(measured, start=1):
             name = "reference" if len(measured) == 1 else f"reference {number}"
 
             def is_enough(totals: Totals, name: str = name) -> bool:
                 alone = Reference([Source(totals=totals)], self.targets)
-                return self._agree(name, totals, lambda half: self._choose(group, None, None, alone, half))
+                return self._is_good(name, totals, group, lambda path, half: self._score(path, None, None, alone, half))
 
             assert source.data is not None
             source.totals = self._pass(source.data, group, is_enough, "Reference" + suffix)
@@ -85,14 +86,17 @@ class Measurement:
 
     def _read_task(self, group: Targets, suffix: str) -> None:
         def is_enough(totals: Totals) -> bool:
-            return totals.has_halves and self._agree("task", totals, lambda half: self._choose(group, totals, half))
+            return totals.has_halves and self._is_good(
+                "task", totals, group, lambda path, half: self._score(path, totals, half)
+            )
 
         totals = self._pass(self.task, group, is_enough, "Fisher pass" + suffix)
         self.samples = totals.samples
-        self.choices.update(self._choose(group, totals))
+        self.choices.update(choose_supports(group, self.config, partial(self._score, totals=totals)))
         if totals.has_halves:
-            for half, choices in enumerate(self.halves):
-                choices.update(self._choose(group, totals, half))
+            self.half_scores |= split_half_scores(
+                group, self.config, lambda path, half: self._score(path, totals, half)
+            )
         for statistic in self.criterion.task:
             if STATISTICS[statistic].is_kept:
                 scores = self.scores.setdefault(statistic, {})
@@ -109,22 +113,22 @@ class Measurement:
         self.sample_passes += totals.samples
         return totals
 
-    def _agree(self, data: str, totals: Totals, choose: Callable[[int], Choices]) -> bool:
-        agreement, _ = split_half_agreement(choose(0), choose(1))
-        self.checks.append(AgreementCheck(data, totals.samples, agreement))
-        return agreement is None or agreement >= SUFFICIENT_AGREEMENT
+    def _is_good(self, data: str, totals: Totals, group: Targets, scores: Callable[[str, int], Tensor]) -> bool:
+        regret = regret_of(split_half_scores(group, self.config, scores).values())
+        self.checks.append(RegretCheck(data, totals.samples, regret))
+        return regret is None or regret <= self.config.regret
 
     # Scores -------------------------------------------------------------------------------------
 
-    def _choose(
+    def _score(
         self,
-        group: Targets,
-        totals: Totals | None,
+        path: str,
+        totals: Totals | None = None,
         half: int | None = None,
         reference: Reference | None = None,
         reference_half: int | None = None,
-    ) -> Choices:
-        """Select units of a group of targets.
+    ) -> Tensor:
+        """The scores of one weight, ``[units]``.
 
         Args:
             totals: statistics of the task; None for a task whose statistics are the same everywhere.
@@ -133,22 +137,18 @@ class Measurement:
             reference_half: use one half of the reference's samples.
         """
         reference = reference or self.reference
-
-        def scores(path: str) -> Tensor:
-            target, names, ranked = self.targets[path], self.criterion.reference, self._ranked_with(path)
-            return criterion_scores(
-                target,
-                self.config,
-                task={
-                    name: ones_of(target, name) if totals is None else totals.mean(path, name, half)
-                    for name in self.criterion.task
-                },
-                reference={name: reference.values(target, name, reference_half) for name in names},
-                reference_mean={name: reference.mean(ranked, name, reference_half) for name in names},
-                metric=self.task.metrics.get(path),
-            )
-
-        return choose_supports(group, self.config, scores)
+        target, names, ranked = self.targets[path], self.criterion.reference, self._ranked_with(path)
+        return criterion_scores(
+            target,
+            self.config,
+            task={
+                name: ones_of(target, name) if totals is None else totals.mean(path, name, half)
+                for name in self.criterion.task
+            },
+            reference={name: reference.values(target, name, reference_half) for name in names},
+            reference_mean={name: reference.mean(ranked, name, reference_half) for name in names},
+            metric=self.task.metrics.get(path),
+        )
 
     def _ranked_with(self, path: str) -> tuple[str, ...]:
         """The modules that are ranked together with this one."""

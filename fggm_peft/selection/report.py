@@ -27,7 +27,7 @@ class ModuleSelection:
         chosen: number of units that may change.
         parameters: trainable values.
         score_share: share of the module's total score that the chosen units have.
-        agreement: split-half agreement of this module, None if it was not measured.
+        regret: of this module, None if it was not measured.
         mean_score: mean score of a unit per weight entry.
     """
 
@@ -37,7 +37,7 @@ class ModuleSelection:
     chosen: int
     parameters: int
     score_share: float
-    agreement: float | None = None
+    regret: float | None = None
     mean_score: float = 0.0
 
     @property
@@ -46,18 +46,18 @@ class ModuleSelection:
 
 
 @dataclass(frozen=True)
-class AgreementCheck:
+class RegretCheck:
     """One check of ``num_samples="auto"`` whether there are enough samples.
 
     Args:
         data: "task", or "reference" (with a number, if several were read).
         samples: number of samples so far.
-        agreement: of the choices from their two halves; None if nothing or everything would be chosen.
+        regret: share of the score that a selection from one half misses on the other; None if every score is 0.
     """
 
     data: str
     samples: int
-    agreement: float | None
+    regret: float | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class SelectionReport:
         criterion: name of the criterion.
         threshold: the policy as a dict.
         samples: samples used; 0 for a criterion that needs no data.
-        agreement: of the choices from two halves of the samples: 1 is perfect, 0 is chance. None without data.
+        regret: share of the score that a selection from one half of the samples misses on the other half: 0 is perfect.
+            None without data.
         seconds: wall-clock time of the whole selection.
         modules: one entry for each adapted module.
         reference_samples: samples that were read for the reference.
@@ -86,7 +87,7 @@ class SelectionReport:
     criterion: str
     threshold: dict[str, Any]
     samples: int
-    agreement: float | None
+    regret: float | None
     seconds: float
     modules: list[ModuleSelection]
     reference_samples: int = 0
@@ -94,7 +95,7 @@ class SelectionReport:
     num_samples: int | Literal["auto"] | None = None
     sample_passes: int = 0
     backward: bool = False
-    checks: list[AgreementCheck] = field(default_factory=list)
+    checks: list[RegretCheck] = field(default_factory=list)
     record: TaskRecord | None = field(default=None, repr=False, compare=False)
 
     def save_scores(self, path: str | Path) -> Path:
@@ -153,35 +154,34 @@ class SelectionReport:
             entry["shape"], entry["density"] = list(module.shape), module.density
         return result
 
-    def agreements(self) -> dict[str, list[tuple[int, float | None]]]:
-        """(samples, agreement) of each check, by data; the final agreement is added if it is the same measure."""
+    def regrets(self) -> dict[str, list[tuple[int, float | None]]]:
+        """(samples, regret) of each check, by data; the final regret is added if it is the same measure."""
         curves: dict[str, list[tuple[int, float | None]]] = {}
         for check in self.checks:
-            curves.setdefault(check.data, []).append((check.samples, check.agreement))
+            curves.setdefault(check.data, []).append((check.samples, check.regret))
         task = curves.get("task", [])
         if task and not self.reference_samples and self.samples > task[-1][0]:
-            task.append((self.samples, self.agreement))  # the data ended between two checks
+            task.append((self.samples, self.regret))  # the data ended between two checks
         return curves
 
     def plots(self) -> Iterator[tuple[str, Figure]]:
-        """Name and figure of each plot that the report has data for: density, agreement."""
-        from ..plots import agreement_plot, density_plot
-        from .agreement import SUFFICIENT_AGREEMENT
+        """Name and figure of each plot that the report has data for: density, regret."""
+        from ..plots import density_plot, regret_plot
 
         yield "density", density_plot({m.name: (m.density, m.shape[0] * m.shape[1]) for m in self.modules})
-        curves = self.agreements()
-        if any(agreement is not None for curve in curves.values() for _, agreement in curve):
-            yield "agreement", agreement_plot(curves, SUFFICIENT_AGREEMENT)
+        curves = self.regrets()
+        if any(regret is not None for curve in curves.values() for _, regret in curve):
+            yield "regret", regret_plot(curves)
 
     def summary(self) -> dict[str, Any]:
         """The part that the adapter's config stores. It is the same in every run, so it contains no times."""
         return {
             "samples": self.samples,
             "reference_samples": self.reference_samples,
-            "agreement": self.agreement,
+            "regret": self.regret,
             "density": self.density,
             "parameters": self.parameters,
-            "checks": [[check.samples, check.agreement] for check in self.checks if check.data == "task"],
+            "checks": [[check.samples, check.regret] for check in self.checks if check.data == "task"],
         }
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -194,20 +194,19 @@ class SelectionReport:
         """A rich table with one row for each module."""
         from rich.table import Table
 
-        agreement = "not measured" if self.agreement is None else f"{self.agreement:.3f}"
+        regret = "not measured" if self.regret is None else f"{self.regret:.1%}"
         against = f" and {self.reference_samples} of the reference" if self.reference_samples else ""
         table = Table(
             title=f"{self.parameters:,} trainable values, {self.density:.2%} of the targeted weights",
-            caption=f"criterion {self.criterion}, {self.samples} samples{against}, split-half agreement {agreement}, "
-            f"{self.cost}",
+            caption=f"criterion {self.criterion}, {self.samples} samples{against}, regret {regret}, {self.cost}",
         )
         table.add_column("module")
-        for heading in ("shape", "units", "chosen", "density", "score share", "agreement"):
+        for heading in ("shape", "units", "chosen", "density", "score share", "regret"):
             table.add_column(heading, justify="right")
         for m in self.modules:
             numbers = f"{m.units:,}", f"{m.chosen:,}", f"{m.density:.2%}", f"{m.score_share:.1%}"
-            agreement = "" if m.agreement is None else f"{m.agreement:.3f}"
-            table.add_row(m.name, f"{m.shape[0]} x {m.shape[1]}", *numbers, agreement)
+            regret = "" if m.regret is None else f"{m.regret:.1%}"
+            table.add_row(m.name, f"{m.shape[0]} x {m.shape[1]}", *numbers, regret)
         return table
 
     def __str__(self) -> str:

@@ -26,7 +26,6 @@ from ..tuner.settings.selection import require_num_samples
 from ..tuner.support import forecast_supports, unwrapped, write_supports
 from ..tuner.target import Targets, find_targets
 from ..version import __version__
-from .agreement import split_half_agreement
 from .data_pass import DataPass, input_metrics
 from .frozen_model import without_delta
 from .input_covariance import input_covariance
@@ -34,6 +33,7 @@ from .likelihood import LogLikelihood
 from .measure import Measurement
 from .processes import Processes, hash_of
 from .reference import ReferenceData, covariance_to_retain, find_sources, reference_entries
+from .regret import regret_of
 from .report import ModuleSelection, SelectionReport
 
 
@@ -63,8 +63,9 @@ def select_parameters(
         model: the result of ``get_peft_model``, or a model with injected FGGM layers.
         dataloader: an iterable of batches of the task: dicts of model inputs with ``labels`` (-100 where no loss is
             taken). None for a criterion that needs no data.
-        num_samples: number of samples over all processes: a number, None for all, or "auto": from 32 to 1024, doubled
-            until two halves of the samples select nearly the same units (agreement 0.8).
+        num_samples: number of samples over all processes: a number, None for all, or "auto": from 8 to 1024, doubled
+            until a selection from one half of the samples misses at most the share ``regret`` (2 %) of the score on the
+            other half.
         reference: what the model should keep, for a criterion that weighs the task against it: a dataloader of general
             text (batches without labels get their tokens as labels), "self" (text that the model writes itself),
             "history" (the tasks selected on this base model in this process), a file or folder with saved scores, or a
@@ -199,10 +200,7 @@ def _write(measured: Measurement, start: float) -> SelectionReport:
 
 
 def _report(measured: Measurement, record: TaskRecord, seconds: float) -> SelectionReport:
-    config, agreement = measured.config, None
-    of_modules: dict[str, float | None] = {}
-    if measured.halves[0]:
-        agreement, of_modules = split_half_agreement(*measured.halves)
+    config, halves = measured.config, measured.half_scores
     modules = [
         ModuleSelection(
             name=path,
@@ -211,7 +209,7 @@ def _report(measured: Measurement, record: TaskRecord, seconds: float) -> Select
             chosen=len(choice.indices),
             parameters=measured.targets[path].values.numel(),
             score_share=choice.score_share,
-            agreement=of_modules.get(path),
+            regret=regret_of([halves[path]]) if halves else None,
             mean_score=choice.mean_score,
         )
         for path, choice in measured.choices.items()
@@ -221,7 +219,7 @@ def _report(measured: Measurement, record: TaskRecord, seconds: float) -> Select
         granularity=str(config.granularity),
         criterion=config.criterion,
         threshold=config.policy().to_dict(),
-        agreement=agreement,
+        regret=regret_of(halves.values()) if halves else None,
         seconds=seconds,
         modules=modules,
         backward=bool(measured.sample_passes) and measured.criterion.needs_backward,

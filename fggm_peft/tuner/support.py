@@ -75,7 +75,7 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
         NonFiniteScoreError: a score is NaN, infinite or negative; names the module.
     """
     choices: dict[str, Choice] = {}
-    for policy, group in _by_policy(targets, config):
+    for policy, group in by_policy(targets, config):
         vectors = []
         for path in group:
             vectors.append(scores(path))
@@ -92,14 +92,14 @@ def forecast_supports(targets: Targets, config: FGGMConfig) -> Forecast:
     """The sizes that are known without scores, in the order of the targets; ``ValueError`` if a budget does not fit."""
     units: dict[str, int] = {}
     least = most = 0
-    for policy, group in _by_policy(targets, config):
+    for policy, group in by_policy(targets, config):
         forecast = policy.forecast([target.units for target in group.values()], *bounds(group, config))
         units.update(zip(group, forecast.units, strict=True))
         least, most = least + forecast.least, most + forecast.most
     return Forecast([units[path] for path in targets], least, most)
 
 
-def _by_policy(targets: Targets, config: FGGMConfig) -> Iterable[tuple[ThresholdPolicy, Targets]]:
+def by_policy(targets: Targets, config: FGGMConfig) -> Iterable[tuple[ThresholdPolicy, Targets]]:
     """Each policy with the targets that it chooses from together: all of them with global scope, otherwise one."""
     groups: dict[tuple[ThresholdPolicy, str], Targets] = {}
     for path, target in targets.items():

@@ -193,7 +193,7 @@ def test_train_selects_first_and_evaluates_afterwards(folder, tmp_path):
         *("--learning-rate", 1e-2, "--weight-decay", 0.1),
     )
     assert found["selection"]["samples"] == 16 and found["steps"] == 2
-    assert found["density"] == pytest.approx(0.1, abs=0.02) and found["agreement"] is not None
+    assert found["density"] == pytest.approx(0.1, abs=0.02) and found["regret"] is not None
     assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | {"checkpoints"}
     adapted = succeed("eval", folder / "model", "--data", folder / "data", "-a", tmp_path / "out")["results"][1]
     assert found["evaluation"]["loss"] == pytest.approx(adapted["loss"], abs=1e-6)

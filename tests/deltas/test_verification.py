@@ -113,7 +113,7 @@ def test_the_card_contains_what_the_hub_and_readers_need(tmp_path):
     assert data["pipeline_tag"] == "text-generation"
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     assert code.startswith("import fggm_peft") and "'someone/a-model'" in code
-    for words in ("score_mass", "8 samples", "split-half agreement", "rounded to bfloat16", "fggm_peft 0.", "torch "):
+    for words in ("score_mass", "8 samples", "regret", "rounded to bfloat16", "fggm_peft 0.", "torch "):
         assert words in card.text, words
     rows = [line for line in card.text.splitlines() if "_proj` |" in line]
     assert len(rows) == 7 and any("% to " in row for row in rows)

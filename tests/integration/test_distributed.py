@@ -83,7 +83,7 @@ def test_two_processes_select_the_support_of_one_process(case, processes):
         assert_same(chosen, expected)
         assert others_report["samples"] == report["samples"]
         assert others_report["reference_samples"] == report["reference_samples"]
-        assert others_report["agreement"] == pytest.approx(report["agreement"], abs=1e-6)
+        assert others_report["regret"] == pytest.approx(report["regret"], abs=1e-6)
         assert others_report["parameters"] == report["parameters"]
 
 

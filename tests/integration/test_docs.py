@@ -42,7 +42,8 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
         "prompts_and_completions": datasets.Dataset.from_list(sums),
         "sft_arguments": trl.SFTConfig(save_strategy="no", bf16=False, **quick),
     }
-    assert len(SNIPPETS) == 5
+    Path("prose.txt").write_text("One paragraph.\n\nAnother paragraph.")
+    assert len(SNIPPETS) == 6
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     assert "trainable values" in capsys.readouterr().out

@@ -12,8 +12,8 @@ from command_line import fail, succeed
 from models import adapted, fggm_layers, fisher_scores, llama, t5, token_batches
 
 from fggm_peft import FGGMConfig, select_parameters
-from fggm_peft.plots import agreement_plot, density_plot, to_svg
-from fggm_peft.selection.report import AgreementCheck
+from fggm_peft.plots import density_plot, regret_plot, to_svg
+from fggm_peft.selection.report import RegretCheck
 from fggm_peft.training.trainer import log_entry
 
 MANY = token_batches(sizes=(8,) * 9)
@@ -60,25 +60,28 @@ def test_the_cost_names_a_pass_without_backward(criterion, kind):
 def test_report_and_config_contain_every_check_of_the_automatic_number_of_samples():
     model = adapted(llama())
     report = select_parameters(model, MANY, progress=False)
-    assert [(check.data, check.samples) for check in report.checks] == [("task", 32), ("task", 64)]
-    assert all(0 < check.agreement < 0.8 for check in report.checks)
+    assert [(check.data, check.samples) for check in report.checks] == [
+        ("task", 8),
+        ("task", 16),
+        ("task", 32),
+        ("task", 64),
+    ]
+    assert all(0.02 < check.regret < 1 for check in report.checks)
     assert report.samples == 72  # the data ran out
-    assert report.agreements() == {
-        "task": [(n, report.checks[k].agreement) for k, n in ((0, 32), (1, 64))] + [(72, report.agreement)]
-    }
-    assert model.peft_config["default"].selection["checks"] == [[c.samples, c.agreement] for c in report.checks]
-    # a check has the agreement that a selection with its number of samples reports
+    assert report.regrets() == {"task": [(c.samples, c.regret) for c in report.checks] + [(72, report.regret)]}
+    assert model.peft_config["default"].selection["checks"] == [[c.samples, c.regret] for c in report.checks]
+    # a check has the regret that a selection with its number of samples reports
     alone = select_parameters(adapted(llama()), MANY, num_samples=32, progress=False)
-    assert alone.agreement == pytest.approx(report.checks[0].agreement) and not alone.checks
+    assert alone.regret == pytest.approx(report.checks[2].regret) and not alone.checks
 
 
 def test_checks_of_reference_and_task_are_distinguished():
     model = adapted(llama(), "column", criterion="gain_per_harm")
     report = select_parameters(model, MANY[:5], reference=MANY[5:9], progress=False)
-    assert [(check.data, check.samples) for check in report.checks] == [("reference", 32), ("task", 32)]
-    assert report.agreements()["task"] == [
-        (32, report.checks[1].agreement)
-    ]  # the final agreement is measured differently
+    checks = [(check.data, check.samples) for check in report.checks]
+    assert checks == [(data, n) for data in ("reference", "task") for n in (8, 16, 32)]
+    # the final regret is measured differently
+    assert report.regrets()["task"] == [(check.samples, check.regret) for check in report.checks[3:]]
 
 
 def test_mean_scores_are_means_over_weight_entries(granularity):
@@ -102,19 +105,19 @@ def test_the_card_contains_the_density_of_each_module_type(tmp_path):
 
 
 @pytest.mark.parametrize("build", [llama, t5])
-def test_a_report_has_a_density_plot_and_an_agreement_plot(build):
+def test_a_report_has_a_density_plot_and_a_regret_plot(build):
     model = adapted(build(), target_modules="all-linear")
     report = select_parameters(model, MANY[:5], progress=False)
     result = dict(report.plots())
-    assert list(result) == ["density", "agreement"]
+    assert list(result) == ["density", "regret"]
     assert {"selected share", "layer"} <= set(texts(result["density"]))
-    assert {"samples", "32", "enough: 0.8"} <= set(texts(result["agreement"]))
+    assert {"samples", "32", "regret"} <= set(texts(result["regret"]))
 
 
-def test_a_report_without_agreements_has_only_a_density_plot():
+def test_a_report_without_regrets_has_only_a_density_plot():
     report = select_parameters(adapted(llama()), token_batches(), num_samples=None, progress=False)
     assert [name for name, _ in report.plots()] == ["density"]
-    unknown = [AgreementCheck("task", 32, None)]  # everything is selected
+    unknown = [RegretCheck("task", 32, None)]  # every score is 0
     result = dataclasses.replace(report, checks=unknown, samples=32)
     assert [name for name, _ in result.plots()] == ["density"]
 
@@ -137,8 +140,8 @@ def test_a_density_plot_of_one_module_and_of_an_empty_support():
     assert "0" in texts(density_plot({"classifier": (0.0, 4)}))
 
 
-def test_an_agreement_plot_skips_unknown_agreements():
-    figure = agreement_plot({"a": [(32, None), (64, 0.5)], "b": [(32, 0.6), (128, 0.9)], "none": [(32, None)]}, 0.8)
+def test_a_regret_plot_skips_unknown_regrets():
+    figure = regret_plot({"a": [(32, None), (64, 0.5)], "b": [(32, 0.6), (128, 0.1)], "none": [(32, None)]})
     assert "none" not in texts(figure) and {"a", "b"} <= set(texts(figure))
 
 
@@ -147,7 +150,7 @@ def test_select_writes_the_plots_of_its_report(folder, tmp_path):
         *("select", folder / "model", "-d", folder / "data", "-o", tmp_path / "out", "--density", 0.2),
         *("--plots", tmp_path / "plots"),
     )
-    names = ["agreement.svg", "density.svg"]
+    names = ["density.svg", "regret.svg"]
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == names
     assert sorted(report["pictures"]) == [str(tmp_path / "plots" / name) for name in names]
 

@@ -103,16 +103,18 @@ def test_the_pass_does_not_change_model_and_random_state(fail_at):
     assert torch.equal(logits(model, token_batches()[0]), output)
 
 
-def test_the_automatic_number_of_samples_stops_when_the_halves_agree():
-    """Repeated samples agree at the first check; other samples use all data."""
+def test_the_automatic_number_of_samples_stops_when_the_regret_is_small():
+    """Repeated samples have none at the first check; other samples use all data."""
     model = adapted(llama())
     repeated = [token_batches(sizes=(4,))[0]] * 64
     one = {key: value[:1].expand(8, -1) for key, value in repeated[0].items()}
     report = select_parameters(model, [one] * 64, progress=False)
-    assert report.samples == 32 and report.agreement == pytest.approx(1)
+    assert report.samples == 8 and report.regret == pytest.approx(0, abs=1e-6)
     noise = select_parameters(adapted(llama()), token_batches(sizes=(8,) * 6), progress=False)
-    assert noise.samples == 48 and noise.agreement < 0.95  # the data ran out first
-    assert model.peft_config["default"].selection["samples"] == 32
+    assert noise.samples == 48 and noise.regret > 0.02  # the data ran out first
+    assert model.peft_config["default"].selection["samples"] == 8
+    easy = adapted(llama(), regret=0.5)
+    assert select_parameters(easy, token_batches(sizes=(8,) * 6), progress=False).samples == 8
 
 
 def test_too_large_num_samples_warns_and_uses_all_samples():
@@ -153,7 +155,7 @@ def test_the_report_converts_to_text_dict_and_pandas():
     assert "model.layers.0.mlp.up_proj" in text and "8 samples" in text
     frame = report.to_pandas()
     assert len(frame) == 14 and frame["parameters"].sum() == report.parameters
-    assert report.to_dict()["agreement"] == report.agreement
+    assert report.to_dict()["regret"] == report.regret
     assert report.density == pytest.approx(0.3, abs=0.02)
 
 
@@ -290,7 +292,7 @@ def test_data_free_criteria_select_at_creation_and_can_select_again():
         report = select_parameters(model)
         after = [layer.fggm_indices["default"] for layer in fggm_layers(model, "default").values()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert report.samples == 0 and report.agreement is None
+        assert report.samples == 0 and report.regret is None
 
 
 def test_modules_without_gradients_stay_empty_and_are_reported():

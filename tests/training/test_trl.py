@@ -81,7 +81,7 @@ def test_sft_selects_on_its_training_data_and_logs_the_report(tmp_path):
     report = trainer.selection_report
     assert first["selection/samples"] == report.samples == 16
     assert first["selection/density"] == report.density == pytest.approx(0.2, abs=0.01)
-    assert first["selection/agreement"] == report.agreement and first["selection/seconds"] >= 0
+    assert first["selection/regret"] == report.regret and first["selection/seconds"] >= 0
     assert losses(trainer)[-1] < losses(trainer)[0]
 
     by_hand = get_peft_model(text_model(), config())

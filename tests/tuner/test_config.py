@@ -152,7 +152,7 @@ def test_all_other_fields_survive_saving(name, tmp_path):
         task_type="CAUSAL_LM",
         base_model_name_or_path="some/model",
     )
-    config.selection = {"samples": 64, "agreement": 0.97}
+    config.selection = {"samples": 64, "regret": 0.01}
     assert_comes_back(config, tmp_path)
 
 

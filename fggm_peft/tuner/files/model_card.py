@@ -113,8 +113,8 @@ def _description(config: FGGMConfig) -> str:
     if {"parameters", "density"} <= selection.keys():
         text += f" It has {selection['parameters']:,} values, {selection['density']:.2%} of the targeted weights."
     if selection.get("samples"):
-        agreement = selection.get("agreement")
-        halves = "" if agreement is None else f", with a split-half agreement of {agreement:.2f}"
+        regret = selection.get("regret")
+        halves = "" if regret is None else f", with a regret of {regret:.1%}"
         text += f" The selection used {selection['samples']} samples{halves}."
     rounded = f", rounded to {config.delta_dtype}" if config.delta_dtype else ""
     text += f"\n\nThe file contains differences from the base{rounded}."

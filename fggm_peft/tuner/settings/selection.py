@@ -55,8 +55,13 @@ class SelectionSettings:
     )
     num_samples: Optional[Union[int, Literal["auto"]]] = setting(
         "auto",
-        "Number of samples for the scores: a number, None for all, or 'auto': 32 samples, doubled up to 1024 until two "
-        "halves of them select nearly the same support (agreement 0.8).",
+        "Number of samples for the scores: a number, None for all, or 'auto': 8 samples, doubled up to 1024 until the "
+        "`regret` is small.",
+    )
+    regret: float = setting(
+        0.02,
+        "Largest share of the score that a selection from one half of the samples may miss on the other half; "
+        "num_samples='auto' stops there.",
     )
     score_memory: Optional[Union[int, str]] = setting(
         None,
@@ -64,7 +69,7 @@ class SelectionSettings:
         "several times. Element scores take 8 bytes per entry; scores of rows and columns take almost nothing.",
     )
     seed: int = setting(0, "Seed of random scores and labels of the model. The global random state is not changed.")
-    selection: Optional[dict[str, Any]] = written("Result of the selection: samples, agreement, density.")
+    selection: Optional[dict[str, Any]] = written("Result of the selection: samples, regret, density.")
 
     @property
     def is_chosen_without_data(self) -> bool:
@@ -101,6 +106,8 @@ class SelectionSettings:
         if not is_integer(self.seed, 0) or self.seed >= 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
         require_num_samples(self.num_samples)
+        if not is_number(self.regret) or not 0 < self.regret < 1:
+            raise ValueError(f"regret must be a number in (0, 1), got {self.regret!r}")
         if self.score_memory is not None:
             score_bytes(self.score_memory)
 

@@ -1,0 +1,63 @@
+"""Regret: how much of the score a selection misses, measured on samples that did not make it.
+
+Units near the threshold have nearly equal scores, so two halves of the samples may select different units without any
+loss. Regret asks what the difference costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from ..core.ranking import best_per_parameter, checked, top_indices
+from ..tuner.config import FGGMConfig
+from ..tuner.support import by_policy, choose_supports
+from ..tuner.target import Targets
+
+MIN_SAMPLES = 8
+MAX_SAMPLES = 1024
+
+
+def split_half_scores(
+    targets: Targets, config: FGGMConfig, scores: Callable[[str, int], Tensor]
+) -> dict[str, tuple[float, float]]:
+    """The scores that a selection from one half of the samples has on the other half, and the highest possible ones.
+
+    A selection is compared with the best one of its size: the same number of units of a weight or, with global scope,
+    of parameters. Each half selects once, and the sums are added.
+
+    Args:
+        scores: (module path, half) -> ``[units]``, from one half of the samples, 0 or 1.
+
+    Returns:
+        Module path -> (score of the selected units, score of the best units).
+    """
+    selected, best = dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 0.0)
+    for half in (0, 1):
+
+        def of_half(path: str, half: int = half) -> Tensor:
+            return scores(path, half)
+
+        choices = choose_supports(targets, config, of_half)
+        for policy, group in by_policy(targets, config):
+            others = [checked(scores(path, 1 - half)) for path in group]
+            own, costs = [choices[path].indices for path in group], [target.unit_size for target in group.values()]
+            if policy.scope == "layer":
+                highest = [top_indices(other, len(indices)) for other, indices in zip(others, own, strict=True)]
+            else:
+                size = sum(len(indices) * cost for indices, cost in zip(own, costs, strict=True))
+                highest = best_per_parameter(others, costs, size)
+            for path, other, indices, top in zip(group, others, own, highest, strict=True):
+                selected[path] += float(other[indices].double().sum())
+                best[path] += float(other[top].double().sum())
+    return {path: (selected[path], best[path]) for path in targets}
+
+
+def regret_of(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """``1 - selected / best`` over the modules of these pairs, in [0, 1]; None if every score is 0.
+
+    The noise of the other half's scores counts as regret, too, so the selection from all samples has less.
+    """
+    selected, best = map(sum, zip(*pairs, strict=True))
+    return max(0.0, 1 - selected / best) if best else None
