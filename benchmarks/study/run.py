@@ -14,14 +14,14 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fggm_peft.continual.reading import read_stream
-from fggm_peft.continual.report import read_results, report_of, write_report
+from fggm_peft.continual.report import read_results, write_report
 from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.stream import Stream
 
@@ -30,6 +30,7 @@ STREAMS = ("demo", "intents", "generation", "mixed")
 RATES = HERE / "rates.yaml"
 RESULTS = HERE.parent / "results" / "retention"
 WAIT = 60  # seconds
+HARMLESS = 0.05  # nats
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def stream_of(name: str, data: Path, **overrides: Any) -> Stream:
 
 
 def tuned_rates(data: Path, output: Path, candidates: Mapping[str, list[float]]) -> dict[str, float]:
-    """Label -> the learning rate with the highest OP on the tuning stream. Waits for runs of other processes."""
+    """Label -> the learning rate that ``best_rate`` picks on the tuning stream. Waits for runs of other processes."""
     streams = [stream_of("tuning", data, learning_rates=own).with_methods([label]) for label, own in candidates.items()]
     for stream in streams:
         compute(stream, output)
@@ -67,11 +68,21 @@ def tuned_rates(data: Path, output: Path, candidates: Mapping[str, list[float]])
         time.sleep(WAIT)
         for stream in streams:
             compute(stream, output)  # of a process that was stopped
-    points = {point["label"]: point for point in report_of(read_results([output]))["best"]["points"]}
+    results, rates = read_results([output]), {}
     for label, own in candidates.items():
-        if points[label]["learning_rate"] in (min(own), max(own)):
-            print(f"{label}: the best rate {points[label]['learning_rate']:g} is at the end of {own}", file=sys.stderr)
-    return {label: points[label]["learning_rate"] for label in candidates}
+        rates[label] = best_rate([run for run in results if run["label"] == label])
+        if rates[label] in (min(own), max(own)):
+            print(f"{label}: the best rate {rates[label]:g} is at the end of {own}", file=sys.stderr)
+    return rates
+
+
+def best_rate(runs: Sequence[Mapping[str, Any]]) -> float:
+    """The rate with the highest OP among those that change the loss on other text by at most ``HARMLESS`` nats.
+
+    If no rate is harmless, it is the one with the highest OP.
+    """
+    harmless = [run for run in runs if (run["other"] or 0.0) <= HARMLESS] or runs
+    return max(harmless, key=lambda run: (run["op"], -run["learning_rate"]))["learning_rate"]
 
 
 def parts(

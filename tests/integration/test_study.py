@@ -89,6 +89,17 @@ def test_the_streams_are_legal_and_have_the_same_methods_and_training(tmp_path):
     assert {len(rates) for rates in plan["rates"].values()} == {3}
 
 
+def test_the_best_rate_is_harmless_if_the_method_has_a_harmless_rate():
+    runs = [
+        {"learning_rate": 1e-4, "op": 0.5, "other": 0.01},
+        {"learning_rate": 2e-4, "op": 0.7, "other": 0.04},
+        {"learning_rate": 4e-4, "op": 0.8, "other": 0.06},
+    ]
+    assert study.best_rate(runs) == 2e-4
+    assert study.best_rate([{**run, "other": 1.0} for run in runs]) == 4e-4
+    assert study.best_rate([{**run, "op": 0.5, "other": None} for run in runs]) == 1e-4
+
+
 def test_every_method_runs_with_its_tuned_rate(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     data = write_stream(tmp_path / "data")
@@ -108,9 +119,9 @@ def test_every_method_runs_with_its_tuned_rate(tmp_path, monkeypatch, capsys):
         ("frozen", 1, "given"),
         *(("sft", seed, order) for seed in (1, 2) for order in ("given", "reversed")),
     ]
-    points = json.loads((tmp_path / "runs" / "tuning" / "report.json").read_text())["best"]["points"]
-    assert all(len(point["rates"]) == 3 for point in points)
-    assert {(run["label"], run["learning_rate"]) for run in runs} == {(p["label"], p["learning_rate"]) for p in points}
+    tuning = json.loads((tmp_path / "runs" / "tuning" / "report.json").read_text())["runs"]
+    best = {label: study.best_rate([run for run in tuning if run["label"] == label]) for label in ("sft", "frozen")}
+    assert len(tuning) == 6 and {run["label"]: run["learning_rate"] for run in runs} == best
     assert not list(tmp_path.glob("runs/*/runs/*/*/tasks")) and list(tmp_path.glob("runs/*/runs/*/*/run.json"))
     assert "frozen: the best rate 1e-05 is at the end" in capsys.readouterr().err
 
