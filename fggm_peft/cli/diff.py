@@ -39,7 +39,7 @@ def run(args: Namespace) -> Result:
         "whole_tensors": len(delta.others),
         "parameters": delta.parameters,
         "density": delta.density,
-        "inexact_entries": delta.config.selection["inexact_entries"],
+        **{name: delta.config.selection[name] for name in ("inexact_entries", "config_differences")},
         "bytes": (args.output / ADAPTER_FILE).stat().st_size,
     }
     return data, facts_table(f"Saved to {args.output}", data)

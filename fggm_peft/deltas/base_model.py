@@ -25,7 +25,7 @@ def load_base(name: str) -> nn.Module:
     """Load a base model from a folder or the Hub, in the dtype and the class of its checkpoint."""
     import transformers
 
-    settings = _settings(name := expanded(name))
+    settings = settings_of(name := expanded(name))
     model_class = getattr(transformers, (settings.architectures or [""])[0], None)
     if model_class is None:
         raise ValueError(f"the config of {name} names no class of transformers; pass the model itself")
@@ -38,7 +38,7 @@ def skeleton(base: Base, config: Any = None) -> nn.Module:
         return base.get_base_model() if isinstance(base, PeftModel) else base
     import transformers
 
-    settings = _settings(str(base), getattr(config, "revision", None))
+    settings = settings_of(str(base), getattr(config, "revision", None))
     task = str(getattr(config, "task_type", None)).removeprefix("TaskType.")
     saved = (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
     names = [AUTO_CLASSES.get(task), saved, *(settings.architectures or []), "AutoModel"]
@@ -47,7 +47,8 @@ def skeleton(base: Base, config: Any = None) -> nn.Module:
         return getattr(model_class, "from_config", model_class)(settings)
 
 
-def _settings(name: str, revision: str | None = None) -> Any:
+def settings_of(name: str, revision: str | None = None) -> Any:
+    """The config of a model; raises ``ValueError`` if there is none."""
     import transformers
 
     try:
@@ -80,14 +81,10 @@ class Weights:
         self.stored = _files(folder)
 
     def find(self, names: Iterable[str], prefix: str = "") -> Tensor | None:
-        """The tensor under the first name that exists. Checkpoints of a base without a head omit ``prefix``."""
-        for name in names:
-            for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name):
-                if variant in self.stored:
-                    return self._read(variant)
-        return None
+        """The tensor under the first name that exists."""
+        return next((self.read(variant) for variant in variants(names, prefix) if variant in self.stored), None)
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         stored = self.stored[name]
         if isinstance(stored, Path):
             with _opened(stored) as tensors:
@@ -95,6 +92,11 @@ class Weights:
         if stored.is_meta:
             raise ValueError(f"{name} is on the meta device: the model's weights were never loaded")
         return stored.detach().to("cpu")
+
+
+def variants(names: Iterable[str], prefix: str = "") -> list[str]:
+    """The names that a tensor of a model may have in a checkpoint: those of a base without a head omit ``prefix``."""
+    return [variant for name in names for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name)]
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +23,15 @@ from ..tuner.config import FGGMConfig
 from ..tuner.files.reading import adaptable_layer
 from ..tuner.files.tensors import BASE_PART, PREFIX
 from ..tuner.layer import FGGMLayer
-from .base_model import Base, Weights, skeleton
+from .base_model import Base, Weights, settings_of, skeleton, variants
 from .delta import ModuleDelta, SparseDelta, new_delta
 
 CANDIDATES = (Rows(), Columns(), Elements())
 """The granularities that ``diff`` chooses from."""
 VALUE_BYTES = 4
 
+_IRRELEVANT = {"name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+_IRRELEVANT |= {"attn_implementation", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -42,8 +46,9 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
 
     If the values are added to the base in float32 and rounded once, as merging does, the result equals the tuned weight
     bit for bit wherever a float32 value exists that gives it. ``config.selection["inexact_entries"]`` counts the other
-    entries. Changed norms are included as a whole, as ``modules_to_save``. If a bias of another module has changed,
-    every bias is included (``bias="all"``).
+    entries, and ``config_differences`` contains the settings in which the models' configs differ. Changed norms are
+    included as a whole, as ``modules_to_save``. If a bias of another module has changed, every bias is included
+    (``bias="all"``).
 
     Args:
         base, tuned: models, or folders or Hub ids of checkpoints in safetensors files.
@@ -51,7 +56,8 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
         progress: show progress bars.
 
     Raises:
-        ValueError: the models have different architectures, nothing has changed, or a changed entry is not finite.
+        ValueError: the models have different architectures, the tuned model has tensors of its own, nothing has
+            changed, or a changed entry is not finite.
     """
     kind = None if granularity is None else granularity_from(granularity)
     with torch.no_grad():
@@ -64,6 +70,7 @@ class _Comparison:
         self.base, self.tuned, self.progress = Weights(base), Weights(tuned), progress
         self.base_name = getattr(self.model, "name_or_path", "") if isinstance(base, nn.Module) else str(base)
         self.tuned_name = self.tuned.where if isinstance(tuned, nn.Module) else Path(str(tuned)).name
+        self.prefix = getattr(self.model, "base_model_prefix", "")
         self.layers = _adaptable_layers(self.model)
         self.parameters = _parameters(self.model)
         # paths of modules whose weight or bias has changed, and of changed modules that cannot be adapted
@@ -73,9 +80,11 @@ class _Comparison:
         self.sizes = dict.fromkeys(CANDIDATES, 0)  # bytes of the delta
         self.sketches: dict[str, str] = {}
         self.inexact = 0
+        self.other_settings = _config_differences(self.model, tuned)
 
     def delta(self, granularity: Granularity | None) -> SparseDelta:
         self._count()
+        self._require_covered()
         whole = _whole_modules(self.model, self.others)
         paths = [path for path in self.weights if not _is_inside(path, whole)]
         if not (paths or whole or self.biases):
@@ -94,6 +103,12 @@ class _Comparison:
                 "stored. config.selection['inexact_entries'] contains the number.",
                 stacklevel=4,
             )
+        if self.other_settings:
+            warnings.warn(
+                f"the configs of the models differ in {', '.join(self.other_settings)}, which a delta does not change. "
+                "config.selection['config_differences'] contains the names.",
+                stacklevel=4,
+            )
         name = type(self.model).__name__
         task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
         like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=task, modules_to_save=whole or None)
@@ -104,8 +119,24 @@ class _Comparison:
             others |= self._biases(paths)
         delta = new_delta(like, granularity, modules, f"diff of {self.tuned_name} and its base", others)
         assert delta.config.selection is not None
-        delta.config.selection["inexact_entries"] = self.inexact
+        delta.config.selection |= {"inexact_entries": self.inexact, "config_differences": self.other_settings}
         return delta
+
+    def _require_covered(self) -> None:
+        """Raise ``ValueError`` if the tuned model has a tensor of its own, which the comparison would omit."""
+        stored = self.tuned.stored
+        shared: dict[str, str] = {}
+        for aliases in self.parameters.values():
+            names = [name for name in variants(aliases, self.prefix) if name in stored]
+            shared |= dict.fromkeys(names, names[0] if names else "")  # the comparison reads the first
+        for name in stored:
+            # old checkpoints contain inv_freq, which models compute
+            if name.endswith("rotary_emb.inv_freq") or shared.get(name) == name:
+                continue
+            twin = self.tuned.find([shared[name]]) if name in shared else self.base.find([name])
+            if twin is None or not torch.equal(self.tuned.read(name), twin):
+                reason = f"the base shares it with {shared[name]}" if name in shared else "a delta cannot add it"
+                raise ValueError(f"{self.tuned.where} has a {name} of its own: {reason}")
 
     def _count(self) -> None:
         """The first pass: which tensors have changed, and the size of the delta in each granularity."""
@@ -182,13 +213,27 @@ class _Comparison:
         return before, after
 
     def _read(self, weights: Weights, name: str) -> Tensor:
-        tensor = weights.find(self.parameters[name], getattr(self.model, "base_model_prefix", ""))
+        tensor = weights.find(self.parameters[name], self.prefix)
         if tensor is None:
             raise ValueError(
                 f"{weights.where} has no {name}, which a {type(self.model).__name__} has: it has another "
                 "architecture, or its checkpoint uses other names"
             )
         return tensor
+
+
+def _config_differences(model: nn.Module, tuned: Base) -> list[str]:
+    """The settings in which the configs of two models differ, without those that do not change the outputs."""
+    other: Any = getattr(tuned, "config", None)
+    if not isinstance(tuned, nn.Module):
+        with suppress(ValueError):  # a folder may contain only weights
+            other = settings_of(str(tuned))
+    configs: list[Any] = [getattr(model, "config", None), other]
+    if not all(hasattr(config, "to_dict") for config in configs):
+        return []
+    ours, theirs = (config.to_dict() for config in configs)
+    names = sorted(ours.keys() | theirs.keys())
+    return [name for name in names if ours.get(name) != theirs.get(name) and name.strip("_") not in _IRRELEVANT]
 
 
 def _adaptable_layers(model: nn.Module) -> dict[str, FGGMLayer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from example_deltas import ALL, mask_of
 from models import bert, gpt2, llama, logits, token_batches
 from peft import PeftModel
 from reference import TOLERANCE, relative_error, seeded
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
@@ -171,6 +173,68 @@ def test_incompatible_models_are_rejected(tmp_path):
     (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(ValueError, match="is damaged"):
         diff(base, tmp_path / "shards")
+
+
+OWN = {
+    "an untied head": ({"tie_word_embeddings": True}, {}, "lm_head.weight"),
+    "another layer": ({}, {"layers": 3}, r"model\.layers\.2\.\w+"),
+    "biases": ({}, {"attention_bias": True}, r"model\.layers\.0\.self_attn\.\w_proj\.bias"),
+    "other biases": ({}, {"mlp_bias": True}, r"mlp\.\w+\.bias"),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("in_files", [False, True], ids=["models", "files"])
+def test_a_tensor_that_only_the_tuned_model_has_is_an_error(kind, in_files, tmp_path):
+    of_base, of_tuned, name = OWN[kind]
+    base, tuned = llama(**of_base), llama(**of_tuned)
+    with torch.no_grad():
+        for key, tensor in base.state_dict().items():
+            tuned.state_dict()[key].copy_(tensor)
+        if kind == "an untied head":
+            tuned.lm_head.weight[3] += 1
+        tuned.model.layers[0].mlp.up_proj.weight[2] += 1
+    if in_files:
+        for key, model in (("base", base), ("tuned", tuned)):
+            model.save_pretrained(tmp_path / key)
+        base, tuned = tmp_path / "base", tmp_path / "tuned"
+    with pytest.raises(ValueError, match=f" has a .*{name}.* of its own: "):
+        diff(base, tuned)
+
+
+@pytest.mark.parametrize(("of_base", "is_error"), [(None, True), (1.0, False), (2.0, True)])
+def test_a_tensor_in_a_file_that_the_model_does_not_use_must_be_equal(of_base, is_error, tmp_path):
+    base = llama()
+    for name, model, number in (("base", base, of_base), ("tuned", changed(base, "row", NAMES), 1.0)):
+        model.save_pretrained(tmp_path / name)
+        own = {} if number is None else {"packed": torch.tensor([number])}
+        tensors = load_file(tmp_path / name / "model.safetensors") | own
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="has a packed of its own: a del") if is_error else nullcontext():
+        assert list(diff(tmp_path / "base", tmp_path / "tuned").modules) == NAMES
+
+
+def test_an_untied_head_with_the_shared_weight_is_no_difference(tmp_path):
+    base, tuned = llama(tie_word_embeddings=True), llama()
+    for key, tensor in base.state_dict().items():
+        tuned.state_dict()[key].copy_(tensor)
+    with torch.no_grad():
+        tuned.model.layers[0].mlp.up_proj.weight[2] += 1
+    delta = diff(base, tuned)
+    assert list(delta.modules) == ["model.layers.0.mlp.up_proj"] and not delta.config.selection["config_differences"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("rms_norm_eps", 0.1), ("hidden_act", "gelu"), ("max_position_embeddings", 99), ("rope_parameters", None)],
+)
+def test_different_settings_of_the_models_are_named(setting, value, tmp_path):
+    base, tuned = llama(), changed(llama(), "row", NAMES)
+    setattr(tuned.config, setting, value or {**tuned.config.rope_parameters, "rope_theta": 5.0})
+    tuned.save_pretrained(tmp_path)
+    for other in (tuned, tmp_path):
+        with pytest.warns(UserWarning, match=f"differ in {setting}, which a delta does not change"):
+            assert diff(base, other).config.selection["config_differences"] == [setting]
 
 
 def test_a_granularity_that_does_not_fit_a_weight_is_rejected(monkeypatch):
