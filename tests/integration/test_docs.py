@@ -269,7 +269,9 @@ def test_the_stream_files_in_the_docs_are_valid(tmp_path):
     assert len(sequence.task_orders()) == 3
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
 def test_the_targets_of_local_links_exist(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
