@@ -29,7 +29,7 @@ from .layer import FGGMLayer
 from .layer_types import FGGMLinear
 from .merging.merge import MIN_SURVIVAL, lossy_merge_error
 from .merging.report import MergeReport
-from .parameters import FGGMParameter, FGGMParameters, matched_parameters, targeted_layers
+from .parameters import FGGMParameter, FGGMParameters, matched_parameters, replace_everywhere_, targeted_layers
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
 from .several.weighted import Combination, add_weighted_adapter
@@ -283,7 +283,10 @@ class FGGMModel(BaseTuner):
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # called for unloading only; PEFT's would also set the weight that TrainableTokensWrapper shows, which is no
         # parameter
-        setattr(parent, child_name, new_module)
+        if isinstance(child, FGGMParameters):
+            replace_everywhere_(self.model, child, new_module)
+        else:
+            setattr(parent, child_name, new_module)
 
     # Files --------------------------------------------------------------------------------------
 
@@ -325,11 +328,10 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
     for layer in model.modules():
         if isinstance(layer, FGGMLayer) and adapter_name in layer.fggm_values:
             layer.delete_adapter(adapter_name)
-    for path, wrapper in list(model.named_modules()):
+    for wrapper in list(model.modules()):
         is_wrapper = isinstance(wrapper, (FGGMLayer, FGGMParameters)) and not isinstance(wrapper, FGGMParameter)
         if is_wrapper and not any(m.fggm_values for m in wrapper.modules() if isinstance(m, FGGMLayer)):
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, wrapper.base_layer)
+            replace_everywhere_(model, wrapper, wrapper.base_layer)
 
 
 def _warn_of_unused_patterns(config: FGGMConfig, targets: Targets) -> None:

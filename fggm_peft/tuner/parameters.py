@@ -190,12 +190,34 @@ def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGML
         raise ValueError(f"{where} is quantized ({parameter.dtype}), which FGGM does not support. Load it unquantized.")
     if is_offloaded(base):
         raise ValueError(f"{where} is offloaded, which FGGM does not support for parameters. Give it a device.")
+    if tied := [key for key in _names_of(model, parameter) if not _is_in(model, base, key, name)]:
+        raise ValueError(
+            f"{where} shares its tensor with {tied[0]}, so that merging would change both. Give each a tensor of its "
+            "own, or leave it out."
+        )
     if module is base:
         module = FGGMParameters(base)
-        parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, module)
+        replace_everywhere_(model, base, module)
     layers = module.layers(child)
     return {f"{where}.{e}" if parameter.dim() == 3 else where: layer for e, layer in enumerate(layers)}
+
+
+def _names_of(model: nn.Module, parameter: Tensor) -> list[str]:
+    """All names of a parameter in a model."""
+    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+
+
+def _is_in(model: nn.Module, module: nn.Module, key: str, name: str) -> bool:
+    """Whether a parameter's key in a model is that of the module's parameter ``name``."""
+    return key.endswith(f".{name}") and model.get_submodule(key[: -len(name) - 1]) is module
+
+
+def replace_everywhere_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module that a model may contain several times."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                parent._modules[name] = new
 
 
 def matched_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:

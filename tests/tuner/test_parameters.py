@@ -348,3 +348,22 @@ def test_an_encoder_layer_of_torch_uses_the_adapted_attention(tmp_path):
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
         assert torch.equal(loaded(x), adapted_output)
         torch.testing.assert_close(model.merge_and_unload().eval()(x), adapted_output)
+
+
+def test_shared_experts_have_one_adapter_and_tied_ones_are_rejected():
+    def shared():
+        model = mixture("Mixtral")
+        model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+        return model
+
+    model, batch = adapted(shared(), criterion="fisher", target_parameters=parameters("Mixtral")[:2]), token_batches()
+    select_parameters(model, batch)
+    train(model, batch)
+    assert len(find_targets(model, "default")) == 8
+    trained = logits(model, batch[0])
+    assert torch.equal(logits(model.merge_and_unload(), batch[0]), trained)
+    assert str(model.get_base_model()) == str(shared())
+    tied = mixture("Mixtral")
+    tied.model.layers[1].mlp.experts.down_proj = tied.model.layers[0].mlp.experts.down_proj
+    with pytest.raises(ValueError, match=r"experts.down_proj shares its tensor with model.layers.1.mlp.experts.down"):
+        adapted(tied, target_parameters=["experts.down_proj"])
