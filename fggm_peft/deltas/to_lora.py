@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.reading import adapted_layers
@@ -26,6 +26,7 @@ from ..tuner.layer_types import FGGMConv, FGGMEmbedding
 from .apply import require_finite
 from .base_model import Base, skeleton
 from .delta import ModuleDelta, SparseDelta
+from .parameters_to_lora import ParameterExport
 
 
 def export_lora(
@@ -46,17 +47,19 @@ def export_lora(
         adapter_name: the adapter of a ``PeftModel``; the active one by default.
 
     Returns:
-        Module path -> rank. Modules with a delta of zero are left out. An engine has to accept the largest rank.
+        Module path, or key of a parameter -> rank. Modules with a delta of zero are left out. An engine has to accept
+        the largest rank.
 
     Raises:
         ValueError: the delta is zero, requires a rank above ``max_rank``, or needs a convolution that LoRA does not
-            support: with groups, dilation or a padding mode.
+            support: with groups, dilation or a padding mode. Also for ``nn.MultiheadAttention``.
     """
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
         raise ValueError(f"max_rank must be an integer > 0 or None, got {max_rank!r}")
     delta = SparseDelta.read(adapter, adapter_name)
     layers = _layers(delta, adapter if base is None and isinstance(adapter, PeftModel) else base)
     ranks: dict[str, int] = {}
+    parameters: dict[str, ParameterExport] = {}
     tensors = dict(delta.others)
     for path, module in delta.modules.items():
         require_finite(path, module)
@@ -69,11 +72,19 @@ def export_lora(
                 f"the delta of {path} requires a LoRA of rank {rank}, more than max_rank={max_rank}. For an "
                 f"approximation use PEFT: convert_to_lora(model, rank={max_rank}), or save_as_lora to write it"
             )
-        ranks[path] = rank
-        tensors |= _lora_tensors(PREFIX + path, layers[path], *_factors(module, rank))
+        factors = _factors(module, rank)
+        if layers[path].reads_inputs:
+            ranks[path] = rank
+            tensors |= _lora_tensors(PREFIX + path, layers[path], *factors)
+        else:
+            ParameterExport.add_(parameters, path, layers[path], factors)
+    for export in parameters.values():
+        ranks |= export.ranks()
+        tensors |= export.tensors()
     if not ranks:
         raise ValueError("the delta is zero everywhere: there is nothing to export")
-    config = _config(delta, ranks, layers)
+    keys = [key for export in parameters.values() for key in export.ranks()]
+    config = _config(delta, ranks, layers, keys)
     card = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=["lora"])
     text = f"---\n{card.to_yaml()}\n---\n\n# LoRA of a sparse delta\n\nExported by fggm_peft. It is exact.\n"
     with complete_folder(Path(output)) as folder:
@@ -103,8 +114,11 @@ def _layers(delta: SparseDelta, base: Base | None) -> dict[str, FGGMLayer]:
 def _require_supported(path: str, layer: FGGMLayer) -> None:
     """Raise ``ValueError`` if PEFT's LoRA of this layer cannot express the delta."""
     base: Any = layer.get_base_layer()
-    if not layer.reads_inputs:
-        raise ValueError(f"{path} is a parameter, which cannot be exported as LoRA yet. Merge the delta (fggm merge)")
+    if isinstance(getattr(base, "module", None), nn.MultiheadAttention):
+        raise ValueError(
+            f"{path} belongs to nn.MultiheadAttention, whose LoRA adds the delta of out_proj twice in PEFT 0.21 "
+            "(huggingface/peft#3774). Leave it out of the delta, or merge the delta into the base (fggm merge)"
+        )
     if not isinstance(layer, FGGMConv):
         return
     is_plain = {"groups": base.groups == 1, "dilation": set(base.dilation) == {1}}
@@ -149,18 +163,21 @@ def _lora_tensors(prefix: str, layer: FGGMLayer, a: Tensor, b: Tensor) -> dict[s
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
-def _config(delta: SparseDelta, ranks: Mapping[str, int], layers: Mapping[str, FGGMLayer]) -> LoraConfig:
+def _config(
+    delta: SparseDelta, ranks: Mapping[str, int], layers: Mapping[str, FGGMLayer], parameters: list[str]
+) -> LoraConfig:
     """A config with a scale of 1: alpha equals the rank in every module. ``r`` is the largest rank."""
     # the longest path first, because PEFT uses the first pattern that matches the end of a path
     paths, largest = sorted(ranks, key=len, reverse=True), max(ranks.values())
     pattern = {path: ranks[path] for path in paths if ranks[path] != largest}
-    transposed = Counter(bool(getattr(layers[path], "is_transposed", False)) for path in paths)
+    transposed = Counter(bool(getattr(layers[path], "is_transposed", False)) for path in paths if path in layers)
     config = LoraConfig(
         r=largest,
         lora_alpha=largest,
         rank_pattern=dict(pattern),
         alpha_pattern=dict(pattern),
-        target_modules=list(ranks),
+        target_modules=[path for path in ranks if path not in parameters],
+        target_parameters=parameters or None,
         bias=delta.config.bias,
         fan_in_fan_out=transposed[True] > transposed[False],
         modules_to_save=delta.config.modules_to_save,

@@ -24,7 +24,7 @@ from models import (
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from fggm_peft import FGGMConfig, SparseDelta, apply_deltas, select_parameters
+from fggm_peft import FGGMConfig, SparseDelta, apply_deltas, export_lora, select_parameters
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.tuner.layer_types import FGGMLinear
@@ -367,3 +367,20 @@ def test_shared_experts_have_one_adapter_and_tied_ones_are_rejected():
     tied.model.layers[1].mlp.experts.down_proj = tied.model.layers[0].mlp.experts.down_proj
     with pytest.raises(ValueError, match=r"experts.down_proj shares its tensor with model.layers.1.mlp.experts.down"):
         adapted(tied, target_parameters=["experts.down_proj"])
+
+
+@pytest.mark.parametrize("granularity", ["row", "element"])
+def test_experts_and_routers_are_exported_as_lora(name, granularity, tmp_path):
+    model, batch = with_experts(name, granularity, torch.float32), token_batches()[0]
+    expected = logits(model, batch)
+    ranks = export_lora(model, tmp_path)
+    assert {key.partition("mlp.")[2] or key.partition("feed_forward.")[2] for key in ranks} == set(parameters(name))
+    loaded = PeftModel.from_pretrained(mixture(name), tmp_path)
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_lora_of_multihead_attention_is_rejected(tmp_path):
+    """PEFT 0.21 adds the delta of out_proj twice."""
+    model = adapted(Attention(True), criterion="random", target_modules=["attention"], init_weights=False)
+    with pytest.raises(ValueError, match="adds the delta of out_proj twice"):
+        export_lora(model, tmp_path, base=Attention(True))
