@@ -24,7 +24,6 @@ class Batch:
     """A batch without the model's inputs."""
 
     half: Tensor  # [b], 0 or 1: the running sum that each sample is added to
-    padding: Tensor | None = None  # [b, t] True where a position is padding
 
 
 class Features(NamedTuple):

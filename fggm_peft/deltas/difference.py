@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..core.fingerprint import samples_per_weight, sketch_weight
 from ..core.granularity import Columns, Elements, Granularity, Rows, granularity_from, sum_rounded_once
 from ..core.index_codec import index_dtype
+from ..selection.likelihood import task_type_of
 from ..tuner.config import FGGMConfig
 from ..tuner.files.reading import adaptable_layer
 from ..tuner.files.tensors import BASE_PART, PREFIX
@@ -35,7 +36,6 @@ _IRRELEVANT |= {"attn_implementation", "tie_word_embeddings", "pad_token_id", "b
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
 }
@@ -111,6 +111,8 @@ class _Comparison:
             )
         name = type(self.model).__name__
         task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+        if name.endswith("ForConditionalGeneration"):
+            task = task_type_of(self.model)
         like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=task, modules_to_save=whole or None)
         like.base_fingerprint = self.sketches
         others = {PREFIX + name: self._read(self.tuned, name) for name in self.parameters if _is_inside(name, whole)}

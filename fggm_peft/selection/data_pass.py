@@ -16,14 +16,16 @@ from ..core.harm_decay import InputMetric
 from ..core.statistics import Batch
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance
+from ..tuner.hosts.sharding import is_shard
 from ..tuner.support import unwrapped
 from ..tuner.target import Targets
 from .frozen_model import frozen_in_eval_mode, without_delta
 from .hooks import LayerHooks
+from .layout import Layout, Layouts
 from .likelihood import LogLikelihood, default_log_likelihood
 from .processes import Processes
 from .recorder import CallRecorder
-from .rounds import Round, batch_size, on_device_of, rounds
+from .rounds import Round, on_device_of, rounds
 from .running_sums import RunningSums, Totals
 
 
@@ -84,8 +86,14 @@ class DataPass:
         log_likelihood, model = self._likelihood()
         recorder = CallRecorder(RunningSums(targets, self.statistics), self.metrics)
         sums, seen, has_answer, processes = recorder.sums, 0, False, self.processes
-        # the gradient of a parameter is the sum over the batch; forward statistics raise an error elsewhere
-        one_by_one = not all(target.layer.reads_inputs for target in targets.values())
+        layers = {path: target.layer for path, target in targets.items() if target.layer.reads_inputs}
+        is_sharded = processes.size > 1 and any(map(is_shard, self.model.parameters()))  # every rank must run the model
+        run = None if is_sharded else lambda batch: log_likelihood(model, batch)
+        # a function of the user's may compare samples with each other
+        one_by_one = None if self.log_likelihood else False
+        if len(layers) < len(targets):  # the gradient of a parameter is the sum over the batch
+            one_by_one = True
+        layouts = Layouts(layers, run, unwrapped(self.model), one_by_one)
         with (
             frozen_in_eval_mode(self.model),
             without_delta(targets),
@@ -93,8 +101,8 @@ class DataPass:
         ):
             for round in rounds(self.model, self.dataloader, processes, limit, description, self.progress):
                 with processes.together("the selection pass"), round.advice():
-                    for part in round.samples() if one_by_one else [round]:
-                        has_answer |= self._add_batch(recorder, model, log_likelihood, part)
+                    for part, layout in layouts.parts(self._prepared(round)):
+                        has_answer |= self._add_batch(recorder, model, log_likelihood, part, layout)
                 seen = round.end
                 if is_enough is not None and first_check <= seen != limit:
                     first_check *= 2
@@ -114,20 +122,22 @@ class DataPass:
         # if FSDP2 has made a wrapper the root of its shards, the wrapper's own forward gathers them
         return log_likelihood, self.model if isinstance(self.model, FSDPModule) else base
 
-    def _add_batch(self, recorder: CallRecorder, model, log_likelihood, round: Round) -> bool:
-        """Add the statistics of one batch; returns whether a sample of it has an answer."""
+    def _prepared(self, round: Round) -> Round:
+        """The round with its batch as the model takes it, on its device."""
         if round.batch is None:
-            return False
+            return round
+        batch = round.batch if self.prepare is None else self.prepare(round.batch)
+        return round._replace(batch=on_device_of(self.model, batch))
+
+    def _add_batch(self, recorder: CallRecorder, model, log_likelihood, round: Round, layout: Layout) -> bool:
+        """Add the statistics of one batch; returns whether a sample of it has an answer."""
         if self.generator is not None:  # the labels of a sample must not depend on the number of processes
             self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
-        batch = on_device_of(self.model, round.batch if self.prepare is None else self.prepare(round.batch))
-        half = (torch.arange(round.size or batch_size(batch, round.number)) + round.first) % 2
-        mask = batch.get("attention_mask")
-        padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        recorder.open(Batch(half, padding), bool(round.size))
+        half = (torch.arange(layout.samples) + round.first) % 2
+        recorder.open(Batch(half), layout, bool(round.size))
         needs_backward = recorder.sums.needs_backward
         with torch.set_grad_enabled(needs_backward):
-            value = log_likelihood(model, batch)
+            value = log_likelihood(model, round.batch)
         if not isinstance(value, Tensor) or value.shape != half.shape:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")

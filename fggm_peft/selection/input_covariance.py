@@ -16,11 +16,12 @@ from ..core.errors import NonFiniteScoreError
 from ..core.per_sample import same_memory
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
-from ..tuner.hosts.sharding import without_wrappers
+from ..tuner.hosts.sharding import is_shard, without_wrappers
 from ..tuner.support import unwrapped
 from ..tuner.target import outer_modules
 from .frozen_model import frozen_in_eval_mode
 from .hooks import version_of
+from .layout import Layout, Layouts
 from .processes import Processes
 from .rounds import on_device_of, rounds
 
@@ -67,13 +68,17 @@ def input_covariance(
     guard_four_bit_layers(model)
     processes, seen = Processes(), 0
     call = _call(model, layers)
+    is_sharded = processes.size > 1 and any(map(is_shard, model.parameters()))
+    layouts = Layouts(layers, None if is_sharded else call, unwrapped(model), one_by_one=None)
     with frozen_in_eval_mode(model), torch.no_grad(), _InputHooks(layers, rank) as hooks:
         for round in rounds(model, dataloader, processes, num_samples, "Input covariance", progress):
             with processes.together("reading the input covariance"), round.advice():
                 if round.batch is not None:
-                    batch = on_device_of(model, round.batch)
-                    hooks.open(batch.get("attention_mask"), counts=round.size > 0)
-                    call(batch)
+                    round = round._replace(batch=on_device_of(model, round.batch))
+                for part, layout in layouts.parts(round):
+                    hooks.open(layout, counts=round.size > 0)
+                    call(part.batch)
+                hooks.open(None)
             seen = round.end
     if not seen:
         raise ValueError("the dataloader is empty, so there is no input covariance to read")
@@ -137,7 +142,7 @@ class _InputHooks:
         self.layers, self.rank = layers, rank
         self.sums: dict[str, CovarianceSum] = {}
         self.inputs: dict[str, str] = {}
-        self._mask: Tensor | None = None
+        self._layout: Layout | None = None
         self._counts = True
         self._last: tuple[Tensor, int | None, str] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -152,13 +157,14 @@ class _InputHooks:
             handle.remove()
         self._last = None
 
-    def open(self, mask: Any, counts: bool) -> None:
-        """Start a batch with this attention mask ``[b, t]``; it is not added unless ``counts``."""
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self._counts, self._last = counts, None
+    def open(self, layout: Layout | None, counts: bool = False) -> None:
+        """Start a batch; it is not added unless ``counts``. Without a layout, calls are ignored."""
+        self._layout, self._counts, self._last = layout, counts, None
 
     def _hook(self, path: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if self._layout is None:
+                return
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
             last = self._last
             if last is not None and same_memory(last[0], x) and last[1] == version_of(x):
@@ -167,18 +173,18 @@ class _InputHooks:
                 key = self.inputs.get(path, path)
                 self._last = x, version_of(x), key
                 if self._counts:
-                    self._add(key, x)
+                    self._add(key, path, x)
             self.inputs.setdefault(path, key)
 
         return hook
 
-    def _add(self, key: str, x: Tensor) -> None:
+    def _add(self, key: str, path: str, x: Tensor) -> None:
         if key not in self.sums:
             self.sums[key] = CovarianceSum(x.shape[-1], self.rank, x.device)
-        if self._mask is not None and x.shape[:2] == self._mask.shape:
-            x = x[self._mask.to(x.device) != 0]
+        assert self._layout is not None
+        x = self._layout.positions(path, x)
         with torch.autocast(x.device.type, enabled=False):
-            self.sums[key].add_(x.reshape(-1, x.shape[-1]))
+            self.sums[key].add_(x)
 
     def result(self, processes: Processes) -> InputCovariance:
         """The mean over all positions and processes; zero for layers that were not called."""

@@ -59,11 +59,12 @@ def default_log_likelihood(
 
 def task_type_of(model: nn.Module) -> str | None:
     """PEFT's ``TaskType`` of a transformers model, from the name of its class."""
-    name = type(model).__name__
+    name, generates = type(model).__name__, TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(model) else TaskType.CAUSAL_LM
     for part, task_type in (
-        ("ForCausalLM", TaskType.CAUSAL_LM),
-        ("LMHeadModel", TaskType.CAUSAL_LM),
-        ("ForConditionalGeneration", TaskType.SEQ_2_SEQ_LM),
+        ("ForCausalLM", generates),
+        ("LMHeadModel", generates),
+        ("ForConditionalGeneration", generates),
+        ("EncoderDecoderModel", generates),
         ("ForSequenceClassification", TaskType.SEQ_CLS),
         ("ForImageClassification", TaskType.SEQ_CLS),
         ("ForAudioClassification", TaskType.SEQ_CLS),
@@ -74,6 +75,11 @@ def task_type_of(model: nn.Module) -> str | None:
         if part in name:
             return task_type
     return None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether labels belong to a decoder that has inputs of its own; names of classes do not tell."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], **extra: Any) -> Tensor:
@@ -101,8 +107,11 @@ def _takes_positions(model: nn.Module) -> bool:
 
 def _sequence_to_sequence(model, batch, labels, generator):
     extra = {}
-    if batch.get("decoder_input_ids") is None:
-        extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    if batch.get("decoder_input_ids") is None and batch.get("decoder_inputs_embeds") is None:
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        copy = labels.clone()  # FSMT overwrites it
+        # without the method, the model's own forward shifts the labels, at the cost of a loss that is not used
+        extra = {"labels": copy} if shift is None else {"decoder_input_ids": shift(labels=copy)}
     return _token_sum(_logits(model, batch, **extra), labels, generator)
 
 

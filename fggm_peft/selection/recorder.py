@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..core.per_sample import GramMatrix, same_memory
 from ..core.statistics import Batch, Features
 from ..tuner.layer_types import FGGMLinear
 from ..tuner.target import Target
+from .layout import Layout
 from .running_sums import RunningSums
 
 Finish = Callable[[Tensor, Tensor], None]
@@ -35,6 +36,7 @@ class _OpenBatch:
     """
 
     batch: Batch
+    layout: Layout
     counts: bool
     calls: Counter[str] = field(default_factory=Counter)  # forward calls of each module
     waiting: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
@@ -49,19 +51,19 @@ class _OpenBatch:
         self.last_gram[1].shared_by += 1
         return self.last_gram[1]
 
-    def cleaned_input(self, x: Tensor, metric: InputMetric | None = None) -> Tensor:
+    def cleaned_input(self, path: str, x: Tensor, metric: InputMetric | None = None) -> Tensor:
         """``cleaned``, and mapped by the metric; computed once for layers with the same input."""
         if self.last_cleaned is None or not same_memory(self.last_cleaned[0], x):
-            cleaned = self.cleaned(x)
+            cleaned = self.cleaned(path, x)
             self.last_cleaned = x, cleaned if metric is None else metric(cleaned)
         return self.last_cleaned[1]
 
-    def cleaned(self, tensor: Tensor) -> Tensor:
+    def cleaned(self, path: str, tensor: Tensor) -> Tensor:
         """The tensor without the NaN that eager attention leaves at padded positions on the left."""
-        padding = self.batch.padding
-        if padding is None or tensor.shape[:2] != padding.shape or not tensor.is_floating_point():
+        padding = self.layout.padding(path, tensor)
+        if padding is None or not tensor.is_floating_point():
             return tensor
-        padded = padding.to(tensor.device).view(*padding.shape, *[1] * (tensor.dim() - 2))
+        padded = padding.view(*padding.shape, *[1] * (tensor.dim() - 2))
         return torch.where(padded, tensor.nan_to_num(0.0, 0.0, 0.0), tensor)
 
 
@@ -88,15 +90,15 @@ class CallRecorder:
         assert self._open is not None
         return self._open
 
-    def open(self, batch: Batch, counts: bool = True) -> None:
+    def open(self, batch: Batch, layout: Layout, counts: bool = True) -> None:
         """Start a batch.
 
         Args:
+            layout: of the batch.
             counts: False for a batch that only takes part because other processes need it to.
         """
         self.close()
-        padding = batch.padding if batch.padding is not None and bool(batch.padding.any()) else None
-        self._open = _OpenBatch(replace(batch, padding=padding), counts)
+        self._open = _OpenBatch(batch, layout, counts)
 
     def backward(self, log_likelihood: Tensor) -> None:
         """Differentiate the summed log-likelihood, ``[b]``. Forward calls from now on are repeated ones."""
@@ -139,7 +141,9 @@ class CallRecorder:
         current = self._current
         waiting, calls = current.waiting[target.path], current.calls[target.path]
         if target.layer.reads_inputs:
-            x, g = current.cleaned_input(x, self.metrics.get(target.path)), current.cleaned(g)
+            path = target.path
+            x, g = self._by_sample(target, x), self._by_sample(target, g)
+            x, g = current.cleaned_input(path, x, self.metrics.get(path)), current.cleaned(path, g)
         waiting.append((x, g))
         if len(waiting) == calls:
             self._add_gradients(target, gram if calls == 1 else None)
@@ -153,39 +157,38 @@ class CallRecorder:
         return None if finish is None else lambda g: finish(_NOTHING, g)
 
     def _add_gradients(self, target: Target, gram: GramMatrix | None = None) -> None:
-        waiting = self._current.waiting.pop(target.path)
-        calls = [(self._by_sample(target, x), self._by_sample(target, g)) for x, g in waiting]
+        calls = self._current.waiting.pop(target.path)
+        if not target.layer.reads_inputs:
+            calls = [(x, g[None]) for x, g in calls]  # the gradient of the weight, of one sample
+        elif len(calls[0][0]) != len(self._current.batch.half):
+            calls = [(a[None], b[None]) for x, g in calls for a, b in zip(x, g, strict=True)]
         with torch.autocast(calls[0][1].device.type, enabled=False):  # scores are summed in float32
             self._add(target, "gradient", target.layer.per_sample(calls, gram or GramMatrix()))
 
     @torch.no_grad()
     def _add_features(self, target: Target, x: Tensor, output: Tensor) -> None:
         """Add the statistics of the layer's input and output."""
-        layer, padding = target.layer, self._current.batch.padding
+        layer, layout = target.layer, self._current.layout
         for side in self.sums.sides - {"gradient"}:
             try:
-                values = layer.input_features(x) if side == "input" else layer.output_features(output.detach())
+                if side == "input":
+                    values = layer.input_features(self._by_sample(target, x))
+                else:
+                    values = layer.output_features(self._by_sample(target, output.detach()))
             except TypeError as error:
                 raise ValueError(f"module {target.path}: {error}") from error
-            values, real = self._by_sample(target, values), None
-            if padding is not None and values.shape[:2] == padding.shape:
-                real = ~padding.to(values.device)
-            self._add(target, side, Features(values, real))
+            if len(values) != len(self._current.batch.half):
+                values = values.flatten(0, 1)[None]
+            padding = layout.padding(target.path, values)
+            self._add(target, side, Features(values, None if padding is None else ~padding))
 
     def _add(self, target: Target, side: str, measured) -> None:
         if self._current.counts:
             self.sums.add_(target, side, measured, self._current.batch)
 
-    def _by_sample(self, target: Target, tensor: Tensor) -> Tensor:
-        """The tensor with one entry for each sample in its first dimension."""
-        samples = len(self._current.batch.half)
-        if samples == 1 and not target.layer.reads_inputs:
-            return tensor[None]  # the gradient of the weight
-        if len(tensor) == samples and target.layer.reads_inputs:
-            return tensor
-        if samples == 1 and isinstance(target.layer, FGGMLinear):
-            return tensor.reshape(1, -1, tensor.shape[-1])
-        raise ValueError(
-            f"module {target.path} was called with a first dimension of {len(tensor)} in a batch of {samples} samples, "
-            "so its gradient cannot be split into samples. Use a dataloader with batch size 1, or exclude_modules."
-        )
+    def _by_sample(self, target: Target, x: Tensor) -> Tensor:
+        """What a layer received or returned, with the samples first, or calls that all belong to the only sample."""
+        x = self._current.layout.by_sample(target.path, x)
+        if len(x) == len(self._current.batch.half) or not isinstance(target.layer, FGGMLinear):
+            return x
+        return x.reshape(1, -1, x.shape[-1])

@@ -24,6 +24,9 @@ from .processes import Processes
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+_STANDING_FOR_OTHERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
+
+
 class Round(NamedTuple):
     """One batch on every process.
 
@@ -42,22 +45,27 @@ class Round(NamedTuple):
     first: int
     end: int
 
-    def samples(self) -> Iterator[Round]:
+    @property
+    def rows(self) -> int:
+        """Number of samples in the batch, whether they count or not."""
+        return self.size or batch_size(self.batch, self.number)
+
+    def divided(self, config: Any = None) -> Iterator[Round]:
         """The round, one sample at a time.
 
         Raises:
-            ValueError: a tensor of the batch does not have one entry for each sample.
+            ValueError: the batch cannot be divided.
         """
         if self.size < 2:
             yield self
             return
         assert self.batch is not None
-        for name, value in self.batch.items():
-            if isinstance(value, Tensor) and value.dim() and len(value) != self.size:
-                raise ValueError(
-                    f"batch {self.number}: {name!r} has {len(value)} entries for {self.size} samples, so the batch "
-                    "cannot be split into samples. Use a dataloader with batch size 1."
-                )
+        if not is_divisible(self.batch, self.size, config):
+            shapes = {name: list(value.shape) for name, value in self.batch.items() if isinstance(value, Tensor)}
+            raise ValueError(
+                f"batch {self.number} of {self.size} samples cannot be split into samples: {shapes}. Use a dataloader "
+                "with batch size 1, or exclude_modules."
+            )
         for sample in range(self.size):
             batch = {
                 name: value[sample : sample + 1] if isinstance(value, Tensor) and value.dim() else value
@@ -88,6 +96,8 @@ def rounds(
 ) -> Iterator[Round]:
     """Batches of all processes until the data of every process has ended, truncated to ``limit`` samples.
 
+    A batch that cannot be divided is used as a whole, so that there may be more samples than the limit.
+
     Args:
         model: the model that will read them. If each process holds a part of it, all must go through it in every round.
         description: of the progress bar, which is shown on a terminal if ``progress``.
@@ -96,11 +106,11 @@ def rounds(
     is_quiet = None if progress and processes.rank == 0 else True
     seen = 0
     with tqdm(total=limit, desc=description, unit="sample", disable=is_quiet) as bar:
-        for round in _rounds(dataloader, processes, limit, is_sharded):
+        for round in _rounds(dataloader, processes, limit, is_sharded, getattr(model, "config", None)):
             bar.update(round.end - seen)
             seen = round.end
             yield round
-            if seen == limit:
+            if limit is not None and seen >= limit:
                 return
 
 
@@ -110,20 +120,25 @@ def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return dict(send_to_device(dict(batch), device))
 
 
-def _rounds(dataloader: Iterable, processes: Processes, limit: int | None, is_sharded: bool) -> Iterator[Round]:
+def _rounds(
+    dataloader: Iterable, processes: Processes, limit: int | None, is_sharded: bool, config: Any
+) -> Iterator[Round]:
     batches, start, spare = iter(dataloader), 0, None
     for index in itertools.count():
         with _reading_together(dataloader, processes):
             batch = next(batches, None)
             size = 0 if batch is None else batch_size(batch, index)
-        sizes = processes.gather(size)
+            whole = batch is not None and not is_divisible(batch, size, config)
+        gathered = processes.gather((size, whole))
+        sizes = [size for size, _ in gathered]
         if not any(sizes):
             return
         firsts = list(itertools.accumulate(sizes, initial=start))
         if limit is not None:
-            sizes = [max(0, min(n, limit - first)) for n, first in zip(sizes, firsts[:-1], strict=True)]
+            left = [max(0, limit - first) for first in firsts[:-1]]
+            sizes = [n if whole and rest else min(n, rest) for (n, whole), rest in zip(gathered, left, strict=True)]
         if sizes[processes.rank] < size:
-            batch, size = _truncated(batch, size, sizes[processes.rank])
+            batch, size = _truncated(batch, sizes[processes.rank])
         start += sum(sizes)
         spare = batch if size else spare
         yield Round(index, spare if is_sharded and not size else batch, size, firsts[processes.rank], start)
@@ -149,12 +164,26 @@ def batch_size(batch: Any, index: int) -> int:
     return len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else len(tensors[0])
 
 
-def _truncated(batch: Mapping[str, Any] | None, size: int, length: int) -> tuple[Mapping[str, Any] | None, int]:
-    """The first ``length`` samples of a batch of ``size``."""
+def is_divisible(batch: Mapping[str, Any], size: int, config: Any = None) -> bool:
+    """Whether entry ``s`` of every tensor of a batch belongs to sample ``s``.
+
+    Images and sounds are listed one after the other, so that there may be as many of them as samples although a sample
+    has two and another none. The tokens that stand for them tell; ``config`` of the model names these tokens.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    ids = tensors.get("input_ids")
+    if any(len(value) != size for value in tensors.values()):
+        return False
+    if ids is None or all(value.dim() < 3 for name, value in tensors.items() if name != "inputs_embeds"):
+        return True
+    tokens = [token for name in _STANDING_FOR_OTHERS if (token := getattr(config, name, None)) is not None]
+    counts = [torch.eq(ids, token).flatten(1).any(1) for token in tokens]
+    return all(bool(has.all()) or not bool(has.any()) for has in counts)
+
+
+def _truncated(batch: Mapping[str, Any] | None, length: int) -> tuple[Mapping[str, Any] | None, int]:
+    """The first ``length`` samples of a batch."""
     if batch is None or not length:
         return None, 0
-    first = {
-        key: value[:length] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-        for key, value in batch.items()
-    }
+    first = {k: value[:length] if isinstance(value, Tensor) and value.dim() else value for k, value in batch.items()}
     return first, length

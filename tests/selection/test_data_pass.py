@@ -25,6 +25,7 @@ from torch import nn
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.statistics import Batch
 from fggm_peft.selection.hooks import LayerHooks
+from fggm_peft.selection.layout import AXES, Layout
 from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.selection.recorder import CallRecorder
 from fggm_peft.selection.running_sums import RunningSums
@@ -171,7 +172,8 @@ def saved_by_layers(model: nn.Module, batch: dict) -> set[tuple]:
     targets = find_targets(model, "default")
     recorder = CallRecorder(RunningSums(targets))
     with LayerHooks(targets, recorder, model.get_input_embeddings()):
-        recorder.open(Batch(torch.zeros(len(batch["input_ids"]), dtype=torch.long)))
+        size = len(batch["input_ids"])
+        recorder.open(Batch(torch.zeros(size, dtype=torch.long)), Layout(size, dict.fromkeys(targets, AXES[0])))
         measured = shapes(lambda: model(**batch))
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     return set(measured - shapes(lambda: model(**batch)))

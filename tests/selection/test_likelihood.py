@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
-from models import adapted, bert, gpt2, llama, token_batches
+import transformers as tr
+from models import VOCABULARY, adapted, bert, gpt2, llama, token_batches
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
+from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.selection.likelihood import default_log_likelihood
 
 PROMPTED, EVERYWHERE = token_batches(padding="right")[0], token_batches()[1]
@@ -132,3 +135,86 @@ def test_the_likelihood_of_an_answer_in_a_text_agrees_with_the_models_own_loss(e
         torch.testing.assert_close(actual[sample], sum(inside))
     with pytest.raises(ValueError, match="no labels"):
         default_log_likelihood(model, "QUESTION_ANS")(model, {"input_ids": batch["input_ids"]})
+
+
+# Encoder-decoders and decoders under one name ------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+STACKS = {
+    f"{stack}_{name}": size
+    for stack in ("encoder", "decoder")
+    for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))
+}
+
+
+def labels_of(samples: int = 2, length: int = 6) -> torch.Tensor:
+    labels = torch.randint(3, 40, (samples, length), generator=torch.Generator().manual_seed(0))
+    labels[1, -2:] = -100
+    return labels
+
+
+def whisper():
+    config = tr.WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        **STACKS,
+    )
+    return tr.WhisperForConditionalGeneration(config), {"input_features": torch.randn(2, 8, 40)}
+
+
+def speech_to_text():
+    config = tr.Speech2TextConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        input_feat_per_channel=8,
+        conv_channels=16,
+        max_source_positions=64,
+        max_target_positions=32,
+        **STACKS,
+    )
+    return tr.Speech2TextForConditionalGeneration(config), {"input_features": torch.randn(2, 40, 8)}
+
+
+def bart():
+    config = tr.BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=32, **STACKS)
+    return tr.BartForConditionalGeneration(config), {"input_ids": labels_of().clamp(min=3)}
+
+
+def image_to_text():
+    encoder = tr.ViTConfig(image_size=8, patch_size=4, **SMALL)
+    decoder = tr.BertConfig(vocab_size=VOCABULARY, is_decoder=True, add_cross_attention=True, **SMALL)
+    config = tr.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return tr.VisionEncoderDecoderModel(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+def llava():
+    text = tr.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=4, **SMALL)
+    vision = tr.CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=32, **SMALL)
+    config = tr.LlavaConfig(vision_config=vision, text_config=text, image_token_id=49, image_seq_length=4)
+    return tr.LlavaForConditionalGeneration(config), {"input_ids": labels_of().clamp(min=3)}
+
+
+@pytest.mark.parametrize("build", [whisper, speech_to_text, bart, image_to_text, llava])
+def test_the_config_distinguishes_encoder_decoders(build):
+    """The likelihood is the model's own loss, and the model trains, as with LoRA."""
+    torch.manual_seed(0)
+    model, batch = build()
+    batch["labels"] = labels_of()
+    likelihood = default_log_likelihood(model, None)(model.eval(), batch)
+    loss = model(**{key: value.clone() for key, value in batch.items()}).loss
+    count = (batch["labels"] if build is not llava else batch["labels"][:, 1:]).ne(-100).sum()
+    torch.testing.assert_close(-likelihood.sum() / count, loss)
+    for config in (FGGMConfig(target_modules="all-linear", density=0.3), LoraConfig(target_modules="all-linear")):
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        if isinstance(config, FGGMConfig):
+            assert select_parameters(adapted, [batch], progress=False).samples == 2
+        adapted(**{key: value.clone() for key, value in batch.items()}).loss.backward()
+        assert any(p.grad is not None and p.grad.any() for p in adapted.parameters())

@@ -15,7 +15,6 @@ from models import (
     class_log_likelihood,
     fggm_layers,
     fisher_scores,
-    gpt2,
     llama,
     logits,
     token_batches,
@@ -258,16 +257,6 @@ def test_score_memory_must_fit_one_module_and_requires_layer_scope():
     model = adapted(llama(), "element", threshold=TopDensity(0.1, scope="global"))
     with pytest.raises(ValueError, match="scope='layer'"):
         select_parameters(model, token_batches(), score_memory=96 * 64 * 8, progress=False)
-
-
-def test_inputs_shared_by_all_samples_require_batch_size_1():
-    """GPT-2 looks up its position embedding once for a whole batch."""
-    model = adapted(gpt2(), target_modules=["wpe"])
-    batches = token_batches(padding="right")
-    with pytest.raises(ValueError, match="batch size 1"):
-        select_parameters(model, batches, progress=False)
-    single = [{key: value[:1] for key, value in batch.items()} for batch in batches]
-    assert select_parameters(model, single, progress=False).modules[0].chosen
 
 
 def test_a_custom_likelihood_rejects_labels_of_the_model():
