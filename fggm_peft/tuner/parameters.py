@@ -6,7 +6,8 @@ implementation of it is supported, and the result is that of the merged weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.func import functional_call
 
 from ..core.linear import effective_matrix
 from ..core.per_sample import MatrixGradients
+from ..core.rebuilt import rebuilt_in_backward
+from ..core.weight_delta import WeightDelta
 from .hosts.offloading import is_offloaded
 from .layer import FGGMLayer
 from .layer_types import LAYER_TYPES, make_layer
@@ -252,30 +255,38 @@ def parameter_layer(modules: Mapping[str, nn.Module], path: str) -> FGGMLayer | 
 
 
 def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[_ParameterLayer]], args: tuple, kwargs: dict) -> Any:
-    """Call a module with its parameters adapted.
+    """Call a module with its parameters adapted. The adapted copies are not kept for backward.
 
     Args:
         layers: name of a parameter -> the layers of its matrices.
     """
-    weights = {name: _adapted(module.get_parameter(name), group) for name, group in layers.items()}
-    changed = {name: weight for name, weight in weights.items() if weight is not None}
-    return functional_call(module, changed, args, kwargs) if changed else module(*args, **kwargs)
+    changes = {
+        name: [(d, layer.part) for layer in group for d in layer.current_deltas()] for name, group in layers.items()
+    }
+    weights = {name: _adapted(module.get_parameter(name), pairs) for name, pairs in changes.items() if pairs}
+    copied = [name for name in weights if not module.get_parameter(name).requires_grad]
+
+    def make(position: int) -> Tensor:
+        name = copied[position]
+        return _adapted(module.get_parameter(name), changes[name])
+
+    copies = [weights[name] for name in copied]
+    for name, group in layers.items():
+        calls = [(layer.part, layer.observer()) for layer in group if layer.observer is not None]
+        if finishes := [(part, finish) for part, finish in calls if finish is not None]:
+            weight = weights.get(name, module.get_parameter(name))
+            weights[name] = _Observed.apply(weight, weight.new_zeros((), requires_grad=True), finishes)
+    values = [delta.values for pairs in changes.values() for delta, _ in pairs]
+    with rebuilt_in_backward(copies, make, values) if copies else nullcontext():
+        return functional_call(module, weights, args, kwargs) if weights else module(*args, **kwargs)
 
 
-def _adapted(parameter: Tensor, layers: Iterable[_ParameterLayer]) -> Tensor | None:
-    """The parameter with the deltas of its layers; None if nothing changes or observes it."""
-    pairs = [(delta, layer.part) for layer in layers for delta in layer.current_deltas()]
-    weight = parameter
-    if pairs:
-        deltas, parts = zip(*pairs, strict=True)
-        if parameter.requires_grad:  # it trains as well
-            weight = parameter + effective_matrix(lambda: torch.zeros_like(parameter), deltas, parts)
-        else:
-            weight = effective_matrix(lambda: parameter.detach().clone(), deltas, parts)
-    finishes = [(layer.part, layer.observer()) for layer in layers if layer.observer is not None]
-    if called := [(part, finish) for part, finish in finishes if finish is not None]:
-        weight = _Observed.apply(weight, weight.new_zeros((), requires_grad=True), called)
-    return None if weight is parameter else weight
+def _adapted(parameter: Tensor, pairs: Sequence[tuple[WeightDelta, Callable[[Tensor], Tensor]]]) -> Tensor:
+    """A copy of the parameter with deltas, each on its part."""
+    deltas, parts = zip(*pairs, strict=True)
+    if parameter.requires_grad:  # it trains as well
+        return parameter + effective_matrix(lambda: torch.zeros_like(parameter), deltas, parts)
+    return effective_matrix(lambda: parameter.detach().clone(), deltas, parts)
 
 
 class _Observed(torch.autograd.Function):

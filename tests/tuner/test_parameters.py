@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from models import (
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+import fggm_peft.tuner.parameters as parameters_module
 from fggm_peft import FGGMConfig, SparseDelta, apply_deltas, export_lora, select_parameters
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.selection.likelihood import default_log_likelihood
@@ -384,3 +386,32 @@ def test_the_lora_of_multihead_attention_is_rejected(tmp_path):
     model = adapted(Attention(True), criterion="random", target_modules=["attention"], init_weights=False)
     with pytest.raises(ValueError, match="adds the delta of out_proj twice"):
         export_lora(model, tmp_path, base=Attention(True))
+
+
+# Memory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_the_adapted_copies_are_not_kept_for_backward(implementation, monkeypatch):
+    model, made = with_experts("Mixtral", "row", torch.float32, implementation), []
+
+    def recorded(*args, original=parameters_module._adapted):
+        result = original(*args)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(parameters_module, "_adapted", recorded)
+    loss = model.train()(**token_batches()[0]).loss
+    assert made and not any(copied() is not None for copied in made)
+    loss.backward()
+    assert not any(copied() is not None for copied in made)
+
+
+def test_values_that_change_before_backward_raise_an_error():
+    model = with_experts("Mixtral")
+    loss = model.train()(**token_batches()[0]).loss
+    with torch.no_grad():
+        for target in find_targets(model, "default").values():
+            target.values.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
