@@ -45,6 +45,8 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
         path = _stream_file(source)
         name, folder, fields = str(path), path.parent.absolute(), _read_file(path)
     fields |= {field: _absolute(field, value) for field, value in overrides.items() if value is not None}
+    if overrides.get("learning_rates") and isinstance(fields.get("methods"), list):
+        fields["methods"] = [_without_rates(method) for method in fields["methods"]]
     data = folder / user_path(fields.pop("data", None) or ".")
     defaults, tasks = fields.pop("task_defaults", None) or {}, fields.get("tasks")
     if isinstance(tasks, list):
@@ -56,6 +58,10 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
         raise StreamError(f"{name}: {one_line(error)}") from error
     except StreamError as error:
         raise StreamError(f"{name}: {error}") from error
+
+
+def _without_rates(method: Any) -> Any:
+    return {k: v for k, v in method.items() if k != "learning_rates"} if isinstance(method, Mapping) else method
 
 
 def _stream_file(source: str | Path) -> Path:

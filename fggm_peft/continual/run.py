@@ -44,8 +44,8 @@ def runs_of(stream: Stream) -> list[Run]:
         Run(method, rate, seed, order)
         for seed in stream.seeds
         for order in stream.task_orders()
-        for rate in stream.rates()
         for method in stream.methods
+        for rate in stream.rates(method)
     ]
 
 

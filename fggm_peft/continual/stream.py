@@ -89,11 +89,13 @@ class General(Settings):
 class MethodSettings(Settings):
     """A method of a stream: its name in the registry, the label of its runs, and its options.
 
-    A file may give the name alone, or the name and the options as fields of one mapping.
+    A file may give the name alone, or the name and the options as fields of one mapping. ``learning_rates`` override
+    those of the stream.
     """
 
     name: str = Field(min_length=1)
     label: FolderName
+    learning_rates: tuple[Positive, ...] = ()
     settings: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -107,7 +109,8 @@ class MethodSettings(Settings):
         if "reference" in options:
             options["reference"] = _existing_paths(options["reference"], info)
         name = value.get("name", "")
-        return {"name": name, "label": value.get("label", name), "settings": options}
+        own = {key: value[key] for key in ("learning_rates",) if key in value}
+        return {"name": name, "label": value.get("label", name), "settings": options, **own}
 
     @model_validator(mode="after")
     def _check(self) -> MethodSettings:
@@ -158,7 +161,7 @@ class Stream(Settings):
         tasks: in the order called "given".
         methods: compared with one another.
         training: the same for all methods.
-        learning_rates: every method runs with each of them; empty: only with that of ``training``.
+        learning_rates: every method without its own runs with each of them; empty: only with that of ``training``.
         seeds: of all random draws.
         orders: "given", "reversed", "random:3" (a random order that depends only on the seed 3 and the names of the
             tasks), or a tuple of the tasks' names.
@@ -183,6 +186,7 @@ class Stream(Settings):
             "tasks": [task.name for task in self.tasks],
             "methods": [method.label for method in self.methods],
             "learning_rates": list(self.learning_rates),
+            **{f"learning_rates of {method.label}": list(method.learning_rates) for method in self.methods},
             "seeds": list(self.seeds),
             "orders": [order.name for order in self.task_orders()],
         }
@@ -202,9 +206,9 @@ class Stream(Settings):
         require_known(labels, list(by_label), "label in --methods:")
         return self.model_copy(update={"methods": tuple(by_label[label] for label in labels)})
 
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates that every method runs with."""
-        return self.learning_rates or (self.training.learning_rate,)
+    def rates(self, method: MethodSettings) -> tuple[float, ...]:
+        """The learning rates that a method runs with."""
+        return method.learning_rates or self.learning_rates or (self.training.learning_rate,)
 
     def training_of(self, task: Task) -> Training:
         """How this task is trained, with its own number of epochs."""

@@ -11,6 +11,7 @@ from models import byte_tokenizer
 
 from fggm_peft.continual.metrics import METRICS
 from fggm_peft.continual.reading import read_stream, ready_streams
+from fggm_peft.continual.run import runs_of
 from fggm_peft.continual.settings import StreamError
 from fggm_peft.continual.stream import MethodSettings, Stream, Training, differences
 from fggm_peft.continual.task import Task
@@ -94,7 +95,7 @@ def test_a_file_is_read_field_by_field(folder):
         MethodSettings(name="fggm", label="fggm-5%", settings={"density": 0.05}),
     )
     assert stream.training == Training(epochs=1, batch_size=8, learning_rate=3e-4, schedule="linear", warmup_ratio=0.1)
-    assert stream.rates() == (1e-4, 3e-4)
+    assert stream.rates(stream.methods[0]) == (1e-4, 3e-4)
     assert stream.seeds == (0, 1, 2)
     assert stream.general.text == str(folder / "data/general.txt")
 
@@ -548,3 +549,13 @@ def test_the_orders_agree_with_trace(tmp_path):
 def test_a_built_in_stream_without_data_raises_an_error_with_the_searched_folder():
     with pytest.raises(StreamError, match=r"no file or folder .*C-STANCE\. Paths of tasks are relative to data"):
         read_stream("trace-order1")
+
+
+def test_a_method_may_have_its_own_learning_rates_which_the_command_line_overrides(settings):
+    settings |= {"methods": ["frozen", {"name": "sft", "learning_rates": [3e-4]}], "learning_rates": [1e-4, 2e-4]}
+    rates = {(run.method.label, run.learning_rate) for run in runs_of(read_stream(settings))}
+    assert rates == {("frozen", 1e-4), ("frozen", 2e-4), ("sft", 3e-4)}
+    overridden = runs_of(read_stream(settings, learning_rates=[5e-4]))
+    assert {(run.method.label, run.learning_rate) for run in overridden} == {("frozen", 5e-4), ("sft", 5e-4)}
+    with pytest.raises(StreamError, match="must be greater than 0"):
+        read_stream(settings | {"methods": ["frozen", {"name": "sft", "learning_rates": [0]}]})
