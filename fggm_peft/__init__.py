@@ -5,7 +5,7 @@ Importing the package registers FGGM with PEFT, so that ``PeftModel.from_pretrai
 
 from typing import TYPE_CHECKING, Any
 
-from . import deltas, training
+from . import _peft, deltas, training  # noqa: F401 (_peft must be the first)
 from .core.blocks import ColumnBlocks, RowBlocks
 from .core.criteria import CRITERIA, Criterion
 from .core.errors import (

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..tuner.files.hub import expanded
 from ..version import __version__
+from .messages import only_relevant
 
 COMMANDS: tuple[str, ...] = ("select", "train", "eval", "sequence", "reference")
 COMMANDS += ("inspect", "overlap", "diff", "merge", "export", "rollback")
@@ -31,17 +32,18 @@ def parser() -> ArgumentParser:
     subparsers = program.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = import_module(f".{name}", __package__)
-        text = inspect.cleandoc(module.run.__doc__)
+        description = inspect.cleandoc(module.run.__doc__)
         command = subparsers.add_parser(
             name,
-            help=text.splitlines()[0],
-            description=text,
+            help=description.splitlines()[0],
+            description=description,
             formatter_class=RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         module.add_options(command)
         command.add_argument("--json", action="store_true", help="Print only one JSON object to standard output.")
-        command.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        text = "Show the traceback of an error, and the warnings of libraries."
+        command.add_argument("--debug", action="store_true", help=text)
         names = [str(action.metavar) for action in command._get_positional_actions()]
         command.usage = " ".join(["%(prog)s", *names, "[OPTIONS]"])  # argparse would list a hundred options
         command.set_defaults(run=module.run, error=command.error)
@@ -55,7 +57,7 @@ def run_program(arguments: Sequence[str] | None = None) -> None:
         setattr(args, name, _with_paths(value))
     try:
         # libraries may print, but standard output is only for the result
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), contextlib.nullcontext() if args.debug else only_relevant():
             result = args.run(args)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from .messages import print_losses
 from .options import (
     SELECTION,
     FieldOptions,
@@ -112,6 +113,7 @@ def run(args: Namespace) -> Result | None:
             eval_dataset=eval_examples,
             data_collator=padding_on_the_right(tokenizer),
         )
+        print_losses(trainer)
         if args.overwrite and not args.resume and trainer.is_world_process_zero():
             shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier run
         trained = trainer.train(resume_from_checkpoint=args.resume or None)

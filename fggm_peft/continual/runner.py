@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from ..retention import kl_divergence
 from ..training.base_model import this_process
@@ -136,6 +136,7 @@ class Runner:
                 train_dataset=examples,
                 data_collator=padding_on_the_right(self.tokenizer),
             )
+            trainer.remove_callback(PrinterCallback)  # it prints dicts
             trainer.train(resume_from_checkpoint=_newest_checkpoint(folder / "checkpoints"))
             report = getattr(trainer, "selection_report", None)
             selection_seconds = 0.0 if report is None else report.seconds

@@ -55,7 +55,7 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = Fals
     replacements = [(_replaced_parameters(model, delta), delta.others) for delta in deltas]
     guard_four_bit_layers(model)  # the base must stay one that can be dequantized
     records = []
-    for path, layer in tqdm(layers.items(), "Merging", disable=not progress):
+    for path, layer in tqdm(layers.items(), "Merging", disable=None if progress else True):
         module_deltas = [delta.modules[path] for delta in deltas if path in delta.modules]
         records.append(replace(_add_to_layer_(model, path, layer, module_deltas), name=path))
     for parameters, tensors in replacements:

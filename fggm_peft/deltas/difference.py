@@ -95,7 +95,7 @@ class _Comparison:
         granularity = granularity or min(CANDIDATES, key=self.sizes.__getitem__)
         modules = {
             path: self._changes(path, granularity, samples_per_weight(len(paths)))
-            for path in tqdm(paths, "Collecting the changes", disable=not self.progress)
+            for path in tqdm(paths, "Collecting the changes", disable=None if self.progress else True)
         }
         if self.inexact:
             warnings.warn(
@@ -142,7 +142,7 @@ class _Comparison:
 
     def _count(self) -> None:
         """The first pass: which tensors have changed, and the size of the delta in each granularity."""
-        for name in tqdm(self.parameters, "Comparing", disable=not self.progress):
+        for name in tqdm(self.parameters, "Comparing", disable=None if self.progress else True):
             before, after = self._pair(name)
             changed = before != after
             if not bool(changed.any()):
