@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from ..core.errors import AdapterFileError
 from ..core.registry import require_one_of
 from .files.model_card import complete_card
 from .files.task_scores import record_of
 from .files.tensors import require_readable
 from .registration import add_peft_type
 from .settings.budget import BudgetSettings
-from .settings.fields import setting
+from .settings.fields import require_patterns, require_types, setting
 from .settings.file import FileSettings
 from .settings.selection import SelectionSettings
 
@@ -59,7 +62,8 @@ def _completes_arguments(cls: type[T]) -> type[T]:
                 if not field.init and field.name in kwargs:
                     setattr(self, field.name, kwargs.pop(field.name))
             if unknown := sorted(kwargs.keys() - inspect.signature(init).parameters.keys()):
-                warnings.warn(f"{cls.__name__} ignores the unknown fields {unknown} of a saved config", stacklevel=2)
+                names = f"Unexpected keyword arguments {unknown} for class {cls.__name__}"  # PEFT's words
+                warnings.warn(f"{names}, these are ignored. A newer version may have saved the config.", stacklevel=2)
             kwargs = {name: value for name, value in kwargs.items() if name not in unknown}
         else:  # a saved config contains the settings of its preset
             kwargs = _with_preset(kwargs)
@@ -145,12 +149,17 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         self._check_file()  # first, because a newer format may have other fields
         self._check_budget()
         self._check_selection()
-        self._check_targets()
         require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
         require_one_of("training_dtype", self.training_dtype, (None, "float32", "bfloat16"))
         require_one_of("bias", self.bias, ("none", "all"))
+        require_types(self)
+        self._check_targets()
 
     def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "density_pattern"):
+            require_patterns(name, getattr(self, name))
+        if isinstance(self.trainable_token_indices, dict):
+            require_patterns("trainable_token_indices", self.trainable_token_indices)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -168,6 +177,17 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         data = {**super().to_dict(), "granularity": self.granularity.to_dict()}
         del data["check_base"]
         return data
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Like PEFT's, but raises ``AdapterFileError`` if the file is not the config of an adapter."""
+        settings = json.loads(Path(path_json_file).read_text())
+        if not isinstance(settings, dict):
+            raise AdapterFileError(f"{path_json_file} is not the config of an adapter")
+        peft_type = settings.get("peft_type", add_peft_type())
+        if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise AdapterFileError(f"{path_json_file}: unknown peft_type {peft_type!r:.80}")
+        return super().from_json_file(path_json_file, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import pickle
+import shutil
+import tempfile
+import typing
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from reference import KINDS
 from torch import nn
 
-from fggm_peft import FGGMConfig, ScoreMass, TopDensity
+from fggm_peft import FGGMConfig, FGGMLayer, ScoreMass, TopDensity
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import GRANULARITIES, Columns, Rows
 from fggm_peft.core.threshold import POLICIES
+from fggm_peft.tuner.files.reading import read_adapter
+from fggm_peft.tuner.settings.fields import fits
 from fggm_peft.tuner.settings.selection import score_bytes
 
 unit_interval = r"in \(0, 1\]"
@@ -164,6 +173,100 @@ def test_a_manually_edited_file_is_validated_like_an_argument(tmp_path):
         PeftConfig.from_pretrained(tmp_path)
 
 
+# Damaged files -------------------------------------------------------------------------------------
+
+TYPES = {name: kind for name, kind in typing.get_type_hints(FGGMConfig).items() if name != "check_base"}  # not saved
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "x", "0", "all-linear", "(", "*", "["]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=2), values, max_size=3),
+    max_leaves=4,
+)
+
+
+@functools.cache
+def saved_adapter() -> tuple[Path, dict]:
+    """The folder of an adapter of two layers, and the contents of its config."""
+    folder = Path(tempfile.mkdtemp())
+    model = get_peft_model(two_layers(), FGGMConfig(target_modules=["0"], criterion="random", init_weights=False))
+    model.save_pretrained(folder)
+    return folder, json.loads((folder / "adapter_config.json").read_text())
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+
+
+def open_config(contents: object) -> None:
+    """Read and load an adapter with this config. Only a ``ValueError`` may occur, and it changes nothing."""
+    original, _ = saved_adapter()
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(name)
+        shutil.copy(original / "adapter_model.safetensors", folder)
+        (folder / "adapter_config.json").write_text(json.dumps(contents))
+        base = two_layers()
+        try:
+            config = FGGMConfig.from_pretrained(folder)
+        except ValueError:
+            with pytest.raises(ValueError):
+                read_adapter(folder)
+            return
+        if type(config) is FGGMConfig:
+            try:
+                PeftModel.from_pretrained(base, folder)
+            except ValueError:
+                assert not any(isinstance(module, FGGMLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_value_of_a_wrong_type_raises_a_value_error(name):
+    """Every field of a saved config, with a value of every type of JSON."""
+    folder, contents = saved_adapter()
+    values = [None, True, 1, 1.5, "x", [], {}, [1], ["x"], [None], [[]], [{}], {"x": 1}, {"x": []}, {"": {}}]
+    for value in values:
+        open_config(contents | {name: value})
+        if not fits(value, TYPES[name]):
+            with pytest.raises(ValueError):
+                (folder / "changed").mkdir(exist_ok=True)
+                (folder / "changed" / "adapter_config.json").write_text(json.dumps(contents | {name: value}))
+                FGGMConfig.from_pretrained(folder / "changed")
+
+
+@pytest.mark.parametrize("contents", [None, 1, "x", [], [1], {}, {"peft_type": "LORO"}, {"peft_type": ["FGGM"]}])
+def test_a_file_that_is_no_config_raises_an_error_that_names_it(contents, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(contents))
+    if contents == {}:
+        return
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        FGGMConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("pattern", ["(", "*", "[", "a{2,1}", "(?P<x"])
+def test_an_invalid_regex_raises_a_value_error(field, pattern):
+    for value in (pattern, [pattern]):
+        with pytest.raises(ValueError, match=f"{field}: .* is not a valid regex"):
+            FGGMConfig(**{field: value})
+    for other in ("modules_to_save", "layers_pattern"):
+        with pytest.raises(ValueError, match=f"{other}: .* is not a valid regex"):
+            FGGMConfig(**{other: [pattern], "layers_to_transform": 0, "target_modules": ["q"]})
+    with pytest.raises(ValueError, match=r"density_pattern: .* is not a valid regex"):
+        FGGMConfig(density_pattern={pattern: 0.1})
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_a_mutated_config_raises_only_value_errors_and_loads_nothing_by_half(data):
+    _, contents = saved_adapter()
+    changed = data.draw(st.dictionaries(st.sampled_from(sorted(contents)), JSON, min_size=1, max_size=3))
+    open_config(contents | changed)
+
+
 @pytest.mark.parametrize("threshold", [ScoreMass(0.6), ScoreMass(0.6, scope="global"), TopDensity(0.5)])
 def test_a_loaded_adapter_has_the_threshold_and_the_support_of_the_saved_one(threshold, granularity, adapt, tmp_path):
     model = adapt(nn.Linear(7, 5), density=None, threshold=threshold, granularity=granularity)
@@ -231,7 +334,7 @@ def test_unknown_fields_of_a_saved_config_are_ignored_with_a_warning(tmp_path):
     config.selection = {"samples": 64}
     saved = {**config.to_dict(), "field_of_a_later_version": 1}
     (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
-    with pytest.warns(UserWarning, match=r"unknown fields \['field_of_a_later_version'\]"):
+    with pytest.warns(UserWarning, match=r"keyword arguments \['field_of_a_later_version'\]"):
         assert PeftConfig.from_pretrained(tmp_path).selection == {"samples": 64}
 
 

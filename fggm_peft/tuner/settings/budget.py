@@ -88,9 +88,10 @@ class BudgetSettings:
         return ParameterBudget(count, floor=0.0 if self.budget_floor is None else self.budget_floor)
 
     def _check_budget(self) -> None:
-        if not isinstance(self.density_pattern or {}, dict):
+        self.density_pattern = {} if self.density_pattern is None else self.density_pattern
+        if not isinstance(self.density_pattern, dict):
             raise ValueError(f"density_pattern must be a dict of module name -> density, got {self.density_pattern!r}")
-        self.density_pattern = dict(self.density_pattern or {})
+        self.density_pattern = dict(self.density_pattern)
         for pattern, density in self.density_pattern.items():
             _require_density(f"density_pattern[{pattern!r}]", density)
         if isinstance(self.threshold, dict):
