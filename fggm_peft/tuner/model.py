@@ -67,14 +67,15 @@ class FGGMModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config, model_config):
         if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config.target_modules = "all-linear"
+        # for these task types, PEFT adds the head to the caller's config after the layers have been adapted
+        saved = peft_config.modules_to_save or []
+        heads = [name for name in _TRAINED_HEADS.get(peft_config.task_type, ()) if name not in saved]
+        peft_config.modules_to_save = [*saved, *heads] or None
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config, key):
-        # for these task types, PEFT adds the head to modules_to_save after the layers have been adapted
-        heads = _TRAINED_HEADS.get(peft_config.task_type, ())
-        is_head = any(part in heads for part in key.split("."))
-        return not is_head and BaseTuner._check_target_module_exists(peft_config, plain_name(key))
+        return BaseTuner._check_target_module_exists(peft_config, plain_name(key))
 
     def _prepare_model(self, peft_config, model):
         require_unsharded(model)
@@ -121,8 +122,9 @@ class FGGMModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         require_adapter_name(model, adapter_name)
-        # the caller's config may be used for other adapters too
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        if not self.peft_config[adapter_name].inference_mode:
+            # the caller may use the config for other adapters too; PeftModel.from_pretrained(config=) must keep it
+            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         vars(self.peft_config[adapter_name]).pop("_of_file", None)
         if fit_layers_to_model_state not in [h.hook for h in model._load_state_dict_pre_hooks.values()]:
             model.register_load_state_dict_pre_hook(fit_layers_to_model_state)

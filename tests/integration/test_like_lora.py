@@ -6,20 +6,18 @@ import copy
 
 import pytest
 import torch
-from accelerate import Accelerator
-from models import bert, llama, logits, token_batches, train
+from models import bert, llama, logits, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.utils.hotswap import hotswap_adapter
+from reference import KINDS
 from torch import nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification, BertModel
 
 from fggm_peft import FGGMConfig
-from fggm_peft.core.granularity import GRANULARITIES
 
 BATCHES = token_batches()
-METHODS = ["lora", *GRANULARITIES]
-pytestmark = pytest.mark.parametrize("method", METHODS)
+pytestmark = pytest.mark.parametrize("method", ["lora", *KINDS])
 
 
 def config_of(method: str, **options):
@@ -95,38 +93,7 @@ def test_targeted_modules_may_have_the_prefix_of_the_method_in_their_name(method
     assert torch.equal(PeftModel.from_pretrained(Tokens(name), tmp_path)(TOKENS), expected)
 
 
-# State --------------------------------------------------------------------------------------------
-
-
-def test_a_state_dict_restores_an_adapter_of_the_same_shape(method):
-    model, other = (get_peft_model(llama(), config_of(method)) for _ in range(2))
-    train(model, BATCHES)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other, BATCHES[0]), logits(model, BATCHES[0]))
-
-
-def test_accelerate_resumes_training_exactly(method, tmp_path):
-    def prepared():
-        accelerator = Accelerator(cpu=True)
-        model = get_peft_model(llama(), config_of(method)).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        return accelerator, *accelerator.prepare(model, optimizer)
-
-    def steps(accelerator, model, optimizer, batches):
-        for batch in batches:
-            accelerator.backward(model(**batch).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        return [parameter.detach().clone() for parameter in values_of(model).values()]
-
-    whole = prepared()
-    steps(*whole, BATCHES[:2])
-    whole[0].save_state(tmp_path)
-    expected = steps(*whole, BATCHES[2:])
-    resumed = prepared()
-    resumed[0].load_state(tmp_path)
-    for actual, wanted in zip(steps(*resumed, BATCHES[2:]), expected, strict=True):
-        assert torch.equal(actual, wanted)
+# Dtypes and hotswapping ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("autocast", [True, False])
