@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,7 @@ def new_delta(
         granularity=granularity,
         # PEFT compares a list of names with the ends of paths; a pattern is exact
         target_modules="|".join(re.escape(path) for path in modules),
+        target_parameters=_parameters_of(like, modules) or None,
         bias=like.bias if others else "none",
         modules_to_save=like.modules_to_save if others else None,
         quantized_merge=like.quantized_merge,
@@ -198,6 +199,19 @@ def new_delta(
     delta = SparseDelta(config, dict(modules), dict(others or {}))
     config.selection = {"made_by": made_by, "parameters": delta.parameters, "density": delta.density}
     return delta
+
+
+def _parameters_of(like: FGGMConfig, paths: Iterable[str]) -> list[str]:
+    """The names for ``target_parameters`` of those modules that are experts or other parameters."""
+    targeted = tuple(f".{name}" for name in like.target_parameters or ())
+    names: dict[str, None] = {}
+    for path in paths:
+        stack, _, last = path.rpartition(".")
+        name = stack if last.isdecimal() else path
+        for key in (name, f"{name}.weight"):
+            if f".{key}".endswith((*targeted, ".in_proj")):
+                names[key] = None
+    return list(names)
 
 
 def _for_inference(config: FGGMConfig) -> FGGMConfig:

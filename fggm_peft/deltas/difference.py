@@ -7,6 +7,7 @@ counts the changed entries, the second collects them.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.files.reading import adaptable_layer
 from ..tuner.files.tensors import BASE_PART, PREFIX
 from ..tuner.layer import FGGMLayer
+from ..tuner.parameters import stacked_layers
 from .base_model import Base, Weights, settings_of, skeleton, variants
 from .delta import ModuleDelta, SparseDelta, new_delta
 
@@ -73,6 +75,10 @@ class _Comparison:
         self.prefix = getattr(self.model, "base_model_prefix", "")
         self.layers = _adaptable_layers(self.model)
         self.parameters = _parameters(self.model)
+        self.names = {path: _weight_name(path, layer) for path, layer in self.layers.items()}
+        self.parts: dict[str, list[str]] = defaultdict(list)  # name of a tensor -> paths of the layers in it
+        for path, name in self.names.items():
+            self.parts[name].append(path)
         # paths of modules whose weight or bias has changed, and of changed modules that cannot be adapted
         self.weights: list[str] = []
         self.biases: list[str] = []
@@ -115,6 +121,7 @@ class _Comparison:
             task = task_type_of(self.model)
         like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=task, modules_to_save=whole or None)
         like.base_fingerprint = self.sketches
+        like.target_parameters = list({self.names[path]: None for path in paths if self.layers[path].is_expert})
         others = {PREFIX + name: self._read(self.tuned, name) for name in self.parameters if _is_inside(name, whole)}
         if self.biases:
             like.bias = "all"
@@ -148,17 +155,17 @@ class _Comparison:
             if not bool(changed.any()):
                 continue
             path, _, part = name.rpartition(".")
-            layer = self.layers.get(path)
-            if layer is None or part not in ("weight", "bias"):
-                self.others.append(path)
-            elif part == "bias":
+            if part == "bias" and path in self.layers:
                 self.biases.append(path)
+            elif name not in self.parts:
+                self.others.append(path)
             else:
-                self.weights.append(path)
-                matrix, (o, i) = layer.matrix(changed).float(), layer.weight_shape
-                for kind in CANDIDATES:
-                    unit = VALUE_BYTES * kind.parameters_per_unit((o, i)) + index_dtype(o * i).itemsize
-                    self.sizes[kind] += int((kind.reduce(matrix) > 0).sum()) * unit
+                self.weights += self.parts[name]
+                for layer in (self.layers[path] for path in self.parts[name]):
+                    matrix, (o, i) = layer.part(changed).float(), layer.weight_shape
+                    for kind in CANDIDATES:
+                        unit = VALUE_BYTES * kind.parameters_per_unit((o, i)) + index_dtype(o * i).itemsize
+                        self.sizes[kind] += int((kind.reduce(matrix) > 0).sum()) * unit
                 if tied := [other.rpartition(".")[0] for other in self.parameters[name] if other != name]:
                     warnings.warn(
                         f"{path} has changed and shares its weight with {', '.join(tied)}. Merging the delta changes "
@@ -173,7 +180,7 @@ class _Comparison:
             raise ValueError(
                 f"granularity='{granularity}' does not fit {path}, whose weight has the shape {list(shape)}"
             )
-        before, after = (layer.matrix(tensor) for tensor in self._pair(f"{path}.weight"))
+        before, after = (layer.part(tensor) for tensor in self._pair(self.names[path]))
         self.sketches[path] = sketch_weight(path, before, samples).to_text()
         indices = (granularity.reduce((before != after).float()) > 0).nonzero().squeeze(1)
         values = self._exact(granularity.gather(before, indices), granularity.gather(after, indices), path)
@@ -245,7 +252,15 @@ def _adaptable_layers(model: nn.Module) -> dict[str, FGGMLayer]:
         layer = adaptable_layer(module, path) if is_matrix else None
         if layer is not None:  # other modules are included as a whole if they change
             layers[path] = layer
+        elif hasattr(module, "num_experts"):
+            layers |= stacked_layers(module, path)
     return layers
+
+
+def _weight_name(path: str, layer: FGGMLayer) -> str:
+    """The name of the tensor that contains a layer's weight."""
+    base: Any = layer.get_base_layer()
+    return f"{path}.weight" if layer.reads_inputs or not layer.is_expert else f"{path.rsplit('.', 2)[0]}.{base.name}"
 
 
 def _parameters(model: nn.Module) -> dict[str, list[str]]:

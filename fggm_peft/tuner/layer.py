@@ -83,6 +83,10 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         """The output of one call as vectors ``[b, t, o]``; by default a ``TypeError``."""
         raise TypeError(f"the rows of {type(self).__name__} are not output features; leave it out of the targets")
 
+    def part(self, parameter: Tensor) -> Tensor:
+        """This weight ``[o, i]`` as a view of the module's parameter, or of its gradient."""
+        return self.matrix(parameter)
+
     # Forward ------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:

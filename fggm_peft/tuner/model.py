@@ -90,13 +90,16 @@ class FGGMModel(BaseTuner):
             return  # PEFT found the name of a parameter that is adapted
         layers = targeted_layers(self.model, target, current_key, parameter_name, **get_quantization_kwargs(self.model))
         for path, layer in layers.items():
+            if adapter_name in layer.fggm_values:
+                continue  # targeted as a module and as a parameter
             if not layer.fggm_values:
                 layer.set_adapter(self.active_adapters)
                 layer.train(target.training)
             self._add_to_layer(adapter_name, peft_config, path, layer)
-        if current_key in layers and layers[current_key] is not target:
+        layer = layers.get(current_key, target)
+        if layer is not target and not isinstance(layer, FGGMParameter):
             # PEFT's _replace_module would move the adapter to the meta device if the weight is offloaded
-            setattr(parent, target_name, layers[current_key])
+            setattr(parent, target_name, layer)
 
     def _add_to_layer(self, adapter_name: str, peft_config: FGGMConfig, current_key: str, layer: FGGMLayer) -> None:
         if not peft_config.granularity.supports(layer.weight_shape):

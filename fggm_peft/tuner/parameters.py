@@ -48,10 +48,6 @@ class _ParameterLayer(FGGMLayer):
     def per_sample(self, calls, gram):
         return MatrixGradients(sum(gradient for _, gradient in calls))
 
-    def part(self, parameter: Tensor) -> Tensor:
-        """This weight ``[o, i]`` as a view of the module's parameter, or of its gradient."""
-        return self.matrix(parameter)
-
 
 @LAYER_TYPES.register("routers of experts", matches=lambda module: type(module).__name__.endswith(("Router", "Gate")))
 class FGGMWeight(_ParameterLayer):
@@ -224,18 +220,21 @@ def replace_everywhere_(model: nn.Module, old: nn.Module, new: nn.Module) -> Non
 
 
 def matched_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Module path, name and key of each parameter that ``target_parameters`` names, as in PEFT."""
+    """Module path, name and key of each parameter that ``target_parameters`` names, as in PEFT.
+
+    The names in module paths, such as ``in_proj``, are accepted too.
+    """
     endings = tuple(f".{name}" for name in names)
     for path, module in list(model.named_modules()):
         base = getattr(module, "base_layer", module)
         if "base_layer" in path.split(".") or not isinstance(base, nn.Module):
             continue
-        for name, _ in base.named_parameters(recurse=False):
-            key = f"{path}.{name}"
-            if f".{key}".endswith(endings) and not path:
+        for child, name in parameter_names(base).items():
+            if not any(f".{path}.{part}".endswith(endings) for part in (name, child)):
+                continue
+            if not path:
                 raise ValueError(f"{name} is a parameter of the model itself, which `target_parameters` cannot adapt.")
-            if f".{key}".endswith(endings):
-                yield path, name, key
+            yield path, name, f"{path}.{name}"
 
 
 def parameter_layer(modules: Mapping[str, nn.Module], path: str) -> FGGMLayer | None:
@@ -252,6 +251,16 @@ def parameter_layer(modules: Mapping[str, nn.Module], path: str) -> FGGMLayer | 
     if len(shape) != (2 if index is None else 3) or (index is not None and index >= shape[0]):
         return None
     return FGGMParameter(module, name, index)
+
+
+def stacked_layers(module: nn.Module, path: str) -> dict[str, FGGMLayer]:
+    """Module path -> layer of each expert in the parameters of a module without adapters."""
+    return {
+        f"{path}.{name}.{expert}": FGGMParameter(module, name, expert)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+        for expert in range(len(parameter))
+    }
 
 
 def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[_ParameterLayer]], args: tuple, kwargs: dict) -> Any:

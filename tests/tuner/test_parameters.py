@@ -26,7 +26,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import fggm_peft.tuner.parameters as parameters_module
-from fggm_peft import FGGMConfig, SparseDelta, apply_deltas, export_lora, select_parameters
+from fggm_peft import FGGMConfig, Ledger, SparseDelta, apply_deltas, diff, export_lora, select_parameters
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.tuner.layer_types import FGGMLinear
@@ -415,3 +415,49 @@ def test_values_that_change_before_backward_raise_an_error():
             target.values.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# Deltas --------------------------------------------------------------------------------------------
+
+
+def saved_task(folder, name: str, seed: int) -> SparseDelta:
+    with_experts(name, "row", torch.float32, seed=seed).save_pretrained(folder)
+    return SparseDelta.read(folder)
+
+
+def test_sums_and_differences_of_deltas_of_experts_load_as_adapters(name, tmp_path):
+    batch, tasks = token_batches()[0], [saved_task(tmp_path / str(n), name, n) for n in (1, 2)]
+    (tasks[0] + tasks[1]).save(tmp_path / "sum")
+    model = mixture(name)
+    apply_deltas(model, [tasks[0] + tasks[1]])
+    loaded = PeftModel.from_pretrained(mixture(name), tmp_path / "sum")
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    found = diff(mixture(name), model)
+    assert found.modules.keys() == tasks[0].modules.keys() and not found.others
+    found.save(tmp_path / "diff")
+    loaded = PeftModel.from_pretrained(mixture(name), tmp_path / "diff")
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_a_ledger_removes_the_task_of_experts_exactly(name, tmp_path):
+    tasks, ledger = [saved_task(tmp_path / str(n), name, n) for n in (1, 2)], Ledger(tmp_path / "ledger")
+    for number in (1, 2):
+        ledger.add(str(number), tmp_path / str(number))
+    model, expected = mixture(name), mixture(name)
+    ledger.apply(model)
+    ledger.rollback("1", model)
+    apply_deltas(expected, tasks[1:])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_the_sum_of_deltas_of_multihead_attention_loads_as_an_adapter(tmp_path):
+    batch = class_batches()[0]
+    for number in (1, 2):
+        settings = {"criterion": "random", "target_modules": ["attention"], "init_weights": False, "seed": number}
+        adapted(Attention(True), **settings).save_pretrained(tmp_path / str(number))
+    total = SparseDelta.read(tmp_path / "1") + SparseDelta.read(tmp_path / "2")
+    total.save(tmp_path / "sum")
+    model = Attention(True)
+    apply_deltas(model, [total])
+    loaded = PeftModel.from_pretrained(Attention(True), tmp_path / "sum")
+    torch.testing.assert_close(class_log_likelihood(loaded, batch), class_log_likelihood(model, batch))
