@@ -9,7 +9,7 @@ benchmarks/suite measures both.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,24 @@ WeightSource = Callable[[], Tensor]
 """Returns a weight ``[o, i]`` that the caller may overwrite: a copy, or a dequantized temporary."""
 
 
-def effective_linear(x: Tensor, weight: WeightSource, bias: Tensor | None, deltas: Sequence[WeightDelta]) -> Tensor:
+def effective_linear(
+    x: Tensor,
+    weight: WeightSource,
+    bias: Tensor | None,
+    deltas: Sequence[WeightDelta],
+    version: Callable[[], Hashable] | None = None,
+) -> Tensor:
     """``x @ (weight + sum of deltas).mT + bias``.
 
     Args:
         x: ``[..., i]``.
         weight: called once in forward and once in backward; nothing of size ``[o, i]`` is kept.
+        version: differs after the weight was changed, so that backward raises a ``RuntimeError``.
         bias: ``[o]`` or None.
         deltas: their values receive gradients in their own dtype.
     """
     # the function is given a flat input, because a view that it returned could not be modified in place by the model
-    flat = _EffectiveLinear.apply(_flat(x), bias, weight, tuple(deltas), *(d.values for d in deltas))
+    flat = _EffectiveLinear.apply(_flat(x), bias, weight, version, tuple(deltas), *(d.values for d in deltas))
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
@@ -144,12 +151,18 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _version(ctx) -> Hashable:
+    """The version of the weight; None in compiled code, which saves the weight, so that torch compares versions."""
+    return None if ctx.version is None or torch.compiler.is_compiling() else ctx.version()
+
+
 class _EffectiveLinear(torch.autograd.Function):
     @staticmethod
     @_without_autocast
-    def forward(ctx, x, bias, weight, deltas, *values):
-        ctx.weight, ctx.deltas = weight, deltas
-        _save_for_backward(ctx, 4, x, values)
+    def forward(ctx, x, bias, weight, version, deltas, *values):
+        ctx.weight, ctx.version, ctx.deltas = weight, version, deltas
+        ctx.saved_version = _version(ctx)
+        _save_for_backward(ctx, 5, x, values)
         return F.linear(x, effective_weight(weight(), deltas).to(x.dtype), bias)
 
     @staticmethod
@@ -158,10 +171,15 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx, g):
         gx, gb, saved = None, None, ctx.saved_tensors
         if ctx.needs_input_grad[0]:
+            if _version(ctx) != ctx.saved_version:
+                raise RuntimeError(
+                    "a base weight was modified between forward and backward, for example by merging an adapter, so "
+                    "the gradient of its input cannot be computed"
+                )
             gx = g @ effective_weight(ctx.weight(), ctx.deltas).to(g.dtype)
         if ctx.needs_input_grad[1]:
             gb = g.sum(0)
-        return (gx, gb, None, None, *_value_gradients(ctx.deltas, saved, g))
+        return (gx, gb, None, None, None, *_value_gradients(ctx.deltas, saved, g))
 
 
 class _AdditiveLinear(torch.autograd.Function):

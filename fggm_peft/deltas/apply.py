@@ -60,7 +60,7 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any], progress: bool = Fals
         records.append(replace(_add_to_layer_(model, path, layer, module_deltas), name=path))
     for parameters, tensors in replacements:
         for key, parameter in parameters.items():
-            parameter.data.copy_(tensors[key])
+            parameter.detach().copy_(tensors[key])
     report = MergeReport(records)
     logger.info("%s", report)
     return report
@@ -126,7 +126,7 @@ def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequen
         replace_module(model, path, with_sidecar(layer.get_base_layer(), added))
         square = sum(float(delta.values.double().square().sum()) for delta in added)
         return ModuleMerge(square**0.5, square, 0.0, "kept")
-    weight = layer.get_base_layer().weight.data
+    weight = layer.get_base_layer().weight.detach()
     matrix = layer.matrix(weight)
     record = total([add_to_dense_(matrix, delta, False)[0] for delta in added])
     layer.write_back_(weight, matrix)

@@ -38,12 +38,12 @@ class Originals:
         """Copy the entries of the layer's weight that the deltas change."""
         supports = in_one_granularity([delta.weight_delta() for delta in deltas], layer.weight_shape)
         granularity, indices = supports[0].granularity, union(supports)
-        matrix = layer.matrix(layer.get_base_layer().weight.data)
+        matrix = layer.matrix(layer.get_base_layer().weight.detach())
         return cls(granularity, indices, granularity.gather(matrix, indices.to(matrix.device)).cpu())
 
     def with_deltas(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor:
         """The layer's dense weight ``[o, i]`` with the originals restored and the deltas added."""
-        matrix = layer.matrix(layer.get_base_layer().weight.data).clone()
+        matrix = layer.matrix(layer.get_base_layer().weight.detach()).clone()
         self.granularity.put_(matrix, self.indices.to(matrix.device), self.entries.to(matrix.device, matrix.dtype))
         for delta in (delta.to(matrix.device) for delta in deltas):
             delta.granularity.add_(matrix, delta.indices, delta.values)
@@ -51,7 +51,7 @@ class Originals:
 
     def are_in(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta] = ()) -> bool:
         """Whether the layer's weight equals that of the base with the deltas added."""
-        return torch.equal(self.with_deltas(layer, deltas), layer.matrix(layer.get_base_layer().weight.data))
+        return torch.equal(self.with_deltas(layer, deltas), layer.matrix(layer.get_base_layer().weight.detach()))
 
 
 def write_originals(file: Path, originals: Mapping[str, Originals]) -> None:
@@ -108,7 +108,7 @@ def remove_task_(
         layer = layers[path]
         others = [delta.modules[path] for name, delta in deltas.items() if name != task and path in delta.modules]
         if layer.quantization_backend is None:
-            layer.write_back_(layer.get_base_layer().weight.data, originals[path].with_deltas(layer, others))
+            layer.write_back_(layer.get_base_layer().weight.detach(), originals[path].with_deltas(layer, others))
         else:
             bare, keep = without_sidecar(layer.get_base_layer()), [other.weight_delta() for other in others]
             replace_module(model, path, with_sidecar(bare, keep) if keep else bare)

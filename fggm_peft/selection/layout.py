@@ -135,10 +135,10 @@ class Layouts:
     ) -> tuple[Mapping[str, Axis | None] | None, Mapping[str, str]]:
         """The axes and the streams."""
         if samples == 1 or not divisible:
-            return ({} if divisible else None), self._streams(batch)
+            return ({} if divisible else None), self._streams(batch, self._received(batch))
         whole, first, last = (self._received(part) for part in (batch, _rows(batch, 0), _rows(batch, samples - 1)))
         if whole is None or first is None or last is None:
-            return None, self._streams(batch)
+            return None, self._streams(batch, whole)
         alone, axes = {0: first, samples - 1: last}, {}
         for path, calls in whole.items():
             own = {place: received.get(path, []) for place, received in alone.items()}
@@ -147,13 +147,15 @@ class Layouts:
             axes[path] = _axis(possible, calls, own, samples, compares_content=True)
             if axes[path] is None and self.one_by_one is None:
                 axes[path] = _axis(possible[:2], calls, own, samples, compares_content=False)
-        return axes, self._streams(_rows(batch, 0))
+        return axes, self._streams(_rows(batch, 0), first)
 
-    def _streams(self, batch: Mapping[str, Any]) -> dict[str, str]:
-        """Module path -> the stream whose positions it receives: those that change if the stream loses its last."""
+    def _streams(self, batch: Mapping[str, Any], before: Mapping[str, list[Tensor]] | None) -> dict[str, str]:
+        """Module path -> the stream whose positions it receives: those that change if the stream loses its last.
+
+        ``before`` is what the layers receive from the batch.
+        """
         streams = dict.fromkeys(self.layers, "input")
-        before = self._received(batch) or {}
-        for name, padding in self._paddings(batch):
+        for name, padding in self._paddings(batch) if before else ():
             width = padding.shape[1]
             cut = {
                 key: value[:, :-1]
@@ -164,7 +166,7 @@ class Layouts:
             after = self._received(cut)
             if after is None:  # a length that the model does not support
                 continue
-            for path, calls in before.items():
+            for path, calls in (before or {}).items():
                 if [x.shape for x in calls] != [x.shape for x in after.get(path, [])]:
                     streams[path] = name
                 elif streams[path] == name:

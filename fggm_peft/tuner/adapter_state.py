@@ -110,7 +110,7 @@ class AdapterState(BaseTunerLayer):
         self.fggm_indices.settle(adapter_name)
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
-        data = self.fggm_values[adapter_name].data
+        data = self.fggm_values[adapter_name].detach()
         data.zero_() if generator is None else data.copy_(torch.randn(data.shape, generator=generator))
         self.selected[adapter_name] = True
         self.freeze_empty_()

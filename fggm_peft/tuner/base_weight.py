@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -68,6 +70,20 @@ class BaseWeight(BaseTunerLayer):
             return self.dense_weight().clone()
         recover_quantization_state(self.get_base_layer())
         return effective_weight(self.get_base_weight().detach(), sidecar_deltas(self.get_base_layer()))
+
+    def weight_version(self) -> Hashable:
+        """Differs after the weight was replaced or written into.
+
+        Sharding is no change: FSDP2 restores the versions of its parameters, ZeRO-3 replaces only their data, and
+        FSDP1's weights are no parameters while they are used.
+        """
+        base, state = self.base_layer, []
+        for name, parameter in base._parameters.items():
+            if parameter is not None and name != "bias":
+                state.append((id(parameter), 0 if parameter.is_inference() else parameter._version))
+                if self.quantization_backend is None and not (dist.is_available() and dist.is_initialized()):
+                    state.append((id(parameter), parameter.untyped_storage()._cdata))
+        return id(base), *state
 
     def get_base_weight(self) -> Tensor:
         """Like PEFT's, but returns an offloaded weight from the CPU or the disk, read-only."""

@@ -173,14 +173,14 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         if safe:
             self._require_finite(names)
         base = self.get_base_layer()
-        matrix = self.matrix(base.weight.data)
+        matrix = self.matrix(base.weight.detach())
         records = []
         for name in names:
             record, originals = add_to_dense_(matrix, self.delta(name), keep_originals)
             records.append(record)
             if originals is not None:
                 self.fggm_originals[name] = originals
-        self.write_back_(base.weight.data, matrix)
+        self.write_back_(base.weight.detach(), matrix)
         return total(records)
 
     def _require_finite(self, names: list[str]) -> None:
@@ -242,7 +242,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.fggm_originals:
-                self.restore_(base.weight.data, name)
+                self.restore_(base.weight.detach(), name)
                 del self.fggm_originals[name]
         if self._replaced_bases:
             self._set_base(self._replaced_bases[0])

@@ -74,7 +74,7 @@ class FGGMLinear(FGGMLayer):
         if dtype is None or additive or args or kwargs or not self.can_copy_weight():
             return super().adapted_forward(deltas, x, *args, **kwargs)
         bias = None if self.base_layer.bias is None else self.base_layer.bias.to(dtype)
-        output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas)
+        output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas, self.weight_version)
         return output if is_autocast(x) else output.to(x.dtype)
 
     def with_deltas(self, output, adapter_names, x):

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from models import QUANTIZATIONS, quantized_layer
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from reference import KINDS, TOLERANCE, dense_delta, layer_output, relative_error, stored
 from torch import nn
@@ -385,3 +386,86 @@ def test_a_weight_that_the_granularity_does_not_support_is_an_error_with_its_mod
     with pytest.raises(ValueError, match=r"^1: granularity='row' does not support a weight of shape \[5, 4\]"):
         get_peft_model(model, FGGMConfig(target_modules=["0", "1"], criterion="random"))
     assert str(model) == before
+
+
+# Changes between forward and backward --------------------------------------------------------------
+
+
+@torch.no_grad()
+def write(model, weight):
+    weight.mul_(2)
+
+
+@torch.no_grad()
+def write_a_part(model, weight):
+    weight[0].add_(1)
+
+
+def load(model, weight):
+    model.load_state_dict({key: tensor + 1 for key, tensor in model.state_dict().items() if tensor is weight}, False)
+    with torch.no_grad():
+        weight.copy_(weight + 1)
+
+
+@torch.no_grad()
+def optimize(model, weight):
+    weight.requires_grad_(True)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+    weight.requires_grad_(False)
+
+
+CHANGES = {"write": write, "write a part": write_a_part, "load": load, "optimize": optimize}
+MERGES = {
+    "merge": lambda model, weight: model.merge_adapter(),
+    "merge and unload": lambda model, weight: model.merge_and_unload(),
+    "merge safely": lambda model, weight: model.merge_adapter(safe_merge=True),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES.values(), *MERGES.values()], ids=[*CHANGES, *MERGES])
+@pytest.mark.parametrize("additive", [False, True])
+def test_changing_a_weight_between_forward_and_backward_raises_an_error(change, additive, granularity, adapt):
+    """``nn.Linear`` raises a ``RuntimeError`` too."""
+    x = torch.randn(4, 9, 7, requires_grad=True)
+    if change in CHANGES.values():
+        plain = nn.Sequential(nn.Linear(7, 5).requires_grad_(False))
+        y = plain(x)
+        change(plain, plain[0].weight)
+        with pytest.raises(RuntimeError, match="modified"):
+            y.sum().backward()
+    model = adapt(nn.Linear(7, 5), granularity=granularity)
+    layer = model.base_model.model.layer
+    if additive:
+        layer.base_layer.register_forward_hook(lambda module, args, output: None)
+    y = model(x)
+    change(model, layer.base_layer.weight)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
+def test_replacing_the_data_of_a_weight_between_forward_and_backward_raises_an_error(adapt):
+    model = adapt(nn.Linear(7, 5))
+    y = model(torch.randn(4, 9, 7, requires_grad=True))
+    weight = model.base_model.model.layer.base_layer.weight
+    weight.data = weight.data * 2
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["keep", "requantize"])
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_merging_into_a_quantized_layer_between_forward_and_backward_raises_an_error(kind, mode, adapt):
+    model = adapt(quantized_layer(nn.Linear(64, 32), kind), quantized_merge=mode)
+    y = model(torch.randn(4, 9, 64, requires_grad=True))
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
+def test_the_values_get_their_gradient_if_the_input_needs_none(adapt):
+    model = adapt(nn.Linear(7, 5))
+    y = model(torch.randn(4, 9, 7))
+    write(model, model.base_model.model.layer.base_layer.weight)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
