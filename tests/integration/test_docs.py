@@ -12,7 +12,7 @@ import torch
 import transformers
 import trl
 from example_deltas import adapter
-from models import adapted, byte_tokenizer, fggm_layers, text_model, token_batches
+from models import adapted, byte_tokenizer, fggm_layers, mixture, text_model, token_batches
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
@@ -224,11 +224,13 @@ def test_the_snippets_on_compatibility_run(tmp_path, monkeypatch):
         get_peft_model(text_model(), config).save_pretrained(f"tasks/{name}")
     samples = {key: value for key, value in token_batches((3,))[0].items() if key != "labels"}
     names = {"base": text_model(), "base_again": text_model(), "base_folder": "base", "three_samples": samples}
+    names |= {"mixture": mixture("Mixtral"), "dataloader": token_batches((2,))}
     page = (ROOT / "docs" / "compatibility.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet, "compatibility.md", "exec"), names)
+    assert any("experts.down_proj.3" in path for path in find_targets(names["model"], "default"))
     assert names["mixed"].logits.shape[0] == 3 and Path("sums-as-lora/adapter_model.safetensors").exists()
 
 
