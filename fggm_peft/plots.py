@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,18 +158,20 @@ def heat_map(
     low: float | None = None,
     high: float | None = None,
     scale: str = "",
+    has_values: bool | None = None,
 ) -> None:
     """Cells with their values, the first row on top; a missing value leaves its cell empty.
 
     Args:
-        values: ``[rows][columns]``. With more than twelve columns, a color bar replaces the values in the cells.
+        values: ``[rows][columns]``.
         low, high: the ends of the colors; None: those of the values.
         scale: label of the color bar; empty: no color bar, unless the cells have no values.
+        has_values: whether the cells have values; None: with at most twelve columns. More columns need a wider figure.
     """
     import pandas
     import seaborn
 
-    is_wide = len(columns) > 12
+    has_values = len(columns) <= 12 if has_values is None else has_values
     cells = [["" if value is None else _cell(value) for value in row] for row in values]
     data = pandas.DataFrame(values, list(map(shortened, rows)), list(map(shortened, columns)), dtype=float)
     seaborn.heatmap(
@@ -176,16 +179,32 @@ def heat_map(
         vmin=low,
         vmax=high,
         cmap=seaborn.light_palette(COLORS[0], 40),
-        annot=False if is_wide else cells,
+        annot=cells if has_values else False,
         fmt="",
         annot_kws={"fontsize": 9 if len(columns) <= 8 else 7},
-        cbar=is_wide or bool(scale),
+        cbar=not has_values or bool(scale),
         cbar_kws={"label": scale},
         ax=axes,
     )
     axes.grid(False)
     axes.tick_params(length=0)
     axes.tick_params(axis="y", rotation=0)
+
+
+@style()
+def separate_ticks(axes: Axes, is_integer: bool = False) -> None:
+    """Reduce the ticks of the horizontal axis of a complete figure until their labels do not overlap."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure: Any = axes.figure
+    for count in range(8, 0, -1):
+        figure.draw_without_rendering()
+        low, high = axes.get_xlim()
+        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        boxes = [label.get_window_extent() for at, label in ticks if low <= at <= high and label.get_text()]
+        if all(left.x1 + 3 <= right.x0 for left, right in pairwise(boxes)):
+            return
+        axes.xaxis.set_major_locator(MaxNLocator(count, integer=is_integer, min_n_ticks=1))
 
 
 def _cell(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 import sys
 
@@ -20,6 +21,7 @@ from fggm_peft.plots import (
     plain,
     regret_plot,
     save,
+    separate_ticks,
     shortened,
     style,
     to_svg,
@@ -101,6 +103,35 @@ def test_a_heat_map_of_many_columns_has_a_color_bar_instead():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.37] * 13, [0.51] * 13], ["r", "s"], [f"c{n}" for n in range(13)])
     assert len(figure.axes) == 2 and ".37" not in texts(to_svg(figure, "plot"))
+
+
+@pytest.mark.parametrize("columns", [13, 20])
+def test_a_wide_heat_map_may_have_values_that_fit_their_cells(columns):
+    figure, (axes,) = new_figure(1.5, 0.27 * columns + 1)
+    values, names = [[0.37] * columns, [-0.51] * columns], [f"c{n}" for n in range(columns)]
+    heat_map(axes, values, ["r", "s"], names, has_values=True)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(figure.axes) == 1 and len(boxes) == 2 * columns
+    assert max(box.width for box in boxes) < axes.get_window_extent().width / columns
+
+
+@pytest.mark.parametrize(
+    "ends", [(0.50001, 0.50003), (-1234567.1, -1234567.0), (1.2345671, 1.2345675), (0, 1), (0, 1e9), (0, 20), (0, 300)]
+)
+def test_the_labels_of_ticks_do_not_overlap(ends):
+    figure, (axes,) = new_figure(2.5)
+    axes.plot(ends, [1.2345671, 1.2345675])
+    is_integer = 1 < ends[1] < 1000
+    if is_integer:
+        axes.set_xticks(range(ends[1]))
+    separate_ticks(axes, is_integer)
+    figure.draw_without_rendering()
+    (low, high), ticks = axes.get_xlim(), zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    shown = [(at, label) for at, label in ticks if low <= at <= high and label.get_text()]
+    boxes = [label.get_window_extent() for _, label in shown]
+    assert shown and all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert not is_integer or all(at == int(at) for at, _ in shown)
 
 
 def test_the_color_bar_has_a_label():

@@ -61,6 +61,7 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
         look |= {"markersize": 7} if (label, rate) in best else {"markersize": 5, "fillstyle": "none"}
         axes.errorbar(x, y, entry["learned"]["std"], entry["cost"]["std"], elinewidth=0.9, **look)
     axes.margins(0.12)
+    plots.separate_ticks(axes)
     figure.draw_without_rendering()  # labels are placed in the final layout, which they must not change
     labels = [axes.text(*means[point], plots.shortened(point[0])) for point in best if point in means]
     for label in labels:
@@ -86,9 +87,11 @@ def _matrices(runs: Runs) -> Iterator[Picture]:
     for label, matrix in matrices.items():
         tasks, rate = runs[label][0]["tasks"], runs[label][0]["learning_rate"]
         rows = ["zero-shot", *(tasks if len(matrix) == len(tasks) + 1 else ["all tasks"])]
-        figure, (axes,) = plots.new_figure(plots.heat_map_height(len(matrix), tasks))
+        figure, (axes,) = plots.new_figure(
+            plots.heat_map_height(len(matrix), tasks), max(plots.WIDTH, 0.27 * len(tasks) + 1)
+        )
         cells = [[None if value != value else value for value in row] for row in matrix.tolist()]
-        plots.heat_map(axes, cells, rows, tasks, min(values), max(values))
+        plots.heat_map(axes, cells, rows, tasks, min(values), max(values), has_values=True)
         axes.set(xlabel="score on", ylabel="after")
         last = ", ".join(f"{task} {value:.2f}" for task, value in zip(tasks, matrix[-1], strict=True))
         alt = f"Scores of {label} on each task after each task. After the last: {last}."
@@ -109,7 +112,8 @@ def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
             plots.lines(axes, steps, {label: [None if value != value else value for value in present]}, looks)
         axes.set(xlabel="after task", ylabel="loss on general text, nats")
         plots.legend(axes, list(looks))
-        axes.set_xticks(range(0, count, 1 if count <= 11 else 5))
+        axes.set_xticks(range(count))
+        plots.separate_ticks(axes, is_integer=True)
         alt = f"General loss at the end: {', '.join(f'{label} {values[-1]:.2f}' for label, values in means.items())}."
         note = f"0 is before any task. Means over {_over(*(runs[label] for label in means))}."
         yield Picture("General loss over the steps", plots.to_svg(figure, alt), note)
