@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test test-slow test-gpu lint bench clean
+.PHONY: demo test test-slow test-peft test-gpu lint bench clean
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -28,10 +28,13 @@ demo: $(VENV)/demo  ## A real language model learns three tasks, one after anoth
 	@echo "The report is demo-output/runs/report.html; make clean begins anew."
 
 test: $(VENV)/dev  ## Everything but what is marked slow.
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not peft" -n auto $(ARGS)
 
-test-slow: $(VENV)/dev  ## PEFT's own tests on our config; downloads PEFT's source distribution.
+test-slow: $(VENV)/dev  ## What takes minutes or needs further packages, such as DeepSpeed.
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-peft: $(VENV)/dev  ## PEFT's own tests with FGGM and LoRA; downloads PEFT's source distribution once.
+	$(BIN)/python -m pytest -m peft $(ARGS) tests/integration/test_peft_suite.py
 
 test-gpu: $(VENV)/dev  ## What needs a CUDA device; skipped where there is none.
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -1,7 +1,7 @@
-"""PEFT's own tests, from its source distribution, for FGGM and for the methods that they were written for.
+"""PEFT's own tests, from its source distribution, and its capability script, for FGGM and for PEFT's methods.
 
-Writes the counts to benchmarks/results/peft_suite.json and the table in docs/compatibility.md. Needs ``diffusers``,
-``parameterized`` and ``scikit-learn``, which PEFT's test modules import. Takes about half an hour.
+Writes peft_suite.json and peft_capabilities.json in benchmarks/results, and both tables to docs/compatibility.md. All
+suites take about half an hour.
 
 python benchmarks/peft_suite.py [--suite NAME ...]
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,68 +20,87 @@ from typing import Any
 from common import RESULTS, write
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "integration" / "peft_suite"))
+FOLDER = ROOT / "tests" / "integration" / "peft_suite"
+sys.path.insert(0, str(FOLDER))
 import run as peft_suite  # noqa: E402
 
 PAGE = ROOT / "docs" / "compatibility.md"
-BEGIN, END = "<!-- table of benchmarks/peft_suite.py -->", "<!-- end -->"
-GRANULARITIES = ("row", "column", "element")
+CAPABILITIES = RESULTS / "peft_capabilities.json"
+TITLES = {"lora": "LoRA", "shira": "SHiRA", "lokr": "LoKr"} | {k: f"FGGM, {k}s" for k in peft_suite.GRANULARITIES}
 OUTCOMES = ("passed", "skipped", "failed")
 
 
-def count(suite: str, method: str, granularity: str = "row") -> dict[str, Any]:
+def count(outcomes: peft_suite.Outcomes) -> dict[str, Any]:
     """The numbers of passed, skipped and failed tests, and the names of those that failed."""
-    result = peft_suite.run(method, "-rfE", suite=suite, granularity=granularity)
-    last = result.stdout.strip().splitlines()[-1]
-    numbers = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|failed|errors?)", last)}
-    if not numbers.get("passed"):
-        raise RuntimeError(f"{suite} did not run for {method}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
-    counts: dict[str, Any] = {outcome: numbers.get(outcome, 0) for outcome in OUTCOMES}
-    counts["failed"] += numbers.get("error", 0) + numbers.get("errors", 0)
-    counts["which failed"] = re.findall(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - |$)", result.stdout, re.MULTILINE)
-    return counts
+    numbers = Counter(outcomes.values())
+    failed = sorted(test for test, outcome in outcomes.items() if outcome == "failed")
+    return {**{outcome: numbers[outcome] for outcome in OUTCOMES}, "which failed": failed}
 
 
-def measure(suite: str) -> dict[str, dict[str, Any]]:
-    """The counts for FGGM over all granularities, and for PEFT's methods."""
-    methods = {"custom models": ("fggm", "lora", "shira"), "quantization": ("fggm", "lora", "shira")}
-    if suite in methods:  # their cases include all granularities
-        return {method: count(suite, method) for method in methods[suite]}
-    total: Counter = Counter()
-    failed: list[str] = []
-    for granularity in GRANULARITIES:
-        counts = count(suite, "fggm", granularity)
-        failed += [f"{granularity}: {name}" for name in counts.pop("which failed")]
-        total.update(counts)
-    ours = {**{outcome: total[outcome] for outcome in OUTCOMES}, "which failed": failed}
-    theirs = peft_suite.SUITES[suite].theirs
-    return {"fggm": ours, theirs: count(suite, theirs)}
+def results() -> dict[str, dict[str, dict[str, Any]]]:
+    """Suite -> method -> committed counts."""
+    return json.loads((RESULTS / "peft_suite.json").read_text())["results"]
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = ["| PEFT's tests of | method | passed | skipped | failed |", "|---|---|---:|---:|---:|"]
-    titles = {"fggm": "FGGM, every granularity", "lora": "LoRA", "shira": "SHiRA", "lokr": "LoKr"}
     for suite, methods in results.items():
         for method, counts in methods.items():
             numbers = " | ".join(str(counts[outcome]) for outcome in OUTCOMES)
-            lines.append(f"| {suite} | {titles[method]} | {numbers} |")
+            lines.append(f"| {suite} | {TITLES[method]} | {numbers} |")
     return "\n".join(lines)
+
+
+def capabilities(folder: Path) -> dict[str, dict[str, Any]]:
+    """Method -> feature -> value, found by PEFT's capability script for FGGM and LoRA."""
+    file = folder / "capabilities.json"
+    program = "import sys, runpy, fggm_peft; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = FOLDER / "generate_method_capabilities.py"
+    command = [sys.executable, "-c", program, str(script), "--methods", "fggm", "lora", "--output", str(file)]
+    subprocess.run([*command, "--docs-dir", str(folder)], check=True, capture_output=True, cwd=ROOT)
+    methods = json.loads(file.read_text())["methods"]
+    return {
+        name: {feature: finding["value"] for feature, finding in methods[name]["features"].items()}
+        for name in ("FGGM", "LORA")
+    }
+
+
+def capability_table() -> str:
+    found = json.loads(CAPABILITIES.read_text())
+    lines = ["| feature in PEFT's capability script | FGGM | LoRA |", "|---|---|---|"]
+    for feature in found["FGGM"]:
+        if feature not in ("category", "paper_url"):
+            values = " | ".join(_shown(found[name][feature]) for name in ("FGGM", "LORA"))
+            lines.append(f"| {feature.replace('_', ' ')} | {values} |")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [name for name, supported in value.items() if supported]
+    if isinstance(value, list):
+        return ", ".join(f"`{name}`" for name in value) or "none"
+    return {True: "yes", False: "no"}[value]
+
+
+def write_into_page(name: str, text: str) -> None:
+    """Replace a table of the page, which stands between two comments."""
+    begin, end = f"<!-- {name} of benchmarks/peft_suite.py -->\n", "<!-- end -->"
+    head, _, rest = PAGE.read_text().partition(begin)
+    PAGE.write_text(f"{head}{begin}{text}\n{end}{rest.partition(end)[2]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", nargs="+", choices=list(peft_suite.SUITES), default=list(peft_suite.SUITES))
-    chosen = parser.parse_args().suite
-    path = RESULTS / "peft_suite.json"
-    before = json.loads(path.read_text())["results"] if path.exists() else {}
-    for suite in chosen:
-        before[suite] = measure(suite)
-        print(suite, before[suite], flush=True)
-        results = {name: before[name] for name in peft_suite.SUITES if name in before}
-        write("peft_suite", results)
-        text = PAGE.read_text()
-        head, _, rest = text.partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+    parser.add_argument("--suite", nargs="*", choices=list(peft_suite.SUITES), default=list(peft_suite.SUITES))
+    found = results()
+    for suite, methods in peft_suite.run_all(parser.parse_args().suite).items():
+        found[suite] = {method: count(outcomes) for method, outcomes in methods.items()}
+    write("peft_suite", {name: found[name] for name in peft_suite.SUITES if name in found})
+    with tempfile.TemporaryDirectory() as folder:
+        CAPABILITIES.write_text(json.dumps(capabilities(Path(folder)), indent=1) + "\n")
+    write_into_page("counts", table(results()))
+    write_into_page("capabilities", capability_table())
 
 
 if __name__ == "__main__":

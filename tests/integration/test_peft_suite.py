@@ -1,31 +1,51 @@
-"""PEFT's own tests of custom models pass with FGGM as they do with LoRA."""
+"""PEFT's own tests and its capability script: FGGM does what LoRA does, and the committed results are up to date."""
 
 from __future__ import annotations
 
-import re
+import json
 import sys
-from collections import Counter
 from pathlib import Path
 
+import peft_suite as committed  # benchmarks/peft_suite.py
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "peft_suite"))
-import run as peft_suite
+HERE = Path(__file__).parent / "peft_suite"
+sys.path.insert(0, str(HERE))
+import run as suites  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
-
-def outcomes(method: str) -> Counter:
-    """Count how often each test passed, failed or was skipped, on the models that both methods support."""
-    result = peft_suite.run(method, "-vv")
-    lines = re.findall(r"::(\w+)\[.*?\] (PASSED|FAILED|SKIPPED|ERROR)", result.stdout)
-    assert lines, result.stdout[-2000:] + result.stderr[-2000:]
-    return Counter(lines)
+IN_CI = [name for name, suite in suites.SUITES.items() if suite.in_ci]
 
 
-def test_no_peft_test_fails_and_at_least_as_many_pass_as_with_lora():
-    ours, theirs = outcomes("fggm"), outcomes("lora")
-    assert not [key for key in ours if key[1] in ("FAILED", "ERROR")]
-    for (name, outcome), count in theirs.items():
-        if outcome == "PASSED":  # FGGM tests every model once for each granularity
-            assert ours[name, "PASSED"] >= count, name
+@pytest.fixture(scope="module")
+def outcomes():
+    return suites.run_all(IN_CI, ["lora"])
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("granularity", suites.GRANULARITIES)
+@pytest.mark.parametrize("name", IN_CI)
+def test_every_test_of_peft_has_the_outcome_that_it_has_with_lora(name, granularity, outcomes):
+    """So a test may fail only if LoRA fails on the same model."""
+    ours, theirs = outcomes[name][granularity], outcomes[name]["lora"]
+    assert ours.keys() == theirs.keys()
+    assert {test: outcome for test, outcome in ours.items() if outcome not in ("passed", theirs[test])} == {}
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("name", IN_CI)
+def test_the_committed_counts_are_up_to_date(name, outcomes):
+    """``python benchmarks/peft_suite.py`` writes them."""
+    results = committed.results()[name]
+    for method in ("lora", *suites.GRANULARITIES):
+        assert results[method] == committed.count(outcomes[name][method]), method
+
+
+def test_the_page_shows_the_committed_counts():
+    page = committed.PAGE.read_text()
+    assert committed.table(committed.results()) in page
+    assert committed.capability_table() in page
+
+
+def test_pefts_capability_script_finds_what_is_committed(tmp_path):
+    """Among its checks are the names that PEFT uses for mixed batches, weighted adapters and hotswapping."""
+    assert committed.capabilities(tmp_path) == json.loads(committed.CAPABILITIES.read_text())

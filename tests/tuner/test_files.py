@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
+from collections import OrderedDict
 
 import pytest
 import torch
 from models import adapted, fggm_layers, llama, token_batches, train
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fggm_peft import AdapterFileError, FGGMConfig
-from fggm_peft.deltas import read_adapter, save_adapter, verify
+from fggm_peft.deltas import SparseDelta, read_adapter, save_adapter, verify
 from fggm_peft.tuner.files.saving import UntrainedAdapterWarning
 from fggm_peft.tuner.files.tensors import MAX_HEADER_BYTES
 
@@ -48,6 +51,22 @@ def test_reading_restores_the_trained_deltas(granularity, tmp_path):
         assert torch.equal(deltas[name]["indices"], layer.fggm_indices["default"])
         assert deltas[name]["indices"].dtype == torch.int32
         assert torch.equal(deltas[name]["values"], layer.fggm_values["default"])
+
+
+@pytest.mark.parametrize("name", ["fggm_head", "my_fggm_indices", "my_fggm_values", "fggm_"])
+def test_modules_trained_whole_may_have_the_prefix_of_fggm_in_their_name(name, granularity, tmp_path):
+    base = nn.Sequential(OrderedDict([("first", nn.Linear(4, 4)), (name, nn.Linear(4, 2))]))
+    config = {"criterion": "random", "init_weights": False, "granularity": granularity}
+    model = get_peft_model(copy.deepcopy(base), FGGMConfig(target_modules=["first"], modules_to_save=[name], **config))
+    nn.init.normal_(model.base_model.model[1].modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path)
+    assert list(read_adapter(tmp_path)[1]) == ["first"]
+    assert verify(tmp_path).other_keys == [f"base_model.model.{name}.{part}" for part in ("bias", "weight")]
+    x = torch.randn(3, 4)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+    for source in (model, tmp_path):
+        delta = SparseDelta.read(source)
+        assert list(delta.modules) == ["first"] and len(delta.others) == 2
 
 
 def test_tensors_of_other_modules_are_reported_and_unknown_tensors_are_rejected(tmp_path):

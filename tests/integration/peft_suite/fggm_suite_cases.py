@@ -22,7 +22,7 @@ _TARGETS: list[tuple[str, str, dict[str, Any]]] = [
     ("Embedding and Conv1D 2", "EmbConv1D", {"target_modules": ["emb"]}),
     ("Embedding and Conv1D 3", "EmbConv1D", {"target_modules": ["emb", "conv1d"]}),
 ]
-_GRANULARITIES = ("row", "column", "element")
+_KINDS = ("row", "column", "element")
 
 
 def _fggm(granularity: str) -> dict[str, Any]:
@@ -30,58 +30,43 @@ def _fggm(granularity: str) -> dict[str, Any]:
 
 
 TEST_CASES = {
-    "fggm": [
-        (f"{name} {granularity}", model, FGGMConfig, {**targets, **_fggm(granularity)})
-        for granularity in _GRANULARITIES
-        for name, model, targets in _TARGETS
-    ],
+    **{
+        kind: [(name, model, FGGMConfig, {**options, **_fggm(kind)}) for name, model, options in _TARGETS]
+        for kind in _KINDS
+    },
     "lora": [(name, model, LoraConfig, targets) for name, model, targets in _TARGETS],
     # SHiRA supports only linear layers
     "shira": [(name, model, ShiraConfig, {"r": 1, **targets}) for name, model, targets in _TARGETS if model == "MLP"],
 }
 
-_ONE = {"target_modules": ["lin0"], "init_weights": False}
-_BOTH = {"target_modules": ["lin0", "lin1"], "init_weights": False}
+_ONE = {"target_modules": ["lin0"]}
+_OTHER = {"target_modules": ["lin1"]}
+_BOTH = {"target_modules": ["lin0", "lin1"]}
+
+
+def _pairs(method: str, config_class: type, second: dict[str, Any], **options: Any) -> list[tuple]:
+    """Two adapters on the same and on different modules."""
+    others = {"seed": 1} if method == "fggm" else {}
+    return [
+        (f"{method} {kind}", method, config_class, {**_ONE, **options}, {**targets, **options, **others})
+        for kind, targets in (("same", _ONE), ("different", second))
+    ]
+
+
 MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = {
-    "fggm": [
-        (
-            f"FGGM {kind} {granularity}",
-            "fggm",
-            FGGMConfig,
-            {**first, **_fggm(granularity)},
-            {**second, **_fggm(granularity), "seed": 1},
-        )
-        for granularity in _GRANULARITIES
-        for kind, first, second in (("same", _ONE, _ONE), ("different", _ONE, _BOTH))
-    ],
-    "lora": [
-        (
-            "LoRA same",
-            "lora",
-            LoraConfig,
-            {"target_modules": ["lin0"], "init_lora_weights": False},
-            {"target_modules": ["lin0"], "init_lora_weights": False},
-        ),
-        (
-            "LoRA different",
-            "lora",
-            LoraConfig,
-            {"target_modules": ["lin0"], "init_lora_weights": False},
-            {"target_modules": ["lin1"], "init_lora_weights": False},
-        ),
-    ],
-    "shira": [
-        (f"SHiRA {kind}", "shira", ShiraConfig, {"r": 1, **first}, {"r": 1, **second})
-        for kind, first, second in (("same", _ONE, _ONE), ("different", _ONE, _BOTH))
-    ],
+    **{kind: _pairs("fggm", FGGMConfig, _BOTH, init_weights=False, **_fggm(kind)) for kind in _KINDS},
+    "lora": _pairs("lora", LoraConfig, _OTHER, init_lora_weights=False),
+    "shira": _pairs("shira", ShiraConfig, _BOTH, init_weights=False, r=1),
 }
+
+ALL_CONFIG_CLASSES = {**{kind: ((FGGMConfig, {"granularity": kind}),) for kind in _KINDS}, "lora": ((LoraConfig, {}),)}
 
 _ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
 QUANTIZATION_TEST_CASES = {
-    "fggm": [
-        (FGGMConfig, {**_ATTENTION, "criterion": "random", "granularity": granularity, "density": 0.05})
-        for granularity in _GRANULARITIES
-    ],
+    **{
+        kind: [(FGGMConfig, {**_ATTENTION, "criterion": "random", "granularity": kind, "density": 0.05})]
+        for kind in _KINDS
+    },
     "lora": [(LoraConfig, _ATTENTION)],
     "shira": [(ShiraConfig, {"r": 8, "random_seed": 42, **_ATTENTION})],
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM as Auto
 from transformers import OPTConfig, OPTForCausalLM
 
-from fggm_peft import FGGMConfig, FGGMLayer, hotswap_adapter
+from fggm_peft import FGGMConfig, FGGMLayer
 
 _COPIED = ("target_modules", "modules_to_save", "task_type", "bias")
 
@@ -26,23 +25,29 @@ class DrawnConfig(FGGMConfig):
         return super().is_chosen_without_data
 
 
-def config(**kwargs: Any) -> FGGMConfig:
-    """An FGGM config in place of a LoRA or LoKr config; a higher rank becomes a higher density."""
-    zero = kwargs.get("init_lora_weights", kwargs.get("init_weights", True))
-    options = {key: kwargs[key] for key in _COPIED if key in kwargs}
-    options["bias"] = "all" if options.get("bias") == "all" else "none"
-    return DrawnConfig(
-        criterion="random",
-        granularity=os.environ["FGGM_GRANULARITY"],
-        density=min(1.0, 0.03 * kwargs.get("r", 8)),
-        init_weights=bool(zero),
-        **options,
-    )
+class StandIns:
+    """What replaces a name in the tests.
 
+    Args:
+        method: FGGM's granularity, or a method of PEFT.
+    """
 
-def attention_config(**kwargs: Any) -> FGGMConfig:
-    """Like ``config``, with PEFT's default targets for OPT."""
-    return config(**{"target_modules": ["q_proj", "v_proj"], **kwargs})
+    def __init__(self, method: str):
+        self.method = method
+
+    def config(self, **kwargs: Any) -> FGGMConfig:
+        """An FGGM config in place of a LoRA or LoKr config; a higher rank becomes a higher density."""
+        zero = kwargs.get("init_lora_weights", kwargs.get("init_weights", True))
+        options = {key: kwargs[key] for key in _COPIED if key in kwargs}
+        options["bias"] = "all" if options.get("bias") == "all" else "none"
+        density = min(1.0, 0.03 * kwargs.get("r", 8))
+        return DrawnConfig(
+            criterion="random", granularity=self.method, density=density, init_weights=bool(zero), **options
+        )
+
+    def attention_config(self, **kwargs: Any) -> FGGMConfig:
+        """Like ``config``, with PEFT's default targets for OPT."""
+        return self.config(**{"target_modules": ["q_proj", "v_proj"], **kwargs})
 
 
 class AutoModelForCausalLM:
@@ -70,11 +75,6 @@ def _small_opt(layers: int = 5, width: int = 16, **config: int) -> str:
     return folder
 
 
-__all__ = [
-    "AutoModelForCausalLM",
-    "AutoModelOfTwelveLayers",
-    "FGGMLayer",
-    "attention_config",
-    "config",
-    "hotswap_adapter",
-]
+StandIns.AutoModelForCausalLM = AutoModelForCausalLM
+StandIns.AutoModelOfTwelveLayers = AutoModelOfTwelveLayers
+StandIns.FGGMLayer = FGGMLayer
