@@ -13,11 +13,12 @@ from models import quantized as quantized_by_bitsandbytes
 from peft import PeftModel, get_peft_model
 from reference import dense_delta
 from torch import nn
-from transformers import LlamaForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
 from fggm_peft import BaseMismatchError, FGGMConfig, Ledger, LossyMergeError, select_parameters
 from fggm_peft.deltas import verify
 from fggm_peft.selection.data_pass import DataPass
+from fggm_peft.tuner.hosts.bitsandbytes import guard_four_bit_layers
 from fggm_peft.tuner.target import find_targets
 
 TORCHAO = ("int8", "int8 with int8 inputs", "float8", "int4", "int4 with int8 inputs")
@@ -265,3 +266,46 @@ def test_all_linear_targets_quantized_and_dense_layers_of_a_partly_quantized_bas
     base = quantized(nn.Sequential(nn.Linear(32, 32)), "hqq 4 bits")
     base.append(nn.Linear(32, 32))
     assert set(fggm_layers(get_peft_model(base, FGGMConfig()), "default")) == {"0", "1"}
+
+
+# Marks of quantization ---------------------------------------------------------------------------
+
+
+def four_bit():
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+
+def eight_bit():
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao_config():
+    return TorchAoConfig(_torchao_config("int8"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("mode", ["requantize", "keep"])
+@pytest.mark.parametrize("quantization", [four_bit, eight_bit, torchao_config])
+def test_a_merged_base_keeps_the_layers_that_its_config_describes(quantization, mode, settings, tmp_path):
+    """Otherwise it could not be loaded again. Merging never makes a quantized layer dense."""
+
+    def kinds(model):
+        weights = {path: type(m.weight) for path, m in model.named_modules() if hasattr(m, "weight")}
+        return weights, {path: type(m) for path, m in model.named_modules() if hasattr(m, "weight")}
+
+    llama(intermediate_size=128).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantization(), dtype=torch.float32
+    )
+    before = kinds(base)
+    model = get_peft_model(base, FGGMConfig(quantized_merge=mode, **settings))
+    select_parameters(model, token_batches(), progress=False)
+    train(model, token_batches(), steps=2, lr=0.05)
+    merged = model.merge_and_unload()
+    assert kinds(merged) == before
+    if mode == "requantize":
+        expected = logits(merged, token_batches()[0])
+        merged.save_pretrained(tmp_path / "merged")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        guard_four_bit_layers(again)  # without it, bitsandbytes rounds scales on a CPU
+        assert torch.equal(logits(again, token_batches()[0]), expected)
