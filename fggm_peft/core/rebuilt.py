@@ -22,8 +22,7 @@ def rebuilt_in_backward(
         make: position of a weight -> the same weight in new memory.
         values: tensors that the weights depend on; an in-place change before backward is an error.
     """
-    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or has_hooks:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_hooks():
         return nullcontext()
     positions = {weight.untyped_storage()._cdata: position for position, weight in enumerate(weights)}
     versions = [value._version for value in values]
@@ -45,3 +44,7 @@ def rebuilt_in_backward(
         return made[position].as_strided(*view)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _has_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -185,7 +185,7 @@ def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGML
     where = f"{path}.{child}"
     if parameter.dim() not in (2, 3):
         raise ValueError(f"{where} is a parameter with {parameter.dim()} dimensions, but only 2d and 3d are supported.")
-    if not parameter.is_floating_point():
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         raise ValueError(f"{where} is quantized ({parameter.dtype}), which FGGM does not support. Load it unquantized.")
     if is_offloaded(base):
         raise ValueError(f"{where} is offloaded, which FGGM does not support for parameters. Give it a device.")

@@ -213,13 +213,18 @@ def test_a_name_that_no_module_has_gives_a_warning():
 def test_an_unknown_or_unsuitable_parameter_is_an_error():
     with pytest.raises(ValueError, match="No `target_modules` passed but also no `target_parameters` found"):
         adapted(mixture("Mixtral"), target_parameters=["experts.w1"])
-    with pytest.raises(TypeError, match="must be a list of strings"):
+    with pytest.raises(ValueError, match="target_parameters must be of type"):
         adapted(mixture("Mixtral"), target_parameters="experts.down_proj")
     model = mixture("GptOss")
     before = str(model)
     with pytest.raises(ValueError, match=r"experts.sinks is a parameter with 1 dimensions|1 dimensions"):
         adapted(model, target_parameters=["experts.down_proj", "self_attn.sinks"])
     assert str(model) == before
+    model = mixture("Mixtral")
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.down_proj is quantized \(torch.float8_e4m3fn\)"):
+        adapted(model, target_parameters=["experts.down_proj"])
     module = nn.Sequential(nn.Linear(2, 2))
     module.matrix = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="matrix is a parameter of the model itself"):
