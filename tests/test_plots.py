@@ -122,7 +122,7 @@ def test_a_wide_heat_map_may_have_values_that_fit_their_cells(columns):
 def test_the_labels_of_ticks_do_not_overlap(ends):
     figure, (axes,) = new_figure(2.5)
     axes.plot(ends, [1.2345671, 1.2345675])
-    is_integer = 1 < ends[1] < 1000
+    is_integer = isinstance(ends[1], int) and ends[1] > 1
     if is_integer:
         axes.set_xticks(range(ends[1]))
     separate_ticks(axes, is_integer)

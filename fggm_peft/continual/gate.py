@@ -18,7 +18,7 @@ def _shares(value: Any) -> Any:
         return value
     shares = {}
     for text in value:
-        task, _, share = text.rpartition("=")
+        task, _, share = str(text).rpartition("=")
         try:
             shares[task] = float(share)
         except ValueError:

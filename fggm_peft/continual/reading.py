@@ -49,6 +49,8 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
         fields["methods"] = [_without_rates(method) for method in fields["methods"]]
     data = folder / user_path(fields.pop("data", None) or ".")
     defaults, tasks = fields.pop("task_defaults", None) or {}, fields.get("tasks")
+    if not isinstance(defaults, Mapping):
+        raise StreamError(f"{name}: task_defaults must be fields of tasks, got {defaults!r}")
     if isinstance(tasks, list):
         fields["tasks"] = [{**defaults, **task} if isinstance(task, Mapping) else task for task in tasks]
     try:
@@ -56,7 +58,7 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
         return Stream.model_validate(fields, context={"folder": folder, "data": data})
     except ValidationError as error:
         raise StreamError(f"{name}: {one_line(error)}") from error
-    except StreamError as error:
+    except (StreamError, OSError) as error:  # for example, a path that is too long
         raise StreamError(f"{name}: {error}") from error
 
 
@@ -101,6 +103,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         fields = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+        json.dumps(fields, ensure_ascii=False, skipkeys=True, default=str).encode()  # text without half surrogate pairs
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise StreamError(f"{path}{line}: not YAML: {error.problem or error.context}") from error

@@ -18,7 +18,7 @@ class StreamError(ValueError):
 
 def suggestions(name: str, legal: Sequence[str]) -> str:
     """The legal names, and the one that is most similar to an unknown name."""
-    nearest = difflib.get_close_matches(name, legal, n=1)
+    nearest = difflib.get_close_matches(str(name), legal, n=1)
     return f"legal are {', '.join(legal)}" + (f". Did you mean {nearest[0]!r}?" if nearest else "")
 
 

@@ -105,6 +105,8 @@ class MethodSettings(Settings):
             value = {"name": value}
         if not isinstance(value, Mapping):
             return value
+        if not isinstance(value.get("settings", {}), Mapping):
+            raise ValueError(f"settings must be a mapping of options, got {value['settings']!r}")
         options = {**value.get("settings", {}), **{k: v for k, v in value.items() if k not in cls.model_fields}}
         if "reference" in options:
             options["reference"] = _existing_paths(options["reference"], info)

@@ -134,6 +134,8 @@ class Task(Settings):
         data = (info.context or {}).get("data")
         where = "" if data is None else f". Paths of tasks are relative to data, which is {data}"
         for path in self.path.values() if isinstance(self.path, dict) else [self.path] if self.path else []:
+            if isinstance(self.path, dict) and Path(path).is_dir():
+                raise ValueError(f"path: {path} is a folder; name one file for each split, or only the folder")
             if not Path(path).exists():
                 raise ValueError(f"path: no file or folder {path}{where}")
         return self

@@ -131,7 +131,7 @@ class Method:
 METHODS: Registry[type[Method]] = Registry("method", named=True)
 
 
-def make_method(name: str, **options: Any) -> Method:
+def make_method(name: str, /, **options: Any) -> Method:
     """The method registered under ``name``.
 
     Args:
