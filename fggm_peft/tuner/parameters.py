@@ -111,9 +111,8 @@ class FGGMParameters(nn.Module):
         except AttributeError:
             if name == "base_layer":  # while the module is copied or unpickled
                 raise
-        if (
-            name == "_qkv_same_embed_dim"
-        ):  # nn.TransformerEncoderLayer would read the weights without calling the module
+        # if it were True, nn.TransformerEncoderLayer would read the weights without calling the module
+        if name == "_qkv_same_embed_dim":
             return False
         return getattr(self.base_layer, name)
 
