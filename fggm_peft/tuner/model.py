@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from accelerate import init_empty_weights
-from peft import TaskType
+from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
@@ -352,14 +352,21 @@ def _warn_of_unused_patterns(config: FGGMConfig, targets: Targets) -> None:
 
 
 def _warn_of_unknown_modules(config: FGGMConfig, model: nn.Module) -> None:
-    """PEFT ignores a name of a list that no module has, such as those of experts that are parameters."""
-    if isinstance(config.target_modules, (set, list)):
+    """PEFT ignores a name of a list that no module has. A regex may name experts that are parameters now."""
+    targets, problem = config.target_modules, ""
+    if isinstance(targets, (set, list)):
         endings = {f".{plain_name(path)}" for path, _ in model.named_modules()}
-        unknown = [name for name in sorted(config.target_modules) if not any(e.endswith(f".{name}") for e in endings)]
-        if unknown:
-            warnings.warn(
-                f"target_modules contains {unknown}, but no module has such a name. Experts may be parameters: see "
-                "`target_parameters`.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        unknown = [name for name in sorted(targets) if not any(e.endswith(f".{name}") for e in endings)]
+        problem = f" contains {unknown}, but no module has such a name" if unknown else ""
+    elif hasattr(getattr(model, "config", None), "model_type") and not config.target_parameters:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        lora = LoraConfig(target_modules=targets)
+        try:
+            convert_peft_config_for_transformers(lora, model, conversions=None)
+        except ValueError:  # only some of the parts of a parameter
+            lora.target_parameters = {"experts"}
+        problem = f"={targets!r} also names parts of experts that are no modules" if lora.target_parameters else ""
+    if problem:
+        text = f"target_modules{problem}. Experts may be parameters: see `target_parameters`."
+        warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -210,6 +210,16 @@ def test_a_name_that_no_module_has_gives_a_warning():
         adapted(mixture("Mixtral"), criterion="random", target_modules=["q_proj", "w1"])
 
 
+@pytest.mark.parametrize("pattern", [r".*\.(q_proj|w1)", r".*\.(q_proj|w1|w2|w3)", r".*(q_proj|experts\.w[123])"])
+def test_a_regex_that_names_parts_of_experts_gives_a_warning(pattern):
+    """LoRA adapts the experts or raises an error."""
+    with pytest.warns(RuntimeWarning, match="names parts of experts that are no modules"):
+        adapted(mixture("Mixtral"), criterion="random", target_modules=pattern)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        adapted(mixture("Mixtral"), criterion="random", target_modules=r".*\.(q_proj|v_proj)")
+
+
 def test_an_unknown_or_unsuitable_parameter_is_an_error():
     with pytest.raises(ValueError, match="No `target_modules` passed but also no `target_parameters` found"):
         adapted(mixture("Mixtral"), target_parameters=["experts.w1"])
