@@ -38,7 +38,11 @@ def checked(scores: Tensor) -> Tensor:
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest positive scores, sorted; ties go to the lower index."""
-    return take([checked(scores)], [torch.ones_like], count)[0]
+    scores = checked(scores)
+    if len(scores) < _BINS:  # with many small weights, such as experts, the histograms would take most of the time
+        best = scores.argsort(descending=True, stable=True)[: max(count, 0)]
+        return best[scores[best] > 0].sort().values
+    return take([scores], [torch.ones_like], count)[0]
 
 
 def per_parameter(scores: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fggm_peft.core import ranking
 from fggm_peft.core.ranking import all_finite
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -35,3 +36,9 @@ def test_an_empty_tensor_is_finite():
 
 def test_a_parameter_that_requires_grad_can_be_checked():
     assert all_finite(torch.nn.Parameter(torch.ones(3)))
+
+
+def test_sorting_a_small_weight_gives_the_result_of_the_histograms():
+    scores = torch.randint(0, 6, (500,)).float()
+    for count in (0, 1, 77, 250, 500, 600):
+        assert torch.equal(ranking.top_indices(scores, count), ranking.take([scores], [torch.ones_like], count)[0])
