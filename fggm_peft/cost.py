@@ -198,8 +198,9 @@ def _copy_with_adapter(
     own = copy.copy(config)
     own.criterion, own.reference, own.init_weights, own.selection = "fisher", None, True, None
     adapted = get_peft_model(copy_with_same_tensors(model), own, adapter_name=name)  # type: ignore[arg-type]
-    own.criterion, own.reference = config.criterion, config.reference
-    return adapted, own, name
+    actual: Any = adapted.peft_config[name]  # with the budget as a number
+    actual.criterion, actual.reference = config.criterion, config.reference
+    return adapted, actual, name
 
 
 def _forecast(targets: Targets, config: FGGMConfig) -> Forecast | None:

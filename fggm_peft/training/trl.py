@@ -32,13 +32,14 @@ def copy_to_reference_(model: Any) -> None:
     """Copy the trained adapter to "ref", TRL's adapter for the reference model.
 
     TRL (1.16) adds "ref" with the active adapter's config and copies parameters with ".default." in their names. FGGM's
-    parameter names end with the adapter's name, and supports are buffers, so TRL would leave "ref" empty.
+    parameter names end with the adapter's name, and supports are buffers, so TRL would leave "ref" without values. An
+    adapter "ref" that has values is not changed.
     """
-    name, config = active_adapter(model, None)
-    if name == "ref" or model.peft_config.get("ref") is not config:
+    name, _ = active_adapter(model, None)
+    trained, references = find_targets(model, name), find_targets(model, "ref")
+    if name == "ref" or any(reference.values.any() for reference in references.values()):
         return
-    trained = find_targets(model, name)
-    for path, reference in find_targets(model, "ref").items():
+    for path, reference in references.items() if references.keys() == trained.keys() else ():
         reference.layer.set_support("ref", trained[path].indices)
         reference.layer.selected["ref"] = trained[path].is_selected
         reference.values.data.copy_(trained[path].values.data)
