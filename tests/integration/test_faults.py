@@ -305,8 +305,8 @@ def train_until_the_disk_is_full(folder: Path) -> None:
     torch.save = fill
     try:
         trainer.train()
-    except Exception:
-        os._exit(17)
+    except OSError as error:
+        os._exit(17 if "the disk is full" in str(error) else 18)
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_removed_and_the_previous_one_resumes(tmp_path):
