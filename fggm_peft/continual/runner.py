@@ -7,7 +7,6 @@ its newest checkpoint; both give the same bits as a run without interruption.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
@@ -93,7 +93,7 @@ class Runner:
         while len(entries) <= len(lessons) and not is_stopped(entries):
             number = len(entries) - 1
             method, model, entry = self._learn(method, model, number, lessons, entries)
-            entry |= {"kept_bytes": saved_bytes(method.memory), "peak_memory": peak_memory()}  # of this process
+            entry |= {"kept_bytes": size_of(method.memory), "peak_memory": peak_memory()}  # of this process
             entries.append(entry)
             self._save_state(model, method, entries)
             self.on_tasks_done(len(lessons[number][1]))
@@ -284,12 +284,9 @@ def learned(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {entry["task"]: entry["scores"][entry["task"]] for entry in entries if entry["task"] in entry["scores"]}
 
 
-def saved_bytes(memory: dict[Any, Any]) -> int:
-    """Size of a file with what a method keeps between tasks."""
-    file = io.BytesIO()
-    if memory:
-        torch.save(memory, file)
-    return file.tell()
+def size_of(memory: dict[Any, Any]) -> int:
+    """Bytes of the tensors in what a method keeps between tasks, and of its other values as text."""
+    return sum(leaf.nbytes if isinstance(leaf, torch.Tensor) else len(str(leaf)) for leaf in tree_leaves(memory))
 
 
 def changed_answers(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

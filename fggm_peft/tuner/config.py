@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 PRESETS = {
-    "retain": {"granularity": "column", "density": 0.3, "criterion": "gain_under_decay", "harm_decay": 1.0},
+    "retain": {"granularity": "column", "density": 0.3, "criterion": "gain_under_decay", "harm_decay": 4.0},
 }
 """The settings of each preset. Arguments of the config override them."""
 
@@ -96,7 +96,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     preset: Optional[Literal["retain"]] = setting(
         None,
         "Recommended settings; arguments override them. 'retain' learns a task and keeps what the model knew: "
-        "granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=1.0. It needs a `reference`.",
+        "granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=4.0. It needs a `reference`.",
     )
     target_modules: Optional[Union[list[str], str]] = setting(
         None,

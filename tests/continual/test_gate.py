@@ -24,18 +24,21 @@ def folder(tmp_path_factory):
 def falling(monkeypatch, falls) -> None:
     """Scores without a model: 1, except ``falls(last trained task)`` for the first task."""
     trained: list[str] = []
-    train = Runner._train
+    train, evaluate = Runner._train, Runner._evaluate
 
     def noted(self, model, method, number, name, tasks):
         trained.append(name)
         return train(self, model, method, number, name, tasks)
 
-    def score(self, model, position):
-        name, learned_last = self.tasks[position].name, trained[-1] if trained else None
-        return falls(learned_last) if name == self.tasks[0].name and learned_last else 1.0
+    def scored(self, model, count):
+        entry = evaluate(self, model, count)
+        scores = dict.fromkeys(entry["scores"], 1.0)
+        if trained:
+            scores[self.tasks[0].name] = falls(trained[-1])
+        return {**entry, "scores": scores}
 
     monkeypatch.setattr(Runner, "_train", noted)
-    monkeypatch.setattr(Runner, "_score", score)
+    monkeypatch.setattr(Runner, "_evaluate", scored)
 
 
 def gated(folder, action: str, **fields):

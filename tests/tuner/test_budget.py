@@ -32,7 +32,10 @@ def test_a_lora_budget_equals_the_size_of_pefts_lora_on_every_layer_type(example
     model = adapt(example.layer(), density=None, budget="lora:r=2")
     wrapped = nn.Sequential()
     wrapped.layer = example.layer()
-    lora = get_peft_model(wrapped, LoraConfig(r=2, target_modules=["layer"]))
+    try:
+        lora = get_peft_model(wrapped, LoraConfig(r=2, target_modules=["layer"]))
+    except ValueError:
+        pytest.skip("LoRA does not support this type of layer")
     assert model.peft_config["default"].resolved_budget == trainable(lora)
 
 

@@ -98,7 +98,7 @@ class SelectionSettings:
         if criterion.uses_covariance and not self.harm_decay:
             warnings.warn(
                 f"criterion {self.criterion!r} selects the weights that matter most for what the model knows. Set "
-                "harm_decay too (1.0 is a good value), or the model forgets more than with any other criterion",
+                "harm_decay too (4.0 is a good value), or the model forgets more than with any other criterion",
                 stacklevel=4,
             )
         check_reference(self, _reference_names(self.reference))
