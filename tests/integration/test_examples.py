@@ -122,8 +122,8 @@ def test_the_demo_runs_and_writes_its_report_and_deltas(model_folder, tmp_path):
     result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     report = json.loads((tmp_path / "runs" / "report.json").read_text())
-    assert [(run["label"], run["learning_rate"]) for run in report["runs"]] == [("retain", 8e-4), ("sft", 1e-4)]
+    assert [(run["label"], run["learning_rate"]) for run in report["runs"]] == [("retain", 1.6e-3), ("sft", 1e-4)]
     assert (tmp_path / "runs" / "report.md").exists()
-    deltas = sorted((tmp_path / "runs" / "runs" / "retain" / "lr0.0008-seed0-given" / "tasks").iterdir())
+    deltas = sorted((tmp_path / "runs" / "runs" / "retain" / "lr0.0016-seed0-given" / "tasks").iterdir())
     assert [delta.name for delta in deltas] == ["0-module", "1-code", "2-numeric"]
     assert all((delta / "adapter_model.safetensors").exists() for delta in deltas)
