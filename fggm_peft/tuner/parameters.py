@@ -167,12 +167,16 @@ def targeted_layers(
     if parameter not in (None, "weight"):
         return _adapt_parameter_(model, path, parameter)
     try:
-        return {path: make_layer(target, path, **quantization)}
+        layer = make_layer(target, path, **quantization)
     except TypeError:
         if parameter is None:
             raise
-        is_matrix = base.weight.dim() == 2 and base.weight.is_floating_point()
-        return {path: FGGMWeight(base)} if is_matrix else _adapt_parameter_(model, path, parameter)
+        if base.weight.dim() != 2 or not base.weight.is_floating_point():
+            return _adapt_parameter_(model, path, parameter)
+        layer = FGGMWeight(base)
+    if isinstance(layer, FGGMWeight):
+        _require_on_device(base, path)
+    return {path: layer}
 
 
 def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGMLayer]:
@@ -186,8 +190,7 @@ def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGML
         raise ValueError(f"{where} is a parameter with {parameter.dim()} dimensions, but only 2d and 3d are supported.")
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         raise ValueError(f"{where} is quantized ({parameter.dtype}), which FGGM does not support. Load it unquantized.")
-    if is_offloaded(base):
-        raise ValueError(f"{where} is offloaded, which FGGM does not support for parameters. Give it a device.")
+    _require_on_device(base, where)
     if tied := [key for key in _names_of(model, parameter) if not _is_in(model, base, key, name)]:
         raise ValueError(
             f"{where} shares its tensor with {tied[0]}, so that merging would change both. Give each a tensor of its "
@@ -198,6 +201,11 @@ def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGML
         replace_everywhere_(model, base, module)
     layers = module.layers(child)
     return {f"{where}.{e}" if parameter.dim() == 3 else where: layer for e, layer in enumerate(layers)}
+
+
+def _require_on_device(module: nn.Module, where: str) -> None:
+    if is_offloaded(module):
+        raise ValueError(f"{where} is offloaded, which FGGM does not support for parameters. Give it a device.")
 
 
 def _names_of(model: nn.Module, parameter: Tensor) -> list[str]:

@@ -290,9 +290,9 @@ def test_a_size_is_parsed_with_every_spelling_of_its_unit(size, count):
 WRITTEN = [field.name for field in dataclasses.fields(FGGMConfig) if not field.init]
 
 
-def test_the_user_sets_at_most_29_fields():
+def test_the_user_sets_at_most_30_fields():
     own = {field.name for field in dataclasses.fields(FGGMConfig) if field.init}
-    assert len(own - {field.name for field in dataclasses.fields(PeftConfig)}) <= 29
+    assert len(own - {field.name for field in dataclasses.fields(PeftConfig)}) <= 30
 
 
 @pytest.mark.parametrize("name", WRITTEN)
