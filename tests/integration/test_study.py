@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from streams import settings, write_stream
+from study import page
 from study import run as study
 
 from fggm_peft.continual.reading import read_stream
@@ -127,3 +128,9 @@ def test_every_method_runs_with_its_tuned_rate(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "run_stream", None)  # everything is finished
     study.main()
+
+
+def test_the_page_shows_the_committed_runs():
+    runs = {stream: page.runs_of(stream) for stream in page.STREAMS}
+    text = page.PAGE.read_text("utf-8")
+    assert page.with_parts(text, page.parts_of({name: own for name, own in runs.items() if own})) == text
