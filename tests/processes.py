@@ -41,7 +41,8 @@ class Processes:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(TIME_LIMIT):
                 self.stop()
-                raise TimeoutError(f"rank {rank} of {function.__name__} did not answer within {TIME_LIMIT} s")
+                others = "".join(f"\nanother rank:\n{r.text}" for r in results if isinstance(r, Failure))
+                raise TimeoutError(f"rank {rank} of {function.__name__} did not answer within {TIME_LIMIT} s{others}")
             try:
                 results.append(pipe.recv())
             except EOFError as died:
