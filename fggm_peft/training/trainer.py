@@ -192,6 +192,9 @@ class FGGMTrainerMixin(_Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Like the trainer's; replaces the folder's files when the new ones are complete."""
         target = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:  # with FSDP, every process is called; only one may create and remove folders
+            super()._save(str(target), state_dict)
+            return
         with complete_folder(target) as folder:
             keep_card(target, folder)
             super()._save(str(folder), state_dict)

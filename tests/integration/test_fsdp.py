@@ -197,9 +197,6 @@ TRAINERS = {
 }
 
 
-# In about one run of ten, rank 0 raises an error while a checkpoint is saved, and rank 1 waits for it. The cause is not
-# known. The error of rank 0 is in the message of the TimeoutError.
-@pytest.mark.xfail(raises=TimeoutError, strict=False, reason="a checkpoint sometimes hangs with two processes")
 @pytest.mark.parametrize("case", TRAINERS)
 def test_the_trainer_selects_shards_trains_saves_and_resumes(case, processes, tmp_path):
     fsdp, options = TRAINERS[case]

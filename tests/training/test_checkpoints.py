@@ -67,3 +67,14 @@ def test_the_best_checkpoint_of_each_active_adapter_is_loaded(adapters, trainer_
     for name, adapter in adapters.items():
         values = [target.values for target in find_targets(model, name).values()]
         assert any(tensor.any() for tensor in values) == (adapter is not None)
+
+
+def test_a_process_that_does_not_write_creates_and_removes_no_folder(tmp_path, monkeypatch):
+    """With FSDP every process is asked to save. Another one must not remove the folder that rank 0 has just created."""
+    model = get_peft_model(llama(), FGGMConfig(target_modules=["q_proj"], criterion="random"))
+    trainer = make_trainer(model, tmp_path)
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    monkeypatch.setattr("pathlib.Path.mkdir", lambda *args, **kwargs: pytest.fail("a folder was created"))
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    trainer._save(str(tmp_path / "checkpoint"))
+    assert not (tmp_path / "checkpoint").exists()
