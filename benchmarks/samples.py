@@ -29,7 +29,7 @@ from common import show, write
 from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
@@ -37,7 +37,7 @@ from fggm_peft.core.granularity import Rows, granularity_from
 from fggm_peft.plots import legend, lines, looks, new_figure, save, style
 from fggm_peft.selection.data_pass import DataPass, Totals
 from fggm_peft.selection.regret import MAX_SAMPLES, MIN_SAMPLES, regret_of
-from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples
+from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples, padding_on_the_right
 from fggm_peft.tuner.layer import FGGMLayer
 from fggm_peft.tuner.support import Choice
 from fggm_peft.tuner.target import find_targets
@@ -179,7 +179,7 @@ def score_held(scores: Mapping[str, Tensor], chosen: Choices, largest: Choices) 
 
 
 def samples_for(regrets: Mapping[int, float | None], most: float) -> int | None:
-    """The first number of samples with at most this regret, where ``"auto"`` stops; None if there is none."""
+    """The first number of samples with at most this regret. ``"auto"`` stops there. None if the regret stays higher."""
     return min((n for n, regret in regrets.items() if regret is not None and regret <= most), default=None)
 
 
@@ -192,7 +192,7 @@ class Model:
 
     def batches(self, examples: list[Example]) -> DataLoader:
         data: Any = TokenizedExamples(examples, self.tokenizer, MAX_LENGTH)
-        return DataLoader(data, batch_size=BATCH_SIZE, collate_fn=DataCollatorForSeq2Seq(self.tokenizer))
+        return DataLoader(data, batch_size=BATCH_SIZE, collate_fn=padding_on_the_right(self.tokenizer))
 
     def adapted(self, **config: Any) -> Any:
         base = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)

@@ -139,13 +139,13 @@ def targets(streams: dict[str, list[Run]]) -> str:
                     stream,
                     label,
                     *(
-                        judged(value, form, is_met)
-                        for value, form, is_met in (
-                            (gap(runs, label, "sft", "diagonal"), "+.3f", lambda x: x >= -0.01),
-                            (average(own, "bwt"), "+.3f", lambda x, limit=limit: x >= limit),
-                            (average(own, "general"), "+.3f", lambda x: x <= 0.03),
-                            (average(own, "other"), "+.3f", lambda x: x <= 0.05),
-                            (lead(runs, label), "+.3f", lambda x: x > 0),
+                        judged(value, is_met)
+                        for value, is_met in (
+                            (gap(runs, label, "sft", "diagonal"), lambda x: x >= -0.01),
+                            (average(own, "bwt"), lambda x, limit=limit: x >= limit),
+                            (average(own, "general"), lambda x: x <= 0.03),
+                            (average(own, "other"), lambda x: x <= 0.05),
+                            (lead(runs, label), lambda x: x > 0),
                         )
                     ),
                 ]
@@ -155,8 +155,8 @@ def targets(streams: dict[str, list[Run]]) -> str:
     return table(headings, rows)
 
 
-def judged(value: float | None, form: str, is_met: Callable[[float], bool]) -> str:
-    return "" if value is None else f"{value:{form}} {'✓' if is_met(value) else '✗'}"
+def judged(value: float | None, is_met: Callable[[float], bool]) -> str:
+    return "" if value is None else f"{value:+.3f} {'✓' if is_met(value) else '✗'}"
 
 
 def average(runs: Sequence[Run], measure: str) -> float | None:

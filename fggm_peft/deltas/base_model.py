@@ -48,7 +48,7 @@ def skeleton(base: Base, config: Any = None) -> nn.Module:
 
 
 def settings_of(name: str, revision: str | None = None) -> Any:
-    """The config of a model; raises ``ValueError`` if there is none."""
+    """The config of a model; raises ``ValueError`` if the model has no config."""
     import transformers
 
     try:

@@ -229,7 +229,7 @@ def _axis(
     samples: int,
     compares_content: bool,
 ) -> Axis | None:
-    """The axis along which all calls with a batch consist of the calls with single samples; None if there is none."""
+    """The axis along which all calls with a batch consist of the calls with single samples; None if no axis fits."""
     if any(len(calls) != len(whole) for calls in alone.values()):
         return None
     triples = [(place, x, y) for place, calls in alone.items() for x, y in zip(whole, calls, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..tuner.support import Choice, choose_supports, criterion_scores
 from ..tuner.target import Target, Targets
 from .data_pass import DataPass
 from .reference import Reference, Source, ones_of
-from .regret import MAX_SAMPLES, MIN_SAMPLES, regret_of, split_half_scores
+from .regret import MAX_SAMPLES, MIN_SAMPLES, HalfScores, regret_of, split_half_scores
 from .report import RegretCheck
 from .running_sums import Totals
 
@@ -40,7 +40,7 @@ class Measurement:
         self.config, self.criterion = task.config, CRITERIA[task.config.criterion]
         self.reference = Reference(sources, targets)
         self.choices: Choices = {}
-        self.half_scores: dict[str, tuple[float, float]] = {}  # see split_half_scores
+        self.half_scores: HalfScores = {}
         self.samples = self.reference_samples = self.sample_passes = 0
         self.reference_seconds = 0.0
         self.scores: dict[str, dict[str, StoredScores]] = {}
@@ -75,7 +75,10 @@ class Measurement:
 
             def is_enough(totals: Totals, name: str = name) -> bool:
                 alone = Reference([Source(totals=totals)], self.targets)
-                return self._is_good(name, totals, group, lambda path, half: self._score(path, None, None, alone, half))
+                scores = split_half_scores(
+                    group, self.config, lambda path, half: self._score(path, None, None, alone, half)
+                )
+                return self._is_good(name, totals.samples, scores)
 
             assert source.data is not None
             source.totals = self._pass(source.data, group, is_enough, "Reference" + suffix)
@@ -85,18 +88,22 @@ class Measurement:
             self.reference_seconds += time.perf_counter() - start
 
     def _read_task(self, group: Targets, suffix: str) -> None:
+        def measured(totals: Totals) -> HalfScores:
+            return split_half_scores(group, self.config, lambda path, half: self._score(path, totals, half))
+
+        checked: dict[int, HalfScores] = {}  # number of samples -> result of a check
+
         def is_enough(totals: Totals) -> bool:
-            return totals.has_halves and self._is_good(
-                "task", totals, group, lambda path, half: self._score(path, totals, half)
-            )
+            if not totals.has_halves:
+                return False
+            checked[totals.samples] = measured(totals)
+            return self._is_good("task", totals.samples, checked[totals.samples])
 
         totals = self._pass(self.task, group, is_enough, "Fisher pass" + suffix)
         self.samples = totals.samples
         self.choices.update(choose_supports(group, self.config, partial(self._score, totals=totals)))
         if totals.has_halves:
-            self.half_scores |= split_half_scores(
-                group, self.config, lambda path, half: self._score(path, totals, half)
-            )
+            self.half_scores |= checked.get(totals.samples) or measured(totals)
         for statistic in self.criterion.task:
             if STATISTICS[statistic].is_kept:
                 scores = self.scores.setdefault(statistic, {})
@@ -113,9 +120,9 @@ class Measurement:
         self.sample_passes += totals.samples
         return totals
 
-    def _is_good(self, data: str, totals: Totals, group: Targets, scores: Callable[[str, int], Tensor]) -> bool:
-        regret = regret_of(split_half_scores(group, self.config, scores).values())
-        self.checks.append(RegretCheck(data, totals.samples, regret))
+    def _is_good(self, data: str, samples: int, scores: HalfScores) -> bool:
+        regret = regret_of(scores.values())
+        self.checks.append(RegretCheck(data, samples, regret))
         return regret is None or regret <= self.config.regret
 
     # Scores -------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from ..tuner.target import Targets
 
 MIN_SAMPLES = 8
 MAX_SAMPLES = 1024
+HalfScores = dict[str, tuple[float, float]]
+"""Module path -> (score of the selected units, score of the best units)."""
 
 
-def split_half_scores(
-    targets: Targets, config: FGGMConfig, scores: Callable[[str, int], Tensor]
-) -> dict[str, tuple[float, float]]:
+def split_half_scores(targets: Targets, config: FGGMConfig, scores: Callable[[str, int], Tensor]) -> HalfScores:
     """The scores that a selection from one half of the samples has on the other half, and the highest possible ones.
 
     A selection is compared with the best one of its size: the same number of units of a weight or, with global scope,
@@ -29,9 +29,6 @@ def split_half_scores(
 
     Args:
         scores: (module path, half) -> ``[units]``, from one half of the samples, 0 or 1.
-
-    Returns:
-        Module path -> (score of the selected units, score of the best units).
     """
     selected, best = dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 0.0)
     for half in (0, 1):

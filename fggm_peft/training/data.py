@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
@@ -264,7 +265,7 @@ class TokenizedExamples(Dataset):
             is_answer = [end > len(example.prompt) for _, end in encoded["offset_mapping"]]
         else:  # the tokens after those that the prompt has alone
             alone = self.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
-            is_answer = [ids[: n + 1] != alone[: n + 1] for n in range(len(ids))]
+            is_answer = [token != other for token, other in zip_longest(ids, alone[: len(ids)])]
         length = is_answer.index(True) if True in is_answer else len(ids)
         prompt, answer, end = ids[:length], ids[length:], self.tokenizer.eos_token_id
         if example.is_rendered:

@@ -245,7 +245,7 @@ def matched_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[tuple
 
 
 def parameter_layer(modules: Mapping[str, nn.Module], path: str) -> FGGMLayer | None:
-    """The layer of a path such as ``mlp.experts.down_proj.3`` in a model without adapters; None if there is none."""
+    """The layer of a path such as ``mlp.experts.down_proj.3`` in a model without adapters; None for other paths."""
     parent, _, child = path.rpartition(".")
     index = int(child) if child.isdecimal() else None
     if index is not None:
