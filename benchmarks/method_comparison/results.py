@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fggm_peft.continual.memory import accelerator
-from fggm_peft.continual.methods import Method, make_method
+from fggm_peft.continual.methods import Method
 from fggm_peft.continual.methods.fine_tuning import FineTuning
 from fggm_peft.continual.methods.peft_method import PeftMethod
 from fggm_peft.continual.reading import read_stream
@@ -89,7 +89,7 @@ def _common(stream: Stream) -> dict[str, Any]:
 def _content(
     stream: Stream, run: Run, result: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], common: Mapping[str, Any]
 ) -> dict[str, Any]:
-    method = make_method(run.method.name, **run.method.settings)
+    method = run.method.method()
     cost, metrics = result["cost"], _metrics(stream, run, result, entries, common["tokenizer"])
     training_seconds = cost["training_seconds"] + cost["selection_seconds"]
     label, _, rest = run.name.partition("/")
@@ -206,7 +206,7 @@ def _peft_config(method: Method, run: Run, model: str) -> dict[str, Any] | None:
     if method.name == FineTuning.name:
         return None
     if not isinstance(method, PeftMethod):
-        return {"peft_type": method.name.upper(), **run.method.settings}
+        return {"peft_type": method.name.upper(), **run.method.options}
     config = method.make_config().to_dict() | {"base_model_name_or_path": model}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 

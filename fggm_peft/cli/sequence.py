@@ -25,10 +25,6 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--methods", help="Run only the methods with these labels.")
     text = "Also save a checkpoint within a task after this many steps."
     parser.add_argument("--checkpoint-steps", type=positive, help=text)
-    text = "Share of an earlier task's score to retain, e.g. intent=0.9."
-    parser.add_argument("--gate", metavar="TASK=SHARE", action="append", help=text)
-    text = "If it is not retained: stop or rollback (default: %(default)s)."
-    parser.add_argument("--gate-action", default="stop", help=text)
     parser.add_argument("--resume", action="store_true", help="Continue the runs in the output folder.")
 
 
@@ -52,7 +48,6 @@ def run(args: Namespace) -> Result:
         seeds=args.seeds,
         learning_rates=args.learning_rates,
         orders=None if args.orders is None else args.orders.split(","),
-        gate={"keep": args.gate, "action": args.gate_action} if args.gate else None,
     )
     if args.methods is not None:
         settings = settings.with_methods(args.methods.split(","))

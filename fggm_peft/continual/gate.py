@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from .settings import Settings
 
 EVERY_TASK = "*"
-
-
-def _shares(value: Any) -> Any:
-    """The mapping of a list of texts from the command line, such as ``["intent=0.9", "*=0.8"]``."""
-    if not isinstance(value, list):
-        return value
-    shares = {}
-    for text in value:
-        task, _, share = str(text).rpartition("=")
-        try:
-            shares[task] = float(share)
-        except ValueError:
-            task = ""
-        if not task:
-            raise ValueError(f"{text!r} is not a task and a share of its score, such as intent=0.9")
-    return shares
 
 
 class Gate(Settings):
@@ -37,9 +21,7 @@ class Gate(Settings):
             that task, bit for bit, and continues with the next task.
     """
 
-    keep: Annotated[
-        dict[str, Annotated[float, Field(gt=0, le=1, strict=True)]], BeforeValidator(_shares), Field(min_length=1)
-    ]
+    keep: dict[str, Annotated[float, Field(gt=0, le=1, strict=True)]] = Field(min_length=1)
     action: Literal["stop", "rollback"] = "stop"
 
     def violations(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..core import Registry
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+")
 _LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
-
-
-class MetricError(ValueError):
-    """A metric that cannot be loaded, or a sample that cannot be scored. The message names them."""
-
 
 METRICS: Registry[Callable[..., float]] = Registry("metric")
 """Name -> function of a prediction, its reference and the prompt (``source``), with a value in [0, 1]."""
@@ -64,27 +58,9 @@ def edit_similarity(prediction: str, reference: str, source: str = "") -> float:
 
 
 def task_score(name: str, predictions: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> float:
-    """The mean of a metric over all samples.
-
-    A name that is not in ``METRICS`` is loaded by ``evaluate.load``, which runs the code of that name: from a local
-    folder or from the Hub. Scales differ: some of these metrics reach 100.
-
-    Args:
-        sources: the prompts.
-
-    Raises:
-        MetricError: the metric cannot be loaded, or a sample cannot be scored.
-    """
-    if name in METRICS:
-        scores = sample_scores(name, predictions, references, sources)
-        return sum(scores) / len(scores)
-    metric = require_metric(name)
-    columns: dict[str, Any] = {"predictions": predictions, "references": list(references)}
-    if "sources" in metric.features:
-        columns["sources"] = list(sources)
-    result = metric.compute(**columns)
-    value = result.get(name, next((v for v in result.values() if isinstance(v, (int, float))), None))
-    return float(value)
+    """The mean of a metric over all samples; ``sources`` are the prompts."""
+    scores = sample_scores(name, predictions, references, sources)
+    return sum(scores) / len(scores)
 
 
 def sample_scores(
@@ -93,7 +69,7 @@ def sample_scores(
     """The score of every sample.
 
     Raises:
-        MetricError: a sample cannot be scored. The message contains its number (from 1) and the start of its texts.
+        ValueError: a sample cannot be scored. The message contains its number (from 1) and the start of its texts.
     """
     metric, scores = METRICS[name], []
     for number, texts in enumerate(zip(predictions, references, sources, strict=True), start=1):
@@ -101,23 +77,8 @@ def sample_scores(
             scores.append(metric(*texts))
         except Exception as error:
             shown = f"prediction {texts[0]!r:.60}, reference {texts[1]!r:.60}"
-            raise MetricError(f"{name} cannot score sample {number} ({error}): {shown}") from error
+            raise ValueError(f"{name} cannot score sample {number} ({error}): {shown}") from error
     return scores
-
-
-def require_metric(name: str) -> Any:
-    """Raise ``MetricError`` unless ``task_score`` can compute the metric; one of 🤗 Evaluate is returned."""
-    if name in METRICS:
-        return None
-    try:
-        import evaluate
-
-        return evaluate.load(name)
-    except Exception as error:  # the loaded code may raise any error
-        reason = " ".join(str(error).split())
-        raise MetricError(
-            f"no metric {name!r}: this package has {', '.join(METRICS)}, and evaluate cannot load it: {reason}"
-        ) from error
 
 
 def _first_line(text: str) -> str:

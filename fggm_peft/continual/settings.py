@@ -38,7 +38,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _require_known_fields(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
+        if isinstance(values, Mapping) and cls.model_config["extra"] == "forbid":
             require_known(values, [*cls.model_fields, *cls.other_fields])
         return values
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from transformers.trainer_utils import SchedulerType
 
 from ..training.base_model import BaseModel, computes_bfloat16
@@ -48,17 +48,9 @@ class Training(Settings):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Positive = 1.0
-    bf16: bool = False
+    # resolved when the file is read, so that a resumed run continues with the same precision
+    bf16: Annotated[bool, BeforeValidator(lambda value: computes_bfloat16() if value == "auto" else value)] = False
     evaluation_batch_size: Count | None = None
-
-    @field_validator("bf16", mode="before")
-    @classmethod
-    def _resolve_auto(cls, value: Any) -> bool:
-        if value == "auto":  # resolved here, so that a resumed run continues with the same precision
-            return computes_bfloat16()
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true, false or auto, got {value!r}")
-        return value
 
 
 TextFile = Annotated[DataPath, AfterValidator(lambda path: read_paragraphs(path) and path)]
@@ -87,41 +79,38 @@ class General(Settings):
 
 
 class MethodSettings(Settings):
-    """A method of a stream: its name in the registry, the label of its runs, and its options.
+    """A method of a stream: its name in the registry, the label of its runs, and its options as further fields.
 
-    A file may give the name alone, or the name and the options as fields of one mapping. ``learning_rates`` override
-    those of the stream.
+    A file may give the name alone. ``learning_rates`` override those of the stream.
     """
 
+    model_config = ConfigDict(extra="allow")
     name: str = Field(min_length=1)
     label: FolderName
     learning_rates: tuple[Positive, ...] = ()
-    settings: dict[str, Any] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _collect_options(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
+    def _complete(cls, value: Any, info: ValidationInfo) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
         if not isinstance(value, Mapping):
             return value
-        if not isinstance(value.get("settings", {}), Mapping):
-            raise ValueError(f"settings must be a mapping of options, got {value['settings']!r}")
-        options = {**value.get("settings", {}), **{k: v for k, v in value.items() if k not in cls.model_fields}}
-        if "reference" in options:
-            options["reference"] = _existing_paths(options["reference"], info)
-        name = value.get("name", "")
-        own = {key: value[key] for key in ("learning_rates",) if key in value}
-        return {"name": name, "label": value.get("label", name), "settings": options, **own}
+        paths = {"reference": _existing_paths(value["reference"], info)} if "reference" in value else {}
+        return {"label": value.get("name"), **value, **paths}
 
     @model_validator(mode="after")
     def _check(self) -> MethodSettings:
         self.method()  # raises an error for an illegal option
         return self
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the method."""
+        return self.model_extra or {}
+
     def method(self) -> Method:
-        """A new method with these settings."""
-        return make_method(self.name, **self.settings)
+        """A new method with these options."""
+        return make_method(self.name, **self.options)
 
 
 def _existing_paths(value: Any, info: ValidationInfo) -> Any:

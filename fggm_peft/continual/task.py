@@ -7,26 +7,19 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
-from ..training.data import (
-    FILE_TYPES,
-    DataError,
-    DataSource,
-    Example,
-    TokenizedExamples,
-    Turns,
-    load_rows,
-    read_example,
-    row_format,
-)
+from ..training.data import Example, TokenizedExamples, read_examples, row_format
+from ..training.rows import FILE_TYPES, DataError, DataSource, as_text, load_rows
 from ..tuner.files import digest_of_files, digest_of_folder
-from .metrics import require_metric
+from .metrics import METRICS
 from .settings import Count, DataPath, FolderName, Positive, Settings
-from .templates import template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +29,23 @@ Split = Literal["train", "eval", "test"]
 
 def _of_training(value: Any) -> Any:
     return {"train": value} if isinstance(value, str) else value
+
+
+@lru_cache
+def template(text: str) -> Template:
+    """The template of a text; raises ``ValueError`` if it is none, or contains no column."""
+    if "{{" not in text and "{%" not in text:
+        raise ValueError(f"{text!r} is the same for every row; a template contains columns, such as {{{{ {text} }}}}")
+
+    def written(value: Any) -> Any:
+        # Jinja reports a column that does not exist
+        return value if isinstance(value, Undefined) else as_text(value, "a value")
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=written)
+    try:
+        return environment.from_string(text)
+    except TemplateError as error:
+        raise ValueError(f"not a Jinja template: {error}") from error
 
 
 class TaskExamples(TokenizedExamples):
@@ -50,11 +60,9 @@ class TaskExamples(TokenizedExamples):
         cut_answers: number of answers, with their end token, with more than ``max_answer_length`` tokens.
     """
 
-    def __init__(
-        self, task: Task, split: str, rows: Sequence[tuple[Example, str, str]], tokenizer: PreTrainedTokenizerBase
-    ):
-        examples, self.sources, self.references = map(list, zip(*rows, strict=True))
+    def __init__(self, task: Task, split: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase):
         super().__init__(examples, tokenizer, task.max_prompt_length + task.max_answer_length)
+        self.sources, self.references = zip(*(example.texts for example in examples), strict=True)
         self.task = task
         self.cut_prompts = self.cut_answers = 0
         for start, prompt, answer in map(self.parts, examples):
@@ -78,7 +86,7 @@ class Task(Settings):
 
     Args:
         name: unique in the stream.
-        metric: a name in ``fggm_peft.continual.metrics.METRICS``, or an id of 🤗 Evaluate.
+        metric: a name in ``fggm_peft.continual.metrics.METRICS``.
         path: folder with ``train``, ``eval`` and ``test`` files (TRACE's format) or a saved data set; one file with
             the training data; or files by split, such as ``{train: a.jsonl, test: b.jsonl}``.
         dataset: Hub id.
@@ -87,7 +95,7 @@ class Task(Settings):
         split: names of the splits in the data set, such as ``{train: "train[:5000]", test: validation}``; a text is
             the name of the training split.
         prompt, answer: Jinja templates over the columns of a row, for rows of other formats. ``row`` is the whole
-            row. They run in Jinja's sandbox. What they write must be text or numbers.
+            row. They run in Jinja's sandbox. Values in ``{{ }}`` must be text or numbers.
         chat_template: wrap prompts and answers in the tokenizer's chat template.
         max_prompt_length: in tokens; longer prompts are truncated on the left.
         max_answer_length: in tokens, also for generation; longer answers are truncated and counted.
@@ -115,7 +123,7 @@ class Task(Settings):
     @field_validator("metric")
     @classmethod
     def _check_metric(cls, value: str) -> str:
-        require_metric(value)  # hours before the first score is needed
+        METRICS[value]  # raises an error for an unknown metric
         return value
 
     @field_validator("prompt", "answer")
@@ -155,20 +163,13 @@ class Task(Settings):
         order = random.Random(seed if is_training else 0).sample(range(len(rows)), len(rows))
         indices = order[: self.limit] if is_training else sorted(order[: self.test_limit])
         format = row_format(list(rows[0]) if rows and self.prompt is None else ["prompt", "answer"], source)
-        examples = []
-        for index in indices:
-            row = rows[index] if self.prompt is None else self._rendered(rows[index], index, source)
-            if (example := read_example(row, index, format, source, tokenizer)) is not None:
-                prompt, answer = format.read(row)
-                examples.append((example, _last_text(prompt), _last_text(answer) or example.answer))
-        if not examples:
-            raise DataError(f"every row of {source.name} is empty, or there are none")
-        return TaskExamples(self, split, examples, tokenizer)
+        chosen = ((index, self._rendered(rows[index], index, source)) for index in indices)
+        return TaskExamples(self, split, read_examples(chosen, format, source, tokenizer), tokenizer)
 
-    def _rendered(self, row: Mapping[str, Any], index: int, source: DataSource) -> dict[str, str]:
-        """Prompt and answer of a row by the templates."""
-        from jinja2 import TemplateError
-
+    def _rendered(self, row: Mapping[str, Any], index: int, source: DataSource) -> Mapping[str, Any]:
+        """The row, or its prompt and answer by the templates."""
+        if self.prompt is None:
+            return row
         try:
             return {name: template(getattr(self, name)).render({"row": row, **row}) for name in ("prompt", "answer")}
         except Exception as error:  # a template may raise any error, such as a division by zero
@@ -201,8 +202,3 @@ class Task(Settings):
         if isinstance(self.path, dict):
             return digest_of_files({split: Path(path) for split, path in self.path.items()})
         return None if self.path is None else digest_of_folder(Path(self.path), (*FILE_TYPES, ".arrow"))
-
-
-def _last_text(text: str | Turns | None) -> str:
-    """The text, or the last message of a conversation."""
-    return text[-1]["content"] if isinstance(text, list) and text else str(text or "")

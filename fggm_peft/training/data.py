@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from ..selection.likelihood import IGNORED
-from .rows import FILE_TYPES, DataError, DataSource, Records, as_text, load_rows
+from .rows import DataError, DataSource, as_text, load_rows
 
 if TYPE_CHECKING:
     from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
@@ -23,9 +23,6 @@ Turns = list[dict[str, Any]]
 """Messages of a conversation, each with a role and a content."""
 PARTS = ("tool_calls", "reasoning_content", "thinking")
 """What a message may contain beside its content."""
-
-__all__ = ["FILE_TYPES", "FORMATS", "IGNORED", "DataError", "DataSource", "Example", "Records", "RowFormat"]
-__all__ += ["TokenizedExamples", "load_examples", "load_rows", "padding_on_the_right", "read_example", "row_format"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,13 @@ class Example:
         prompt: may be empty; the loss is then on the whole text.
         answer: the text after the prompt. No space is added between them.
         is_rendered: a chat template wrote both texts, so they contain the start and end tokens.
+        texts: prompt and answer without the template, for metrics; of a conversation its last messages.
     """
 
     prompt: str
     answer: str
     is_rendered: bool = False
+    texts: tuple[str, str] = field(default=("", ""), compare=False)
 
 
 # --- columns -------------------------------------------------------------------------------------
@@ -144,16 +143,21 @@ def load_examples(
     rows = load_rows(source)
     format = row_format(list(rows[0]), source)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
-    read = (read_example(rows[index], index, format, source, tokenizer) for index in order[:limit])
+    return read_examples(((index, rows[index]) for index in order[:limit]), format, source, tokenizer)
+
+
+def read_examples(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], format: RowFormat, source: DataSource, tokenizer: Any
+) -> list[Example]:
+    """The examples of rows with their index (from 0, for errors), without empty rows of plain text."""
+    read = (_read(row, f"row {index + 1} of {source.name}", format, source, tokenizer) for index, row in rows)
     examples = [example for example in read if example is not None]
     if not examples:
-        raise DataError(f"every row of {source.name} is empty")
+        raise DataError(f"every row of {source.name} is empty, or there are none")
     return examples
 
 
-def read_example(row, index: int, format: RowFormat, source: DataSource, tokenizer) -> Example | None:
-    """The example of a row (``index`` counts from 0, for errors); None for an empty row of plain text."""
-    name = f"row {index + 1} of {source.name}"
+def _read(row: Any, name: str, format: RowFormat, source: DataSource, tokenizer: Any) -> Example | None:
     try:
         prompt, answer = format.read(row)
         tools = _tools(row)
@@ -166,9 +170,15 @@ def read_example(row, index: int, format: RowFormat, source: DataSource, tokeniz
         if prompt is None:
             return None  # empty rows separate the paragraphs of plain text
         raise DataError(f"{name} has an empty answer ({format.columns[-1]}); remove the row")
+    texts = _last_text(prompt), _last_text(answer)
     if isinstance(answer, str) and not isinstance(prompt, list) and not (source.chat_template and prompt is not None):
-        return Example(prompt or "", answer)
-    return _rendered(_turns(prompt or [], "user"), turns, tools, name, tokenizer)
+        return Example(prompt or "", answer, texts=texts)
+    start, end = _rendered(_turns(prompt or [], "user"), turns, tools, name, tokenizer)
+    return Example(start, end, is_rendered=True, texts=(texts[0], texts[1] or end))
+
+
+def _last_text(text: str | Turns | None) -> str:
+    return text[-1]["content"] if isinstance(text, list) and text else str(text or "")
 
 
 def _turns(content: str | Turns, role: str) -> Turns:
@@ -185,8 +195,8 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     return tools or None
 
 
-def _rendered(prompt: Turns, answer: Turns, tools: list[Any] | None, name: str, tokenizer) -> Example:
-    """The example in the tokenizer's chat template. The answer starts where the model would start to generate."""
+def _rendered(prompt: Turns, answer: Turns, tools: list[Any] | None, name: str, tokenizer: Any) -> tuple[str, str]:
+    """Both in the tokenizer's chat template. The answer starts where the model would start to generate."""
     if not tokenizer.chat_template:
         raise DataError(
             f"{name} is a conversation, but the tokenizer of {tokenizer.name_or_path} has no chat template. Use the "
@@ -217,7 +227,7 @@ def _rendered(prompt: Turns, answer: Turns, tools: list[Any] | None, name: str, 
         raise DataError(
             f"the chat template does not write {name} as prompt, then answer; use prompt and answer columns"
         )
-    return Example(start, text[len(start) :], is_rendered=True)
+    return start, text[len(start) :]
 
 
 # --- tokens --------------------------------------------------------------------------------------

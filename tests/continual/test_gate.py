@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from command_line import fggm
 from streams import settings, state, write_stream
 
 from fggm_peft.continual.gate import Gate
@@ -97,13 +96,3 @@ def test_a_gate_checks_only_earlier_tasks():
         {"earlier": "a", "score": 0.71, "needed": pytest.approx(0.72)},
         {"earlier": "b", "score": 0.4, "needed": 0.5},
     ]
-
-
-def test_a_gate_can_be_set_on_the_command_line(folder, tmp_path):
-    file = tmp_path / "stream.json"
-    file.write_text(json.dumps(settings(folder, methods=["sft"])))
-    arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--gate-action", "rollback", "--json"]
-    result = fggm(*arguments, "--gate", "plus=1", "--gate", "minus=0.5")
-    assert result.code == 0, result.err
-    refused = fggm(*arguments, "--gate", "plus")
-    assert refused.code == 1 and "gate.keep: 'plus' is not a task and a share" in refused.err

@@ -36,13 +36,13 @@ def fields() -> dict:
             {"name": "two", "path": "a.json", "prompt": "{{ prompt }}", "answer": "{{ answer }}", "split": "train"},
         ],
         "task_defaults": {"max_answer_length": 8, "limit": 3},
-        "methods": ["sft", {"name": "fggm", "label": "rows", "density": 0.1}, {"name": "lora", "settings": {"r": 2}}],
+        "methods": ["sft", {"name": "fggm", "label": "rows", "density": 0.1}, {"name": "lora", "r": 2}],
         "training": {"max_steps": 2, "bf16": "auto", "schedule": "cosine", "learning_rate": 1e-4},
         "learning_rates": [1e-4, 1e-3],
         "seeds": [0, 1],
         "orders": ["given", "random:3", ["two", "one"]],
         "general": {"text": "text.txt"},
-        "gate": {"keep": ["one=0.9"], "action": "stop"},
+        "gate": {"keep": {"one": 0.9}, "action": "stop"},
     }
 
 
@@ -119,7 +119,7 @@ def test_a_field_with_another_value_is_a_stream_or_an_error(suffix, place, value
         (("task_defaults",), True),
         (("methods", 2, "settings"), []),
         (("methods", 2, "settings"), {"name": None}),
-        (("gate", "keep"), [None]),
+        (("gate", "keep"), ["one=0.9"]),
         (("gate", "keep"), [{"one": 0.9}]),
         (("tasks", 0, "path"), {"train": "."}),
         (("model",), "é" * 300),

@@ -92,7 +92,7 @@ def test_a_file_is_read_field_by_field(folder):
     assert stream.methods == (
         MethodSettings(name="fggm"),
         MethodSettings(name="sft"),
-        MethodSettings(name="fggm", label="fggm-5%", settings={"density": 0.05}),
+        MethodSettings(name="fggm", label="fggm-5%", density=0.05),
     )
     assert stream.training == Training(epochs=1, batch_size=8, learning_rate=3e-4, schedule="linear", warmup_ratio=0.1)
     assert stream.rates(stream.methods[0]) == (1e-4, 3e-4)
@@ -192,7 +192,7 @@ WRONG = {
     "a missing model folder": ({"model": "./none"}, "model: no folder .*none"),
     "an unknown metric": (
         {"tasks": [{"name": "a", "path": "data/intent", "metric": "./rouge"}]},
-        r"tasks\[0\]\.metric: no metric './rouge': this package has accuracy",
+        r"tasks\[0\]\.metric: unknown metric './rouge'; known are 'accuracy'",
     ),
     "no data": ({"tasks": [{"name": "a"}]}, "needs exactly one of path .* and dataset"),
     "two kinds of data": (
@@ -235,7 +235,7 @@ WRONG = {
         "model.dtype: must be 'auto', .*got 'float8'",
     ),
     "a name that is no folder": ({"tasks": [{"name": "a/b", "path": "data/intent"}]}, "it names a folder"),
-    "a method without a name": ({"methods": [{"label": "x"}]}, r"methods\[0\]\.name is empty"),
+    "a method without a name": ({"methods": [{"label": "x"}]}, r"methods\[0\]\.name is missing"),
     "an unknown method": ({"methods": ["fgm"]}, r"methods\[0\]: unknown method 'fgm'.* Did you mean 'fggm'\?"),
     "an unknown option of a method": (
         {"methods": ["sft", {"name": "fggm", "densty": 0.1}]},
