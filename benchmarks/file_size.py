@@ -38,7 +38,7 @@ def saved(model: nn.Module, dtype: torch.dtype) -> tuple[int, int | None]:
         config.delta_dtype = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
-        return (Path(folder) / FILE).stat().st_size, verify(folder).bound_bytes if is_fggm else None
+        return (Path(folder) / FILE).stat().st_size, verify(folder)["bound_bytes"] if is_fggm else None
 
 
 def measure(hidden: int, layers: int, density: float, dtype: torch.dtype) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ one again. The result is bit for bit the model with the other two.
 from __future__ import annotations
 
 import argparse
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -73,7 +74,8 @@ def main() -> None:
         print(f"{task}: loss {before:.2f} before, {learn(base_model(), task, folder):.2f} after training")
 
     print("\nOverlap of the supports:")
-    print(overlap(*folders.values()))
+    for a, b in combinations(folders, 2):
+        print(f"{a}, {b}: {overlap(folders[a], folders[b])}")
 
     # anyone with the same base can load a delta
     theirs = PeftModel.from_pretrained(base_model(), folders["counting up"])

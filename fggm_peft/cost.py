@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from peft import TaskType, get_peft_model
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from .core.criteria import CRITERIA
 from .core.index_codec import most_index_bytes
-from .core.registry import Registry
 from .core.threshold import Forecast
 from .selection.likelihood import task_type_of
 from .selection.measure import running_bytes
@@ -29,14 +28,7 @@ from .tuner.settings.selection import score_bytes
 from .tuner.support import forecast_supports, unwrapped
 from .tuner.target import Target, Targets, find_targets
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-OPTIMIZERS: Registry[MakeOptimizer] = Registry("optimizer")
-for _class in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad"):
-    OPTIMIZERS.register(_class.lower())(getattr(torch.optim, _class))
 
 LABELS = {
     "adapter_bytes": "adapter file, without its header",
@@ -75,10 +67,6 @@ class CostEstimate:
     activation_bytes: int
     peak_bytes: int
     selection_bytes: int
-    batch_size: int
-    sequence_length: int
-    optimizer: str
-    checkpointing: bool
 
     @property
     def depends_on_scores(self) -> bool:
@@ -89,28 +77,13 @@ class CostEstimate:
         """Plain types only, ready for JSON."""
         return {**asdict(self), "depends_on_scores": self.depends_on_scores}
 
-    def to_table(self) -> Table:
-        """A table for rich to print."""
-        from rich.filesize import decimal
-        from rich.table import Table
-
-        at_most = "at most " if self.depends_on_scores else ""
-        checkpointed = ", with gradient checkpointing" if self.checkpointing else ""
-        caption = f"a step of {self.batch_size} x {self.sequence_length} tokens{checkpointed}, {self.optimizer}"
-        table = Table("what", title=f"{at_most}{self.trainable_values:,} trainable values", caption=caption)
-        table.add_column("size", justify="right")
-        if self.depends_on_scores:
-            table.add_row("values, depending on scores", f"{self.least_values:,} to {self.trainable_values:,}")
-        for name, label in LABELS.items():
-            table.add_row(label, decimal(getattr(self, name)))
-        return table
-
     def __str__(self) -> str:
-        from rich.console import Console
+        from rich.filesize import decimal
 
-        text = io.StringIO()
-        Console(file=text, width=120).print(self.to_table())
-        return text.getvalue()
+        lines = [f"{self.trainable_values:,} trainable values"]
+        if self.depends_on_scores:
+            lines = [f"at most {lines[0]} ({self.least_values:,} to {self.trainable_values:,}, depending on scores)"]
+        return "\n".join([*lines, *(f"{decimal(getattr(self, name)):>10}  {label}" for name, label in LABELS.items())])
 
 
 def estimate(
@@ -119,7 +92,7 @@ def estimate(
     *,
     batch_size: int,
     sequence_length: int,
-    optimizer: str | MakeOptimizer = "adamw",
+    optimizer: MakeOptimizer = torch.optim.AdamW,
     checkpointing: bool = False,
     make_batch: MakeBatch | None = None,
     adapter_name: str | None = None,
@@ -139,12 +112,11 @@ def estimate(
         model: a base model on any device, the meta device included, or a model with an FGGM adapter.
         config: config of the adapter to add; None for the adapter that the model has.
         batch_size: samples of a training step on one device.
-        sequence_length: tokens of each sample (of sound: values); for a sequence-to-sequence model, of the input and of
-            the answer. Images and spectrograms have the size in the model's config.
-        optimizer: "adamw", "adam", "sgd", "rmsprop", "adagrad", or a function that makes an optimizer from parameters.
-            Its state is counted after one step on the meta device.
+        sequence_length: tokens of each sample; for a sequence-to-sequence model, of the input and of the answer.
+        optimizer: a class of optimizers, or a function that makes an optimizer from parameters. Its state is counted
+            after one step on the meta device.
         checkpointing: whether to use gradient checkpointing (not the reentrant kind).
-        make_batch: for models whose inputs are other than those of transformers' models for text, images and sound.
+        make_batch: ``(batch size, sequence length) -> a batch with labels``, for models whose input is not text.
         adapter_name: by default the active adapter.
 
     Raises:
@@ -154,15 +126,14 @@ def estimate(
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if not is_integer(value, least=1):
             raise ValueError(f"{name} must be an integer > 0, got {value!r}")
-    make_optimizer = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     adapted, config, adapter_name = _copy_with_adapter(model, config, adapter_name)
     targets = find_targets(adapted, adapter_name)
     forecast = _forecast(targets, config)
     if forecast is not None:
         for target, k in zip(targets.values(), forecast.units, strict=True):
             _set_planned_support_(target, k)
-    sizes = _sizes(adapted, targets, forecast, make_optimizer)
-    make_batch = make_batch or _batches(adapted, config)
+    sizes = _sizes(adapted, targets, forecast, optimizer)
+    make_batch = make_batch or partial(_text_batch, adapted, config.task_type)
     step = step_memory(adapted, make_batch, batch_size, sequence_length, checkpointing)
     selecting = step.most_activations
     if forecast is not None and any(target.granularity.stores_partial_input for target in targets.values()):
@@ -177,10 +148,6 @@ def estimate(
         activation_bytes=step.activations,
         peak_bytes=standing + step.activations + step.gradients,
         selection_bytes=sizes["base_bytes"] + selecting + scores if scores else 0,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        optimizer=optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "optimizer"),
-        checkpointing=checkpointing,
     )
 
 
@@ -310,42 +277,17 @@ def _score_bytes(targets: Targets, config: FGGMConfig) -> int:
     return size if config.score_memory is None else min(size, score_bytes(config.score_memory))
 
 
-def _batches(model: nn.Module, config: FGGMConfig) -> MakeBatch:
-    """Batches for a transformers model: tokens with one padded position, images or sound."""
+def _text_batch(model: nn.Module, task_type: str | None, batch_size: int, length: int) -> dict[str, Tensor]:
+    """A batch of tokens, with one padded position, for a transformers model."""
     base: Any = unwrapped(model)
+    if (name := getattr(base, "main_input_name", "input_ids")) != "input_ids":
+        raise ValueError(f"the model takes {name!r}. Pass make_batch=: (batch size, sequence length) -> a batch")
     weight = next(base.parameters())
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    task_type = config.task_type or task_type_of(base)
-    name = getattr(base, "main_input_name", "input_ids")
-    if name not in ("input_ids", *_INPUT_SHAPES):
-        raise ValueError(
-            f"the shape of {name!r} is unknown. Pass make_batch=: (batch size, sequence length) -> a batch"
-        )
-    shape = () if name == "input_ids" else _INPUT_SHAPES[name](base.config)
-
-    def make_batch(batch_size: int, length: int) -> dict[str, Tensor]:
-        tokens = torch.ones(batch_size, length, dtype=torch.int64, device=device)
-        mask = tokens.clone()
-        mask[-1, 1:][-1:] = 0
-        inputs = {"input_ids": tokens, "attention_mask": mask}
-        if name != "input_ids":
-            inputs = {name: torch.zeros(batch_size, *(shape or (length,)), dtype=base.dtype, device=device)}
-        names = ("start_positions", "end_positions") if task_type == TaskType.QUESTION_ANS else ("labels",)
-        whole_sample = task_type in (TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
-        labels = torch.zeros_like(tokens[:, 0] if whole_sample else tokens)
-        return {**inputs, **dict.fromkeys(names, labels)}
-
-    return make_batch
-
-
-def _image_shape(config: Any) -> tuple[int, ...]:
-    size = config.image_size
-    return (config.num_channels, *((size, size) if isinstance(size, int) else size))
-
-
-_INPUT_SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
-    "pixel_values": _image_shape,
-    "input_features": lambda config: (config.num_mel_bins, 2 * config.max_source_positions),
-    "input_values": lambda config: (),
-}
-"""Shape of one sample of an input that is no text; (): one value for each position."""
+    tokens = torch.ones(batch_size, length, dtype=torch.int64, device="cpu" if weight.is_meta else weight.device)
+    mask = tokens.clone()
+    mask[-1, 1:][-1:] = 0
+    task_type = task_type or task_type_of(base)
+    has_span = task_type == TaskType.QUESTION_ANS
+    labels = torch.zeros_like(tokens[:, 0] if has_span or task_type == TaskType.SEQ_CLS else tokens)
+    names = ("start_positions", "end_positions") if has_span else ("labels",)
+    return {"input_ids": tokens, "attention_mask": mask, **dict.fromkeys(names, labels)}

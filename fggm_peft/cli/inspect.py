@@ -27,7 +27,7 @@ def run(args: Namespace) -> Result:
 
     from ..deltas import SparseDelta, verify
 
-    data = verify(args.adapter, args.base).to_dict()
+    data = verify(args.adapter, args.base)
     delta = SparseDelta.read(args.adapter)
     modules = {path: _figures(module) for path, module in delta.modules.items()}
     data["norm"] = sum(module["norm"] ** 2 for module in modules.values()) ** 0.5

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from itertools import combinations
+from typing import TYPE_CHECKING
 
-from .output import Result, require_adapter
+from .output import Result, require_adapter, table
+
+if TYPE_CHECKING:
+    from ..deltas.overlaps import Shared
+
+HEADINGS = ("deltas", "module", "Jaccard", "by chance", "shared", "cosine there")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -22,7 +29,18 @@ def run(args: Namespace) -> Result:
         args.error("name at least two adapters")
     for adapter in args.adapters:
         require_adapter(adapter)
-    from ..deltas import overlap
+    from ..deltas import SparseDelta, overlap
 
-    result = overlap(*args.adapters)
-    return {"adapters": args.adapters, **result.to_dict()}, result.table(by_module=args.modules)
+    pairs, rows = [], []
+    for (a, first), (b, second) in combinations([(name, SparseDelta.read(name)) for name in args.adapters], 2):
+        result = overlap(first, second)
+        modules = {path: module.to_dict() for path, module in result.modules.items()}
+        pairs.append({"a": a, "b": b, **result.total.to_dict(), "modules": modules})
+        shown = {"all": result.total, **(result.modules if args.modules else {})}
+        rows += [(f"{a}, {b}", path, *_figures(module)) for path, module in shown.items()]
+    return {"pairs": pairs}, table("Overlap of the supports, in weight entries", HEADINGS, rows)
+
+
+def _figures(module: Shared) -> tuple[str, ...]:
+    cosine = "" if module.cosine is None else f"{module.cosine:+.3f}"
+    return f"{module.jaccard:.3f}", f"{module.chance:.3f}", f"{module.both:,}", cosine

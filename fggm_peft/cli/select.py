@@ -25,8 +25,6 @@ def add_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("dry run")
     text = "Show the cost of training. Reads no data and writes nothing."
     group.add_argument("--dry-run", action="store_true", help=text)
-    text = "Optimizer whose state is counted: adamw, adam, sgd, rmsprop, adagrad (default: %(default)s)."
-    group.add_argument("--optimizer", default="adamw", help=text)
     text = "Count a training step with gradient checkpointing."
     group.add_argument("--gradient-checkpointing", action="store_true", help=text)
 
@@ -94,10 +92,9 @@ def _cost(args: Namespace, config: FGGMConfig) -> Result | None:
         config,
         batch_size=args.batch_size,
         sequence_length=args.max_length,
-        optimizer=args.optimizer,
         checkpointing=args.gradient_checkpointing,
     )
-    return ({"model": args.model, **cost.to_dict()}, cost.to_table()) if this_process().is_main_process else None
+    return ({"model": args.model, **cost.to_dict()}, str(cost)) if this_process().is_main_process else None
 
 
 def _dataloader(args: Namespace, config: FGGMConfig) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .overlaps import Overlap, overlap
     from .to_lora import export_lora
-    from .verification import Verification, verify
+    from .verification import verify
 
 _MODULES = ["..tuner.files.reading", "..tuner.files.saving", ".delta", ".arithmetic", ".apply", ".difference"]
 _MODULES += [".ledger", ".overlaps", ".to_lora", ".verification"]
@@ -28,7 +28,6 @@ __all__ = [
     "ModuleDelta",
     "Overlap",
     "SparseDelta",
-    "Verification",
     "apply_deltas",
     "compose",
     "diff",

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..tuner.config import FGGMConfig
 from ..tuner.files.hub import expanded, from_hub, user_path
 from ..tuner.files.model_card import AUTO_CLASSES
 
@@ -21,30 +22,33 @@ Base = nn.Module | str | Path
 """A model, or the folder or Hub id of one."""
 
 
-def load_base(name: str) -> nn.Module:
-    """Load a base model from a folder or the Hub, in the dtype and the class of its checkpoint."""
-    import transformers
-
-    settings = settings_of(name := expanded(name))
-    model_class = getattr(transformers, (settings.architectures or [""])[0], None)
-    if model_class is None:
-        raise ValueError(f"the config of {name} names no class of transformers; pass the model itself")
-    return model_class.from_pretrained(name, dtype="auto")
+def load_base(base: Base, config: FGGMConfig) -> nn.Module:
+    """The given model, or the one that an adapter's config describes, in the dtype of its checkpoint."""
+    if isinstance(base, nn.Module):
+        return base
+    model_class, settings = _class_of(base, config)
+    revision = config.revision or "main"
+    return model_class.from_pretrained(expanded(str(base)), config=settings, revision=revision, dtype="auto")
 
 
-def skeleton(base: Base, config: Any = None) -> nn.Module:
-    """The given model, or one on the meta device from its ``config.json`` and an adapter's ``config``."""
+def skeleton(base: Base, config: FGGMConfig | None = None) -> nn.Module:
+    """As ``load_base``, but on the meta device, without weights."""
     if isinstance(base, nn.Module):
         return base.get_base_model() if isinstance(base, PeftModel) else base
-    import transformers
-
-    settings = settings_of(str(base), getattr(config, "revision", None))
-    task = str(getattr(config, "task_type", None)).removeprefix("TaskType.")
-    saved = (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
-    names = [AUTO_CLASSES.get(task), saved, *(settings.architectures or []), "AutoModel"]
-    model_class: Any = next(getattr(transformers, name) for name in names if name and hasattr(transformers, name))
+    model_class, settings = _class_of(base, config or FGGMConfig())
     with torch.device("meta"):
         return getattr(model_class, "from_config", model_class)(settings)
+
+
+def _class_of(base: str | Path, config: FGGMConfig) -> tuple[Any, Any]:
+    """The class and the config of a base model."""
+    import transformers
+
+    settings = settings_of(str(base), config.revision)
+    task = str(config.task_type).removeprefix("TaskType.")
+    saved = (config.auto_mapping or {}).get("base_model_class")
+    names = [AUTO_CLASSES.get(task), saved, *(settings.architectures or []), "AutoModel"]
+    return next(getattr(transformers, name) for name in names if name and hasattr(transformers, name)), settings
 
 
 def settings_of(name: str, revision: str | None = None) -> Any:
