@@ -31,6 +31,7 @@ from .measures import measures_of
 from .memory import peak_memory, reset_peak_memory
 from .methods import Method
 from .metrics import sample_scores, task_score
+from .state import restore_state_, state_of
 from .task import Task
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class Runner:
 
     def _save_state(self, model: nn.Module, method: Method, entries: Entries) -> None:
         """Save the state, which contains the entries, before ``tasks.json``: a kill between them is harmless."""
-        state = {"model": model.state_dict(), "method": method.memory, "entries": json.dumps(entries)}
+        state = {"model": state_of(model), "method": method.memory, "entries": json.dumps(entries)}
         with partial_file(self.folder / "state.pt") as partial:
             torch.save(state, partial)
         write_json(self.folder / "tasks.json", entries)
@@ -238,7 +239,7 @@ class Runner:
         if entries:
             return method, model, entries
         state = torch.load(file, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
+        restore_state_(model, state["model"])
         method.memory = state["method"]
         return method, model, json.loads(state["entries"])
 

@@ -187,8 +187,10 @@ class Stream(Settings):
                 raise StreamError(f"{name} contains {duplicates[0]!r} more than once{hint}")
         if self.gate is not None:
             require_known(self.gate.keep, [*lists["tasks"], EVERY_TASK], "task in gate.keep:")
-        if self.model.quantization is not None:
-            raise StreamError("model: methods change its weights, so it must be dense; remove quantization")
+        if self.model.is_quantized:
+            for method in self.methods:
+                if not method.method().supports_quantized:
+                    raise StreamError(f"methods: {method.label!r} changes the weights of the model, which is quantized")
         return self
 
     def with_methods(self, labels: Sequence[str]) -> Stream:

@@ -78,6 +78,12 @@ class BaseModel:
     attention: Optional[str] = setting(None, "attn_implementation of transformers, e.g. sdpa.")
     trust_remote_code: bool = setting(False, "Run code that comes with the checkpoint.")
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the model is quantized: when it is loaded, or already in its folder."""
+        file = Path(expanded(self.name)) / "config.json"
+        return self.quantization is not None or (file.is_file() and '"quantization_config"' in file.read_text())
+
     def load(self) -> PreTrainedModel:
         """The causal language model, in eval mode; raises ``BaseModelError`` if it cannot be loaded."""
         from transformers import AutoModelForCausalLM

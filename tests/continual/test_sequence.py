@@ -28,6 +28,7 @@ from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.runner import Runner, changed_answers
 from fggm_peft.continual.settings import StreamError
+from fggm_peft.tuner.merging.sidecar import sidecars_of
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,14 @@ def test_a_run_killed_in_its_second_task_resumes_to_identical_results(
 ):
     stream = read_stream(settings(folder, methods=[method]))
     (expected,) = run_stream(stream, tmp_path / "whole", checkpoint_steps=checkpoint_steps)
+    die_in_the_second_task(stream, tmp_path / "parts", monkeypatch, checkpoint_steps)
+    with pytest.raises(StreamError, match="--resume"):
+        list(run_stream(stream, tmp_path / "parts"))
+    (result,) = run_stream(stream, tmp_path / "parts", resume=True, checkpoint_steps=checkpoint_steps)
+    assert without_times(result) == without_times(expected)
 
+
+def die_in_the_second_task(stream, output, monkeypatch, checkpoint_steps=None):
     optimizer_step, steps = torch.optim.AdamW.step, []
 
     def die_at_the_fifth(self, *arguments, **options):
@@ -102,11 +110,52 @@ def test_a_run_killed_in_its_second_task_resumes_to_identical_results(
     with monkeypatch.context() as patched:
         patched.setattr(torch.optim.AdamW, "step", die_at_the_fifth)
         with pytest.raises(Killed):
-            list(run_stream(stream, tmp_path / "parts", checkpoint_steps=checkpoint_steps))
-    with pytest.raises(StreamError, match="--resume"):
-        list(run_stream(stream, tmp_path / "parts"))
-    (result,) = run_stream(stream, tmp_path / "parts", resume=True, checkpoint_steps=checkpoint_steps)
-    assert without_times(result) == without_times(expected)
+            list(run_stream(stream, output, checkpoint_steps=checkpoint_steps))
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantized_model_keeps_its_weights_and_the_run_resumes_exactly(quantization, folder, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    model = {"name": str(folder / "model"), "quantization": quantization, "dtype": "float32"}
+    methods = [{"name": "fggm", "reference": ["history"], "criterion": "gain_per_harm"}, "frozen"]
+    methods.append({"name": "lora", "mode": "carried", "r": 2})
+    stream = read_stream(settings(folder, model=model, methods=methods))
+    models, keep = {}, Runner._save_state
+    monkeypatch.setattr(
+        Runner, "_save_state", lambda *run: (models.update({run[0].run.method.name: run[1]}), keep(*run))
+    )
+    expected = list(run_stream(stream, tmp_path / "whole"))
+    assert expected[0]["R"] != expected[1]["R"] == [expected[1]["zero_shot"]] * 2
+
+    base, learned = stream.model.load(), models["fggm"]
+    for path, layer in base.named_modules():
+        if path.endswith("proj"):
+            assert torch.equal(learned.get_submodule(path).weight, layer.weight)
+    for task in sorted((tmp_path / "whole").glob("runs/fggm/*/tasks/*")):
+        base = PeftModel.from_pretrained(base, task).merge_and_unload()
+    sums, found = sidecars_of(base), sidecars_of(learned)
+    assert sums.keys() == found.keys() and len(sums) == 14
+    for path, deltas in sums.items():
+        for (_, *expected_tensors), (_, *tensors) in zip(deltas, found[path], strict=True):
+            assert all(map(torch.equal, expected_tensors, tensors))
+
+    die_in_the_second_task(stream, tmp_path / "parts", monkeypatch)
+    results = list(run_stream(stream, tmp_path / "parts", resume=True))
+    assert [without_times(result) for result in results] == [without_times(result) for result in expected]
+
+
+def test_methods_that_change_the_weights_need_a_dense_model(folder, tmp_path):
+    model = {"name": str(folder / "model"), "quantization": "4bit"}
+    changing = ["sft", "lora", "sft_masked", {"name": "fggm", "quantized_merge": "requantize"}]
+    for method in [*changing, {"name": "fggm", "first_task_masked": False}]:
+        with pytest.raises(StreamError, match="changes the weights of the model, which is quantized"):
+            read_stream(settings(folder, model=model, methods=[method]))
+    shutil.copytree(folder / "model", tmp_path / "quantized")
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text())
+    config["quantization_config"] = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StreamError, match="'sft' changes the weights of the model, which is quantized"):
+        read_stream(settings(folder, model=str(tmp_path / "quantized")))
 
 
 def test_finished_runs_are_read_from_disk_and_another_stream_is_rejected(folder, tmp_path):

@@ -244,7 +244,10 @@ WRONG = {
     "an illegal option of a method": ({"methods": [{"name": "fggm", "density": 2}]}, r"methods\[0\]: density must be"),
     "an option of a wrong type": ({"methods": [{"name": "ewc", "decay": "x"}]}, r"methods\[0\]: the method 'ewc': "),
     "an unknown field of the model": ({"model": {"name": "x", "dtyp": "auto"}}, "model: unknown field 'dtyp'.*'dtype'"),
-    "a quantized model": ({"model": {"name": "x", "quantization": "4bit"}}, "model: .* must be dense"),
+    "a quantized model": (
+        {"model": {"name": "x", "quantization": "4bit"}},
+        "changes the weights of the model, which is quantized",
+    ),
 }
 
 

@@ -40,7 +40,12 @@ class FGGM(PeftMethod):
         require_reference(config, config.reference)  # a stream cannot pass reference data later
 
     def defaults(self):
-        return {**super().defaults(), "seed": self.task_seed, "save_scores": True}
+        return {**super().defaults(), "seed": self.task_seed, "save_scores": True, "quantized_merge": "keep"}
+
+    @property
+    def supports_quantized(self):
+        config: Any = self.make_config()
+        return self.first_task_masked and config.quantized_merge == "keep"
 
     @property
     def is_masked(self) -> bool:

@@ -30,5 +30,9 @@ class Frozen(Method):
     harm_decay: float = field(default=0.0, init=False, repr=False)  # nothing decays
     reference: list[str] = field(default_factory=list, init=False, repr=False)
 
+    @property
+    def supports_quantized(self):
+        return True
+
     def begin_task(self, model, examples):
         return model.requires_grad_(False)

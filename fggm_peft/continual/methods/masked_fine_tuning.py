@@ -42,6 +42,10 @@ class MaskedFineTuning(FGGM):
         if config.harm_decay:
             raise ValueError(f"{self.name!r} does not support harm_decay; use 'fggm', which makes the same changes")
 
+    @property
+    def supports_quantized(self):
+        return False
+
     def begin_task(self, model, examples):
         self.restore_history_(model)
         return model if self.is_masked else model.requires_grad_(True)

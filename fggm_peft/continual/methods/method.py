@@ -73,6 +73,11 @@ class Method:
         """Whether it reads the reference."""
         return self.harm_decay > 0
 
+    @property
+    def supports_quantized(self) -> bool:
+        """Whether the base model may be quantized, because the method does not change its weights."""
+        return False
+
     @classmethod
     def option_names(cls) -> list[str]:
         """The options that ``make_method`` takes."""

@@ -108,6 +108,10 @@ class LoRA(PeftMethod):
     def uses_reference(self):
         return super().uses_reference or self.init == "quiet"
 
+    @property
+    def supports_quantized(self):
+        return self.mode == "carried"
+
     def trainer(self, **arguments):
         trainer: Any = super().trainer(**arguments)
         if self.init == "quiet":

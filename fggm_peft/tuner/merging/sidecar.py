@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.granularity import Granularity
+from ...core.granularity import Granularity, granularity_from
 from ...core.linear import additive_linear
 from ...core.weight_delta import WeightDelta, united
 
@@ -83,6 +84,24 @@ class Sidecar(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{len(delta.indices)} {delta.granularity.plural}" for delta in self.deltas)
+
+
+def sidecars_of(model: nn.Module) -> dict[str, list[tuple[Any, Tensor, Tensor]]]:
+    """The granularity, indices and values of the deltas in all sidecars, by the path of the quantized layer."""
+    return {
+        path.removesuffix(f".{SIDECAR}"): [(d.granularity.to_dict(), d.indices, d.values) for d in module.deltas]
+        for path, module in model.named_modules()
+        if isinstance(module, Sidecar)
+    }
+
+
+def add_sidecars_(model: nn.Module, sidecars: Mapping[str, Sequence[tuple[Any, Tensor, Tensor]]]) -> None:
+    """Add sidecars that ``sidecars_of`` returned to the layers of a model."""
+    for path, deltas in sidecars.items():
+        layer = model.get_submodule(path)
+        device = next(layer.parameters()).device
+        added = [WeightDelta(granularity_from(g), i.to(device), v.to(device)) for g, i, v in deltas]
+        model.set_submodule(path, with_sidecar(layer, added))
 
 
 class SidecarHook:
