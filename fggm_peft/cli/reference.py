@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result | None:
     """Read the input covariances of MODEL on text that it should retain.
 
-    The file serves every task of the model: FGGMConfig(reference="FOLDER", harm_decay=4). It can be shared on the Hub
+    The file serves every task of the model: FGGMConfig(reference="FOLDER", harm_decay=80). It can be shared on the Hub
     and used as reference="OWNER/NAME".
     """
     require_free(args.output, args.overwrite)

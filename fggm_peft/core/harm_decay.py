@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .covariance import Spectrum
 
+STRENGTH = 80.0
+"""Recommended strength: ``sigma`` divided by the learning rate."""
+
 
 class Decay(ABC):
     """Harm decay of the values of one delta."""
@@ -59,8 +62,8 @@ class DiagonalDecay(Decay):
         return (values.float().square() * self.energy).sum()
 
 
-RIDGE = 0.1
-"""``lambda`` of gain under decay."""
+RIDGE = 3.2
+"""``lambda`` of gain under decay, in the unit of the covariance."""
 
 
 def _inverse(energy: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..core.harm_decay import Decay
+from ..core.harm_decay import STRENGTH, Decay
 from ..selection.select import active_adapters
 from ..tuner.files.input_covariance import InputCovariance, covariance_of
 from .trained import Trained, shrink_, trained_parameters
@@ -17,15 +17,16 @@ from .trained import Trained, shrink_, trained_parameters
 EVERY = 4
 """Steps between two decays."""
 
-_STEPS, _PENDING, _PEAK = "harm_decay_steps", "harm_decay_pending", "harm_decay_peak_lr"
+_STEPS, _PENDING = "harm_decay_steps", "harm_decay_pending"
 
 
 class HarmDecay:
     """Decays what training adds to linear layers, in the metric of their inputs on data to retain.
 
     After every few optimizer steps each delta ``V`` becomes ``V (I + sigma C)^-1``. ``C`` is the covariance of the
-    layer's inputs; ``sigma`` is ``strength`` times the learning rate divided by its peak, summed over these steps. This
-    is the proximal step of the penalty ``sigma / 2 E |V x|^2``. It applies to the parameters of the optimizers that are
+    layer's inputs; ``sigma`` is ``strength`` times the learning rates of these steps. This is the proximal step of the
+    penalty ``sigma / 2 E |V x|^2``. As with AdamW's ``weight_decay``, the learning rate sets how fast the model learns,
+    and the strength how much it retains, whatever the rate is. It applies to the parameters of the optimizers that are
     values of an FGGM adapter, PEFT's LoRA (its A, because ``B A (I + sigma C)^-1`` decays the product) or SHiRA, or
     weights of linear layers that train themselves (``V`` is then their difference from the attached model).
 
@@ -44,7 +45,8 @@ class HarmDecay:
 
     Args:
         covariance: the result of ``input_covariance``, or a sum of such results.
-        strength: a higher value forgets and learns less.
+        strength: in a direction with the energy of the median layer it is the ``weight_decay`` of AdamW. It is meant
+            for optimizers whose steps have the size of the learning rate, such as Adam.
         every: steps between two decays.
         offload: keep the start of weights that train themselves on the CPU.
 
@@ -52,7 +54,9 @@ class HarmDecay:
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, covariance: InputCovariance, strength: float = 1.0, every: int = EVERY, offload: bool = False):
+    def __init__(
+        self, covariance: InputCovariance, strength: float = STRENGTH, every: int = EVERY, offload: bool = False
+    ):
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength must be a number >= 0, got {strength!r}")
         if every < 1:
@@ -92,7 +96,7 @@ class HarmDecay:
             handle.remove()
         for optimizer in self._optimizers if self._handles else []:
             for group in optimizer.param_groups:
-                for name in (_STEPS, _PENDING, _PEAK):
+                for name in (_STEPS, _PENDING):
                     group.pop(name, None)
         self._handles, self._optimizers, self._decays, self._model = [], [], {}, None
 
@@ -103,9 +107,7 @@ class HarmDecay:
             return
         due = []
         for group in optimizer.param_groups:
-            rate = float(group["lr"])
-            group[_PEAK] = max(group.get(_PEAK, 0.0), rate, group.get("initial_lr", 0.0), group.get("max_lr", 0.0))
-            group[_PENDING] = group.get(_PENDING, 0.0) + (rate / group[_PEAK] if rate else 0.0)
+            group[_PENDING] = group.get(_PENDING, 0.0) + float(group["lr"])
             group[_STEPS] = group.get(_STEPS, 0) + 1
             if group[_STEPS] % self.every == 0:
                 due.append(group)

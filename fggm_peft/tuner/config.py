@@ -14,6 +14,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..core.errors import AdapterFileError
+from ..core.harm_decay import STRENGTH
 from ..core.registry import require_one_of
 from .files.model_card import complete_card
 from .files.task_scores import record_of
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 
 PRESETS = {
-    "retain": {"granularity": "column", "density": 0.3, "criterion": "gain_under_decay", "harm_decay": 4.0},
+    "retain": {"granularity": "column", "density": 0.3, "criterion": "gain_under_decay", "harm_decay": STRENGTH},
 }
 """The settings of each preset. Arguments of the config override them."""
 
@@ -96,7 +97,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     preset: Optional[Literal["retain"]] = setting(
         None,
         "Recommended settings; arguments override them. 'retain' learns a task and keeps what the model knew: "
-        "granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=4.0. It needs a `reference`.",
+        "granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=80.0. It needs a `reference`.",
     )
     target_modules: Optional[Union[list[str], str]] = setting(
         None,

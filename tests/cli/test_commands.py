@@ -556,7 +556,7 @@ def test_the_preset_retains_a_text_or_saved_statistics(folder, tmp_path):
         output = tmp_path / f"delta-{name}"
         succeed(*base, "--reference", tmp_path / name, "--output", output, "--use-cpu")
         config = json.loads((output / "adapter_config.json").read_text())
-        assert (config["harm_decay"], config["criterion"], config["density"]) == (4.0, "gain_under_decay", 0.3)
+        assert (config["harm_decay"], config["criterion"], config["density"]) == (80.0, "gain_under_decay", 0.3)
     trained = json.loads(
         fggm(*base, "--reference", tmp_path / "statistics", "-o", tmp_path / "again", "--use-cpu", "--json").out
     )

@@ -25,7 +25,7 @@ def statistics(tmp_path_factory):
 
 
 def test_full_fine_tuning_decays_towards_its_start_as_in_a_plain_loop(statistics, tmp_path):
-    method = make_method("sft", harm_decay=2.0, reference=[statistics])
+    method = make_method("sft", harm_decay=100.0, reference=[statistics])
     model, twin = begin(method, llama(), 0, examples()), llama().double()
     recorder = Recorder(model)
     args = arguments(tmp_path, max_steps=6, lr_scheduler_type="linear", max_grad_norm=0.0)
@@ -40,7 +40,7 @@ def test_full_fine_tuning_decays_towards_its_start_as_in_a_plain_loop(statistics
         twin(**batch).loss.backward()
         optimizer.step()
         twin.zero_grad()
-        sigma += 2.0 * (1 - step / 6)
+        sigma += 100.0 * optimizer.param_groups[0]["lr"]
         if step % 4 == 3:
             for name in linear_layers(twin):
                 dense, weight = covariance[name].dense(), twin.get_parameter(f"{name}.weight")
@@ -54,7 +54,7 @@ def test_full_fine_tuning_decays_towards_its_start_as_in_a_plain_loop(statistics
 @pytest.mark.parametrize(("name", "options"), [("sft", {}), ("lora", {"r": 8}), ("shira", {"r": 8}), ("migu", {})])
 def test_harm_decay_reduces_the_harm_and_changes_nothing_else(name, options, statistics, tmp_path):
     start, covariance, harm, batches = llama(), input_covariance(llama(), token_batches(seed=1)), [], []
-    for decay in ({}, {"harm_decay": 3.0, "reference": statistics}):
+    for decay in ({}, {"harm_decay": 200.0, "reference": statistics}):
         method = make_method(name, **options, **decay)
         base = llama()
         recorder = Recorder(base)
@@ -82,7 +82,7 @@ def test_the_history_is_the_sum_over_the_tasks(statistics, tmp_path):
         expected.append(own)
         for path in linear_layers(model):
             total = sum(each[path].to(torch.float32).dense() for each in expected)
-            torch.testing.assert_close(reference[path].to(torch.float32).dense(), total, rtol=0.05, atol=0.02)
+            torch.testing.assert_close(reference[path].to(torch.float32).dense(), total, rtol=0.05, atol=0.5)
     assert trainer.covariance.positions == 2 * 24 * 10 + token_count(token_batches(seed=1))
 
 

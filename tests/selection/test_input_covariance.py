@@ -44,7 +44,7 @@ def inputs_of(model: nn.Module, paths: list[str], batches: list[dict]) -> dict[s
 def expected(model: nn.Module, paths: list[str], batches: list[dict]) -> dict[str, torch.Tensor]:
     dense = {path: x.mT @ x / len(x) for path, x in inputs_of(model, paths, batches).items()}
     means = sorted(float(matrix.diagonal().mean()) for matrix in dense.values())
-    return {path: matrix / (32 * means[len(means) // 2]) for path, matrix in dense.items()}
+    return {path: matrix / means[len(means) // 2] for path, matrix in dense.items()}
 
 
 @pytest.mark.parametrize("padding", [0, 4])
@@ -71,7 +71,7 @@ def test_padding_and_batches_do_not_matter(rank):
     parts = [{k: v[:1] for k, v in whole.items()}, {k: nn.functional.pad(v[1:], (3, 0)) for k, v in whole.items()}]
     a, b = (input_covariance(llama(), data, rank=rank, progress=False) for data in ([whole], parts))
     for path in a.inputs:
-        torch.testing.assert_close(a[path].dense(), b[path].dense(), atol=0.05, rtol=0.05)
+        torch.testing.assert_close(a[path].dense(), b[path].dense(), atol=1.0, rtol=0.05)
 
 
 @pytest.mark.parametrize("name", ["adapted", "lora", "four-bit", "eight-bit"])
@@ -116,7 +116,7 @@ def test_a_sink_in_one_layer_does_not_change_the_scale_of_the_others():
         model.model.layers[1].post_attention_layernorm.weight[3] = 1e3
     covariances.append(input_covariance(model, [batch()], progress=False))
     path = "model.layers.0.self_attn.q_proj"
-    torch.testing.assert_close(*(c[path].to(torch.float32).dense() for c in covariances), rtol=0.3, atol=0.01)
+    torch.testing.assert_close(*(c[path].to(torch.float32).dense() for c in covariances), rtol=0.3, atol=0.3)
 
 
 def test_num_samples_limits_the_data():

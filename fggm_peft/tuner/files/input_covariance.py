@@ -19,20 +19,14 @@ from .hub import from_hub, user_path
 COVARIANCE_FILE = "fggm_retention.safetensors"
 _FORMAT = "fggm_retention 1"
 
-UNIT = 32.0
-"""Unit of a covariance, in mean squares of the inputs of the median layer.
-
-The median, because attention sinks have inputs hundreds of times larger than the rest and dominate a mean over layers.
-On five texts, SmolLM2-135M's mean differs by a factor of 2.7, with the length of the texts, and its median by 1.15.
-"""
-
 
 @dataclass(frozen=True, eq=False)
 class InputCovariance:
     """What a model should retain: the covariances ``E[x x^T]`` of the inputs of its linear layers on some data.
 
-    A source is divided by ``UNIT``, so that sources of different models and lengths add up, while the relation of the
-    layers is preserved. Sums of sources keep their size.
+    The unit is the mean square of the inputs of the median layer, so that sources of different models and lengths add
+    up, while the relation of the layers is preserved. (Attention sinks dominate a mean over layers. On five texts,
+    SmolLM2-135M's mean differs by a factor of 2.7, with the length of the texts, and its median by 1.15.)
 
     Args:
         covariances: one for each distinct input, by the path of the first module that reads it.
@@ -69,10 +63,10 @@ class InputCovariance:
         return path in self.inputs
 
     def normalized(self) -> InputCovariance:
-        """The covariances of one source in units of ``UNIT``, in bfloat16; unchanged if all inputs are 0."""
+        """The covariances of one source in units of its median layer, in bfloat16; unchanged if all inputs are 0."""
         means = {key: float(covariance.diagonal().double().mean()) for key, covariance in self.covariances.items()}
         layers = sorted(means[key] for key in self.inputs.values() if means[key] > 0)
-        scale = 1 / (UNIT * layers[len(layers) // 2]) if layers else 1.0
+        scale = 1 / layers[len(layers) // 2] if layers else 1.0
         return replace(self, covariances={k: (c * scale).to(torch.bfloat16) for k, c in self.covariances.items()})
 
     def __add__(self, other: InputCovariance) -> InputCovariance:

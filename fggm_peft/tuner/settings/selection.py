@@ -37,9 +37,10 @@ class SelectionSettings:
     )
     harm_decay: float = setting(
         0.0,
-        "Strength of harm decay; 0 disables it. After every few optimizer steps the delta decays in the directions "
-        "that the inputs of the `reference` use, so that the model keeps what it knew. A higher value "
-        "forgets and learns less. Trainers apply it; a plain loop calls `attach_harm_decay`.",
+        "Strength of harm decay; 0 disables it, 80 is recommended. After every few optimizer steps the delta decays in "
+        "the directions that the inputs of the `reference` use, so that the model keeps what it knew. Like the "
+        "`weight_decay` of AdamW it is multiplied by the learning rate. A higher value forgets and learns less. "
+        "Trainers apply it; a plain loop calls `attach_harm_decay`.",
     )
     reference: Optional[Union[list[str], str]] = setting(
         None,
@@ -98,7 +99,7 @@ class SelectionSettings:
         if criterion.uses_covariance and not self.harm_decay:
             warnings.warn(
                 f"criterion {self.criterion!r} selects the weights that matter most for what the model knows. Set "
-                "harm_decay too (4.0 is a good value), or the model forgets more than with any other criterion",
+                "harm_decay too (80 is recommended), or the model forgets more than with any other criterion",
                 stacklevel=4,
             )
         check_reference(self, _reference_names(self.reference))
