@@ -27,7 +27,7 @@ def run(args: Namespace) -> Result:
     require_free(args.output, args.overwrite)
     from ..deltas import diff
 
-    delta = diff(args.base, args.tuned, args.granularity, progress=True)
+    delta = diff(args.base, args.tuned, args.granularity)
     delta.save(args.output)
     assert delta.config.selection is not None
     data = {

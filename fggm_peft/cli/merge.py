@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .options import add_base, base_model
 from .output import Result, add_output, require_adapter, require_free, table
@@ -32,24 +34,31 @@ def run(args: Namespace) -> Result:
     from rich.console import Group
     from rich.text import Text
 
-    from ..deltas import Ledger, export_merged
-    from ..deltas.apply import require_dense
+    from ..deltas import Ledger, apply_deltas
     from ..training.base_model import BaseModelError
+    from ..tuner.files.atomic import complete_folder, write_json
 
     base = base_model(args)
     if base.quantization is not None:
         args.error("--quantization: a quantized checkpoint would lose part of the deltas")
-    model = base.load()
-    require_dense(model)  # before the ledger is written
-    ledger = None if args.ledger is None else Ledger(args.ledger)
-    if ledger is not None:
+    model: Any = base.load()
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "the base is quantized, and a merged checkpoint of it would lose part of the deltas. Load the base "
+            "unquantized, or use merge_and_unload() with quantized_merge='requantize'"
+        )
+    if args.ledger is None:
+        report = apply_deltas(model, args.adapter)
+    else:
+        ledger = Ledger(args.ledger)
         for name, adapter in zip(_task_names(args.adapter), args.adapter, strict=True):
             ledger.add(name, adapter)
-    try:
-        tokenizer = base.load_tokenizer(as_saved=True)
-    except BaseModelError:  # the base has none
-        tokenizer = None
-    report = export_merged(model, ledger or args.adapter, args.output, tokenizer, progress=True)
+        report = ledger.apply(model)
+    with complete_folder(args.output) as folder:
+        model.save_pretrained(folder)
+        with suppress(BaseModelError):  # the base has no tokenizer
+            base.load_tokenizer(as_saved=True).save_pretrained(folder)
+        write_json(folder / "merge_report.json", report.to_dict())
     data = {"model": args.model, "adapters": args.adapter, "output": str(args.output), "ledger": args.ledger}
     headings = ("module", "norm of the delta", "survived", "outcome")
     rows = [(m.name, f"{m.delta_norm:.4g}", f"{m.survived:.2%}", m.outcome) for m in report.modules]

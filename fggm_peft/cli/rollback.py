@@ -33,7 +33,7 @@ def run(args: Namespace) -> Result:
     require_writable(args.ledger)
     ledger = Ledger(args.ledger)
     if args.model is None:
-        ledger.rollback(args.task)
+        ledger.remove(args.task)
         text = f"Removed {args.task} from the ledger"
     else:
         require_free(args.output, args.overwrite)

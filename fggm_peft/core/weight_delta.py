@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .granularity import ELEMENTS, Granularity, Shape
 from .index_codec import index_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class WeightDelta:
         indices, values = self.granularity.as_elements(self.indices, self.values, shape)
         return WeightDelta(ELEMENTS, indices.to(index_dtype(shape[0] * shape[1])), values, self.scale)
 
-    def restricted(self, keep: Tensor) -> WeightDelta:
+    def restricted(self, keep: Tensor) -> Self:
         """The delta on the units at the positions ``keep`` only (int64, sorted)."""
         values = self.values.index_select(self.granularity.unit_dim, keep)
         return replace(self, indices=self.indices[keep], values=values)

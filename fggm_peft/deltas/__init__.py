@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..tuner.files.reading import read_adapter
     from ..tuner.files.saving import save_adapter
-    from .apply import apply_deltas, export_merged
+    from .apply import apply_deltas
     from .arithmetic import compose, prune
     from .delta import ModuleDelta, SparseDelta
     from .difference import diff
@@ -32,7 +32,6 @@ __all__ = [
     "compose",
     "diff",
     "export_lora",
-    "export_merged",
     "overlap",
     "prune",
     "read_adapter",

@@ -41,9 +41,9 @@ def compose(sources: Sequence[Any], weights: Sequence[float] | None = None) -> S
     for path in dict.fromkeys(path for delta in deltas for path in delta.modules):
         terms = [(d.modules[path], w) for d, w in zip(deltas, weights, strict=True) if path in d.modules]
         shape = terms[0][0].shape
-        total = combine([module.weight_delta() for module, _ in terms], [w for _, w in terms], granularity, shape)
+        total = combine([module for module, _ in terms], [weight for _, weight in terms], granularity, shape)
         indices = total.indices.to(index_dtype(shape[0] * shape[1]))
-        modules[path] = ModuleDelta(granularity, shape, indices, total.values)
+        modules[path] = ModuleDelta(granularity, indices, total.values, shape=shape)
     made_by = "compose: weights " + ", ".join(f"{weight:g}" for weight in weights)
     return new_delta(deltas[0].config, granularity, modules, made_by, others)
 
@@ -69,19 +69,14 @@ def prune(source: Any, density: float, scope: str = "layer") -> SparseDelta:
         group = [delta.modules[path] for path in paths]
         costs = [module.granularity.parameters_per_unit(module.shape) for module in group]
         budget = round(density * sum(module.shape[0] * module.shape[1] for module in group))
-        scores = [module.weight_delta().unit_squares() for module in group]
+        scores = [module.unit_squares() for module in group]
         best = best_per_parameter(scores, costs, budget)
-        modules |= {p: _restricted(m, keep) for p, m, keep in zip(paths, group, best, strict=True)}
+        modules |= {path: module.restricted(keep) for path, module, keep in zip(paths, group, best, strict=True)}
     if not any(len(module.indices) for module in modules.values()):
         raise ValueError(f"no unit of the delta is left at a density of {density:g}")
     return new_delta(
         delta.config, delta.granularity, modules, f"prune: density {density:g}, scope {scope}", delta.others
     )
-
-
-def _restricted(module: ModuleDelta, keep: Tensor) -> ModuleDelta:
-    part = module.weight_delta().restricted(keep)
-    return ModuleDelta(module.granularity, module.shape, part.indices, part.values)
 
 
 def _common_others(deltas: Sequence[SparseDelta]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..tuner.config import FGGMConfig
 from ..tuner.files.hub import expanded, from_hub, user_path
@@ -65,7 +64,7 @@ def settings_of(name: str, revision: str | None = None) -> Any:
 
 
 class Weights:
-    """The weights of a model or of a checkpoint (one safetensors file, or shards with an index), read on demand.
+    """The weights of a model or of a checkpoint (one safetensors file, or shards), read on demand.
 
     Raises:
         FileNotFoundError: there is no safetensors file. Pickled weights are not read.
@@ -81,7 +80,7 @@ class Weights:
         folder = user_path(source)
         if not folder.is_dir():
             with from_hub(str(source), "checkpoint", FileNotFoundError):
-                folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+                folder = Path(snapshot_download(str(source), allow_patterns=["model*.safetensors"]))
         self.stored = _files(folder)
 
     def find(self, names: Iterable[str], prefix: str = "") -> Tensor | None:
@@ -105,25 +104,22 @@ def variants(names: Iterable[str], prefix: str = "") -> list[str]:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Name of a tensor -> its file."""
-    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if index.is_file():
-        try:
-            return {
-                name: folder / Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged: {error}") from error
-    if single.is_file():
-        with _opened(single) as tensors:
-            return dict.fromkeys(tensors.keys(), single)
-    raise FileNotFoundError(
-        f"no {single.name} or {index.name} in {str(folder)!r}. Pickled weights are not read: load the model and save "
-        "it again with save_pretrained"
-    )
+    single = folder / SAFE_WEIGHTS_NAME
+    files = [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"no {SAFE_WEIGHTS_NAME} and no shards of it in {str(folder)!r}. Pickled weights are not read: load the "
+            "model and save it again with save_pretrained"
+        )
+    stored: dict[str, Path] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            stored |= dict.fromkeys(tensors.keys(), file)
+    return stored
 
 
 def _opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is missing or damaged: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}") from error

@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.fingerprint import WeightSketch, sketches_from
+from ..core.fingerprint import WeightSketch
 from ..core.granularity import Granularity, Shape
 from ..core.weight_delta import WeightDelta
 from ..tuner.config import FGGMConfig
@@ -28,30 +28,11 @@ from ..tuner.files.tensors import MARK, PREFIX, split_key
 from ..tuner.target import find_targets
 
 
-@dataclass(frozen=True, eq=False)
-class ModuleDelta:
-    """The delta of one module's weight ``[o, i]``.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModuleDelta(WeightDelta):
+    """The delta of one module's weight, with its shape ``(o, i)``."""
 
-    Args:
-        granularity: the kind of unit.
-        shape: ``(o, i)``.
-        indices: ``[k]`` integers, sorted, unique.
-        values: ``granularity.values_shape(shape, k)``.
-    """
-
-    granularity: Granularity
     shape: Shape
-    indices: Tensor
-    values: Tensor
-
-    def weight_delta(self) -> WeightDelta:
-        """The delta without its shape."""
-        return WeightDelta(self.granularity, self.indices, self.values)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their names in a file."""
-        return {"indices": self.indices, "values": self.values}
 
     def to(self, device: torch.device | None) -> ModuleDelta:
         """The same delta on another device."""
@@ -100,8 +81,8 @@ class SparseDelta:
 
         The folder never contains an incomplete adapter.
         """
-        config, granularity = copy.copy(self.config), self.granularity
-        encoded = {path: encode(granularity, m.shape, config, m.tensors, path) for path, m in self.modules.items()}
+        config = copy.copy(self.config)
+        encoded = {path: encode(m.granularity, m.shape, config, vars(m), path) for path, m in self.modules.items()}
         config.describe_file(
             support_sizes={path: len(module.indices) for path, module in self.modules.items()},
             index_bytes=index_bytes(encoded),
@@ -127,8 +108,8 @@ class SparseDelta:
     @property
     def density(self) -> float:
         """Number of values divided by the number of entries of the modules' weights."""
-        entries = sum(m.shape[0] * m.shape[1] for m in self.modules.values())
-        return sum(m.values.numel() for m in self.modules.values()) / entries if entries else 0.0
+        entries = sum(module.shape[0] * module.shape[1] for module in self.modules.values())
+        return self.parameters / entries if entries else 0.0
 
     def __repr__(self) -> str:
         made_by = (self.config.selection or {}).get("made_by")
@@ -162,7 +143,10 @@ class SparseDelta:
 def from_contents(contents: AdapterContents) -> SparseDelta:
     """The delta in the files of an adapter."""
     granularity, shapes = contents.config.granularity, contents.shapes
-    modules = {path: ModuleDelta(granularity, shapes[path], **tensors) for path, tensors in contents.deltas.items()}
+    modules = {
+        path: ModuleDelta(granularity, tensors["indices"], tensors["values"], shape=shapes[path])
+        for path, tensors in contents.deltas.items()
+    }
     return SparseDelta(_for_inference(contents.config), modules, contents.others)
 
 
@@ -222,12 +206,8 @@ def _for_inference(config: FGGMConfig) -> FGGMConfig:
 
 def _fingerprint(like: FGGMConfig, modules: Mapping[str, ModuleDelta]) -> dict[str, str]:
     """The sketches of these modules in a config; for missing ones only the shape."""
-    sketches = sketches_from(like.base_fingerprint or {})
-    fingerprint = {}
-    for path, module in modules.items():
-        sketch = sketches.get(path, WeightSketch(module.shape))
-        fingerprint[path] = (sketch if sketch.shape == module.shape else WeightSketch(module.shape)).to_text()
-    return fingerprint
+    sketches = like.base_fingerprint or {}
+    return {path: sketches.get(path, WeightSketch(module.shape).to_text()) for path, module in modules.items()}
 
 
 def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
@@ -241,8 +221,8 @@ def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
         raise ValueError(f"the adapter {name!r} is a {config.peft_type} adapter, not FGGM")
     modules = {}
     for path, target in find_targets(model, name).items():
-        tensors = {part: _copied(tensor) for part, tensor in target.tensors.items()}
-        modules[path] = ModuleDelta(target.granularity, target.shape, **tensors)
+        indices, values = _copied(target.indices), _copied(target.values)
+        modules[path] = ModuleDelta(target.granularity, indices, values, shape=target.shape)
     with as_trained(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedAdapterWarning)
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

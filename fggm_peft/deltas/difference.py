@@ -35,15 +35,9 @@ VALUE_BYTES = 4
 
 _IRRELEVANT = {"name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 _IRRELEVANT |= {"attn_implementation", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-}
 
 
-def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, progress: bool = False) -> SparseDelta:
+def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None) -> SparseDelta:
     """The delta that must be added to ``base`` to get ``tuned``.
 
     If the values are added to the base in float32 and rounded once, as merging does, the result equals the tuned weight
@@ -55,7 +49,6 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
     Args:
         base, tuned: models, or folders or Hub ids of checkpoints in safetensors files.
         granularity: of the delta; by default the one that takes the fewest bytes.
-        progress: show progress bars.
 
     Raises:
         ValueError: the models have different architectures, the tuned model has tensors of its own, nothing has
@@ -63,13 +56,13 @@ def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None, 
     """
     kind = None if granularity is None else granularity_from(granularity)
     with torch.no_grad():
-        return _Comparison(base, tuned, progress).delta(kind)
+        return _Comparison(base, tuned).delta(kind)
 
 
 class _Comparison:
-    def __init__(self, base: Base, tuned: Base, progress: bool):
+    def __init__(self, base: Base, tuned: Base):
         self.model = skeleton(base)
-        self.base, self.tuned, self.progress = Weights(base), Weights(tuned), progress
+        self.base, self.tuned = Weights(base), Weights(tuned)
         self.base_name = getattr(self.model, "name_or_path", "") if isinstance(base, nn.Module) else str(base)
         self.tuned_name = self.tuned.where if isinstance(tuned, nn.Module) else Path(str(tuned)).name
         self.prefix = getattr(self.model, "base_model_prefix", "")
@@ -101,25 +94,19 @@ class _Comparison:
         granularity = granularity or min(CANDIDATES, key=self.sizes.__getitem__)
         modules = {
             path: self._changes(path, granularity, samples_per_weight(len(paths)))
-            for path in tqdm(paths, "Collecting the changes", disable=None if self.progress else True)
+            for path in tqdm(paths, "Collecting the changes", disable=None)
         }
         if self.inexact:
-            warnings.warn(
-                f"{self.inexact:,} entries cannot be reproduced exactly by a float32 delta; the nearest value is "
-                "stored. config.selection['inexact_entries'] contains the number.",
-                stacklevel=4,
-            )
+            problem = "entries cannot be reproduced exactly by a float32 delta; the nearest value is stored"
+            warnings.warn(f"{self.inexact:,} {problem}", stacklevel=4)
         if self.other_settings:
-            warnings.warn(
-                f"the configs of the models differ in {', '.join(self.other_settings)}, which a delta does not change. "
-                "config.selection['config_differences'] contains the names.",
-                stacklevel=4,
-            )
-        name = type(self.model).__name__
-        task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
-        if name.endswith("ForConditionalGeneration"):
-            task = task_type_of(self.model)
-        like = FGGMConfig(base_model_name_or_path=self.base_name or None, task_type=task, modules_to_save=whole or None)
+            problem = f"the configs of the models differ in {', '.join(self.other_settings)}"
+            warnings.warn(f"{problem}, which a delta does not change", stacklevel=4)
+        like = FGGMConfig(
+            base_model_name_or_path=self.base_name or None,
+            task_type=task_type_of(self.model),
+            modules_to_save=whole or None,
+        )
         like.base_fingerprint = self.sketches
         like.target_parameters = list({self.names[path]: None for path in paths if self.layers[path].is_expert})
         others = {PREFIX + name: self._read(self.tuned, name) for name in self.parameters if _is_inside(name, whole)}
@@ -127,8 +114,8 @@ class _Comparison:
             like.bias = "all"
             others |= self._biases(paths)
         delta = new_delta(like, granularity, modules, f"diff of {self.tuned_name} and its base", others)
-        assert delta.config.selection is not None
-        delta.config.selection |= {"inexact_entries": self.inexact, "config_differences": self.other_settings}
+        findings: Any = {"inexact_entries": self.inexact, "config_differences": self.other_settings}
+        delta.config.selection = {**(delta.config.selection or {}), **findings}
         return delta
 
     def _require_covered(self) -> None:
@@ -149,7 +136,7 @@ class _Comparison:
 
     def _count(self) -> None:
         """The first pass: which tensors have changed, and the size of the delta in each granularity."""
-        for name in tqdm(self.parameters, "Comparing", disable=None if self.progress else True):
+        for name in tqdm(self.parameters, "Comparing", disable=None):
             before, after = self._pair(name)
             changed = before != after
             if not bool(changed.any()):
@@ -184,7 +171,7 @@ class _Comparison:
         self.sketches[path] = sketch_weight(path, before, samples).to_text()
         indices = (granularity.reduce((before != after).float()) > 0).nonzero().squeeze(1)
         values = self._exact(granularity.gather(before, indices), granularity.gather(after, indices), path)
-        return ModuleDelta(granularity, shape, indices.to(index_dtype(shape[0] * shape[1])), values)
+        return ModuleDelta(granularity, indices.to(index_dtype(shape[0] * shape[1])), values, shape=shape)
 
     def _biases(self, adapted: list[str]) -> dict[str, Tensor]:
         """Every bias of the tuned model, by its name in an adapter file that adapts the given modules."""

@@ -100,14 +100,13 @@ class Ledger:
         entry = LedgerEntry(name, folder, digest_of_folder(self.folder / folder))
         self._write([*self.entries, entry], self._next + 1)
 
-    def apply(self, model: nn.Module, progress: bool = False) -> MergeReport:
+    def apply(self, model: nn.Module) -> MergeReport:
         """Merge the tasks into a base model, in place and in order.
 
         The base's entries that the tasks change are saved in the folder, so ``rollback`` needs no base.
 
         Args:
             model: the base, without adapters. Its quantized layers get the deltas as sidecars.
-            progress: show a progress bar.
 
         Raises:
             ValueError: a delta does not fit the model, or the saved originals belong to another base. Then the model
@@ -126,16 +125,16 @@ class Ledger:
             if layer.quantization_backend is None
         }
         write_originals(file, originals)
-        return apply_deltas(model, deltas, progress)
+        return apply_deltas(model, deltas)
 
-    def rollback(self, task: str, model: nn.Module | None = None, remove: bool = True) -> None:
-        """Remove a task from the ledger and, if a merged model is given, from the model.
+    def rollback(self, task: str, model: nn.Module, remove: bool = True) -> None:
+        """Remove a task from the model that ``apply`` merged the tasks into, in place, and from the ledger.
 
         The model then equals, bit for bit, the model without the task.
 
         Args:
             task: any task, not only the last one.
-            model: the model that ``apply`` merged the tasks into; changed in place.
+            model: the merged model.
             remove: whether to remove the task from the ledger; False lets you save the model first.
 
         Raises:
@@ -143,10 +142,9 @@ class Ledger:
                 originals. Nothing has changed then.
         """
         self._entry(task)
-        if model is not None:
-            deltas = {name: self.delta(name) for name in self.tasks}
-            layers = layers_to_change(model, list(deltas.values()))
-            remove_task_(model, layers, deltas, task, read_originals(self.folder / ORIGINALS))
+        deltas = {name: self.delta(name) for name in self.tasks}
+        layers = layers_to_change(model, list(deltas.values()))
+        remove_task_(model, layers, deltas, task, read_originals(self.folder / ORIGINALS))
         if remove:
             self.remove(task)
 

@@ -36,7 +36,7 @@ class Originals:
     @classmethod
     def of(cls, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Originals:
         """Copy the entries of the layer's weight that the deltas change."""
-        supports = in_one_granularity([delta.weight_delta() for delta in deltas], layer.weight_shape)
+        supports = in_one_granularity(deltas, layer.weight_shape)
         granularity, indices = supports[0].granularity, union(supports)
         matrix = layer.matrix(layer.get_base_layer().weight.detach())
         return cls(granularity, indices, granularity.gather(matrix, indices.to(matrix.device)).cpu())
@@ -110,14 +110,14 @@ def remove_task_(
         if layer.quantization_backend is None:
             layer.write_back_(layer.get_base_layer().weight.detach(), originals[path].with_deltas(layer, others))
         else:
-            bare, keep = without_sidecar(layer.get_base_layer()), [other.weight_delta() for other in others]
-            replace_module(model, path, with_sidecar(bare, keep) if keep else bare)
+            bare = without_sidecar(layer.get_base_layer())
+            replace_module(model, path, with_sidecar(bare, others) if others else bare)
 
 
 def _is_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> bool:
     """Whether the layer's sidecar is the sum of the deltas."""
     current = {delta.granularity: delta for delta in sidecar_deltas(layer.get_base_layer())}
-    expected = {delta.granularity: delta for delta in Sidecar([delta.weight_delta() for delta in deltas]).deltas}
+    expected = {delta.granularity: delta for delta in Sidecar(deltas).deltas}
     return current.keys() == expected.keys() and all(
         torch.equal(current[kind].indices.cpu(), delta.indices)
         and torch.equal(current[kind].values.cpu(), delta.values)

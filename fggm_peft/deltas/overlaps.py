@@ -84,7 +84,7 @@ def _compare(a: ModuleDelta | None, b: ModuleDelta | None) -> Shared:
     total = sum(module.values.numel() for module in (a, b) if module is not None)
     if a is None or b is None:
         return Shared(total=total)
-    supports = in_one_granularity([a.weight_delta(), b.weight_delta()], a.shape)
+    supports = in_one_granularity([a, b], a.shape)
     positions = shared(supports[0].indices, supports[1].indices)
     x, y = (d.restricted(at).values.double().reshape(-1) for d, at in zip(supports, positions, strict=True))
     expected = a.values.numel() * b.values.numel() / (a.shape[0] * a.shape[1])

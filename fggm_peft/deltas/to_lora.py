@@ -132,7 +132,7 @@ def _require_supported(path: str, layer: FGGMLayer) -> None:
 
 def _changed_lines(module: ModuleDelta) -> list[Tensor]:
     """The sorted indices of the rows and of the columns that are not zero."""
-    elements = module.weight_delta().as_elements(module.shape)
+    elements = module.as_elements(module.shape)
     changed = elements.indices[elements.values != 0]
     return [(changed // module.shape[1]).unique().long(), (changed % module.shape[1]).unique().long()]
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from fggm_peft.deltas import SparseDelta, overlap
 from fggm_peft.deltas.to_lora import required_rank
+from fggm_peft.training.base_model import BaseModel
 
 BATCH = token_batches()[0]
 
@@ -99,6 +100,15 @@ def test_a_rollback_without_original_entries_says_what_to_do(folder, tmp_path):
     (tmp_path / "ledger" / "originals.safetensors").unlink()
     arguments = ("--model", tmp_path / "merged", "-o", tmp_path / "without")
     assert "ledger.apply(base)" in fail("rollback", tmp_path / "ledger", "row", *arguments)
+
+
+def test_a_quantized_base_is_not_merged(folder, tmp_path, monkeypatch):
+    model = load(folder / "base")
+    model.is_quantized = True
+    monkeypatch.setattr(BaseModel, "load", lambda self: model)
+    arguments = ("-a", folder / "row", "-o", tmp_path / "merged", "--ledger", tmp_path / "ledger")
+    assert "base is quantized" in fail("merge", folder / "base", *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_export(folder, tmp_path, granularity):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
 from example_deltas import adapter, dense, saved_adapter
-from models import byte_tokenizer, fggm_layers, gpt2, llama, logits, quantized, token_batches
+from models import fggm_layers, gpt2, llama, token_batches
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fggm_peft.deltas import SparseDelta, apply_deltas, export_merged
+from fggm_peft.deltas import SparseDelta, apply_deltas
 
 BATCH = token_batches()[0]
 
@@ -58,19 +56,6 @@ def test_apply_supports_every_layer_type(granularity, example, adapt):
     assert torch.allclose(base.layer.weight, before + change, atol=1e-6)
 
 
-def test_a_merged_checkpoint_is_exported_with_its_report(tmp_path):
-    folders = [saved_adapter(tmp_path / kind, kind, seed) for seed, kind in enumerate(("row", "element"))]
-    tokenizer = byte_tokenizer()
-    report = export_merged(llama(), folders, tmp_path / "merged", tokenizer)
-    written = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
-    assert written == report.to_dict() and len(written["modules"]) == 6
-    expected = llama()
-    apply_deltas(expected, folders)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(loaded, BATCH), logits(expected, BATCH))
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == tokenizer.vocab_size
-
-
 def test_an_incompatible_base_is_not_changed(tmp_path):
     folder = saved_adapter(tmp_path / "delta")
     with pytest.raises(ValueError, match="not an adaptable layer here"):
@@ -86,8 +71,3 @@ def test_an_incompatible_base_is_not_changed(tmp_path):
         apply_deltas(model, [folder, SparseDelta.read(adapter("row", base=llama(hidden_size=32)))])
     state = llama().state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    four_bit = quantized(llama(), "nf4")
-    four_bit.is_quantized = True
-    with pytest.raises(ValueError, match="base is quantized"):
-        export_merged(four_bit, [folder], tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()

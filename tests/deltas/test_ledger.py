@@ -152,7 +152,7 @@ def test_a_name_can_be_reused_after_a_rollback(tmp_path):
     ledger = filled(tmp_path, MIXED)
     with pytest.raises(ValueError, match="has a task 'first' already"):
         ledger.add("first", adapter("row"))
-    ledger.rollback("first")
+    ledger.remove("first")
     ledger.add("first", saved_adapter(tmp_path / "new", "column", seed=7))
     assert ledger.tasks == ["second", "third", "first"]
     assert len(list((tmp_path / "deltas").iterdir())) == 3
@@ -167,7 +167,7 @@ def test_invalid_tasks_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="whole tensors"):
         ledger.add("task", adapter("row", modules_to_save=["model.norm"]))
     with pytest.raises(ValueError, match="no task 'other'"):
-        ledger.rollback("other")
+        ledger.remove("other")
     with pytest.raises(ValueError, match="no task in"):
         ledger.apply(llama())
     assert not (tmp_path / "ledger").exists()
