@@ -36,23 +36,21 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
     sums = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(40)]
     quick = {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True}
     names = {
+        "base": text_model(),
         "dataloader": DataLoader(samples, batch_size=8),
-        "dataset": samples,
-        "training_arguments": transformers.TrainingArguments(save_strategy="no", **quick),
+        "datasets": {"intents": samples, "slots": samples},
         "prompts_and_completions": datasets.Dataset.from_list(sums),
         "sft_arguments": trl.SFTConfig(save_strategy="no", bf16=False, **quick),
     }
     Path("prose.txt").write_text("One paragraph.\n\nAnother paragraph.")
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 4
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     assert "trainable values" in capsys.readouterr().out
     assert names["trainer"].selection_report.samples == 40
-    assert {path.name for path in Path("delta").iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    for task in ("intents", "slots"):
+        files = {path.name for path in Path(f"deltas/{task}").iterdir()}
+        assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_the_snippets_on_training_run(tmp_path):
@@ -209,11 +207,14 @@ def test_the_snippets_on_sharing_run(tmp_path, monkeypatch, hub):
     assert hub.files("me/delta-a")["README.md"] == Path("delta-a/README.md").read_bytes()
 
 
-def test_the_snippet_on_choosing_runs(capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "choosing.md").read_text(), re.DOTALL)
+def test_the_snippets_on_choosing_run(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "choosing.md").read_text(), re.DOTALL)
     names = {"base": text_model(), "dataloader": token_batches(sizes=(8,) * 4)}
-    exec(compile(snippet, "choosing.md", "exec"), names)
-    assert "32 sample passes" in capsys.readouterr().out and names["report"].checks
+    for snippet in snippets:
+        exec(compile(snippet, "choosing.md", "exec"), names)
+    output = capsys.readouterr().out
+    assert len(snippets) == 3 and "trainable values" in output and "32 sample passes" in output
+    assert names["report"].checks
 
 
 def test_the_snippets_on_compatibility_run(tmp_path, monkeypatch):
