@@ -39,7 +39,6 @@ from .tuner import (
     FGGMModel,
     InputCovariance,
     MergeReport,
-    hotswap_adapter,
 )
 from .version import __version__
 
@@ -94,7 +93,6 @@ __all__ = [
     "diff",
     "estimate",
     "export_lora",
-    "hotswap_adapter",
     "input_covariance",
     "overlap",
     "prune",

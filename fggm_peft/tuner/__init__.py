@@ -8,7 +8,7 @@ from .merging.report import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
 from .settings.selection import require_reference
-from .several.hotswap import hotswap_adapter, swap_in_place
+from .several.hotswap import swap_in_place
 from .target import Target, find_targets
 
 register(FGGMConfig, FGGMModel, swap_in_place)
@@ -25,6 +25,5 @@ __all__ = [
     "ModuleMerge",
     "Target",
     "find_targets",
-    "hotswap_adapter",
     "require_reference",
 ]

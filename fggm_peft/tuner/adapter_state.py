@@ -52,11 +52,10 @@ class AdapterState(BaseTunerLayer):
         """Add an adapter with an empty support, which changes nothing and trains nothing."""
         granularity = config.granularity
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        o, i = self.weight_shape
         shape = granularity.values_shape(self.weight_shape, 0)
         values = torch.empty(shape, device=device, dtype=self.values_dtype(config))
         self.fggm_values[adapter_name] = nn.Parameter(values)
-        self.fggm_indices[adapter_name] = torch.empty(0, dtype=index_dtype(o * i), device=device)
+        self.fggm_indices[adapter_name] = torch.empty(0, dtype=self.index_dtype, device=device)
         self.granularity[adapter_name] = granularity
         self.quantized_merge[adapter_name] = config.quantized_merge
         self.scaling[adapter_name] = 1.0
@@ -64,6 +63,11 @@ class AdapterState(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     # Supports and values ------------------------------------------------------------------------
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """int32, or int64 for a weight of 2**31 entries or more."""
+        return index_dtype(self.weight_shape[0] * self.weight_shape[1])
 
     def empty_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The indices and the values of the adapter with an empty support."""
@@ -79,14 +83,13 @@ class AdapterState(BaseTunerLayer):
         return dtype if dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
 
     def resize_(self, adapter_name: str, k: int) -> None:
-        """Resize the adapter to ``k`` units of zeros; nothing changes if they fit already.
+        """Resize the adapter to ``k`` units of zeros, which stay if they fit already.
 
         The parameter stays the same object, so that an existing optimizer trains the new size.
         """
-        shape, values = (
-            self.granularity[adapter_name].values_shape(self.weight_shape, k),
-            self.fggm_values[adapter_name],
-        )
+        self.fggm_indices.settle(adapter_name)
+        shape = self.granularity[adapter_name].values_shape(self.weight_shape, k)
+        values, indices = self.fggm_values[adapter_name], self.fggm_indices[adapter_name]
         if values.shape != shape:
             trains = values.requires_grad or adapter_name in self._frozen_empty
             if isinstance(values, DTensor):  # FSDP2 keeps the old parameter; the new one can only be saved
@@ -97,8 +100,8 @@ class AdapterState(BaseTunerLayer):
                 values.grad = None
                 values.data = values.data.new_zeros(shape)
                 values.requires_grad_(trains)
-        if self.fggm_indices[adapter_name].shape != (k,):
-            self.fggm_indices[adapter_name] = self.fggm_indices[adapter_name].new_zeros(k)
+        if indices.shape != (k,) or indices.dtype == torch.uint8:
+            self.fggm_indices[adapter_name] = indices.new_zeros(k, dtype=self.index_dtype)
 
     def set_support(self, adapter_name: str, indices: Tensor, generator: torch.Generator | None = None) -> None:
         """Set the units that train, with values of zero.
@@ -107,7 +110,6 @@ class AdapterState(BaseTunerLayer):
             indices: ``[k]`` integers, sorted, unique, in range.
             generator: draws normal starting values instead of zeros; for tests only.
         """
-        self.fggm_indices.settle(adapter_name)
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
         data = self.fggm_values[adapter_name].detach()

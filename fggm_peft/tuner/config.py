@@ -180,13 +180,16 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Like PEFT's, but raises ``AdapterFileError`` if the file is not the config of an adapter."""
-        settings = json.loads(Path(path_json_file).read_text())
+        try:
+            settings = json.loads(Path(path_json_file).read_text())
+        except ValueError as error:
+            raise AdapterFileError(f"{path_json_file} is not JSON: {error}") from error
         if not isinstance(settings, dict):
             raise AdapterFileError(f"{path_json_file} is not the config of an adapter")
         peft_type = settings.get("peft_type", add_peft_type())
         if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise AdapterFileError(f"{path_json_file}: unknown peft_type {peft_type!r:.80}")
-        return super().from_json_file(path_json_file, **kwargs)
+        return settings
 
     @classmethod
     def from_pretrained(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import FGGMConfig
 from .files.base_check import fingerprint
-from .files.indices import AwaitedFile, SupportIndices, await_support_, entry_within
+from .files.indices import SupportIndices, await_supports_
 from .files.loading import fit_layers_to_model_state, fit_layers_to_state_dict
 from .files.saving import encode_for_file_
 from .hosts.bitsandbytes import guard_four_bit_layers
@@ -139,7 +139,7 @@ class FGGMModel(BaseTuner):
             resolve_budget_(config, targets)
             forecast_supports(targets, config)  # raises if the budget cannot be spent
             self._choose_without_data(config, targets)
-            self._await_supports(config, targets)
+            await_supports_(config, targets)
             if not config.support_sizes:  # a new adapter; taken now, because the base may be sharded later
                 config.base_fingerprint = fingerprint({path: t.layer for path, t in targets.items()}) or None
         except Exception:
@@ -154,16 +154,6 @@ class FGGMModel(BaseTuner):
         config.selection = None
         choices = choose_supports(targets, config, lambda path: criterion_scores(targets[path], config))
         write_supports(targets, config, choices)
-
-    def _await_supports(self, config: FGGMConfig, targets: Targets) -> None:
-        """Resize the supports of a saved adapter to their saved sizes, for loaders that compare shapes."""
-        sizes, encoded = config.support_sizes or {}, config.index_bytes or {}
-        file = AwaitedFile(config, {path: target.layer for path, target in targets.items() if not target.is_selected})
-        keep_dtype = config.training_dtype is not None
-        for path, target in targets.items():
-            if sizes and not target.is_selected:
-                k, size = entry_within(sizes, path) or 0, entry_within(encoded, path)
-                await_support_(target, k, size, file, keep_dtype)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Like PEFT's, but values keep the config's ``training_dtype``."""

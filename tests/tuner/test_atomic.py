@@ -47,14 +47,6 @@ def test_a_folder_is_written_through_a_link_to_another_disk(other_disk, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link"]
 
 
-def test_parts_of_a_folder_may_be_links_to_another_disk(other_disk, tmp_path):
-    (tmp_path / "sub").symlink_to(other_disk)
-    (other_disk / "old").write_text("old")
-    (tmp_path / "a").symlink_to(other_disk / "old")
-    write(tmp_path)
-    assert files(other_disk) == {"old": "old", "b": "new"} and (tmp_path / "a").read_text() == "new"
-
-
 def test_the_temporary_folder_is_in_the_output_folder(tmp_path):
     with complete_folder(tmp_path / "out") as temporary:
         assert temporary.parent == tmp_path / "out"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from models import fggm_layers, llama, logits, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from fggm_peft import FGGMConfig, hotswap_adapter
+from fggm_peft import FGGMConfig
 
 BATCH = token_batches()[0]
 
@@ -105,18 +106,11 @@ def test_modules_to_save_are_swapped_too(tmp_path):
     torch.testing.assert_close(model(x), other(x))
 
 
-def test_an_adapter_loaded_by_transformers_can_be_swapped(folders):
-    model = llama()
-    model.load_adapter(str(folders[0]))
-    hotswap_adapter(model, folders[1], "default")
-    assert torch.equal(logits(model, BATCH), logits(loaded(folders[1]), BATCH))
-
-
 def test_unsupported_swaps_raise_an_error(tmp_path):
     row, column = saved(tmp_path / "row"), saved(tmp_path / "column", granularity="column")
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     model = loaded(row)
-    with pytest.raises(ValueError, match=r"for granularity, 'row' != 'column'"):
+    with pytest.raises(ValueError, match=r"for granularity, row != column"):
         hotswap_adapter(model, column, "default")
     with pytest.raises(ValueError, match="Incompatible PEFT types found: FGGM and LORA"):
         hotswap_adapter(model, tmp_path / "lora", "default")

@@ -6,13 +6,13 @@ import errno
 import hashlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -119,16 +119,10 @@ def _move_into(folder: Path, temporary: Path) -> None:
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
         target = folder / entry.name
         if entry.is_dir():
-            target.resolve().mkdir(exist_ok=True)
+            target.mkdir(exist_ok=True)
             _move_into(target, entry)
-            continue
-        try:
+        else:
             entry.replace(target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:  # a subfolder may be in another file system
-                raise
-            with partial_file(target) as partial:
-                shutil.copy(entry, partial)
 
 
 def require_writable(folder: Path) -> None:
@@ -154,23 +148,21 @@ def digest_of_folder(path: Path, suffixes: Sequence[str] | None = None) -> str:
     """sha256 over names and contents of the files in a folder, or of one file. Hidden files and caches are ignored."""
     if path.is_file():
         return digest_of_files({"": path})
-    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
-    return digest_of_files({name: file for name, file in files.items() if _counts(name, file, suffixes)})
-
-
-def _counts(name: str, file: Path, suffixes: Sequence[str] | None) -> bool:
-    is_hidden = any(part.startswith(".") for part in name.split("/"))
-    # datasets writes cache files into a folder that it reads
-    return not is_hidden and not file.name.startswith("cache-") and (suffixes is None or file.suffix in suffixes)
+    files = {}
+    for file in path.rglob("*"):
+        name = file.relative_to(path)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        # datasets writes cache files into a folder that it reads
+        is_ignored = is_hidden or file.name.startswith("cache-") or (suffixes and file.suffix not in suffixes)
+        if file.is_file() and not is_ignored:
+            files[name.as_posix()] = file
+    return digest_of_files(files)
 
 
 def digest_of_files(files: Mapping[str, Path]) -> str:
     """sha256 over the keys and the contents of files."""
     total = hashlib.sha256()
     for key, path in sorted(files.items()):
-        content = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        total.update(f"{key}\0{content.hexdigest()}\n".encode())
+            total.update(f"{key}\0{sha_fileobj(file).hex()}\n".encode())
     return total.hexdigest()

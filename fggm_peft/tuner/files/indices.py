@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor
 
 from ...core.index_codec import decode_indices
-from ..target import Target
+from ..target import Target, Targets
 from .base_check import require_base
 from .tensors import MARK, file_error
 
 if TYPE_CHECKING:
     from ..config import FGGMConfig
-    from ..layer import FGGMLayer
 
 T = TypeVar("T")
 
@@ -28,23 +26,24 @@ class AwaitedFile:
 
     Args:
         config: the config that was saved with it. Its sizes are cleared when all indices have arrived.
-        layers: the layers of the adapter by module path.
+        targets: the targets of the adapter.
     """
 
     config: FGGMConfig
-    layers: Mapping[str, FGGMLayer]
+    targets: Targets
 
     def __post_init__(self) -> None:
-        self.missing = set(self.layers)
+        self.missing = set(self.targets)
         self._is_checked = False
 
-    def check(self) -> None:
-        """Raise ``BaseMismatchError`` for another base."""
+    def require_base(self) -> None:
+        """Raise ``BaseMismatchError`` for another base, at the first call."""
         if not self._is_checked:
-            require_base(self.layers, self.config)
+            require_base({path: target.layer for path, target in self.targets.items()}, self.config)
             self._is_checked = True
 
-    def arrived(self, path: str) -> None:
+    def settle(self, path: str) -> None:
+        """Stop waiting for the support of one module."""
         self.missing.discard(path)
         if not self.missing:
             self.config.support_sizes = self.config.index_bytes = None
@@ -52,18 +51,16 @@ class AwaitedFile:
 
 @dataclass(frozen=True, eq=False)
 class AwaitedSupport:
-    """A support of ``k`` of ``units`` units that a loader will bring."""
+    """A support of ``k`` units that a loader will bring."""
 
-    path: str
+    target: Target
     k: int
-    units: int
-    dtype: torch.dtype
     file: AwaitedFile
 
     def require_whole_file(self) -> None:
         """Raise ``AdapterFileError`` if the loader brought the supports of other modules only."""
-        if len(self.file.missing) < len(self.file.layers):
-            raise file_error(f"{self.path}{MARK}indices", "this tensor is missing")
+        if len(self.file.missing) < len(self.file.targets):
+            raise file_error(f"{self.target.path}{MARK}indices", "this tensor is missing")
 
 
 class SupportIndices(BufferDict):
@@ -85,11 +82,8 @@ class SupportIndices(BufferDict):
 
     def settle(self, name: str) -> None:
         """Stop waiting for a loader."""
-        support = self.awaited.pop(name, None)
-        if support is not None:
-            support.file.arrived(support.path)
-            if self[name].dtype == torch.uint8:
-                self[name] = self[name].new_zeros(support.k, dtype=support.dtype)
+        if support := self.awaited.pop(name, None):
+            support.file.settle(support.target.path)
 
     def __delitem__(self, name: str) -> None:
         self.awaited.pop(name, None)
@@ -103,27 +97,31 @@ class SupportIndices(BufferDict):
     def _arrived(self, name: str) -> None:
         """Decode and check the tensor that a loader has assigned."""
         support, encoded = self.awaited[name], self[name]
-        support.file.check()
+        support.file.require_base()
         if encoded.is_meta:
             return
         try:
-            indices = decode_indices(encoded, support.k, support.units)
+            indices = decode_indices(encoded, support.k, support.target.units)
         except ValueError as error:
             raise file_error(f"fggm_indices.{name}", str(error)) from error
-        del self.awaited[name]
-        support.file.arrived(support.path)
-        self[name] = indices.to(encoded.device, support.dtype)
+        self.settle(name)
+        self[name] = indices.to(encoded.device, support.target.layer.index_dtype)
         self.selected[name] = True
 
 
-def await_support_(
-    target: Target, k: int, encoded_bytes: int | None, file: AwaitedFile, keep_dtype: bool = False
-) -> None:
-    """Reserve a support of ``k`` units that a loader will bring; until then the target is not selected.
+def await_supports_(config: FGGMConfig, targets: Targets) -> None:
+    """Resize the supports of a saved adapter to their saved sizes, for loaders that compare shapes.
 
-    ``encoded_bytes`` is the size of encoded indices. Unless ``keep_dtype``, the values become float32 at least. An
-    impossible size raises ``ValueError``.
+    Until a loader brings them, they are not selected. An impossible size raises ``ValueError``.
     """
+    sizes, encoded = config.support_sizes or {}, config.index_bytes or {}
+    file = AwaitedFile(config, {path: target for path, target in targets.items() if not target.is_selected})
+    if sizes:
+        for path, target in file.targets.items():
+            _await_support_(target, entry_within(sizes, path) or 0, entry_within(encoded, path), file)
+
+
+def _await_support_(target: Target, k: int, encoded_bytes: int | None, file: AwaitedFile) -> None:
     if not isinstance(k, int) or not 0 <= k <= target.units:
         raise ValueError(f"{target.path}: a support of {k!r} units does not fit the {target.units} of the weight")
     # a code takes at most one bit for each unit and one for each index, plus a few bytes
@@ -131,14 +129,15 @@ def await_support_(
     if not is_size:
         raise ValueError(f"{target.path}: {encoded_bytes!r:.80} bytes do not encode indices of {target.units} units")
     target.layer.resize_(target.adapter_name, k)
-    # the loader casts to the existing dtype, and float32 holds every dtype of a file
-    if not keep_dtype:
+    if file.config.training_dtype is None:
+        # the loader casts to the existing dtype, and float32 holds every dtype of a file
         target.values.data = target.values.data.to(torch.promote_types(target.values.dtype, torch.float32))
-    plain: Tensor = target.indices
-    reserved = plain.fill_(-1) if encoded_bytes is None else plain.new_zeros(encoded_bytes, dtype=torch.uint8)
-    target.layer.fggm_indices[target.adapter_name] = reserved
-    support = AwaitedSupport(target.path, k, target.units, plain.dtype, file)
-    target.layer.fggm_indices.awaited[target.adapter_name] = support
+    indices, name = target.layer.fggm_indices, target.adapter_name
+    if encoded_bytes is None:
+        indices[name].fill_(-1)
+    else:
+        indices[name] = indices[name].new_zeros(encoded_bytes, dtype=torch.uint8)
+    indices.awaited[name] = AwaitedSupport(target, k, file)
 
 
 def entry_within(entries: Mapping[str, T], path: str) -> T | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...core.errors import AdapterFileError
-from ...core.index_codec import decode_indices, index_dtype
+from ...core.index_codec import decode_indices
 from ..adapter_state import AdapterState
 from ..config import FGGMConfig
 from ..hosts.sharding import path_in_base, require_resizable, state_prefix
@@ -90,7 +90,6 @@ def _resize_(model: nn.Module, targets: Targets, tensors: Mapping[str, Delta]) -
     is_selected = any(len(delta["indices"]) for delta in tensors.values())
     for path, delta in tensors.items():
         name, layer = targets[path].adapter_name, targets[path].layer
-        layer.fggm_indices.settle(name)
         layer.resize_(name, len(delta["indices"]))
         layer.selected[name] = is_selected
         layer.freeze_empty_()
@@ -115,8 +114,7 @@ def _checked(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     """``indices`` and ``values`` with the dtypes of the layer."""
     checked = checked_delta(tensors, target.granularity, target.shape, f"{target.path}{MARK}")
     values = checked["values"].to(target.values.dtype)
-    indices = checked["indices"].to(values.device, index_dtype(target.shape[0] * target.shape[1]))
-    return {"indices": indices, "values": values}
+    return {"indices": checked["indices"].to(values.device, target.layer.index_dtype), "values": values}
 
 
 def _require_sizes(config: FGGMConfig, deltas: Mapping[str, Delta], targets: Targets) -> None:

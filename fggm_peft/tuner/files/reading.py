@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -108,20 +106,13 @@ def find_adapter(adapter: str | Path, subfolder: str | None = None, **hub: Any) 
 
 def read_config(file: Path) -> FGGMConfig:
     """Read an ``adapter_config.json``; ``AdapterFileError`` if it is damaged, ``ValueError`` for another method."""
+    settings = FGGMConfig.from_json_file(str(file))
+    if settings.get("peft_type") != "FGGM":
+        raise ValueError(f"{file.parent} is a {settings.get('peft_type')} adapter, not FGGM")
     try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise AdapterFileError(f"{file} is not JSON: {error}") from error
-    if not isinstance(settings, dict) or "peft_type" not in settings:
-        raise AdapterFileError(f"{file} is not the config of an adapter")
-    if settings["peft_type"] != "FGGM":
-        raise ValueError(f"{file.parent} is a {settings['peft_type']} adapter, not FGGM")
-    try:
-        config = PeftConfig.from_peft_type(**settings)
+        return FGGMConfig(**settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterFileError(f"{file}: {error}") from error
-    assert isinstance(config, FGGMConfig)
-    return config
 
 
 def _fetch(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
