@@ -49,19 +49,20 @@ def require_base(layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:
     Raises:
         BaseMismatchError: names the first module that differs. A warning if ``config.check_base`` is False.
     """
-    sketches = sketches_from(config.base_fingerprint or {})
-    problem = base_difference(layers, config.base_fingerprint or {})
+    expected = config.base_fingerprint or {}
+    problem = base_difference(layers, expected)
     if problem is None:
-        if sketches and not any(_is_readable(layers[path]) for path in sketches if path in layers):
+        if expected and not any(_is_readable(layers[path]) for path in expected if path in layers):
             logger.warning("the base was not checked: its weights are sharded or not in memory yet")
         return
+    problem = f"the adapter was made for another base: {problem}"
     if not config.check_base:
-        warnings.warn(f"the adapter was made for another base: {problem}", stacklevel=2)
+        warnings.warn(problem, stacklevel=2)
         return
     base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     raise BaseMismatchError(
-        f"the adapter was made for another base: {problem}. Load the base model that its config names{base}, with the "
-        "earlier deltas merged into it, or pass check_base=False."
+        f"{problem}. Load the base model that its config names{base}, with the earlier deltas merged into it, or pass "
+        "check_base=False."
     )
 
 
@@ -93,12 +94,12 @@ def base_difference(layers: Mapping[str, FGGMLayer], expected: Mapping[str, str]
     return None
 
 
+@torch.no_grad()
 def _sketch(layer: FGGMLayer, path: str, count: int, costly: set[str]) -> WeightSketch:
-    shape = (int(layer.weight_shape[0]), int(layer.weight_shape[1]))
-    with torch.no_grad():
-        weight = _readable_weight(layer, path in costly)
-        quantized = layer.quantization_backend is not None
-        return WeightSketch(shape) if weight is None else sketch_weight(path, weight, count, quantized)
+    weight = _readable_weight(layer, path in costly)
+    if weight is None:
+        return WeightSketch(layer.weight_shape)
+    return sketch_weight(path, weight, count, layer.quantization_backend is not None)
 
 
 def _readable_weight(layer: FGGMLayer, may_cost: bool) -> Tensor | None:

@@ -5,13 +5,12 @@ Adapters may come from strangers: every key, shape, dtype, index and value is ch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...core.errors import AdapterFileError
 from ...core.index_codec import decode_indices
 from ..adapter_state import AdapterState
 from ..config import FGGMConfig
@@ -46,10 +45,14 @@ def fit_layers_to_state_dict(
             raise ValueError(
                 f"adapter {adapter_name!r} is merged ({path}); call unmerge_adapter() before you load another over it"
             )
-        checked[path] = _checked(tensors, target)
+        delta = checked_delta(tensors, target.granularity, target.shape, f"{path}{MARK}")
+        values = delta["values"].to(target.values.dtype)
+        checked[path] = {"indices": delta["indices"].to(values.device, target.layer.index_dtype), "values": values}
     _require_sizes(config, checked, targets)
     keys = {path_in_base(key): key for key in model.state_dict()}
-    _require_known_keys(adapter_name, state_dict, keys)
+    for key in state_dict:
+        if split_key(key.removesuffix(f".{adapter_name}")) or path_in_base(key) not in keys:
+            raise file_error(key, "unknown key: the model has no such layer with this adapter")
     for key in list(state_dict):  # a compiled base has other keys than the file
         state_dict[keys[path_in_base(key)]] = state_dict.pop(key)
     for path, tensors in checked.items():
@@ -110,13 +113,6 @@ def _take(state_dict: dict[str, Tensor], name: str, target: Target) -> dict[str,
     return tensors
 
 
-def _checked(tensors: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """``indices`` and ``values`` with the dtypes of the layer."""
-    checked = checked_delta(tensors, target.granularity, target.shape, f"{target.path}{MARK}")
-    values = checked["values"].to(target.values.dtype)
-    return {"indices": checked["indices"].to(values.device, target.layer.index_dtype), "values": values}
-
-
 def _require_sizes(config: FGGMConfig, deltas: Mapping[str, Delta], targets: Targets) -> None:
     """Raise unless the tensors have the sizes that the config was saved with."""
     for path in targets:
@@ -125,16 +121,3 @@ def _require_sizes(config: FGGMConfig, deltas: Mapping[str, Delta], targets: Tar
         if expected is not None and actual != expected:
             found = "is missing" if actual is None else f"has {actual} units"
             raise file_error(f"{path}{MARK}indices", f"{found}, but support_sizes in the config has {expected!r:.80}")
-
-
-def _require_known_keys(adapter_name: str, state_dict: dict[str, Tensor], known: Collection[str]) -> None:
-    """Raise for a tensor that belongs to no layer."""
-    unknown = [key for key in state_dict if split_key(key.removesuffix(f".{adapter_name}"))]
-    if unknown:
-        raise AdapterFileError(
-            f"{unknown[0]}: the model has no such layer with this adapter. The file was made for another base model "
-            "or for other target modules."
-        )
-    unknown = [key for key in state_dict if path_in_base(key) not in known]
-    if unknown:
-        raise AdapterFileError(f"{unknown[0]}: unknown key. The file was made for another base model or is damaged.")

@@ -6,15 +6,11 @@ adapter is saved. Everything else belongs to the author.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-
-from ...core.fingerprint import sketches_from
-from ..target import layer_and_type
 
 if TYPE_CHECKING:
     from ..config import FGGMConfig
@@ -47,7 +43,7 @@ def write_card(folder: Path, config: FGGMConfig) -> Path:
     """Write the model card of an adapter, or replace the library's part of an existing one; returns the file."""
     path = folder / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    block = f"{_BEGIN}\n{_how_to_load(config)}\n{_description(config)}{_densities(config)}{_END}"
+    block = f"{_BEGIN}\n{_how_to_load(config)}\n{_description(config)}\n\n{_END}"
     if _BEGIN in card.text and _END in card.text:
         before, _, rest = card.text.partition(_BEGIN)
         card.text = before + block + rest.partition(_END)[2]
@@ -121,20 +117,4 @@ def _description(config: FGGMConfig) -> str:
     if config.made_with:
         versions = ", ".join(f"{library} {version}" for library, version in sorted(config.made_with.items()))
         text += f" It was saved with {versions}, peft {config.peft_version}."
-    return text + " The author must set the license in the header of this card.\n\n"
-
-
-def _densities(config: FGGMConfig) -> str:
-    """The density of each module type, from the supports' sizes; empty before the selection."""
-    densities: dict[str, list[float]] = {}
-    for path, sketch in sketches_from(config.base_fingerprint or {}).items():
-        units = config.granularity.units(sketch.shape)
-        if units and path in (config.support_sizes or {}):
-            densities.setdefault(layer_and_type(path)[1], []).append(config.support_sizes[path] / units)
-    if not densities:
-        return ""
-    lines = ["| modules | density |", "|---|---|"]
-    for kind, values in densities.items():
-        low, high = f"{100 * min(values):.3g}%", f"{100 * max(values):.3g}%"
-        lines.append(f"| `{re.sub('[`|]', '', kind)}` | {low if low == high else f'{low} to {high}'} |")
-    return "\n".join([*lines, "", ""])
+    return text + " The author must set the license in the header of this card."

@@ -134,18 +134,14 @@ def _shapes(config: FGGMConfig, paths: Iterable[str], file: Path) -> dict[str, S
     return {path: sketches[path].shape for path in paths}
 
 
-def module_paths(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path in the base model -> module; wrappers around the base are ignored."""
-    return {path_in_base(path): module for path, module in model.named_modules()}
-
-
 def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "") -> dict[str, FGGMLayer]:
     """The layers of a model with these weight shapes, by module path, as ``FGGMLayer``s. The model does not change.
 
     Raises:
         BaseMismatchError: a module is missing, has no weight that can be adapted, or has another shape.
     """
-    modules, quantization = module_paths(model), get_quantization_kwargs(model)
+    modules = {path_in_base(path): module for path, module in model.named_modules()}
+    quantization = get_quantization_kwargs(model)
     layers = {}
     for path, shape in shapes.items():
         layer = adaptable_layer(modules.get(path), path, **quantization) or parameter_layer(modules, path)

@@ -90,8 +90,8 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
         tensors = {part: state_dict[keys[names[part]]] for part in PARTS if names[part] in keys}
         if adapter_name in target.layer.fggm_indices.awaited:  # a loader never brought the support
             tensors = target.layer.empty_tensors(adapter_name)
-        if not {"indices", "values"} <= tensors.keys() or any(_is_elsewhere(tensor) for tensor in tensors.values()):
-            continue
+        if tensors.keys() != set(PARTS) or any(isinstance(t, DTensor) or t.is_meta for t in tensors.values()):
+            continue  # they are in other processes, or not in memory
         encoded[path] = encode(target.granularity, target.shape, config, tensors, path)
         for name in names.values():
             state_dict.pop(keys.get(name, ""), None)
@@ -113,10 +113,6 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
 def index_bytes(encoded: Mapping[str, Mapping[str, Tensor]]) -> dict[str, int] | None:
     """Module path -> size of the encoded indices; None if all indices are plain."""
     return {p: t["indices"].nbytes for p, t in encoded.items() if t["indices"].dtype == torch.uint8} or None
-
-
-def _is_elsewhere(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) or tensor.is_meta
 
 
 def encode(
