@@ -14,6 +14,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..core.errors import AdapterFileError
+from ..core.granularity import granularity_from
 from ..core.harm_decay import STRENGTH
 from ..core.registry import require_one_of
 from .files.model_card import complete_card
@@ -24,8 +25,6 @@ from .settings.budget import BudgetSettings
 from .settings.fields import require_patterns, require_types, setting
 from .settings.file import FileSettings
 from .settings.selection import SelectionSettings
-
-QUANTIZED_MERGES = ("auto", "requantize", "keep")
 
 T = TypeVar("T")
 
@@ -147,13 +146,12 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()
-        self._check_file()  # first, because a newer format may have other fields
+        self._check_format()  # first, because a newer format may have other fields
+        self.granularity = granularity_from(self.granularity)
+        require_types(self)
+        self._check_fingerprint()
         self._check_budget()
         self._check_selection()
-        require_one_of("quantized_merge", self.quantized_merge, QUANTIZED_MERGES)
-        require_one_of("training_dtype", self.training_dtype, (None, "float32", "bfloat16"))
-        require_one_of("bias", self.bias, ("none", "all"))
-        require_types(self)
         self._check_targets()
 
     def _check_targets(self) -> None:

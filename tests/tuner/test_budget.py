@@ -217,7 +217,8 @@ def test_max_units_also_bounds_modules_of_density_pattern():
 
 forms = "number of values.*'50MiB'.*'1%'.*'lora:r=16'"
 BAD = [
-    *[({"budget": v}, rf"budget must be.*{forms}, got {re.escape(repr(v))}") for v in (0, -1, True, 1.5, ["1%"])],
+    *[({"budget": v}, rf"budget must be.*{forms}, got {re.escape(repr(v))}") for v in (0, -1)],
+    *[({"budget": v}, rf"budget must be of type .*int, str.*, got {re.escape(repr(v))}") for v in (True, 1.5, ["1%"])],
     *[
         ({"budget": v}, rf"budget must be.*{forms}, got {re.escape(repr(v))}")
         for v in (
@@ -247,8 +248,10 @@ BAD = [
     ({"budget": "1%", "density_pattern": {"q": 0.1}}, "cannot be combined with budget.*budget_floor"),
     ({"budget_floor": 0.1}, r"budget_floor \(0.1\) is part of a budget"),
     ({"budget_floor": 0.1, "threshold": ParameterBudget(9)}, "is part of a budget"),
-    *[({"budget": 9, "budget_floor": v}, r"floor must be in \[0, 1\], or a dict") for v in (-1, 2, "1%", {"q": 3})],
-    *[({"max_units": v}, f"max_units must be an integer > 0 or None, got {v!r}") for v in (0, -1, 1.5, True, "8")],
+    *[({"budget": 9, "budget_floor": v}, r"floor must be in \[0, 1\], or a dict") for v in (-1, 2, {"q": 3})],
+    ({"budget": 9, "budget_floor": "1%"}, "budget_floor must be of type .*float.*, got '1%'"),
+    *[({"max_units": v}, f"max_units must be an integer > 0 or None, got {v!r}") for v in (0, -1)],
+    *[({"max_units": v}, f"max_units must be of type .*int.*, got {v!r}") for v in (1.5, True, "8")],
 ]
 
 

@@ -36,9 +36,9 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], format_name: str, metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file with metadata so that it is never incomplete."""
-    header = {"format": format_name, "fggm": json.dumps(metadata)}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with partial_file(file) as partial:
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial, header)
+        save_file(tensors, partial, {"format": format_name, "fggm": json.dumps(metadata)})
 
 
 @contextmanager
@@ -97,9 +97,9 @@ def full_disk_as_oserror(path: Path) -> Iterator[None]:
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends without an error.
 
-    Files of the same name are replaced one by one, each atomically. Other files in ``folder`` stay. The temporary
-    folder is in ``folder``, whose parent may be read-only or in another file system. Without files, or after an error,
-    no new folder remains.
+    Files of the same name are replaced atomically. Other files in ``folder`` stay. The temporary folder is in
+    ``folder``, whose parent may be read-only or in another file system. Without files, or after an error, no new
+    folder remains.
     """
     folder = user_path(folder).resolve()
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -19,6 +19,10 @@ from .hub import from_hub, user_path
 COVARIANCE_FILE = "fggm_retention.safetensors"
 _FORMAT = "fggm_retention 1"
 
+_COMPUTE_AGAIN = (
+    "It was computed for another model or for other modules: compute it again with fggm_peft.input_covariance"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class InputCovariance:
@@ -53,10 +57,7 @@ class InputCovariance:
             ScoreFileError: the module has no covariance.
         """
         if path not in self.inputs:
-            raise ScoreFileError(
-                f"the input covariance has no module {path}. It was computed for another model or for other modules: "
-                "compute it again with fggm_peft.input_covariance"
-            )
+            raise ScoreFileError(f"the input covariance has no module {path}. {_COMPUTE_AGAIN}")
         return self.covariances[self.inputs[path]]
 
     def __contains__(self, path: str) -> bool:
@@ -77,21 +78,16 @@ class InputCovariance:
         """
         self.require_fits({path: other[path].width for path in self.inputs})
         rank = min(self.rank, other.rank)
-        keys = {key: other.inputs[key] for key in self.covariances}
-        total = {
-            key: (covariance + other.covariances[keys[key]]).truncated(rank)
-            for key, covariance in self.covariances.items()
-        }
-        positions = self.positions + other.positions
-        return InputCovariance(total, self.inputs, rank, positions)
+        total = {key: (covariance + other[key]).truncated(rank) for key, covariance in self.covariances.items()}
+        return InputCovariance(total, self.inputs, rank, self.positions + other.positions)
 
     def require_fits(self, widths: Mapping[str, int]) -> None:
         """Raise ``ScoreFileError`` unless every module has a covariance of its width."""
         for path, width in widths.items():
             if self[path].width != width:
                 raise ScoreFileError(
-                    f"the input covariance of {path} has {self[path].width} features, but its input has {width}. It "
-                    "was computed for another model: compute it again with fggm_peft.input_covariance"
+                    f"the input covariance of {path} has {self[path].width} features, but its input has {width}. "
+                    + _COMPUTE_AGAIN
                 )
 
     def to(self, *args, **kwargs) -> InputCovariance:
@@ -116,13 +112,9 @@ class InputCovariance:
         """Write a file; a folder gets the name ``fggm_retention.safetensors``."""
         file = user_path(path)
         file = file if file.suffix == ".safetensors" else file / COVARIANCE_FILE
-        metadata = {
-            "rank": self.rank,
-            "positions": self.positions,
-            "inputs": self.inputs,
-            "floors": {key: covariance.floor for key, covariance in self.covariances.items()},
-        }
         tensors = {key: covariance.factor for key, covariance in self.covariances.items()}
+        floors = {key: covariance.floor for key, covariance in self.covariances.items()}
+        metadata = {"rank": self.rank, "positions": self.positions, "inputs": self.inputs, "floors": floors}
         write_tensors(file, tensors, _FORMAT, metadata)
         return file
 
@@ -145,8 +137,7 @@ def load_input_covariance(source: str | Path) -> InputCovariance:
             if factor.dim() != 2 or not torch.isfinite(factor).all():
                 raise ScoreFileError(f"{file}: the factor of {key} must be a matrix of finite numbers")
         if missing := set(inputs.values()) ^ covariances.keys():
-            problem = f"its modules and its tensors differ in {sorted(missing)[0]!r:.80}"
-            raise ScoreFileError(f"{file} is damaged: {problem}")
+            raise ScoreFileError(f"{file} is damaged: modules and tensors differ in {sorted(missing)[0]!r:.80}")
         rank, positions = int(_number(metadata["rank"])), int(_number(metadata["positions"]))
         return InputCovariance(covariances, inputs, rank, positions)
 

@@ -63,9 +63,8 @@ class TaskRecord:
         stored = self.scores.get(statistic, {}).get(module)
         if stored is None:
             raise ScoreFileError(
-                f"the scores of an earlier task have no {statistic!r} of module {module}; they have "
-                f"{', '.join(self.scores) or 'no statistics'}. They were made for another base, or by a criterion that "
-                "uses other statistics."
+                f"the scores of an earlier task have no {statistic!r} of module {module}, only "
+                f"{', '.join(self.scores) or 'nothing'}: they are for another base, or by another criterion"
             )
         if len(stored) == 1 and self.granularity != granularity.to_dict():
             raise ScoreFileError(

@@ -17,7 +17,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ...core.index_codec import most_index_bytes
-from ...core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, is_number, policy_from_dict
+from ...core.threshold import ParameterBudget, ThresholdPolicy, TopDensity, policy_from_dict
 from ..files.tensors import MARK, PREFIX
 from .fields import is_integer, setting, written
 from .selection import size_in_bytes
@@ -88,10 +88,7 @@ class BudgetSettings:
         return ParameterBudget(count, floor=0.0 if self.budget_floor is None else self.budget_floor)
 
     def _check_budget(self) -> None:
-        self.density_pattern = {} if self.density_pattern is None else self.density_pattern
-        if not isinstance(self.density_pattern, dict):
-            raise ValueError(f"density_pattern must be a dict of module name -> density, got {self.density_pattern!r}")
-        self.density_pattern = dict(self.density_pattern)
+        self.density_pattern = dict(self.density_pattern or {})
         for pattern, density in self.density_pattern.items():
             _require_density(f"density_pattern[{pattern!r}]", density)
         if isinstance(self.threshold, dict):
@@ -109,18 +106,16 @@ class BudgetSettings:
         elif self.threshold is None:
             self.density = DEFAULT_DENSITY if self.density is None else self.density
             _require_density("density", self.density)
-        elif not isinstance(self.threshold, ThresholdPolicy):
-            raise ValueError(f"threshold must be a ThresholdPolicy or its dict, got {self.threshold!r}")
         if self.budget_floor is not None:
             if self.budget is None:
                 raise ValueError(f"budget_floor ({self.budget_floor!r}) is part of a budget; give budget too")
             self._budget_policy(1)  # checks the floor's values
-        if self.max_units is not None and not is_integer(self.max_units, 1):
+        if self.max_units is not None and self.max_units < 1:
             raise ValueError(f"max_units must be an integer > 0 or None, got {self.max_units!r}")
 
 
-def _require_density(name: str, value: Any) -> None:
-    if not is_number(value) or not 0 < value <= 1:
+def _require_density(name: str, value: float) -> None:
+    if not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,7 @@ from typing import Any, Literal, Optional, Union
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from ...core.criteria import CRITERIA
-from ...core.granularity import Granularity, granularity_from
-from ...core.registry import require_one_of
-from ...core.threshold import is_number
+from ...core.granularity import Granularity
 from .fields import is_integer, setting, written
 
 
@@ -87,14 +86,13 @@ class SelectionSettings:
         return self.needs_covariance or bool(CRITERIA[self.criterion].reference)
 
     def _check_selection(self) -> None:
-        self.granularity = granularity_from(self.granularity)
         criterion = CRITERIA[self.criterion]
         if not criterion.supports(self.granularity):
             kinds = {0: "'row'", 1: "'column'", None: "'row' or 'column'"}[criterion.weight_dim]
             raise ValueError(
                 f"criterion {self.criterion!r} requires granularity={kinds}, got granularity='{self.granularity}'"
             )
-        if not is_number(self.harm_decay) or self.harm_decay < 0:
+        if not 0 <= self.harm_decay < math.inf:
             raise ValueError(f"harm_decay must be a number >= 0, got {self.harm_decay!r}")
         if criterion.uses_covariance and not self.harm_decay:
             warnings.warn(
@@ -102,12 +100,11 @@ class SelectionSettings:
                 "harm_decay too (80 is recommended), or the model forgets more than with any other criterion",
                 stacklevel=4,
             )
-        check_reference(self, _reference_names(self.reference))
-        require_one_of("fisher_labels", self.fisher_labels, ("data", "model"))
-        if not is_integer(self.seed, 0) or self.seed >= 2**63:
+        check_reference(self, self.reference or [])
+        if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
         require_num_samples(self.num_samples)
-        if not is_number(self.regret) or not 0 < self.regret < 1:
+        if not 0 < self.regret < 1:
             raise ValueError(f"regret must be a number in (0, 1), got {self.regret!r}")
         if self.score_memory is not None:
             score_bytes(self.score_memory)
@@ -131,13 +128,6 @@ def require_reference(config: SelectionSettings, reference: Any) -> None:
             "(text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on the config, "
             "or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
         )
-
-
-def _reference_names(value: Any) -> Sequence[str]:
-    names = [value] if isinstance(value, str) else value or []
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"reference must be a name or a path, or a list of them, got {value!r}")
-    return names
 
 
 def require_num_samples(value: Any) -> None:
