@@ -70,13 +70,7 @@ class _Matrix:
 
 
 class FGGMParameter(_ParameterLayer):
-    """A parameter ``[o, i]`` of a module, or one expert's matrix of a parameter ``[experts, o, i]``. It is not called.
-
-    Args:
-        module: the module with the parameter.
-        name: of the parameter in the module.
-        index: of the expert.
-    """
+    """A parameter ``[o, i]`` of a module, or one expert's matrix of ``[experts, o, i]``. It is not called."""
 
     def __init__(self, module: nn.Module, name: str, index: int | None = None):
         default = type(module).__name__ in _STORE_INPUTS_FIRST
@@ -87,8 +81,7 @@ class FGGMParameter(_ParameterLayer):
     def matrix(self, weight):
         return weight.mT if self.is_transposed else weight
 
-    def unmatrix(self, matrix):
-        return self.matrix(matrix)
+    unmatrix = matrix
 
     def part(self, parameter):
         return self.matrix(parameter if self.base_layer.index is None else parameter[self.base_layer.index])
@@ -139,8 +132,8 @@ class FGGMParameters(nn.Module):
 def parameter_names(module: nn.Module) -> dict[str, str]:
     """The names of a module's parameters in module paths -> their names in the module."""
     if isinstance(module, nn.MultiheadAttention):
-        weights = [name for name, _ in module.named_parameters() if name.endswith("weight")]
-        return {name.replace(".", "_").removesuffix("_weight"): name for name in weights}
+        names = [name for name, _ in module.named_parameters() if name.endswith("weight")]
+        return {name.replace(".", "_").removesuffix("_weight"): name for name in names}
     return {name: name for name, _ in module.named_parameters(recurse=False)}
 
 
@@ -149,8 +142,7 @@ def targeted_layers(
 ) -> dict[str, FGGMLayer]:
     """Module path -> layer of everything that a targeted module, or one parameter of it, consists of.
 
-    A module whose parameters are adapted is replaced by an ``FGGMParameters`` around it. Other layers are not put into
-    the model.
+    Puts an ``FGGMParameters`` around a module whose parameters are adapted, but no other layer into the model.
 
     Raises:
         TypeError: the module's type is not supported.
@@ -191,11 +183,13 @@ def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGML
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         raise ValueError(f"{where} is quantized ({parameter.dtype}), which FGGM does not support. Load it unquantized.")
     _require_on_device(base, where)
-    if tied := [key for key in _names_of(model, parameter) if not _is_in(model, base, key, name)]:
-        raise ValueError(
-            f"{where} shares its tensor with {tied[0]}, so that merging would change both. Give each a tensor of its "
-            "own, or leave it out."
-        )
+    for key, other in model.named_parameters(remove_duplicate=False):
+        is_own = key.endswith(f".{name}") and model.get_submodule(key[: -len(name) - 1]) is base
+        if other is parameter and not is_own:
+            raise ValueError(
+                f"{where} shares its tensor with {key}, so that merging would change both. Give each a tensor of its "
+                "own, or leave it out."
+            )
     if module is base:
         module = FGGMParameters(base)
         replace_everywhere_(model, base, module)
@@ -206,16 +200,6 @@ def _adapt_parameter_(model: nn.Module, path: str, name: str) -> dict[str, FGGML
 def _require_on_device(module: nn.Module, where: str) -> None:
     if is_offloaded(module):
         raise ValueError(f"{where} is offloaded, which FGGM does not support for parameters. Give it a device.")
-
-
-def _names_of(model: nn.Module, parameter: Tensor) -> list[str]:
-    """All names of a parameter in a model."""
-    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
-
-
-def _is_in(model: nn.Module, module: nn.Module, key: str, name: str) -> bool:
-    """Whether a parameter's key in a model is that of the module's parameter ``name``."""
-    return key.endswith(f".{name}") and model.get_submodule(key[: -len(name) - 1]) is module
 
 
 def replace_everywhere_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -237,11 +221,10 @@ def matched_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[tuple
         if "base_layer" in path.split(".") or not isinstance(base, nn.Module):
             continue
         for child, name in parameter_names(base).items():
-            if not any(f".{path}.{part}".endswith(endings) for part in (name, child)):
-                continue
-            if not path:
-                raise ValueError(f"{name} is a parameter of the model itself, which `target_parameters` cannot adapt.")
-            yield path, name, f"{path}.{name}"
+            if f".{path}.{name}".endswith(endings) or f".{path}.{child}".endswith(endings):
+                if not path:
+                    raise ValueError(f"{name} is a parameter of the model itself, which cannot be adapted.")
+                yield path, name, f"{path}.{name}"
 
 
 def parameter_layer(modules: Mapping[str, nn.Module], path: str) -> FGGMLayer | None:
@@ -251,13 +234,11 @@ def parameter_layer(modules: Mapping[str, nn.Module], path: str) -> FGGMLayer | 
     if index is not None:
         parent, _, child = parent.rpartition(".")
     module = modules.get(parent)
-    name = None if module is None else parameter_names(module).get(child)
-    if module is None or name is None:
+    if module is None or child not in (names := parameter_names(module)):
         return None
-    shape = module.get_parameter(name).shape
-    if len(shape) != (2 if index is None else 3) or (index is not None and index >= shape[0]):
-        return None
-    return FGGMParameter(module, name, index)
+    shape = module.get_parameter(names[child]).shape
+    fits = len(shape) == 2 if index is None else len(shape) == 3 and index < shape[0]
+    return FGGMParameter(module, names[child], index) if fits else None
 
 
 def stacked_layers(module: nn.Module, path: str) -> dict[str, FGGMLayer]:
@@ -273,19 +254,17 @@ def stacked_layers(module: nn.Module, path: str) -> dict[str, FGGMLayer]:
 def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[_ParameterLayer]], args: tuple, kwargs: dict) -> Any:
     """Call a module with its parameters adapted. The adapted copies are not kept for backward.
 
-    Args:
-        layers: name of a parameter -> the layers of its matrices.
+    ``layers`` contains the layers of each parameter's matrices.
     """
     changes = {
         name: [(d, layer.part) for layer in group for d in layer.current_deltas()] for name, group in layers.items()
     }
-    weights = {name: _adapted(module.get_parameter(name), pairs) for name, pairs in changes.items() if pairs}
-    copied = [name for name in weights if not module.get_parameter(name).requires_grad]
 
-    def make(position: int) -> Tensor:
-        name = copied[position]
+    def adapted(name: str) -> Tensor:
         return _adapted(module.get_parameter(name), changes[name])
 
+    weights = {name: adapted(name) for name, pairs in changes.items() if pairs}
+    copied = [name for name in weights if not module.get_parameter(name).requires_grad]
     copies = [weights[name] for name in copied]
     for name, group in layers.items():
         calls = [(layer.part, layer.observer()) for layer in group if layer.observer is not None]
@@ -293,7 +272,7 @@ def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[_ParameterLaye
             weight = weights.get(name, module.get_parameter(name))
             weights[name] = _Observed.apply(weight, weight.new_zeros((), requires_grad=True), finishes)
     values = [delta.values for pairs in changes.values() for delta, _ in pairs]
-    with rebuilt_in_backward(copies, make, values) if copies else nullcontext():
+    with rebuilt_in_backward(copies, lambda n: adapted(copied[n]), values) if copies else nullcontext():
         return functional_call(module, weights, args, kwargs) if weights else module(*args, **kwargs)
 
 

@@ -1,8 +1,4 @@
-"""Settings of the size of the support: a density, a threshold policy, or a budget for the whole model.
-
-A budget is a number of values, or a text: a file size, a share of the weights, or the size of a LoRA. Each form of text
-is one entry of ``_FORMS``. The number of values is known when the adapter is added to a model.
-"""
+"""Settings of the size of the support: a density, a threshold policy, or a budget for the whole model."""
 
 from __future__ import annotations
 
@@ -35,8 +31,7 @@ class BudgetSettings:
 
     density: Optional[float] = setting(
         None,
-        "Share of each targeted weight that trains, in (0, 1]; 0.3 if neither `density`, `threshold` nor `budget` is "
-        "given. Short for `threshold=TopDensity(density)`.",
+        "Share of each targeted weight that trains, in (0, 1]; 0.3 if neither this, `threshold` nor `budget` is given.",
     )
     threshold: Optional[Union[ThresholdPolicy, dict[str, Any]]] = setting(
         None,
@@ -47,32 +42,29 @@ class BudgetSettings:
         None,
         "Number of values that train in the whole model, instead of `density` or `threshold`: a number; a file size "
         "such as '50MiB'; a share of the targeted weights such as '1%'; or 'lora:r=16', the number of values that "
-        "PEFT's LoRA of rank 16 trains on the same modules. ParameterBudget distributes them.",
+        "PEFT's LoRA of rank 16 trains on the same modules.",
     )
     budget_floor: Optional[Union[float, dict[str, float]]] = setting(
         None,
-        "Part of `budget`: the least density of every module. A number, or a dict of module type (the last part of the "
-        "module path) -> number, with 'default' for the other types, e.g. {'q_proj': 0.01, 'default': 0.0}.",
+        "Part of `budget`: the least density of every module, or of each module type (the last part of the module "
+        "path), e.g. {'q_proj': 0.01, 'default': 0.0}.",
     )
     max_units: Optional[int] = setting(
         None,
-        "Largest number of units (rows, columns or elements) in one module, under every threshold; those with the "
-        "best scores are selected. A delta of k rows or columns is a LoRA of rank k.",
+        "Largest number of units in one module. A delta of k rows or columns is a LoRA of rank k.",
     )
     density_pattern: Optional[dict[str, float]] = setting(
         None,
-        "Module names or regexes with a density of their own, e.g. {'q_proj': 0.1}. TopDensity selects the units of "
-        "these modules, module by module; `density` or `threshold` applies to the others.",
+        "Module names or regexes with a density of their own, e.g. {'q_proj': 0.1}; `density` or `threshold` applies "
+        "to the other modules.",
     )
     resolved_budget: Optional[int] = written("Number of values of `budget` on the targeted modules.")
 
     def policy(self, module_name: str | None = None) -> ThresholdPolicy:
         """The threshold policy of a module; without a name, that of the modules not in ``density_pattern``."""
         patterns = self.density_pattern or {}
-        if module_name is not None and patterns:
-            key = get_pattern_key(patterns.keys(), module_name)
-            if key in patterns:
-                return TopDensity(density=patterns[key])
+        if module_name is not None and (key := get_pattern_key(patterns.keys(), module_name)) in patterns:
+            return TopDensity(density=patterns[key])
         if self.budget is not None:
             count = self.budget if isinstance(self.budget, int) else self.resolved_budget
             if count is None:
@@ -180,7 +172,6 @@ def _count_values(kind: str, number: Any, targets: Targets, config: FGGMConfig) 
 
 
 def _lora_values(target: Target, rank: int) -> int:
-    """The number of values that PEFT's LoRA of this rank trains on the weight."""
     o, i = target.shape
     groups = getattr(target.layer.get_base_layer(), "groups", 1)
     if rank % groups:
@@ -190,10 +181,7 @@ def _lora_values(target: Target, rank: int) -> int:
 
 
 def _values_in_file(size: int, targets: Targets, config: FGGMConfig) -> int:
-    """The largest number of values whose file cannot exceed the size, for any support.
-
-    Counts the values in the dtype of the file, their indices at the codec's worst case, and the header.
-    """
+    """The largest number of values whose file, with indices at the codec's worst case, cannot exceed the size."""
     compress = next(iter(targets.values())).granularity.compresses_indices
     width = max(_width(target, config) for target in targets.values())
     least = min(target.unit_size for target in targets.values())

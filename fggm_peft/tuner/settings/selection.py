@@ -22,8 +22,8 @@ class SelectionSettings:
     granularity: Granularity = setting(
         "row",
         "Unit of the selection: 'row' (an output feature, as in the paper), 'column' (an input feature), 'element' (a "
-        "single weight entry), or an instance with arguments: `RowBlocks(size=64)` ('row_block') and "
-        "`ColumnBlocks(size=64)` ('column_block') are consecutive rows or columns. A dict stands for an instance.",
+        "single weight entry), or consecutive rows or columns: `RowBlocks(size=64)` ('row_block') and "
+        "`ColumnBlocks(size=64)` ('column_block').",
     )
     criterion: str = setting(
         "fisher",
@@ -36,27 +36,24 @@ class SelectionSettings:
     )
     harm_decay: float = setting(
         0.0,
-        "Strength of harm decay; 0 disables it, 80 is recommended. After every few optimizer steps the delta decays in "
-        "the directions that the inputs of the `reference` use, so that the model keeps what it knew. Like the "
-        "`weight_decay` of AdamW it is multiplied by the learning rate. A higher value forgets and learns less. "
+        "Strength of harm decay; 0 disables it, 80 is recommended. The delta decays in the directions that the inputs "
+        "of the `reference` use, multiplied by the learning rate as in AdamW. A higher value forgets and learns less. "
         "Trainers apply it; a plain loop calls `attach_harm_decay`.",
     )
     reference: Optional[Union[list[str], str]] = setting(
         None,
-        "What the model should keep, for `harm_decay` and for criteria that weigh the task against a reference: 'self' "
-        "(text that the model writes itself), 'history' (the tasks selected on this model in this process), a file, "
-        "folder or Hub id with saved statistics, or a list of these. `select_parameters(reference=...)` also accepts a "
-        "dataloader of general text, and trainers accept the path of a text file (.txt).",
+        "What the model should keep, for `harm_decay` and criteria with a reference: 'self' (text that the model "
+        "writes itself), 'history' (the tasks selected on this model in this process), a file, folder or Hub id with "
+        "saved statistics, or a list of these. `select_parameters(reference=...)` also accepts a dataloader of general "
+        "text, and trainers accept the path of a text file (.txt).",
     )
     fisher_labels: Literal["data", "model"] = setting(
         "data",
-        "Labels of the Fisher information: 'data' (empirical Fisher, as in the paper) or 'model' (true Fisher, with "
-        "labels drawn from the model's distribution).",
+        "Labels of the Fisher information: 'data' (empirical, as in the paper) or 'model' (true, with drawn labels).",
     )
     num_samples: Optional[Union[int, Literal["auto"]]] = setting(
         "auto",
-        "Number of samples for the scores: a number, None for all, or 'auto': 8 samples, doubled up to 1024 until the "
-        "`regret` is small.",
+        "Number of samples for the scores, None for all, or 'auto': 8, doubled up to 1024 until the `regret` is small.",
     )
     regret: float = setting(
         0.02,
@@ -65,8 +62,8 @@ class SelectionSettings:
     )
     score_memory: Optional[Union[int, str]] = setting(
         None,
-        "Memory limit for running scores, in bytes or as '8GiB'; None: no limit. Above the limit the data is read "
-        "several times. Element scores take 8 bytes per entry; scores of rows and columns take almost nothing.",
+        "Memory limit for running scores, in bytes or as '8GiB'; None: no limit. Above it the data is read several "
+        "times. Element scores take 8 bytes per entry; scores of rows and columns take almost nothing.",
     )
     seed: int = setting(0, "Seed of random scores and labels of the model. The global random state is not changed.")
     selection: Optional[dict[str, Any]] = written("Result of the selection: samples, regret, density.")
@@ -95,11 +92,10 @@ class SelectionSettings:
         if not 0 <= self.harm_decay < math.inf:
             raise ValueError(f"harm_decay must be a number >= 0, got {self.harm_decay!r}")
         if criterion.uses_covariance and not self.harm_decay:
-            warnings.warn(
-                f"criterion {self.criterion!r} selects the weights that matter most for what the model knows. Set "
-                "harm_decay too (80 is recommended), or the model forgets more than with any other criterion",
-                stacklevel=4,
+            text = (
+                "selects the weights that matter most for what the model knows. Set harm_decay too, to 80 for instance"
             )
+            warnings.warn(f"criterion {self.criterion!r} {text}, or the model forgets most", stacklevel=4)
         check_reference(self, self.reference or [])
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
@@ -137,7 +133,7 @@ def require_num_samples(value: Any) -> None:
 
 
 def size_in_bytes(value: int | str) -> int:
-    """A number of bytes, or a size such as "8GiB", "8 gib" or "8GB"; other texts raise ``ValueError``."""
+    """A number of bytes from a size such as "8GiB", "8 gib" or "8GB"; other texts raise ``ValueError``."""
     # upper case, because accelerate reads "8gb" as bits
     return convert_file_size_to_int(value.replace(" ", "").upper() if isinstance(value, str) else value)
 
