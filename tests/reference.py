@@ -196,7 +196,6 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
         return entries / (importance / importance.mean() + 0.01)
 
     entries = q["weight"].numel() // len(unit(q["weight"]))
-    weight = unit(q["weight"].abs()) / entries + 0.01 * q["weight"].abs().mean()
     harm = unit(q["reference"]) / entries + 0.01 * q["reference"].mean()
     return {
         "fisher": lambda: unit(q["fisher"]),
@@ -211,7 +210,6 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
         ),
         "ssu": lambda: least(q["weight"].abs().sum(0) * q["reference input"].sqrt()),
         "ssu_inputs": lambda: least(q["reference input"]),
-        "gradient_low_magnitude": lambda: unit(q["gradient"].abs()) / weight,
         "output_magnitude": lambda: q["output"] / q["output"].sum(),
         "weight_magnitude": lambda: unit(q["weight"].abs()),
     }[name]()

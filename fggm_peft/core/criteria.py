@@ -52,11 +52,6 @@ class Quantities:
         """``c``: the number of entries of a unit."""
         return self.granularity.parameters_per_unit(self.shape)
 
-    def floored_weight(self) -> Tensor:
-        """Mean magnitude of each unit's weights plus 1 % of the mean of all, ``[units]``."""
-        magnitude = self.granularity.reduce(self.weight().abs().float()) / self.entries
-        return magnitude + max(FLOOR * float(magnitude.mean()), torch.finfo(torch.float32).tiny)
-
 
 @dataclass(frozen=True)
 class Criterion:
@@ -173,13 +168,6 @@ def _least_important(q: Quantities, importance: Tensor) -> Tensor:
     """High for columns whose importance is low, relative to the layer's mean. The task's data has no influence."""
     mean = float(importance.mean())
     return q.entries * (mean or 1.0) / _floored(importance, mean)
-
-
-@CRITERIA.register("gradient_low_magnitude", task=("mean_gradient",))
-def _gradient_low_magnitude(q: Quantities) -> Tensor:
-    """``|mean gradient| / (|W| + eps)`` (GaLLoP, arXiv 2510.19778); both are summed over a unit first."""
-    gradient = q.granularity.reduce(q.task["mean_gradient"].view(q.shape).abs())
-    return gradient / q.floored_weight().to(gradient.device)
 
 
 @CRITERIA.register("output_magnitude", task=("output_magnitude",), weight_dim=0)

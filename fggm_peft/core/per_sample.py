@@ -34,10 +34,6 @@ class PerSampleGradients(ABC):
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
         """Add each sample's squared gradient to ``scores[half[b]]``, ``[2, o * i]`` float32."""
 
-    @abstractmethod
-    def total(self, samples: Tensor) -> Tensor:
-        """The sum of the signed gradients of the given samples, ``[b]`` booleans: ``[o, i]`` float32."""
-
 
 def gram_is_cheaper(positions: int, outputs: int, inputs: int, shared_by: int = 1) -> bool:
     """Whether the Gram form of row scores takes fewer operations than ``g.mT @ x``.
@@ -143,10 +139,6 @@ class LinearGradients(PerSampleGradients):
         for sample, rows, matrix in _matrices(self.x, self.g):
             table[halves[sample], rows].addcmul_(matrix, matrix)
 
-    def total(self, samples: Tensor) -> Tensor:
-        x, g = (_widened(tensor[samples]).flatten(0, 1) for tensor in (self.x, self.g))
-        return g.mT @ x
-
 
 _CHUNK_BYTES = 2**20
 
@@ -187,9 +179,6 @@ class MatrixGradients(PerSampleGradients):
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
         scores.index_add_(0, half, self.matrices.square().flatten(1).to(scores.dtype))
 
-    def total(self, samples: Tensor) -> Tensor:
-        return self.matrices[samples].sum(0)
-
 
 class GroupedGradients(MatrixGradients):
     """Gradients of a grouped convolution: ``x`` ``[b, t, groups, i]`` and ``g`` ``[b, t, groups, o / groups]``."""
@@ -222,10 +211,6 @@ class EmbeddingGradients(PerSampleGradients):
             chosen = half[self.sample] == row
             table = scores[row].view(self.shape)
             table.index_add_(0, self.token[chosen], self.sums[chosen].square().to(table.dtype))
-
-    def total(self, samples: Tensor) -> Tensor:
-        chosen = samples[self.sample]
-        return self.sums.new_zeros(self.shape).index_add_(0, self.token[chosen], self.sums[chosen])
 
 
 def unfold_convolution(layer: nn.Module, x: Tensor) -> Tensor:

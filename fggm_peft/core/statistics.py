@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,13 +16,6 @@ from torch import Tensor
 from .granularity import Granularity, Shape
 from .per_sample import PerSampleGradients
 from .registry import Registry
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch without the model's inputs."""
-
-    half: Tensor  # [b], 0 or 1: the running sum that each sample is added to
 
 
 class Features(NamedTuple):
@@ -49,8 +41,8 @@ class Statistic(ABC):
         """Length of one running sum."""
 
     @abstractmethod
-    def add_(self, sums: Tensor, granularity: Granularity, seen: PerSampleGradients | Features, batch: Batch) -> None:
-        """Add one batch to ``sums``, ``[2, size]`` float32."""
+    def add_(self, sums: Tensor, granularity: Granularity, seen: PerSampleGradients | Features, half: Tensor) -> None:
+        """Add one batch to ``sums[half]``; ``sums`` is ``[2, size]`` float32, ``half`` ``[b]`` is 0 or 1."""
 
     def mean(self, total: Tensor, count: int) -> Tensor:
         """The statistic itself, from a running sum ``[size]`` over ``count`` samples."""
@@ -71,8 +63,8 @@ class Fisher(Statistic):
     def size(self, granularity, shape):
         return granularity.units(shape)
 
-    def add_(self, sums, granularity, seen, batch):
-        granularity.accumulate_(sums, seen, batch.half)
+    def add_(self, sums, granularity, seen, half):
+        granularity.accumulate_(sums, seen, half)
 
 
 @STATISTICS.register("fisher_under_decay")
@@ -80,23 +72,6 @@ class FisherUnderDecay(Fisher):
     """``fisher`` for inputs that the pass has mapped by an ``InputMetric``; its criterion divides it."""
 
     is_kept = False
-
-
-@STATISTICS.register("mean_gradient")
-class MeanGradient(Statistic):
-    """The mean over samples of their signed gradients, ``[o * i]`` for every granularity."""
-
-    is_kept = False
-
-    def size(self, granularity, shape):
-        return shape[0] * shape[1]
-
-    def add_(self, sums, granularity, seen, batch):
-        for half in (0, 1):
-            sums[half] += seen.total(batch.half == half).flatten()
-
-    def entries(self, granularity, shape):
-        return 1
 
 
 @STATISTICS.register("input_second_moment", looks_at="input", function=torch.square)
@@ -117,12 +92,12 @@ class FeatureMean(Statistic):
     def size(self, granularity, shape):
         return shape[1 if self.looks_at == "input" else 0] + 1
 
-    def add_(self, sums, granularity, seen, batch):
+    def add_(self, sums, granularity, seen, half):
         values, positions = self.function(seen.values.float()), seen.values.new_ones(seen.values.shape[:2]).float()
         if seen.real is not None:
             values, positions = values.where(seen.real[..., None], 0), seen.real.float()
-        sums[:, :-1].index_add_(0, batch.half, values.sum(1))
-        sums[:, -1].index_add_(0, batch.half, positions.sum(1))
+        sums[:, :-1].index_add_(0, half, values.sum(1))
+        sums[:, -1].index_add_(0, half, positions.sum(1))
 
     def mean(self, total, count):
         return total[:-1] / total[-1].clamp(min=1)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..core.covariance import Spectrum
 from ..core.errors import NonFiniteScoreError
 from ..core.harm_decay import InputMetric
-from ..core.statistics import Batch
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance
-from ..tuner.hosts.sharding import is_shard
 from ..tuner.support import unwrapped
 from ..tuner.target import Targets
 from .frozen_model import frozen_in_eval_mode, without_delta
@@ -24,8 +22,8 @@ from .hooks import LayerHooks
 from .layout import Layout, Layouts
 from .likelihood import LogLikelihood, default_log_likelihood
 from .processes import Processes
-from .recorder import CallRecorder
-from .rounds import Round, on_device_of, rounds
+from .recorder import BatchRecorder
+from .rounds import Round, callable_base, on_device_of, rounds
 from .running_sums import RunningSums, Totals
 
 
@@ -83,26 +81,24 @@ class DataPass:
             ValueError: no batch, or a batch without labels.
             NonFiniteScoreError: a log-likelihood or a score is NaN or infinite.
         """
-        log_likelihood, model = self._likelihood()
-        recorder = CallRecorder(RunningSums(targets, self.statistics), self.metrics)
-        sums, seen, has_answer, processes = recorder.sums, 0, False, self.processes
+        sums, seen, has_answer, processes = RunningSums(targets, self.statistics), 0, False, self.processes
+        log_likelihood = self._log_likelihood()
         layers = {path: target.layer for path, target in targets.items() if target.layer.reads_inputs}
-        is_sharded = processes.size > 1 and any(map(is_shard, self.model.parameters()))  # every rank must run the model
-        run = None if is_sharded else lambda batch: log_likelihood(model, batch)
         # a function of the user's may compare samples with each other
         one_by_one = None if self.log_likelihood else False
         if len(layers) < len(targets):  # the gradient of a parameter is the sum over the batch
             one_by_one = True
+        run = None if processes.share(self.model) else log_likelihood
         layouts = Layouts(layers, run, unwrapped(self.model), one_by_one)
         with (
             frozen_in_eval_mode(self.model),
             without_delta(targets),
-            LayerHooks(targets, recorder, _checkpointed_embeddings(self.model), not _checkpoints(self.model)),
+            LayerHooks(targets, _checkpointed_embeddings(self.model)) as hooks,
         ):
             for round in rounds(self.model, self.dataloader, processes, limit, description, self.progress):
-                with processes.together("the selection pass"), round.advice():
+                with processes.together("the selection pass"):
                     for part, layout in layouts.parts(self._prepared(round)):
-                        has_answer |= self._add_batch(recorder, model, log_likelihood, part, layout)
+                        has_answer |= self._add_batch(hooks, sums, log_likelihood, part, layout)
                 seen = round.end
                 if is_enough is not None and first_check <= seen != limit:
                     first_check *= 2
@@ -114,13 +110,12 @@ class DataPass:
                 raise ValueError("all labels of all batches are -100, so there is no answer to take a likelihood of")
         return sums.totals(processes, seen)
 
-    def _likelihood(self) -> tuple[LogLikelihood, nn.Module]:
+    def _log_likelihood(self) -> Callable[[Mapping[str, Any]], Tensor]:
+        """The log-likelihood of each sample of a batch."""
         if self.log_likelihood is not None:
-            return self.log_likelihood, self.model
-        base = unwrapped(self.model)
-        log_likelihood = default_log_likelihood(base, self.config.task_type, self.generator)
-        # if FSDP2 has made a wrapper the root of its shards, the wrapper's own forward gathers them
-        return log_likelihood, self.model if isinstance(self.model, FSDPModule) else base
+            return partial(self.log_likelihood, self.model)
+        default = default_log_likelihood(unwrapped(self.model), self.config.task_type, self.generator)
+        return partial(default, callable_base(self.model))
 
     def _prepared(self, round: Round) -> Round:
         """The round with its batch as the model takes it, on its device."""
@@ -129,24 +124,26 @@ class DataPass:
         batch = round.batch if self.prepare is None else self.prepare(round.batch)
         return round._replace(batch=on_device_of(self.model, batch))
 
-    def _add_batch(self, recorder: CallRecorder, model, log_likelihood, round: Round, layout: Layout) -> bool:
+    def _add_batch(
+        self, hooks: LayerHooks, sums: RunningSums, log_likelihood: Callable, round: Round, layout: Layout
+    ) -> bool:
         """Add the statistics of one batch; returns whether a sample of it has an answer."""
         if self.generator is not None:  # the labels of a sample must not depend on the number of processes
             self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
         half = (torch.arange(layout.samples) + round.first) % 2
-        recorder.open(Batch(half), layout, bool(round.size))
-        needs_backward = recorder.sums.needs_backward
-        with torch.set_grad_enabled(needs_backward):
-            value = log_likelihood(model, round.batch)
+        hooks.recorder = recorder = BatchRecorder(sums, layout, half, self.metrics, counts=round.size > 0)
+        with torch.set_grad_enabled(sums.needs_backward):
+            value = log_likelihood(round.batch)
         if not isinstance(value, Tensor) or value.shape != half.shape:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")
         if not torch.isfinite(value).all():
             numbers = value.tolist()
             raise NonFiniteScoreError(f"the log-likelihood of batch {round.number} is NaN or infinite: {numbers}")
-        if needs_backward:
+        if sums.needs_backward:
             recorder.backward(value if round.size else value * 0)
         recorder.finish(round.number)
+        hooks.recorder = None
         return bool(round.size and value.any())
 
 
@@ -162,14 +159,11 @@ def input_metrics(targets: Targets, covariance: InputCovariance) -> dict[str, In
     return metrics
 
 
-def _checkpoints(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def _checkpointed_embeddings(model: nn.Module) -> nn.Module | None:
     """The input embeddings, if the model uses gradient checkpointing."""
     get = getattr(unwrapped(model), "get_input_embeddings", None)
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     try:
-        return get() if _checkpoints(model) and callable(get) else None
+        return get() if checkpoints and callable(get) else None
     except NotImplementedError:  # from transformers, for a model without input embeddings
         return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from ..core.covariance import RANK, Covariance, CovarianceSum
@@ -16,14 +16,13 @@ from ..core.errors import NonFiniteScoreError
 from ..core.per_sample import same_memory
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
-from ..tuner.hosts.sharding import is_shard, without_wrappers
+from ..tuner.hosts.sharding import without_wrappers
 from ..tuner.support import unwrapped
 from ..tuner.target import outer_modules
 from .frozen_model import frozen_in_eval_mode
-from .hooks import version_of
 from .layout import Layout, Layouts
 from .processes import Processes
-from .rounds import on_device_of, rounds
+from .rounds import callable_base, on_device_of, rounds
 
 COVARIANCE_SAMPLES = 64
 """Samples that are read by default."""
@@ -68,11 +67,10 @@ def input_covariance(
     guard_four_bit_layers(model)
     processes, seen = Processes(), 0
     call = _call(model, layers)
-    is_sharded = processes.size > 1 and any(map(is_shard, model.parameters()))
-    layouts = Layouts(layers, None if is_sharded else call, unwrapped(model), one_by_one=None)
+    layouts = Layouts(layers, None if processes.share(model) else call, unwrapped(model), one_by_one=None)
     with frozen_in_eval_mode(model), torch.no_grad(), _InputHooks(layers, rank) as hooks:
         for round in rounds(model, dataloader, processes, num_samples, "Input covariance", progress):
-            with processes.together("reading the input covariance"), round.advice():
+            with processes.together("reading the input covariance"):
                 if round.batch is not None:
                     round = round._replace(batch=on_device_of(model, round.batch))
                 for part, layout in layouts.parts(round):
@@ -116,12 +114,10 @@ def _layer(model: nn.Module, layers: Mapping[str, nn.Module], path: str) -> nn.M
 
 def _call(model: nn.Module, layers: Mapping[str, nn.Module]):
     """Runs the model forward on a batch, without its head if all layers are in the trunk."""
-    base = unwrapped(model)
+    base, caller = unwrapped(model), callable_base(model)
     trunk = getattr(base, "base_model", base)
     inside = set(map(id, trunk.modules()))
-    is_sharded = isinstance(model, FSDPModule)
-    if trunk is base or is_sharded or not all(id(layer) in inside for layer in layers.values()):
-        caller = model if is_sharded else base
+    if trunk is base or caller is not base or not all(id(layer) in inside for layer in layers.values()):
         return lambda batch: caller(**batch)
     return lambda batch: trunk(**{name: value for name, value in batch.items() if name != "labels"})
 
@@ -149,34 +145,31 @@ class _InputHooks:
 
     def __enter__(self) -> _InputHooks:
         for path, layer in self.layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(path), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(partial(self._record, path), with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._last = None
 
     def open(self, layout: Layout | None, counts: bool = False) -> None:
         """Start a batch; it is not added unless ``counts``. Without a layout, calls are ignored."""
         self._layout, self._counts, self._last = layout, counts, None
 
-    def _hook(self, path: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            if self._layout is None:
-                return
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            last = self._last
-            if last is not None and same_memory(last[0], x) and last[1] == version_of(x):
-                key = last[2]
-            else:
-                key = self.inputs.get(path, path)
-                self._last = x, version_of(x), key
-                if self._counts:
-                    self._add(key, path, x)
-            self.inputs.setdefault(path, key)
-
-        return hook
+    def _record(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if self._layout is None:
+            return
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        version = None if x.is_inference() else x._version  # the model may have written into the last input
+        last = self._last
+        if last is not None and same_memory(last[0], x) and last[1] == version:
+            key = last[2]
+        else:
+            key = self.inputs.get(path, path)
+            self._last = x, version, key
+            if self._counts:
+                self._add(key, path, x)
+        self.inputs.setdefault(path, key)
 
     def _add(self, key: str, path: str, x: Tensor) -> None:
         if key not in self.sums:

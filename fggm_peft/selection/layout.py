@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..tuner.layer_types import FGGMConv
 from .likelihood import IGNORED, is_encoder_decoder
-from .rounds import Round, is_divisible
+from .rounds import Round, is_divisible, samples_of
 
 Axis = Callable[[Tensor, int], Tensor]
 """Returns what a layer received with the samples in the first dimension."""
@@ -136,7 +136,8 @@ class Layouts:
         """The axes and the streams."""
         if samples == 1 or not divisible:
             return ({} if divisible else None), self._streams(batch, self._received(batch))
-        whole, first, last = (self._received(part) for part in (batch, _rows(batch, 0), _rows(batch, samples - 1)))
+        first_sample, last_sample = samples_of(batch, 0, 1), samples_of(batch, samples - 1, samples)
+        whole, first, last = map(self._received, (batch, first_sample, last_sample))
         if whole is None or first is None or last is None:
             return None, self._streams(batch, whole)
         alone, axes = {0: first, samples - 1: last}, {}
@@ -147,7 +148,7 @@ class Layouts:
             axes[path] = _axis(possible, calls, own, samples, compares_content=True)
             if axes[path] is None and self.one_by_one is None:
                 axes[path] = _axis(possible[:2], calls, own, samples, compares_content=False)
-        return axes, self._streams(_rows(batch, 0), first)
+        return axes, self._streams(first_sample, first)
 
     def _streams(self, batch: Mapping[str, Any], before: Mapping[str, list[Tensor]] | None) -> dict[str, str]:
         """Module path -> the stream whose positions it receives: those that change if the stream loses its last.
@@ -212,14 +213,6 @@ class Layouts:
             for handle in handles:
                 handle.remove()
         return received
-
-
-def _rows(batch: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """One sample of a batch."""
-    return {
-        key: value[place : place + 1] if isinstance(value, Tensor) and value.dim() else value
-        for key, value in batch.items()
-    }
 
 
 def _axis(

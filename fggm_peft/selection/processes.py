@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..tuner.hosts.sharding import is_shard
 
 
 class Processes:
@@ -28,6 +30,10 @@ class Processes:
         is_distributed = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size() if is_distributed else 1
         self.rank = dist.get_rank() if is_distributed else 0
+
+    def share(self, model: nn.Module) -> bool:
+        """Whether each process holds a part of the model, so that all of them must run it together."""
+        return self.size > 1 and any(map(is_shard, model.parameters()))
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every process, in the order of ranks."""

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
-from ..tuner.hosts.sharding import is_shard
+from ..tuner.support import unwrapped
 from .processes import Processes
-
-# texts of torch's errors on a CPU; devices raise torch.OutOfMemoryError
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
 
 _STANDING_FOR_OTHERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
@@ -67,28 +64,8 @@ class Round(NamedTuple):
                 "with batch size 1, or exclude_modules."
             )
         for sample in range(self.size):
-            batch = {
-                name: value[sample : sample + 1] if isinstance(value, Tensor) and value.dim() else value
-                for name, value in self.batch.items()
-            }
+            batch = samples_of(self.batch, sample, sample + 1)
             yield self._replace(batch=batch, size=1, first=self.first + sample)
-
-    @contextmanager
-    def advice(self) -> Iterator[None]:
-        """Add the batch and a remedy to an out-of-memory error, whose type does not change."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            is_known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not is_known and not any(text in str(error) for text in _OUT_OF_MEMORY):
-                raise
-            tensors = [value for value in (self.batch or {}).values() if isinstance(value, Tensor) and value.dim()]
-            shape = list(tensors[0].shape) if tensors else "unknown"
-            raise type(error)(
-                f"{error}\nThe selection pass ran out of memory in batch {self.number}, whose shape is "
-                f"{shape}. Use a smaller batch size, which selects the same. "
-                "Gradient checkpointing also helps and, for single elements, score_memory=."
-            ) from error
 
 
 def rounds(
@@ -102,7 +79,7 @@ def rounds(
         model: the model that will read them. If each process holds a part of it, all must go through it in every round.
         description: of the progress bar, which is shown on a terminal if ``progress``.
     """
-    is_sharded = processes.size > 1 and any(map(is_shard, model.parameters()))
+    is_sharded = processes.share(model)
     is_quiet = None if progress and processes.rank == 0 else True
     seen = 0
     with tqdm(total=limit, desc=description, unit="sample", disable=is_quiet) as bar:
@@ -114,18 +91,34 @@ def rounds(
                 return
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's inputs; an offloaded model moves them itself."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch on the model's device; an offloaded model moves it itself."""
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    return dict(send_to_device(dict(batch), device))
+    """The batch on the model's device."""
+    return dict(send_to_device(dict(batch), device_of(model)))
+
+
+def callable_base(model: nn.Module) -> nn.Module:
+    """The base model with its adapted layers, or the wrapper whose forward gathers the shards of FSDP2."""
+    return model if isinstance(model, FSDPModule) else unwrapped(model)
+
+
+def samples_of(batch: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
+    """Some samples of a batch that can be divided."""
+    return {k: value[start:end] if isinstance(value, Tensor) and value.dim() else value for k, value in batch.items()}
 
 
 def _rounds(
     dataloader: Iterable, processes: Processes, limit: int | None, is_sharded: bool, config: Any
 ) -> Iterator[Round]:
     batches, start, spare = iter(dataloader), 0, None
+    # with accelerate's dispatcher, one process reads for all, and the processes already communicate as they read
+    is_dispatched = isinstance(dataloader, DataLoaderDispatcher)
     for index in itertools.count():
-        with _reading_together(dataloader, processes):
+        with nullcontext() if is_dispatched else processes.together("reading the data"):
             batch = next(batches, None)
             size = 0 if batch is None else batch_size(batch, index)
             whole = batch is not None and not is_divisible(batch, size, config)
@@ -137,17 +130,12 @@ def _rounds(
         if limit is not None:
             left = [max(0, limit - first) for first in firsts[:-1]]
             sizes = [n if whole and rest else min(n, rest) for (n, whole), rest in zip(gathered, left, strict=True)]
-        if sizes[processes.rank] < size:
-            batch, size = _truncated(batch, sizes[processes.rank])
+        if batch is not None and sizes[processes.rank] < size:
+            size = sizes[processes.rank]
+            batch = samples_of(batch, 0, size) if size else None
         start += sum(sizes)
         spare = batch if size else spare
         yield Round(index, spare if is_sharded and not size else batch, size, firsts[processes.rank], start)
-
-
-def _reading_together(dataloader: Iterable, processes: Processes) -> AbstractContextManager:
-    """With accelerate's dispatcher, one process reads for all, and the processes already communicate as they read."""
-    is_dispatched = isinstance(dataloader, DataLoaderDispatcher)
-    return nullcontext() if is_dispatched else processes.together("reading the data")
 
 
 def batch_size(batch: Any, index: int) -> int:
@@ -179,11 +167,3 @@ def is_divisible(batch: Mapping[str, Any], size: int, config: Any = None) -> boo
     tokens = [token for name in _STANDING_FOR_OTHERS if (token := getattr(config, name, None)) is not None]
     counts = [torch.eq(ids, token).flatten(1).any(1) for token in tokens]
     return all(bool(has.all()) or not bool(has.any()) for has in counts)
-
-
-def _truncated(batch: Mapping[str, Any] | None, length: int) -> tuple[Mapping[str, Any] | None, int]:
-    """The first ``length`` samples of a batch."""
-    if batch is None or not length:
-        return None, 0
-    first = {k: value[:length] if isinstance(value, Tensor) and value.dim() else value for k, value in batch.items()}
-    return first, length

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.errors import NonFiniteScoreError
 from ..core.per_sample import PerSampleGradients
-from ..core.statistics import STATISTICS, Batch, Features
+from ..core.statistics import STATISTICS, Features
 from ..tuner.target import Target, Targets
 from .processes import Processes
 
@@ -72,12 +72,12 @@ class RunningSums:
     def needs_backward(self) -> bool:
         return "gradient" in self.sides
 
-    def add_(self, target: Target, side: str, measured: PerSampleGradients | Features, batch: Batch) -> None:
+    def add_(self, target: Target, side: str, measured: PerSampleGradients | Features, half: Tensor) -> None:
         """Add one batch to the statistics that look at ``side``."""
         for name, statistic in self.statistics.items():
             if statistic.looks_at == side:
                 sums = self.tensors[target.path][name]
-                statistic.add_(sums, target.granularity, measured, replace(batch, half=batch.half.to(sums.device)))
+                statistic.add_(sums, target.granularity, measured, half.to(sums.device))
 
     def require_finite(self, batch_index: int) -> None:
         """Raise ``NonFiniteScoreError`` if a sum is NaN or infinite; names the module and the batch."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..tuner.support import unwrapped
 from .likelihood import IGNORED
+from .rounds import callable_base, device_of
 
 _WRITTEN_TOGETHER = 32  # each step reads all weights once, for any number of texts
 _BATCH = 8  # batch size of the pass over the texts
@@ -29,14 +29,11 @@ def written_batches(model: nn.Module, count: int, length: int, seed: int) -> lis
     """
     start, ends = _special_tokens(unwrapped(model))
     length = min(length, getattr(unwrapped(model).config, "max_position_embeddings", None) or length)
-    # if FSDP2 has made a wrapper the root of its shards, the wrapper's own forward gathers them
-    call = model if isinstance(model, FSDPModule) else unwrapped(model)
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     batches = []
     for first in range(0, count, _WRITTEN_TOGETHER):
         generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + first) % 2**63)
         together = min(_WRITTEN_TOGETHER, count - first)
-        written = _written(call, start, ends, together, length, generator, device)
+        written = _written(callable_base(model), start, ends, together, length, generator, device_of(model))
         parts = zip(*(tensor.split(_BATCH) for tensor in written.values()), strict=True)
         batches += [dict(zip(written, part, strict=True)) for part in parts]
     return batches

@@ -48,7 +48,6 @@ def quantities(granularity, matrices=None, seed=0, **more):
     task = {
         "fisher": unit("fisher"),
         "fisher_under_decay": unit("fisher"),
-        "mean_gradient": matrices["gradient"].flatten().float(),
         "input_second_moment": matrices["input"].float(),
         "output_magnitude": matrices["output"].float(),
     }
@@ -189,7 +188,7 @@ def test_limited_score_memory_does_not_change_the_support(name, granularity):
     threshold = ScoreMass(0.6)
     one, _ = supports(name, granularity, token_batches(), reference_of(name), threshold)
     bytes_of_the_largest = 2 * 4 * 96 * 64 * (2 if CRITERIA[name].reference else 1)
-    if granularity != "element" and name != "gradient_low_magnitude":
+    if granularity != "element":
         bytes_of_the_largest = 2 * 4 * 97 * (2 if CRITERIA[name].reference else 1)
     several, _ = supports(
         name, granularity, token_batches(), reference_of(name), threshold, score_memory=bytes_of_the_largest

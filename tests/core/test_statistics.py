@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from models import Twice, adapted, class_batches, class_log_likelihood, fggm_layers, llama, token_batches
-from reference import per_sample_weight_gradients, seeded
+from models import adapted, fggm_layers, llama, token_batches
 from torch import nn
 
 from fggm_peft import select_parameters
-from fggm_peft.core.per_sample import GramMatrix
 from fggm_peft.core.statistics import STATISTICS
 from fggm_peft.selection.data_pass import DataPass
 from fggm_peft.tuner.target import find_targets
@@ -29,16 +25,6 @@ def assert_close(found, expected, tolerance=1e-4):
     scale = float(expected.abs().max())
     assert scale > 0
     torch.testing.assert_close(found.double().view(expected.shape), expected, rtol=1e-3, atol=scale * tolerance)
-
-
-def test_the_mean_gradient_is_the_gradient_of_the_mean_log_likelihood():
-    batches, plain = token_batches(), llama().eval()
-    result = gathered(adapted(llama()), batches, "mean_gradient")
-    for batch in batches:
-        answers = (batch["labels"][:, 1:] != -100).sum()
-        (-plain(**batch).loss * answers / 8).backward()
-    for (name, _), values in result.items():
-        assert_close(values, plain.get_submodule(name).weight.grad.double())
 
 
 @pytest.mark.parametrize("use_cache_of_gradients", [False, True])
@@ -64,32 +50,6 @@ def test_input_moments_and_output_magnitudes_are_means_over_unpadded_positions(u
         y = torch.cat([y[where] for (_, y), where in zip(calls, real, strict=True)]).double()
         assert_close(result[name, "input_second_moment"], x.square().mean(0))
         assert_close(result[name, "output_magnitude"], y.abs().mean(0))
-
-
-def test_the_sum_of_gradients_agrees_with_autograd_of_the_layer(example, adapt):
-    layer = example.layer()
-    model = adapt(copy.deepcopy(layer), zero=True)
-    wrapped = model.base_model.model.layer
-    if not wrapped.reads_inputs:
-        pytest.skip("its gradients come from the weight; see tests/tuner/test_parameters.py")
-    x = example.x()
-    g = torch.randn(layer(x).shape, generator=seeded())
-    chosen = torch.arange(len(x)) % 3 != 1
-    expected = per_sample_weight_gradients(layer, x, g)[chosen].sum(0)
-    result = wrapped.per_sample([(x, g)], GramMatrix()).total(chosen)
-    assert_close(result, wrapped.matrix(expected))
-
-
-def test_a_layer_called_twice_adds_up_its_calls():
-    result = gathered(
-        adapted(Twice(), target_modules=["shared"]),
-        class_batches(),
-        "mean_gradient",
-        log_likelihood=class_log_likelihood,
-    )
-    plain = Twice()
-    sum(class_log_likelihood(plain, batch).sum() for batch in class_batches()).div(8).backward()
-    assert_close(result["shared", "mean_gradient"], plain.shared.weight.grad.double())
 
 
 @pytest.mark.parametrize(("criterion", "granularity"), [("input_ratio", "column"), ("output_magnitude", "row")])
@@ -127,7 +87,7 @@ def test_every_statistic_declares_its_length_and_entries_per_number(granularity)
     kind, shape = granularity_from(granularity), (6, 9)
     for name, statistic in STATISTICS._entries.items():
         values = ones(name, kind, shape)
-        expected = {"input_second_moment": 9, "output_magnitude": 6, "mean_gradient": 54}.get(name, kind.units(shape))
+        expected = {"input_second_moment": 9, "output_magnitude": 6}.get(name, kind.units(shape))
         assert len(values) == expected and (values == 1).all()
-        per_number = 1 if name in ("input_second_moment", "output_magnitude", "mean_gradient") else 54 // len(values)
+        per_number = 1 if name in ("input_second_moment", "output_magnitude") else 54 // len(values)
         assert statistic.entries(kind, shape) == per_number

@@ -72,7 +72,6 @@ CASES = {
         {"granularity": "column", "criterion": "input_ratio"},
         {"num_samples": None, "reference": token_batches(sizes=(4, 3, 2), seed=3)},
     ),
-    "mean gradients": ({"criterion": "gradient_low_magnitude"}, {"num_samples": None}),
 }
 
 

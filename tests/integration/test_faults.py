@@ -152,11 +152,10 @@ def limited_to_two_samples(model: nn.Module, error, while_selecting: bool = True
 
 @SETUPS
 @pytest.mark.parametrize("device", list(OUT_OF_MEMORY))
-def test_an_out_of_memory_error_keeps_its_type_and_names_the_batch_size(kind, device, tmp_path):
+def test_an_out_of_memory_error_keeps_its_type(kind, device, tmp_path):
     error = OUT_OF_MEMORY[device]
     model = limited_to_two_samples(adapted(llama()), error)
-    message = r"memory[^$]*batch 0, whose shape is \[4, 10\][^$]*smaller batch size"
-    raised = fails(kind, trainer_for(kind, model, examples(), tmp_path), type(error()), message)
+    raised = fails(kind, trainer_for(kind, model, examples(), tmp_path), type(error()), "memory")
     assert type(raised) is type(error())
     attempt(kind, trainer_for(kind, model, examples(), tmp_path, per_device_train_batch_size=2))
     assert all(layer.selected["default"] for layer in fggm_layers(model, "default").values())

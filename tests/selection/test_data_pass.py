@@ -23,11 +23,10 @@ from models import (
 from torch import nn
 
 from fggm_peft.core.granularity import granularity_from
-from fggm_peft.core.statistics import Batch
 from fggm_peft.selection.hooks import LayerHooks
 from fggm_peft.selection.layout import AXES, Layout
 from fggm_peft.selection.likelihood import default_log_likelihood
-from fggm_peft.selection.recorder import CallRecorder
+from fggm_peft.selection.recorder import BatchRecorder
 from fggm_peft.selection.running_sums import RunningSums
 from fggm_peft.tuner.support import unwrapped
 from fggm_peft.tuner.target import find_targets
@@ -170,10 +169,10 @@ def saved_by_layers(model: nn.Module, batch: dict) -> set[tuple]:
         return result
 
     targets = find_targets(model, "default")
-    recorder = CallRecorder(RunningSums(targets))
-    with LayerHooks(targets, recorder, model.get_input_embeddings()):
+    with LayerHooks(targets, model.get_input_embeddings()) as hooks:
         size = len(batch["input_ids"])
-        recorder.open(Batch(torch.zeros(size, dtype=torch.long)), Layout(size, dict.fromkeys(targets, AXES[0])))
+        layout = Layout(size, dict.fromkeys(targets, AXES[0]))
+        hooks.recorder = BatchRecorder(RunningSums(targets), layout, torch.zeros(size, dtype=torch.long))
         measured = shapes(lambda: model(**batch))
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     return set(measured - shapes(lambda: model(**batch)))

@@ -348,10 +348,9 @@ def test_scores_are_not_saved_with_the_adapter_by_default(tmp_path):
 
 
 def test_saving_scores_without_statistics_raises_an_error(tmp_path):
-    for criterion in ("random", "gradient_low_magnitude"):
-        report = select(adapted(llama(), criterion=criterion))
-        with pytest.raises(ValueError, match="no statistics that a later task could use"):
-            report.save_scores(tmp_path)
+    report = select(adapted(llama(), criterion="random"))
+    with pytest.raises(ValueError, match="no statistics that a later task could use"):
+        report.save_scores(tmp_path)
 
 
 def damage(change):
