@@ -1,7 +1,7 @@
 """``Ledger``: the tasks of a model in order, in a folder from which any task can be removed again.
 
-The folder contains ``ledger.json`` (names, digests, order), ``deltas/`` (a PEFT adapter for each task) and, after the
-tasks were merged into a model, ``originals.safetensors``: the base's entries that the tasks change.
+The folder contains ``ledger.json`` (names and digests, in order), ``deltas/`` (a PEFT adapter for each task) and, after
+the tasks were merged into a model, ``originals.safetensors``: the base's entries that the tasks change.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,9 @@ from .delta import SparseDelta
 from .originals import Originals, read_originals, remove_task_, write_originals
 
 FILE = "ledger.json"
-DELTAS = "deltas"
 ORIGINALS = "originals.safetensors"
 _FORMAT = "fggm_ledger 1"
-
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """One task: its name, the folder of its delta (relative to the ledger's), and the digest of this folder."""
-
-    name: str
-    folder: str
-    digest: str
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 class Ledger:
@@ -51,10 +41,9 @@ class Ledger:
 
     def __init__(self, folder: str | Path):
         self.folder = user_path(folder)
-        self.entries: list[LedgerEntry] = []  # in order
-        self._next = 0
-        if (self.folder / FILE).is_file():
-            self._read(self.folder / FILE)
+        self._digests: dict[str, str] = {}  # name of a task -> digest of its folder, in order
+        if (file := self.folder / FILE).is_file():
+            self._digests = _read(file)
 
     def __repr__(self) -> str:
         return f"Ledger({str(self.folder)!r}, tasks={self.tasks})"
@@ -62,43 +51,42 @@ class Ledger:
     @property
     def tasks(self) -> list[str]:
         """The names of the tasks, in order."""
-        return [entry.name for entry in self.entries]
+        return list(self._digests)
 
-    def delta(self, name: str) -> SparseDelta:
+    def delta(self, task: str) -> SparseDelta:
         """The delta of a task; raises ``AdapterFileError`` if its files have changed since it was added."""
-        entry = self._entry(name)
-        folder = self.folder / entry.folder
-        if not folder.is_dir() or digest_of_folder(folder) != entry.digest:
+        self._require(task)
+        folder = self._folder(task)
+        if not folder.is_dir() or digest_of_folder(folder) != self._digests[task]:
             raise AdapterFileError(
-                f"the delta of {name!r} in {folder} has changed since it was added: files are missing or differ"
+                f"the delta of {task!r} in {folder} has changed since it was added: files are missing or differ"
             )
         return SparseDelta.read(folder)
 
-    def add(self, name: str, delta: Any) -> None:
+    def add(self, task: str, delta: Any) -> None:
         """Append a task; its delta is copied into the folder.
 
         Args:
-            name: letters, digits, ``-``, ``_`` and ``.``.
+            task: letters, digits, ``-``, ``_`` and ``.``.
             delta: what ``SparseDelta.read`` accepts.
 
         Raises:
             ValueError: the name is taken or illegal, or the delta has whole tensors, which cannot be removed again.
         """
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"the name of a task may contain letters, digits, '-', '_' and '.', not {name!r}")
-        if name in self.tasks:
-            raise ValueError(f"{self.folder} has a task {name!r} already; roll it back first, or use another name")
+        if not _NAME.fullmatch(task):
+            raise ValueError(f"the name of a task may contain letters, digits, '-', '_' and '.', not {task!r}")
+        if task.casefold() in map(str.casefold, self._digests):  # some file systems ignore case
+            raise ValueError(f"{self.folder} has a task {task!r} already; roll it back first, or use another name")
         source = SparseDelta.read(delta)
         if whole := [key for key in source.others if is_trained_whole(key)]:
             raise ValueError(
-                f"the delta of {name!r} has whole tensors ({whole[0]}, ...). They are not differences and could not be "
+                f"the delta of {task!r} has whole tensors ({whole[0]}, ...). They are not differences and could not be "
                 "removed again"
             )
-        folder = f"{DELTAS}/{self._next}-{file_name(name)}"
-        shutil.rmtree(self.folder / folder, ignore_errors=True)  # of an interrupted attempt
-        SparseDelta(source.config, source.modules).save(self.folder / folder)
-        entry = LedgerEntry(name, folder, digest_of_folder(self.folder / folder))
-        self._write([*self.entries, entry], self._next + 1)
+        folder = self._folder(task)
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted attempt
+        SparseDelta(source.config, source.modules).save(folder)
+        self._write({**self._digests, task: digest_of_folder(folder)})
 
     def apply(self, model: nn.Module) -> MergeReport:
         """Merge the tasks into a base model, in place and in order.
@@ -113,7 +101,7 @@ class Ledger:
                 is not the base, or tasks are merged already.
             AdapterFileError: a delta has changed since it was added.
         """
-        deltas = [self.delta(name) for name in self.tasks]
+        deltas = [self.delta(task) for task in self.tasks]
         if not deltas:
             raise ValueError(f"there is no task in {self.folder} to apply")
         layers, file = layers_to_change(model, deltas), self.folder / ORIGINALS
@@ -141,7 +129,7 @@ class Ledger:
             ValueError: there is no such task, the model is not the base with the ledger's tasks, or there are no
                 originals. Nothing has changed then.
         """
-        self._entry(task)
+        self._require(task)
         deltas = {name: self.delta(name) for name in self.tasks}
         layers = layers_to_change(model, list(deltas.values()))
         remove_task_(model, layers, deltas, task, read_originals(self.folder / ORIGINALS))
@@ -150,30 +138,32 @@ class Ledger:
 
     def remove(self, task: str) -> None:
         """Remove a task and its delta from the ledger only."""
-        entry = self._entry(task)
-        self._write([other for other in self.entries if other is not entry], self._next)
-        shutil.rmtree(self.folder / entry.folder, ignore_errors=True)
+        self._require(task)
+        self._write({name: digest for name, digest in self._digests.items() if name != task})
+        shutil.rmtree(self._folder(task), ignore_errors=True)
 
-    def _entry(self, name: str) -> LedgerEntry:
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        raise ValueError(f"there is no task {name!r} in {self.folder}; its tasks: {', '.join(self.tasks) or 'none'}")
+    def _folder(self, task: str) -> Path:
+        return self.folder / "deltas" / file_name(task)
 
-    def _read(self, file: Path) -> None:
-        try:
-            stored = json.loads(file.read_text())
-            if stored["format"] != _FORMAT:
-                raise ValueError(f"{file} has the unknown format {stored['format']!r}")
-            self.entries = [LedgerEntry(**entry) for entry in stored["tasks"]]
-            self._next = int(stored["next"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: {error!r}") from error
-        for entry in self.entries:
-            if not re.fullmatch(rf"{DELTAS}/\d+-\w[\w.-]*", entry.folder):
-                raise ValueError(f"{file} is damaged: the folder of {entry.name!r} is {entry.folder!r}")
+    def _require(self, task: str) -> None:
+        if task not in self._digests:
+            known = ", ".join(self.tasks) or "none"
+            raise ValueError(f"there is no task {task!r} in {self.folder}; its tasks: {known}")
 
-    def _write(self, entries: list[LedgerEntry], following: int) -> None:
-        stored = {"format": _FORMAT, "next": following, "tasks": [asdict(entry) for entry in entries]}
-        write_json(self.folder / FILE, stored)
-        self.entries, self._next = entries, following
+    def _write(self, digests: dict[str, str]) -> None:
+        write_json(self.folder / FILE, {"format": _FORMAT, "tasks": digests})
+        self._digests = digests
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        stored = json.loads(file.read_text())
+        if stored["format"] != _FORMAT:
+            raise ValueError(f"{file} has the unknown format {stored['format']!r}")
+        tasks = dict(stored["tasks"].items())
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    for task in tasks:
+        if not _NAME.fullmatch(task):  # it names a folder
+            raise ValueError(f"{file} is damaged: it has a task {task!r}")
+    return tasks

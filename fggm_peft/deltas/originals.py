@@ -37,13 +37,12 @@ class Originals:
     def of(cls, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Originals:
         """Copy the entries of the layer's weight that the deltas change."""
         supports = in_one_granularity(deltas, layer.weight_shape)
-        granularity, indices = supports[0].granularity, union(supports)
-        matrix = layer.matrix(layer.get_base_layer().weight.detach())
+        granularity, indices, matrix = supports[0].granularity, union(supports), _matrix(layer)
         return cls(granularity, indices, granularity.gather(matrix, indices.to(matrix.device)).cpu())
 
     def with_deltas(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> Tensor:
         """The layer's dense weight ``[o, i]`` with the originals restored and the deltas added."""
-        matrix = layer.matrix(layer.get_base_layer().weight.detach()).clone()
+        matrix = _matrix(layer).clone()
         self.granularity.put_(matrix, self.indices.to(matrix.device), self.entries.to(matrix.device, matrix.dtype))
         for delta in (delta.to(matrix.device) for delta in deltas):
             delta.granularity.add_(matrix, delta.indices, delta.values)
@@ -51,7 +50,11 @@ class Originals:
 
     def are_in(self, layer: FGGMLayer, deltas: Sequence[ModuleDelta] = ()) -> bool:
         """Whether the layer's weight equals that of the base with the deltas added."""
-        return torch.equal(self.with_deltas(layer, deltas), layer.matrix(layer.get_base_layer().weight.detach()))
+        return torch.equal(self.with_deltas(layer, deltas), _matrix(layer))
+
+
+def _matrix(layer: FGGMLayer) -> Tensor:
+    return layer.matrix(layer.get_base_layer().weight.detach())
 
 
 def write_originals(file: Path, originals: Mapping[str, Originals]) -> None:
@@ -87,8 +90,7 @@ def remove_task_(
     Raises:
         ValueError: the model is not the base with these deltas, or originals are missing. Nothing has changed then.
     """
-    paths = list(deltas[task].modules)
-    for path in paths:
+    for path in deltas[task].modules:
         merged = [delta.modules[path] for delta in deltas.values() if path in delta.modules]
         if layers[path].quantization_backend is not None:
             is_merged = _is_sidecar(layers[path], merged)
@@ -104,7 +106,7 @@ def remove_task_(
                 f"{path} is not that of the base with the ledger's tasks merged in order. Apply the ledger to the base "
                 "again"
             )
-    for path in paths:
+    for path in deltas[task].modules:
         layer = layers[path]
         others = [delta.modules[path] for name, delta in deltas.items() if name != task and path in delta.modules]
         if layer.quantization_backend is None:

@@ -140,8 +140,7 @@ def test_a_quantized_base_stores_the_tasks_in_its_sidecar(kind, tmp_path):
 def test_order_and_digests_are_verified(tmp_path):
     ledger = filled(tmp_path, MIXED)
     assert Ledger(tmp_path).tasks == TASKS
-    folder = tmp_path / next(entry.folder for entry in ledger.entries if entry.name == "first")
-    (folder / "adapter_model.safetensors").write_bytes(b"something else")
+    (tmp_path / "deltas" / "first" / "adapter_model.safetensors").write_bytes(b"something else")
     with pytest.raises(AdapterFileError, match=r"'first'.*has changed since it was added"):
         ledger.delta("first")
     with pytest.raises(AdapterFileError, match="has changed since it was added"):
@@ -150,8 +149,8 @@ def test_order_and_digests_are_verified(tmp_path):
 
 def test_a_name_can_be_reused_after_a_rollback(tmp_path):
     ledger = filled(tmp_path, MIXED)
-    with pytest.raises(ValueError, match="has a task 'first' already"):
-        ledger.add("first", adapter("row"))
+    with pytest.raises(ValueError, match="has a task 'First' already"):
+        ledger.add("First", adapter("row"))
     ledger.remove("first")
     ledger.add("first", saved_adapter(tmp_path / "new", "column", seed=7))
     assert ledger.tasks == ["second", "third", "first"]
@@ -178,7 +177,7 @@ def test_invalid_tasks_are_rejected(tmp_path):
     [
         ([{"task": None}], "is damaged"),
         ({"format": "other"}, "format 'other'"),
-        ({"format": "fggm_ledger 1", "tasks": [{"name": 1}], "next": 0}, "is damaged"),
+        ({"format": "fggm_ledger 1", "tasks": [{"name": 1}]}, "is damaged"),
         ("no JSON", "is damaged"),
     ],
 )
@@ -191,7 +190,7 @@ def test_a_damaged_ledger_raises_an_error(written, message, tmp_path):
 def test_a_folder_outside_the_ledger_is_never_removed(tmp_path):
     ledger = filled(tmp_path / "ledger", MIXED)
     written = json.loads((tmp_path / "ledger" / "ledger.json").read_text())
-    written["tasks"][0]["folder"] = "../precious"
+    written["tasks"]["../precious"] = written["tasks"]["first"]
     (tmp_path / "ledger" / "ledger.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match="is damaged"):
         Ledger(ledger.folder)
