@@ -99,7 +99,7 @@ def run(args: Namespace) -> Result | None:
     require_free(args.output, args.overwrite or args.resume)
     if args.resume:
         config = _resumed_config(args, config)
-    settings = training_arguments(args, config.seed)
+    settings = training_arguments(args, config)
     tokenizer = base_model(args).load_tokenizer()
     examples: Any = read_task(args, args.data, tokenizer, seed=config.seed)
     eval_examples: Any = None
@@ -143,7 +143,7 @@ def run(args: Namespace) -> Result | None:
     return data, facts_table(f"Saved to {args.output}", {**data, **data.get("evaluation", {})})
 
 
-def training_arguments(args: Namespace, seed: int) -> TrainingArguments:
+def training_arguments(args: Namespace, config: FGGMConfig) -> TrainingArguments:
     """The trainer's arguments, with checkpoints in the output folder."""
     import torch
 
@@ -152,7 +152,8 @@ def training_arguments(args: Namespace, seed: int) -> TrainingArguments:
     given = TRAINING.given(args)
     computed = {
         "output_dir": str((args.output / CHECKPOINTS).resolve()),  # a link may lead to a folder that does not exist
-        "seed": seed,
+        "seed": config.seed,
+        "learning_rate": config.recommended_learning_rate or DEFAULTS["learning_rate"],
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "use_cpu": this_process().device.type == "cpu",  # else processes on CPUs would not find each other
     }

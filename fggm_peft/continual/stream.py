@@ -30,7 +30,7 @@ class Training(Settings):
         max_steps: number of steps of a task; overrides ``epochs``.
         batch_size: examples in one forward pass, on each device.
         gradient_accumulation: forward passes before one step.
-        learning_rate: maximum of the schedule.
+        learning_rate: maximum of the schedule; a method with a preset has its own default.
         schedule: ``lr_scheduler_type`` of transformers; it restarts with each task.
         warmup_ratio: share of a task's steps.
         weight_decay, max_grad_norm: as in transformers.
@@ -201,7 +201,10 @@ class Stream(Settings):
 
     def rates(self, method: MethodSettings) -> tuple[float, ...]:
         """The learning rates that a method runs with."""
-        return method.learning_rates or self.learning_rates or (self.training.learning_rate,)
+        rate = self.training.learning_rate
+        if "learning_rate" not in self.training.model_fields_set:
+            rate = method.method().recommended_learning_rate or rate
+        return method.learning_rates or self.learning_rates or (rate,)
 
     def training_of(self, task: Task) -> Training:
         """How this task is trained, with its own number of epochs."""

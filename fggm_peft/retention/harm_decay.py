@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..core.harm_decay import STRENGTH, Decay
 from ..selection.select import active_adapters
+from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance, covariance_of
 from .trained import Trained, shrink_, trained_parameters
 
@@ -162,6 +164,7 @@ def attach_harm_decay(
     decaying = [config for _, config in active_adapters(model) if config.harm_decay]
     if not decaying:
         return None
+    _warn_of_a_low_rate(decaying, optimizers)
     if covariance is not None:
         return HarmDecay(covariance, decaying[0].harm_decay).attach(model, *optimizers)
     covariance = covariance_of(decaying[0])
@@ -175,3 +178,16 @@ def attach_harm_decay(
         if covariance_of(config) is not covariance or config.harm_decay != decaying[0].harm_decay:
             raise ValueError("the active adapters differ in what they retain; train them one after the other")
     return HarmDecay(covariance, decaying[0].harm_decay).attach(model, *optimizers)
+
+
+def _warn_of_a_low_rate(configs: list[FGGMConfig], optimizers: tuple[Optimizer, ...]) -> None:
+    """The default of ``TrainingArguments`` is 30 times lower than a preset's rate."""
+    recommended = max((config.recommended_learning_rate or 0.0 for config in configs), default=0.0)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rate = max((float(group.get("initial_lr", group["lr"])) for group in groups), default=0.0)
+    if 0 < rate < recommended / 5:
+        warnings.warn(
+            f"the learning rate is {rate:g}, and the preset is made for about {recommended:g} (Adam). With harm decay, "
+            "a much lower rate learns slowly and keeps no more",
+            stacklevel=3,
+        )

@@ -33,6 +33,8 @@ PRESETS = {
     "retain": {"granularity": "column", "density": 0.3, "criterion": "gain_under_decay", "harm_decay": STRENGTH},
 }
 """The settings of each preset. Arguments of the config override them."""
+LEARNING_RATES = {"retain": 1.6e-3}
+"""The peak learning rate of Adam for each preset. A model that decays needs a higher rate than one that does not."""
 
 
 def _with_preset(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +170,11 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+
+    @property
+    def recommended_learning_rate(self) -> float | None:
+        """Peak learning rate of Adam for the preset; None without a preset."""
+        return LEARNING_RATES.get(self.preset or "")
 
     def to_dict(self) -> dict[str, Any]:
         """Like PEFT's, but omits ``check_base``: the loader decides, and a stored value would override it."""

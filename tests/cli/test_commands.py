@@ -284,9 +284,13 @@ def test_every_field_of_training_arguments_is_an_option(tmp_path):
     assert options("train")["--adam-beta1"].help == SUPPRESS != options("train")["--learning-rate"].help
     given = ["--adam-beta1", "0.8", "--lr-scheduler-kwargs", '{"num_cycles": 2}', "--batch-size", "3"]
     command = ["train", "model", "--data", "d", "--output", str(tmp_path), *given]
-    arguments = training_arguments(parser().parse_args(command), seed=7)
+    arguments = training_arguments(parser().parse_args(command), FGGMConfig(seed=7))
     assert (arguments.adam_beta1, arguments.lr_scheduler_kwargs, arguments.seed) == (0.8, {"num_cycles": 2}, 7)
     assert (arguments.per_device_eval_batch_size, arguments.learning_rate, arguments.save_total_limit) == (3, 2e-4, 2)
+    retain = FGGMConfig(preset="retain")
+    assert training_arguments(parser().parse_args(command), retain).learning_rate == 1.6e-3
+    given = parser().parse_args([*command, "--learning-rate", "1e-3"])
+    assert training_arguments(given, retain).learning_rate == 1e-3
 
 
 @dataclass

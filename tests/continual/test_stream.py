@@ -562,3 +562,12 @@ def test_a_method_may_have_its_own_learning_rates_which_the_command_line_overrid
     assert {(run.method.label, run.learning_rate) for run in overridden} == {("frozen", 5e-4), ("sft", 5e-4)}
     with pytest.raises(StreamError, match="must be greater than 0"):
         read_stream(settings | {"methods": ["frozen", {"name": "sft", "learning_rates": [0]}]})
+
+
+def test_a_preset_brings_its_learning_rate_unless_the_file_sets_one(settings):
+    settings |= {"methods": ["sft", {"name": "fggm", "preset": "retain", "reference": "self"}], "learning_rates": []}
+    settings["training"].pop("learning_rate", None)
+    runs = runs_of(read_stream(settings))
+    assert {(run.method.label, run.learning_rate) for run in runs} == {("sft", 2e-4), ("fggm", 1.6e-3)}
+    settings["training"]["learning_rate"] = 3e-4
+    assert {run.learning_rate for run in runs_of(read_stream(settings))} == {3e-4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -302,6 +303,15 @@ def test_a_loaded_adapter_needs_no_statistics_until_it_trains(tmp_path):
     assert not list(tmp_path.glob("fggm_retention*"))
     with pytest.raises(ValueError, match="only the setting"):
         attach_harm_decay(loaded, optimizer_of(loaded))
+
+
+def test_a_rate_far_below_the_presets_is_named():
+    model = selected(preset="retain")
+    with pytest.warns(UserWarning, match="the learning rate is 5e-05, and the preset is made for about 0.0016"):
+        attach_harm_decay(model, optimizer_of(model, lr=5e-5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach_harm_decay(model, optimizer_of(model, lr=8e-4))
 
 
 def test_errors_before_any_work():

@@ -43,6 +43,11 @@ class FGGM(PeftMethod):
         return {**super().defaults(), "seed": self.task_seed, "save_scores": True, "quantized_merge": "keep"}
 
     @property
+    def recommended_learning_rate(self):
+        config: Any = self.make_config()
+        return config.recommended_learning_rate
+
+    @property
     def supports_quantized(self):
         config: Any = self.make_config()
         return self.first_task_masked and config.quantized_merge == "keep"

@@ -78,6 +78,11 @@ class Method:
         """Whether the base model may be quantized, because the method does not change its weights."""
         return False
 
+    @property
+    def recommended_learning_rate(self) -> float | None:
+        """Used if a stream sets no learning rate; None if the method recommends none."""
+        return None
+
     @classmethod
     def option_names(cls) -> list[str]:
         """The options that ``make_method`` takes."""
