@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "lines.markersize": 4,
@@ -135,15 +133,10 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 
 @style()
-def legend(axes: Axes, names: Sequence[str]) -> None:
-    """The looks of the named series, above the figure."""
-    from matplotlib.lines import Line2D
-
-    labels = [shortened(name, 22) for name in names]
-    handles = [Line2D([], [], **look) for look in looks(names).values()]
-    room = int(46 * axes.figure.bbox.width / axes.figure.dpi / WIDTH)  # characters in one line
-    columns = max(1, min(len(labels), room // (max(map(len, labels)) + 7)))
-    axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.2)
+def legend(axes: Axes) -> None:
+    """The labels of the axes, above the figure."""
+    longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
+    axes.figure.legend(loc="outside upper left", ncols=max(1, 46 // (longest + 7)), columnspacing=1.2)
 
 
 # --- kinds of plots ------------------------------------------------------------------------------
@@ -191,22 +184,6 @@ def heat_map(
     axes.tick_params(axis="y", rotation=0)
 
 
-@style()
-def separate_ticks(axes: Axes, is_integer: bool = False) -> None:
-    """Reduce the ticks of the horizontal axis of a complete figure until their labels do not overlap."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure: Any = axes.figure
-    for count in range(8, 0, -1):
-        figure.draw_without_rendering()
-        low, high = axes.get_xlim()
-        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-        boxes = [label.get_window_extent() for at, label in ticks if low <= at <= high and label.get_text()]
-        if all(left.x1 + 3 <= right.x0 for left, right in pairwise(boxes)):
-            return
-        axes.xaxis.set_major_locator(MaxNLocator(count, integer=is_integer, min_n_ticks=1))
-
-
 def _cell(value: float) -> str:
     """1.0, .59, .50; a small value keeps one digit, so that only zero is shown as 0."""
     if abs(value) >= 0.995:
@@ -218,14 +195,6 @@ def heat_map_height(rows: int, columns: Sequence[str]) -> float:
     """Inches for a heat map, including the names of its columns, which are upright if they are long."""
     lengths = [len(shortened(name)) for name in columns]
     return 0.35 + 0.27 * max(rows, 2) + (0.075 * max(lengths) if sum(lengths) > 26 else 0.15)
-
-
-@style()
-def lines(axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[Value]], styles: Mapping[str, Look]) -> None:
-    """One line with markers for each name; a line continues across a missing value."""
-    for name, values in series.items():
-        present = [(at, value) for at, value in zip(x, values, strict=True) if value is not None]
-        axes.plot(*(zip(*present, strict=True) if present else ([], [])), **styles[name])
 
 
 # --- plots of selections -------------------------------------------------------------------------
@@ -257,15 +226,17 @@ def regret_plot(curves: Mapping[str, Sequence[tuple[int, Value]]], title: str = 
     Args:
         curves: name -> (samples, regret) of each check; one of them has a regret.
     """
-    present = {name: dict(checks) for name, checks in curves.items() if any(value is not None for _, value in checks)}
-    samples = sorted({n for checks in present.values() for n, value in checks.items() if value is not None})
+    present = {name: {n: v for n, v in checks if v is not None} for name, checks in curves.items()}
+    present = {name: checks for name, checks in present.items() if checks}
+    samples = sorted({n for checks in present.values() for n in checks})
     figure, (axes,) = new_figure(2.7 if len(present) == 1 else 3.0)
-    lines(axes, samples, {k: [c.get(n) for n in samples] for k, c in present.items()}, looks(list(present)))
+    for name, look in looks(list(present)).items():
+        axes.plot(list(present[name]), list(present[name].values()), label=shortened(name, 22), **look)
     ticks = [n for k, n in enumerate(samples) if not k or n > 1.3 * samples[k - 1]]  # others would overlap
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
     axes.set(title=plain(title), xlabel="samples", ylabel="regret", ylim=(0.0, None))
     if len(present) > 1:
-        legend(axes, list(present))
+        legend(axes)
     return figure

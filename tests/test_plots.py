@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import itertools
 import re
 import sys
 
@@ -15,13 +14,11 @@ from fggm_peft.plots import (
     density_plot,
     heat_map,
     legend,
-    lines,
     looks,
     new_figure,
     plain,
     regret_plot,
     save,
-    separate_ticks,
     shortened,
     style,
     to_svg,
@@ -38,8 +35,8 @@ def drawn(kind, names=("a", "b", "c")):
 
 def lines_figure(names):
     figure, (axes,) = new_figure(2.5)
-    lines(axes, range(3), {names[0]: [0.0, 1.0, 2.0]}, {names[0]: LOOK})
     with style():
+        axes.plot([0, 1, 2], **LOOK)
         axes.set(title=names[0], xlabel=names[1], ylabel=names[2])
     return figure
 
@@ -116,24 +113,6 @@ def test_a_wide_heat_map_may_have_values_that_fit_their_cells(columns):
     assert max(box.width for box in boxes) < axes.get_window_extent().width / columns
 
 
-@pytest.mark.parametrize(
-    "ends", [(0.50001, 0.50003), (-1234567.1, -1234567.0), (1.2345671, 1.2345675), (0, 1), (0, 1e9), (0, 20), (0, 300)]
-)
-def test_the_labels_of_ticks_do_not_overlap(ends):
-    figure, (axes,) = new_figure(2.5)
-    axes.plot(ends, [1.2345671, 1.2345675])
-    is_integer = isinstance(ends[1], int) and ends[1] > 1
-    if is_integer:
-        axes.set_xticks(range(ends[1]))
-    separate_ticks(axes, is_integer)
-    figure.draw_without_rendering()
-    (low, high), ticks = axes.get_xlim(), zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-    shown = [(at, label) for at, label in ticks if low <= at <= high and label.get_text()]
-    boxes = [label.get_window_extent() for _, label in shown]
-    assert shown and all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
-    assert not is_integer or all(at == int(at) for at, _ in shown)
-
-
 def test_the_color_bar_has_a_label():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.37] * 3], ["r"], ["c", "d", "e"], 0.0, 1.0, scale="a <share>")
@@ -147,17 +126,12 @@ def test_ticks_that_would_overlap_are_omitted():
 
 def test_a_legend_stays_within_the_figure():
     figure, (axes,) = new_figure(3.0)
-    axes.plot([0, 1], [0, 1])
-    legend(axes, [f"a_rather_long_name.{n}" for n in range(7)])
+    for n in range(7):
+        axes.plot([0, 1], [0, 1], label=f"a_rather_long_name.{n}")
+    legend(axes)
     figure.draw_without_rendering()
     box, whole = figure.legends[0].get_window_extent(), figure.bbox
     assert box.x0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
-
-
-def test_a_line_continues_across_missing_values():
-    _, (axes,) = new_figure(2.0)
-    lines(axes, [0, 1, 2], {"a": [1.0, None, 3.0], "b": [None, None, None]}, {"a": LOOK, "b": LOOK})
-    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 2], []]
 
 
 def test_series_differ_in_more_than_their_color():

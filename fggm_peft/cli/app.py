@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import math
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -75,7 +74,8 @@ def run_program(arguments: Sequence[str] | None = None) -> None:
 
 def _print(args: Namespace, data: dict[str, Any], shown: Any) -> None:
     if args.json:
-        print(json.dumps(_finite(data), indent=2, allow_nan=False))
+        finite = json.loads(json.dumps(data), parse_constant=lambda name: None)  # JSON has no NaN and no infinity
+        print(json.dumps(finite, indent=2))
         return
     from rich.console import Console
 
@@ -87,12 +87,3 @@ def _with_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_paths(entry) for entry in value]
     return type(value)(expanded(str(value))) if isinstance(value, (str, Path)) else value
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

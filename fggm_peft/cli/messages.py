@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 _LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "torchao", "transformers")
@@ -49,29 +47,3 @@ def only_relevant() -> Iterator[None]:
             logger.setLevel(level)
         if has_bars:
             transformers_logging.enable_progress_bar()
-
-
-class LossCallback(TrainerCallback):
-    """Prints the losses of a trainer in lines, instead of the dicts that transformers prints."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        names = {"loss": "loss", "eval_loss": "evaluation loss"}
-        losses = [f"{text} {float(logs[name]):.4f}" for name, text in names.items() if logs and name in logs]
-        if losses and state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step} of {state.max_steps}: {', '.join(losses)}", file=sys.stderr)
-
-
-class BarCallback(ProgressCallback):
-    """transformers' progress bar, without the dicts."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-def print_losses(trainer: Any) -> None:
-    """Let a trainer print lines with its losses, and a progress bar in a terminal, but nothing else."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(LossCallback())
-    if sys.stderr.isatty():
-        trainer.add_callback(BarCallback())

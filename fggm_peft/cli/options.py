@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
@@ -22,7 +21,7 @@ from ..tuner import FGGMConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELP_LENGTH = 240  # a help text ends with the last sentence within it; the first sentence is always complete
+HELP_LENGTH = 240  # of a longer help text, the first sentence is shown
 SCALARS = {int, float, str, bool}
 JSON_TYPES = {int, float, bool, dict, list}
 
@@ -70,11 +69,9 @@ class FieldOptions:
         return {name: _list_or_text(given[name], hints[name]) for name in names}
 
     def _help(self, entry: Field) -> str:
-        text, *sentences = re.split(r"(?<=[.!?]) (?=[A-Z`'])", " ".join(entry.metadata.get("help", "").split()))
-        for sentence in sentences:
-            if len(text) + len(sentence) > HELP_LENGTH:
-                break
-            text = f"{text} {sentence}"
+        text = " ".join(entry.metadata.get("help", "").split())
+        if len(text) > HELP_LENGTH:
+            text = re.split(r"(?<=[.!?]) (?=[A-Z`'])", text)[0]
         default = self.defaults.get(entry.name, entry.default)
         if not isinstance(default, bool) and default not in (None, MISSING, ""):
             text = f"{text.rstrip('.')} (default: {getattr(default, 'value', default)})."
@@ -235,7 +232,5 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} configures a {settings['peft_type']} adapter, not FGGM")
     settable = {entry.name for entry in SELECTION.fields}
     if unknown := sorted(settings.keys() - {field.name for field in fields(FGGMConfig)}):
-        nearest = difflib.get_close_matches(unknown[0], settable, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(sorted(settable))}"
-        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); {hint}")
+        raise ValueError(f"FGGMConfig has no field {unknown[0]!r} (in {path}); it has {', '.join(sorted(settable))}")
     return {name: value for name, value in settings.items() if name in settable | {"task_type"}}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
-from functools import partial
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
 
 from .options import positive
 from .output import Result, require_free, table
@@ -18,11 +15,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", "-o", type=Path, required=True, help="Folder for the runs and the report.")
     parser.add_argument("--model", help="Folder or Hub id; overrides the file.")
     parser.add_argument("--data", help="Folder that the tasks' paths are relative to.")
-    parser.add_argument("--seeds", type=partial(_numbers, int), help="For example 0,1,2; overrides the file.")
-    parser.add_argument("--orders", help="For example given,reversed,random:3.")
-    text = "For example 1e-4,3e-4; overrides the file."
-    parser.add_argument("--learning-rates", type=partial(_numbers, float), help=text)
-    parser.add_argument("--methods", help="Run only the methods with these labels.")
+    parser.add_argument("--seeds", type=_list, help="For example 0,1,2; overrides the file.")
+    parser.add_argument("--orders", type=_list, help="For example given,reversed,random:3; overrides the file.")
+    parser.add_argument("--learning-rates", type=_list, help="For example 1e-4,3e-4; overrides the file.")
+    parser.add_argument("--methods", type=_list, help="Run only the methods with these labels.")
     text = "Also save a checkpoint within a task after this many steps."
     parser.add_argument("--checkpoint-steps", type=positive, help=text)
     parser.add_argument("--resume", action="store_true", help="Continue the runs in the output folder.")
@@ -47,10 +43,10 @@ def run(args: Namespace) -> Result:
         data=args.data,
         seeds=args.seeds,
         learning_rates=args.learning_rates,
-        orders=None if args.orders is None else args.orders.split(","),
+        orders=args.orders,
     )
     if args.methods is not None:
-        settings = settings.with_methods(args.methods.split(","))
+        settings = settings.with_methods(args.methods)
     output = args.output
     require_writable(output)
     if not any(output.glob("stream.json*")):  # another process may be writing it
@@ -59,16 +55,10 @@ def run(args: Namespace) -> Result:
     try:
         for _ in run_stream(settings, output, args.resume, args.checkpoint_steps):
             write_report(output, read_results([output]), page=False)
-    except KeyboardInterrupt:
-        done = sum(run.is_finished(output) for run in runs)
-        if done:
-            write_report(output, read_results([output]))
-        print(f"stopped after {done} of {len(runs)} runs; rerun with --resume to continue", file=sys.stderr)
-        raise
-    if unfinished := sum(not run.is_finished(output) for run in runs):
-        print(f"another process is still computing {unfinished} of {len(runs)} runs", file=sys.stderr)
-        if unfinished == len(runs):
-            raise ValueError("there is no result yet to report")
+    finally:
+        if unfinished := sum(not run.is_finished(output) for run in runs):
+            text = f"{unfinished} of {len(runs)} runs are not finished; rerun with --resume to continue"
+            print(text, file=sys.stderr)
     results = read_results([output])
     write_report(output, results)
     report = report_of(results)
@@ -81,8 +71,5 @@ def run(args: Namespace) -> Result:
     return report, table("Mean over runs (± standard deviation)", headings, rows)
 
 
-def _numbers(kind: Callable[[str], Any], text: str) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,1,2") from None
+def _list(text: str) -> list[str]:
+    return text.split(",")

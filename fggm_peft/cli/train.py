@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
-from .messages import print_losses
 from .options import (
     SELECTION,
     FieldOptions,
@@ -113,7 +113,6 @@ def run(args: Namespace) -> Result | None:
             eval_dataset=eval_examples,
             data_collator=padding_on_the_right(tokenizer),
         )
-        print_losses(trainer)
         if args.overwrite and not args.resume and trainer.is_world_process_zero():
             shutil.rmtree(checkpoints, ignore_errors=True)  # of an earlier run
         trained = trainer.train(resume_from_checkpoint=args.resume or None)
@@ -156,6 +155,7 @@ def training_arguments(args: Namespace, config: FGGMConfig) -> TrainingArguments
         "learning_rate": config.recommended_learning_rate or DEFAULTS["learning_rate"],
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "use_cpu": this_process().device.type == "cpu",  # else processes on CPUs would not find each other
+        "disable_tqdm": not sys.stderr.isatty(),
     }
     if "per_device_train_batch_size" in given:
         computed["per_device_eval_batch_size"] = given["per_device_train_batch_size"]

@@ -254,7 +254,6 @@ class Runner:
             [entry[name] for entry in entries if entry.get(name) is not None]
             for name in ("general_loss", "other_loss", "kl")
         )
-        cut = {test.task.name: {"prompts": test.cut_prompts, "answers": test.cut_answers} for test in self.tests}
         return {
             "method": self.run.method.name,
             "label": self.run.method.label,
@@ -270,7 +269,6 @@ class Runner:
             "changed": changed_answers(after) or None,
             **measures_of(rows, zero_shot, losses, others, divergences),
             "gate": [event for entry in after for event in entry.get("gate", [])] or None,
-            "cut": {name: counts for name, counts in cut.items() if any(counts.values())} or None,
             "cost": {
                 **{name: sum(entry.get(name, 0) for entry in entries) for name in SUMMED},
                 "parameters": max(entry.get("parameters", 0) for entry in entries),

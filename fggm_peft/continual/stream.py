@@ -166,7 +166,7 @@ class Stream(Settings):
     methods: tuple[MethodSettings, ...] = Field(min_length=1)
     training: Training = Training()
     learning_rates: tuple[Positive, ...] = ()
-    seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     orders: tuple[str | tuple[str, ...], ...] = Field(("given",), min_length=1)
     general: General | None = None
     gate: Gate | None = None
@@ -251,18 +251,12 @@ class Stream(Settings):
 
 def differences(fingerprint: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """The differences of two fingerprints, such as "training.epochs: 1.0 instead of 3.0"; empty if they are equal."""
-    now, before = _flat(fingerprint), _flat(saved)
-    pairs = [(name, now.get(name, "missing"), before.get(name, "missing")) for name in {**now, **before}]
-    return [f"{name}: {_abbreviated(a)} instead of {_abbreviated(b)}" for name, a, b in pairs if a != b]
+    from pandas import json_normalize
 
+    def text(values: Mapping[str, Any], name: str) -> str:
+        value = json.dumps(values[name], ensure_ascii=False) if name in values else "missing"  # 1 is not true
+        return f"content {value[1:9]}" if re.fullmatch(r'"[0-9a-f]{64}"', value) else value
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted names -> values as JSON, in which 1 and true differ."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: json.dumps(value, ensure_ascii=False)}
-    parts = (_flat(entry, f"{prefix}.{key}" if prefix else str(key)) for key, entry in value.items())
-    return {name: text for part in parts for name, text in part.items()}
-
-
-def _abbreviated(text: str) -> str:
-    return f"content {text[1:9]}" if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
+    now, before = (json_normalize(dict(each)).to_dict("records")[0] for each in (fingerprint, saved))
+    texts = {name: (text(now, name), text(before, name)) for name in {**now, **before}}
+    return [f"{name}: {a} instead of {b}" for name, (a, b) in texts.items() if a != b]

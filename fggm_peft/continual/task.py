@@ -56,21 +56,15 @@ class TaskExamples(TokenizedExamples):
 
     Attributes:
         sources, references: the prompts and the answers as texts, without a chat template and never truncated.
-        cut_prompts: number of prompts with more than ``max_prompt_length`` tokens.
-        cut_answers: number of answers, with their end token, with more than ``max_answer_length`` tokens.
     """
 
     def __init__(self, task: Task, split: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase):
         super().__init__(examples, tokenizer, task.max_prompt_length + task.max_answer_length)
         self.sources, self.references = zip(*(example.texts for example in examples), strict=True)
         self.task = task
-        self.cut_prompts = self.cut_answers = 0
-        for start, prompt, answer in map(self.parts, examples):
-            self.cut_prompts += len(start) + len(prompt) > task.max_prompt_length
-            self.cut_answers += len(answer) > task.max_answer_length
-        if self.cut_answers:
+        if too_long := sum(len(answer) > task.max_answer_length for *_, answer in map(self.parts, examples)):
             warnings.warn(
-                f"{self.cut_answers} of {len(examples)} answers of {task.name} ({split}) have more than "
+                f"{too_long} of {len(examples)} answers of {task.name} ({split}) have more than "
                 f"{task.max_answer_length} tokens and are truncated; raise max_answer_length",
                 stacklevel=3,
             )

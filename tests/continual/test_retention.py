@@ -11,7 +11,7 @@ from trainers import arguments, examples
 
 from fggm_peft import InputCovariance, input_covariance
 from fggm_peft.continual.methods import make_method
-from fggm_peft.continual.methods.retaining import RETAINED
+from fggm_peft.continual.methods.method import RETAINED
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.runner import Runner

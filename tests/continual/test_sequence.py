@@ -282,15 +282,10 @@ def test_the_saved_deltas_together_give_the_final_model(folder, tmp_path, monkey
     assert len({entry["digest"] for entry in ledger[1:]}) == 2
 
 
-def test_the_peak_memory_of_a_run_is_reported(folder, tmp_path):
+def test_the_peak_memory_of_a_run_is_reported(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("fggm_peft.continual.runner.peak_memory", lambda: 7)
     (result,) = run_stream(read_stream(settings(folder, methods=["fggm"])), tmp_path)
-    assert result["cost"]["peak_memory"] > 0
-
-
-def test_truncated_texts_are_counted(folder, tmp_path):
-    tasks = [{**task, "max_prompt_length": 5} for task in settings(folder)["tasks"]]
-    (result,) = run_stream(read_stream(settings(folder, methods=["frozen"], tasks=tasks)), tmp_path)
-    assert result["cut"] == {name: {"prompts": 4, "answers": 0} for name in ("plus", "minus")}
+    assert result["cost"]["peak_memory"] == 7
 
 
 def test_multitask_is_evaluated_on_all_tasks_at_the_end(folder, tmp_path):

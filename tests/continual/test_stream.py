@@ -224,7 +224,7 @@ WRONG = {
         {"training": {"epochs": "many"}},
         "training.epochs: must be a valid number, .*got 'many'",
     ),
-    "half a seed": ({"seeds": [0.5]}, r"seeds\[0\]: must be a valid integer, got 0.5"),
+    "half a seed": ({"seeds": [0.5]}, r"seeds\[0\]: must be a valid integer, .*got 0.5"),
     "truth for a number": ({"training": {"batch_size": True}}, "batch_size: must be a valid integer, got True"),
     "an infinite rate": ({"learning_rates": ["inf"]}, r"learning_rates\[0\]: must be a finite number, got 'inf'"),
     "a negative rate": ({"learning_rates": [-1e-4]}, r"learning_rates\[0\]: must be greater than 0, got -0.0001"),
@@ -472,7 +472,6 @@ def test_a_long_prompt_is_truncated_on_the_left_and_the_answer_is_kept():
         "test", tokenizer
     )
     assert split_by_loss(examples[0], tokenizer) == ("ef", "xyz<eos>")
-    assert (examples.cut_prompts, examples.cut_answers) == (1, 0)
 
 
 def test_truncated_answers_are_counted_and_reported():
@@ -480,7 +479,6 @@ def test_truncated_answers_are_counted_and_reported():
     rows = [{"prompt": "p", "answer": "x" * length} for length in (2, 3, 4, 9)]
     with pytest.warns(UserWarning, match=r"2 of 4 answers of made \(test\) have more than 4 tokens"):
         examples = task_of(rows, max_answer_length=4).examples("test", tokenizer)
-    assert (examples.cut_prompts, examples.cut_answers) == (0, 2)
     lost = [not split_by_loss(row, tokenizer)[1].endswith("<eos>") for row in examples]
     assert lost == [False, False, True, True]
     assert examples.references[3] == "x" * 9

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 
 from ...core import Registry
 from ...core.threshold import is_number
 from ...retention import HarmDecay
-from ...selection import linear_layers
-from ...selection.reference import is_text_file
-from ...training.texts import read_paragraphs
+from ...selection import input_covariance, linear_layers
+from ...selection.input_covariance import COVARIANCE_SAMPLES, input_widths
+from ...selection.reference import WRITTEN_LENGTH, WRITTEN_TEXTS, covariance_to_retain, is_text_file
+from ...selection.self_text import written_batches
+from ...training.texts import read_paragraphs, with_texts
 from ...tuner import InputCovariance
 from ..settings import suggestions
-from .retaining import covariance_for_task
 
+RETAINED = "retained"
+"""Key of the sum of the earlier tasks' input covariances in a method's memory."""
 Examples = Sequence[Mapping[str, Sequence[int]]]
 """Tokenized training data of a task: ``TokenizedExamples``, or a list of such rows."""
 
@@ -107,8 +112,33 @@ class Method:
         return MethodTrainer(self, **arguments)
 
     def covariance(self, trainer: Trainer) -> InputCovariance | None:
-        """Of the inputs to retain in the current task; None if the method does not use it."""
-        return covariance_for_task(self, trainer) if self.uses_reference else None
+        """Of the inputs to retain, on the model before the current task; None if the method does not use it.
+
+        If the reference contains "history", the task is added to ``memory`` for later tasks.
+        """
+        if not self.uses_reference:
+            return None
+        model, collator = cast(nn.Module, trainer.model), trainer.data_collator
+        entries = with_texts(self.reference, trainer.processing_class or getattr(collator, "tokenizer", None))
+        saved = self.memory.get(RETAINED)
+        history = None if saved is None else InputCovariance.from_dict(saved)
+        with trainer.accelerator.autocast():
+            if "self" in self.reference:
+                written = written_batches(model, WRITTEN_TEXTS, WRITTEN_LENGTH, self.task_seed)
+                entries = [written if isinstance(entry, str) and entry == "self" else entry for entry in entries]
+            covariance = covariance_to_retain(model, entries, input_widths(model), history)
+            if "history" in self.reference:
+                own = self.task_covariance(trainer)
+                self.memory[RETAINED] = (own if history is None else history + own).to_dict()
+        return covariance
+
+    def task_covariance(self, trainer: Trainer) -> InputCovariance:
+        """The input covariance of the current task's data, on the CPU."""
+        data, accelerator = cast(Sized, trainer.train_dataset), trainer.accelerator
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.task_seed))[:COVARIANCE_SAMPLES]
+        own = Subset(data, order[accelerator.process_index :: accelerator.num_processes].tolist())
+        batches = DataLoader(own, batch_size=8, collate_fn=trainer.data_collator)
+        return input_covariance(trainer.model, batches).to("cpu")
 
     def penalties(self, model: nn.Module) -> Iterable[Tensor]:
         """Terms that are added to the loss. Only the intermediate results of one term are in memory at a time."""

@@ -17,7 +17,6 @@ from ...deltas import save_adapter
 from ...tuner import InputCovariance
 from ...tuner.target import outer_modules
 from .method import METHODS, Method
-from .retaining import task_covariance
 
 WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
 Mode = Literal["merged", "carried"]
@@ -115,7 +114,7 @@ class LoRA(PeftMethod):
     def trainer(self, **arguments):
         trainer: Any = super().trainer(**arguments)
         if self.init == "quiet":
-            start_quietly_(trainer.model, trainer.covariance, task_covariance(self, trainer))
+            start_quietly_(trainer.model, trainer.covariance, self.task_covariance(trainer))
         return trainer
 
     def prepare(self, base, seed):

@@ -61,7 +61,6 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
         look |= {"markersize": 7} if (label, rate) in best else {"markersize": 5, "fillstyle": "none"}
         axes.errorbar(x, y, entry["learned"]["std"], entry["cost"]["std"], elinewidth=0.9, **look)
     axes.margins(0.12)
-    plots.separate_ticks(axes)
     figure.draw_without_rendering()  # labels are placed in the final layout, which they must not change
     labels = [axes.text(*means[point], plots.shortened(point[0])) for point in best if point in means]
     for label in labels:
@@ -109,11 +108,10 @@ def _general(runs: Runs, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
         count = max(map(len, means.values()))
         for label, values in means.items():
             steps, present = (range(count), values) if len(values) == count else ([count - 1], values[-1:])
-            plots.lines(axes, steps, {label: [None if value != value else value for value in present]}, looks)
+            axes.plot(steps, present, label=plots.shortened(label, 22), **looks[label])
         axes.set(xlabel="after task", ylabel="loss on general text, nats")
-        plots.legend(axes, list(looks))
-        axes.set_xticks(range(count))
-        plots.separate_ticks(axes, is_integer=True)
+        axes.locator_params(axis="x", integer=True)
+        plots.legend(axes)
         alt = f"General loss at the end: {', '.join(f'{label} {values[-1]:.2f}' for label, values in means.items())}."
         note = f"0 is before any task. Means over {_over(*(runs[label] for label in means))}."
         yield Picture("General loss over the steps", plots.to_svg(figure, alt), note)

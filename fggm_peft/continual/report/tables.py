@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich.filesize import decimal
+
 from ..measures import MEASURES
 from .contents import INTERVALS
 
@@ -93,10 +95,10 @@ def _cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
     phases = ("selection", "training", "evaluation")
     return {
         **{f"{phase} s": shown(cost.get(f"{phase}_seconds"), ",.1f") for phase in phases},
-        "peak memory": _mean(cost.get("peak_memory"), bytes_shown),
-        "trainable values": _mean(cost.get("parameters"), lambda count: f"{count:,.0f}"),
-        "saved": _mean(cost.get("bytes"), bytes_shown),
-        "kept for later tasks": _mean(cost.get("kept_bytes"), bytes_shown),
+        "peak memory": _mean(cost.get("peak_memory"), decimal),
+        "trainable values": _mean(cost.get("parameters"), "{:,}".format),
+        "saved": _mean(cost.get("bytes"), decimal),
+        "kept for later tasks": _mean(cost.get("kept_bytes"), decimal),
     }
 
 
@@ -111,16 +113,8 @@ def shown(figure: Mapping[str, Any] | None, form: str = ".3f") -> str:
     return f"{figure['mean']:{form}}".replace("-", "\u2212") + deviation
 
 
-def bytes_shown(count: float) -> str:
-    """In the largest unit that is not larger than the count."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while count >= 1024 and len(units) > 1:
-        count, units = count / 1024, units[1:]
-    return f"{count:.{0 if units[0] == 'B' or count >= 100 else 1}f} {units[0]}"
-
-
-def _mean(figure: Mapping[str, Any] | None, show: Callable[[float], str]) -> str:
-    return "" if figure is None else show(figure["mean"])
+def _mean(figure: Mapping[str, Any] | None, show: Callable[[int], str]) -> str:
+    return "" if figure is None else show(round(figure["mean"]))
 
 
 def _point(entry: Mapping[str, Any]) -> list[str]:
