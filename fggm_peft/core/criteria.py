@@ -88,11 +88,6 @@ class Criterion:
         """Whether an adapter starts empty until ``select_parameters`` has read data."""
         return bool(self.task)
 
-    @property
-    def needs_backward(self) -> bool:
-        """Whether its pass over data runs backward."""
-        return any(STATISTICS[name].looks_at == "gradient" for name in (*self.task, *self.reference))
-
 
 CRITERIA: Registry[Criterion] = Registry("criterion", make=Criterion)
 _MOMENT = ("input_second_moment",)

@@ -29,14 +29,12 @@ from .running_sums import RunningSums, Totals
 
 @dataclass
 class DataPass:
-    """Statistics of a model on some data (by default its empirical Fisher information), for any group of targets.
+    """Statistics of a model on some data, for any group of targets.
 
     Args:
         model: the model with the adapter; may be wrapped by PEFT.
         config: the adapter's config: whose labels, and the seed of labels that are drawn.
-        dataloader: iterable of batches.
         log_likelihood: by default the one that fits the model's head.
-        progress: show a progress bar on a terminal.
         processes: the processes that read a share of the data each.
         statistics: names of the statistics to collect.
         metrics: module path -> mapping of the layer's inputs, before gradients are computed from them.

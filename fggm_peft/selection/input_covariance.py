@@ -59,9 +59,7 @@ def input_covariance(
         ValueError: there is no data or no linear layer, or a module is missing or is not a linear layer.
     """
     model = without_wrappers(model)
-    layers = linear_layers(model)
-    if modules is not None:
-        layers = {path: _layer(model, layers, path) for path in modules}
+    layers = linear_layers(model) if modules is None else _named_layers(model, list(modules))
     if not layers:
         raise ValueError("the model has no linear layer whose input covariance could be read")
     guard_four_bit_layers(model)
@@ -83,14 +81,11 @@ def input_covariance(
     return hooks.result(processes).normalized()
 
 
-LINEAR = (nn.Linear, Conv1D)
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers by module path in the base model, adapted or not, without the output head."""
     get_head = getattr(unwrapped(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    return {path: m for path, m in outer_modules(model) if isinstance(_plain(m), LINEAR) and head not in (m, _plain(m))}
+    return {path: m for path, m in outer_modules(model) if _is_linear(m) and head not in (m, _plain(m))}
 
 
 def input_widths(model: nn.Module) -> dict[str, int]:
@@ -98,18 +93,17 @@ def input_widths(model: nn.Module) -> dict[str, int]:
     return {path: _width(layer) for path, layer in linear_layers(model).items()}
 
 
-def _layer(model: nn.Module, layers: Mapping[str, nn.Module], path: str) -> nn.Module:
-    if path in layers:
-        return layers[path]
-    module = dict(outer_modules(model)).get(path)
-    if module is None:
-        raise ValueError(f"the model has no module {path}")
-    if isinstance(_plain(module), LINEAR):  # the output head
-        return module
-    raise ValueError(
-        f"module {path} is a {type(_plain(module)).__name__}. Input covariances and harm decay support linear layers "
-        "only; leave the module out with exclude_modules, or set harm_decay=0"
-    )
+def _named_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    modules = dict(outer_modules(model))
+    for path in paths:
+        if path not in modules:
+            raise ValueError(f"the model has no module {path}")
+        if not _is_linear(modules[path]):
+            raise ValueError(
+                f"module {path} is a {type(_plain(modules[path])).__name__}. Input covariances and harm decay support "
+                "linear layers only; leave the module out with exclude_modules, or set harm_decay=0"
+            )
+    return {path: modules[path] for path in paths}
 
 
 def _call(model: nn.Module, layers: Mapping[str, nn.Module]):
@@ -124,6 +118,10 @@ def _call(model: nn.Module, layers: Mapping[str, nn.Module]):
 
 def _plain(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(_plain(module), (nn.Linear, Conv1D))
 
 
 def _width(layer: nn.Module) -> int:

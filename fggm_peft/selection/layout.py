@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ AXES: tuple[Axis, ...] = (
     lambda x, samples: x.unflatten(0, (samples, -1)),
     lambda x, samples: x.unflatten(0, (-1, samples)).transpose(0, 1),
 )
+Axes = Mapping[str, Axis | None]
+Calls = Mapping[str, list[Tensor]]
+"""Module path -> the inputs of its calls."""
+
 _TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "labels")
 _DECODER = ("labels", "decoder_")
 """Starts of the names of an encoder-decoder's inputs that have one entry for each position of the decoder."""
@@ -48,7 +53,7 @@ class Layout:
     """
 
     samples: int
-    axes: Mapping[str, Axis | None] | None = field(default_factory=dict)
+    axes: Axes | None = field(default_factory=dict)
     streams: Mapping[str, str] = field(default_factory=dict)
     paddings: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: frozenset[tuple[int, ...]] = frozenset()
@@ -61,11 +66,11 @@ class Layout:
         """
         if self.samples == 1:
             return x
-        result = None
-        if self.axes is not None and (axis := self.axes.get(path)) is not None:
-            result = _along(axis, x, self.samples)
-        elif self.axes is None and x.dim() > 2 and tuple(x.shape[:2]) in self.tokens and x.shape[1] != self.samples:
-            result = x
+        if self.axes is None:
+            is_tokens = x.dim() > 2 and tuple(x.shape[:2]) in self.tokens and x.shape[1] != self.samples
+            result = x if is_tokens else None
+        else:
+            result = self._split(path, x)
         if result is None:
             raise ValueError(
                 f"module {path} was called with the shape {list(x.shape)} in a batch of {self.samples} samples, so its "
@@ -80,13 +85,16 @@ class Layout:
 
     def positions(self, path: str, x: Tensor) -> Tensor:
         """The positions of a linear layer's input that are no padding, ``[n, i]``; samples need not be known."""
-        axis = self.axes.get(path) if self.axes else None
-        split = x if axis is None or self.samples == 1 else _along(axis, x, self.samples)
-        split = x[None] if split is None else split
-        if self.samples == 1 and len(split) != 1:
-            split = split.reshape(1, -1, x.shape[-1])
+        has_axis = bool(self.axes) and self.axes.get(path) is not None
+        split = self._split(path, x) if has_axis else x
+        if split is None or self.samples == 1:
+            split = x.reshape(1, -1, x.shape[-1])
         padding = self.padding(path, split)
         return split.reshape(-1, x.shape[-1]) if padding is None else split[~padding]
+
+    def _split(self, path: str, x: Tensor) -> Tensor | None:
+        axis = (self.axes or {}).get(path)
+        return None if axis is None else _along(axis, x, self.samples)
 
 
 class Layouts:
@@ -109,61 +117,59 @@ class Layouts:
         self.layers, self.run, self.one_by_one = layers, run, one_by_one
         self.config = getattr(model, "config", None)
         self.has_decoder = is_encoder_decoder(model)
-        self._known: dict[Any, tuple[Mapping[str, Axis | None] | None, Mapping[str, str]]] = {}
+        self._known: dict[Any, tuple[Axes | None, Mapping[str, str]]] = {}
 
     def parts(self, round: Round) -> Iterator[tuple[Round, Layout]]:
         """The batch of a round, or its samples if a layer receives something that only a single sample explains."""
         if round.batch is None:
             return
-        samples = round.rows
-        divisible = is_divisible(round.batch, samples, self.config)
-        key = frozenset(round.batch), divisible, samples > 1
+        is_whole = not is_divisible(round.batch, round.rows, self.config)
+        key = frozenset(round.batch), is_whole, round.rows > 1
         if key not in self._known:
-            self._known[key] = self._measured(round.batch, samples, divisible)
+            self._known[key] = self._measured(round.batch, round.rows, is_whole)
         axes, streams = self._known[key]
         one_by_one = self.one_by_one
         if one_by_one is False:
             one_by_one = axes is not None and None in axes.values()
         for part in round.divided(self.config) if one_by_one else [round]:
             assert part.batch is not None
-            paddings = {name: padding for name, padding in self._paddings(part.batch) if padding.any()}
+            paddings = {name: padding for name, padding in self._paddings(part.batch).items() if padding.any()}
             tokens = frozenset(tuple(t.shape[:2]) for name in _TOKENS if isinstance(t := part.batch.get(name), Tensor))
             yield part, Layout(part.rows, axes, streams, paddings, tokens)
 
     def _measured(
-        self, batch: Mapping[str, Any], samples: int, divisible: bool
-    ) -> tuple[Mapping[str, Axis | None] | None, Mapping[str, str]]:
+        self, batch: Mapping[str, Any], samples: int, is_whole: bool
+    ) -> tuple[Axes | None, Mapping[str, str]]:
         """The axes and the streams."""
-        if samples == 1 or not divisible:
-            return ({} if divisible else None), self._streams(batch, self._received(batch))
+        whole = self._received(batch)
+        if samples == 1 or is_whole:
+            return (None if is_whole else {}), self._streams(batch, whole)
         first_sample, last_sample = samples_of(batch, 0, 1), samples_of(batch, samples - 1, samples)
-        whole, first, last = map(self._received, (batch, first_sample, last_sample))
+        first, last = self._received(first_sample), self._received(last_sample)
         if whole is None or first is None or last is None:
             return None, self._streams(batch, whole)
-        alone, axes = {0: first, samples - 1: last}, {}
+        axes = {}
         for path, calls in whole.items():
-            own = {place: received.get(path, []) for place, received in alone.items()}
+            alone = {0: first.get(path, []), samples - 1: last.get(path, [])}
             # the dimensions after the first have other meanings in a convolution
             possible = AXES[:1] if isinstance(self.layers[path], FGGMConv) else AXES
-            axes[path] = _axis(possible, calls, own, samples, compares_content=True)
+            axes[path] = _axis(possible, calls, alone, samples, compares_content=True)
             if axes[path] is None and self.one_by_one is None:
-                axes[path] = _axis(possible[:2], calls, own, samples, compares_content=False)
+                axes[path] = _axis(possible[:2], calls, alone, samples, compares_content=False)
         return axes, self._streams(first_sample, first)
 
-    def _streams(self, batch: Mapping[str, Any], before: Mapping[str, list[Tensor]] | None) -> dict[str, str]:
+    def _streams(self, batch: Mapping[str, Any], before: Calls | None) -> dict[str, str]:
         """Module path -> the stream whose positions it receives: those that change if the stream loses its last.
 
         ``before`` is what the layers receive from the batch.
         """
         streams = dict.fromkeys(self.layers, "input")
-        for name, padding in self._paddings(batch) if before else ():
-            width = padding.shape[1]
-            cut = {
-                key: value[:, :-1]
-                if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == width and self._is_in(name, key)
-                else value
-                for key, value in batch.items()
-            }
+        for name, padding in self._paddings(batch).items() if before else ():
+            cut = dict(batch)
+            for key, value in batch.items():
+                is_in = not self.has_decoder or key.startswith(_DECODER) == (name == "decoder")
+                if is_in and isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == padding.shape[1]:
+                    cut[key] = value[:, :-1]
             after = self._received(cut)
             if after is None:  # a length that the model does not support
                 continue
@@ -174,36 +180,28 @@ class Layouts:
                     streams[path] = ""
         return streams
 
-    def _is_in(self, stream: str, key: str) -> bool:
-        return not self.has_decoder or key.startswith(_DECODER) == (stream == "decoder")
-
-    def _paddings(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    def _paddings(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The padded positions of each stream of tokens."""
-        mask, labels = batch.get("attention_mask"), batch.get("labels")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            yield "input", mask == 0
-        if not self.has_decoder:
-            return
-        mask = batch.get("decoder_attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            yield "decoder", mask == 0
-        elif isinstance(labels, Tensor) and labels.dim() == 2:
-            yield "decoder", labels == IGNORED
+        masks = {"input": batch.get("attention_mask")}
+        if self.has_decoder:
+            masks["decoder"] = batch.get("decoder_attention_mask")
+        paddings = {name: mask == 0 for name, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+        labels = batch.get("labels")
+        if self.has_decoder and "decoder" not in paddings and isinstance(labels, Tensor) and labels.dim() == 2:
+            paddings["decoder"] = labels == IGNORED
+        return paddings
 
-    def _received(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]] | None:
+    def _received(self, batch: Mapping[str, Any]) -> Calls | None:
         """The inputs of each call of each layer, with a few features of each position; None if the model cannot run."""
-        received: dict[str, list[Tensor]] = defaultdict(list)
-
-        def hook_of(path: str):
-            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                received[path].append(x[..., :_FEATURES].clone() if x.is_floating_point() else x)
-
-            return hook
-
         if self.run is None:
             return None
-        handles = [m.register_forward_pre_hook(hook_of(p), with_kwargs=True) for p, m in self.layers.items()]
+        received: dict[str, list[Tensor]] = defaultdict(list)
+
+        def record(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            received[path].append(x[..., :_FEATURES].clone() if x.is_floating_point() else x)
+
+        handles = [m.register_forward_pre_hook(partial(record, p), with_kwargs=True) for p, m in self.layers.items()]
         try:
             with torch.no_grad():
                 self.run(batch)
@@ -222,20 +220,21 @@ def _axis(
     samples: int,
     compares_content: bool,
 ) -> Axis | None:
-    """The axis along which all calls with a batch consist of the calls with single samples; None if no axis fits."""
+    """The axis along which all calls with a batch consist of the calls with single samples; None if no axis fits.
+
+    ``alone`` maps the position of a sample in the batch to its own calls.
+    """
     if any(len(calls) != len(whole) for calls in alone.values()):
         return None
-    triples = [(place, x, y) for place, calls in alone.items() for x, y in zip(whole, calls, strict=True)]
-    for axis in axes:
-        for place, x, y in triples:
-            split, own = _along(axis, x, samples), _along(axis, y, 1)
-            if split is None or own is None or split.shape[1:] != own.shape[1:]:
-                break
-            if compares_content and not _is_close(split[place], own[0]):
-                break
-        else:
-            return axis
-    return None
+
+    def fits(axis: Axis, position: int, x: Tensor, y: Tensor) -> bool:
+        split, own = _along(axis, x, samples), _along(axis, y, 1)
+        if split is None or own is None or split.shape[1:] != own.shape[1:]:
+            return False
+        return not compares_content or _is_close(split[position], own[0])
+
+    calls = [(position, x, y) for position, own in alone.items() for x, y in zip(whole, own, strict=True)]
+    return next((axis for axis in axes if all(fits(axis, *call) for call in calls)), None)
 
 
 def _along(axis: Axis, x: Tensor, samples: int) -> Tensor | None:

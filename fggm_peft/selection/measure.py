@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -42,7 +41,6 @@ class Measurement:
         self.choices: Choices = {}
         self.half_scores: HalfScores = {}
         self.samples = self.reference_samples = self.sample_passes = 0
-        self.reference_seconds = 0.0
         self.scores: dict[str, dict[str, StoredScores]] = {}
         self.checks: list[RegretCheck] = []
         self._limits: dict[int, Any] = {}  # every group of modules sees the same samples
@@ -69,7 +67,7 @@ class Measurement:
 
     def _read_references(self, group: Targets, suffix: str) -> None:
         """Read each reference; with "auto", until two halves of it would select equally good units."""
-        start, measured = time.perf_counter(), [source for source in self.sources if source.data is not None]
+        measured = [source for source in self.sources if source.data is not None]
         for number, source in enumerate(measured, start=1):
             name = "reference" if len(measured) == 1 else f"reference {number}"
 
@@ -85,7 +83,6 @@ class Measurement:
         if measured:
             self.reference = Reference(self.sources, self.targets)
             self.reference_samples = sum(source.totals.samples for source in measured if source.totals)
-            self.reference_seconds += time.perf_counter() - start
 
     def _read_task(self, group: Targets, suffix: str) -> None:
         def measured(totals: Totals) -> HalfScores:

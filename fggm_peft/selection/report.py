@@ -1,4 +1,4 @@
-"""The result of a selection as an object, a table, a dict and a data frame."""
+"""The result of a selection as an object, a table and a dict."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.figure import Figure
     from rich.table import Table
 
@@ -74,11 +73,8 @@ class SelectionReport:
         seconds: wall-clock time of the whole selection.
         modules: one entry for each adapted module.
         reference_samples: samples that were read for the reference.
-        reference_seconds: time for the reference, part of ``seconds``.
-        num_samples: the argument: a number, "auto", or None for all.
         sample_passes: number of samples that went through the model, over all processes, groups of modules and
             references.
-        backward: whether these passes had a backward pass.
         checks: the checks of "auto" in order; with ``score_memory``, those of the first group of modules.
         record: the statistics of the task, see ``save_scores``.
     """
@@ -91,10 +87,7 @@ class SelectionReport:
     seconds: float
     modules: list[ModuleSelection]
     reference_samples: int = 0
-    reference_seconds: float = 0.0
-    num_samples: int | Literal["auto"] | None = None
     sample_passes: int = 0
-    backward: bool = False
     checks: list[RegretCheck] = field(default_factory=list)
     record: TaskRecord | None = field(default=None, repr=False, compare=False)
 
@@ -124,53 +117,24 @@ class SelectionReport:
         total = sum(m.shape[0] * m.shape[1] for m in self.modules)
         return sum(m.density * m.shape[0] * m.shape[1] for m in self.modules) / total
 
-    @property
-    def samples_per_second(self) -> float:
-        """Sample passes per second of the whole selection."""
-        return self.sample_passes / self.seconds if self.seconds else 0.0
-
-    @property
-    def reference_share(self) -> float:
-        """The reference's share of the time, in [0, 1]."""
-        return self.reference_seconds / self.seconds if self.seconds else 0.0
-
-    @property
-    def cost(self) -> str:
-        """The cost of the selection, in a sentence."""
-        if not self.sample_passes:
-            return f"{self.seconds:.1f} s, no pass over data"
-        kind = "forward and backward" if self.backward else "forward"
-        share = f", {self.reference_share:.0%} of it for the reference" if self.reference_seconds else ""
-        passes = f"{self.sample_passes:,} sample passes ({kind}), {self.samples_per_second:.1f} a second"
-        return f"{self.seconds:.1f} s{share}; {passes}"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, ready for JSON."""
         result = asdict(replace(self, record=None))
         del result["record"]
-        for name in ("parameters", "density", "samples_per_second", "reference_share"):
-            result[name] = getattr(self, name)
+        result |= {"parameters": self.parameters, "density": self.density}
         for entry, module in zip(result["modules"], self.modules, strict=True):
             entry["shape"], entry["density"] = list(module.shape), module.density
         return result
-
-    def regrets(self) -> dict[str, list[tuple[int, float | None]]]:
-        """(samples, regret) of each check, by data; the final regret is added if it is the same measure."""
-        curves: dict[str, list[tuple[int, float | None]]] = {}
-        for check in self.checks:
-            curves.setdefault(check.data, []).append((check.samples, check.regret))
-        task = curves.get("task", [])
-        if task and not self.reference_samples and self.samples > task[-1][0]:
-            task.append((self.samples, self.regret))  # the data ended between two checks
-        return curves
 
     def plots(self) -> Iterator[tuple[str, Figure]]:
         """Name and figure of each plot that the report has data for: density, regret."""
         from ..plots import density_plot, regret_plot
 
         yield "density", density_plot({m.name: (m.density, m.shape[0] * m.shape[1]) for m in self.modules})
-        curves = self.regrets()
-        if any(regret is not None for curve in curves.values() for _, regret in curve):
+        curves: dict[str, list[tuple[int, float | None]]] = {}
+        for check in self.checks:
+            curves.setdefault(check.data, []).append((check.samples, check.regret))
+        if any(check.regret is not None for check in self.checks):
             yield "regret", regret_plot(curves)
 
     def summary(self) -> dict[str, Any]:
@@ -184,21 +148,16 @@ class SelectionReport:
             "checks": [[check.samples, check.regret] for check in self.checks if check.data == "task"],
         }
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """One row for each module. Requires pandas."""
-        import pandas
-
-        return pandas.DataFrame(self.to_dict()["modules"]).set_index("name")
-
     def to_table(self) -> Table:
         """A rich table with one row for each module."""
         from rich.table import Table
 
         regret = "not measured" if self.regret is None else f"{self.regret:.1%}"
         against = f" and {self.reference_samples} of the reference" if self.reference_samples else ""
+        cost = f"{self.sample_passes:,} sample passes, {self.seconds:.1f} s"
         table = Table(
             title=f"{self.parameters:,} trainable values, {self.density:.2%} of the targeted weights",
-            caption=f"criterion {self.criterion}, {self.samples} samples{against}, regret {regret}, {self.cost}",
+            caption=f"criterion {self.criterion}, {self.samples} samples{against}, regret {regret}, {cost}",
         )
         table.add_column("module")
         for heading in ("shape", "units", "chosen", "density", "score share", "regret"):

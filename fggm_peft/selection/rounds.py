@@ -45,18 +45,13 @@ class Round(NamedTuple):
     @property
     def rows(self) -> int:
         """Number of samples in the batch, whether they count or not."""
-        return self.size or batch_size(self.batch, self.number)
+        return self.size or _batch_size(self.batch, self.number)
 
     def divided(self, config: Any = None) -> Iterator[Round]:
-        """The round, one sample at a time.
-
-        Raises:
-            ValueError: the batch cannot be divided.
-        """
-        if self.size < 2:
+        """The round, one sample at a time; ``ValueError`` if the batch cannot be divided."""
+        if self.size < 2 or self.batch is None:
             yield self
             return
-        assert self.batch is not None
         if not is_divisible(self.batch, self.size, config):
             shapes = {name: list(value.shape) for name, value in self.batch.items() if isinstance(value, Tensor)}
             raise ValueError(
@@ -73,22 +68,45 @@ def rounds(
 ) -> Iterator[Round]:
     """Batches of all processes until the data of every process has ended, truncated to ``limit`` samples.
 
-    A batch that cannot be divided is used as a whole, so that there may be more samples than the limit.
+    A batch that cannot be divided is used as a whole, so that there may be more samples than the limit. If each process
+    holds a part of the model, every process gets a batch in every round.
 
     Args:
-        model: the model that will read them. If each process holds a part of it, all must go through it in every round.
         description: of the progress bar, which is shown on a terminal if ``progress``.
     """
-    is_sharded = processes.share(model)
+    config, is_sharded = getattr(model, "config", None), processes.share(model)
     is_quiet = None if progress and processes.rank == 0 else True
-    seen = 0
+    # with accelerate's dispatcher, one process reads for all, and the processes already communicate as they read
+    is_dispatched = isinstance(dataloader, DataLoaderDispatcher)
+    batches, start, spare = iter(dataloader), 0, None
     with tqdm(total=limit, desc=description, unit="sample", disable=is_quiet) as bar:
-        for round in _rounds(dataloader, processes, limit, is_sharded, getattr(model, "config", None)):
-            bar.update(round.end - seen)
-            seen = round.end
-            yield round
-            if limit is not None and seen >= limit:
+        for number in itertools.count():
+            with nullcontext() if is_dispatched else processes.together("reading the data"):
+                batch = next(batches, None)
+                size = 0 if batch is None else _batch_size(batch, number)
+                is_whole = batch is not None and not is_divisible(batch, size, config)
+            sizes = _within(limit, start, processes.gather((size, is_whole)))
+            if not any(sizes):
                 return
+            if batch is not None and sizes[processes.rank] < size:
+                size = sizes[processes.rank]
+                batch = samples_of(batch, 0, size) if size else None
+            first, start = start + sum(sizes[: processes.rank]), start + sum(sizes)
+            spare = batch if size else spare
+            bar.update(sum(sizes))
+            yield Round(number, spare if is_sharded and not size else batch, size, first, start)
+            if limit is not None and start >= limit:
+                return
+
+
+def _within(limit: int | None, start: int, batches: list[tuple[int, bool]]) -> list[int]:
+    """The number of samples of each process's batch that are within the limit, or all if it cannot be divided."""
+    sizes = []
+    for size, is_whole in batches:
+        left = size if limit is None else max(0, limit - start)
+        sizes.append(size if is_whole and left else min(size, left))
+        start += size
+    return sizes
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -111,44 +129,12 @@ def samples_of(batch: Mapping[str, Any], start: int, end: int) -> dict[str, Any]
     return {k: value[start:end] if isinstance(value, Tensor) and value.dim() else value for k, value in batch.items()}
 
 
-def _rounds(
-    dataloader: Iterable, processes: Processes, limit: int | None, is_sharded: bool, config: Any
-) -> Iterator[Round]:
-    batches, start, spare = iter(dataloader), 0, None
-    # with accelerate's dispatcher, one process reads for all, and the processes already communicate as they read
-    is_dispatched = isinstance(dataloader, DataLoaderDispatcher)
-    for index in itertools.count():
-        with nullcontext() if is_dispatched else processes.together("reading the data"):
-            batch = next(batches, None)
-            size = 0 if batch is None else batch_size(batch, index)
-            whole = batch is not None and not is_divisible(batch, size, config)
-        gathered = processes.gather((size, whole))
-        sizes = [size for size, _ in gathered]
-        if not any(sizes):
-            return
-        firsts = list(itertools.accumulate(sizes, initial=start))
-        if limit is not None:
-            left = [max(0, limit - first) for first in firsts[:-1]]
-            sizes = [n if whole and rest else min(n, rest) for (n, whole), rest in zip(gathered, left, strict=True)]
-        if batch is not None and sizes[processes.rank] < size:
-            size = sizes[processes.rank]
-            batch = samples_of(batch, 0, size) if size else None
-        start += sum(sizes)
-        spare = batch if size else spare
-        yield Round(index, spare if is_sharded and not size else batch, size, firsts[processes.rank], start)
-
-
-def batch_size(batch: Any, index: int) -> int:
-    """Number of samples of a batch.
-
-    Raises:
-        ValueError: it is not a dict of tensors.
-    """
+def _batch_size(batch: Any, number: int) -> int:
     if not isinstance(batch, Mapping):
-        raise ValueError(f"batch {index} is a {type(batch).__name__}; batches must be dicts as the model takes them")
+        raise ValueError(f"batch {number} is a {type(batch).__name__}; batches must be dicts as the model takes them")
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     if not tensors:
-        raise ValueError(f"batch {index} has no tensors")
+        raise ValueError(f"batch {number} has no tensors")
     return len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else len(tensors[0])
 
 

@@ -45,12 +45,7 @@ class Totals:
 
 
 class RunningSums:
-    """One tensor ``[2, size]`` float32 for each target and statistic, on the target's device.
-
-    Args:
-        targets: the weights to measure.
-        statistics: names of the statistics to sum.
-    """
+    """One tensor ``[2, size]`` float32 for each target and named statistic, on the target's device."""
 
     def __init__(self, targets: Targets, statistics: Sequence[str] = ("fisher",)):
         self.targets = targets

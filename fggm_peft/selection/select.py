@@ -214,7 +214,6 @@ def _report(measured: Measurement, record: TaskRecord, seconds: float) -> Select
         )
         for path, choice in measured.choices.items()
     ]
-    taken = ("samples", "reference_samples", "reference_seconds", "num_samples", "sample_passes", "checks")
     return SelectionReport(
         granularity=str(config.granularity),
         criterion=config.criterion,
@@ -222,21 +221,22 @@ def _report(measured: Measurement, record: TaskRecord, seconds: float) -> Select
         regret=regret_of(halves.values()) if halves else None,
         seconds=seconds,
         modules=modules,
-        backward=bool(measured.sample_passes) and measured.criterion.needs_backward,
+        samples=measured.samples,
+        reference_samples=measured.reference_samples,
+        sample_passes=measured.sample_passes,
+        checks=measured.checks,
         record=record,
-        **{name: getattr(measured, name) for name in taken},
     )
 
 
 def _warn_of_empty(measured: Measurement) -> None:
-    empty = {path: choice for path, choice in measured.choices.items() if not len(choice.indices)}
-    zero = [path for path, choice in empty.items() if not choice.mean_score]
-    low = [path for path, choice in empty.items() if choice.mean_score]
-    for names, why in (
-        (zero, "every score is 0, and units with a score of 0 are never chosen; scope='global' spends their share"),
-        (low, "their scores are below the threshold"),
-    ):
-        if names:
+    empty = {path: choice.mean_score > 0 for path, choice in measured.choices.items() if not len(choice.indices)}
+    reasons = {
+        False: "every score is 0, and units with a score of 0 are never chosen; scope='global' spends their share",
+        True: "their scores are below the threshold",
+    }
+    for has_scores, why in reasons.items():
+        if names := [path for path in empty if empty[path] == has_scores]:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(
                 f"nothing was chosen in {len(names)} of {len(measured.choices)} modules ({listed}): {why}", stacklevel=4

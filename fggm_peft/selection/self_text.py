@@ -21,7 +21,6 @@ def written_batches(model: nn.Module, count: int, length: int, seed: int) -> lis
 
     Args:
         model: a causal language model whose config has the start and the end token; may be wrapped by PEFT.
-        count: number of texts.
         length: largest number of tokens of a text, with the start token; at most the model's positions.
 
     Raises:
@@ -55,16 +54,12 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
     ends = list(end) if isinstance(end, (list, tuple)) else [] if end is None else [end]
     start = token("bos_token_id")
     start = ends[0] if start is None and ends else start
-    if not isinstance(start, int):
-        raise ValueError(
-            "reference='self': the model's config has neither a start token (bos_token_id) nor an end token "
-            "(eos_token_id) to begin with. Set one, or pass a dataloader of general text as reference=."
-        )
     vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and not 0 <= start < vocabulary:
+    if not isinstance(start, int) or (vocabulary is not None and not 0 <= start < vocabulary):
         raise ValueError(
-            f"reference='self': the start token of the model's config is {start}, but its vocabulary has {vocabulary} "
-            "tokens. Set bos_token_id, or pass a dataloader of general text as reference=."
+            "reference='self': the model's config has no start token (bos_token_id) or end token (eos_token_id) to "
+            f"begin with: got {start} for a vocabulary of {vocabulary} tokens. Set bos_token_id, or pass a dataloader "
+            "of general text as reference=."
         )
     return start, ends
 

@@ -314,9 +314,6 @@ def log_entry(report: SelectionReport) -> dict[str, float]:
     """The report's numbers for the training log."""
     numbers = {name: value for name, value in report.summary().items() if isinstance(value, (int, float))}
     numbers |= {"seconds": round(report.seconds, 2), "sample_passes": report.sample_passes}
-    numbers |= {"samples_per_second": round(report.samples_per_second, 2)}
-    if report.reference_seconds:
-        numbers["reference_share"] = round(report.reference_share, 3)
     return {f"selection/{name}": value for name, value in numbers.items()}
 
 

@@ -19,7 +19,6 @@ from fggm_peft import (
     input_covariance,
     select_parameters,
 )
-from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.tuner.files.input_covariance import covariance_of, retained_by
 from fggm_peft.tuner.target import find_targets
 
@@ -415,4 +414,3 @@ def test_gain_under_decay_selects_what_the_definition_selects(granularity, scope
             if i not in chosen[path]
         )
         assert worst >= best_left * (1 - 1e-3)
-    assert CRITERIA["gain_under_decay"].needs_backward

@@ -65,7 +65,6 @@ def test_a_dataloader_can_be_the_reference(granularity):
     model = harm_model(granularity)
     report = select(model, GENERAL)
     assert (report.samples, report.reference_samples) == (8, 7)
-    assert 0 < report.reference_seconds < report.seconds
     plain = adapted(llama(), granularity)
     assert_chosen(model, fisher_scores(plain, token_batches()), fisher_scores(plain, GENERAL), granularity)
     assert "and 7 of the reference" in str(report) and report.to_dict()["reference_samples"] == 7
@@ -161,7 +160,7 @@ def test_own_text_fits_the_positions_and_requires_a_valid_start_token():
     model = llama(max_position_embeddings=5)
     assert written_batches(model, 2, 8, seed=0)[0]["input_ids"].shape[1] <= 5
     model.generation_config.bos_token_id = 50
-    with pytest.raises(ValueError, match="start token of the model's config is 50, but its vocabulary has 50"):
+    with pytest.raises(ValueError, match=r"start token .*got 50 for a vocabulary of 50"):
         written_batches(model, 2, 8, seed=0)
 
 

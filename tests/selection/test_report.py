@@ -28,11 +28,9 @@ def texts(figure) -> list[str]:
 
 def test_the_report_contains_the_cost_of_the_selection():
     report = select_parameters(adapted(llama()), token_batches(), num_samples=6, progress=False)
-    assert (report.num_samples, report.samples, report.sample_passes, report.backward) == (6, 6, 6, True)
-    assert report.samples_per_second == pytest.approx(6 / report.seconds)
-    assert report.reference_share == 0 and "6 sample passes (forward and backward)" in report.cost
+    assert (report.samples, report.sample_passes) == (6, 6) and report.seconds > 0
     result = report.to_dict()
-    assert result["num_samples"] == 6 and result["samples_per_second"] == report.samples_per_second
+    assert result["sample_passes"] == 6 and result["seconds"] == report.seconds
     assert "6 sample passes" in " ".join(str(report).split())
     json.dumps(result)
 
@@ -45,16 +43,9 @@ def test_the_cost_includes_a_reference_and_repeated_passes():
     )
     groups = report.sample_passes // 16
     assert groups > 1 and report.sample_passes == groups * (report.samples + report.reference_samples) == groups * 16
-    assert 0 < report.reference_share < 1 and "for the reference" in report.cost
     log = log_entry(report)
-    assert log["selection/sample_passes"] == groups * 16 and 0 < log["selection/reference_share"] < 1
+    assert log["selection/sample_passes"] == groups * 16
     assert all(isinstance(value, (int, float)) for value in log.values())
-
-
-@pytest.mark.parametrize(("criterion", "kind"), [("output_magnitude", "(forward)"), ("random", "no pass over data")])
-def test_the_cost_names_a_pass_without_backward(criterion, kind):
-    report = select_parameters(adapted(llama(), criterion=criterion), token_batches(), progress=False)
-    assert kind in report.cost and not report.backward
 
 
 def test_report_and_config_contain_every_check_of_the_automatic_number_of_samples():
@@ -68,7 +59,6 @@ def test_report_and_config_contain_every_check_of_the_automatic_number_of_sample
     ]
     assert all(0.02 < check.regret < 1 for check in report.checks)
     assert report.samples == 72  # the data ran out
-    assert report.regrets() == {"task": [(c.samples, c.regret) for c in report.checks] + [(72, report.regret)]}
     assert model.peft_config["default"].selection["checks"] == [[c.samples, c.regret] for c in report.checks]
     # a check has the regret that a selection with its number of samples reports
     alone = select_parameters(adapted(llama()), MANY, num_samples=32, progress=False)
@@ -80,8 +70,6 @@ def test_checks_of_reference_and_task_are_distinguished():
     report = select_parameters(model, MANY[:5], reference=MANY[5:9], progress=False)
     checks = [(check.data, check.samples) for check in report.checks]
     assert checks == [(data, n) for data in ("reference", "task") for n in (8, 16, 32)]
-    # the final regret is measured differently
-    assert report.regrets()["task"] == [(check.samples, check.regret) for check in report.checks[3:]]
 
 
 def test_mean_scores_are_means_over_weight_entries(granularity):
@@ -91,14 +79,6 @@ def test_mean_scores_are_means_over_weight_entries(granularity):
     for module in report.modules:
         entries = module.shape[0] * module.shape[1]
         assert module.mean_score == pytest.approx(float(scores[module.name].double().sum()) / entries, rel=1e-4)
-
-
-def test_the_card_contains_the_density_of_each_module_type(tmp_path):
-    model = adapted(llama(), density_pattern={"q_proj": 0.5})
-    select_parameters(model, token_batches(), progress=False)
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "| `self_attn.q_proj` | 50% |" in card and "| `self_attn.k_proj` | " in card
 
 
 # Plots -------------------------------------------------------------------------------------------

@@ -148,12 +148,12 @@ def test_density_pattern_overrides_single_modules():
         assert module.density == expected
 
 
-def test_the_report_converts_to_text_dict_and_pandas():
+def test_the_report_converts_to_text_and_a_dict():
     report = select_parameters(adapted(llama()), token_batches(), progress=False)
     text = str(report)
     assert "model.layers.0.mlp.up_proj" in text and "8 samples" in text
-    frame = report.to_pandas()
-    assert len(frame) == 14 and frame["parameters"].sum() == report.parameters
+    modules = report.to_dict()["modules"]
+    assert len(modules) == 14 and sum(module["parameters"] for module in modules) == report.parameters
     assert report.to_dict()["regret"] == report.regret
     assert report.density == pytest.approx(0.3, abs=0.02)
 
