@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from ..deltas.exports import EXPORTS
 from .options import positive
 from .output import Result, add_adapter, add_output, require_adapter, require_free, table
 
 
 def add_options(parser: ArgumentParser) -> None:
     add_adapter(parser)
-    parser.add_argument("--to", choices=["lora"], default="lora", help="The format: a LoRA adapter of PEFT.")
-    parser.add_argument("--max-rank", type=positive, help="Largest rank to write; a higher one fails.")
+    text = "An adapter of PEFT (lora, supertuning, shira), or dense changes by the names of the base's weights."
+    parser.add_argument("--to", choices=list(EXPORTS), default="lora", help=text)
+    text = "Largest rank of the server that will load the LoRA; the command warns if a module exceeds it."
+    parser.add_argument("--max-rank", type=positive, help=text)
     parser.add_argument("--base", help="Folder or Hub id of the base (default: the one that the adapter names).")
-    add_output(parser, "Folder for the LoRA adapter.")
+    add_output(parser, "Folder for the exported adapter.")
 
 
 def run(args: Namespace) -> Result:
-    """Export ADAPTER as a LoRA adapter, for PEFT without fggm_peft and for engines that support only LoRA.
+    """Export ADAPTER, exactly, for software that does not know fggm_peft.
 
-    The export is exact: a delta of k rows or columns is a LoRA of rank k. fggm inspect shows the ranks.
+    lora: PEFT, and engines that support only LoRA. A delta of k rows or columns is a LoRA of rank k; fggm inspect shows
+    the ranks. supertuning, shira: PEFT, also for single elements. task-vector: dense tensors, for arithmetic on models.
     """
     require_adapter(args.adapter)
+    if args.max_rank is not None and args.to != "lora":
+        args.error("--max-rank: only a LoRA has ranks")
     require_free(args.output, args.overwrite)
-    from ..deltas import export_lora
-
-    ranks = export_lora(args.adapter, args.output, args.max_rank, args.base)
-    data = {"adapter": args.adapter, "to": args.to, "output": str(args.output), "rank": max(ranks.values())}
-    rows = [(path, str(rank)) for path, rank in ranks.items()]
-    return {**data, "ranks": ranks}, table(f"Saved to {args.output}", ("module", "rank"), rows)
+    export, unit = EXPORTS[args.to]
+    options = {} if args.max_rank is None else {"max_rank": args.max_rank}
+    sizes = export(args.adapter, args.output, base=args.base, **options)
+    data = {"adapter": args.adapter, "to": args.to, "output": str(args.output), "largest": max(sizes.values())}
+    rows = [(path, f"{size:,}") for path, size in sizes.items()]
+    return {**data, "modules": sizes}, table(f"Saved to {args.output}", ("module", unit), rows)

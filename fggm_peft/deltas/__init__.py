@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .overlaps import Overlap, overlap
     from .to_lora import export_lora
+    from .to_sparse import export_shira, export_supertuning
+    from .to_task_vector import export_task_vector
     from .verification import verify
 
 _MODULES = ["..tuner.files.reading", "..tuner.files.saving", ".delta", ".arithmetic", ".apply", ".difference"]
-_MODULES += [".ledger", ".overlaps", ".to_lora", ".verification"]
+_MODULES += [".ledger", ".overlaps", ".exports", ".verification"]
 
 __all__ = [
     "Ledger",
@@ -32,6 +34,9 @@ __all__ = [
     "compose",
     "diff",
     "export_lora",
+    "export_shira",
+    "export_supertuning",
+    "export_task_vector",
     "overlap",
     "prune",
     "read_adapter",

@@ -68,7 +68,7 @@ class _Comparison:
         self.prefix = getattr(self.model, "base_model_prefix", "")
         self.layers = _adaptable_layers(self.model)
         self.parameters = _parameters(self.model)
-        self.names = {path: _weight_name(path, layer) for path, layer in self.layers.items()}
+        self.names = {path: weight_name(path, layer) for path, layer in self.layers.items()}
         self.parts: dict[str, list[str]] = defaultdict(list)  # name of a tensor -> paths of the layers in it
         for path, name in self.names.items():
             self.parts[name].append(path)
@@ -244,10 +244,12 @@ def _adaptable_layers(model: nn.Module) -> dict[str, FGGMLayer]:
     return layers
 
 
-def _weight_name(path: str, layer: FGGMLayer) -> str:
+def weight_name(path: str, layer: FGGMLayer) -> str:
     """The name of the tensor that contains a layer's weight."""
     base: Any = layer.get_base_layer()
-    return f"{path}.weight" if layer.reads_inputs or not layer.is_expert else f"{path.rsplit('.', 2)[0]}.{base.name}"
+    if isinstance(base, nn.Module):
+        return f"{path}.weight"
+    return f"{path.rsplit('.', 1 if base.index is None else 2)[0]}.{base.name}"
 
 
 def _parameters(model: nn.Module) -> dict[str, list[str]]:

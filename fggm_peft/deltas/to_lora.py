@@ -6,72 +6,57 @@ Single elements need as many ranks as there are rows or columns that contain the
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..tuner.files.atomic import complete_folder
-from ..tuner.files.reading import adapted_layers
 from ..tuner.files.tensors import PREFIX
 from ..tuner.layer import FGGMLayer
 from ..tuner.layer_types import FGGMConv, FGGMEmbedding
 from .apply import require_finite
-from .base_model import Base, skeleton
+from .base_model import Base
 from .delta import ModuleDelta, SparseDelta
 from .parameters_to_lora import ParameterExport
+from .peft_adapter import layers_of, write_adapter
 
 
 def export_lora(
-    adapter: Any,
-    output: str | Path,
-    max_rank: int | None = None,
-    base: Base | None = None,
-    adapter_name: str | None = None,
+    adapter: Any, output: str | Path, base: Base | None = None, max_rank: int | None = None
 ) -> dict[str, int]:
     """Write a delta as a LoRA adapter that PEFT loads without this library. It is exact and has a scale of 1.
 
     Args:
         adapter: what ``SparseDelta.read`` accepts.
         output: the folder; its other files stay.
-        max_rank: largest rank that may be written.
         base: the base model, or its folder or Hub id, for the types of its layers. By default the one that the
             adapter's config names. Not needed for a ``PeftModel``.
-        adapter_name: the adapter of a ``PeftModel``; the active one by default.
+        max_rank: the largest rank that the server accepts; a warning names the modules that exceed it.
 
     Returns:
         Module path, or key of a parameter -> rank. Modules with a delta of zero are left out. An engine has to accept
         the largest rank.
 
     Raises:
-        ValueError: the delta is zero, requires a rank above ``max_rank``, or needs a convolution that LoRA does not
+        ValueError: the delta is zero, or needs a convolution that LoRA does not
             support: with groups, dilation or a padding mode. Also for ``nn.MultiheadAttention``.
     """
-    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
-        raise ValueError(f"max_rank must be an integer > 0 or None, got {max_rank!r}")
-    delta = SparseDelta.read(adapter, adapter_name)
-    layers = _layers(delta, adapter if base is None and isinstance(adapter, PeftModel) else base)
+    delta = SparseDelta.read(adapter)
+    layers = layers_of(adapter, delta, base)
     ranks: dict[str, int] = {}
     parameters: dict[str, ParameterExport] = {}
-    tensors = dict(delta.others)
+    tensors: dict[str, Tensor] = {}
     for path, module in delta.modules.items():
         require_finite(path, module)
         rank = required_rank(module)
         if not rank:
             continue
         _require_supported(path, layers[path])
-        if max_rank is not None and rank > max_rank:
-            raise ValueError(
-                f"the delta of {path} requires a LoRA of rank {rank}, more than max_rank={max_rank}. For an "
-                f"approximation use PEFT: convert_to_lora(model, rank={max_rank}), or save_as_lora to write it"
-            )
         factors = _factors(module, rank)
         if layers[path].reads_inputs:
             ranks[path] = rank
@@ -84,31 +69,21 @@ def export_lora(
     if not ranks:
         raise ValueError("the delta is zero everywhere: there is nothing to export")
     keys = [key for export in parameters.values() for key in export.ranks()]
-    config = _config(delta, ranks, layers, keys)
-    card = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=["lora"])
-    text = f"---\n{card.to_yaml()}\n---\n\n# LoRA of a sparse delta\n\nExported by fggm_peft. It is exact.\n"
-    with complete_folder(Path(output)) as folder:
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        ModelCard(text).save(folder / "README.md")
-        config.save_pretrained(str(folder))
+    write_adapter(output, delta, tensors, LoraConfig, **_settings(delta, ranks, layers, keys))
+    if max_rank is not None and max(ranks.values()) > max_rank:
+        path = max(ranks, key=ranks.__getitem__)
+        warnings.warn(
+            f"{sum(rank > max_rank for rank in ranks.values())} modules have a rank above {max_rank}, the most "
+            f"{ranks[path]} in {path}. Raise the maximum rank of the server, train rows or columns with "
+            f"max_units={max_rank}, or approximate with PEFT: convert_to_lora(model, rank={max_rank})",
+            stacklevel=2,
+        )
     return ranks
 
 
 def required_rank(module: ModuleDelta) -> int:
     """Rank of the exact LoRA: the number of rows or columns that the delta changes, whichever are fewer."""
     return min(len(lines) for lines in _changed_lines(module))
-
-
-def _layers(delta: SparseDelta, base: Base | None) -> dict[str, FGGMLayer]:
-    base = base if base is not None else delta.config.base_model_name_or_path
-    if not base:
-        raise ValueError(
-            "the adapter does not say whether its weights belong to linear layers, convolutions or embeddings, and its "
-            "config names no base model: pass the base model, or its folder or Hub id, as base="
-        )
-    shapes = {path: module.shape for path, module in delta.modules.items()}
-    return adapted_layers(skeleton(base, delta.config), shapes)
 
 
 def _require_supported(path: str, layer: FGGMLayer) -> None:
@@ -163,28 +138,21 @@ def _lora_tensors(prefix: str, layer: FGGMLayer, a: Tensor, b: Tensor) -> dict[s
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
-def _config(
+def _settings(
     delta: SparseDelta, ranks: Mapping[str, int], layers: Mapping[str, FGGMLayer], parameters: list[str]
-) -> LoraConfig:
-    """A config with a scale of 1: alpha equals the rank in every module. ``r`` is the largest rank."""
+) -> dict[str, Any]:
+    """Fields of a config with a scale of 1: alpha equals the rank in every module. ``r`` is the largest rank."""
     # the longest path first, because PEFT uses the first pattern that matches the end of a path
     paths, largest = sorted(ranks, key=len, reverse=True), max(ranks.values())
     pattern = {path: ranks[path] for path in paths if ranks[path] != largest}
     transposed = Counter(bool(getattr(layers[path], "is_transposed", False)) for path in paths if path in layers)
-    config = LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        rank_pattern=dict(pattern),
-        alpha_pattern=dict(pattern),
-        target_modules=[path for path in ranks if path not in parameters],
-        target_parameters=parameters or None,
-        bias=delta.config.bias,
-        fan_in_fan_out=transposed[True] > transposed[False],
-        modules_to_save=delta.config.modules_to_save,
-        task_type=delta.config.task_type,
-        base_model_name_or_path=delta.config.base_model_name_or_path,
-        revision=delta.config.revision,
-        inference_mode=True,
-    )
-    config.auto_mapping = delta.config.auto_mapping
-    return config
+    return {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": dict(pattern),
+        "alpha_pattern": dict(pattern),
+        "target_modules": [path for path in ranks if path not in parameters],
+        "target_parameters": parameters or None,
+        "bias": delta.config.bias,
+        "fan_in_fan_out": transposed[True] > transposed[False],
+    }

@@ -113,13 +113,14 @@ def test_a_quantized_base_is_not_merged(folder, tmp_path, monkeypatch):
 
 def test_export(folder, tmp_path, granularity):
     found = succeed("export", folder / granularity, "--to", "lora", "--output", tmp_path / "lora")
-    assert found["rank"] == succeed("inspect", folder / granularity)["lora_rank"]
+    assert found["largest"] == succeed("inspect", folder / granularity)["lora_rank"]
     expected = PeftModel.from_pretrained(load(folder / "base").float(), folder / granularity)
     loaded = PeftModel.from_pretrained(load(folder / "base").float(), tmp_path / "lora")
     assert (logits(loaded, BATCH) - logits(expected, BATCH)).abs().max() < 1e-5
     assert "is not empty" in fail("export", folder / granularity, "--output", tmp_path / "lora")
     limited = ("export", folder / granularity, "-o", tmp_path / "lora", "--max-rank", 2, "--overwrite")
-    assert "convert_to_lora" in fail(*limited)
+    assert "max_units=2" in fggm(*limited).err
+    assert fggm("export", folder / granularity, "--to", "shira", "--max-rank", 2, "-o", tmp_path / "x").code == 2
     assert fggm("export", folder / granularity).code == 2
     assert fggm("export", folder / granularity, "--to", "gguf", "-o", tmp_path).code == 2
 
