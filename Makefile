@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test test-slow test-peft test-gpu lint bench clean
+.PHONY: demo test test-slow test-peft test-gpu lint bench docs clean
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -48,5 +48,9 @@ lint: $(VENV)/dev  ## Style, types, and the layers of the package.
 bench: $(VENV)/dev  ## FGGM beside PEFT's methods, a first look; ARGS=--full measures everything and writes docs/benchmarks.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m suite $(ARGS)
 
+docs: $(VENV)/dev  ## The documentation site, in site/; an error for a broken link.
+	$(PIP) -e ".[docs]"
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output site .pytest_cache .mypy_cache .ruff_cache

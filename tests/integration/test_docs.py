@@ -53,6 +53,24 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
         assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
+def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    byte_tokenizer().save_pretrained(folder)
+    text_model().save_pretrained(folder)
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"]).replace("num_train_epochs=1", "max_steps=2, use_cpu=True")
+            exec(compile(source, "tutorial.ipynb", "exec"), names)
+    assert [names["italian"](n) for n in (21, 38, 90)] == ["ventuno", "trentotto", "novanta"]
+    assert [names["roman"](n) for n in (49, 94)] == ["XLIX", "XCIV"]
+    output = capsys.readouterr().out
+    assert "after roman" in output and "predicted drift" in output
+    assert {path.name for path in Path("deltas").iterdir()} == {"italian", "roman"}
+
+
 def test_the_snippets_on_training_run(tmp_path):
     page = (ROOT / "docs" / "training.md").read_text()
     snippet, narrow = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
