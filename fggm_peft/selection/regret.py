@@ -1,7 +1,7 @@
-"""Regret: how much of the score a selection misses, measured on samples that did not make it.
+"""Regret: the share of the best possible score that a selection misses because its samples are few.
 
 Units near the threshold have nearly equal scores, so two halves of the samples may select different units without any
-loss. Regret asks what the difference costs.
+loss. Regret asks what the difference costs, on samples that did not make the selection.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ def split_half_scores(targets: Targets, config: FGGMConfig, scores: Callable[[st
 
 
 def regret_of(pairs: Iterable[tuple[float, float]]) -> float | None:
-    """``1 - selected / best`` over the modules of these pairs, in [0, 1]; None if every score is 0.
+    """The estimated regret of the selection from all samples, in [0, 1/4]; None if every score is 0.
 
-    The noise of the other half's scores counts as regret, too, so the selection from all samples has less.
+    ``1 - selected / best`` compares two halves. Half of it is the noise of the half that measures: it overestimates its
+    own best selection as much as the other one misses. The rest is the regret of a selection from one half. A regret is
+    quadratic in the noise of the scores, so a selection from twice as many samples has half of it.
     """
     selected, best = map(sum, zip(*pairs, strict=True))
-    return max(0.0, 1 - selected / best) if best else None
+    return max(0.0, 1 - selected / best) / 4 if best else None

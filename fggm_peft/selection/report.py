@@ -51,7 +51,7 @@ class RegretCheck:
     Args:
         data: "task", or "reference" (with a number, if several were read).
         samples: number of samples so far.
-        regret: share of the score that a selection from one half misses on the other; None if every score is 0.
+        regret: estimated share of the best possible score that the selection misses; None if every score is 0.
     """
 
     data: str
@@ -68,8 +68,8 @@ class SelectionReport:
         criterion: name of the criterion.
         threshold: the policy as a dict.
         samples: samples used; 0 for a criterion that needs no data.
-        regret: share of the score that a selection from one half of the samples misses on the other half: 0 is perfect.
-            None without data.
+        regret: share of the best possible score that the selection misses, estimated from two halves of the samples: 0
+            is perfect. None without data.
         seconds: wall-clock time of the whole selection.
         modules: one entry for each adapted module.
         reference_samples: samples that were read for the reference.

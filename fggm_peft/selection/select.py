@@ -64,8 +64,8 @@ def select_parameters(
         dataloader: an iterable of batches of the task: dicts of model inputs with ``labels`` (-100 where no loss is
             taken). None for a criterion that needs no data.
         num_samples: number of samples over all processes: a number, None for all, or "auto": from 8 to 1024, doubled
-            until a selection from one half of the samples misses at most the share ``regret`` (2 %) of the score on the
-            other half.
+            until the selection misses at most the share ``regret`` (2 %) of the best possible score, as two halves of
+            the samples estimate it.
         reference: what the model should keep, for a criterion that weighs the task against it: a dataloader of general
             text (batches without labels get their tokens as labels), "self" (text that the model writes itself),
             "history" (the tasks selected on this base model in this process), a file or folder with saved scores, or a

@@ -47,7 +47,7 @@ def test_each_half_is_compared_with_the_best_selection_of_the_same_size(seed, th
             best += float(other.sort(descending=True).values[:size].sum())
         assert pairs[path] == pytest.approx((selected, best))
     total = [sum(column) for column in zip(*pairs.values(), strict=True)]
-    assert regret_of(pairs.values()) == pytest.approx(1 - total[0] / total[1])
+    assert regret_of(pairs.values()) == pytest.approx((1 - total[0] / total[1]) / 4)
 
 
 def test_with_global_scope_the_best_selection_is_over_all_weights():
@@ -60,6 +60,27 @@ def test_with_global_scope_the_best_selection_is_over_all_weights():
     scores[first, 0][:4], scores[last, 1][:4] = 9.0, 8.0  # each half prefers another weight
     selected, best = zip(*split_half_scores(targets, config, lambda *key: scores[key]).values(), strict=True)
     assert sum(selected) < 0.1 * sum(best)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.25])
+@pytest.mark.parametrize("noise", [0.2, 0.5])
+def test_the_regret_is_that_of_the_selection_from_all_samples(density, noise):
+    """Scores are a mean over samples with known expectation, so the true regret is known."""
+    config, targets = adapter(TopDensity(density))
+    generator, estimates, true = torch.Generator().manual_seed(0), [], []
+    for _ in range(40):
+        means = {path: torch.randn(target.units, generator=generator).exp() for path, target in targets.items()}
+        halves = {
+            (path, half): mean * (1 + noise * torch.randn(len(mean), generator=generator)).clamp(min=0)
+            for path, mean in means.items()
+            for half in (0, 1)
+        }
+        estimates.append(regret_of(split_half_scores(targets, config, lambda *key: halves[key]).values()))
+        sizes = {path: round(density * len(mean)) for path, mean in means.items()}
+        chosen = {path: (halves[path, 0] + halves[path, 1]).argsort(descending=True)[: sizes[path]] for path in means}
+        best = sum(float(mean.sort(descending=True).values[: sizes[path]].sum()) for path, mean in means.items())
+        true.append(1 - sum(float(mean[chosen[path]].sum()) for path, mean in means.items()) / best)
+    assert 0.5 < sum(estimates) / sum(true) < 2
 
 
 @pytest.mark.parametrize(("density", "other_half"), [(0.25, 0), (1.0, 1)])

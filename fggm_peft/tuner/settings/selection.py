@@ -57,8 +57,8 @@ class SelectionSettings:
     )
     regret: float = setting(
         0.02,
-        "Largest share of the score that a selection from one half of the samples may miss on the other half; "
-        "num_samples='auto' stops there.",
+        "Largest share of the best possible score that the selection may miss, estimated from two halves of the "
+        "samples; num_samples='auto' stops there.",
     )
     score_memory: Optional[Union[int, str]] = setting(
         None,
