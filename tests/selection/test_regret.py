@@ -75,7 +75,8 @@ def test_the_regret_is_that_of_the_selection_from_all_samples(density, noise):
             for path, mean in means.items()
             for half in (0, 1)
         }
-        estimates.append(regret_of(split_half_scores(targets, config, lambda *key: halves[key]).values()))
+        pairs = split_half_scores(targets, config, lambda *key, halves=halves: halves[key])
+        estimates.append(regret_of(pairs.values()))
         sizes = {path: round(density * len(mean)) for path, mean in means.items()}
         chosen = {path: (halves[path, 0] + halves[path, 1]).argsort(descending=True)[: sizes[path]] for path in means}
         best = sum(float(mean.sort(descending=True).values[: sizes[path]].sum()) for path, mean in means.items())
