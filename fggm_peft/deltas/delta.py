@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.fingerprint import WeightSketch
 from ..core.granularity import Granularity, Shape
 from ..core.weight_delta import WeightDelta
+from ..selection.select import active_adapter
 from ..tuner.config import FGGMConfig
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import write_card
@@ -213,12 +214,7 @@ def _fingerprint(like: FGGMConfig, modules: Mapping[str, ModuleDelta]) -> dict[s
 def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
     if adapter_name is None and len(active := model.active_adapters) != 1:
         raise ValueError(f"the model has the active adapters {', '.join(active)}; pass one of them as adapter_name=")
-    name = adapter_name if adapter_name is not None else model.active_adapters[0]
-    if name not in model.peft_config:
-        raise ValueError(f"there is no adapter {name!r} on this model; it has {', '.join(model.peft_config)}")
-    config = model.peft_config[name]
-    if not isinstance(config, FGGMConfig):
-        raise ValueError(f"the adapter {name!r} is a {config.peft_type} adapter, not FGGM")
+    name, config = active_adapter(model, adapter_name)
     modules = {}
     for path, target in find_targets(model, name).items():
         indices, values = _copied(target.indices), _copied(target.values)

@@ -47,7 +47,7 @@ def export_supertuning(adapter: Any, output: str | Path, base: Base | None = Non
     while any(int(size * (1 - sparsity)) < count for size, count in sizes.values()):
         sparsity = math.nextafter(sparsity, 0)  # PEFT rounds down
     counts = {path: int(size * (1 - sparsity)) for path, (size, _) in sizes.items()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in modules.items():
         indices, values = _padded(module, counts[path])
         tensors |= {f"{PREFIX}{path}.supertuning_indices": indices, f"{PREFIX}{path}.supertuning_values": values}
@@ -68,7 +68,7 @@ def export_shira(adapter: Any, output: str | Path, base: Base | None = None) -> 
     modules = _linear_modules(adapter, delta, base)
     r = max(1, max(math.ceil(len(_entries(module)[0]) / sum(module.shape)) for module in modules.values()))
     counts = {path: r * sum(module.shape) for path, module in modules.items()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in modules.items():
         if counts[path] > _size(module):
             raise ValueError(

@@ -109,7 +109,7 @@ def test_other_objects_and_folders_are_rejected(tmp_path):
         SparseDelta.read(tmp_path / "lora")
     with pytest.raises(TypeError, match="not a int"):
         SparseDelta.read(3)
-    with pytest.raises(ValueError, match="no adapter 'other'"):
+    with pytest.raises(ValueError, match="no FGGM adapter named 'other'"):
         SparseDelta.read(adapter(), adapter_name="other")
     folder = saved_adapter(tmp_path / "delta")
     config = json.loads((folder / "adapter_config.json").read_text())
