@@ -37,7 +37,11 @@ def layers_of(adapter: Any, delta: SparseDelta, base: Base | None) -> dict[str, 
 
 
 def write_adapter(
-    output: str | Path, delta: SparseDelta, tensors: Mapping[str, Tensor], method: Callable[..., PeftConfig], **settings: Any
+    output: str | Path,
+    delta: SparseDelta,
+    tensors: Mapping[str, Tensor],
+    method: Callable[..., PeftConfig],
+    **settings: Any,
 ) -> None:
     """Write an adapter of another method, with the delta's whole tensors, for the same base."""
     config = method(

@@ -12,6 +12,7 @@ import torch
 import transformers
 import trl
 from example_deltas import adapter
+from huggingface_hub import ModelCard
 from models import adapted, byte_tokenizer, fggm_layers, mixture, text_model, token_batches
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from fggm_peft import CRITERIA, GRANULARITIES, LAYER_TYPES, METHODS, POLICIES, F
 from fggm_peft.continual.methods import make_method
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.deltas import SparseDelta
+from fggm_peft.tuner.files.model_card import write_card
 from fggm_peft.tuner.target import find_targets
 
 ROOT = Path(__file__).parents[2]
@@ -223,6 +225,9 @@ def test_the_snippets_on_sharing_run(tmp_path, monkeypatch, hub):
     assert Path("both").is_dir()
     assert names["published"].modules.keys() == SparseDelta.read("delta-a").modules.keys()
     assert hub.files("me/delta-a")["README.md"] == Path("delta-a/README.md").read_bytes()
+    write_card(Path("delta-a"), SparseDelta.read("delta-a").config)
+    data = ModelCard.load("delta-a/README.md").data
+    assert data.eval_results[0].metric_value == 0.93 and "fggm" in data.tags
 
 
 def test_the_snippets_on_choosing_run(capsys):
