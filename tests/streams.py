@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
 from models import byte_tokenizer, text_model
 from torch import Tensor, nn
@@ -46,6 +50,26 @@ def settings(folder, **fields):
 def without_times(result: dict) -> dict:
     """The result without times and memory, which differ between runs."""
     return {**result, "cost": {name: value for name, value in result["cost"].items() if name not in MEASURED}}
+
+
+class Killed(BaseException):
+    """Not an Exception, so that no handler catches it and cleans up (like SIGKILL)."""
+
+
+@contextmanager
+def killed_at_the_fifth_step() -> Iterator[None]:
+    """Kill a run in its second task."""
+    step, steps = torch.optim.AdamW.step, []
+
+    def die_at_the_fifth(self, *arguments, **options):
+        steps.append(None)
+        if len(steps) == 5:
+            raise Killed
+        return step(self, *arguments, **options)
+
+    die_at_the_fifth.hooked = True  # otherwise torch would run the hooks of a step twice
+    with mock.patch.object(torch.optim.AdamW, "step", die_at_the_fifth), pytest.raises(Killed):
+        yield
 
 
 def state(model: nn.Module, method: Method) -> dict[str, Tensor]:

@@ -24,18 +24,18 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="Continue the runs in the output folder.")
 
 
-def run(args: Namespace) -> Result:
+def run(args: Namespace) -> Result | None:
     """Train every method of STREAM on its tasks, one after another.
 
     Finished runs are saved at once in the output folder, with report.json and report.md. report.html follows at the
     end. If the command is interrupted, rerun it with --resume to continue with identical results. Several processes
-    may share the work.
+    may share the work. Under accelerate launch, the processes compute each run together.
     """
     from ..continual.measures import MEASURES
     from ..continual.reading import read_stream
     from ..continual.report import read_results, report_of, shown, write_report
     from ..continual.run import run_stream, runs_of
-    from ..tuner.files import require_writable
+    from ..training.base_model import this_process
 
     settings = read_stream(
         args.stream,
@@ -48,17 +48,19 @@ def run(args: Namespace) -> Result:
     if args.methods is not None:
         settings = settings.with_methods(args.methods)
     output = args.output
-    require_writable(output)
     if not any(output.glob("stream.json*")):  # another process may be writing it
         require_free(output, overwrite=False)
-    runs = runs_of(settings)
+    runs, is_main = runs_of(settings), this_process().is_main_process
     try:
         for _ in run_stream(settings, output, args.resume, args.checkpoint_steps):
-            write_report(output, read_results([output]), page=False)
+            if is_main:
+                write_report(output, read_results([output]), page=False)
     finally:
-        if unfinished := sum(not run.is_finished(output) for run in runs):
+        if is_main and (unfinished := sum(not run.is_finished(output) for run in runs)):
             text = f"{unfinished} of {len(runs)} runs are not finished; rerun with --resume to continue"
             print(text, file=sys.stderr)
+    if not is_main:
+        return None
     results = read_results([output])
     write_report(output, results)
     report = report_of(results)

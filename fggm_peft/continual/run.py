@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from ..selection.processes import Processes
+from ..training.base_model import launched_with_fsdp, this_process
 from ..tuner.files import file_name, require_writable, user_path, write_json
 from .report import require_report_packages
 from .runner import Runner
@@ -55,7 +58,7 @@ def run_stream(
     """Compute all runs that are not finished, and yield the result of every run.
 
     Several processes may work in one folder: each takes runs that no other process computes, and yields the runs that
-    are finished when it reaches them.
+    are finished when it reaches them. The processes of ``accelerate launch`` compute each run together.
 
     Args:
         output: folder with a subfolder for each run.
@@ -64,29 +67,55 @@ def run_stream(
 
     Raises:
         StreamError: the folder contains runs and ``resume`` is False, or runs of another stream; the message names
-            the differences.
+            the differences. Or the launched processes cannot divide the batches.
         ImportError: a package that the report needs is not installed.
     """
     require_report_packages()
-    require_writable(output := user_path(output).resolve())
+    processes, output = _launched_processes(stream), user_path(output).resolve()
+    with processes.together("writing the output"):
+        if processes.rank == 0:
+            require_writable(output)
     file = output / "stream.json"
-    if not file.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(file, stream.fingerprint())
+    if not processes.gather(file.exists())[0]:
+        if processes.rank == 0:
+            write_json(file, stream.fingerprint())
     elif not resume:
         raise StreamError(f"{output} already contains runs; continue with --resume, or choose another folder")
     elif changes := differences(stream.fingerprint(), json.loads(file.read_text())):
         raise StreamError(f"the runs in {output} are of another stream: {'; '.join(changes[:3])}")
     tokenizer, runs = stream.model.load_tokenizer(), runs_of(stream)
     total = sum(len(run.order.tasks) for run in runs if not run.is_finished(output))
-    with tqdm(total=total, desc="Tasks", unit="task", disable=None) as bar:  # shows the remaining time
+    disable = True if processes.rank else None
+    with tqdm(total=total, desc="Tasks", unit="task", disable=disable) as bar:  # shows the remaining time
         for run in runs:
             bar.set_postfix_str(run.name)
             folder = output / "runs" / run.name
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with FileLock(folder / ".lock", timeout=0):  # the system releases it when a process dies
-                    result = Runner(stream, run, folder, tokenizer, checkpoint_steps, bar.update).result()
-            except Timeout:
-                continue  # another process computes it
+            with _locked(folder / ".lock", processes) as is_locked:
+                if not is_locked:
+                    continue  # another process computes it
+                result = Runner(stream, run, folder, tokenizer, checkpoint_steps, bar.update).result()
             yield result
+
+
+def _launched_processes(stream: Stream) -> Processes:
+    """The processes that compute each run together."""
+    if launched_with_fsdp():
+        raise StreamError("a sequence cannot shard the model; configure accelerate launch without FSDP")
+    size = this_process().num_processes  # connects them
+    if stream.training.batch_size % size:
+        raise StreamError(f"training.batch_size: {stream.training.batch_size} is not divisible by {size} processes")
+    return Processes()
+
+
+@contextmanager
+def _locked(file: Path, processes: Processes) -> Iterator[bool]:
+    """Whether the first process got the lock, for all processes. The system releases it when that process dies."""
+    with ExitStack() as stack:
+        is_locked = True
+        if processes.rank == 0:
+            try:
+                stack.enter_context(FileLock(file, timeout=0))
+            except Timeout:
+                is_locked = False
+        yield processes.gather(is_locked)[0]

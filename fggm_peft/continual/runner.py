@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
 from ..retention import kl_divergence
+from ..selection.processes import Processes
 from ..training.base_model import this_process
 from ..training.checkpoints import last_complete_checkpoint
 from ..training.data import TokenizedExamples, padding_on_the_right
@@ -75,15 +77,25 @@ class Runner:
             for name, file in files.items()
             if file is not None
         }
+        self.processes = Processes()
         reset_peak_memory()
 
     def result(self) -> dict[str, Any]:
         """The run's result, computed or read from the folder."""
         file = self.folder / "run.json"
-        if not file.exists():
-            write_json(file, self._compute())
-            (self.folder / "state.pt").unlink(missing_ok=True)
+        if not self.processes.gather(file.exists())[0]:
+            result = self._compute()
+            with self._first_process_writes() as writes:
+                if writes:
+                    write_json(file, result)
+                    (self.folder / "state.pt").unlink(missing_ok=True)
         return json.loads(file.read_text())
+
+    @contextmanager
+    def _first_process_writes(self) -> Iterator[bool]:
+        """Whether this process writes files. All processes leave the context together."""
+        with self.processes.together("writing the run's files"):
+            yield self.processes.rank == 0
 
     def _compute(self) -> dict[str, Any]:
         method, model, entries = self._load_state()
@@ -148,9 +160,14 @@ class Runner:
                 "examples": len(trainer.train_dataset),
                 "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             }
-        shutil.rmtree(folder, ignore_errors=True)  # files of an interrupted attempt, and the checkpoints
-        folder.mkdir(parents=True)
+        with self._first_process_writes() as writes:
+            if writes:
+                shutil.rmtree(folder, ignore_errors=True)  # files of an interrupted attempt, and the checkpoints
+                folder.mkdir(parents=True)
         model = method.end_task(model, trainer, folder)
+        if self.processes.size > 1:  # the first process has written the files when they are compared
+            sums = {name: float(p.detach().double().sum()) for name, p in model.named_parameters()}
+            self.processes.require_same(f"the weights after the task {name!r}", sums, "The method needs one process.")
         files = [file for file in folder.rglob("*") if file.is_file()]
         entry["bytes"] = sum(file.stat().st_size for file in files)
         entry["digest"] = digest_of_folder(folder) if files else None
@@ -163,7 +180,7 @@ class Runner:
             output_dir=str(folder),
             num_train_epochs=training.epochs,
             max_steps=training.max_steps or -1,
-            per_device_train_batch_size=training.batch_size,
+            per_device_train_batch_size=training.batch_size // self.processes.size,
             gradient_accumulation_steps=training.gradient_accumulation,
             learning_rate=self.run.learning_rate,
             lr_scheduler_type=training.schedule,
@@ -191,12 +208,13 @@ class Runner:
         with torch.random.fork_rng(), self._autocast():
             for task, examples in list(zip(self.tasks, self.tests, strict=True))[:count]:
                 title = f"Evaluating {task.name}"
-                answers = written_answers(model, examples, self.batch_size, task.max_answer_length, title)
+                length = task.max_answer_length
+                answers = written_answers(model, examples, self.batch_size, length, title, self.processes)
                 scores[task.name] = task_score(task.metric, answers, examples.references, examples.sources)
                 exact = sample_scores("exact_match", answers, examples.references, examples.sources)
                 right[task.name] = "".join(f"{score:.0f}" for score in exact)
             losses = {
-                name: score_answers(model, text, self.batch_size, "General text").loss
+                name: score_answers(model, text, self.batch_size, "General text", self.processes).loss
                 for name, text in self.texts.items()
             }
         model.train(training)
@@ -206,8 +224,11 @@ class Runner:
     def _evaluate_base(self, model: nn.Module) -> dict[str, Any]:
         """The base model's evaluation on all tasks, which the runs of an output folder share."""
         file = self.folder.parents[2] / "base.json"
-        if not file.exists():
-            write_json(file, {"task": None, **self._evaluate(model, len(self.tasks))})
+        if not self.processes.gather(file.exists())[0]:
+            entry = {"task": None, **self._evaluate(model, len(self.tasks))}
+            with self._first_process_writes() as writes:
+                if writes:
+                    write_json(file, entry)
         return json.loads(file.read_text())
 
     def _kl(self, model: nn.Module, count: int) -> float | None:
@@ -225,9 +246,11 @@ class Runner:
     def _save_state(self, model: nn.Module, method: Method, entries: Entries) -> None:
         """Save the state, which contains the entries, before ``tasks.json``: a kill between them is harmless."""
         state = {"model": state_of(model), "method": method.memory, "entries": json.dumps(entries)}
-        with partial_file(self.folder / "state.pt") as partial:
-            torch.save(state, partial)
-        write_json(self.folder / "tasks.json", entries)
+        with self._first_process_writes() as writes:
+            if writes:
+                with partial_file(self.folder / "state.pt") as partial:
+                    torch.save(state, partial)
+                write_json(self.folder / "tasks.json", entries)
 
     def _load_state(self) -> tuple[Method, nn.Module, Entries]:
         """Method, model and entries after the last finished task."""

@@ -28,7 +28,7 @@ class Training(Settings):
     Args:
         epochs: passes over a task's data; a task may override it.
         max_steps: number of steps of a task; overrides ``epochs``.
-        batch_size: examples in one forward pass, on each device.
+        batch_size: examples in one forward pass, on all devices together.
         gradient_accumulation: forward passes before one step.
         learning_rate: maximum of the schedule; a method with a preset has its own default.
         schedule: ``lr_scheduler_type`` of transformers; it restarts with each task.

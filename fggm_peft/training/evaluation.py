@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..selection.likelihood import IGNORED
+from ..selection.processes import Processes
 from ..tuner.hosts.bitsandbytes import four_bit_layers_as_they_are
 from .data import TokenizedExamples, padding_on_the_right
 
@@ -47,21 +48,29 @@ class AnswerScores:
 
 @torch.no_grad()
 def score_answers(
-    model: nn.Module, examples: TokenizedExamples, batch_size: int = 8, description: str = "Evaluating"
+    model: nn.Module,
+    examples: TokenizedExamples,
+    batch_size: int = 8,
+    description: str = "Evaluating",
+    processes: Processes | None = None,
 ) -> AnswerScores:
-    """Loss and accuracy on the answers, equal for every batch size up to rounding. Leaves the model in eval mode."""
+    """Loss and accuracy on the answers, equal for every batch size up to rounding. Leaves the model in eval mode.
+
+    Args:
+        processes: share the batches. Each of them must call this function, and gets the scores of all.
+    """
     model.eval()
     collate = padding_on_the_right(examples.tokenizer)
-    loss, correct, tokens = 0.0, 0, 0
-    for indices in _batches(examples, batch_size, description):
+    parts = []
+    for indices in _batches(examples, batch_size, description, processes):
         batch = collate([examples[index] for index in indices]).to(next(model.parameters()).device)
         with four_bit_layers_as_they_are(model):
             logits, targets = _answer_logits(model, batch)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        loss += float(losses.double().sum())
-        correct += int(((logits.argmax(-1) == targets) & (targets != IGNORED)).sum())
-        tokens += int((targets != IGNORED).sum())
-    return AnswerScores(len(examples), tokens, loss / tokens, correct / tokens)
+        right = (logits.argmax(-1) == targets) & (targets != IGNORED)
+        parts.append((float(losses.double().sum()), int(right.sum()), int((targets != IGNORED).sum())))
+    loss, correct, tokens = map(math.fsum, zip(*_of_all(processes, parts), strict=True))
+    return AnswerScores(len(examples), int(tokens), loss / tokens, correct / tokens)
 
 
 @torch.no_grad()
@@ -71,11 +80,17 @@ def written_answers(
     batch_size: int = 8,
     max_new_tokens: int = 64,
     description: str = "Generating",
+    processes: Processes | None = None,
 ) -> list[str]:
-    """The answers that greedy decoding generates, in the order of the examples. Leaves the model in eval mode."""
+    """The answers that greedy decoding generates, in the order of the examples. Leaves the model in eval mode.
+
+    Args:
+        processes: share the batches. Each of them must call this function, and gets the answers of all.
+    """
     model.eval()
-    tokenizer, texts = examples.tokenizer, [""] * len(examples)
-    for indices in _batches(examples, batch_size, description):
+    tokenizer = examples.tokenizer
+    texts: list[tuple[int, str]] = []
+    for indices in _batches(examples, batch_size, description, processes):
         prompts = [_prompt_and_answer(examples[index])[0] for index in indices]
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         batch = batch.to(next(model.parameters()).device)
@@ -83,9 +98,8 @@ def written_answers(
         with four_bit_layers_as_they_are(model), _greedy_decoding(model, tokenizer):
             sequences = model.generate(**inputs, max_new_tokens=max_new_tokens)
         answers = sequences[:, batch["input_ids"].shape[1] :]
-        for index, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
-            texts[index] = text
-    return texts
+        texts += zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True)
+    return [text for _, text in sorted(_of_all(processes, texts))]
 
 
 def exact_match(
@@ -123,10 +137,21 @@ def _greedy_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
         base.generation_config = config
 
 
-def _batches(examples: TokenizedExamples, batch_size: int, description: str) -> Iterator[list[int]]:
-    """Indices of examples of similar length. The longest come first, so that a lack of memory shows at once."""
+def _of_all(processes: Processes | None, results: list[Any]) -> list[Any]:
+    """The results of all processes."""
+    return results if processes is None else [result for part in processes.gather(results) for result in part]
+
+
+def _batches(
+    examples: TokenizedExamples, batch_size: int, description: str, processes: Processes | None
+) -> Iterator[list[int]]:
+    """Indices of examples of similar length. The longest come first, so that a lack of memory shows at once.
+
+    The batches do not depend on the number of processes, each of which gets every n-th.
+    """
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
-    starts = range(0, len(order), batch_size)
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
+    starts = range(rank * batch_size, len(order), size * batch_size)
     for start in tqdm(starts, desc=description, unit="batch", disable=None, leave=False):
         yield order[start : start + batch_size]
 

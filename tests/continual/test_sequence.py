@@ -20,7 +20,7 @@ from command_line import fggm
 from filelock import FileLock
 from models import text_model
 from peft import PeftModel
-from streams import settings, without_times, write_stream
+from streams import killed_at_the_fifth_step, settings, without_times, write_stream
 from transformers import AutoModelForCausalLM
 
 from fggm_peft.continual.methods import METHODS
@@ -74,10 +74,6 @@ def test_a_stream_can_compare_two_settings_of_a_method(folder, tmp_path):
     assert samples == {"fggm": 16, "few": 8}
 
 
-class Killed(BaseException):
-    """Not an Exception, so that no handler catches it and cleans up (like SIGKILL)."""
-
-
 RESUMED = ["fggm", "sft", "ewc", "replay", {"name": "o_lora", "r": 2}]
 RESUMED += [{"name": "fggm", "preset": "retain", "reference": ["history"]}]
 RESUMED += [{"name": "sft", "harm_decay": 1.0, "reference": ["history"]}]
@@ -85,32 +81,15 @@ RESUMED += [{"name": "sft", "harm_decay": 1.0, "reference": ["history"]}]
 
 @pytest.mark.parametrize("method", RESUMED)
 @pytest.mark.parametrize("checkpoint_steps", [None, 1])
-def test_a_run_killed_in_its_second_task_resumes_to_identical_results(
-    method, checkpoint_steps, folder, tmp_path, monkeypatch
-):
+def test_a_run_killed_in_its_second_task_resumes_to_identical_results(method, checkpoint_steps, folder, tmp_path):
     stream = read_stream(settings(folder, methods=[method]))
     (expected,) = run_stream(stream, tmp_path / "whole", checkpoint_steps=checkpoint_steps)
-    die_in_the_second_task(stream, tmp_path / "parts", monkeypatch, checkpoint_steps)
+    with killed_at_the_fifth_step():
+        list(run_stream(stream, tmp_path / "parts", checkpoint_steps=checkpoint_steps))
     with pytest.raises(StreamError, match="--resume"):
         list(run_stream(stream, tmp_path / "parts"))
     (result,) = run_stream(stream, tmp_path / "parts", resume=True, checkpoint_steps=checkpoint_steps)
     assert without_times(result) == without_times(expected)
-
-
-def die_in_the_second_task(stream, output, monkeypatch, checkpoint_steps=None):
-    optimizer_step, steps = torch.optim.AdamW.step, []
-
-    def die_at_the_fifth(self, *arguments, **options):
-        steps.append(None)
-        if len(steps) == 5:
-            raise Killed
-        return optimizer_step(self, *arguments, **options)
-
-    die_at_the_fifth.hooked = True  # otherwise torch would run the hooks of a step twice
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.optim.AdamW, "step", die_at_the_fifth)
-        with pytest.raises(Killed):
-            list(run_stream(stream, output, checkpoint_steps=checkpoint_steps))
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
@@ -139,7 +118,8 @@ def test_a_quantized_model_keeps_its_weights_and_the_run_resumes_exactly(quantiz
         for (_, *expected_tensors), (_, *tensors) in zip(deltas, found[path], strict=True):
             assert all(map(torch.equal, expected_tensors, tensors))
 
-    die_in_the_second_task(stream, tmp_path / "parts", monkeypatch)
+    with killed_at_the_fifth_step():
+        list(run_stream(stream, tmp_path / "parts"))
     results = list(run_stream(stream, tmp_path / "parts", resume=True))
     assert [without_times(result) for result in results] == [without_times(result) for result in expected]
 
@@ -390,3 +370,11 @@ def test_the_runs_of_a_folder_share_the_evaluation_of_the_base_model(folder, tmp
     results = list(run_stream(read_stream(settings(folder, methods=["frozen", "sft"])), tmp_path))
     assert len(counts) == 1 + 2 * 2  # tasks
     assert results[0]["zero_shot"] == results[1]["zero_shot"] == results[0]["R"][1]
+
+
+def test_a_model_that_is_distributed_over_devices_has_the_same_results(folder, tmp_path):
+    methods = ["fggm", "sft"]
+    expected = list(run_stream(read_stream(settings(folder, methods=methods)), tmp_path / "one"))
+    model = {"name": str(folder / "model"), "device_map": "auto"}
+    results = list(run_stream(read_stream(settings(folder, model=model, methods=methods)), tmp_path / "auto"))
+    assert [without_times(result) for result in results] == [without_times(result) for result in expected]
