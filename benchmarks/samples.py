@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fggm_peft import CRITERIA, FGGMConfig, TopDensity, select_parameters
 from fggm_peft.core.criteria import Quantities
 from fggm_peft.core.granularity import Rows, granularity_from
-from fggm_peft.plots import legend, lines, looks, new_figure, save, style
+from fggm_peft.plots import legend, looks, new_figure, save, style
 from fggm_peft.selection.data_pass import DataPass, Totals
 from fggm_peft.selection.regret import MAX_SAMPLES, MIN_SAMPLES, regret_of
 from fggm_peft.training.data import DataSource, Example, TokenizedExamples, load_examples, padding_on_the_right
@@ -270,18 +270,19 @@ def draw(results: dict[str, Any], path: Path) -> None:
         }
         styles = looks(list(curves))
         above, below = axes[2 * number : 2 * number + 2]
-        lines(above, measured["counts"], {name: curve["regret"] for name, curve in curves.items()}, styles)
-        above.axhline(FGGMConfig().regret, linestyle="--", label="enough")
-        above.set(title=task, ylabel="regret", ylim=(0.0, 0.2))
         # the scores of a half: a selection from n samples is that of 2n in the figures
         halves = [count // 2 for count in measured["counts"][:-1]]
-        lines(below, halves, {name: curve["score_held"][:-1] for name, curve in curves.items()}, styles)
+        for name, curve in curves.items():
+            above.plot(measured["counts"], curve["regret"], label=name, **styles[name])
+            below.plot(halves, curve["score_held"][:-1], **styles[name])
+        above.axhline(FGGMConfig().regret, linestyle="--")
+        above.set(title=task, ylabel="regret", ylim=(0.0, 0.2))
         below.set(xlabel="samples", ylabel="score found", ylim=(0.9, 1.0))
         for panel, counts in ((above, measured["counts"]), (below, halves)):
             panel.set_xscale("log", base=2)
             panel.set_xticks(counts, [f"{count:,}" for count in counts])
             panel.minorticks_off()
-    legend(axes[0], list(styles))
+    legend(axes[0])
     save(figure, path)
 
 

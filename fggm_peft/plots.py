@@ -145,7 +145,7 @@ def legend(axes: Axes) -> None:
 @style()
 def heat_map(
     axes: Axes,
-    values: Sequence[Sequence[Value]],
+    values: Any,
     rows: Sequence[str],
     columns: Sequence[str],
     low: float | None = None,
@@ -156,7 +156,7 @@ def heat_map(
     """Cells with their values, the first row on top; a missing value leaves its cell empty.
 
     Args:
-        values: ``[rows][columns]``.
+        values: ``[rows][columns]``; None or NaN is a missing value.
         low, high: the ends of the colors; None: those of the values.
         scale: label of the color bar; empty: no color bar, unless the cells have no values.
         has_values: whether the cells have values; None: with at most twelve columns. More columns need a wider figure.
@@ -165,7 +165,7 @@ def heat_map(
     import seaborn
 
     has_values = len(columns) <= 12 if has_values is None else has_values
-    cells = [["" if value is None else _cell(value) for value in row] for row in values]
+    cells = [["" if pandas.isna(value) else _cell(value) for value in row] for row in values]
     data = pandas.DataFrame(values, list(map(shortened, rows)), list(map(shortened, columns)), dtype=float)
     seaborn.heatmap(
         data,

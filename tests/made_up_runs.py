@@ -15,7 +15,7 @@ METHODS = {
     # label: (method, learns, forgets, harms)
     "fggm": ("fggm", 0.36, 0.03, 0.02),
     "fggm-5%": ("fggm", 0.33, 0.015, 0.01),
-    "sft_masked": ("sft_masked", 0.36, 0.04, 0.04),
+    "shira": ("shira", 0.36, 0.04, 0.04),
     "sft": ("sft", 0.40, 0.22, 0.45),
     "frozen": ("frozen", 0.0, 0.0, 0.0),
     "multitask": ("multitask", 0.38, 0.0, 0.2),
@@ -62,7 +62,7 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
         rows = rows[-1:]
     steps = len(rows) + 1
     losses = [2.8 + harms * pace * n / count + (random.normal(0, 0.005) if n and harms else 0) for n in range(steps)]
-    trains, selects = method != "frozen", method in ("fggm", "sft_masked")
+    trains, selects = method != "frozen", method == "fggm"
     return {
         "method": method,
         "label": label,

@@ -30,9 +30,9 @@ class Record(NamedTuple):
 
     scores: NDArray[np.float64]
     zero_shot: NDArray[np.float64]
-    losses: NDArray[np.float64]
-    other_losses: NDArray[np.float64]
-    divergences: NDArray[np.float64]
+    losses: NDArray[np.float64] = np.empty(0)
+    other_losses: NDArray[np.float64] = np.empty(0)
+    divergences: NDArray[np.float64] = np.empty(0)
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,8 @@ MEASURES: Registry[Measure] = Registry("measure", make=Measure)
 """Name in a result -> measure."""
 
 
-def measures_of(
-    scores: ArrayLike,
-    zero_shot: ArrayLike,
-    losses: ArrayLike = (),
-    other_losses: ArrayLike = (),
-    divergences: ArrayLike = (),
-) -> dict[str, float | None]:
+def measures_of(*values: ArrayLike) -> dict[str, float | None]:
     """All measures of a run by name; the arguments are those of ``Record``, with None for missing values."""
-    values = (scores, zero_shot, losses, other_losses, divergences)
     record = Record(*(np.asarray(array, dtype=np.float64) for array in values))
     is_complete = len(record.scores) == len(record.zero_shot)
     entries = ((name, MEASURES[name]) for name in MEASURES)

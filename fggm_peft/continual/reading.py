@@ -82,15 +82,7 @@ def _absolute(field: str, value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of version 1.2, in which ``1e-4`` is a number, and without duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in keys and key.value != "<<":
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-            keys.add(key.value)
-        return super().construct_mapping(node, deep)
+    """YAML with the numbers of version 1.2, in which ``1e-4`` is a number."""
 
 
 _Loader.add_implicit_resolver(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +15,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
-from ..training.data import Example, TokenizedExamples, read_examples, row_format
+from ..training.data import TokenizedExamples, read_examples, row_format
 from ..training.rows import FILE_TYPES, DataError, DataSource, as_text, load_rows
 from ..tuner.files import digest_of_files, digest_of_folder
 from .metrics import METRICS
@@ -46,33 +46,6 @@ def template(text: str) -> Template:
         return environment.from_string(text)
     except TemplateError as error:
         raise ValueError(f"not a Jinja template: {error}") from error
-
-
-class TaskExamples(TokenizedExamples):
-    """Tokenized examples of a task, and the texts that a metric compares.
-
-    Prompts that are too long are truncated on the left and keep their start token. Answers longer than
-    ``max_answer_length`` are truncated; the constructor counts them and warns.
-
-    Attributes:
-        sources, references: the prompts and the answers as texts, without a chat template and never truncated.
-    """
-
-    def __init__(self, task: Task, split: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase):
-        super().__init__(examples, tokenizer, task.max_prompt_length + task.max_answer_length)
-        self.sources, self.references = zip(*(example.texts for example in examples), strict=True)
-        self.task = task
-        if too_long := sum(len(answer) > task.max_answer_length for *_, answer in map(self.parts, examples)):
-            warnings.warn(
-                f"{too_long} of {len(examples)} answers of {task.name} ({split}) have more than "
-                f"{task.max_answer_length} tokens and are truncated; raise max_answer_length",
-                stacklevel=3,
-            )
-
-    def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        length = max(0, self.task.max_prompt_length - len(start))
-        prompt = prompt[max(0, len(prompt) - length) :]
-        return start[: self.task.max_prompt_length] + prompt, answer[: self.task.max_answer_length]
 
 
 class Task(Settings):
@@ -142,11 +115,11 @@ class Task(Settings):
                 raise ValueError(f"path: no file or folder {path}{where}")
         return self
 
-    def examples(self, split: Split, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TaskExamples:
+    def examples(self, split: Split, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TokenizedExamples:
         """The examples of a split: "train" shuffled by the seed, other splits in the order of their rows.
 
         The seed also draws the rows for ``limit``. It does not affect the other splits: all runs use the same test
-        rows.
+        rows. A warning counts the answers that are truncated.
 
         Raises:
             DataError: rows cannot be read or are empty, or a template fails; the message names file and row.
@@ -158,7 +131,16 @@ class Task(Settings):
         indices = order[: self.limit] if is_training else sorted(order[: self.test_limit])
         format = row_format(list(rows[0]) if rows and self.prompt is None else ["prompt", "answer"], source)
         chosen = ((index, self._rendered(rows[index], index, source)) for index in indices)
-        return TaskExamples(self, split, read_examples(chosen, format, source, tokenizer), tokenizer)
+        length = self.max_prompt_length + self.max_answer_length
+        read = read_examples(chosen, format, source, tokenizer)
+        examples = TokenizedExamples(read, tokenizer, length, self.max_prompt_length)
+        if too_long := sum(len(answer) > self.max_answer_length for *_, answer in map(examples.parts, read)):
+            warnings.warn(
+                f"{too_long} of {len(read)} answers of {self.name} ({split}) have more than "
+                f"{self.max_answer_length} tokens and are truncated; raise max_answer_length",
+                stacklevel=2,
+            )
+        return examples
 
     def _rendered(self, row: Mapping[str, Any], index: int, source: DataSource) -> Mapping[str, Any]:
         """The row, or its prompt and answer by the templates."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, get_args
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from ..tuner.files.hub import expanded, may_be_hub_id
 from ..tuner.settings.fields import setting
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["4bit", "8bit"]
-DTYPES, QUANTIZATIONS = get_args(Dtype), get_args(Quantization)
 
 
 class BaseModelError(ValueError):

@@ -239,12 +239,22 @@ class TokenizedExamples(Dataset):
     The end token is part of the answer. An example longer than ``max_length`` loses the left part of its prompt, but
     keeps its start token. An answer that still does not fit is truncated. Every row keeps at least one token with a
     loss and one token before it.
+
+    Args:
+        max_prompt_length: prompts are truncated to this length, also if the answer is short, and answers to the rest.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        max_prompt_length: int | None = None,
+    ):
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2 (one token each of prompt and answer), got {max_length}")
-        self.examples, self.tokenizer, self.max_length = examples, tokenizer, max_length
+        self.examples, self.tokenizer = examples, tokenizer
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
         ids, start = tokenizer("a")["input_ids"], tokenizer.bos_token_id
         self.start = [start] if start is not None and ids[:1] == [start] else []  # if the tokenizer adds one
 
@@ -261,6 +271,16 @@ class TokenizedExamples(Dataset):
             "attention_mask": [1] * len(prompt + answer),
             "labels": [IGNORED] * len(prompt) + answer,
         }
+
+    @property
+    def sources(self) -> list[str]:
+        """The prompts as texts, without a chat template and never truncated."""
+        return [example.texts[0] for example in self.examples]
+
+    @property
+    def references(self) -> list[str]:
+        """The answers as texts."""
+        return [example.texts[1] for example in self.examples]
 
     def parts(self, example: Example) -> tuple[list[int], list[int], list[int]]:
         """The start tokens to add, the prompt, and the answer with its end token, before truncation.
@@ -284,10 +304,11 @@ class TokenizedExamples(Dataset):
         return [] if ids[:1] == self.start else self.start, prompt, answer if has_end else [*answer, end]
 
     def truncate(self, start: list[int], prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """Prompt (with the start tokens) and answer, at most ``max_length`` tokens together. Subclasses override it."""
-        needed = 1 if start or prompt else 0  # the answer's first token is predicted from one before it
+        """Prompt (with the start tokens) and answer, at most ``max_length`` tokens together."""
+        limit = self.max_prompt_length
+        needed = int(bool(start or prompt)) if limit is None else limit  # a prompt keeps the token before the answer
         answer = answer[: self.max_length - needed]
-        prompt_length = self.max_length - len(answer)
+        prompt_length = self.max_length - len(answer) if limit is None else limit
         dropped = max(0, len(start) + len(prompt) - prompt_length)
         return start[:prompt_length] + prompt[dropped:], answer
 

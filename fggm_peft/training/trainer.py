@@ -89,8 +89,7 @@ class FGGMTrainerMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Like the trainer's, but selects first if the adapter has no support."""
-        self._reject_ram_efficient_loading()
-        self._reject_deepspeed_with_harm_decay()
+        self._reject_unsupported()
         if unselected_adapters(self.model):
             with self._selection_dataloader() as dataloader:
                 report = self.selection_report = _select(
@@ -142,15 +141,13 @@ class FGGMTrainerMixin(_Trainer):
             if dataloader in self.accelerator._dataloaders:  # otherwise its workers live as long as the trainer
                 self.accelerator._dataloaders.remove(dataloader)
 
-    def _reject_ram_efficient_loading(self) -> None:
+    def _reject_unsupported(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
         if getattr(plugin, "cpu_ram_efficient_loading", False):
             raise ValueError(
                 "FSDP's cpu_ram_efficient_loading loads the weights on one rank only, and accelerate cannot send the "
                 "adapter's indices (a buffer) to the others. Set it to False in fsdp_config."
             )
-
-    def _reject_deepspeed_with_harm_decay(self) -> None:
         if self.is_deepspeed_enabled and any(config.harm_decay for _, config in active_adapters(self.model)):
             raise ValueError(
                 "harm_decay does not support DeepSpeed, whose optimizer steps flat partitions instead of the adapter's "

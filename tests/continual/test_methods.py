@@ -33,7 +33,6 @@ CASES = [pytest.param(name, OPTIONS.get(name, {}), id=name) for name in METHODS 
     pytest.param("lora", {"r": 2, "mode": "carried"}, id="lora-carried"),
     pytest.param("fggm", {"first_task_masked": False}, id="fggm-first-task-plain"),
     pytest.param("fggm", {"criterion": "random", "granularity": "element"}, id="fggm-random-elements"),
-    pytest.param("sft_masked", {"first_task_masked": False}, id="sft_masked-first-task-plain"),
     pytest.param("migu", {"first_task_masked": False}, id="migu-first-task-plain"),
 ]
 DECAY = {"harm_decay": 1.0, "reference": ["history"]}
@@ -41,7 +40,6 @@ CASES += [
     pytest.param(name, OPTIONS.get(name, {}) | DECAY, id=f"{name}-decay", marks=pytest.mark.filterwarnings("ignore"))
     for name in ("sft", "lora", "shira", "o_lora", "ewc", "migu", "replay", "mofo", "hft")
 ]
-MASKED = ["row", "column", "element"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,15 +110,12 @@ def test_the_seed_determines_the_random_numbers_of_a_method(name, tmp_path):
 def test_a_saved_delta_contains_the_change_of_its_task(name, tmp_path):
     method = make_method(name, **OPTIONS.get(name, {}))
     model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path)
-    if name == "sft_masked":
-        assert not (tmp_path / "0").exists()  # the method writes no adapter
-        return
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "0").merge_and_unload()
     for (key, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("name", ["fggm", "sft_masked", "migu"])
+@pytest.mark.parametrize("name", ["fggm", "migu"])
 def test_the_first_task_without_a_mask_is_plain_fine_tuning(name, tmp_path):
     plain, _ = learn(make_method("sft"), llama(), 0, tmp_path / "sft")
     first, _ = learn(make_method(name, first_task_masked=False), llama(), 0, tmp_path / name)
@@ -130,7 +125,7 @@ def test_the_first_task_without_a_mask_is_plain_fine_tuning(name, tmp_path):
 def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
     start = gpt2()
     name = "transformer.h.0.mlp.c_fc"  # [i, o] = [32, 128]
-    for method in (make_method("sft_masked"), make_method("migu")):
+    for method in (make_method("fggm"), make_method("migu")):
         model, _ = learn(method, gpt2(), 0, tmp_path, max_steps=1)
         moved = model.get_submodule(name).weight != start.get_submodule(name).weight
         assert moved.any(0).sum() == round(0.3 * 128) == moved.sum() / 32
@@ -160,14 +155,12 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
         ("lora", {"init": "quiet"}, "what should the model retain"),
         ("lora", DECAY | {"init_lora_weights": "pissa"}, "zero when a task begins"),
         ("osf", DECAY, "'osf' has no option 'harm_decay'"),
-        ("sft_masked", DECAY, "'sft_masked' does not support harm_decay"),
         ("migu", {"threshold": 1.0}, "threshold"),
         ("replay", {"fraction": 0}, "fraction"),
         ("mofo", {"fraction": 0}, "fraction"),
         ("ewc", {"decay": 2}, "decay"),
         ("lora", {"mode": "kept"}, "'merged', 'carried'"),
         ("osf", {"effective_rank": 8}, "effective_rank"),
-        ("sft_masked", {"bias": "all"}, "neither bias nor modules_to_save"),
     ],
 )
 def test_an_unknown_name_or_option_raises_an_error_with_the_valid_ones(name, options, message):
@@ -224,7 +217,7 @@ def test_training_agrees_with_a_plain_loop(name, tmp_path):
         torch.testing.assert_close(model.get_parameter(key), parameter, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("granularity", MASKED)
+@pytest.mark.parametrize("granularity", ["row", "column", "element"])
 def test_fggm_agrees_with_a_plain_loop_over_dense_deltas_with_masked_gradients(granularity, tmp_path):
     method = make_method("fggm", granularity=granularity)
     model = begin(method, method.prepare(llama(), 0), 0, examples())
@@ -247,51 +240,6 @@ def test_fggm_agrees_with_a_plain_loop_over_dense_deltas_with_masked_gradients(g
     merged = method.end_task(model, trainer, None)
     for name, delta in deltas.items():  # each step moves an entry by about 1e-2, of the tiniest gradients by rounding
         torch.testing.assert_close(merged.get_parameter(name), base.get_parameter(name) + delta, rtol=1e-4, atol=1e-4)
-
-
-# Masked full fine-tuning ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("granularity", MASKED)
-def test_masked_fine_tuning_makes_the_same_changes_as_fggm(granularity, tmp_path):
-    results = []
-    for name in ("fggm", "sft_masked"):
-        method = make_method(name, granularity=granularity)
-        model = method.prepare(llama(), 0)
-        for number in (0, 1):
-            # AdamW divides by gradients; its default eps of 1e-8 would amplify the rounding errors of tiny ones
-            model, _ = learn(method, model, number, tmp_path / name, adam_epsilon=1e-3)
-        results.append(model.state_dict())
-    start = llama().state_dict()
-    for key, weight in results[0].items():
-        torch.testing.assert_close(results[1][key], weight, rtol=0, atol=1e-6)
-        assert torch.equal(results[1][key] != start[key], weight != start[key]), key
-
-
-@pytest.mark.parametrize("granularity", MASKED)
-def test_weight_decay_does_not_change_frozen_entries(granularity, tmp_path):
-    method = make_method("sft_masked", granularity=granularity)
-    model, trainer = learn(method, method.prepare(llama(), 0), 0, tmp_path, weight_decay=0.5, max_steps=6)
-    start = llama()
-    targeted = {f"{name}.weight" for name in linear_layers(start)}
-    assert set(method.frozen) == targeted
-    for name, parameter in start.named_parameters():
-        moved = model.get_parameter(name) != parameter
-        assert not (moved & method.frozen[name]).any() if name in targeted else not moved.any()
-        if name in targeted:
-            assert moved.sum() > 0.9 * (~method.frozen[name]).sum()
-            moments = trainer.optimizer.state[model.get_parameter(name)]
-            assert not moments["exp_avg"][method.frozen[name]].any()
-            assert not moments["exp_avg_sq"][method.frozen[name]].any()
-
-
-def test_selected_entries_decay_as_in_adamw(tmp_path):
-    method = make_method("sft_masked")
-    model, _ = learn(method, method.prepare(llama(), 0), 0, tmp_path, max_steps=1)
-    decayed, _ = learn(make_method("sft_masked"), llama(), 0, tmp_path, max_steps=1, weight_decay=0.5)
-    for name, frozen in method.frozen.items():
-        expected = model.get_parameter(name) - 1e-2 * 0.5 * llama().get_parameter(name) * ~frozen
-        torch.testing.assert_close(decayed.get_parameter(name), expected)
 
 
 # Gradients of a step ----------------------------------------------------------------------------
@@ -458,22 +406,21 @@ def test_the_o_lora_penalty_is_the_squared_overlap_with_every_earlier_task(tmp_p
 COLUMNS = {"granularity": "column", "density": 0.2}
 
 
-@pytest.mark.parametrize("name", ["fggm", "sft_masked"])
-def test_fggm_uses_its_history_as_reference_also_after_resuming(name, tmp_path):
+def test_fggm_uses_its_history_as_reference_also_after_resuming(tmp_path):
     """The second task selects by ``gain_per_harm`` against the scores of the first, also in a new process."""
     options = COLUMNS | {"criterion": "gain_per_harm", "reference": ["history"]}
-    method = make_method(name, **options)
+    method = make_method("fggm", **options)
     model = method.prepare(llama(), 0)
     with pytest.warns(UserWarning, match="the history is empty"):
         model, _ = learn(method, model, 0, tmp_path)
-    resumed, again = make_method(name, **options), llama()
+    resumed, again = make_method("fggm", **options), llama()
     again.load_state_dict(model.state_dict())
     again = resumed.prepare(again, 0)
     resumed.memory = copy.deepcopy(method.memory)
     after = [learn(one, base, 1, tmp_path)[0].state_dict() for one, base in ((method, model), (resumed, again))]
     assert len(method.memory["history"]) == len(resumed.memory["history"]) == 2
     assert_same_bits(*after)
-    plain = make_method(name, **COLUMNS)
+    plain = make_method("fggm", **COLUMNS)
     base = plain.prepare(llama(), 0)
     for number in range(2):
         base, _ = learn(plain, base, number, tmp_path)

@@ -126,7 +126,7 @@ def test_a_quantized_model_keeps_its_weights_and_the_run_resumes_exactly(quantiz
 
 def test_methods_that_change_the_weights_need_a_dense_model(folder, tmp_path):
     model = {"name": str(folder / "model"), "quantization": "4bit"}
-    changing = ["sft", "lora", "sft_masked", {"name": "fggm", "quantized_merge": "requantize"}]
+    changing = ["sft", "lora", {"name": "fggm", "quantized_merge": "requantize"}]
     for method in [*changing, {"name": "fggm", "first_task_masked": False}]:
         with pytest.raises(StreamError, match="changes the weights of the model, which is quantized"):
             read_stream(settings(folder, model=model, methods=[method]))

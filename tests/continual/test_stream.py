@@ -265,7 +265,6 @@ def test_an_invalid_file_raises_a_one_line_error_that_names_file_and_field(case,
     ("name", "text", "message"),
     [
         ("a.yaml", "model: x\ntasks: [a\nmethods: b\n", r"a\.yaml, line 3: not YAML"),
-        ("a.yaml", "model: x\nseeds: [1]\nmodel: y\n", r"a\.yaml, line 3: not YAML: duplicate key 'model'"),
         ("a.json", '{"model": "x",\n "tasks": [}', r"cannot read .*a\.json: .* line 2"),
         ("a.yaml", "- model", "must have fields"),
         ("a.yaml", "", "must have fields"),

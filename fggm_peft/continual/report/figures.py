@@ -46,7 +46,6 @@ def pictures_of(report: Report) -> dict[str, list[Picture]]:
 def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Picture:
     """What was learned against its cost, with a line through the points that no other point dominates."""
     from adjustText import adjust_text
-    from matplotlib.transforms import Bbox
 
     points, (*_, title, cost) = report["pareto"][name], FRONTS[name]
     best = [(point["label"], point["learning_rate"]) for point in report["best"]["points"]]
@@ -65,10 +64,8 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
     labels = [axes.text(*means[point], plots.shortened(point[0])) for point in best if point in means]
     for label in labels:
         label.set_in_layout(False)
-    centers = axes.transData.transform(list(means.values()))
-    markers = [Bbox(axes.transData.inverted().transform([center - 6, center + 6])) for center in centers]
     line = {"arrowstyle": "-", "color": plots.FAINT, "linewidth": 0.6}
-    adjust_text(labels, objects=markers, ax=axes, iter_lim=1000, expand=(1.1, 1.3), arrowprops=line)
+    adjust_text(labels, *zip(*means.values(), strict=True), ax=axes, iter_lim=1000, expand=(1.1, 1.3), arrowprops=line)
     names = ", ".join(f"{label} at {rate:g}" for label, rate in front)
     alt = f"{title}: {len(means)} points of {len(looks)} methods. No other point dominates {names}."
     note = (
@@ -82,15 +79,14 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
 def _matrices(runs: Runs) -> Iterator[Picture]:
     """The scores of each method on each task after each task, on one scale."""
     matrices = {label: _mean([[r["zero_shot"], *r["R"]] for r in members]) for label, members in runs.items()}
-    values = [value for matrix in matrices.values() for value in matrix.flat if value == value]
+    values = [value for matrix in matrices.values() for value in matrix.flat]
     for label, matrix in matrices.items():
         tasks, rate = runs[label][0]["tasks"], runs[label][0]["learning_rate"]
         rows = ["zero-shot", *(tasks if len(matrix) == len(tasks) + 1 else ["all tasks"])]
         figure, (axes,) = plots.new_figure(
             plots.heat_map_height(len(matrix), tasks), max(plots.WIDTH, 0.27 * len(tasks) + 1)
         )
-        cells = [[None if value != value else value for value in row] for row in matrix.tolist()]
-        plots.heat_map(axes, cells, rows, tasks, min(values), max(values), has_values=True)
+        plots.heat_map(axes, matrix, rows, tasks, np.nanmin(values), np.nanmax(values), has_values=True)
         axes.set(xlabel="score on", ylabel="after")
         last = ", ".join(f"{task} {value:.2f}" for task, value in zip(tasks, matrix[-1], strict=True))
         alt = f"Scores of {label} on each task after each task. After the last: {last}."
