@@ -7,11 +7,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..plots import new_figure, save
 from .options import add_base, add_batch_size, add_data, add_selection, base_model, read_task, selection_config
 from .output import ADAPTER_FILE, Result, add_output, require_free
 
 if TYPE_CHECKING:
-    from ..selection import SelectionReport
     from ..tuner import FGGMConfig
 
 
@@ -45,7 +45,8 @@ def run(args: Namespace) -> Result | None:
         args.error("--output: name a folder for the adapter")
     require_free(args.output, args.overwrite)
     if args.plots is not None:
-        _require_plots(args)
+        require_free(args.plots, args.overwrite)
+        new_figure(1)  # raises an error now if a package is missing
 
     from peft import get_peft_model
     from rich.console import Group
@@ -55,7 +56,7 @@ def run(args: Namespace) -> Result | None:
     from ..deltas import save_adapter
     from ..selection import select_parameters
     from ..training.base_model import shard_as_launched, this_process
-    from ..training.texts import has_texts, with_texts
+    from ..training.texts import with_texts
     from ..tuner.files.input_covariance import covariance_of
     from ..tuner.files.saving import UntrainedAdapterWarning
 
@@ -64,7 +65,7 @@ def run(args: Namespace) -> Result | None:
         if args.data is None:
             args.error(f"--data: the criterion {config.criterion!r} needs data")
         loader = _dataloader(args, config)
-    tokenizer = base_model(args).load_tokenizer() if has_texts(config.reference) else None
+    tokenizer = base_model(args).load_tokenizer() if config.reference else None
     reference = with_texts(config.reference, tokenizer)
     model = shard_as_launched(get_peft_model(base_model(args).load(), config))
     report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=reference)
@@ -76,11 +77,14 @@ def run(args: Namespace) -> Result | None:
     if (covariance := covariance_of(model.active_peft_config)) is not None:
         covariance.save(args.output)  # for fggm train --adapter
     size = (args.output / ADAPTER_FILE).stat().st_size
-    pictures = [] if args.plots is None else _draw(report, args.plots)
+    pictures = {} if args.plots is None else {args.plots / f"{name}.svg": plot for name, plot in report.plots()}
+    for file, plot in pictures.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(plot, file)
     data = {"model": args.model, "output": str(args.output), "bytes": size, **report.to_dict()}
     note = f"{f'Plots: {args.plots}. ' if pictures else ''}Saved to {args.output}. Train it with: "
     note += f"fggm train {args.model} --adapter {args.output} --data ..."
-    return {**data, "pictures": pictures}, Group(report.to_table(), Text(note))
+    return {**data, "pictures": list(map(str, pictures))}, Group(report.to_table(), Text(note))
 
 
 def _cost(args: Namespace, config: FGGMConfig) -> Result | None:
@@ -113,26 +117,3 @@ def _dataloader(args: Namespace, config: FGGMConfig) -> Any:
     if this_process().num_processes == 1:
         return loader
     return prepare_data_loader(loader, even_batches=False, put_on_device=False)
-
-
-def _require_plots(args: Namespace) -> None:
-    """Raise before the model is loaded if the plots cannot be drawn, or would be written among the adapter's files."""
-    from ..plots import style
-
-    if args.plots.absolute() == args.output.absolute():
-        args.error("--plots: name another folder than --output")
-    require_free(args.plots, args.overwrite)
-    with style():
-        pass
-
-
-def _draw(report: SelectionReport, folder: Path) -> list[str]:
-    from ..plots import save
-    from ..tuner.files.atomic import complete_folder
-
-    names = []
-    with complete_folder(folder) as temporary:
-        for name, figure in report.plots():
-            save(figure, temporary / f"{name}.svg")
-            names.append(str(folder / f"{name}.svg"))
-    return names

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from transformers.trainer_utils import SchedulerType
@@ -16,7 +16,6 @@ from transformers.trainer_utils import SchedulerType
 from ..training.base_model import BaseModel, computes_bfloat16
 from ..training.texts import read_paragraphs
 from ..tuner.files import digest_of_folder, may_be_hub_id, user_path
-from .gate import EVERY_TASK, Gate
 from .methods import Method, make_method
 from .settings import Count, DataPath, FolderName, Positive, Settings, StreamError, path_in_data, require_known
 from .task import Task
@@ -76,6 +75,28 @@ class General(Settings):
         files = {"text": self.text, "other": self.other}
         digests = {name: digest_of_folder(Path(file)) for name, file in files.items() if file is not None}
         return {**digests, "kl": True} if self.kl else digests
+
+
+class Gate(Settings):
+    """The share of an earlier task's score that must remain, and what happens if it does not.
+
+    Args:
+        keep: task -> share of its score right after it was learned, in (0, 1]; "*" stands for all other tasks.
+        action: "stop" ends the run after the task that broke the gate. "rollback" restores the weights from before
+            that task, bit for bit, and continues with the next task.
+    """
+
+    keep: dict[str, Annotated[float, Field(gt=0, le=1, strict=True)]] = Field(min_length=1)
+    action: Literal["stop", "rollback"] = "stop"
+
+    def violations(self, learned: Mapping[str, float], scores: Mapping[str, float]) -> list[dict[str, Any]]:
+        """The earlier tasks whose score fell too low: ``[{"earlier", "score", "needed"}]``; ``learned`` is R[j,j]."""
+        shares = {task: self.keep.get(task, self.keep.get("*")) for task in learned}
+        return [
+            {"earlier": task, "score": scores[task], "needed": share * learned[task]}
+            for task, share in shares.items()
+            if share is not None and scores[task] < share * learned[task]
+        ]
 
 
 class MethodSettings(Settings):
@@ -186,7 +207,7 @@ class Stream(Settings):
                 hint = "; give them different labels" if name == "methods" else ""
                 raise StreamError(f"{name} contains {duplicates[0]!r} more than once{hint}")
         if self.gate is not None:
-            require_known(self.gate.keep, [*lists["tasks"], EVERY_TASK], "task in gate.keep:")
+            require_known(self.gate.keep, [*lists["tasks"], "*"], "task in gate.keep:")
         if self.model.is_quantized:
             for method in self.methods:
                 if not method.method().supports_quantized:

@@ -42,16 +42,11 @@ def text_batches(file: str | Path, tokenizer: PreTrainedTokenizerBase, batch_siz
     return DataLoader(examples, batch_size=batch_size, collate_fn=padding_on_the_right(tokenizer))
 
 
-def has_texts(references: Any) -> bool:
-    """Whether one of the references is a text file."""
-    return any(map(is_text_file, references if isinstance(references, (list, tuple)) else [references]))
-
-
 def with_texts(references: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """The references of ``select_parameters``, with each text file replaced by its batches."""
-    if not has_texts(references):
+    sources = references if isinstance(references, (list, tuple)) else [references]
+    if not any(map(is_text_file, sources)):
         return references
     if tokenizer is None:
         raise ValueError("a text file as a reference needs a tokenizer; pass processing_class to the trainer")
-    sources = references if isinstance(references, (list, tuple)) else [references]
     return [text_batches(source, tokenizer) if is_text_file(source) else source for source in sources]

@@ -183,8 +183,9 @@ class FGGMTrainerMixin(_Trainer):
         """Like the trainer's, which would load the adapter ``default`` into the first active one."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
-        else:
-            _load_best(self.model, self.state)
+        elif (best := self.state.best_model_checkpoint) is not None:
+            logger.info("Loading the best checkpoint %s (score: %s)", best, self.state.best_metric)
+            load_adapters_(self.model, Path(best), [name for name, _ in active_adapters(self.model)])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Like the trainer's; replaces the folder's files when the new ones are complete."""
@@ -226,7 +227,6 @@ class FGGMCallback(TrainerCallback):
         self.convert, self.reference = convert, reference
         self.selection_report: SelectionReport | None = None
         self.harm_decay: HarmDecay | None = None
-        self._loads_best = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         restore_float32_(model)
@@ -240,17 +240,12 @@ class FGGMCallback(TrainerCallback):
         self.harm_decay = attach_harm_decay(model, optimizer)
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        if args.load_best_model_at_end:  # the trainer would load the adapter "default" into the first active one
-            args.load_best_model_at_end, self._loads_best = False, True
         if self.harm_decay is not None and args.should_save:
             save_retention(model, self.harm_decay.covariance, _checkpoint(args, state))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.harm_decay is not None:
             self.harm_decay.remove()
-        if self._loads_best:
-            args.load_best_model_at_end, self._loads_best = True, False
-            _load_best(model, state)
 
     def _select(self, args, state, model, train_dataloader=None, processing_class=None, **kwargs) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
@@ -270,13 +265,6 @@ class FGGMCallback(TrainerCallback):
 
 def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _load_best(model: nn.Module, state: Any) -> None:
-    """Load every active adapter from the best checkpoint."""
-    if state.best_model_checkpoint is not None:
-        logger.info("Loading the best checkpoint %s (score: %s)", state.best_model_checkpoint, state.best_metric)
-        load_adapters_(model, Path(state.best_model_checkpoint), [name for name, _ in active_adapters(model)])
 
 
 class _Converted:

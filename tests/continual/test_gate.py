@@ -8,11 +8,11 @@ import pytest
 import torch
 from streams import settings, state, write_stream
 
-from fggm_peft.continual.gate import Gate
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream
 from fggm_peft.continual.runner import Runner, learned
 from fggm_peft.continual.settings import StreamError
+from fggm_peft.continual.stream import Gate
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,8 @@ import torch
 from models import llama
 from peft import get_peft_model
 from trainers import evaluation_losses, examples, make_trainer
-from transformers import Trainer
 
 from fggm_peft import FGGMConfig, select_parameters
-from fggm_peft.training import FGGMCallback, FGGMTrainer
 from fggm_peft.tuner.target import find_targets
 
 CASES = {
@@ -42,28 +40,24 @@ def tensors():
     return [{key: torch.tensor(value) for key, value in row.items()} for row in examples(8)]
 
 
-@pytest.mark.parametrize("trainer_class", [FGGMTrainer, Trainer], ids=["mixin", "callback"])
 @pytest.mark.parametrize("adapters", CASES.values(), ids=list(CASES))
-def test_the_best_checkpoint_of_each_active_adapter_is_loaded(adapters, trainer_class, tmp_path):
+def test_the_best_checkpoint_of_each_active_adapter_is_loaded(adapters, tmp_path):
     model = model_with(adapters)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
     trainer = make_trainer(
         model,
         tmp_path,
-        trainer_class,
         train_dataset=examples(4),
         eval_dataset=examples(8, seed=1),
         learning_rate=5e-2,
         load_best_model_at_end=True,
         save_total_limit=1,
-        callbacks=[FGGMCallback()] if trainer_class is Trainer else None,
         **settings,
     )
     trainer.train()
     losses = evaluation_losses(trainer)
     assert min(losses) < losses[-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
-    assert trainer.args.load_best_model_at_end
     for name, adapter in adapters.items():
         values = [target.values for target in find_targets(model, name).values()]
         assert any(tensor.any() for tensor in values) == (adapter is not None)

@@ -35,17 +35,9 @@ INTERVALS = (
 def report_of(results: Sequence[Run]) -> dict[str, Any]:
     """The contents of ``report.json``, from the results of finished runs. Plain types; NaN and infinity become null.
 
-    A point is a label and a learning rate; it has one run for each seed and order.
-
-    - ``overview``: a sentence with the numbers of runs, methods, tasks, learning rates, seeds and orders.
-    - ``runs``: the results.
-    - ``summary``: one entry for each point. A figure is ``{"mean", "std", "n", "interval"}`` over seeds and orders
-      (std and interval are null for one run), or null if no run has it.
-    - ``best``: the rule, and the best point of each label, with the rates that were tried.
-    - ``differences``: a - b for the best points of each pair of labels, over the runs with the same seed and order.
-    - ``pareto``: for each front the points, and whether another point dominates them.
-    - ``measures``: name -> formula.
-    - ``warnings``: what a reader should know before comparing.
+    A point is a label and a learning rate; it has one run for each seed and order. A figure is ``{"mean", "std", "n",
+    "interval"}`` over its runs (std and interval are null for one run), or null if no run has it. ``differences`` are
+    those of the best points of two labels, over the runs with the same seed and order.
     """
     runs = json.loads(json.dumps(results), parse_constant=lambda name: None)
     frame = _frame(runs)
