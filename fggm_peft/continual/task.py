@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jinja2 import StrictUndefined, Template, TemplateError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 
 from ..training.data import TokenizedExamples, read_examples, row_format
 from ..training.rows import FILE_TYPES, DataError, DataSource, as_text, load_rows
-from ..tuner.files import digest_of_files, digest_of_folder
+from ..tuner.files import digest_of_folder
 from .metrics import METRICS
 from .settings import Count, DataPath, FolderName, Positive, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "eval", "test"]
+Split = Literal["train", "test"]
 
 
 def _of_training(value: Any) -> Any:
@@ -48,14 +48,18 @@ def template(text: str) -> Template:
         raise ValueError(f"not a Jinja template: {error}") from error
 
 
+# the error for an unknown metric or a wrong template comes hours before the first score is needed
+Metric = Annotated[str, AfterValidator(lambda name: METRICS[name] and name)]
+TemplateText = Annotated[str, AfterValidator(lambda text: template(text) and text)]
+
+
 class Task(Settings):
     """One task of a sequence. Its rows come from exactly one of ``path``, ``dataset`` and ``rows``.
 
     Args:
         name: unique in the stream.
         metric: a name in ``fggm_peft.continual.metrics.METRICS``.
-        path: folder with ``train``, ``eval`` and ``test`` files (TRACE's format) or a saved data set; one file with
-            the training data; or files by split, such as ``{train: a.jsonl, test: b.jsonl}``.
+        path: folder with a ``train`` and a ``test`` file (TRACE's format), or a saved data set.
         dataset: Hub id.
         rows: function from the name of a split to its rows; only from Python.
         subset: configuration of a Hub data set.
@@ -68,18 +72,18 @@ class Task(Settings):
         max_answer_length: in tokens, also for generation; longer answers are truncated and counted.
         epochs: passes over this task; overrides that of the stream.
         limit: maximum number of rows of the training split, drawn at random.
-        test_limit: maximum number of rows of the other splits, the same in every run.
+        test_limit: maximum number of test rows, the same in every run.
     """
 
     name: FolderName
-    metric: str = "exact_match"
-    path: DataPath | dict[Split, DataPath] | None = None
+    metric: Metric = "exact_match"
+    path: DataPath | None = None
     dataset: str | None = None
     rows: Callable[[str], Iterable[Mapping[str, Any]]] | None = None
     subset: str | None = None
     split: Annotated[dict[Split, str], BeforeValidator(_of_training)] = {}
-    prompt: str | None = None
-    answer: str | None = None
+    prompt: TemplateText | None = None
+    answer: TemplateText | None = None
     chat_template: bool = False
     max_prompt_length: Count = 1024
     max_answer_length: Count = 512
@@ -87,39 +91,23 @@ class Task(Settings):
     limit: Count | None = None
     test_limit: Count | None = None
 
-    @field_validator("metric")
-    @classmethod
-    def _check_metric(cls, value: str) -> str:
-        METRICS[value]  # raises an error for an unknown metric
-        return value
-
-    @field_validator("prompt", "answer")
-    @classmethod
-    def _check_template(cls, value: str | None) -> str | None:
-        if value is not None:
-            template(value)
-        return value
-
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Task:
         if [self.path, self.dataset, self.rows].count(None) != 2:
-            raise ValueError("needs exactly one of path (file or folder) and dataset (Hub id)")
+            raise ValueError("needs exactly one of path (folder) and dataset (Hub id)")
         if (self.prompt is None) != (self.answer is None):
             raise ValueError("prompt and answer are templates that belong together: give both or neither")
         data = (info.context or {}).get("data")
         where = "" if data is None else f". Paths of tasks are relative to data, which is {data}"
-        for path in self.path.values() if isinstance(self.path, dict) else [self.path] if self.path else []:
-            if isinstance(self.path, dict) and Path(path).is_dir():
-                raise ValueError(f"path: {path} is a folder; name one file for each split, or only the folder")
-            if not Path(path).exists():
-                raise ValueError(f"path: no file or folder {path}{where}")
+        if self.path is not None and not Path(self.path).is_dir():
+            raise ValueError(f"path: no folder {self.path}{where}")
         return self
 
     def examples(self, split: Split, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TokenizedExamples:
-        """The examples of a split: "train" shuffled by the seed, other splits in the order of their rows.
+        """The examples of a split: "train" shuffled by the seed, "test" in the order of its rows.
 
-        The seed also draws the rows for ``limit``. It does not affect the other splits: all runs use the same test
-        rows. A warning counts the answers that are truncated.
+        The seed also draws the rows for ``limit``. All runs use the same test rows. A warning counts the answers that
+        are truncated.
 
         Raises:
             DataError: rows cannot be read or are empty, or a template fails; the message names file and row.
@@ -157,13 +145,6 @@ class Task(Settings):
 
     def _source(self, split: Split) -> DataSource:
         name = self.path or self.dataset or f"the rows of {self.name}"
-        if isinstance(name, str) and self.path is not None and Path(name).is_file():
-            name = {"train": name}
-        if isinstance(name, dict):
-            if split not in name:
-                known = ", ".join(name)
-                raise DataError(f"path of task {self.name} has only {known}; give path: {{train: ..., {split}: ...}}")
-            name = name[split]
         return DataSource(name, self.split.get(split, split), self.subset, chat_template=self.chat_template)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -175,6 +156,4 @@ class Task(Settings):
         if self.rows is not None:
             rows = {split: list(self.rows(split)) for split in ("train", "test")}
             return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-        if isinstance(self.path, dict):
-            return digest_of_files({split: Path(path) for split, path in self.path.items()})
         return None if self.path is None else digest_of_folder(Path(self.path), (*FILE_TYPES, ".arrow"))

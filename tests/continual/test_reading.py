@@ -22,7 +22,9 @@ MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream")
     byte_tokenizer().save_pretrained(folder / "model")
-    (folder / "a.json").write_text(json.dumps([{"prompt": "a", "answer": "b"}]))
+    (folder / "a").mkdir()
+    for split in ("train", "test"):
+        (folder / "a" / f"{split}.json").write_text(json.dumps([{"prompt": "a", "answer": "b"}]))
     (folder / "text.txt").write_text("One.\n\nTwo.")
     return folder
 
@@ -32,8 +34,8 @@ def fields() -> dict:
         "model": "model",
         "data": ".",
         "tasks": [
-            {"name": "one", "path": {"train": "a.json", "test": "a.json"}, "metric": "accuracy", "epochs": 2},
-            {"name": "two", "path": "a.json", "prompt": "{{ prompt }}", "answer": "{{ answer }}", "split": "train"},
+            {"name": "one", "path": "a", "metric": "accuracy", "epochs": 2},
+            {"name": "two", "path": "a", "prompt": "{{ prompt }}", "answer": "{{ answer }}", "split": "train"},
         ],
         "task_defaults": {"max_answer_length": 8, "limit": 3},
         "methods": ["sft", {"name": "fggm", "label": "rows", "density": 0.1}, {"name": "lora", "r": 2}],
@@ -121,7 +123,7 @@ def test_a_field_with_another_value_is_a_stream_or_an_error(suffix, place, value
         (("methods", 2, "settings"), {"name": None}),
         (("gate", "keep"), ["one=0.9"]),
         (("gate", "keep"), [{"one": 0.9}]),
-        (("tasks", 0, "path"), {"train": "."}),
+        (("tasks", 0, "path"), {"train": "a"}),
         (("model",), "é" * 300),
         (("tasks", 1, "prompt"), "\ud83d {{ prompt }}"),
         (("tasks", 0), {"name": "one", None: 1}),

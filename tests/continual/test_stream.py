@@ -28,7 +28,7 @@ methods: [fggm, sft, {name: fggm, label: fggm-5%, density: 5e-2}]
 task_defaults: {max_answer_length: 64}
 tasks:
   - {name: intent, path: data/intent}
-  - {name: code, path: {train: data/code.jsonl, test: data/code_test.jsonl}, metric: rouge_l, epochs: 3,
+  - {name: code, path: data/code, metric: rouge_l, epochs: 3,
      prompt: "{{ x }}\\n", answer: "{{ y }}"}
   - {name: sums, dataset: someone/sums, split: "train[:90%]", metric: accuracy, max_answer_length: 8}
 training: {epochs: 1, batch_size: 8, learning_rate: 3.0e-4, schedule: linear, warmup_ratio: 0.1}
@@ -54,8 +54,8 @@ def write_rows(path, rows) -> None:
 def make_data(folder) -> None:
     write_rows(folder / "data/intent/train.json", INTENTS)
     write_rows(folder / "data/intent/test.json", INTENTS[:6])
-    write_rows(folder / "data/code.jsonl", [{"x": f"f{n}", "y": f"g{n}"} for n in range(4)])
-    write_rows(folder / "data/code_test.jsonl", [{"x": "t", "y": "u"}])
+    write_rows(folder / "data/code/train.jsonl", [{"x": f"f{n}", "y": f"g{n}"} for n in range(4)])
+    write_rows(folder / "data/code/test.jsonl", [{"x": "t", "y": "u"}])
     (folder / "data/general.txt").write_text("Some plain text.")
 
 
@@ -178,15 +178,12 @@ WRONG = {
     "tasks that are no list": ({"tasks": {"name": "a"}}, "tasks: must be a list"),
     "a missing folder": (
         {"tasks": [{"name": "a", "path": "data/none"}]},
-        r"tasks\[0\]: path: no file .*data/none",
+        r"tasks\[0\]: path: no folder .*data/none",
     ),
-    "a missing file": (
-        {"tasks": [{"name": "a", "path": {"train": "data/code.jsonl", "test": "data/none.jsonl"}}]},
-        "path: no file or folder .*none.jsonl",
-    ),
+    "a file": ({"tasks": [{"name": "a", "path": "data/code/test.jsonl"}]}, "path: no folder .*test.jsonl"),
     "an unknown split": (
-        {"tasks": [{"name": "a", "path": {"tset": "data/code.jsonl"}}]},
-        r"path\.tset: must be 'train', 'eval' or 'test', got 'tset'",
+        {"tasks": [{"name": "a", "path": "data/code", "split": {"tset": "train"}}]},
+        r"split\.tset: must be 'train' or 'test', got 'tset'",
     ),
     "a missing text": ({"general": {"text": "none.txt"}}, r"general\.text: .*none.txt: cannot be read"),
     "a missing model folder": ({"model": "./none"}, "model: no folder .*none"),
@@ -348,7 +345,7 @@ def test_the_digest_contains_what_determines_results_and_differences_are_named(f
         assert len(changes(stream, changed)) == 1
 
 
-@pytest.mark.parametrize("file", ["intent/train.json", "intent/test.json", "code_test.jsonl", "general.txt"])
+@pytest.mark.parametrize("file", ["intent/train.json", "intent/test.json", "code/test.jsonl", "general.txt"])
 def test_changed_data_changes_the_digest(file, folder):
     before = read_stream(folder / "stream.yaml").fingerprint()
     with (folder / "data" / file).open("a") as opened:
@@ -493,13 +490,6 @@ def test_the_seed_shuffles_and_samples_only_training_rows():
     assert test[0] == test[1] == sorted(test[0], key=int) and len(test[0]) == 10
 
 
-def test_a_single_file_is_training_data_only(folder):
-    task = Task(name="a", path=str(folder / "data/intent/train.json"))
-    assert len(task.examples("train", byte_tokenizer())) == 20
-    with pytest.raises(DataError, match=r"path of task a has only train; give path: \{train: ..., test: ...\}"):
-        task.examples("test", byte_tokenizer())
-
-
 def test_splits_may_have_other_names(folder):
     shutil.move(folder / "data/intent/test.json", folder / "data/intent/heldout.json")
     task = Task(name="a", path=str(folder / "data/intent"), split={"test": "heldout"})
@@ -547,7 +537,7 @@ def test_the_orders_agree_with_trace(tmp_path):
 
 
 def test_a_built_in_stream_without_data_raises_an_error_with_the_searched_folder():
-    with pytest.raises(StreamError, match=r"no file or folder .*C-STANCE\. Paths of tasks are relative to data"):
+    with pytest.raises(StreamError, match=r"no folder .*C-STANCE\. Paths of tasks are relative to data"):
         read_stream("trace-order1")
 
 
