@@ -16,6 +16,7 @@ from peft import PeftConfig
 
 from ..training.base_model import BaseModel
 from ..training.data import DataSource, TokenizedExamples, load_examples
+from ..training.rows import read_fields
 from ..tuner import FGGMConfig
 
 if TYPE_CHECKING:
@@ -218,16 +219,10 @@ def selection_config(args: Namespace) -> FGGMConfig:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Fields of FGGMConfig from a file, without those that describe a finished adapter."""
-    import yaml
-
     try:
-        text = path.read_text(encoding="utf-8")
-        # YAML 1.1 reads JSON's 1e-5 as a text
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the config {path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"the config {path} must be an object with fields of FGGMConfig")
+        settings = read_fields(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the config {path}: {error}") from error
     if settings.get("peft_type", "FGGM") != "FGGM":
         raise ValueError(f"{path} configures a {settings['peft_type']} adapter, not FGGM")
     settable = {entry.name for entry in SELECTION.fields}

@@ -14,6 +14,8 @@ from numbers import Real
 from pathlib import Path
 from typing import IO, Any, Optional
 
+import yaml
+
 from ..tuner.files.hub import may_be_hub_id, user_path
 from ..tuner.settings.fields import setting
 
@@ -192,3 +194,28 @@ def _read_splits(name: str, subset: str | None, split: str | None) -> Any:
         return loaded
     parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in loaded.items()})
     return [row for part in parts for row in loaded[part.splitname][part.from_ : part.to]]
+
+
+# --- fields --------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of version 1.2, in which ``1e-4`` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a YAML or JSON file of settings; raises ``ValueError`` in one line, or ``OSError``."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        fields = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+        json.dumps(fields, ensure_ascii=False, skipkeys=True, default=str).encode()  # text without half surrogate pairs
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"must have fields, got {fields!r:.60}")
+    return fields

@@ -261,8 +261,8 @@ def test_an_invalid_file_raises_a_one_line_error_that_names_file_and_field(case,
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "model: x\ntasks: [a\nmethods: b\n", r"a\.yaml, line 3: not YAML"),
-        ("a.json", '{"model": "x",\n "tasks": [}', r"cannot read .*a\.json: .* line 2"),
+        ("a.yaml", "model: x\ntasks: [a\nmethods: b\n", r"a\.yaml: cannot be read: .* line 3"),
+        ("a.json", '{"model": "x",\n "tasks": [}', r"a\.json: cannot be read: .* line 2"),
         ("a.yaml", "- model", "must have fields"),
         ("a.yaml", "", "must have fields"),
     ],

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ...tuner.target import outer_modules
 from .method import METHODS
 from .peft_method import PeftMethod
 
@@ -46,7 +47,7 @@ class OLoRA(PeftMethod):
 def lora_a(model: nn.Module) -> dict[str, nn.Parameter]:
     """Module path in the base model -> A ``[r, i]`` of its adapter."""
     return {
-        name.removeprefix("base_model.model."): module.lora_A[ADAPTER].get_parameter("weight")
-        for name, module in model.named_modules()
+        path: module.lora_A[ADAPTER].get_parameter("weight")
+        for path, module in outer_modules(model)
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
     }
