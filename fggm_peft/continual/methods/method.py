@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -118,8 +118,9 @@ class Method:
         """
         if not self.uses_reference:
             return None
-        model, collator = cast(nn.Module, trainer.model), trainer.data_collator
-        entries = with_texts(self.reference, trainer.processing_class or getattr(collator, "tokenizer", None))
+        model: Any = trainer.model
+        tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+        entries = with_texts(self.reference, tokenizer)
         saved = self.memory.get(RETAINED)
         history = None if saved is None else InputCovariance.from_dict(saved)
         with trainer.accelerator.autocast():
@@ -134,11 +135,13 @@ class Method:
 
     def task_covariance(self, trainer: Trainer) -> InputCovariance:
         """The input covariance of the current task's data, on the CPU."""
-        data, accelerator = cast(Sized, trainer.train_dataset), trainer.accelerator
+        model: Any = trainer.model
+        data: Any = trainer.train_dataset
+        accelerator = trainer.accelerator
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.task_seed))[:COVARIANCE_SAMPLES]
         own = Subset(data, order[accelerator.process_index :: accelerator.num_processes].tolist())
         batches = DataLoader(own, batch_size=8, collate_fn=trainer.data_collator)
-        return input_covariance(trainer.model, batches).to("cpu")
+        return input_covariance(model, batches).to("cpu")
 
     def penalties(self, model: nn.Module) -> Iterable[Tensor]:
         """Terms that are added to the loss. Only the intermediate results of one term are in memory at a time."""
