@@ -41,7 +41,8 @@ def read_stream(source: str | Path | Mapping[str, Any], **overrides: Any) -> Str
     try:
         if not isinstance(source, Mapping):
             path = _stream_file(source)
-            name, folder, source = str(path), path.parent.absolute(), read_fields(path)
+            name, folder = str(path), path.parent.absolute()
+            source = read_fields(path)
         given = {field: _absolute(field, value) for field, value in overrides.items() if value is not None}
         fields: dict[str, Any] = {**source, **given}
         if "learning_rates" in given and isinstance(fields.get("methods"), list):
