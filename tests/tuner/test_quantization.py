@@ -182,7 +182,7 @@ def test_auto_raises_an_error_instead_of_losing_the_delta(kind):
 def test_the_fingerprint_matches_the_quantized_base(kind, tmp_path):
     """Two-bit weights differ more than a fingerprint allows, so such a base matches only itself."""
     random_deltas(kind).save_pretrained(tmp_path / "quantized")
-    assert verify(tmp_path / "quantized", quantized(llama(), kind)).base == "matches"
+    assert verify(tmp_path / "quantized", quantized(llama(), kind))["base"] == "matches"
     dense = get_peft_model(llama(), FGGMConfig(criterion="random", init_weights=False))
     dense.save_pretrained(tmp_path / "dense")
     if "2 bits" not in kind:
