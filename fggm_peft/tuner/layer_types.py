@@ -12,6 +12,7 @@ import torch
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from ..core.kernels import is_recording
@@ -212,11 +213,12 @@ def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGML
     while hasattr(target, "base_layer"):
         target = target.base_layer
     backend = resolve_quantization_backend(target, **quantization_kwargs)
-    if backend is not None and backend.layer_type == "linear":
+    # Transformer Engine's fused layers normalize their input first, so their weight does not multiply it
+    if backend is not None and backend.layer_type == "linear" and not hasattr(target, "layer_norm_weight"):
         return FGGMLinear(base_layer, **quantization_kwargs)
     weight = getattr(target, "weight", None)
-    # PEFT has no backend for the library that quantized an integer weight
-    floating = isinstance(weight, Tensor) and weight.is_floating_point()
+    # PEFT has no backend for the library that quantized an integer weight, or a tensor of its own class (quanto)
+    floating = isinstance(weight, Tensor) and weight.is_floating_point() and not is_traceable_wrapper_subclass(weight)
     # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear and never calls the layer
     if floating and not isinstance(target, NonDynamicallyQuantizableLinear):
         for layer_type in (LAYER_TYPES[description] for description in reversed(list(LAYER_TYPES))):
@@ -226,5 +228,5 @@ def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGML
     raise TypeError(
         f"{name or 'the targeted module'} is a {type(target).__module__}.{type(target).__qualname__}, which FGGM "
         f"does not support. Supported are {supported}, and linear layers quantized by bitsandbytes, HQQ, torchao, "
-        "GPTQ, AWQ, AQLM or EETQ. Leave it out with `exclude_modules`."
+        "GPTQ, AWQ, AQLM, EETQ, INC or Transformer Engine (Linear). Leave it out with `exclude_modules`."
     )
