@@ -22,7 +22,6 @@ from .core.registry import Registry
 from .core.statistics import STATISTICS, Statistic
 from .core.threshold import (
     POLICIES,
-    AbsoluteScore,
     MeanPlusStd,
     ParameterBudget,
     ScoreMass,
@@ -52,7 +51,6 @@ __all__ = [
     "LAYER_TYPES",
     "POLICIES",
     "STATISTICS",
-    "AbsoluteScore",
     "AdapterFileError",
     "AdapterNotSelectedError",
     "AlreadyTrainedError",

@@ -80,9 +80,6 @@ class _Blocks(Granularity):
     def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
         self.slices.add_input_gradient_(gx, g, self._slices_of(indices), self._flat(values), scale)
 
-    def delta_rows(self, rows, indices, values, shape):
-        return self.slices.delta_rows(rows, self._slices_of(indices), self._flat(values), shape)
-
     def decay(self, covariance, indices, shape):
         return _BlockDecay(self, self.slices.decay(covariance, self._slices_of(indices), shape))
 

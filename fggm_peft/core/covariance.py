@@ -19,9 +19,6 @@ from torch import Tensor
 RANK = 128
 """Default rank of a sketch. A width of at most twice the rank is stored exactly."""
 
-Function = Callable[[Tensor], Tensor]
-"""A function of eigenvalues."""
-
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -37,21 +34,18 @@ class Spectrum:
     energy: Tensor
     floor: float
 
-    def apply(self, x: Tensor, function: Function) -> Tensor:
+    def apply(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``x @ function(C)`` for ``x`` ``[..., f]``, where the function is applied to the eigenvalues of ``C``."""
-        rest, difference = self._values(function)
+        rest = function(self.energy.new_tensor(self.floor))
+        difference = function(self.energy + self.floor) - rest
         return x * rest + ((x @ self.vectors) * difference) @ self.vectors.mT
 
-    def diagonal(self, function: Function) -> Tensor:
+    def diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The diagonal of ``function(C)``, ``[f]``; positive for a positive function, also if one input dominates C."""
-        rest, _ = self._values(function)
+        rest = function(self.energy.new_tensor(self.floor))
         squares = self.vectors.double().square()
         outside = (1 - squares.sum(1)).clamp(min=0) * rest
         return (squares @ function(self.energy.double() + self.floor) + outside).to(self.vectors.dtype)
-
-    def _values(self, function: Function) -> tuple[Tensor, Tensor]:
-        rest = function(self.energy.new_tensor(self.floor))
-        return rest, function(self.energy + self.floor) - rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +116,6 @@ class CovarianceSum:
     The sum is exact up to a width of ``2 r``. A wider one is multiplied by a random matrix as it is read, and recovered
     by the Nystroem method (Tropp et al., NeurIPS 2017, algorithm 3). Such sums add up over processes, and reading a
     position takes ``4 i r`` multiplications instead of a decomposition every few positions.
-
-    Args:
-        width: ``i``.
-        rank: ``r``.
-        device: of the sums.
     """
 
     def __init__(self, width: int, rank: int = RANK, device: torch.device | str = "cpu"):

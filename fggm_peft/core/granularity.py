@@ -91,15 +91,13 @@ class Granularity(ABC):
         return {"granularity": self.name, **arguments} if arguments else self.name
 
     def __str__(self) -> str:
-        return f"{self.name}({self._arguments()})" if self._arguments() else self.name
+        arguments = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items())
+        return f"{self.name}({arguments})" if arguments else self.name
 
     @property
     def plural(self) -> str:
-        """The units in messages, such as "rows" or "row_blocks (size=64)"."""
-        return f"{self.name.removesuffix('s')}s" + (f" ({self._arguments()})" if self._arguments() else "")
-
-    def _arguments(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in asdict(self).items())
+        """The units in messages, such as "rows" or "row_blocks(size=64)"."""
+        return str(self).replace(self.name, f"{self.name.removesuffix('s')}s", 1)
 
     def sorted_elements(self, indices: Tensor, shape: Shape) -> tuple[Tensor, Tensor | None]:
         """``element_indices``, sorted, and the permutation that sorted them; None if they were sorted already."""

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ DEFAULT_KIND = "default"
 """The key of the floor of all module types that are not named."""
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """The size of a selection before there are scores, provided that no score is 0."""
 
     units: list[int]  # of each weight; with global scope, of an even share
@@ -108,7 +107,7 @@ POLICIES: Registry[type[ThresholdPolicy]] = Registry("threshold policy", named=T
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> ThresholdPolicy:
-    """The policy of a dict that ``to_dict`` returned; ``ValueError`` if a name or a value is illegal."""
+    """The inverse of ``ThresholdPolicy.to_dict``; ``ValueError`` if a name or a value is illegal."""
     return POLICIES.build(data, "policy")
 
 
@@ -177,18 +176,6 @@ class MeanPlusStd(ThresholdPolicy):
         mean = sum(float(r.double().sum()) for r in ranks) / count
         variance = sum(float((r.double() - mean).square().sum()) for r in ranks) / count
         return above(ranks, mean + self.k * variance**0.5)
-
-
-@POLICIES.register("absolute_score")
-@dataclass(frozen=True)
-class AbsoluteScore(ThresholdPolicy):
-    """Select the scores above ``value``; they do not depend on other scores, so there is no global scope."""
-
-    scopes: ClassVar[tuple[str, ...]] = ("layer",)
-    value: float = limited(0.0, lambda v: is_number(v) and v >= 0, "a finite number >= 0")
-
-    def select(self, scores, costs):
-        return above(scores, self.value)
 
 
 def _is_floor(value: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from ..core.covariance import Covariance
 from ..selection.frozen_model import frozen_in_eval_mode
 from ..selection.likelihood import IGNORED
 from ..selection.select import active_adapter
@@ -42,52 +43,19 @@ def predicted_drift(
         )
     drift, harms, outputs = {}, 0.0, 0.0
     for path, target in find_targets(model, adapter_name).items():
-        harm, output = _harm(target, covariance), _output(target, covariance)
+        harm, output = _harm_and_output(target, covariance[path].to(target.indices.device))
         drift[path] = harm / output if output else 0.0
         harms, outputs = harms + harm, outputs + output
     return {**drift, "": harms / outputs if outputs else 0.0}
 
 
 @torch.no_grad()
-def _harm(target: Target, covariance: InputCovariance) -> float:
-    own = covariance[target.path].to(target.indices.device)
-    decay = target.granularity.decay(own, target.indices, target.shape)
-    return float(decay.harm(target.values)) * target.scale**2
-
-
-@torch.no_grad()
-def _output(target: Target, covariance: InputCovariance) -> float:
-    weight, own = target.layer.weight_copy().float(), covariance[target.path]
-    projected = weight @ own.factor.to(weight)
-    return float(projected.square().sum() + own.floor * weight.square().sum())
-
-
-@torch.no_grad()
-def scale_to_budget_(
-    model: nn.Module, harm_budget: float, covariance: InputCovariance | None = None, adapter_name: str | None = None
-) -> float:
-    """Scale an adapter's values down until its predicted drift is at most a budget; call it before a merge.
-
-    The drift is quadratic in the scale, so no search is needed. Final checkpoints often overshoot (PEFT-Arena).
-
-    Args:
-        harm_budget: largest drift of all layers together, such as 0.01.
-        model, covariance, adapter_name: as in ``predicted_drift``.
-
-    Returns:
-        The factor, at most 1.
-
-    Raises:
-        ValueError: the budget is not positive, or the adapter has no statistics.
-    """
-    if not harm_budget > 0:
-        raise ValueError(f"harm_budget must be a number > 0, got {harm_budget!r}")
-    drift = predicted_drift(model, covariance, adapter_name)[""]
-    factor = min(1.0, (harm_budget / drift) ** 0.5) if drift else 1.0
-    if factor < 1:
-        for target in find_targets(model, active_adapter(model, adapter_name)[0]).values():
-            target.values.mul_(factor)
-    return factor
+def _harm_and_output(target: Target, covariance: Covariance) -> tuple[float, float]:
+    """``E |V x|^2`` and ``E |W x|^2``."""
+    decay = target.granularity.decay(covariance, target.indices, target.shape)
+    weight = target.layer.weight_copy().float()
+    output = (weight @ covariance.factor.to(weight)).square().sum() + covariance.floor * weight.square().sum()
+    return float(decay.harm(target.values)) * target.scale**2, float(output)
 
 
 def kl_divergence(

@@ -14,7 +14,7 @@ from ..core.harm_decay import STRENGTH, Decay
 from ..selection.select import active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance, covariance_of
-from .trained import Trained, shrink_, trained_parameters
+from .trained import shrink_, trained_parameters
 
 EVERY = 4
 """Steps between two decays."""
@@ -67,7 +67,7 @@ class HarmDecay:
         self._model: nn.Module | None = None
         self._optimizers: list[Optimizer] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._decays: dict[str, tuple[Trained, Decay]] = {}
+        self._decays: dict[str, tuple[Any, Decay]] = {}  # with the support that it belongs to
 
     def attach(self, model: nn.Module, *optimizers: Optimizer) -> HarmDecay:
         """Decay after the steps of these optimizers of the model's parameters.
@@ -82,7 +82,7 @@ class HarmDecay:
         for optimizer in self._optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"harm decay needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        trained = [self._trained_by(optimizer) for optimizer in self._optimizers]
+        trained = [self._trained_by(optimizer) for optimizer in self._optimizers]  # also records where weights start
         if not any(trained):
             self.remove()
             raise ValueError(
@@ -96,30 +96,23 @@ class HarmDecay:
         """Detach from the optimizers. Nothing remains on them."""
         for handle in self._handles:
             handle.remove()
-        for optimizer in self._optimizers if self._handles else []:
-            for group in optimizer.param_groups:
-                for name in (_STEPS, _PENDING):
-                    group.pop(name, None)
+        for group in (group for optimizer in self._optimizers if self._handles for group in optimizer.param_groups):
+            group.pop(_STEPS, None)
+            group.pop(_PENDING, None)
         self._handles, self._optimizers, self._decays, self._model = [], [], {}, None
 
     @torch.compiler.disable
+    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):  # a fused optimizer skips a step of a loss scaler itself
             return
-        due = []
         for group in optimizer.param_groups:
             group[_PENDING] = group.get(_PENDING, 0.0) + float(group["lr"])
             group[_STEPS] = group.get(_STEPS, 0) + 1
-            if group[_STEPS] % self.every == 0:
-                due.append(group)
-        if due:
-            self._decay(optimizer, due)
-
-    @torch.no_grad()
-    def _decay(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-        trained = self._trained_by(optimizer)
-        for group in groups:
+        due = [group for group in optimizer.param_groups if group[_STEPS] % self.every == 0]
+        trained = self._trained_by(optimizer) if due else {}
+        for group in due:
             sigma, group[_PENDING] = self.strength * group[_PENDING], 0.0
             for parameter in group["params"] if sigma else []:
                 if id(parameter) in trained:
@@ -136,10 +129,10 @@ class HarmDecay:
         for trained in trained_parameters(self._model, self.covariance, self.offload):
             if id(trained.parameter) not in ours:
                 continue
-            last, decay = self._decays.get(trained.name, (None, None))
-            if last is None or decay is None or last.support is not trained.support:
+            support, decay = self._decays.get(trained.name, (None, None))
+            if decay is None or support is not trained.support:
                 decay = trained.decay()
-                self._decays[trained.name] = trained, decay
+                self._decays[trained.name] = trained.support, decay
             decays[id(trained.parameter)] = decay
         return decays
 

@@ -27,11 +27,7 @@ Choices = dict[str, Choice]
 class Measurement:
     """Measures and selects for one adapter. The results are in the attributes.
 
-    Args:
-        task: the pass over the task's data.
-        targets: all targets of the adapter.
-        sources: the parts of the reference.
-        num_samples: a number, None for all, or "auto".
+    ``task`` is the pass over the task's data, and ``num_samples`` is a number, None for all, or "auto".
     """
 
     def __init__(self, task: DataPass, targets: Targets, sources: Sequence[Source], num_samples: Any = None):
@@ -132,13 +128,9 @@ class Measurement:
         reference: Reference | None = None,
         reference_half: int | None = None,
     ) -> Tensor:
-        """The scores of one weight, ``[units]``.
+        """The scores of one weight, ``[units]``, from all samples or from one half of the task's or the reference's.
 
-        Args:
-            totals: statistics of the task; None for a task whose statistics are the same everywhere.
-            half: use one half of the task's samples.
-            reference: by default the whole reference.
-            reference_half: use one half of the reference's samples.
+        Without ``totals``, the statistics of the task are the same everywhere.
         """
         reference = reference or self.reference
         target, names, ranked = self.targets[path], self.criterion.reference, self._ranked_with(path)

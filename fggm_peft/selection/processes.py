@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -47,7 +46,8 @@ class Processes:
         """The sum over processes, the same to the bit on each of them. The tensor itself does not change."""
         if self.size == 1:
             return tensor
-        total = tensor.detach().clone().to(self._device(tensor.device))
+        on_device = tensor.device.type != "cpu" or dist.get_backend() in ("gloo", "mpi", "undefined")
+        total = tensor.detach().clone().to(tensor.device if on_device else PartialState().device)
         dist.all_reduce(total)
         return total.to(tensor.device)
 
@@ -71,7 +71,10 @@ class Processes:
                 raise RuntimeError(f"{action} failed on rank {rank}: {report}")
 
     def require_same(self, what: str, values: Mapping[str, Any], advice: str) -> None:
-        """Raise ``RuntimeError`` on every process unless ``values`` are the same on all; names the first difference."""
+        """Raise ``RuntimeError`` on every process unless ``values`` are the same on all; names the first difference.
+
+        Values are plain types, sets or tensors.
+        """
         texts = {key: json.dumps(value, sort_keys=True, default=_plain) for key, value in values.items()}
         first, *others = self.gather(texts)
         for rank, other in enumerate(others, start=1):
@@ -82,22 +85,8 @@ class Processes:
                         f"the ranks differ in {what}: {key} is {a} on rank 0 and {b} on rank {rank}. {advice}"
                     )
 
-    @staticmethod
-    def _device(device: torch.device) -> torch.device:
-        """A device on which the default group can reduce a tensor of ``device``."""
-        if device.type != "cpu" or dist.get_backend() in ("gloo", "mpi", "undefined"):
-            return device
-        return PartialState().device
-
-
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of named integer tensors, the same on every device and machine."""
-    result = hashlib.sha256()
-    for name, tensor in tensors.items():
-        result.update(name.encode())
-        result.update(tensor.to("cpu", torch.int64).contiguous().numpy().tobytes())
-    return result.hexdigest()
-
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).hexdigest()
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -44,17 +44,11 @@ Trainers, sequences and the command line have a tokenizer and accept files of ge
 
 @dataclass(eq=False)
 class Source:
-    """One part of a reference: the saved statistics of an earlier task, or data that are read during this selection.
-
-    Args:
-        record: the saved statistics.
-        data: a pass over the data, one group of modules at a time.
-        totals: the result of the pass.
-    """
+    """One part of a reference: the saved statistics of an earlier task, or data that are read during this selection."""
 
     record: TaskRecord | None = None
-    data: DataPass | None = None
-    totals: Totals | None = None
+    data: DataPass | None = None  # reads one group of modules at a time
+    totals: Totals | None = None  # of the pass
 
     def values(self, target: Target, statistic: str, half: int | None) -> Tensor:
         """A statistic of a module from all samples or, if the source has halves, from one half of them."""
@@ -123,7 +117,6 @@ def reference_entries(given: ReferenceData, targets: Targets, task: DataPass) ->
     Args:
         given: the argument of ``select_parameters``; None for the config's reference.
         targets: all targets of the adapter, whose delta does not count.
-        task: the pass over the task's data.
 
     Raises:
         ValueError: the config needs a reference and has none, or uses none and has one.
@@ -148,30 +141,24 @@ def reference_entries(given: ReferenceData, targets: Targets, task: DataPass) ->
 
 
 def find_sources(entries: Sequence[Any], targets: Targets, task: DataPass) -> list[Source]:
-    """The parts of the reference of the criterion; empty if it uses none.
+    """The parts of the reference of the criterion, from ``reference_entries``; empty if it uses none.
 
-    Args:
-        entries: the result of ``reference_entries``.
-        targets: all targets of the adapter.
-        task: the pass over the task's data; passes over the reference have the same settings.
+    Passes over a reference have the settings of the pass over the task's data.
 
     Raises:
         ScoreFileError: saved scores do not fit.
     """
-    config = task.config
-    names = CRITERIA[config.criterion].reference
+    config, base = task.config, unwrapped(task.model)
+    names, task_type = CRITERIA[config.criterion].reference, config.task_type or task_type_of(base)
     sources: list[Source] = []
     for entry in entries if names else ():
         if not isinstance(entry, (str, Path)):
-            is_text = (config.task_type or task_type_of(unwrapped(task.model))) == TaskType.CAUSAL_LM
-            prepare, log_likelihood = _with_labels if is_text else None, task.log_likelihood
-            if isinstance(entry, _OwnText):
-                log_likelihood = None
+            prepare = _with_labels if task_type == TaskType.CAUSAL_LM else None
+            log_likelihood = None if isinstance(entry, _OwnText) else task.log_likelihood
             data = replace(task, dataloader=entry, statistics=names, log_likelihood=log_likelihood, prepare=prepare)
             sources.append(Source(data=data))
             continue
-        is_history = entry == "history"
-        for record in history_of(unwrapped(task.model), besides=config) if is_history else [load_record(entry)]:
+        for record in history_of(base, besides=config) if entry == "history" else [load_record(entry)]:
             for path, target in targets.items():
                 for statistic in names:
                     record.require(statistic, path, target.granularity, target.shape)
@@ -196,24 +183,19 @@ def covariance_to_retain(
         history: the statistics of earlier tasks, or None.
 
     Raises:
-        NonFiniteScoreError: an input is NaN or infinite; names the module.
         ScoreFileError: saved statistics do not fit.
-        ValueError: a module is not a linear layer.
     """
-    sources: list[InputCovariance | None] = []
+    sources = []
     for entry in entries:
-        if isinstance(entry, (str, Path)):
-            saved = history if entry == "history" else load_input_covariance(entry)
-            if saved is not None:
-                saved.require_fits(widths)
-            sources.append(saved)
-        else:
+        if not isinstance(entry, (str, Path)):
             sources.append(input_covariance(model, entry, modules=widths, progress=progress))
-    found = [source for source in sources if source is not None]
-    if not found:
+        elif (saved := history if entry == "history" else load_input_covariance(entry)) is not None:
+            saved.require_fits(widths)
+            sources.append(saved)
+    if not sources:
         warnings.warn("the history is empty, so that harm decay has nothing to retain yet", stacklevel=4)
         return InputCovariance.zero(widths)
-    return sum(found[1:], start=found[0])
+    return sum(sources[1:], start=sources[0])
 
 
 def is_text_file(source: Any) -> bool:

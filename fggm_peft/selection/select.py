@@ -31,7 +31,7 @@ from .frozen_model import without_delta
 from .input_covariance import input_covariance
 from .likelihood import LogLikelihood
 from .measure import Measurement
-from .processes import Processes, hash_of
+from .processes import Processes
 from .reference import ReferenceData, covariance_to_retain, find_sources, reference_entries
 from .regret import regret_of
 from .report import ModuleSelection, SelectionReport
@@ -187,8 +187,7 @@ def _write(measured: Measurement, start: float) -> SelectionReport:
     supports = {path: choice.indices for path, choice in measured.choices.items()}
     if not any(map(len, supports.values())):
         raise ValueError(f"the threshold {config.policy()} chooses nothing in any module, so nothing could train")
-    same = {"support": hash_of(supports)}
-    task.processes.require_same("what they selected", same, "Please report this; nothing has been changed.")
+    task.processes.require_same("what they selected", supports, "Please report this; nothing has been changed.")
     write_supports(measured.targets, config, measured.choices)
     base = config.base_model_name_or_path or ""
     record = TaskRecord(config.granularity.to_dict(), measured.samples, base, measured.scores)

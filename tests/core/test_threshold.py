@@ -17,7 +17,6 @@ from fggm_peft.core.errors import NonFiniteScoreError
 from fggm_peft.core.ranking import top_indices
 from fggm_peft.core.threshold import (
     POLICIES,
-    AbsoluteScore,
     MeanPlusStd,
     ParameterBudget,
     ScoreMass,
@@ -32,7 +31,6 @@ FIELDS = {
     "top_density": {"density": densities},
     "score_mass": {"fraction": densities},
     "mean_plus_std": {"k": st.sampled_from([-10.0, -1.0, 0.0, 0.5, 1.0, 2.0])},
-    "absolute_score": {"value": st.sampled_from([0.0, 0.25, 1.0, 100.0])},
     "parameter_budget": {"count": st.integers(4, 40), "floor": st.sampled_from([0.0, 0.1, {"default": 0.25}])},
 }
 # few distinct values give many ties; multiples of 0.25 are exact in every dtype, also divided by a cost of 2 or 4
@@ -255,13 +253,6 @@ def test_mean_plus_std_selects_equal_scores_only_with_a_threshold_below_them():
 
 
 @quick
-@given(weights=scored_weights(), value=FIELDS["absolute_score"]["value"])
-def test_absolute_score_selects_the_scores_above_its_threshold(weights, value):
-    scores, costs = weights
-    assert choose(AbsoluteScore(value), scores, costs) == [[i for i, s in enumerate(v) if s > value] for v in scores]
-
-
-@quick
 @given(weights=scored_weights(costs=(1, 2, 3, 7)), share=st.floats(0, 1))
 def test_a_parameter_budget_is_never_exceeded_and_uses_every_unit_that_fits_at_the_cutoff(weights, share):
     scores, costs = weights
@@ -385,7 +376,6 @@ BAD = [
     (TopDensity, "density", [0, -0.1, 1.01, float("nan"), float("inf"), True, "0.3", None], r"in \(0, 1\]"),
     (ScoreMass, "fraction", [0, -0.1, 1.01, float("nan"), True, "0.9", None], r"in \(0, 1\]"),
     (MeanPlusStd, "k", [float("nan"), float("inf"), -float("inf"), True, "1", None], "a finite number"),
-    (AbsoluteScore, "value", [-0.1, float("nan"), float("inf"), True, "1", None], "a finite number >= 0"),
     (ParameterBudget, "count", [0, -1, 2.5, float("nan"), True, "10", None], "an integer > 0"),
     (ParameterBudget, "floor", [-0.1, 1.01, True, "0.3", None, {"q": 2}, {1: 0.5}], r"in \[0, 1\], or a dict .*"),
 ]

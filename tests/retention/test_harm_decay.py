@@ -272,7 +272,7 @@ def test_the_decay_follows_another_selection():
     optimizer.state.clear()
     train(model, optimizer, 4)
     target = next(iter(find_targets(model, "default").values()))
-    assert decay._decays[f"{target.path}/default"][0].support is target.indices
+    assert decay._decays[f"{target.path}/default"][0] is target.indices
 
 
 def test_a_deleted_or_merged_adapter_no_longer_decays():

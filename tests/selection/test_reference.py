@@ -412,7 +412,7 @@ def test_an_unused_reference_is_rejected():
         FGGMConfig(reference="self")
     with pytest.raises(ValueError, match="uses no reference"):
         select(adapted(llama()), GENERAL)
-    with pytest.raises(ValueError, match="reference must be a name"):
+    with pytest.raises(ValueError, match="reference must be of type"):
         FGGMConfig(criterion="gain_per_harm", reference=[1])
 
 

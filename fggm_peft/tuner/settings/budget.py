@@ -35,7 +35,7 @@ class BudgetSettings:
     )
     threshold: Optional[Union[ThresholdPolicy, dict[str, Any]]] = setting(
         None,
-        "Threshold policy, instead of `density`: TopDensity, ScoreMass, MeanPlusStd, AbsoluteScore or ParameterBudget, "
+        "Threshold policy, instead of `density`: TopDensity, ScoreMass, MeanPlusStd or ParameterBudget, "
         "or the dict that its `to_dict` returns.",
     )
     budget: Optional[Union[int, str]] = setting(
