@@ -85,7 +85,7 @@ class Layout:
 
     def positions(self, path: str, x: Tensor) -> Tensor:
         """The positions of a linear layer's input that are no padding, ``[n, i]``; samples need not be known."""
-        has_axis = bool(self.axes) and self.axes.get(path) is not None
+        has_axis = (self.axes or {}).get(path) is not None
         split = self._split(path, x) if has_axis else x
         if split is None or self.samples == 1:
             split = x.reshape(1, -1, x.shape[-1])
