@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -30,22 +30,10 @@ from .tuner.target import Target, Targets, find_targets
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-LABELS = {
-    "adapter_bytes": "adapter file, without its header",
-    "score_bytes": "running scores of the selection pass",
-    "base_bytes": "base model, quantized weights as stored",
-    "value_bytes": "trainable values and indices",
-    "gradient_bytes": "gradients of the values",
-    "optimizer_bytes": "optimizer state",
-    "activation_bytes": "activations, logits and temporaries at the peak",
-    "peak_bytes": "peak of a training step",
-    "selection_bytes": "peak of the selection pass, in batches of that size",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class CostEstimate:
-    """What training an adapter will cost, in values and bytes. ``LABELS`` describes the fields.
+    """What training an adapter will cost, in values and bytes. The text shows the meaning of each field.
 
     ``trainable_values`` includes modules that train whole. If it depends on scores, every figure is an upper bound, and
     ``least_values`` is the lower bound of the values. (A unit whose score is 0 is never chosen, which can lower the
@@ -58,15 +46,15 @@ class CostEstimate:
 
     trainable_values: int
     least_values: int
-    adapter_bytes: int
-    score_bytes: int
-    base_bytes: int
-    value_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    activation_bytes: int
-    peak_bytes: int
-    selection_bytes: int
+    adapter_bytes: int = field(metadata={"label": "adapter file, without its header"})
+    score_bytes: int = field(metadata={"label": "running scores of the selection pass"})
+    base_bytes: int = field(metadata={"label": "base model, quantized weights as stored"})
+    value_bytes: int = field(metadata={"label": "trainable values and indices"})
+    gradient_bytes: int = field(metadata={"label": "gradients of the values"})
+    optimizer_bytes: int = field(metadata={"label": "optimizer state"})
+    activation_bytes: int = field(metadata={"label": "activations, logits and temporaries at the peak"})
+    peak_bytes: int = field(metadata={"label": "peak of a training step"})
+    selection_bytes: int = field(metadata={"label": "peak of the selection pass, in batches of that size"})
 
     @property
     def depends_on_scores(self) -> bool:
@@ -83,7 +71,9 @@ class CostEstimate:
         lines = [f"{self.trainable_values:,} trainable values"]
         if self.depends_on_scores:
             lines = [f"at most {lines[0]} ({self.least_values:,} to {self.trainable_values:,}, depending on scores)"]
-        return "\n".join([*lines, *(f"{decimal(getattr(self, name)):>10}  {label}" for name, label in LABELS.items())])
+        sizes = [part for part in fields(self) if "label" in part.metadata]
+        lines += [f"{decimal(getattr(self, part.name)):>10}  {part.metadata['label']}" for part in sizes]
+        return "\n".join(lines)
 
 
 def estimate(

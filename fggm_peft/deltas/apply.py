@@ -80,19 +80,13 @@ def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequen
     """Add deltas to the weight of one layer, or to its sidecar if it is quantized."""
     added = [delta.to(layer.device) for delta in deltas]
     if layer.quantization_backend is not None:
-        replace_module(model, path, with_sidecar(layer.get_base_layer(), added))
+        model.set_submodule(path, with_sidecar(layer.get_base_layer(), added))
         return unchanged(added)
     weight = layer.get_base_layer().weight.detach()
     matrix = layer.matrix(weight)
     record = total([add_to_dense_(matrix, delta, False)[0] for delta in added])
     layer.write_back_(weight, matrix)
     return record
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put another module at a path."""
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _replaced_parameters(model: nn.Module, delta: SparseDelta) -> Mapping[str, Tensor]:

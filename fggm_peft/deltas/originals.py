@@ -19,7 +19,6 @@ from ..core.weight_delta import in_one_granularity, union
 from ..tuner.files.atomic import read_tensors, write_tensors
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.sidecar import Sidecar, sidecar_deltas, with_sidecar, without_sidecar
-from .apply import replace_module
 from .delta import ModuleDelta, SparseDelta
 
 _FORMAT = "fggm_originals 1"
@@ -113,7 +112,7 @@ def remove_task_(
             layer.write_back_(layer.get_base_layer().weight.detach(), originals[path].with_deltas(layer, others))
         else:
             bare = without_sidecar(layer.get_base_layer())
-            replace_module(model, path, with_sidecar(bare, others) if others else bare)
+            model.set_submodule(path, with_sidecar(bare, others) if others else bare)
 
 
 def _is_sidecar(layer: FGGMLayer, deltas: Sequence[ModuleDelta]) -> bool:
