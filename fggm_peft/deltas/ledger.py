@@ -18,7 +18,7 @@ from ..core.errors import AdapterFileError
 from ..tuner.files.atomic import digest_of_folder, file_name, write_json
 from ..tuner.files.hub import user_path
 from ..tuner.files.tensors import is_trained_whole
-from ..tuner.merging.report import MergeReport
+from ..tuner.merging.merge import MergeReport
 from .apply import apply_deltas, layers_to_change
 from .delta import SparseDelta
 from .originals import Originals, read_originals, remove_task_, write_originals

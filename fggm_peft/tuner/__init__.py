@@ -4,7 +4,7 @@ from .config import FGGMConfig
 from .files.input_covariance import InputCovariance
 from .layer import FGGMLayer
 from .layer_types import LAYER_TYPES, FGGMLinear, LayerType
-from .merging.report import MergeReport, ModuleMerge
+from .merging.merge import MergeReport, ModuleMerge
 from .model import FGGMModel
 from .registration import register
 from .settings.selection import require_reference

@@ -62,8 +62,6 @@ class AdapterState(BaseTunerLayer):
         self.selected[adapter_name] = False
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    # Supports and values ------------------------------------------------------------------------
-
     @property
     def index_dtype(self) -> torch.dtype:
         """int32, or int64 for a weight of 2**31 entries or more."""
@@ -130,8 +128,6 @@ class AdapterState(BaseTunerLayer):
                 self._frozen_empty.add(name)
                 values.requires_grad_(False)
 
-    # PEFT's interface ---------------------------------------------------------------------------
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.freeze_empty_()
@@ -152,8 +148,6 @@ class AdapterState(BaseTunerLayer):
         for tensors in (self.fggm_values, self.fggm_indices):
             if device is not None and adapter_name in tensors and not tensors[adapter_name].is_meta:
                 tensors[adapter_name] = tensors[adapter_name].to(device)
-
-    # Deltas -------------------------------------------------------------------------------------
 
     def delta(self, adapter_name: str) -> WeightDelta:
         """The adapter's sparse delta of the weight."""

@@ -20,21 +20,14 @@ from .hosts.sharding import whole
 from .merging.sidecar import SidecarHook, sidecar_deltas
 
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-# names in torchao's two families of tensors
-_INPUT_QUANTIZATION = ("act_quant_kwargs", "activation_quantization")
+_INPUT_QUANTIZATION = ("act_quant_kwargs", "activation_quantization")  # names in torchao's two families of tensors
 
 
 class BaseWeight(BaseTunerLayer):
-    """The part of ``FGGMLayer`` that reads the base layer's weight.
-
-    Throughout the library a weight is a matrix ``[o, i]``. A layer type says how its weight is stored.
-    """
+    """The part of ``FGGMLayer`` that reads the base layer's weight, a matrix ``[o, i]`` throughout the library."""
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any):
         self.base_layer = base_layer
-        self.in_features: int
-        self.out_features: int
         self.in_features, self.out_features = self._features()
         self._quantization_kwargs = quantization_kwargs
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
@@ -111,13 +104,12 @@ class BaseWeight(BaseTunerLayer):
         """Whether the output may be computed from a copy of the weight, without calling the base layer.
 
         False if another tuner wraps the base layer, or if it has hooks, is offloaded, trains, has a forward of its own
-        or cannot be dequantized. Then only its output is used.
+        or cannot be dequantized.
         """
         base = self.base_layer
         hooks = [hook for name in _HOOK_DICTS for hook in getattr(base, name).values()]
-        if base is not self.get_base_layer() or is_offloaded(base):
-            return False
-        if not all(isinstance(hook, SidecarHook) for hook in hooks):
+        has_other_hooks = not all(isinstance(hook, SidecarHook) for hook in hooks)
+        if base is not self.get_base_layer() or is_offloaded(base) or has_other_hooks:
             return False
         if self.quantization_backend is not None:
             return self.quantization_backend.supports_merge

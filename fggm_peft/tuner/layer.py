@@ -1,8 +1,4 @@
-"""``FGGMLayer``: a base layer with the sparse deltas of its adapters.
-
-The state of the adapters is in ``adapter_state``, access to the base weight in ``base_weight``, and the types of layers
-in ``layer_types``.
-"""
+"""``FGGMLayer``: a base layer with the sparse deltas of its adapters; its subclasses are in ``layer_types``."""
 
 from __future__ import annotations
 
@@ -24,15 +20,8 @@ from ..core.ranking import all_finite
 from ..core.weight_delta import WeightDelta
 from .adapter_state import AdapterState
 from .base_weight import BaseWeight
-from .merging.merge import (
-    MIN_SURVIVAL,
-    add_to_dense_,
-    lossy_merge_error,
-    not_finite_error,
-    requantized,
-    require_requantizable,
-)
-from .merging.report import MergeReport, ModuleMerge, compare, total, unchanged
+from .merging import merge as merging
+from .merging.merge import ModuleMerge
 from .merging.sidecar import with_sidecar
 from .several.mixed_batches import mixed_batch_forward
 
@@ -53,8 +42,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         self.fggm_originals = BufferDict(persistent=False)
         # base layers that a merge has replaced, oldest first; a list hides them from torch, see _apply
         self._replaced_bases: list[nn.Module] = []
-
-    # Layer types --------------------------------------------------------------------------------
 
     reads_inputs = True
     """Whether the layer is called with the input that its weight multiplies; otherwise see ``tuner.parameters``."""
@@ -87,15 +74,12 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         """This weight ``[o, i]`` as a view of the module's parameter, or of its gradient."""
         return self.matrix(parameter)
 
-    # Forward ------------------------------------------------------------------------------------
-
     def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         deltas = self.current_deltas()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        if not deltas and not self.needs_weight_for_gradients(x):
+        is_plain = self.disable_adapters or self.merged
+        if is_plain or (not deltas and not self.needs_weight_for_gradients(x)):
             return self.base_layer(x, *args, **kwargs)
         return self.adapted_forward(deltas, x, *args, **kwargs)
 
@@ -138,23 +122,18 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         keep_originals: bool = True,
-        quantized_merge: str | None = None,
+        is_decided: bool = False,
     ) -> ModuleMerge | None:
-        """Merge adapters into the base layer.
+        """Merge adapters into the base layer; see ``FGGMModel.merge_adapter`` for the errors.
 
         Args:
             safe_merge: raise before anything changes if the merged weights are not finite.
             adapter_names: by default the active adapters.
             keep_originals: keep what ``unmerge`` needs to restore the base bit for bit.
-            quantized_merge: overrides the adapter's mode.
+            is_decided: whether ``quantized_merge="auto"`` was decided for the whole model, by ``check_merge``.
 
         Returns:
             What the merge did to the delta; None if there was nothing to merge.
-
-        Raises:
-            ValueError: the merged weights are not finite, with ``safe_merge``.
-            LossyMergeError: a quantized base would lose part of the delta (``quantized_merge="auto"``).
-            TypeError: the quantization backend cannot requantize.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fggm_values]
         if not names:
@@ -162,7 +141,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         if self.quantization_backend is None:
             report = self._merge_dense_(names, safe_merge, keep_originals)
         else:
-            replacement, report = self.quantized_replacement(names, safe_merge, quantized_merge)
+            replacement, report = self.quantized_replacement(names, safe_merge, is_decided)
             if keep_originals:
                 self._replaced_bases.append(self.base_layer)
             self._set_base(replacement)
@@ -176,61 +155,59 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         matrix = self.matrix(base.weight.detach())
         records = []
         for name in names:
-            record, originals = add_to_dense_(matrix, self.delta(name), keep_originals)
+            record, originals = merging.add_to_dense_(matrix, self.delta(name))
             records.append(record)
-            if originals is not None:
+            if keep_originals:
                 self.fggm_originals[name] = originals
         self.write_back_(base.weight.detach(), matrix)
-        return total(records)
+        return merging.total(records)
 
     def _require_finite(self, names: list[str]) -> None:
         matrix = self.matrix(self.get_base_weight())
         for name in names:
             delta = self.delta(name)
             if not all_finite(delta.granularity.added(matrix, delta.indices, delta.values.detach(), delta.scale)):
-                raise not_finite_error(name)
+                raise merging.not_finite_error(name)
 
     @torch.no_grad()
     def quantized_replacement(
-        self, names: list[str], safe: bool, mode: str | None = None
+        self, names: list[str], safe: bool, is_decided: bool = False
     ) -> tuple[nn.Module, ModuleMerge]:
         """A new base layer with the deltas merged into it; this layer does not change. See ``merge``."""
-        mode = mode or self.quantized_merge[names[0]]
+        mode = self.quantized_merge[names[0]]
         base, deltas = self.get_base_layer(), [self.delta(name) for name in names]
         if mode == "keep":
             if safe and not all(all_finite(delta.values) for delta in deltas):
-                raise not_finite_error(names[0])
-            replacement, report = with_sidecar(base, deltas), unchanged(deltas)
+                raise merging.not_finite_error(names[0])
+            replacement, report = with_sidecar(base, deltas), merging.unchanged(deltas)
         else:
-            require_requantizable(self.quantization_backend)
+            merging.require_requantizable(self.quantization_backend)
             before = self.get_base_weight().detach()
             after = effective_weight(before.to(torch.promote_types(before.dtype, torch.float32), copy=True), deltas)
             if safe and not all_finite(after):
-                raise not_finite_error(names[0])
-            replacement = requantized(base, self.quantization_backend, after.to(before.dtype))
+                raise merging.not_finite_error(names[0])
+            replacement = merging.requantized(base, self.quantization_backend, after.to(before.dtype))
             now = self.quantization_backend.get_base_weight(replacement)
-            report = compare(now.float() - before.float(), (after - before).float(), "requantized")
-            if mode == "auto" and report.survived < MIN_SURVIVAL:
-                raise lossy_merge_error(MergeReport([report]))
+            report = merging.compare(now.float() - before.float(), (after - before).float(), "requantized")
+            if mode == "auto" and not is_decided and report.survived < merging.MIN_SURVIVAL:
+                raise merging.lossy_merge_error(report)
         return replacement, report
 
-    def pending(self, names: list[str] | None) -> list[str]:
-        """The named adapters, by default the active ones, that this layer has and has not merged."""
-        names = self.active_adapters if names is None else names
-        return [name for name in names if name in self.fggm_values and name not in self.merged_adapters]
-
-    def check_merge(self, names: list[str], safe: bool) -> ModuleMerge | None:
+    def check_merge(self, names: list[str] | None, safe: bool) -> ModuleMerge | None:
         """Raise the errors of ``merge`` without changing anything; returns the loss that mode "auto" decides about."""
+        names = self.active_adapters if names is None else names
+        names = [name for name in names if name in self.fggm_values and name not in self.merged_adapters]
+        if not names:
+            return None
         mode = self.quantized_merge[names[0]]
         if self.quantization_backend is None:
             if safe:
                 self._require_finite(names)
-        elif mode == "auto":
-            return self.quantized_replacement(names, safe, "requantize")[1]
-        elif safe:
-            self.quantized_replacement(names, safe, mode)
+        elif safe or mode == "auto":
+            report = self.quantized_replacement(names, safe, is_decided=True)[1]
+            return report if mode == "auto" else None
         elif mode == "requantize":
-            require_requantizable(self.quantization_backend)  # without the cost of requantizing twice
+            merging.require_requantizable(self.quantization_backend)  # without the cost of requantizing twice
         return None
 
     def unmerge(self) -> None:

@@ -16,13 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from ..core.kernels import is_recording
-from ..core.linear import (
-    WeightDelta,
-    additive_linear,
-    effective_linear,
-    effective_matrix,
-    is_autocast,
-)
+from ..core.linear import WeightDelta, additive_linear, effective_linear, effective_matrix, is_autocast
 from ..core.per_sample import EmbeddingGradients, GroupedGradients, LinearGradients, unfold_convolution
 from ..core.registry import Registry
 from .layer import FGGMLayer
@@ -71,7 +65,8 @@ class FGGMLinear(FGGMLayer):
     def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
         dtype = self._compute_dtype(x)
         # the additive form consists of plain operators; sizes must not be read while a program is recorded
-        additive = is_recording() or (not torch.is_grad_enabled() and _positions(x) < _MIN_POSITIONS_TO_COPY)
+        positions = x.numel() // max(1, x.shape[-1])
+        additive = is_recording() or (not torch.is_grad_enabled() and positions < _MIN_POSITIONS_TO_COPY)
         if dtype is None or additive or args or kwargs or not self.can_copy_weight():
             return super().adapted_forward(deltas, x, *args, **kwargs)
         bias = None if self.base_layer.bias is None else self.base_layer.bias.to(dtype)
@@ -181,11 +176,6 @@ class FGGMEmbedding(FGGMLayer):
         return (tokens == (-1 if padding is None else padding))[..., None]
 
 
-def _positions(x: Tensor) -> int:
-    """Number of rows of ``x`` as a matrix ``[n, i]``."""
-    return x.numel() // max(1, x.shape[-1])
-
-
 def _tokens(tensor: Tensor) -> Tensor:
     """``[b, ..., f]`` as ``[b, t, f]``."""
     return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(1, -2)
@@ -200,11 +190,7 @@ def _concatenated(calls: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGMLayer:
-    """Wrap a targeted layer.
-
-    Args:
-        base_layer: the layer, or another tuner's layer around it.
-        name: its module path, for the error.
+    """Wrap a targeted layer, or another tuner's layer around it; ``name`` is its module path, for the error.
 
     Raises:
         TypeError: the layer's type is not supported; the message lists the supported types.
@@ -221,12 +207,11 @@ def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGML
     floating = isinstance(weight, Tensor) and weight.is_floating_point() and not is_traceable_wrapper_subclass(weight)
     # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear and never calls the layer
     if floating and not isinstance(target, NonDynamicallyQuantizableLinear):
-        for layer_type in (LAYER_TYPES[description] for description in reversed(list(LAYER_TYPES))):
-            if layer_type.matches(target):
-                return layer_type.layer_class(base_layer, **quantization_kwargs)
-    supported = ", ".join(LAYER_TYPES)
+        for description in reversed(list(LAYER_TYPES)):
+            if LAYER_TYPES[description].matches(target):
+                return LAYER_TYPES[description].layer_class(base_layer, **quantization_kwargs)
     raise TypeError(
-        f"{name or 'the targeted module'} is a {type(target).__module__}.{type(target).__qualname__}, which FGGM "
-        f"does not support. Supported are {supported}, and linear layers quantized by bitsandbytes, HQQ, torchao, "
-        "GPTQ, AWQ, AQLM, EETQ, INC or Transformer Engine (Linear). Leave it out with `exclude_modules`."
+        f"{name or 'the targeted module'} is a {type(target).__module__}.{type(target).__qualname__}, which FGGM does "
+        f"not support. Supported are {', '.join(LAYER_TYPES)}, and linear layers quantized by bitsandbytes, HQQ, "
+        "torchao, GPTQ, AWQ, AQLM, EETQ, INC or Transformer Engine (Linear). Leave it out with `exclude_modules`."
     )

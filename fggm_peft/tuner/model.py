@@ -27,8 +27,7 @@ from .hosts.quantized_targets import expand_all_linear_
 from .hosts.sharding import plain_name, require_unsharded
 from .layer import FGGMLayer
 from .layer_types import FGGMLinear
-from .merging.merge import MIN_SURVIVAL, lossy_merge_error
-from .merging.report import MergeReport
+from .merging.merge import MIN_SURVIVAL, MergeReport, lossy_merge_error
 from .parameters import FGGMParameter, FGGMParameters, matched_parameters, replace_everywhere_, targeted_layers
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
@@ -48,11 +47,6 @@ class FGGMModel(BaseTuner):
     An adapter whose criterion needs data starts empty, and ``fggm_peft.select_parameters`` chooses its support. The
     support of other adapters is chosen here.
 
-    Args:
-        model: the model to adapt.
-        config: an ``FGGMConfig``.
-        adapter_name: the adapter's name.
-
     Raises:
         TypeError: the type of a targeted module is not supported.
         ValueError: a targeted weight or the budget does not fit the config.
@@ -61,8 +55,6 @@ class FGGMModel(BaseTuner):
     prefix: str = "fggm_"
     tuner_layer_cls = FGGMLayer
     target_module_mapping: dict[str, list[str]] = {}
-
-    # Injection ----------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if peft_config.target_modules is None and not peft_config.target_parameters:
@@ -149,11 +141,10 @@ class FGGMModel(BaseTuner):
     def _choose_without_data(self, config: FGGMConfig, targets: Targets) -> None:
         """Choose the support now if the criterion needs no data, and the config is not that of a saved adapter."""
         on_meta = any(target.values.is_meta for target in targets.values())
-        if not config.is_chosen_without_data or on_meta or not targets or config.support_sizes:
-            return
-        config.selection = None
-        choices = choose_supports(targets, config, lambda path: criterion_scores(targets[path], config))
-        write_supports(targets, config, choices)
+        if config.is_chosen_without_data and targets and not on_meta and not config.support_sizes:
+            config.selection = None
+            choices = choose_supports(targets, config, lambda path: criterion_scores(targets[path], config))
+            write_supports(targets, config, choices)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Like PEFT's, but values keep the config's ``training_dtype``."""
@@ -165,12 +156,9 @@ class FGGMModel(BaseTuner):
             # an adapter that awaits its file may have another dtype
             target.values.data = target.values.data.to(target.layer.values_dtype(config))
 
-    # Several adapters ---------------------------------------------------------------------------
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
-        with adapter_of_each_sample(self, FGGMLayer, names, beams):
+        with adapter_of_each_sample(self, FGGMLayer, kwargs.get("adapter_names"), kwargs.get("num_beams")):
             yield
 
     def add_weighted_adapter(
@@ -204,8 +192,6 @@ class FGGMModel(BaseTuner):
             return
         how = Combination(combination_type, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
-
-    # Merging ------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> MergeReport:
         """Merge adapters into the base; ``unmerge_adapter`` restores it bit for bit.
@@ -243,13 +229,8 @@ class FGGMModel(BaseTuner):
             with onload_layer(layer):
                 if not isinstance(layer, FGGMLayer):  # another method's layer in a mixed model
                     layer.merge(safe_merge=safe_merge, adapter_names=names)
-                else:
-                    modes = [layer.quantized_merge[name] for name in layer.pending(names)]
-                    # "auto" was decided for the whole model above
-                    mode = "requantize" if modes[:1] == ["auto"] else None
-                    record = layer.merge(safe_merge, names, keep_originals, quantized_merge=mode)
-                    if record is not None:
-                        records.append(replace(record, name=path))
+                elif record := layer.merge(safe_merge, names, keep_originals, is_decided=True):
+                    records.append(replace(record, name=path))
         report = MergeReport(records)
         logger.info("%s", report)
         return report
@@ -257,8 +238,7 @@ class FGGMModel(BaseTuner):
     def _check_merge(self, tuner_layers: dict[str, BaseTunerLayer], names: list[str] | None, safe: bool) -> None:
         records = []
         for path, layer in tuner_layers.items():
-            pending = layer.pending(names) if isinstance(layer, FGGMLayer) else []
-            if pending and (record := layer.check_merge(pending, safe)) is not None:
+            if isinstance(layer, FGGMLayer) and (record := layer.check_merge(names, safe)):
                 records.append(replace(record, name=path))
         report = MergeReport(records)
         if report.survived < MIN_SURVIVAL:
@@ -282,8 +262,6 @@ class FGGMModel(BaseTuner):
             replace_everywhere_(self.model, child, new_module)
         else:
             setattr(parent, child_name, new_module)
-
-    # Files --------------------------------------------------------------------------------------
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):

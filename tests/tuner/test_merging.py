@@ -174,13 +174,10 @@ def test_merging_gives_the_sum_and_the_record_of_all_entries(granularity, dtype,
     indices = torch.arange(0, kind.units((13, 11)), 3, dtype=torch.int32)
     delta = WeightDelta(kind, indices, 0.1 * torch.randn(kind.values_shape((13, 11), len(indices))), scale)
     after = before.clone()
-    record, old = merging.add_to_dense_(after, delta, True)
+    record, old = merging.add_to_dense_(after, delta)
     expected = before.clone()
     kind.add_(expected, indices, delta.values, scale)
     assert torch.equal(after, expected) and torch.equal(old, kind.gather(before, indices))
-    for_good = before.clone()
-    assert merging.add_to_dense_(for_good, delta, False) == (record, None)
-    assert torch.equal(for_good, expected)
     change, meant = after.double() - before.double(), torch.zeros(13, 11, dtype=torch.float64)
     kind.add_(meant, indices, delta.values.double(), scale)
     assert record.delta_norm == pytest.approx(float(meant.norm()), rel=1e-5)
@@ -192,7 +189,7 @@ def test_a_delta_below_float32_resolution_merges_into_float64_and_is_recorded(gr
     kind, weight = granularity_from(granularity), torch.randn(5, 4, dtype=torch.float64)
     indices = torch.tensor([1, 3], dtype=torch.int32)
     values = torch.full(kind.values_shape((5, 4), 2), 1e-10, dtype=torch.float64)
-    record, _ = merging.add_to_dense_(weight, WeightDelta(kind, indices, values, 1.0), False)
+    record, _ = merging.add_to_dense_(weight, WeightDelta(kind, indices, values, 1.0))
     assert record.survived == pytest.approx(1, abs=1e-4)
 
 
@@ -200,5 +197,5 @@ def test_merging_an_empty_delta_changes_nothing(granularity):
     kind, weight = granularity_from(granularity), torch.randn(5, 4)
     delta = WeightDelta(kind, torch.zeros(0, dtype=torch.int32), torch.zeros(kind.values_shape((5, 4), 0)), 1.0)
     after = weight.clone()
-    record, _ = merging.add_to_dense_(after, delta, True)
+    record, _ = merging.add_to_dense_(after, delta)
     assert torch.equal(after, weight) and record.delta_norm == record.error_norm == 0 and record.survived == 1

@@ -1,4 +1,4 @@
-"""Merging sparse deltas into weights.
+"""Merging sparse deltas into weights, and the report of what a merge did.
 
 A dense weight gets a delta in place: added in float32, rounded once, with the changed entries saved so that unmerging
 restores them bit for bit. A quantized layer is replaced by a new layer, and unmerging puts the old one back.
@@ -7,6 +7,8 @@ restores them bit for bit. A quantized layer is replaced by a new layer, and unm
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,21 +18,88 @@ from torch import Tensor, nn
 from ...core.errors import LossyMergeError
 from ...core.granularity import sum_rounded_once
 from ...core.weight_delta import WeightDelta
-from .report import MergeReport, ModuleMerge, compare
 
 MIN_SURVIVAL = 0.95
 """Share of a delta that must survive requantization with ``quantized_merge="auto"``."""
 
 
-def add_to_dense_(matrix: Tensor, delta: WeightDelta, keep_originals: bool) -> tuple[ModuleMerge, Tensor | None]:
-    """Add a delta to a weight ``[o, i]`` in place; returns a record and, if they are kept, the original entries."""
+@dataclass(frozen=True)
+class ModuleMerge:
+    """What a merge did, or would do, to the delta of one module.
+
+    Args:
+        delta_norm: Frobenius norm of the delta.
+        projection: inner product of the weight's actual change with the delta.
+        error_norm: Frobenius norm of (actual change - delta).
+        outcome: "added", "requantized" or "kept".
+        name: module path.
+    """
+
+    delta_norm: float
+    projection: float
+    error_norm: float
+    outcome: str
+    name: str = ""
+
+    @property
+    def survived(self) -> float:
+        """Share of the delta that is in the weight: the projection of the weight's change on the delta."""
+        return self.projection / self.delta_norm**2 if self.delta_norm else 1.0
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did to the deltas of all modules."""
+
+    modules: list[ModuleMerge]
+
+    @property
+    def survived(self) -> float:
+        """Share of the whole delta that is in the weights."""
+        return total(self.modules).survived if self.modules else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        modules = {m.name: {**asdict(m), "survived": m.survived} for m in self.modules}
+        return {"survived": self.survived, "modules": modules}
+
+    def __str__(self) -> str:
+        outcomes = sorted({m.outcome for m in self.modules})
+        counts = ", ".join(f"{sum(m.outcome == o for m in self.modules)} {o}" for o in outcomes)
+        return f"MergeReport({len(self.modules)} modules: {counts or 'nothing merged'}; {self.survived:.2%} survived)"
+
+
+def compare(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
+    """Compare the actual change of a weight with the exact delta, entry by entry, in the dtype of both."""
+    change, delta = change.flatten(), delta.flatten()
+    error = change - delta
+    square, projection, error_square = torch.stack([delta.dot(delta), change.dot(delta), error.dot(error)]).tolist()
+    return ModuleMerge(square**0.5, projection, error_square**0.5, outcome)
+
+
+def unchanged(deltas: Sequence[WeightDelta]) -> ModuleMerge:
+    """The record of deltas in a sidecar, which are exact."""
+    square = sum(float((delta.values.detach() * delta.scale).double().square().sum()) for delta in deltas)
+    return ModuleMerge(square**0.5, square, 0.0, "kept")
+
+
+def total(records: Sequence[ModuleMerge]) -> ModuleMerge:
+    """The records of several deltas as one."""
+    return ModuleMerge(
+        delta_norm=sum(r.delta_norm**2 for r in records) ** 0.5,
+        projection=sum(r.projection for r in records),
+        error_norm=sum(r.error_norm**2 for r in records) ** 0.5,
+        outcome=records[0].outcome,
+    )
+
+
+def add_to_dense_(matrix: Tensor, delta: WeightDelta) -> tuple[ModuleMerge, Tensor]:
+    """Add a delta to a weight ``[o, i]`` in place; returns a record and the original entries."""
     granularity, values = delta.granularity, delta.values.detach()
     wide = torch.promote_types(matrix.dtype, torch.float32)
     before = granularity.gather(matrix, delta.indices)
     after = sum_rounded_once(before, values, delta.scale)
     granularity.put_(matrix, delta.indices, after)
-    report = compare(after.to(wide) - before.to(wide), values.to(wide) * delta.scale, "added")
-    return report, before if keep_originals else None
+    return compare(after.to(wide) - before.to(wide), values.to(wide) * delta.scale, "added"), before
 
 
 def not_finite_error(adapter_name: str) -> ValueError:
@@ -41,8 +110,7 @@ def require_requantizable(backend: Any) -> None:
     """Raise ``TypeError`` unless PEFT's quantization backend can read and write weights."""
     if not backend.supports_merge:
         raise TypeError(
-            f"{backend.backend_name} layers cannot be requantized. "
-            'Set quantized_merge="keep" on the config to keep the delta beside the base.'
+            f"{backend.backend_name} layers cannot be requantized. Set quantized_merge='keep' on the config."
         )
 
 
@@ -55,7 +123,7 @@ def requantized(base: nn.Module, backend: Any, weight: Tensor) -> nn.Module:
     return holder.base_layer.train(base.training)
 
 
-def lossy_merge_error(report: MergeReport) -> LossyMergeError:
+def lossy_merge_error(report: MergeReport | ModuleMerge) -> LossyMergeError:
     """The error of mode "auto", with the surviving share and the alternatives."""
     return LossyMergeError(
         f"requantizing the merged weights would keep {report.survived:.1%} of the delta, less than the "

@@ -37,12 +37,7 @@ COMBINATIONS = {
 
 @dataclass(frozen=True)
 class Combination:
-    """How several tensors become one; by default as a weighted sum.
-
-    Args:
-        kind: PEFT's name, see ``COMBINATIONS``.
-        density: share of a dense delta's entries that pruning keeps.
-        majority_sign_method: how "ties" and "dare_ties" count the majority of signs.
+    """How several tensors become one, see ``FGGMModel.add_weighted_adapter``; by default as a weighted sum.
 
     Raises:
         ValueError: an argument is not legal.
@@ -56,10 +51,8 @@ class Combination:
         require_one_of("combination_type", self.kind, COMBINATIONS)
         require_one_of("majority_sign_method", self.majority_sign_method, ("total", "frequency"))
         if self.kind != "linear" and (self.density is None or not 0 < self.density <= 1):
-            raise ValueError(
-                f"combination_type {self.kind!r} keeps the share `density` of each delta, in (0, 1], got "
-                f"{self.density!r}"
-            )
+            rule = "keeps the share `density` of each delta, in (0, 1]"
+            raise ValueError(f"combination_type {self.kind!r} {rule}, got {self.density!r}")
 
     def of(self, tensors: Sequence[Tensor], weights: Sequence[float], entries: int) -> Tensor:
         """Combine tensors of one shape; ``density`` is a share of the ``entries`` of a dense delta."""
@@ -121,9 +114,8 @@ def add_weighted_adapter(
     for path, target in find_targets(model.model, adapter_name).items():
         terms = [(sources[name][path], w) for name, w in zip(adapters, weights, strict=True) if path in sources[name]]
         _fill(target, terms, how)
-    with torch.no_grad():
-        for wrapper, name in wrappers.items():
-            wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[name].state_dict())
+    for wrapper, name in wrappers.items():
+        wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[name].state_dict())
 
 
 def _sources(model: FGGMModel, adapters: Sequence[str]) -> dict[str, Targets]:
@@ -172,8 +164,7 @@ def _fill(target: Target, terms: Sequence[tuple[Target, float]], how: Combinatio
         return
     deltas, weights = [source.delta() for source, _ in terms], [weight for _, weight in terms]
     total = combine(deltas, weights, target.granularity, target.shape, how)
-    dim = target.granularity.unit_dim
-    nonzero = total.values.movedim(dim, 0).reshape(len(total.indices), -1).any(1)
-    target.layer.set_support(target.adapter_name, total.indices[nonzero])
-    with torch.no_grad():
-        target.values.copy_(total.values.index_select(dim, nonzero.nonzero()[:, 0]))
+    values = total.values.movedim(target.granularity.unit_dim, 0).unsqueeze(-1).flatten(1)
+    total = total.restricted(values.any(1).nonzero()[:, 0])
+    target.layer.set_support(target.adapter_name, total.indices)
+    target.values.data.copy_(total.values)
