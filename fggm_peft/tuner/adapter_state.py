@@ -102,12 +102,7 @@ class AdapterState(BaseTunerLayer):
             self.fggm_indices[adapter_name] = indices.new_zeros(k, dtype=self.index_dtype)
 
     def set_support(self, adapter_name: str, indices: Tensor, generator: torch.Generator | None = None) -> None:
-        """Set the units that train, with values of zero.
-
-        Args:
-            indices: ``[k]`` integers, sorted, unique, in range.
-            generator: draws normal starting values instead of zeros; for tests only.
-        """
+        """Set the units that train (``[k]``, sorted, unique), with values of zero, or normal ones for tests."""
         self.resize_(adapter_name, len(indices))
         self.fggm_indices[adapter_name].copy_(indices)
         data = self.fggm_values[adapter_name].detach()
@@ -116,11 +111,7 @@ class AdapterState(BaseTunerLayer):
         self.freeze_empty_()
 
     def freeze_empty_(self) -> None:
-        """Freeze the values of empty supports, which never get a gradient.
-
-        DDP would wait for the gradient, FSDP2 would miss the optimizer state on resuming, and ZeRO-3 would fail to
-        fetch the values.
-        """
+        """Freeze the values of empty supports: DDP would wait for their gradient, and FSDP2 and ZeRO-3 would fail."""
         for name, values in self.fggm_values.items():
             if not self.selected[name] or self.fggm_indices[name].numel():
                 self._frozen_empty.discard(name)

@@ -101,11 +101,7 @@ class BaseWeight(BaseTunerLayer):
         return execution_device(base_layer) if is_offloaded(base_layer) else device, dtype
 
     def can_copy_weight(self) -> bool:
-        """Whether the output may be computed from a copy of the weight, without calling the base layer.
-
-        False if another tuner wraps the base layer, or if it has hooks, is offloaded, trains, has a forward of its own
-        or cannot be dequantized.
-        """
+        """Whether the output may be computed from a copy of the weight, without calling the base layer."""
         base = self.base_layer
         hooks = [hook for name in _HOOK_DICTS for hook in getattr(base, name).values()]
         has_other_hooks = not all(isinstance(hook, SidecarHook) for hook in hooks)

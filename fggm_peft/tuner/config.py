@@ -28,7 +28,6 @@ from .settings.selection import SelectionSettings
 
 T = TypeVar("T")
 
-
 PRESETS = {
     "retain": {"granularity": "column", "density": 0.3, "criterion": "gain_under_decay", "harm_decay": STRENGTH},
 }
@@ -52,8 +51,8 @@ def _completes_arguments(cls: type[T]) -> type[T]:
     """Let the constructor of a config apply its preset, and restore what the library wrote into a saved config.
 
     Every way to load a config, in PEFT and in transformers, ends in ``FGGMConfig(**contents_of_the_file)``. Only a
-    saved config has the key ``peft_type``. Without it, a field that the library writes is a ``TypeError``. Unknown keys
-    of a saved config are ignored with a warning, as in PEFT, whose own fallback would drop the written fields.
+    saved config has the key ``peft_type``. Its unknown keys are ignored with a warning, as in PEFT, whose own fallback
+    would drop the written fields.
     """
     init = cls.__init__
 
@@ -108,8 +107,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     target_parameters: Optional[list[str]] = setting(
         None,
         "Parameters to adapt, as in LoRA: names of matrices, or of stacks of matrices such as the experts of a mixture "
-        "(['experts.gate_up_proj', 'experts.down_proj', 'gate.weight']). Each expert has a support of its own. "
-        "`target_modules` is empty by default then.",
+        "(['experts.gate_up_proj', 'experts.down_proj', 'gate.weight']). Then `target_modules` is empty by default.",
     )
     exclude_modules: Optional[Union[list[str], str]] = setting(
         None, "Modules not to adapt: a list of module names, or a regex."
@@ -119,8 +117,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     )
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = setting(
         None,
-        "Tokens whose embeddings train as well, such as new tokens: indices into the input embedding, or a dict of "
-        "embedding name -> indices. As in LoRA.",
+        "Tokens whose embeddings train as well: indices, or a dict of embedding name -> indices. As in LoRA.",
     )
     layers_to_transform: Optional[Union[list[int], int]] = setting(None, "Index or indices of the layers to adapt.")
     layers_pattern: Optional[Union[list[str], str]] = setting(
@@ -129,20 +126,17 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     bias: Literal["none", "all"] = setting("none", "'all' trains every bias of the model, as in LoRA.")
     training_dtype: Optional[Literal["float32", "bfloat16"]] = setting(
         None,
-        "Dtype of the trainable values, for every base: 'float32', or 'bfloat16' for half "
-        "the memory, with an optimizer that rounds stochastically. None: PEFT's `autocast_adapter_dtype` decides, "
-        "which is float32 unless it is False.",
+        "Dtype of the trainable values: 'float32', or 'bfloat16' for half the memory, with an optimizer that rounds "
+        "stochastically. None: PEFT's `autocast_adapter_dtype` decides, which is float32 unless it is False.",
     )
     quantized_merge: Literal["auto", "requantize", "keep"] = setting(
         "auto",
-        "How a delta is merged into a quantized layer. 'auto': requantize if at least 95 % of the delta survives, "
-        "otherwise raise an error; 'requantize': always; 'keep': the layer does not change, and a frozen, exact "
-        "sidecar adds the delta.",
+        "How a delta is merged into a quantized layer. 'auto': requantize if at least 95 % of the delta survives, else "
+        "an error; 'requantize': always; 'keep': the layer stays, and a frozen, exact sidecar adds the delta.",
     )
     init_weights: bool = setting(
         True,
-        "Start the deltas at zero, so that the adapted model computes what the base model does. False draws them from "
-        "a normal distribution; for tests only.",
+        "Start the deltas at zero. False draws them from a normal distribution; for tests only.",
     )
 
     def __post_init__(self) -> None:
@@ -205,11 +199,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         check_base: bool = True,
         **kwargs: Any,
     ) -> FGGMConfig:
-        """Like PEFT's, but accepts ``check_base`` and checks the file of tensors first, before a model changes.
-
-        Raises:
-            AdapterFileError: the file is damaged, or has keys that no adapter has.
-        """
+        """Like PEFT's, but accepts ``check_base``; ``AdapterFileError`` if the file of tensors is damaged."""
         require_readable(Path(pretrained_model_name_or_path) / (subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.check_base = check_base

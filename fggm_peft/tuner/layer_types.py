@@ -190,10 +190,9 @@ def _concatenated(calls: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
 
 def make_layer(base_layer: nn.Module, name: str, **quantization_kwargs) -> FGGMLayer:
-    """Wrap a targeted layer, or another tuner's layer around it; ``name`` is its module path, for the error.
+    """Wrap a layer, or another tuner's layer around it; ``TypeError`` if its type is not supported.
 
-    Raises:
-        TypeError: the layer's type is not supported; the message lists the supported types.
+    ``name`` is its module path, for the error.
     """
     target = base_layer
     while hasattr(target, "base_layer"):

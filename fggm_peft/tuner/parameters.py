@@ -142,11 +142,8 @@ def targeted_layers(
 ) -> dict[str, FGGMLayer]:
     """Module path -> layer of everything that a targeted module, or one parameter of it, consists of.
 
-    Puts an ``FGGMParameters`` around a module whose parameters are adapted, but no other layer into the model.
-
-    Raises:
-        TypeError: the module's type is not supported.
-        ValueError: the parameter is no floating-point matrix or stack of matrices, or it is offloaded.
+    Puts an ``FGGMParameters`` around a module whose parameters are adapted, but no other layer into the model. Raises
+    ``TypeError`` or ``ValueError`` for what is not supported.
     """
     base, parent = getattr(target, "base_layer", target), path.rpartition(".")[0]
     if isinstance(target, FGGMLayer):
@@ -252,10 +249,7 @@ def stacked_layers(module: nn.Module, path: str) -> dict[str, FGGMLayer]:
 
 
 def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[_ParameterLayer]], args: tuple, kwargs: dict) -> Any:
-    """Call a module with its parameters adapted. The adapted copies are not kept for backward.
-
-    ``layers`` contains the layers of each parameter's matrices.
-    """
+    """Call a module with the layers of each parameter's matrices. The adapted copies are not kept for backward."""
     changes = {
         name: [(d, layer.part) for layer in group for d in layer.current_deltas()] for name, group in layers.items()
     }

@@ -1,7 +1,7 @@
 """Registers FGGM with PEFT, so that ``peft_type="FGGM"`` resolves to this library's config and model.
 
 PEFT's ``register_peft_method`` requires a member of the ``PeftType`` enum. An enum with members cannot be subclassed,
-so the member is added to the enum object. Registering twice, or with a PEFT that has FGGM already, is harmless.
+so the member is added to the enum object.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ NAME = "FGGM"
 
 
 def add_peft_type(name: str = NAME) -> PeftType:
-    """The member ``name`` of ``PeftType``, added if it is missing.
-
-    Lookup by name and value, ``in``, iteration, pickle, deepcopy and JSON treat it like any other member.
-    """
+    """The member ``name`` of ``PeftType``, added if it is missing."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -39,10 +36,7 @@ def add_peft_type(name: str = NAME) -> PeftType:
 
 
 def register(config_class: type, model_class: type, swap: Callable[..., None]) -> None:
-    """Register the config, the tuner and the hotswapping of ``FGGM`` with PEFT, unless PEFT has them already.
-
-    PEFT's ``hotswap_adapter`` ends in a function that sets the ranks and alphas of LoRA; ``swap`` replaces it for FGGM.
-    """
+    """Register ``FGGM`` with PEFT, unless PEFT has it already; ``swap`` replaces the part of hotswapping for LoRA."""
     if add_peft_type() in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
     register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)

@@ -46,40 +46,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _module_generator(config: FGGMConfig, path: str) -> torch.Generator:
-    """A generator whose seed depends only on the config's seed and the module path."""
+def _generator(config: FGGMConfig, path: str) -> torch.Generator:
     return torch.Generator().manual_seed((config.seed * 0x9E3779B1 + zlib.crc32(path.encode())) % 2**63)
 
 
 def criterion_scores(target: Target, config: FGGMConfig, **statistics: Any) -> Tensor:
     """The scores of the config's criterion for one weight, ``[units]``; ``statistics`` are fields of ``Quantities``."""
-    quantities = Quantities(
-        granularity=target.granularity,
-        shape=target.shape,
-        weight=target.layer.weight_copy,
-        generator=_module_generator(config, target.path),
-        **statistics,
-    )
+    weight, generator = target.layer.weight_copy, _generator(config, target.path)
+    quantities = Quantities(target.granularity, target.shape, weight=weight, generator=generator, **statistics)
     return CRITERIA[config.criterion].score(quantities)
 
 
 def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str], Tensor]) -> dict[str, Choice]:
     """Choose units by the config's policies, without changing the layers.
 
-    With layer scope, the scores of one module exist at a time; with global scope, those of all modules.
-
     Args:
-        scores: module path -> ``[units]``, called once for each module.
+        scores: module path -> ``[units]``, called once for each module; one at a time with layer scope.
 
     Raises:
         NonFiniteScoreError: a score is NaN, infinite or negative; names the module.
     """
     choices: dict[str, Choice] = {}
     for policy, group in by_policy(targets, config):
-        vectors = []
-        for path in group:
-            vectors.append(scores(path))
-            _require_legal(path, vectors[-1])
+        vectors = [_checked(path, scores(path)) for path in group]
         chosen = policy.choose(vectors, *bounds(group, config))
         for path, vector, indices in zip(group, vectors, chosen, strict=True):
             total, size = float(vector.double().sum()), targets[path].unit_size
@@ -114,15 +103,14 @@ def bounds(targets: Targets, config: FGGMConfig) -> tuple[list[int], list[str], 
     return [target.unit_size for target in group], [target.module_type for target in group], config.max_units
 
 
-def _require_legal(path: str, scores: Tensor) -> None:
-    if not all_finite(scores):
-        raise NonFiniteScoreError(f"a score of module {path} is NaN or infinite")
-    if (scores < 0).any():
-        raise NonFiniteScoreError(f"a score of module {path} is negative; the criterion must return scores >= 0")
+def _checked(path: str, scores: Tensor) -> Tensor:
+    if not all_finite(scores) or (scores < 0).any():
+        raise NonFiniteScoreError(f"a score of module {path} is NaN, infinite or negative")
+    return scores
 
 
 def write_supports(targets: Targets, config: FGGMConfig, choices: Mapping[str, Choice]) -> None:
     """Set the support of every target, with values of zero (normal values if ``init_weights`` is False)."""
     for path, target in targets.items():
-        generator = None if config.init_weights else _module_generator(config, path)
+        generator = None if config.init_weights else _generator(config, path)
         target.layer.set_support(target.adapter_name, choices[path].indices, generator)

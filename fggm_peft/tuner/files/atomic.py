@@ -45,11 +45,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], format_name: str, m
 def read_tensors(
     file: Path, format_name: str, error_class: type[ValueError]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """The metadata and the tensors of a file that ``write_tensors`` wrote.
-
-    Raises:
-        error_class: the file is damaged or of another format, or the context finds that its contents are damaged.
-    """
+    """The metadata and the tensors of a file of ``write_tensors``; errors in the context are an ``error_class``."""
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}

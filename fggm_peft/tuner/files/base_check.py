@@ -44,11 +44,7 @@ def fingerprint(layers: Mapping[str, FGGMLayer]) -> dict[str, str]:
 
 
 def require_base(layers: Mapping[str, FGGMLayer], config: FGGMConfig) -> None:
-    """Raise if the layers do not belong to the base whose fingerprint is in the config.
-
-    Raises:
-        BaseMismatchError: names the first module that differs. A warning if ``config.check_base`` is False.
-    """
+    """Raise ``BaseMismatchError``, or warn if ``check_base`` is False, unless the config's fingerprint fits."""
     expected = config.base_fingerprint or {}
     problem = base_difference(layers, expected)
     if problem is None:

@@ -1,4 +1,4 @@
-"""Expands paths, distinguishes folders from Hub ids, and converts every failed download into one kind of error."""
+"""Expands paths, and distinguishes folders from Hub ids."""
 
 from __future__ import annotations
 
@@ -38,11 +38,7 @@ def not_here(name: str) -> str:
 
 @contextmanager
 def from_hub(name: str, what: str, error_class: type[Exception]) -> Iterator[None]:
-    """Context for the download of something that is not a local folder. No request is sent for impossible ids.
-
-    Raises:
-        error_class: it is not on the Hub, or the Hub cannot be reached; names the missing folder.
-    """
+    """Context for the download of something that is not a local folder; every failure is an ``error_class``."""
     if not may_be_hub_id(name):
         raise error_class(f"no {what} {name!r}: {not_here(name)}")
     try:

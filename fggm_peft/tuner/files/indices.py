@@ -22,12 +22,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class AwaitedFile:
-    """The file of an adapter, which a loader brings tensor by tensor.
-
-    Args:
-        config: the config that was saved with it. Its sizes are cleared when all indices have arrived.
-        targets: the targets of the adapter.
-    """
+    """The file of an adapter, which a loader brings tensor by tensor. The config has its sizes until then."""
 
     config: FGGMConfig
     targets: Targets
@@ -66,13 +61,9 @@ class AwaitedSupport:
 class SupportIndices(BufferDict):
     """``[k]`` indices for each adapter, in state dicts.
 
-    PEFT calls the tuner before it loads a file, and the layer takes the file's sizes. transformers' own loader
-    (``model.load_adapter``, ``AutoModel.from_pretrained``) only assigns tensors to existing ones of the same shape. So
-    an adapter that is made from a saved config starts with tensors of the saved sizes. It counts as not selected until
-    the loader assigns its indices, plain or encoded.
-
-    Args:
-        selected: the layer's dict; an adapter is set to True when its indices arrive.
+    transformers' own loader (``model.load_adapter``, ``AutoModel.from_pretrained``) only assigns tensors to existing
+    ones of the same shape. So an adapter that is made from a saved config starts with tensors of the saved sizes. It
+    counts as not ``selected`` until the loader assigns its indices, plain or encoded.
     """
 
     def __init__(self, selected: dict[str, bool]):

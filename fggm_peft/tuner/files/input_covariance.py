@@ -51,11 +51,7 @@ class InputCovariance:
         return cls({path: Covariance(factor) for path, factor in zeros.items()}, {path: path for path in widths})
 
     def __getitem__(self, path: str) -> Covariance:
-        """The covariance of one module's input.
-
-        Raises:
-            ScoreFileError: the module has no covariance.
-        """
+        """The covariance of one module's input; ``ScoreFileError`` if it has none."""
         if path not in self.inputs:
             raise ScoreFileError(f"the input covariance has no module {path}. {_COMPUTE_AGAIN}")
         return self.covariances[self.inputs[path]]
@@ -71,11 +67,7 @@ class InputCovariance:
         return replace(self, covariances={k: (c * scale).to(torch.bfloat16) for k, c in self.covariances.items()})
 
     def __add__(self, other: InputCovariance) -> InputCovariance:
-        """The sum of two sources, truncated to the smaller rank.
-
-        Raises:
-            ScoreFileError: they are of different modules or widths.
-        """
+        """The sum of two sources, truncated to the smaller rank; ``ScoreFileError`` if their modules differ."""
         self.require_fits({path: other[path].width for path in self.inputs})
         rank = min(self.rank, other.rank)
         total = {key: (covariance + other[key]).truncated(rank) for key, covariance in self.covariances.items()}

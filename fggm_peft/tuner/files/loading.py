@@ -28,7 +28,7 @@ def fit_layers_to_state_dict(
 ) -> None:
     """Resize an adapter's values and indices to those of a file that is about to be loaded.
 
-    Indices are decoded in ``state_dict``, and tensors that wrappers or DeepSpeed leave out are added to it.
+    Indices are decoded in ``state_dict``, and tensors that DeepSpeed leaves out are added to it.
 
     Raises:
         AdapterFileError: a tensor is missing or does not fit; names its key. Nothing has changed then.

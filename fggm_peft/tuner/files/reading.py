@@ -52,8 +52,8 @@ def read_adapter(adapter: str | Path, **hub: Any) -> tuple[FGGMConfig, dict[str,
         hub: ``revision``, ``token``, ``subfolder`` and similar arguments, for a Hub id.
 
     Returns:
-        The config, and module path -> ``{"indices": [k], "values": ...}``: sorted, unique indices as int32 (int64 for a
-        weight of more than 2**31 entries); values in the granularity's shape and the file's dtype.
+        The config, and module path -> ``{"indices": [k], "values": ...}``: sorted, unique indices, int32 (int64 from
+        2**31 units); values in the granularity's shape and the file's dtype.
 
     Raises:
         AdapterFileError: a file is missing or damaged; names the file and the tensor.
@@ -64,7 +64,7 @@ def read_adapter(adapter: str | Path, **hub: Any) -> tuple[FGGMConfig, dict[str,
 
 
 def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
-    """Read everything in an adapter's file; the arguments are the result of ``find_adapter``."""
+    """Read everything in an adapter's file, from the result of ``find_adapter``."""
     with opened(file) as tensors:
         keys = delta_keys(tensors.keys())
         modules = {path: {part: tensors.get_tensor(key) for part, key in parts.items()} for path, parts in keys.items()}
@@ -83,23 +83,17 @@ def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
 
 def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
     """Raise for a tensor that is neither part of a delta nor one that PEFT adds to a file."""
-    parts = key.split(".")
     saved_whole = any(f".{name}." in f".{key}" for name in config.modules_to_save or [])  # ends of module paths
-    bias = config.bias == "all" and parts[-1] == "bias"
-    embedding = parts[-1] == "weight"  # PEFT saves embeddings that are targeted or were resized
-    if not (saved_whole or bias or embedding):
+    is_bias = config.bias == "all" and key.endswith(".bias")
+    is_embedding = f".{key}".endswith(".weight")  # PEFT saves embeddings that are targeted or were resized
+    if not (saved_whole or is_bias or is_embedding):
         raise AdapterFileError(f"{file}: unknown key {key}")
     if tensor.is_floating_point() and not all_finite(tensor):
         raise AdapterFileError(f"{file}: {key}: a value is NaN or infinite")
 
 
 def find_adapter(adapter: str | Path, subfolder: str | None = None, **hub: Any) -> tuple[FGGMConfig, Path]:
-    """The config of an adapter and the path of its file of tensors, which is downloaded if necessary.
-
-    Raises:
-        AdapterFileError: a file is missing, or the config is damaged.
-        ValueError: the adapter belongs to another method.
-    """
+    """The config of an adapter and the path of its file of tensors, which is downloaded if necessary."""
     config = read_config(_fetch(adapter, CONFIG_NAME, subfolder, hub))
     return config, _fetch(adapter, SAFETENSORS_WEIGHTS_NAME, subfolder, hub)
 
@@ -127,7 +121,6 @@ def _fetch(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[s
 
 
 def _shapes(config: FGGMConfig, paths: Iterable[str], file: Path) -> dict[str, Shape]:
-    """Module path -> ``(o, i)``, from the config's fingerprint of the base."""
     sketches = sketches_from(config.base_fingerprint or {})
     if missing := [path for path in paths if path not in sketches]:
         raise AdapterFileError(f"{file}: base_fingerprint in {CONFIG_NAME} has no shape of {missing[0]}")
@@ -135,11 +128,7 @@ def _shapes(config: FGGMConfig, paths: Iterable[str], file: Path) -> dict[str, S
 
 
 def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "") -> dict[str, FGGMLayer]:
-    """The layers of a model with these weight shapes, by module path, as ``FGGMLayer``s. The model does not change.
-
-    Raises:
-        BaseMismatchError: a module is missing, has no weight that can be adapted, or has another shape.
-    """
+    """The layers of a model by module path, as ``FGGMLayer``s; ``BaseMismatchError`` unless they have these shapes."""
     modules = {path_in_base(path): module for path, module in model.named_modules()}
     quantization = get_quantization_kwargs(model)
     layers = {}
@@ -147,16 +136,16 @@ def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "
         layer = adaptable_layer(modules.get(path), path, **quantization) or parameter_layer(modules, path)
         if layer is None or tuple(layer.weight_shape) != tuple(shape):
             actual = "not an adaptable layer" if layer is None else str(list(layer.weight_shape))
+            where = f"{where}: " if where else ""
             raise BaseMismatchError(
-                f"{where}{': ' if where else ''}the delta was made for another base: {path} is {actual} here, "
-                f"{list(shape)} in the delta"
+                f"{where}the delta was made for another base: {path} is {actual} here, {list(shape)} in the delta"
             )
         layers[path] = layer
     return layers
 
 
 def adaptable_layer(module: nn.Module | None, path: str, **quantization: Any) -> FGGMLayer | None:
-    """A module as an ``FGGMLayer``, which shows how it stores its weight; None if it cannot be adapted."""
+    """A module as an ``FGGMLayer``; None if it cannot be adapted."""
     if module is None or isinstance(module, FGGMLayer):
         return module
     try:

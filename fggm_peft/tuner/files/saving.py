@@ -34,8 +34,7 @@ class UntrainedAdapterWarning(UserWarning):
 def save_adapter(model: Any, folder: str | Path, is_main_process: bool = True, **options: Any) -> None:
     """Like ``model.save_pretrained(folder)``, but the folder never contains a part of an adapter.
 
-    PEFT writes each file in place, so a process that is killed leaves an incomplete file. This function writes to a
-    temporary folder first. It keeps the author's text in an existing model card, as PEFT does.
+    PEFT writes each file in place, so a process that is killed leaves an incomplete file.
 
     Args:
         model: a ``PeftModel``.
@@ -51,10 +50,7 @@ def save_adapter(model: Any, folder: str | Path, is_main_process: bool = True, *
 
 
 def keep_card(folder: Path, temporary: Path) -> None:
-    """Copy an existing model card to the temporary folder, where saving updates it.
-
-    A card that cannot be updated is renamed, so that neither its text nor the adapter is lost.
-    """
+    """Copy an existing model card to the temporary folder, where saving updates it; rename it if it is damaged."""
     card, name = user_path(folder) / "README.md", "README.md"
     if not card.is_file():
         return
@@ -119,7 +115,7 @@ def encode(
     granularity: Granularity, shape: Shape, config: FGGMConfig, tensors: Mapping[str, Tensor], path: str
 ) -> dict[str, Tensor]:
     """Part -> tensor of one module, as a file contains them; ``AdapterFileError`` if a value is NaN or infinite."""
-    indices, values, units = tensors["indices"], tensors["values"], granularity.units(shape)
+    values = tensors["values"]
     if config.delta_dtype is not None:
         values = values.to(getattr(torch, config.delta_dtype))
     if not all_finite(values):
@@ -128,7 +124,8 @@ def encode(
             f"{path}: a number of its values is NaN or infinite{rounded}, so the adapter is not saved. Go back to an "
             "earlier checkpoint, or lower the learning rate."
         )
-    return {"values": values, "indices": encode_indices(indices, units, granularity.compresses_indices)}
+    indices = encode_indices(tensors["indices"], granularity.units(shape), granularity.compresses_indices)
+    return {"values": values, "indices": indices}
 
 
 def _warn_if_untrained(adapter_name: str, encoded: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -1,8 +1,7 @@
 """The record of a finished task: the statistics of its data.
 
 ``select_parameters`` adds a record of each selection to the list ``fggm_history`` on the base model, where it survives
-``merge_and_unload``. The statistics can be saved. Statistics of single elements are stored as row sums and column sums,
-so a record takes a few numbers for each row and column.
+``merge_and_unload``. Statistics of single elements are stored as row sums and column sums.
 """
 
 from __future__ import annotations

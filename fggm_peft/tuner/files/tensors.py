@@ -1,8 +1,4 @@
-"""Names of the tensors in an adapter file, and the checks that need no model.
-
-Files may come from strangers. A file is opened only if its header has a plausible size, and ``checked_delta`` checks
-the tensors of a module before anything uses them.
-"""
+"""Names of the tensors in an adapter file, and the checks that need no model, because files may come from strangers."""
 
 from __future__ import annotations
 
@@ -46,26 +42,23 @@ def checked_delta(
 ) -> dict[str, Tensor]:
     """The decoded ``indices`` and the ``values`` of one module, from its tensors in a file.
 
-    Raises:
-        AdapterFileError: a tensor is missing, does not fit the weight, or is not finite; ``where`` precedes its name.
+    ``AdapterFileError`` if a tensor is missing, does not fit the weight, or is not finite; ``where`` precedes its name.
     """
 
-    def require(part: str, legal: bool, problem: str) -> None:
-        if not legal:
-            raise file_error(where + part, problem)
-
     for part in PARTS:
-        require(part, part in tensors, "this tensor is missing")
-    values = tensors["values"]
-    problem = f"granularity={granularity} does not fit a weight of shape {list(shape)}"
-    require("values", granularity.supports(shape), problem)
+        if part not in tensors:
+            raise file_error(where + part, "this tensor is missing")
+    values, key = tensors["values"], f"{where}values"
+    if not granularity.supports(shape):
+        raise file_error(key, f"granularity={granularity} does not fit a weight of shape {list(shape)}")
     units = granularity.units(shape)
     k = values.shape[granularity.unit_dim] if values.dim() > granularity.unit_dim else -1
     fits = tuple(values.shape) == granularity.values_shape(shape, k) and 0 <= k <= units
-    expected = "expected floating-point values " + str(list(granularity.values_shape(shape, max(k, 0))))
-    problem = f"{expected}, got {describe(values)}, for {units} {granularity.plural}"
-    require("values", fits and values.dtype in _VALUE_DTYPES, problem)
-    require("values", all_finite(values), "a value is NaN or infinite")
+    if not fits or values.dtype not in _VALUE_DTYPES:
+        expected = f"floating-point values {list(granularity.values_shape(shape, max(k, 0)))}"
+        raise file_error(key, f"expected {expected}, got {describe(values)}, for {units} {granularity.plural}")
+    if not all_finite(values):
+        raise file_error(key, "a value is NaN or infinite")
     try:
         return {"indices": decode_indices(tensors["indices"], k, units), "values": values}
     except ValueError as error:

@@ -1,8 +1,7 @@
 """Workarounds for bitsandbytes 4-bit layers on a CPU.
 
 In eval mode without gradients, ``Linear4bit`` (0.50) repacks its weight for a CPU kernel. Afterwards
-``dequantize_4bit`` returns garbage, the input gets no gradient, and ``state_dict`` and ``deepcopy`` are wrong. This
-happens if a model is evaluated before it is trained; tests/tuner/test_bitsandbytes.py covers the whole loop.
+``dequantize_4bit`` returns garbage, the input gets no gradient, and ``state_dict`` and ``deepcopy`` are wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,32 +18,25 @@ from torch import nn
 
 def guard_four_bit_layers(model: nn.Module) -> int:
     """Unpack the repacked 4-bit layers of a model and prevent repacking in all; returns how many were repacked."""
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:
-        return 0
-    restored = 0
-    for module in model.modules():
-        if not isinstance(module, bitsandbytes.nn.Linear4bit):
-            continue
-        module.support_avx512bf16_for_cpu = False
-        if _is_repacked(module):
-            _unpack_(module)
-            restored += 1
-    if restored:
+    repacked = 0
+    for layer in _four_bit_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+        if _is_repacked(layer):
+            _unpack_(layer)
+            repacked += 1
+    if repacked:
         warnings.warn(
-            f"bitsandbytes had repacked {restored} 4-bit layers for inference, which rounds their scales to bfloat16. "
+            f"bitsandbytes had repacked {repacked} 4-bit layers for inference, which rounds their scales to bfloat16. "
             "They were unpacked. To start from the exact weights, wrap the model before evaluating it.",
             stacklevel=3,
         )
-    return restored
+    return repacked
 
 
 @contextmanager
 def four_bit_layers_as_they_are(model: nn.Module) -> Iterator[None]:
     """Prevent repacking of the 4-bit layers of ``model`` within the context; repacked layers stay repacked."""
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    kind = () if bitsandbytes is None else bitsandbytes.nn.Linear4bit
-    layers = [module for module in model.modules() if isinstance(module, kind) and not _is_repacked(module)]
+    layers = [layer for layer in _four_bit_layers(model) if not _is_repacked(layer)]
     before = [getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers]
     try:
         for layer in layers:
@@ -52,6 +45,12 @@ def four_bit_layers_as_they_are(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, supported in zip(layers, before, strict=True):
             layer.support_avx512bf16_for_cpu = supported
+
+
+def _four_bit_layers(model: nn.Module) -> list[Any]:
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    kind = () if bitsandbytes is None else bitsandbytes.nn.Linear4bit
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def _is_repacked(module: nn.Module) -> bool:

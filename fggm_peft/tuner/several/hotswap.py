@@ -1,7 +1,4 @@
-"""Replaces a loaded adapter by another one in place: the end of PEFT's ``hotswap_adapter``.
-
-Adapters with the same number of units in each module have the same shapes; a compiled model is then not compiled again.
-"""
+"""Replaces a loaded adapter by another one in place: the end of PEFT's ``hotswap_adapter``."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ from ..target import Targets, find_targets
 def swap_in_place(model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig) -> None:
     """Replace a loaded adapter by the tensors of a file, whose keys contain the adapter's name.
 
-    Values and indices are written into the existing tensors, which are replaced if the sizes differ. Modules that
-    the new adapter does not change get a delta of zero.
+    Values and indices are written into the existing tensors if the sizes are equal; then a compiled model is not
+    compiled again. Modules that the new adapter does not change get a delta of zero.
 
     Raises:
         ValueError: the model has no such adapter, or it is merged.

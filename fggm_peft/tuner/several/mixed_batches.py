@@ -20,11 +20,9 @@ BASE = "__base__"
 
 @contextmanager
 def adapter_of_each_sample(model: nn.Module, layer_class: type, names: Any, num_beams: Any) -> Iterator[None]:
-    """Pass the adapter names to the adapted layers, and to modules that are trained as a whole.
+    """Pass the adapter names, one for each sample, to the adapted layers and to modules that are trained as a whole.
 
-    Args:
-        names: one for each sample; ``"__base__"`` for no adapter. If it is None, nothing happens.
-        num_beams: argument of ``generate``. The decoder sees each sample that many times, the encoder once.
+    With ``num_beams`` of ``generate``, the decoder sees each sample that many times, the encoder once.
     """
     if names is None:
         yield
@@ -65,16 +63,13 @@ def _add_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -
 def mixed_batch_forward(layer: FGGMLayer, x: Tensor, *args, adapter_names: Sequence[str], **kwargs) -> Tensor:
     """The output of the base layer for the whole batch, plus each sample's own adapter."""
     if len(x) != len(adapter_names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {len(x)} respectively."
-        )
+        lengths = f"{len(adapter_names)} and {len(x)} respectively"
+        raise ValueError(f"Length of `adapter_names` should be the same as the number of inputs, but got {lengths}.")
     if layer.merged:
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    output = layer.base_layer(x, *args, **kwargs)
-    mixed = output
+    mixed = output = layer.base_layer(x, *args, **kwargs)
     for name in dict.fromkeys(adapter_names):
         if layer.deltas([name]):
             samples = torch.tensor([n for n, other in enumerate(adapter_names) if other == name], device=output.device)

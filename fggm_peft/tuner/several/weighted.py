@@ -1,7 +1,7 @@
 """Weighted sums of sparse deltas on the union of their supports, and PEFT's other ways to combine adapters.
 
-The results equal those of PEFT's functions (``peft.utils.merge_utils``) for the dense deltas. Every delta is zero
-outside the union of the supports, and so is the result. So no dense delta is formed.
+The results equal those of PEFT's functions (``peft.utils.merge_utils``) for the dense deltas, which are zero outside
+the union of the supports.
 """
 
 from __future__ import annotations
@@ -37,11 +37,7 @@ COMBINATIONS = {
 
 @dataclass(frozen=True)
 class Combination:
-    """How several tensors become one, see ``FGGMModel.add_weighted_adapter``; by default as a weighted sum.
-
-    Raises:
-        ValueError: an argument is not legal.
-    """
+    """How several tensors become one, see ``FGGMModel.add_weighted_adapter``; by default as a weighted sum."""
 
     kind: str = "linear"
     density: float | None = None
@@ -83,10 +79,7 @@ def combine(
     shape: Shape,
     how: Combination = Combination(),
 ) -> WeightDelta:
-    """Combine deltas of one weight on the union of their supports, in float32 at least.
-
-    ``granularity`` is that of all deltas, or single elements.
-    """
+    """Combine deltas on the union of their supports, in float32 at least; see ``common_granularity``."""
     deltas = [delta if delta.granularity == granularity else delta.as_elements(shape) for delta in deltas]
     dtype = reduce(torch.promote_types, [delta.values.dtype for delta in deltas], torch.float32)
     indices, dim = union(deltas), granularity.unit_dim
