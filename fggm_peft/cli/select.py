@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,6 @@ def run(args: Namespace) -> Result | None:
     from ..training.base_model import shard_as_launched, this_process
     from ..training.texts import with_texts
     from ..tuner.files.input_covariance import covariance_of
-    from ..tuner.files.saving import UntrainedAdapterWarning
 
     loader = None
     if CRITERIA[config.criterion].needs_data or config.needs_covariance:
@@ -71,9 +69,7 @@ def run(args: Namespace) -> Result | None:
     report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=reference)
     if not this_process().is_main_process:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedAdapterWarning)
-        save_adapter(model, args.output)
+    save_adapter(model, args.output)
     if (covariance := covariance_of(model.active_peft_config)) is not None:
         covariance.save(args.output)  # for fggm train --adapter
     size = (args.output / ADAPTER_FILE).stat().st_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..tuner.config import FGGMConfig
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import write_card
 from ..tuner.files.reading import AdapterContents, find_adapter, read_contents
-from ..tuner.files.saving import UntrainedAdapterWarning, as_trained, encode, index_bytes
+from ..tuner.files.saving import as_trained, encode, index_bytes
 from ..tuner.files.tensors import MARK, PREFIX, split_key
 from ..tuner.target import find_targets
 
@@ -219,8 +218,7 @@ def _from_model(model: PeftModel, adapter_name: str | None) -> SparseDelta:
     for path, target in find_targets(model, name).items():
         indices, values = _copied(target.indices), _copied(target.values)
         modules[path] = ModuleDelta(target.granularity, indices, values, shape=target.shape)
-    with as_trained(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedAdapterWarning)
+    with as_trained(model):
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     others = {key: _copied(tensor) for key, tensor in state.items() if split_key(key) is None}
     return SparseDelta(_for_inference(config.of_file()), modules, others)

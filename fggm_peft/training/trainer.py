@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -28,7 +27,7 @@ from ..selection.reference import ReferenceData
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.files.atomic import complete_folder, full_disk_as_oserror
 from ..tuner.files.model_card import complete_card
-from ..tuner.files.saving import UntrainedAdapterWarning, as_trained, keep_card
+from ..tuner.files.saving import as_trained, keep_card
 from .batches import selection_batch
 from .checkpoints import (
     last_complete_checkpoint,
@@ -167,8 +166,7 @@ class FGGMTrainerMixin(_Trainer):
         if self.args.should_save:  # an older checkpoint is incomplete while it is overwritten
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
-            with as_trained(self.model), full_disk_as_oserror(folder), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UntrainedAdapterWarning)  # during a warmup
+            with as_trained(self.model), full_disk_as_oserror(folder):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             if not existed:

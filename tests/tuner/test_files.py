@@ -17,7 +17,6 @@ from torch import nn
 
 from fggm_peft import AdapterFileError, FGGMConfig
 from fggm_peft.deltas import SparseDelta, read_adapter, save_adapter, verify
-from fggm_peft.tuner.files.saving import UntrainedAdapterWarning
 from fggm_peft.tuner.files.tensors import MAX_HEADER_BYTES
 
 BATCHES = token_batches()
@@ -170,14 +169,6 @@ def test_a_delta_too_large_for_float16_is_not_saved_as_float16(tmp_path):
     fggm_layers(model, "default")["model.layers.1.mlp.up_proj"].fggm_values["default"].data[0, 0] = 1e6
     with pytest.raises(AdapterFileError, match="infinite as float16"):
         model.save_pretrained(tmp_path)
-
-
-def test_an_adapter_that_changes_nothing_is_saved_with_a_warning(tmp_path):
-    with pytest.warns(UntrainedAdapterWarning, match="no support was selected"):
-        adapted(llama()).save_pretrained(tmp_path / "empty")
-    with pytest.warns(UntrainedAdapterWarning, match="it was not trained"):
-        adapted(llama(), criterion="random").save_pretrained(tmp_path / "zero")
-    assert verify(tmp_path / "zero")["is_zero"]
 
 
 def test_an_interrupted_save_keeps_the_old_files(tmp_path, monkeypatch):

@@ -27,10 +27,6 @@ from .hub import user_path
 from .tensors import MARK, PARTS
 
 
-class UntrainedAdapterWarning(UserWarning):
-    """The adapter that is being saved changes nothing."""
-
-
 def save_adapter(model: Any, folder: str | Path, is_main_process: bool = True, **options: Any) -> None:
     """Like ``model.save_pretrained(folder)``, but the folder never contains a part of an adapter.
 
@@ -102,8 +98,6 @@ def encode_for_file_(model: nn.Module, config: FGGMConfig, adapter_name: str, st
         support_sizes={path: len(target.indices) for path, target in targets.items()} if is_selected else None,
         index_bytes=index_bytes(encoded) if is_selected else None,
     )
-    if encoded:
-        _warn_if_untrained(adapter_name, encoded)
 
 
 def index_bytes(encoded: Mapping[str, Mapping[str, Tensor]]) -> dict[str, int] | None:
@@ -126,11 +120,3 @@ def encode(
         )
     indices = encode_indices(tensors["indices"], granularity.units(shape), granularity.compresses_indices)
     return {"values": values, "indices": indices}
-
-
-def _warn_if_untrained(adapter_name: str, encoded: Mapping[str, Mapping[str, Tensor]]) -> None:
-    values = [tensors["values"] for tensors in encoded.values()]
-    if not any(bool(tensor.any()) for tensor in values):
-        is_empty = not any(tensor.numel() for tensor in values)
-        problem = "has no values: no support was selected" if is_empty else "has only zero values: it was not trained"
-        warnings.warn(f"the adapter {adapter_name!r} {problem}", UntrainedAdapterWarning, stacklevel=4)
