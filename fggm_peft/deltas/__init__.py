@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..tuner.files.reading import read_adapter
     from ..tuner.files.saving import save_adapter
     from .apply import apply_deltas
     from .arithmetic import compose, prune
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
     from .to_task_vector import export_task_vector
     from .verification import verify
 
-_MODULES = ["..tuner.files.reading", "..tuner.files.saving", ".delta", ".arithmetic", ".apply", ".difference"]
-_MODULES += [".ledger", ".overlaps", ".exports", ".verification"]
+_MODULES = ["..tuner.files.saving", ".delta", ".arithmetic", ".apply", ".difference", ".ledger", ".overlaps"]
+_MODULES += [".exports", ".verification"]
 
 __all__ = [
     "Ledger",
@@ -39,7 +38,6 @@ __all__ = [
     "export_task_vector",
     "overlap",
     "prune",
-    "read_adapter",
     "save_adapter",
     "verify",
 ]

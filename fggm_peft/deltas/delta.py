@@ -22,7 +22,7 @@ from ..selection.select import active_adapter
 from ..tuner.config import FGGMConfig
 from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import write_card
-from ..tuner.files.reading import AdapterContents, find_adapter, read_contents
+from ..tuner.files.reading import find_adapter, read_deltas
 from ..tuner.files.saving import as_trained, encode, index_bytes
 from ..tuner.files.tensors import MARK, PREFIX, split_key
 from ..tuner.target import find_targets
@@ -74,7 +74,7 @@ class SparseDelta:
             return _from_model(source, adapter_name)
         if not isinstance(source, (str, Path)):
             raise TypeError(f"a delta is read from a folder, a Hub id or a PeftModel, not a {type(source).__name__}")
-        return from_contents(read_contents(*find_adapter(source, **hub)))
+        return from_file(*find_adapter(source, **hub))
 
     def save(self, folder: str | Path) -> Path:
         """Write the three files of a PEFT adapter, which ``PeftModel.from_pretrained`` loads.
@@ -140,14 +140,14 @@ class SparseDelta:
                 )
 
 
-def from_contents(contents: AdapterContents) -> SparseDelta:
-    """The delta in the files of an adapter."""
-    granularity, shapes = contents.config.granularity, contents.shapes
+def from_file(config: FGGMConfig, file: Path) -> SparseDelta:
+    """The delta in the files of an adapter; the arguments are the result of ``find_adapter``."""
+    deltas, others = read_deltas(config, file)
     modules = {
-        path: ModuleDelta(granularity, tensors["indices"], tensors["values"], shape=shapes[path])
-        for path, tensors in contents.deltas.items()
+        path: ModuleDelta(config.granularity, delta["indices"], delta["values"], shape=shape)
+        for path, (shape, delta) in deltas.items()
     }
-    return SparseDelta(_for_inference(contents.config), modules, contents.others)
+    return SparseDelta(_for_inference(config), modules, others)
 
 
 def _weighted_sum(deltas: list[SparseDelta], weights: list[float]) -> Any:

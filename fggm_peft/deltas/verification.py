@@ -8,9 +8,9 @@ from typing import Any
 from ..core.errors import AdapterFileError, BaseMismatchError
 from ..core.index_codec import entropy_bytes
 from ..tuner.files.base_check import base_difference
-from ..tuner.files.reading import adapted_layers, find_adapter, read_contents
+from ..tuner.files.reading import adapted_layers, find_adapter
 from .base_model import Base, load_base
-from .delta import from_contents
+from .delta import from_file
 
 
 def verify(adapter: str | Path, base: Base | None = None, **hub: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def verify(adapter: str | Path, base: Base | None = None, **hub: Any) -> dict[st
         ValueError: the adapter belongs to another method.
     """
     config, file = find_adapter(adapter, **hub)
-    delta = from_contents(read_contents(config, file))
+    delta = from_file(config, file)
     modules = delta.modules
     if base is not None:
         layers = adapted_layers(load_base(base, config), {path: m.shape for path, m in modules.items()}, str(adapter))

@@ -25,7 +25,7 @@ from fggm_peft import FGGMConfig, FGGMLayer, ScoreMass, TopDensity
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import GRANULARITIES, Columns, Rows
 from fggm_peft.core.threshold import POLICIES
-from fggm_peft.tuner.files.reading import read_adapter
+from fggm_peft.deltas import SparseDelta
 from fggm_peft.tuner.settings.fields import fits
 from fggm_peft.tuner.settings.selection import score_bytes
 
@@ -215,7 +215,7 @@ def open_config(contents: object) -> None:
             config = FGGMConfig.from_pretrained(folder)
         except ValueError:
             with pytest.raises(ValueError):
-                read_adapter(folder)
+                SparseDelta.read(folder)
             return
         if type(config) is FGGMConfig:
             try:

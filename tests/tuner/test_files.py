@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fggm_peft import AdapterFileError, FGGMConfig
-from fggm_peft.deltas import SparseDelta, read_adapter, save_adapter, verify
+from fggm_peft.deltas import SparseDelta, save_adapter, verify
 from fggm_peft.tuner.files.tensors import MAX_HEADER_BYTES
 
 BATCHES = token_batches()
@@ -42,14 +42,14 @@ def tiny(folder, granularity="element", **config):
 def test_reading_restores_the_trained_deltas(granularity, tmp_path):
     model = trained(granularity)
     model.save_pretrained(tmp_path)
-    config, deltas = read_adapter(tmp_path)
-    assert isinstance(config, FGGMConfig) and str(config.granularity) == granularity
+    delta = SparseDelta.read(tmp_path)
+    assert str(delta.config.granularity) == granularity
     layers = fggm_layers(model, "default")
-    assert deltas.keys() == layers.keys()
+    assert delta.modules.keys() == layers.keys()
     for name, layer in layers.items():
-        assert torch.equal(deltas[name]["indices"], layer.fggm_indices["default"])
-        assert deltas[name]["indices"].dtype == torch.int32
-        assert torch.equal(deltas[name]["values"], layer.fggm_values["default"])
+        assert torch.equal(delta.modules[name].indices, layer.fggm_indices["default"])
+        assert delta.modules[name].indices.dtype == torch.int32
+        assert torch.equal(delta.modules[name].values, layer.fggm_values["default"])
 
 
 @pytest.mark.parametrize("name", ["fggm_head", "my_fggm_indices", "my_fggm_values", "fggm_"])
@@ -59,7 +59,7 @@ def test_modules_trained_whole_may_have_the_prefix_of_fggm_in_their_name(name, g
     model = get_peft_model(copy.deepcopy(base), FGGMConfig(target_modules=["first"], modules_to_save=[name], **config))
     nn.init.normal_(model.base_model.model[1].modules_to_save["default"].weight)
     model.save_pretrained(tmp_path)
-    assert list(read_adapter(tmp_path)[1]) == ["first"]
+    assert list(SparseDelta.read(tmp_path).modules) == ["first"]
     assert verify(tmp_path)["other_keys"] == [f"base_model.model.{name}.{part}" for part in ("bias", "weight")]
     x = torch.randn(3, 4)
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
@@ -73,7 +73,7 @@ def test_tensors_of_other_modules_are_reported_and_unknown_tensors_are_rejected(
     assert verify(tmp_path)["other_keys"] == ["base_model.model.lm_head.weight"]
     save_file({**load_file(tmp_path / FILE), "something": torch.zeros(3)}, tmp_path / FILE)
     with pytest.raises(AdapterFileError, match="unknown key something"):
-        read_adapter(tmp_path)
+        SparseDelta.read(tmp_path)
     with pytest.raises(AdapterFileError, match="something: unknown key"):
         PeftModel.from_pretrained(llama(), tmp_path)
 
@@ -81,17 +81,17 @@ def test_tensors_of_other_modules_are_reported_and_unknown_tensors_are_rejected(
 def test_other_methods_missing_files_and_pickles_raise_clear_errors(tmp_path):
     (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match="is a LORA adapter"):
-        read_adapter(tmp_path)
+        SparseDelta.read(tmp_path)
     (tmp_path / CONFIG).write_text("{")
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json is not JSON"):
-        read_adapter(tmp_path)
+        SparseDelta.read(tmp_path)
     tiny(tmp_path)
     torch.save(load_file(tmp_path / FILE), tmp_path / "adapter_model.bin")
     (tmp_path / FILE).unlink()
     with pytest.raises(AdapterFileError, match="only read from safetensors files"):
-        read_adapter(tmp_path)
+        SparseDelta.read(tmp_path)
     with pytest.raises(AdapterFileError, match=r"there is no folder .*nowhere"):
-        read_adapter(tmp_path / "nowhere")
+        SparseDelta.read(tmp_path / "nowhere")
 
 
 def test_a_newer_format_raises_an_error_that_says_to_upgrade(tmp_path):
@@ -189,7 +189,7 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "delta").iterdir()} == before
     monkeypatch.undo()
     save_adapter(model, tmp_path / "delta")
-    assert read_adapter(tmp_path / "delta")[0].granularity.name == "column"
+    assert SparseDelta.read(tmp_path / "delta").granularity.name == "column"
     assert "Written by hand." in (tmp_path / "delta" / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "reached"]
 
@@ -239,13 +239,13 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
     return data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :]
 
 
-def assert_valid(config, base, deltas) -> None:
+def assert_valid(delta, base) -> None:
     """Check that a mutated file that can be read is a valid sparse delta."""
-    for name, delta in deltas.items():
+    for name, module in delta.modules.items():
         o, i = base.get_submodule(name).weight.shape
-        indices = delta["indices"].long()
-        k = delta["values"].shape[config.granularity.unit_dim]
-        assert len(indices) == k and torch.isfinite(delta["values"]).all()
+        indices = module.indices.long()
+        k = module.values.shape[delta.granularity.unit_dim]
+        assert len(indices) == k and torch.isfinite(module.values).all()
         assert not len(indices) or (indices.min() >= 0 and indices.max() < o * i and (indices.diff() > 0).all())
 
 
@@ -259,7 +259,7 @@ def fuzz(folder, count: int, seed: int, **config) -> int:
     for _ in range(count):
         (folder / FILE).write_bytes(mutated(data, generator))
         try:
-            result, deltas = read_adapter(folder)
+            delta = SparseDelta.read(folder)
         except AdapterFileError as error:
             rejected += 1
             assert str(folder) in str(error)
@@ -269,7 +269,7 @@ def fuzz(folder, count: int, seed: int, **config) -> int:
             now = model.state_dict()
             assert now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
         else:
-            assert_valid(result, llama(), deltas)
+            assert_valid(delta, llama())
     return rejected
 
 
@@ -289,7 +289,7 @@ def test_a_damaged_config_raises_an_error_that_names_the_file(text, tmp_path):
     tiny(tmp_path)
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(ValueError, match=r"adapter_config\.json|is a 3 adapter"):
-        read_adapter(tmp_path)
+        SparseDelta.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_an_invalid_config_field_raises_an_error_that_names_the_file(name, value
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {name: value}))
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json"):
-        read_adapter(tmp_path)
+        SparseDelta.read(tmp_path)
 
 
 def test_a_header_that_is_too_large_is_rejected_before_it_is_read(tmp_path):
@@ -321,7 +321,7 @@ def test_a_header_that_is_too_large_is_rejected_before_it_is_read(tmp_path):
         stream.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
         stream.truncate(2 * MAX_HEADER_BYTES)
     with pytest.raises(AdapterFileError, match="header"):
-        read_adapter(tmp_path)
+        SparseDelta.read(tmp_path)
 
 
 def test_non_finite_values_are_rejected(granularity, tmp_path):
@@ -330,7 +330,7 @@ def test_non_finite_values_are_rejected(granularity, tmp_path):
     key = next(key for key in tensors if key.endswith("values"))
     tensors[key].view(-1)[0] = float("nan")
     save_file(tensors, tmp_path / FILE)
-    for load in (lambda: read_adapter(tmp_path), lambda: PeftModel.from_pretrained(llama(), tmp_path)):
+    for load in (lambda: SparseDelta.read(tmp_path), lambda: PeftModel.from_pretrained(llama(), tmp_path)):
         with pytest.raises(AdapterFileError, match=r"fggm_values.*NaN"):
             load()
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from fggm_peft import AdapterFileError, BaseMismatchError, FGGMConfig, Ledger, overlap
-from fggm_peft.deltas import SparseDelta, read_adapter, verify
+from fggm_peft.deltas import SparseDelta, verify
 
 BATCH = token_batches((3,))[0]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -149,9 +149,8 @@ def test_deltas_can_be_compared_verified_and_inspected_by_id(hub, base):
     assert result.total == overlap(*models.values()).total
     assert verify("me/a", "me/base")["base"] == "matches"
     assert verify("me/a", revision="main")["adapter"] == "me/a"
-    _, deltas = read_adapter("me/a")
     inspected = succeed("inspect", "me/a")
-    assert inspected["adapter"] == "me/a" and inspected["modules"].keys() == deltas.keys()
+    assert inspected["adapter"] == "me/a" and inspected["modules"].keys() == SparseDelta.read("me/a").modules.keys()
     assert succeed("inspect", "me/a", "--base", "me/base")["base"] == "matches"
     assert succeed("overlap", "me/a", "me/b")["pairs"][0]["jaccard"] == result.total.jaccard
 
@@ -167,7 +166,6 @@ def test_an_adapter_on_the_hub_can_be_added_to_a_ledger(hub, tmp_path):
 
 WAYS = {
     "PEFT": lambda name, **hub: PeftModel.from_pretrained(text_model(), name, **hub),
-    "read_adapter": lambda name, **hub: read_adapter(name, **hub),
     "verify": lambda name, **hub: verify(name, **hub),
     "SparseDelta": lambda name, **hub: SparseDelta.read(name, **hub),
 }

@@ -10,7 +10,7 @@ import pytest
 from command_line import fail
 
 from fggm_peft.core.errors import AdapterFileError
-from fggm_peft.deltas import read_adapter
+from fggm_peft.deltas import SparseDelta
 from fggm_peft.deltas.base_model import Weights
 from fggm_peft.tuner.files.hub import may_be_hub_id
 
@@ -51,14 +51,14 @@ def test_a_command_names_a_missing_folder_without_using_the_network(name, comman
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("read", [read_adapter, Weights])
+@pytest.mark.parametrize("read", [SparseDelta.read, Weights])
 @pytest.mark.parametrize("name", PATHS)
 def test_the_library_does_not_look_up_a_path_on_the_hub(name, read, no_network):
     with pytest.raises((AdapterFileError, FileNotFoundError), match=r"there is no folder .*nothere.*be a Hub id"):
         read(name)
 
 
-@pytest.mark.parametrize("read", [read_adapter, Weights])
+@pytest.mark.parametrize("read", [SparseDelta.read, Weights])
 def test_the_error_names_the_folder_when_the_hub_cannot_be_reached(read, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -81,4 +81,4 @@ def test_a_folder_can_be_given_relative_to_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "delta").mkdir()
     with pytest.raises(AdapterFileError, match=r"has no adapter_config\.json"):
-        read_adapter("~/delta")
+        SparseDelta.read("~/delta")

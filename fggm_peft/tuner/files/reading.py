@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,59 +25,27 @@ from .tensors import MARK, checked_delta, delta_keys, opened, split_key
 Delta = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class AdapterContents:
-    """The decoded and checked contents of an adapter, on the CPU.
-
-    Args:
-        file: the file of tensors.
-        deltas: module path -> ``indices`` and ``values``.
-        shapes: module path -> ``(o, i)`` of the weight.
-        others: the other tensors of the file by key: modules that are saved whole, biases, embeddings.
-    """
-
-    config: FGGMConfig
-    file: Path
-    deltas: dict[str, Delta]
-    shapes: dict[str, Shape]
-    others: dict[str, Tensor]
-
-
-def read_adapter(adapter: str | Path, **hub: Any) -> tuple[FGGMConfig, dict[str, Delta]]:
-    """Read an adapter's config and the delta of every module.
-
-    Args:
-        adapter: a folder or a Hub id.
-        hub: ``revision``, ``token``, ``subfolder`` and similar arguments, for a Hub id.
+def read_deltas(config: FGGMConfig, file: Path) -> tuple[dict[str, tuple[Shape, Delta]], dict[str, Tensor]]:
+    """Read and check everything in an adapter's file, from the result of ``find_adapter``.
 
     Returns:
-        The config, and module path -> ``{"indices": [k], "values": ...}``: sorted, unique indices, int32 (int64 from
-        2**31 units); values in the granularity's shape and the file's dtype.
-
-    Raises:
-        AdapterFileError: a file is missing or damaged; names the file and the tensor.
-        ValueError: the adapter belongs to another method.
+        Module path -> shape of the weight, and ``indices`` and ``values``; and the other tensors of the file by key.
     """
-    contents = read_contents(*find_adapter(adapter, **hub))
-    return contents.config, contents.deltas
-
-
-def read_contents(config: FGGMConfig, file: Path) -> AdapterContents:
-    """Read everything in an adapter's file, from the result of ``find_adapter``."""
     with opened(file) as tensors:
         keys = delta_keys(tensors.keys())
         modules = {path: {part: tensors.get_tensor(key) for part, key in parts.items()} for path, parts in keys.items()}
         others = {key: tensors.get_tensor(key) for key in sorted(tensors.keys()) if split_key(key) is None}
     for key, tensor in others.items():
         _require_expected(key, tensor, config, file)
-    shapes = _shapes(config, modules, file)
-    deltas = {
-        path: checked_delta(modules[path], config.granularity, shape, f"{file}: {path}{MARK}")
-        for path, shape in shapes.items()
-    }
-    if config.support_sizes not in (None, {path: len(delta["indices"]) for path, delta in deltas.items()}):
+    sketches, deltas = sketches_from(config.base_fingerprint or {}), {}
+    for path, tensors in modules.items():
+        if path not in sketches:
+            raise AdapterFileError(f"{file}: base_fingerprint in {CONFIG_NAME} has no shape of {path}")
+        shape = sketches[path].shape
+        deltas[path] = shape, checked_delta(tensors, config.granularity, shape, f"{file}: {path}{MARK}")
+    if config.support_sizes not in (None, {path: len(delta["indices"]) for path, (_, delta) in deltas.items()}):
         raise AdapterFileError(f"{file}: the numbers of units differ from support_sizes in {CONFIG_NAME}")
-    return AdapterContents(config, file, deltas, shapes, others)
+    return deltas, others
 
 
 def _require_expected(key: str, tensor: Tensor, config: FGGMConfig, file: Path) -> None:
@@ -118,13 +85,6 @@ def _fetch(adapter: str | Path, name: str, subfolder: str | None, hub: Mapping[s
         raise AdapterFileError(f"{str(adapter)!r} has no {name}. Adapters are only read from safetensors files.")
     with from_hub(str(adapter), "adapter", AdapterFileError):
         return Path(hf_hub_download(str(adapter), name, subfolder=subfolder, **hub))
-
-
-def _shapes(config: FGGMConfig, paths: Iterable[str], file: Path) -> dict[str, Shape]:
-    sketches = sketches_from(config.base_fingerprint or {})
-    if missing := [path for path in paths if path not in sketches]:
-        raise AdapterFileError(f"{file}: base_fingerprint in {CONFIG_NAME} has no shape of {missing[0]}")
-    return {path: sketches[path].shape for path in paths}
 
 
 def adapted_layers(model: nn.Module, shapes: Mapping[str, Shape], where: str = "") -> dict[str, FGGMLayer]:
