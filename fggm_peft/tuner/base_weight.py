@@ -53,14 +53,10 @@ class BaseWeight(BaseTunerLayer):
         """Whether the base layer computes exactly what its type stands for."""
         return True
 
-    def dense_weight(self) -> Tensor:
-        """The weight of a dense base layer ``[o, i]``, read-only."""
-        return self.matrix(whole(self.get_base_weight().detach()))
-
     def weight_copy(self) -> Tensor:
         """The weight ``[o, i]`` in memory of its own, dequantized and with the sidecar's deltas."""
         if self.quantization_backend is None:
-            return self.dense_weight().clone()
+            return self.matrix(whole(self.get_base_weight().detach())).clone()
         recover_quantization_state(self.get_base_layer())
         return effective_weight(self.get_base_weight().detach(), sidecar_deltas(self.get_base_layer()))
 

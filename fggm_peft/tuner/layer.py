@@ -102,9 +102,8 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
                 )
             if name in self._selected_in_shards:
                 raise RuntimeError(
-                    f"adapter {name!r} was selected in a model that was sharded already, whose parameters cannot "
-                    "change their size. Save it, load it with PeftModel.from_pretrained(..., is_trainable=True), and "
-                    "shard that model."
+                    f"adapter {name!r} was selected in a model that was sharded already. Save it, load it with "
+                    "PeftModel.from_pretrained(..., is_trainable=True), and shard that model."
                 )
         return self.deltas(names)
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 
 from accelerate import init_empty_weights
@@ -156,10 +156,8 @@ class FGGMModel(BaseTuner):
             # an adapter that awaits its file may have another dtype
             target.values.data = target.values.data.to(target.layer.values_dtype(config))
 
-    @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        with adapter_of_each_sample(self, FGGMLayer, kwargs.get("adapter_names"), kwargs.get("num_beams")):
-            yield
+        return adapter_of_each_sample(self, FGGMLayer, kwargs.get("adapter_names"), kwargs.get("num_beams"))
 
     def add_weighted_adapter(
         self,
@@ -312,11 +310,8 @@ def _warn_of_unused_patterns(config: FGGMConfig, targets: Targets) -> None:
     patterns = config.density_pattern or {}
     unused = sorted(p for p in patterns if not any(get_pattern_key([p], path) == p for path in targets))
     if unused:
-        warnings.warn(
-            f"The following density_pattern keys did not match any targeted module and were ignored: {unused}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        text = f"The following density_pattern keys did not match any targeted module and were ignored: {unused}."
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _warn_of_unknown_modules(config: FGGMConfig, model: nn.Module) -> None:

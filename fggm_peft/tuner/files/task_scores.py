@@ -61,22 +61,16 @@ class TaskRecord:
         """The stored scores of one module; ``ScoreFileError`` if they are missing or do not fit."""
         stored = self.scores.get(statistic, {}).get(module)
         if stored is None:
-            raise ScoreFileError(
-                f"the scores of an earlier task have no {statistic!r} of module {module}, only "
-                f"{', '.join(self.scores) or 'nothing'}: they are for another base, or by another criterion"
-            )
+            known = ", ".join(self.scores) or "nothing"
+            raise ScoreFileError(f"the scores of an earlier task have no {statistic!r} of {module}, only {known}")
         if len(stored) == 1 and self.granularity != granularity.to_dict():
-            raise ScoreFileError(
-                f"the scores are of {granularity_from(self.granularity).plural}, not {granularity.plural}; only "
-                "scores of elements fit every granularity"
-            )
+            kind = granularity_from(self.granularity).plural
+            raise ScoreFileError(f"the scores are of {kind}, not {granularity.plural}; only those of elements fit all")
         lengths = [len(part) for part in stored]
         expected = list(shape) if len(stored) == 2 else [len(ones(statistic, granularity, shape))]
         if lengths != expected:
-            raise ScoreFileError(
-                f"the scores were made for another base ({self.base or 'unnamed'}): {statistic!r} of {module} has "
-                f"{lengths} numbers there, {expected} here"
-            )
+            problem = f"{statistic!r} of {module} has {lengths} numbers there, {expected} here"
+            raise ScoreFileError(f"the scores were made for another base ({self.base or 'unnamed'}): {problem}")
         return stored
 
     def save(self, path: Path) -> Path:
@@ -84,12 +78,11 @@ class TaskRecord:
         if not self.scores:
             raise ValueError("this selection collected no statistics that a later task could use as a reference")
         path = path / SCORES_FILE if path.is_dir() else path
-        tensors = {
-            f"{statistic}/{module}{suffix}": tensor
-            for statistic, modules in self.scores.items()
-            for module, stored in modules.items()
-            for suffix, tensor in zip(("",) if len(stored) == 1 else ("/rows", "/columns"), stored, strict=True)
-        }
+        tensors: dict[str, Tensor] = {}
+        for statistic, modules in self.scores.items():
+            for module, stored in modules.items():
+                suffixes = ("",) if len(stored) == 1 else ("/rows", "/columns")
+                tensors |= {f"{statistic}/{module}{s}": tensor for s, tensor in zip(suffixes, stored, strict=True)}
         metadata = {"granularity": self.granularity, "samples": self.samples, "base": self.base}
         write_tensors(path, tensors, _FORMAT, metadata)
         return path

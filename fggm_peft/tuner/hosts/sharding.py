@@ -72,7 +72,7 @@ def require_unsharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_shard(parameter):
             raise ValueError(
-                f"{name} is already sharded, so that the adapter's values would not be sharded with it. Add or load "
-                "the adapter first, then shard the model (fully_shard, accelerate's prepare, or the trainer). ZeRO-3 "
-                "shards a model while it loads if TrainingArguments exist: load the model before you create them."
+                f"{name} is already sharded. Add or load the adapter first, then shard the model (fully_shard, "
+                "accelerate's prepare, or the trainer). ZeRO-3 shards a model while it loads if TrainingArguments "
+                "exist: load the model before you create them."
             )

@@ -128,6 +128,5 @@ def lossy_merge_error(report: MergeReport | ModuleMerge) -> LossyMergeError:
     return LossyMergeError(
         f"requantizing the merged weights would keep {report.survived:.1%} of the delta, less than the "
         f"{MIN_SURVIVAL:.0%} that quantized_merge='auto' requires. Nothing was changed. Set quantized_merge on the "
-        "adapter's config to 'keep' (the base does not change, and an exact sidecar adds the delta) or 'requantize' "
-        "(accept the loss), or load the base unquantized."
+        "adapter's config to 'keep' (an exact sidecar) or 'requantize', or load the base unquantized."
     )
