@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
@@ -43,7 +43,6 @@ def from_hub(name: str, what: str, error_class: type[Exception]) -> Iterator[Non
         raise error_class(f"no {what} {name!r}: {not_here(name)}")
     try:
         yield
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise error_class(
-            f"no {what} {name!r}: {not_here(name)}, and it cannot be loaded from the Hub: {error}"
-        ) from error
+    except (EntryNotFoundError, HfHubHTTPError) as error:
+        problem = f"{not_here(name)}, and it cannot be loaded from the Hub: {error}"
+        raise error_class(f"no {what} {name!r}: {problem}") from error
