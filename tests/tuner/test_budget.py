@@ -217,31 +217,15 @@ def test_max_units_also_bounds_modules_of_density_pattern():
 
 forms = "number of values.*'50MiB'.*'1%'.*'lora:r=16'"
 BAD = [
-    *[({"budget": v}, rf"budget must be.*{forms}, got {re.escape(repr(v))}") for v in (0, -1)],
     *[({"budget": v}, rf"budget must be of type .*int, str.*, got {re.escape(repr(v))}") for v in (True, 1.5, ["1%"])],
     *[
         ({"budget": v}, rf"budget must be.*{forms}, got {re.escape(repr(v))}")
         for v in (
-            "",
-            "5",
-            "MiB",
-            "1 %%",
-            "nan%",
-            "200B",
-            "lora:16",
-            "lora:r=1.5",
-            "1e6",
-            " 1%",
+            *(0, -1, "", "5", "MiB", "1 %%", "nan%", "200B", "lora:16", "lora:r=1.5", "1e6", " 1%"),
+            *("0MiB", "0.0 kb", "0.0001KB", "-5MiB"),
+            *("0%", "0.00%", "-1%", "150%", "100.1 %"),
+            *("lora:r=0", "lora:r=-1", "LoRA:r=0"),
         )
-    ],
-    *[
-        ({"budget": v}, f"must be {rule}, for instance '.*', got budget={re.escape(repr(v))}")
-        for rule, values in (
-            ("at least one byte", ("0MiB", "0.0 kb", "0.0001KB", "-5MiB")),
-            ("above 0% and at most 100%", ("0%", "0.00%", "-1%", "150%", "100.1 %")),
-            ("at least 1", ("lora:r=0", "lora:r=-1", "LoRA:r=0")),
-        )
-        for v in values
     ],
     ({"budget": "1%", "density": 0.1}, r"give budget \('1%'\) or density \(0.1\), not both"),
     ({"budget": "1%", "threshold": ScoreMass()}, r"give budget \('1%'\) or threshold \(ScoreMass.*not both"),

@@ -129,37 +129,20 @@ def resolve_budget_(config: FGGMConfig, targets: Targets) -> None:
         )
 
 
-_FORMS = (
-    (
-        "bytes",
-        r"(-?\d+(?:\.\d+)? ?(?:KB|MB|GB|KiB|MiB|GiB))",
-        size_in_bytes,
-        "a file size must be at least one byte, for instance '50MiB'",
-    ),
-    (
-        "share",
-        r"(-?\d+(?:\.\d+)?) ?%",
-        lambda percent: Fraction(percent) / 100,
-        "a share of the targeted weights must be above 0% and at most 100%, for instance '1%'",
-    ),
-    ("rank", r"lora:r=(-?\d+)", int, "the rank of a LoRA must be at least 1, for instance 'lora:r=16'"),
-)
-"""Kind of a budget, pattern, reader of its number, and the legal range."""
-
-
 def _parse_budget(value: Any) -> tuple[str, Any]:
-    """The kind of a budget ("values", or one of ``_FORMS``) and its number."""
+    """The kind of a budget ("values", "bytes", "share" or "rank") and its number."""
+    text = value.lower() if isinstance(value, str) else ""
     if is_integer(value, 1):
         return "values", value
-    for kind, pattern, read, rule in _FORMS if isinstance(value, str) else ():
-        if match := re.fullmatch(pattern, value, re.IGNORECASE):
-            number: Any = 0 if match[1].startswith("-") else read(match[1])
-            if number <= 0 or (kind == "share" and number > 1):
-                raise ValueError(f"{rule}, got budget={value!r}")
-            return kind, number
+    if re.fullmatch(r"\d+(\.\d+)? ?[kmg]i?b", text) and (size := size_in_bytes(text)) > 0:
+        return "bytes", size
+    if (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text)) and 0 < (share := Fraction(match[1]) / 100) <= 1:
+        return "share", share
+    if (match := re.fullmatch(r"lora:r=(\d+)", text)) and (rank := int(match[1])) > 0:
+        return "rank", rank
     raise ValueError(
-        f"budget must be a number of values (an integer > 0), a file size such as '50MiB', a share of the targeted "
-        f"weights such as '1%', or the size of a LoRA such as 'lora:r=16', got {value!r}"
+        "budget must be a number of values > 0, a file size such as '50MiB', a share of the targeted weights such as "
+        f"'1%', at most '100%', or the size of a LoRA such as 'lora:r=16', got {value!r}"
     )
 
 
