@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import AdapterFileError
+
 LEAST_SAMPLES = 2048
 """The smallest number of entries that are sampled of a whole model."""
 SAMPLES_PER_WEIGHT = 16
@@ -113,13 +115,13 @@ def relative_distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def sketches_from(fingerprint: Mapping[str, str]) -> dict[str, WeightSketch]:
-    """The sketches of a config's fingerprint; raises ``ValueError`` that names the module whose sketch is damaged."""
+    """The sketches of a config's fingerprint; ``AdapterFileError`` names the module whose sketch is damaged."""
     if not isinstance(fingerprint, Mapping):
-        raise ValueError(f"a fingerprint is a dict of module -> sketch, got {fingerprint!r:.80}")
+        raise AdapterFileError(f"a fingerprint is a dict of module -> sketch, got {fingerprint!r:.80}")
     sketches = {}
     for name, text in fingerprint.items():
         try:
             sketches[str(name)] = WeightSketch.from_text(text)
         except ValueError as error:
-            raise ValueError(f"base_fingerprint[{name!r}]: {error}") from error
+            raise AdapterFileError(f"base_fingerprint[{name!r}]: {error}") from error
     return sketches

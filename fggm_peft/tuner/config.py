@@ -14,6 +14,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..core.errors import AdapterFileError
+from ..core.fingerprint import sketches_from
 from ..core.granularity import granularity_from
 from ..core.harm_decay import STRENGTH
 from ..core.registry import require_one_of
@@ -145,7 +146,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         self._check_format()  # first, because a newer format may have other fields
         self.granularity = granularity_from(self.granularity)
         require_types(self)
-        self._check_fingerprint()
+        sketches_from(self.base_fingerprint or {})  # raises if one is damaged
         self._check_budget()
         self._check_selection()
         self._check_targets()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 from ...core.errors import AdapterFileError
-from ...core.fingerprint import sketches_from
 from ...version import __version__
 from .fields import setting, written
 
@@ -46,12 +45,6 @@ class FileSettings:
                 f"this adapter has the file format {self.fggm_format}, but fggm_peft {__version__} reads formats up to "
                 f"{FORMAT}. It was made with {self.made_with!r:.200}: upgrade the library."
             )
-
-    def _check_fingerprint(self) -> None:
-        try:
-            sketches_from(self.base_fingerprint or {})
-        except ValueError as error:
-            raise AdapterFileError(str(error)) from error
 
     def describe_file(self, **fields: Any) -> None:
         """Set written fields for the next file; this config itself does not change, because adapters may share it."""
