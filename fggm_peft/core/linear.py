@@ -171,7 +171,8 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx, g):
         gx, gb, saved = None, None, ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            if _version(ctx) != ctx.saved_version:
+            now = _version(ctx)
+            if None not in (now, ctx.saved_version) and now != ctx.saved_version:
                 raise RuntimeError(
                     "a base weight was modified between forward and backward, for example by merging an adapter, so "
                     "the gradient of its input cannot be computed"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,29 @@ def test_compiled_layers_train_like_eager_layers(backend, granularity, adapt):
             losses.append(loss.item())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert losses[4:] == pytest.approx(losses[:4], rel=1e-4) and losses[3] < losses[0]
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_layers_beyond_the_recompile_limit_train_eagerly(granularity):
+    """Elements compile into several graphs for each shape; dynamo may then run forward compiled and backward not."""
+    torch._dynamo.reset()
+    sizes, x, losses = (8, 9, 10, 11), torch.randn(33, 8), []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        layers = {f"layer{i}": nn.Linear(i, o) for i, o in itertools.pairwise(sizes)}
+        model = adapted(
+            nn.Sequential(OrderedDict(layers)),
+            granularity,
+            target_modules=list(layers),
+            init_weights=False,
+            criterion="random",
+            density=0.5,
+        )
+        run = torch.compile(model, backend="aot_eager") if compiles else model
+        loss = run(x).square().mean()
+        loss.backward()
+        losses.append([loss.item(), *(float(p.grad.norm()) for p in model.parameters() if p.requires_grad)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_the_selection_runs_compiled_models_eagerly(granularity):
