@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test test-slow test-peft test-gpu lint bench docs clean
+.PHONY: demo test test-slow test-peft gpu lint bench docs clean
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +36,8 @@ test-slow: $(VENV)/dev  ## What takes minutes or needs further packages, such as
 test-peft: $(VENV)/dev  ## PEFT's own tests with FGGM and LoRA; downloads PEFT's source distribution once.
 	$(BIN)/python -m pytest -m peft $(ARGS) tests/integration/test_peft_suite.py
 
-test-gpu: $(VENV)/dev  ## What needs a CUDA device; skipped where there is none.
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+gpu: $(VENV)/dev $(VENV)/demo  ## Tests and measurements on a CUDA device, 9 minutes; writes benchmarks/results/gpu.
+	$(BIN)/python benchmarks/gpu/run.py $(ARGS)
 
 lint: $(VENV)/dev  ## Style, types, and the layers of the package.
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import importlib.metadata
@@ -10,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 32000  # Llama's
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: int = VOCABULARY) -> LlamaForCausalLM:
-    """A randomly initialized Llama with the usual proportions."""
+    """A randomly initialized Llama with the usual proportions, created on ``DEVICE``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -37,18 +39,40 @@ def llama(hidden: int, layers: int, dtype: torch.dtype = torch.float32, vocab: i
         num_key_value_heads=max(1, hidden // 256),
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    with DEVICE:
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def clock() -> float:
-    """CPU seconds of a process with one thread, which other processes disturb less; otherwise wall-clock seconds."""
+    """Seconds: CPU time of a process with one thread, which other processes disturb less; otherwise wall-clock time.
+
+    On a CUDA device, wall-clock time after all submitted work has finished.
+    """
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection, which would free memory of earlier calls and take time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def peak_mib(call: Callable[[], Any]) -> float:
-    """Peak memory that torch allocates on the CPU during a call, without what was allocated before."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    """Peak memory that torch allocates on ``DEVICE`` during a call, without what was allocated before."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with without_collection():
+            call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with without_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     live = peak = 0
     for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -59,11 +83,11 @@ def peak_mib(call: Callable[[], Any]) -> float:
 
 
 def batches(count: int, size: int, length: int, vocab: int = VOCABULARY) -> list[dict[str, torch.Tensor]]:
-    """Random token batches without padding; every token has a label."""
+    """Random token batches on ``DEVICE`` without padding; every token has a label."""
     generator = torch.Generator().manual_seed(0)
     result = []
     for _ in range(count):
-        ids = torch.randint(0, vocab, (size, length), generator=generator)
+        ids = torch.randint(0, vocab, (size, length), generator=generator).to(DEVICE)
         result.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()})
     return result
 
@@ -74,14 +98,20 @@ def interleaved(variants: dict[str, Callable[[], Any]], repeats: int, warm_up: i
     If a call returns a float, that is its time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in tqdm(range(warm_up + repeats), desc="rounds", disable=None):
-        for name, call in variants.items():
-            gc.collect()
-            start = clock()
-            own = call()
-            elapsed = own if isinstance(own, float) else clock() - start
-            if round_number >= warm_up:
-                seconds[name].append(elapsed)
+    gc.collect()
+    gc.freeze()  # a collection then takes microseconds: it reads only what the calls have created
+    try:
+        for round_number in tqdm(range(warm_up + repeats), desc="rounds", disable=None):
+            for name, call in variants.items():
+                gc.collect()
+                with without_collection():
+                    start = clock()
+                    own = call()
+                    elapsed = own if isinstance(own, float) else clock() - start
+                if round_number >= warm_up:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.unfreeze()
     return seconds
 
 
@@ -104,7 +134,16 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    packages = ("torch", "peft", "transformers", "bitsandbytes", "opacus", "backpack-for-pytorch", "fggm-peft")
+    packages = (
+        "torch",
+        "peft",
+        "transformers",
+        "bitsandbytes",
+        "opacus",
+        "backpack-for-pytorch",
+        "triton",
+        "fggm-peft",
+    )
     versions = {}
     for package in packages:
         try:
@@ -116,8 +155,8 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "clock": "CPU time" if torch.get_num_threads() == 1 else "wall time",
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "clock": "CPU time" if torch.get_num_threads() == 1 and DEVICE.type == "cpu" else "wall time",
+        "cuda": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -8,72 +8,81 @@ OMP_NUM_THREADS=1 python benchmarks/harm_decay.py [--quick]
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
-from common import batches, interleaved, llama, ratios, show, write
+from common import batches, llama, show, write
 from peft import get_peft_model
+from suite.bases import sharing_weights
+from suite.measurements import timed
 
-from fggm_peft import FGGMConfig, attach_harm_decay, input_covariance, select_parameters
+from fggm_peft import FGGMConfig, HarmDecay, InputCovariance, input_covariance
+from fggm_peft.retention.harm_decay import EVERY
 
 PARAGRAPHS, LENGTH = 32, 128
+FLOOR, FORWARD = "without harm decay", "64 forward passes"
+SECONDS = 60.0  # of one timing
 
 
 class Training:
-    """Optimizer steps of an adapter on one batch, four at a time."""
+    """Optimizer steps of an adapter on one batch, as many as between two decays.
 
-    def __init__(self, base: torch.nn.Module, data: dict, decays: bool, **config):
-        settings = {"target_modules": "all-linear", "criterion": "random", "granularity": "column", **config}
-        self.model = get_peft_model(base, FGGMConfig(**settings, harm_decay=1.0 if decays else 0.0))
-        self.data = data
-        if decays:
-            select_parameters(self.model, reference=[batches(1, 8, 64)], progress=False)
+    Args:
+        every: steps between two decays; None trains without harm decay.
+    """
+
+    def __init__(
+        self, base: torch.nn.Module, data: dict, covariance: InputCovariance, every: int | None, density: float
+    ):
+        settings = {"target_modules": "all-linear", "criterion": "random", "granularity": "column"}
+        self.model, self.data = get_peft_model(sharing_weights(base), FGGMConfig(**settings, density=density)), data
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        attach_harm_decay(self.model, self.optimizer)
+        if every is not None:
+            HarmDecay(covariance, every=every).attach(self.model, self.optimizer)
 
     def __call__(self) -> None:
-        for _ in range(4):
+        for _ in range(EVERY):
             self.model(**self.data).loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
 
-def measure(quick: bool) -> dict[str, dict]:
-    hidden, layers, repeats = (128, 2, 2) if quick else (1024, 4, 5)
+def measure(
+    hidden: int, layers: int, seconds: float, batch: int = 4, length: int = 128, dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, Any]]:
+    """Tables of a step for two densities and two intervals, of the statistics, and of their size."""
+    base, paragraphs = llama(hidden, layers, dtype).requires_grad_(False), batches(PARAGRAPHS, 1, LENGTH)
+    covariance = input_covariance(base, paragraphs, progress=False)
+    (data,) = batches(1, batch, length)
     results = {}
     for density in (0.1, 0.3):
-        data = batches(1, 4, 128)[0]
-        variants = {
-            "without harm decay": Training(llama(hidden, layers), data, False, density=density),
-            "harm decay": Training(llama(hidden, layers), data, True, density=density),
-        }
-        results[f"step, {density:.0%} of the columns, 512 tokens"] = ratios(
-            interleaved(variants, repeats), "without harm decay"
-        )
-    base = llama(hidden, layers)
-    paragraphs = batches(PARAGRAPHS, 1, LENGTH)
+        intervals = {FLOOR: None, "harm decay": EVERY, "harm decay, every step": 1}
+        calls = {name: Training(base, data, covariance, every, density) for name, every in intervals.items()}
+        title = f"step with harm decay: {density:.0%} of the columns, {batch * length} tokens"
+        results[title] = timed(calls, FLOOR, seconds)
 
     def two_passes() -> None:
         with torch.no_grad():
             for entry in paragraphs * 2:
                 base(**entry)
 
-    variants = {
-        "64 forward passes": two_passes,
-        "statistics": lambda: input_covariance(base, paragraphs, progress=False) and None,
-    }
-    results[f"statistics of {PARAGRAPHS} paragraphs"] = ratios(interleaved(variants, repeats), "64 forward passes")
-    statistics = input_covariance(base, paragraphs, progress=False).nbytes
+    def statistics() -> None:
+        input_covariance(base, paragraphs, progress=False)
+
+    calls = {FORWARD: two_passes, "statistics": statistics}
+    table = timed(calls, FORWARD, seconds)
     blocks = sum(p.numel() for name, p in base.named_parameters() if "layers" in name)
-    results["size"] = {"statistics": {"bytes": statistics, "share of a bfloat16 base": statistics / blocks / 2}}
-    return results
+    size = {"bytes": covariance.nbytes, "share of a bfloat16 base": covariance.nbytes / blocks / 2}
+    table["rows"]["statistics"] |= size
+    return results | {f"statistics of harm decay: {PARAGRAPHS} paragraphs of {LENGTH} tokens": table}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model; nothing is written")
     quick = parser.parse_args().quick
-    results = measure(quick)
-    for title, rows in results.items():
-        show(title, rows)
+    results = measure(128, 2, 1.0) if quick else measure(1024, 4, SECONDS)
+    for title, table in results.items():
+        show(f"{title} (noise {table['noise']:.2f})", table["rows"])
     if not quick:
         print("written to", write("harm_decay", results))

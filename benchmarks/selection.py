@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 import torch
 from common import batches, clock, interleaved, llama, peak_mib, ratios, show, write
-from peers import LOOP, Scores, peers, twin
+from peers import LOOP, Scores, peers
 from peft import get_peft_model
+from suite.bases import sharing_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fggm_peft import FGGMConfig
@@ -56,7 +57,7 @@ class Selection:
 
     def __init__(self, model: PreTrainedModel, batch: dict, statistic: str = "fisher", **config):
         self.data, self.statistic = TimedBatch(batch), statistic
-        tuned = get_peft_model(twin(model), FGGMConfig(target_modules="all-linear", **config))
+        tuned = get_peft_model(sharing_weights(model), FGGMConfig(target_modules="all-linear", **config))
         self.targets = find_targets(tuned, "default")
         self.model = tuned.get_base_model()
         self.fisher = DataPass(tuned, tuned.peft_config["default"], self.data, statistics=(statistic,))
@@ -101,7 +102,7 @@ def layer_mib(model: PreTrainedModel, batch: dict) -> float:
 def checkpointed_mib(model: PreTrainedModel, batch: dict) -> dict[str, float]:
     """Peaks with gradient checkpointing."""
     ours = Selection(model, batch, granularity="row")
-    passes = {"frozen, checkpointed": (twin(model), None), "rows, exact, checkpointed": (ours.model, ours)}
+    passes = {"frozen, checkpointed": (sharing_weights(model), None), "rows, exact, checkpointed": (ours.model, ours)}
     result = {}
     for name, (of_pass, run) in passes.items():
         of_pass.gradient_checkpointing_enable()
@@ -113,7 +114,7 @@ def checkpointed_mib(model: PreTrainedModel, batch: dict) -> dict[str, float]:
 def measure(model: PreTrainedModel, length: int, size: int, repeats: int) -> dict[str, dict[str, float]]:
     batch = batches(1, size, length, model.config.vocab_size)[0]
     ours, others = selections(model, batch), peers(model)
-    frozen = twin(model)
+    frozen = sharing_weights(model)
     calls = {"frozen": functools.partial(frozen_pass, frozen, batch), **ours}
     scores_of: dict[str, Scores] = {}
 

@@ -282,8 +282,8 @@ def test_the_operators_pass_opcheck():
 @pytest.mark.parametrize("name", ["scatter", "sampled product", "gathered rows", "gathered columns"])
 def test_the_implementations_that_the_benchmark_compares_agree(name, dtype, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    import gpu_kernels
+    from gpu.kernels import COMPARED, check
 
-    compare, densities = gpu_kernels.COMPARED[name]
+    compare, densities = COMPARED[name]
     for density in (densities[1], densities[-1]):
-        gpu_kernels.check(compare(matrix(40, 30, dtype), matrix(40, 20, dtype), density))
+        check(compare(matrix(40, 30, dtype), matrix(40, 20, dtype), density))

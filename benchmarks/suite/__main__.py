@@ -32,10 +32,11 @@ def run(todo: list[cases.Case], seconds: float, output: Path | None) -> dict:
     progress = tqdm(todo, desc="cases")
     for case in progress:
         progress.set_postfix_str(case.key)
-        for name, table in measure(case.measurement, case.setting, seconds).items():
-            key = name if case.measurement == "import" else f"{name}: {case.setting.text()}"
+        for key, table in measure(case, seconds).items():
             contents["results"][key] = table
             show(f"{key} (noise {table['noise']:.2f})", table["rows"])
+            for name, text in table.get("failed", {}).items():
+                print(f"{name} failed: {text}")
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(contents, indent=1) + "\n")

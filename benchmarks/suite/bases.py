@@ -6,10 +6,8 @@ import copy
 from collections.abc import Callable
 
 import torch
-from common import llama
+from common import DEVICE, llama
 from torch import nn
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dense(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:

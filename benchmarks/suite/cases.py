@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -18,6 +16,7 @@ class Setting:
         length, batch: tokens per sample, samples.
         density: trainable values over entries of the targeted weights.
         peers: also measure other libraries for per-sample gradients.
+        checkpointing: steps with gradient checkpointing.
     """
 
     hidden: int = 512
@@ -28,6 +27,7 @@ class Setting:
     batch: int = 4
     density: float = 0.05
     peers: bool = False
+    checkpointing: bool = False
 
     @property
     def parameters(self) -> int:
@@ -39,7 +39,8 @@ class Setting:
     def text(self) -> str:
         """The setting as text, a key of the result file."""
         size = f"{self.parameters / 1e6:.0f} M (hidden {self.hidden} × {self.layers} layers)"
-        return f"{size}, {self.base}, T {self.length}, batch {self.batch}, density {100 * self.density:g} %"
+        text = f"{size}, {self.base}, T {self.length}, batch {self.batch}, density {100 * self.density:g} %"
+        return f"{text}, checkpointing" if self.checkpointing else text
 
     def as_figures(self) -> dict[str, Any]:
         return {**asdict(self), "parameters": self.parameters}
@@ -59,7 +60,6 @@ SMALL = Setting(hidden=256, layers=8, vocabulary=8000)  # 9 M
 MEDIUM = Setting()  # 44 M
 LARGE = Setting(hidden=1024, layers=8, base="bfloat16")  # 0.12 G
 LARGEST = Setting(hidden=1536, layers=16, base="bfloat16", batch=1)  # 0.45 G
-ON_GPU = Setting(hidden=2048, layers=24, vocabulary=32000, base="bfloat16", length=512, batch=8)  # 1.1 G
 
 IMPORT = Case("import", SMALL)
 
@@ -86,9 +86,5 @@ def full() -> list[Case]:
     files = [replace(MEDIUM, density=density) for density in (0.01, 0.05, 0.3)]
     files += [replace(LARGE, density=0.11), replace(LARGE, base="float32", density=0.11)]  # 10 M values
     files.append(LARGEST)
-    if torch.cuda.is_available():
-        steps += [replace(ON_GPU, density=density) for density in (0.01, 0.05)] + [replace(ON_GPU, base="nf4")]
-        passes.append(ON_GPU)
-        files.append(replace(ON_GPU, density=0.01))
     listed = {"training step": steps, "decoding": tokens, "selection pass": passes, "adapter": files}
     return [Case(measurement, setting) for measurement, settings in listed.items() for setting in settings] + [IMPORT]

@@ -12,22 +12,23 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import selection as fisher
 import torch
-from common import batches, clock, interleaved, peak_mib, ratios
+from common import DEVICE, batches, clock, interleaved, peak_mib, ratios
 from peers import LOOP, peers
 from peft import PeftModel
 from torch import nn
 
 from fggm_peft.core.index_codec import entropy_bytes
 
-from .bases import DEVICE, make_base, sharing_weights
-from .cases import Setting
+from .bases import make_base, sharing_weights
+from .cases import Case, Setting
 from .methods import (
     ADAPTERS,
     CANNOT_UNMERGE,
@@ -43,10 +44,24 @@ from .methods import (
     trainable,
 )
 
+T = TypeVar("T")
 Figures = dict[str, float]
 Table = dict[str, Any]
-LEAST_ROUNDS, MOST_ROUNDS = 3, 9
+LEAST_ROUNDS, MOST_ROUNDS = 3, 25 if DEVICE.type == "cuda" else 9
 FILE = "adapter_model.safetensors"
+
+
+def working(names: list[str], build: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
+    """What ``build`` returns for each name, and the tracebacks of those that fail, so that the others are measured."""
+    built, failed = {}, {}
+    for name in names:
+        try:
+            built[name] = build(name)
+        except Exception:
+            failed[name] = traceback.format_exc()
+            if "CUDA error" in failed[name]:  # no later call of this process can work
+                raise
+    return built, failed
 
 
 def timed(calls: dict[str, Callable[[], Any]], floor: str, seconds: float) -> Table:
@@ -73,8 +88,7 @@ def base_of(setting: Setting) -> nn.Module:
 
 
 def batch_of(setting: Setting) -> dict[str, torch.Tensor]:
-    (batch,) = batches(1, setting.batch, setting.length, setting.vocabulary)
-    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+    return batches(1, setting.batch, setting.length, setting.vocabulary)[0]
 
 
 # Training step ----------------------------------------------------------------------------------
@@ -83,8 +97,10 @@ def batch_of(setting: Setting) -> dict[str, torch.Tensor]:
 class Step:
     """Forward, backward and AdamW step of a model on one batch."""
 
-    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]):
+    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor], checkpointing: bool = False):
         self.model, self.batch = model.train(), batch
+        if checkpointing:
+            model.gradient_checkpointing_enable()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
         if self.optimizer is None:  # backward to the output of the embeddings, which every method requires
@@ -102,8 +118,14 @@ def training_step(setting: Setting, seconds: float) -> dict[str, Table]:
     base, batch = base_of(setting), batch_of(setting)
     values = round(targeted_values(base) * setting.density)
     names = methods_for(setting.base, setting.parameters)
-    steps = {name: Step(METHODS[name](base, values), batch) for name in names}
-    table = timed(dict(steps), FROZEN, seconds)
+
+    def build(name: str) -> Step:
+        step = Step(METHODS[name](base, values), batch, setting.checkpointing)
+        step()
+        return step
+
+    steps, failed = working(names, build)
+    table = timed(dict(steps), FROZEN, seconds) | {"failed": failed}
     for name, step in steps.items():
         held = held_mib(step.model, step.optimizer)
         allocated = peak_mib(step)
@@ -121,9 +143,15 @@ def decoding(setting: Setting, seconds: float) -> dict[str, Table]:
     base, tokens = base_of(setting), batch_of(setting)["input_ids"][:, :1]
     values = round(targeted_values(base) * setting.density)
     names = [name for name in methods_for(setting.base, setting.parameters) if name in (FROZEN, *ADAPTERS)]
-    models = {name: METHODS[name](base, values).eval() for name in names}
+
+    def build(name: str) -> Callable[[], Any]:
+        model = METHODS[name](base, values).eval()
+        model(tokens)
+        return functools.partial(model, tokens)
+
     with torch.no_grad():
-        return {"decoding": timed({name: functools.partial(m, tokens) for name, m in models.items()}, FROZEN, seconds)}
+        calls, failed = working(names, build)
+        return {"decoding": timed(calls, FROZEN, seconds) | {"failed": failed}}
 
 
 # Selection pass ---------------------------------------------------------------------------------
@@ -225,13 +253,18 @@ def adapter(setting: Setting, seconds: float) -> dict[str, Table]:
     names = [name for name in methods_for(setting.base, setting.parameters) if name in ADAPTERS]
     names = [name for name in names if name not in CANNOT_UNMERGE]
     with tempfile.TemporaryDirectory() as folder:
-        adapters = {name: Adapter(name, base, values, Path(folder)) for name in names}
-        tables = {
-            operation.replace("_", " "): timed(
-                {name: getattr(each, operation) for name, each in adapters.items()}, "LoRA", seconds / len(OPERATIONS)
-            )
-            for operation in OPERATIONS
-        }
+
+        def build(name: str) -> Adapter:
+            adapter = Adapter(name, base, values, Path(folder))
+            adapter.load()
+            adapter.switch()
+            return adapter
+
+        adapters, failed = working(names, build)
+        tables = {}
+        for operation in OPERATIONS:
+            calls = {name: getattr(each, operation) for name, each in adapters.items()}
+            tables[operation.replace("_", " ")] = timed(calls, "LoRA", seconds / len(OPERATIONS)) | {"failed": failed}
         sizes = {
             name: {"values": each.values, "bytes": each.bytes(), "bytes_per_value": each.bytes() / each.values}
             | ({"over_bound": each.bytes() / each.bound_bytes()} if name in FGGM else {})
@@ -267,10 +300,12 @@ MEASUREMENTS: dict[str, Callable[[Setting, float], dict[str, Table]]] = {
 }
 
 
-def measure(measurement: str, setting: Setting, seconds: float) -> dict[str, Table]:
-    """The tables of one case; each of its timings takes about ``seconds``."""
+def measure(case: Case, seconds: float) -> dict[str, Table]:
+    """The tables of one case by their keys in a result file; each of its timings takes about ``seconds``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tables = MEASUREMENTS[measurement](setting, seconds)
-    where = {} if measurement == "import" else {"setting": setting.as_figures()}
-    return {name: {**where, **table} for name, table in tables.items()}
+        tables = MEASUREMENTS[case.measurement](case.setting, seconds)
+    if case.measurement == "import":
+        return tables
+    where = {"setting": case.setting.as_figures()}
+    return {f"{name}: {case.setting.text()}": {**where, **table} for name, table in tables.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,22 @@ def missed_text(members: list[Verdict]) -> str:
     return "\n".join(lines) if lines else "None."
 
 
-def measurement_tables(results: Results) -> str:
+def measurement_tables(results: Results, figures: Mapping[str, tuple[str, str]] = FIGURES) -> str:
     """One table for each measurement, with settings as rows and methods as columns."""
     parts = []
     for name in dict.fromkeys(key.partition(": ")[0] for key in results):
         tables = {key.partition(": ")[2]: t for key, t in results.items() if key.partition(": ")[0] == name}
         floor = next(iter(tables.values()))["floor"]
-        parts += [f"### {name.capitalize()}", "", f"Ratios over {floor}.", "", _table(tables), ""]
+        parts += [f"### {name.capitalize()}", "", f"Ratios over {floor}.", "", _table(tables, figures), ""]
     return "\n".join(parts).rstrip()
 
 
-def _table(tables: dict[str, dict[str, Any]]) -> str:
+def _table(tables: dict[str, dict[str, Any]], figures: Mapping[str, tuple[str, str]]) -> str:
     methods = list(dict.fromkeys(method for table in tables.values() for method in table["rows"]))
     methods.sort(key=lambda method: list(METHODS).index(method) if method in METHODS else -1)
     lines = [f"| | {' | '.join(['', *methods])} | noise |", f"|---|---|{'---:|' * (len(methods) + 1)}"]
     for setting, table in tables.items():
-        for figure, (title, form) in FIGURES.items():
+        for figure, (title, form) in figures.items():
             if not any(figure in row for row in table["rows"].values()):
                 continue
             rows = [table["rows"].get(method, {}) for method in methods]

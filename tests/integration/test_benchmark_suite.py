@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def verdict(results: dict, goal: str):
 
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch):
-    """Measure one round: every round collects garbage, which is slow after many other tests."""
+    """Measure one round."""
     monkeypatch.setattr(measurements, "LEAST_ROUNDS", 1)
 
 
@@ -74,34 +75,53 @@ def test_all_methods_have_about_equally_many_trainable_values_and_do_not_change_
 
 
 def test_time_and_memory_of_a_step_are_measured_for_every_method():
-    (result,) = measure("training step", TINY, 0).values()
+    (result,) = measure(cases.Case("training step", TINY), 0).values()
     assert list(result["rows"]) == methods_for("float32", TINY.parameters) == list(METHODS)
+    assert not result["failed"]
     for row in result["rows"].values():
         assert 0 < row["held_mib"] < row["peak_mib"] and row["seconds"] > 0 and row["ratio_min"] > 0
     assert result["rows"]["full"]["held_mib"] > result["rows"]["FGGM rows"]["held_mib"]
+
+
+def test_a_method_that_fails_does_not_prevent_the_measurement_of_the_others(monkeypatch):
+    monkeypatch.setitem(METHODS, "LoRA", lambda base, values: base.missing)
+    (result,) = measure(cases.Case("decoding", TINY), 0).values()
+    assert "FGGM rows" in result["rows"] and "LoRA" not in result["rows"]
+    assert "AttributeError" in result["failed"]["LoRA"] and list(result["failed"]) == ["LoRA"]
+
+
+def test_a_step_with_gradient_checkpointing_takes_less_memory():
+    setting = cases.Setting(**{**vars(TINY), "length": 64, "layers": 4})
+    peaks = []
+    for checkpointing in (False, True):
+        case = cases.Case("training step", replace(setting, checkpointing=checkpointing))
+        ((key, result),) = measure(case, 0).items()
+        assert not result["failed"] and key.endswith("checkpointing") == checkpointing
+        peaks.append(result["rows"]["FGGM rows"]["peak_mib"])
+    assert peaks[1] < peaks[0]
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_a_step_on_a_quantized_base_is_measured_for_the_methods_that_support_it(base):
     pytest.importorskip("bitsandbytes")
     setting = cases.Setting(**{**vars(TINY), "base": base})
-    (result,) = measure("training step", setting, 0).values()
+    (result,) = measure(cases.Case("training step", setting), 0).values()
     assert {"LoRA", "FGGM rows", "FGGM elements"} <= set(result["rows"]) and "full" not in result["rows"]
 
 
 def test_decoding_is_measured_with_unmerged_adapters():
-    (result,) = measure("decoding", TINY, 0).values()
+    (result,) = measure(cases.Case("decoding", TINY), 0).values()
     assert list(result["rows"]) == ["frozen", *ADAPTERS]
 
 
 def test_the_selection_pass_is_measured_against_its_peers():
-    (result,) = measure("selection pass", cases.Setting(**{**vars(TINY), "peers": True}), 0).values()
+    (result,) = measure(cases.Case("selection pass", cases.Setting(**{**vars(TINY), "peers": True})), 0).values()
     assert {"frozen", "rows, exact", "elements, exact", "naive one-sample loop"} <= set(result["rows"])
     assert sum(bool(verdict.ratios) for verdict in verdicts({"selection pass: tiny": result})) >= 4
 
 
 def test_every_operation_on_an_adapter_is_measured_separately():
-    tables = measure("adapter", TINY, 0)
+    tables = {key.partition(": ")[0]: table for key, table in measure(cases.Case("adapter", TINY), 0).items()}
     assert set(tables) == {"save", "load", "merge", "merge and unmerge", "switch", "file"}
     for each in tables.values():
         assert set(each["rows"]) == set(ADAPTERS) - set(CANNOT_UNMERGE)
@@ -111,11 +131,11 @@ def test_every_operation_on_an_adapter_is_measured_separately():
 def test_results_are_written_after_every_case(tmp_path, monkeypatch):
     output, seen = tmp_path / "suite.json", []
 
-    def fake(measurement, setting, seconds):
+    def fake(case, seconds):
         seen.append(json.loads(output.read_text())["results"] if output.exists() else {})
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return {"merge": merging(0.1, 0.1)["merge and unmerge: a setting"]}
+        return {f"merge: {case.setting.text()}": merging(0.1, 0.1)["merge and unmerge: a setting"]}
 
     monkeypatch.setattr("suite.__main__.measure", fake)
     with pytest.raises(KeyboardInterrupt):

@@ -1,21 +1,20 @@
-"""Each Triton kernel against PyTorch's operators, on a CUDA device.
+"""The Triton kernels: whole training steps with and without them, and each kernel against PyTorch's operators.
 
-All implementations of an operation are compared with each other, and then timed in turns. The results determine the
-switch points in fggm_peft/core/kernels.py: the density up to which one dot product per entry is the fastest, and the
-width up to which a gathered product is the fastest.
-
-python benchmarks/gpu_kernels.py [--quick] [--repeats N]
+The second table determines the switch points in fggm_peft/core/kernels.py: the density up to which one dot product per
+entry is the fastest, and the width up to which a gathered product is the fastest.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from common import interleaved, ratios, show, write
+from common import DEVICE
+from suite.cases import Setting
+from suite.measurements import Step, base_of, batch_of, timed
+from suite.methods import FGGM, METHODS, targeted_values
 from torch import Tensor
 
 from fggm_peft.core import kernels, sampled
@@ -23,6 +22,35 @@ from fggm_peft.core.granularity import Granularity, granularity_from
 
 CALLS = 20  # timed together, which hides the launch time
 PYTORCH = "PyTorch"  # the implementation without Triton
+MODES = {PYTORCH: "0", "Triton where expected to be faster": "1", "Triton wherever possible": "always"}
+
+Ways = dict[str, Callable[[], Tensor]]
+
+
+# Whole steps --------------------------------------------------------------------------------------
+
+
+def steps(setting: Setting, seconds: float) -> dict[str, dict[str, Any]]:
+    """A training step of each granularity in each mode of the kernels."""
+    base, batch = base_of(setting), batch_of(setting)
+    values = round(targeted_values(base) * setting.density)
+    tables = {}
+    for method in FGGM:
+        step = Step(METHODS[method](base, values), batch)
+
+        def run(mode: str, step: Step = step) -> None:
+            before = kernels.use_triton(mode)
+            try:
+                step()
+            finally:
+                kernels.use_triton(before)
+
+        calls = {name: functools.partial(run, mode) for name, mode in MODES.items()}
+        tables[f"kernels in a training step: {method}, {setting.text()}"] = timed(calls, PYTORCH, seconds)
+    return tables
+
+
+# Single operations --------------------------------------------------------------------------------
 
 
 def support(total: int, density: float, device: str) -> Tensor:
@@ -30,7 +58,7 @@ def support(total: int, density: float, device: str) -> Tensor:
     return torch.randperm(total)[: round(density * total)].sort().values.to(device, torch.int32)
 
 
-def scatter(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
+def scatter(x: Tensor, g: Tensor, density: float) -> Ways:
     """``weight += delta`` for elements; the values are float32, as in training."""
     indices = support(g.shape[1] * x.shape[1], density, str(x.device))
     values = torch.randn(len(indices), device=x.device)
@@ -51,7 +79,7 @@ def scatter(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tens
     }
 
 
-def sampled_product(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
+def sampled_product(x: Tensor, g: Tensor, density: float) -> Ways:
     """Selected entries of ``g.mT @ x``."""
     from fggm_peft.core.triton import elements
 
@@ -68,7 +96,7 @@ def sampled_product(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[
     return {PYTORCH: ways.pop("chunks" if density > limit else "bags"), **ways}
 
 
-def gathered_rows(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
+def gathered_rows(x: Tensor, g: Tensor, density: float) -> Ways:
     """Selected rows of ``g.mT @ x``; the difference to the product alone is the cost of gathering."""
     indices = support(g.shape[1], density, str(x.device))
     chosen = g.index_select(1, indices)
@@ -79,7 +107,7 @@ def gathered_rows(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[]
     }
 
 
-def gathered_columns(x: Tensor, g: Tensor, density: float) -> dict[str, Callable[[], Tensor]]:
+def gathered_columns(x: Tensor, g: Tensor, density: float) -> Ways:
     """Selected columns of ``g.mT @ x``."""
     indices = support(x.shape[1], density, str(x.device))
     chosen = x.index_select(1, indices)
@@ -98,7 +126,7 @@ COMPARED = {
 }
 
 
-def check(ways: dict[str, Callable[[], Tensor]], tolerance: float = 2e-2) -> None:
+def check(ways: Ways, tolerance: float = 2e-2) -> None:
     """Compare all implementations. Also warms up: Triton compiles and tunes its kernels."""
     results = {name: way().double().clone() for name, way in ways.items()}
     expected = results.pop(PYTORCH)
@@ -108,8 +136,8 @@ def check(ways: dict[str, Callable[[], Tensor]], tolerance: float = 2e-2) -> Non
             raise ValueError(f"{name} differs from {PYTORCH} by {error:.2g}: a kernel is wrong on this device")
 
 
-def timed(way: Callable[[], Tensor]) -> Callable[[], float]:
-    """Seconds of one call on the device."""
+def on_device(way: Callable[[], Tensor]) -> Callable[[], float]:
+    """Seconds of one call on the device, without the launch."""
 
     def call() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -123,36 +151,18 @@ def timed(way: Callable[[], Tensor]) -> Callable[[], float]:
     return call
 
 
-def measure(quick: bool, repeats: int) -> dict[str, dict]:
-    shapes = [(2048, 1024, 4096)] if quick else [(2048, 1024, 4096), (2048, 4096, 1024), (8192, 4096, 4096)]
-    results = {}
-    for n, o, i in shapes:
-        for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
-            x, g = torch.randn(n, i, device="cuda", dtype=dtype), torch.randn(n, o, device="cuda", dtype=dtype)
-            for name, (compared, densities) in COMPARED.items():
-                for density in densities[::2] if quick else densities:
-                    ways = compared(x, g, density)
-                    check(ways)
-                    title = f"{name}, [{o}, {i}], {n} positions, {str(dtype).removeprefix('torch.')}, {density:.1%}"
-                    seconds = interleaved({key: timed(way) for key, way in ways.items()}, repeats)
-                    results[title] = ratios(seconds, PYTORCH)
-                    show(title, results[title])
-    return results
+def operations(n: int, o: int, i: int, name: str, dtype: torch.dtype, seconds: float) -> dict[str, dict[str, Any]]:
+    """Each implementation of an operation on a weight ``[o, i]`` with ``n`` positions, at its densities.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one shape, few densities; writes nothing")
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit(
-            "This benchmark requires a CUDA device, and torch finds none. On a CPU, kernels only run in an interpreter."
-        )
-    results = measure(arguments.quick, 3 if arguments.quick else arguments.repeats)
-    if not arguments.quick:
-        print("written to", write("gpu_kernels", results))
-
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        ValueError: two implementations differ.
+    """
+    x, g = torch.randn(n, i, device=DEVICE, dtype=dtype), torch.randn(n, o, device=DEVICE, dtype=dtype)
+    compare, densities = COMPARED[name]
+    tables = {}
+    for density in densities:
+        ways = compare(x, g, density)
+        check(ways)
+        title = f"{name}: [{o}, {i}], {n} positions, {str(dtype).removeprefix('torch.')}, {density:.1%}"
+        tables[title] = timed({key: on_device(way) for key, way in ways.items()}, PYTORCH, seconds / len(densities))
+    return tables
