@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Value = float | None
 Look = dict[str, Any]
 """Keyword arguments of ``Axes.plot``: color, marker and linestyle of one series."""
 
@@ -32,28 +31,8 @@ WIDTH = 3.7  # inches: at 9 points the text is legible when a phone shows the wh
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, "#8d6e63")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">", "*")
 LINES = ("-", "--", ":", "-.")
+STYLE = Path(__file__).with_suffix(".mplstyle")
 _NAMESPACE = ' xmlns="http://www.w3.org/2000/svg" version="1.1"'
-STYLE: dict[Any, Any] = {
-    "text.parse_math": False,
-    "svg.fonttype": "none",  # text stays text: the file is smaller and can be searched
-    "svg.hashsalt": "fggm",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout on every machine
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "lines.markeredgewidth": 0,
-    "lines.linewidth": 1.3,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), FAINT),
-}
 
 
 @contextmanager
@@ -65,7 +44,8 @@ def style() -> Iterator[None]:
         import seaborn  # noqa: F401
     except ImportError as error:
         raise ImportError(f"plots need {error.name}: pip install 'fggm-peft[continual]'") from error
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    settings: Any = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         # a browser lays text out again, with fonts that have the glyphs which DejaVu lacks
         warnings.filterwarnings("ignore", message=".*[Gg]lyph .* missing from")
         yield
@@ -220,7 +200,7 @@ def density_plot(shares: Mapping[str, tuple[float, int]], title: str = "") -> Fi
 
 
 @style()
-def regret_plot(curves: Mapping[str, Sequence[tuple[int, Value]]], title: str = "") -> Figure:
+def regret_plot(curves: Mapping[str, Sequence[tuple[int, float | None]]], title: str = "") -> Figure:
     """The regret of a selection by the number of samples.
 
     Args:
