@@ -239,7 +239,10 @@ WRONG = {
         r"methods\[1\]: the method 'fggm' has no option 'densty'; legal are .* Did you mean 'density'\?",
     ),
     "an illegal option of a method": ({"methods": [{"name": "fggm", "density": 2}]}, r"methods\[0\]: density must be"),
-    "an option of a wrong type": ({"methods": [{"name": "ewc", "decay": "x"}]}, r"methods\[0\]: the method 'ewc': "),
+    "an option of a wrong type": (
+        {"methods": [{"name": "ewc", "decay": "x"}]},
+        r"methods\[0\]: decay must be of type",
+    ),
     "an unknown field of the model": ({"model": {"name": "x", "dtyp": "auto"}}, "model: unknown field 'dtyp'.*'dtype'"),
     "a quantized model": (
         {"model": {"name": "x", "quantization": "4bit"}},

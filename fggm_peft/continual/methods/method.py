@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 
 from ...core import Registry
-from ...core.threshold import is_number
 from ...retention import HarmDecay
 from ...selection import input_covariance, linear_layers
 from ...selection.input_covariance import COVARIANCE_SAMPLES, input_widths
@@ -22,6 +21,7 @@ from ...selection.reference import WRITTEN_LENGTH, WRITTEN_TEXTS, covariance_to_
 from ...selection.self_text import written_batches
 from ...training.texts import read_paragraphs, with_texts
 from ...tuner import InputCovariance
+from ...tuner.settings.fields import require_types
 from ..settings import suggestions
 
 RETAINED = "retained"
@@ -64,8 +64,9 @@ class Method:
 
     def __post_init__(self) -> None:
         self.reference = [self.reference] if isinstance(self.reference, str) else list(self.reference or [])
-        if not is_number(self.harm_decay) or self.harm_decay < 0:
-            raise ValueError(f"harm_decay must be a number >= 0, got {self.harm_decay!r}")
+        require_types(self)
+        if not self.harm_decay >= 0:
+            raise ValueError(f"harm_decay must be >= 0, got {self.harm_decay!r}")
         if self.uses_reference and not self.reference:
             raise ValueError("what should the model retain? Set reference to a text file (.txt), 'history', or both")
         if self.reference and not self.uses_reference:

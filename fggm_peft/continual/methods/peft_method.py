@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, OFTConfig, OSFConfig, PeftConfig, ShiraConfig, get_peft_model
@@ -12,16 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ...core.harm_decay import RIDGE
-from ...core.registry import require_one_of
 from ...deltas import save_adapter
 from ...tuner import InputCovariance
 from ...tuner.target import outer_modules
 from .method import METHODS, Method
 
 WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
-Mode = Literal["merged", "carried"]
-Init = Literal["random", "quiet"]
-DEFAULTS = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 
 
 @dataclass
@@ -48,7 +44,7 @@ class PeftMethod(Method):
 
     def defaults(self) -> dict[str, Any]:
         """Fields of the current task's config that ``config`` overrides."""
-        return dict(DEFAULTS)
+        return {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 
     def make_config(self) -> PeftConfig:
         """A new config for the current task's adapter; PEFT modifies it."""
@@ -90,12 +86,10 @@ class LoRA(PeftMethod):
     """
 
     config_class = LoraConfig
-    mode: Mode = "merged"
-    init: Init = "random"
+    mode: Literal["merged", "carried"] = "merged"
+    init: Literal["random", "quiet"] = "random"
 
     def __post_init__(self) -> None:
-        require_one_of("mode", self.mode, get_args(Mode))
-        require_one_of("init", self.init, get_args(Init))
         super().__post_init__()
         if self.uses_reference and (self.mode == "carried" or self.config.get("init_lora_weights", True) is not True):
             raise ValueError(
