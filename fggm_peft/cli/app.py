@@ -17,7 +17,7 @@ from ..version import __version__
 from .messages import only_relevant
 
 COMMANDS: tuple[str, ...] = ("select", "train", "eval", "sequence", "reference")
-COMMANDS += ("inspect", "overlap", "diff", "merge", "export", "rollback")
+COMMANDS += ("inspect", "overlap", "diff", "merge", "export", "rollback", "doctor")
 
 
 def parser() -> ArgumentParser:

@@ -33,7 +33,7 @@ def _text(name: str, value: Any) -> str:
         return ", ".join(map(str, value))
     if name in ("density", "accuracy"):
         return f"{value:.2%}"
-    if name.endswith("bytes"):
+    if name == "bytes" or name.endswith("_bytes"):
         return decimal(value)
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -63,6 +63,7 @@ COMMANDS = {
     "export OUT/trained --base model -o OUT/lora": ["Saved to OUT/lora", "rank"],
     "reference model --text text.txt -o OUT/reference": [r"\d+ tokens, .* Saved to OUT/reference"],
     "sequence stream.json -o OUT/sequence": ["Mean over runs", "frozen", "sft"],
+    "doctor": [r"torch .*\d+\.\d+", r"device "],
     "eval model --data missing.json": ([], "fggm: error: no file or folder 'missing.json'\nexit #\n"),
     "select model --data empty.json -o OUT/x": (
         [],
