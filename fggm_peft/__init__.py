@@ -6,7 +6,7 @@ Importing the package registers FGGM with PEFT, so that ``PeftModel.from_pretrai
 from typing import TYPE_CHECKING, Any
 
 from . import _peft, deltas, training  # noqa: F401 (_peft must be the first)
-from .core.blocks import ColumnBlocks, RowBlocks
+from .core.blocks import ColumnBlocks, NofM, RowBlocks
 from .core.criteria import CRITERIA, Criterion
 from .core.errors import (
     AdapterFileError,
@@ -73,6 +73,7 @@ __all__ = [
     "LossyMergeError",
     "MeanPlusStd",
     "MergeReport",
+    "NofM",
     "NonFiniteScoreError",
     "ParameterBudget",
     "Registry",

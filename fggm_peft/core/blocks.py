@@ -1,4 +1,4 @@
-"""Blocks of consecutive rows or columns as units, such as the rows of an attention head."""
+"""Granularities with arguments: blocks of consecutive rows or columns, and n of m consecutive elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .granularity import GRANULARITIES, Columns, Granularity, Rows
+from .granularity import GRANULARITIES, Columns, Elements, Granularity, Rows
 from .harm_decay import Decay
 
 
@@ -114,3 +114,30 @@ class ColumnBlocks(_Blocks):
     unit_dim = 1
     stores_partial_input = True
     slices = Columns()
+
+
+@GRANULARITIES.register("n_of_m")
+@dataclass(frozen=True)
+class NofM(Elements):
+    """Single entries, at most ``n`` of each ``m`` consecutive entries of a row, such as 2:4. Values are ``[k]``.
+
+    ``density=n/m`` selects exactly the ``n`` best of each ``m``. A lower density selects fewer.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if any(type(value) is not int for value in (self.n, self.m)) or not 0 < self.n < self.m:
+            raise ValueError(f"NofM requires integers 0 < n < m, got n={self.n!r} and m={self.m!r}")
+
+    def supports(self, shape):
+        return shape[1] % self.m == 0
+
+    def most_units(self, shape):
+        return self.units(shape) // self.m * self.n
+
+    def selectable(self, scores):
+        groups = scores.view(-1, self.m)
+        best = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
+        return torch.zeros_like(groups).scatter(1, best, groups.gather(1, best)).flatten()

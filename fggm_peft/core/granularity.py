@@ -80,6 +80,14 @@ class Granularity(ABC):
         """Whether a weight of this shape can be divided into units."""
         return True
 
+    def most_units(self, shape: Shape) -> int:
+        """The largest number of units of a weight that can be selected together."""
+        return self.units(shape)
+
+    def selectable(self, scores: Tensor) -> Tensor:
+        """``scores`` ``[units]`` with 0, so that no threshold selects them, for units that better ones exclude."""
+        return scores
+
     @property
     def is_slice(self) -> bool:
         """Whether a unit is a row or a column: ``k`` units are then a delta of rank ``k``."""

@@ -39,12 +39,13 @@ def split_half_scores(targets: Targets, config: FGGMConfig, scores: Callable[[st
         choices = choose_supports(targets, config, of_half)
         for policy, group in by_policy(targets, config):
             others = [checked(scores(path, 1 - half)) for path in group]
+            selectable = [targets[path].granularity.selectable(s) for path, s in zip(group, others, strict=True)]
             own, costs = [choices[path].indices for path in group], [target.unit_size for target in group.values()]
             if policy.scope == "layer":
-                highest = [top_indices(other, len(indices)) for other, indices in zip(others, own, strict=True)]
+                highest = [top_indices(other, len(indices)) for other, indices in zip(selectable, own, strict=True)]
             else:
                 size = sum(len(indices) * cost for indices, cost in zip(own, costs, strict=True))
-                highest = best_per_parameter(others, costs, size)
+                highest = best_per_parameter(selectable, costs, size)
             for path, other, indices, top in zip(group, others, own, highest, strict=True):
                 selected[path] += float(other[indices].double().sum())
                 best[path] += float(other[top].double().sum())

@@ -69,7 +69,8 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
     choices: dict[str, Choice] = {}
     for policy, group in by_policy(targets, config):
         vectors = [_checked(path, scores(path)) for path in group]
-        chosen = policy.choose(vectors, *bounds(group, config))
+        selectable = [targets[path].granularity.selectable(vector) for path, vector in zip(group, vectors, strict=True)]
+        chosen = policy.choose(selectable, *bounds(group, config))
         for path, vector, indices in zip(group, vectors, chosen, strict=True):
             total, size = float(vector.double().sum()), targets[path].unit_size
             share = float(vector[indices.to(vector.device)].double().sum()) / total if total else 0.0
@@ -78,13 +79,20 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
 
 
 def forecast_supports(targets: Targets, config: FGGMConfig) -> Forecast:
-    """The sizes that are known without scores, in the order of the targets; ``ValueError`` if a budget does not fit."""
+    """The sizes that are known without scores, in the order of the targets; ``ValueError`` if they are impossible."""
     units: dict[str, int] = {}
     least = most = 0
     for policy, group in by_policy(targets, config):
         forecast = policy.forecast([target.units for target in group.values()], *bounds(group, config))
-        units.update(zip(group, forecast.units, strict=True))
-        least, most = least + forecast.least, most + forecast.most
+        limits = [target.granularity.most_units(target.shape) for target in group.values()]
+        limit = sum(count * target.unit_size for count, target in zip(limits, group.values(), strict=True))
+        if forecast.least > limit:
+            raise ValueError(
+                f"{next(iter(group))}: the threshold selects {forecast.least} values, but "
+                f"granularity='{config.granularity}' allows {limit} at most"
+            )
+        units.update(zip(group, map(min, forecast.units, limits), strict=True))
+        least, most = least + forecast.least, most + min(forecast.most, limit)
     return Forecast([units[path] for path in targets], least, most)
 
 

@@ -10,9 +10,9 @@ from models import adapted, llama, logits, token_batches, train
 from peft import PeftModel, get_peft_model
 from reference import dense_delta, seeded
 
-from fggm_peft import ColumnBlocks, FGGMConfig, RowBlocks, input_covariance, select_parameters
+from fggm_peft import ColumnBlocks, FGGMConfig, NofM, RowBlocks, ScoreMass, input_covariance, select_parameters
 from fggm_peft.core.covariance import Covariance
-from fggm_peft.core.granularity import Columns, Granularity, Rows, granularity_from
+from fggm_peft.core.granularity import Columns, Elements, Granularity, Rows, granularity_from
 from fggm_peft.core.per_sample import LinearGradients
 from fggm_peft.deltas import export_lora
 from fggm_peft.retention import HarmDecay
@@ -136,3 +136,51 @@ def test_blocks_of_one_are_slices():
     for blocks, slices in ((RowBlocks(1), Rows()), (ColumnBlocks(1), Columns())):
         assert isinstance(blocks, Granularity) and blocks.units(shape) == slices.units(shape)
         assert torch.equal(blocks.element_indices(indices, shape), slices.element_indices(indices, shape))
+
+
+# N of M --------------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), n=st.integers(1, 3), m=st.integers(2, 5))
+def test_only_the_best_n_of_m_can_be_selected(data, n, m):
+    if n >= m:
+        return
+    scores = data.draw(st.lists(st.integers(0, 4), min_size=3 * m, max_size=3 * m))
+    expected = [0.0] * len(scores)
+    for start in range(0, len(scores), m):
+        for index in sorted(range(start, start + m), key=lambda i: (-scores[i], i))[:n]:
+            expected[index] = float(scores[index])
+    assert NofM(n, m).selectable(torch.tensor(scores, dtype=torch.float32)).tolist() == expected
+
+
+@pytest.mark.parametrize("density", [0.5, 0.2])
+def test_an_adapter_has_at_most_n_of_m_elements_of_a_row(density, tmp_path):
+    batches = token_batches()
+    model = adapted(llama(), NofM(2, 4), density=density)
+    report = select_parameters(model, batches, progress=False)
+    assert report.density == pytest.approx(density, abs=1e-3) and 0 <= report.regret < 0.25
+    for target in find_targets(model, "default").values():
+        counts = torch.zeros(target.shape).flatten().index_fill(0, target.indices.long(), 1).view(-1, 4).sum(1)
+        assert counts.max() <= 2 and (density < 0.5 or counts.min() == 2)
+    train(model, batches)
+    expected = logits(model, batches[0])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(logits(loaded, batches[0]), expected)
+    assert loaded.peft_config["default"].granularity == NofM(2, 4) == granularity_from({"granularity": "n_of_m"})
+    torch.testing.assert_close(logits(loaded.merge_and_unload(), batches[0]), expected)
+
+
+def test_thresholds_that_n_of_m_cannot_meet_are_rejected_with_the_name_of_the_module():
+    with pytest.raises(
+        ValueError, match=r"q_proj: the threshold selects 2458 values, but .*n_of_m\(n=2, m=4\)' allows 2048"
+    ):
+        adapted(llama(), NofM(2, 4), density=0.6, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"q_proj: granularity='n_of_m\(n=2, m=5\)' does not support a weight"):
+        adapted(llama(), NofM(2, 5), target_modules=["q_proj"])
+    model = adapted(llama(), NofM(1, 4), threshold=ScoreMass(1.0))  # selects what is possible
+    assert select_parameters(model, token_batches(), progress=False).density == pytest.approx(0.25, abs=1e-3)
+    for n, m in ((0, 4), (4, 4), (2.0, 4), (True, 4)):
+        with pytest.raises(ValueError, match="NofM requires integers 0 < n < m"):
+            NofM(n, m)
+    assert isinstance(NofM(), Elements)

@@ -23,7 +23,8 @@ class SelectionSettings:
         "row",
         "Unit of the selection: 'row' (an output feature, as in the paper), 'column' (an input feature), 'element' (a "
         "single weight entry), or consecutive rows or columns: `RowBlocks(size=64)` ('row_block') and "
-        "`ColumnBlocks(size=64)` ('column_block').",
+        "`ColumnBlocks(size=64)` ('column_block'). `NofM(n=2, m=4)` ('n_of_m'): elements, at most n of m "
+        "consecutive ones.",
     )
     criterion: str = setting(
         "fisher",
