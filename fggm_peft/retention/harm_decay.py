@@ -129,10 +129,11 @@ class HarmDecay:
         for trained in trained_parameters(self._model, self.covariance, self.offload):
             if id(trained.parameter) not in ours:
                 continue
-            support, decay = self._decays.get(trained.name, (None, None))
+            name = f"{trained.path}/{trained.name}"
+            support, decay = self._decays.get(name, (None, None))
             if decay is None or support is not trained.support:
-                decay = trained.decay()
-                self._decays[trained.name] = trained.support, decay
+                decay = trained.decay(self.covariance[trained.path].to(trained.parameter.device))
+                self._decays[name] = trained.support, decay
             decays[id(trained.parameter)] = decay
         return decays
 

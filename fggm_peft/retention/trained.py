@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
+from ..core.covariance import Covariance
 from ..core.harm_decay import Decay, DiagonalDecay, SpectralDecay
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.layer import FGGMLayer
@@ -23,16 +25,18 @@ class Trained(NamedTuple):
     """A parameter that changes the weight of a linear layer.
 
     Args:
-        name: of the parameter.
+        path: of the layer.
+        name: of the parameter in the layer.
         parameter: the values.
         support: what the values belong to; another object after another selection.
-        decay: makes the decay, on the parameter's device.
+        decay: makes the decay from the covariance of the layer's inputs on the parameter's device.
     """
 
+    path: str
     name: str
-    parameter: nn.Parameter
+    parameter: Any
     support: Any
-    decay: Callable[[], Decay]
+    decay: Callable[[Covariance], Decay]
 
 
 def trained_parameters(model: nn.Module, covariance: InputCovariance, offload: bool) -> Iterator[Trained]:
@@ -45,46 +49,37 @@ def trained_parameters(model: nn.Module, covariance: InputCovariance, offload: b
         if path not in covariance:
             continue
         if isinstance(module, FGGMLayer):
-            for adapter_name in module.fggm_values:
-                yield _of_target(Target(path, module, adapter_name), covariance)
+            for name in module.fggm_values:
+                target = Target(path, module, name)
+                yield Trained(path, name, target.values, target.indices, partial(_of_target, target))
         elif isinstance(module, LoraLayer):
-            for adapter_name, layer in module.lora_A.items():
-                # B A (I + sigma C)^-1: only A meets the inputs
-                a: Any = layer.weight
-                yield Trained(f"{path}/{adapter_name}", a, None, _whole(a, path, covariance))
+            for name, layer in module.lora_A.items():  # B A (I + sigma C)^-1: only A meets the inputs
+                yield Trained(path, name, layer.weight, None, _of_matrix)
         elif isinstance(module, ShiraLayer):
-            weight: Any
-            for adapter_name, weight in module.shira_weight.items():
-                indices = module.shira_indices[adapter_name]
-                yield Trained(f"{path}/{adapter_name}", weight, indices, _of_shira(weight, indices, path, covariance))
+            for name, weight in module.shira_weight.items():
+                indices = module.shira_indices[name]
+                yield Trained(path, name, weight, indices, partial(_of_entries, indices[1]))
         elif isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad:
-            parameter: Any = module.weight
-            yield Trained(f"{path}/weight", parameter, None, _start(module, path, covariance, offload))
+            yield Trained(path, "weight", module.weight, None, partial(_of_weight, module, offload))
 
 
-def _of_target(target: Target, covariance: InputCovariance) -> Trained:
-    def decay() -> Decay:
-        own = covariance[target.path].to(target.indices.device)
-        return target.granularity.decay(own, target.indices, target.shape)
-
-    return Trained(f"{target.path}/{target.adapter_name}", target.values, target.indices, decay)
+def _of_target(target: Target, covariance: Covariance) -> Decay:
+    return target.granularity.decay(covariance, target.indices, target.shape)
 
 
-def _whole(parameter: Tensor, path: str, covariance: InputCovariance) -> Callable[[], Decay]:
-    return lambda: SpectralDecay(covariance[path].to(parameter.device).spectrum())
+def _of_matrix(covariance: Covariance) -> Decay:
+    return SpectralDecay(covariance.spectrum())
 
 
-def _of_shira(weight: Tensor, indices: Tensor, path: str, covariance: InputCovariance) -> Callable[[], Decay]:
-    return lambda: DiagonalDecay(covariance[path].to(weight.device).diagonal()[indices[1].long().to(weight.device)])
+def _of_entries(features: Tensor, covariance: Covariance) -> Decay:
+    diagonal = covariance.diagonal()
+    return DiagonalDecay(diagonal[features.long().to(diagonal.device)])
 
 
-def _start(module: nn.Module, path: str, covariance: InputCovariance, offload: bool) -> Callable[[], Decay]:
-    def decay() -> Decay:
-        weight = _local(module.weight).detach()
-        start = weight.cpu() if offload and weight.device.type != "cpu" else weight.clone()
-        return DecayToStart(_whole(weight, path, covariance)(), start, isinstance(module, Conv1D))
-
-    return decay
+def _of_weight(module: nn.Module, offload: bool, covariance: Covariance) -> Decay:
+    weight = _local(module.weight).detach()
+    start = weight.cpu() if offload and weight.device.type != "cpu" else weight.clone()
+    return DecayToStart(_of_matrix(covariance), start, isinstance(module, Conv1D))
 
 
 @dataclass(frozen=True, eq=False)

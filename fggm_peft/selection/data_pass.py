@@ -95,7 +95,10 @@ class DataPass:
         ):
             for round in rounds(self.model, self.dataloader, processes, limit, description, self.progress):
                 with processes.together("the selection pass"):
-                    for part, layout in layouts.parts(self._prepared(round)):
+                    if round.batch is not None:
+                        batch = round.batch if self.prepare is None else self.prepare(round.batch)
+                        round = round._replace(batch=on_device_of(self.model, batch))
+                    for part, layout in layouts.parts(round):
                         has_answer |= self._add_batch(hooks, sums, log_likelihood, part, layout)
                 seen = round.end
                 if is_enough is not None and first_check <= seen != limit:
@@ -115,13 +118,6 @@ class DataPass:
         default = default_log_likelihood(unwrapped(self.model), self.config.task_type, self.generator)
         return partial(default, callable_base(self.model))
 
-    def _prepared(self, round: Round) -> Round:
-        """The round with its batch as the model takes it, on its device."""
-        if round.batch is None:
-            return round
-        batch = round.batch if self.prepare is None else self.prepare(round.batch)
-        return round._replace(batch=on_device_of(self.model, batch))
-
     def _add_batch(
         self, hooks: LayerHooks, sums: RunningSums, log_likelihood: Callable, round: Round, layout: Layout
     ) -> bool:
@@ -136,8 +132,8 @@ class DataPass:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_likelihood must return one number for each of {len(half)} samples, got {shape}")
         if not torch.isfinite(value).all():
-            numbers = value.tolist()
-            raise NonFiniteScoreError(f"the log-likelihood of batch {round.number} is NaN or infinite: {numbers}")
+            message = f"the log-likelihood of batch {round.number} is NaN or infinite: {value.tolist()}"
+            raise NonFiniteScoreError(message)
         if sums.needs_backward:
             recorder.backward(value if round.size else value * 0)
         recorder.finish(round.number)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ..tuner.support import unwrapped
 
 IGNORED = -100
+_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "EncoderDecoderModel")
+_SPAN = ("start_positions", "end_positions")
 
 LogLikelihood = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """(model, batch) -> ``[b]``, the summed log-likelihood of each sample, differentiable."""
@@ -59,22 +61,14 @@ def default_log_likelihood(
 
 def task_type_of(model: nn.Module) -> str | None:
     """PEFT's ``TaskType`` of a transformers model, from the name of its class."""
-    name, generates = type(model).__name__, TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(model) else TaskType.CAUSAL_LM
-    for part, task_type in (
-        ("ForCausalLM", generates),
-        ("LMHeadModel", generates),
-        ("ForConditionalGeneration", generates),
-        ("EncoderDecoderModel", generates),
-        ("ForSequenceClassification", TaskType.SEQ_CLS),
-        ("ForImageClassification", TaskType.SEQ_CLS),
-        ("ForAudioClassification", TaskType.SEQ_CLS),
-        ("ForTokenClassification", TaskType.TOKEN_CLS),
-        ("ForMaskedLM", TaskType.TOKEN_CLS),
-        ("ForQuestionAnswering", TaskType.QUESTION_ANS),
-    ):
-        if part in name:
-            return task_type
-    return None
+    names = {
+        TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(model) else TaskType.CAUSAL_LM: _GENERATING,
+        TaskType.SEQ_CLS: ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification"),
+        TaskType.TOKEN_CLS: ("ForTokenClassification", "ForMaskedLM"),
+        TaskType.QUESTION_ANS: ("ForQuestionAnswering",),
+    }
+    name = type(model).__name__
+    return next((task_type for task_type, parts in names.items() if any(part in name for part in parts)), None)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -124,9 +118,6 @@ def _question_answering(model, batch, labels, generator):
     logits = _logits(model, batch)
     outside = (labels < 0) | (labels >= logits.shape[-1])  # as in transformers, these do not count
     return _token_sum(logits, labels.masked_fill(outside, IGNORED), generator)
-
-
-_SPAN = ("start_positions", "end_positions")
 
 
 def _span(batch: Mapping[str, Any]) -> Tensor | None:
