@@ -200,7 +200,13 @@ def _read_splits(name: str, subset: str | None, split: str | None) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of version 1.2, in which ``1e-4`` is a number."""
+    """YAML with the numbers of version 1.2, in which ``1e-4`` is a number, and without duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {twice[0]!r}", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

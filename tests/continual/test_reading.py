@@ -139,3 +139,11 @@ def test_a_field_of_a_wrong_type_is_an_error(place, value, folder):
     (folder / "stream.yaml").write_text(yaml.safe_dump(changed))
     with pytest.raises(StreamError, match=r"stream\.yaml"):
         read_stream(folder / "stream.yaml")
+
+
+@pytest.mark.parametrize("line", ["tasks: []", "training: {max_steps: 1, max_steps: 2}", "seeds: [0]"])
+def test_a_key_that_occurs_twice_is_named(folder, line):
+    file = folder / "twice.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in fields().items() if k != "training"}) + line)
+    with pytest.raises(StreamError, match=rf"twice.yaml: .*duplicate key '{'max_steps' if '{' in line else line[:5]}'"):
+        read_stream(file)

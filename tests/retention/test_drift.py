@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from models import adapted, llama, quantized, token_batches
@@ -9,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from fggm_peft import input_covariance, select_parameters
-from fggm_peft.retention import kl_divergence, predicted_drift
+from fggm_peft.retention import kl_divergence, predicted_drift, scale_to_budget_
 from fggm_peft.tuner.target import find_targets
 
 REFERENCE, TASK = token_batches(seed=1), token_batches(seed=2)
@@ -54,6 +56,14 @@ def test_the_prediction_is_the_measured_change_of_outputs(granularity, base):
     assert min(drift.values()) < drift[""] < max(drift.values())
 
 
+def test_a_budget_scales_the_values_once():
+    model = moved("column")
+    before = predicted_drift(model)[""]
+    factor = scale_to_budget_(model, before / 4)
+    assert factor == pytest.approx(0.5) and predicted_drift(model)[""] == pytest.approx(before / 4, rel=1e-4)
+    assert scale_to_budget_(model, before) == 1.0
+
+
 def test_the_divergence_is_that_of_the_definition():
     model = moved("row", size=0.1)
     total, count = 0.0, 0
@@ -75,6 +85,8 @@ def test_the_divergence_is_that_of_the_definition():
 
 def test_errors_say_what_is_missing(tmp_path):
     model = moved("column")
+    with pytest.raises(ValueError, match="harm_budget"):
+        scale_to_budget_(model, math.nan)
     with pytest.raises(ValueError, match="no token"):
         kl_divergence(model, [{**TASK[0], "labels": torch.full_like(TASK[0]["labels"], -100)}])
     model.save_pretrained(tmp_path)
