@@ -224,9 +224,11 @@ def claim(streams: dict[str, list[Run]]) -> str:
     pairs = paired(streams, "sft")
     ours, theirs = zip(*pairs, strict=True)
     op, general = ([average(own, measure) or 0.0 for own in (ours, theirs)] for measure in ("op", "general"))
-    count = len({tuple(run["tasks"]) for run in ours})
+    sizes = sorted({len(run["tasks"]) for run in ours})
+    tasks = f"{sizes[0]} tasks" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tasks"
+    names = [name for name, runs in streams.items() if paired({name: runs}, "sft")]
     return (
-        f"In {len(pairs)} runs on {count} streams of three to eight tasks (SmolLM2-135M, 80 steps per task), "
+        f"On {len(names)} streams of {tasks} (SmolLM2-135M, 80 steps per task, {len(pairs)} runs), "
         f'`preset="retain"` ended with a mean score of **{op[0]:.2f}** on all tasks, and full fine-tuning at its best '
         f"learning rate with **{op[1]:.2f}**. The loss on general text rose by {general[0]:.2f} and {general[1]:.2f} "
         "nats ([docs/study.md](docs/study.md))."
