@@ -154,8 +154,7 @@ class Study:
         policy, result = TopDensity(case.density), {}
         for name, vector in scores.items():
             (indices,) = policy.choose([vector], [1])
-            size = case.kind.parameters_per_unit(self.layers[name].weight_shape)
-            result[name] = Choice(indices, len(vector), size)
+            result[name] = Choice(indices)
         return result
 
     def _scores(self, case: Case, totals: Totals, half: int | None) -> Iterator[tuple[str, Tensor]]:

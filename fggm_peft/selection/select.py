@@ -204,7 +204,7 @@ def _report(measured: Measurement, record: TaskRecord, seconds: float) -> Select
         ModuleSelection(
             name=path,
             shape=(measured.targets[path].shape[0], measured.targets[path].shape[1]),
-            units=choice.units,
+            units=measured.targets[path].units,
             chosen=len(choice.indices),
             parameters=measured.targets[path].values.numel(),
             score_share=choice.score_share,

@@ -25,15 +25,11 @@ class Choice:
 
     Args:
         indices: ``[k]`` int64 on the CPU, sorted.
-        units: number of units of the weight.
-        unit_size: number of weight entries of one unit.
         score_share: share of the module's total score that the chosen units have, in [0, 1].
         mean_score: mean score of a unit per weight entry; 0 if every score is 0, so that no unit could be chosen.
     """
 
     indices: Tensor
-    units: int
-    unit_size: int
     score_share: float = 0.0
     mean_score: float = 0.0
 
@@ -72,9 +68,9 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
         selectable = [targets[path].granularity.selectable(vector) for path, vector in zip(group, vectors, strict=True)]
         chosen = policy.choose(selectable, *bounds(group, config))
         for path, vector, indices in zip(group, vectors, chosen, strict=True):
-            total, size = float(vector.double().sum()), targets[path].unit_size
+            total = float(vector.double().sum())
             share = float(vector[indices.to(vector.device)].double().sum()) / total if total else 0.0
-            choices[path] = Choice(indices, len(vector), size, share, total / len(vector) / size)
+            choices[path] = Choice(indices, share, total / len(vector) / targets[path].unit_size)
     return {path: choices[path] for path in targets}
 
 
