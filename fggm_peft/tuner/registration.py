@@ -17,21 +17,19 @@ from peft.utils import hotswap, register_peft_method
 NAME = "FGGM"
 
 
-def add_peft_type(name: str = NAME) -> PeftType:
-    """The member ``name`` of ``PeftType``, added if it is missing."""
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
+def add_peft_type() -> PeftType:
+    """The member ``FGGM`` of ``PeftType``, added if it is missing."""
+    if NAME in PeftType.__members__:
+        return PeftType[NAME]
+    member = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
     # unpickling calls this function, so that a process that has not imported the library gets the member as well
-    member.__reduce_ex__ = lambda protocol: (add_peft_type, (name,))  # type: ignore[method-assign]
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    PeftType._member_names_.append(name)
-    type.__setattr__(PeftType, name, member)
+    member.__reduce_ex__ = lambda protocol: (add_peft_type, ())  # type: ignore[method-assign]
+    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+    PeftType._member_names_.append(NAME)
+    type.__setattr__(PeftType, NAME, member)
     return member
 
 

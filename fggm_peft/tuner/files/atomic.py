@@ -132,12 +132,12 @@ def require_writable(folder: Path) -> None:
         raise OSError(f"the output {folder} cannot be written: {error}") from error
 
 
-def file_name(text: str, longest: int = 120) -> str:
+def file_name(text: str) -> str:
     """A name for a file or folder: the text, or its beginning and a digest if a file system could reject it."""
-    if len(text.encode()) <= longest:
+    content = text.encode()
+    if len(content) <= 120:
         return text
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{text.encode()[: longest - 17].decode(errors='ignore')}-{digest}"
+    return f"{content[:103].decode(errors='ignore')}-{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def digest_of_folder(path: Path, suffixes: Sequence[str] | None = None) -> str:
