@@ -53,7 +53,7 @@ class _ParameterLayer(FGGMLayer):
 class FGGMWeight(_ParameterLayer):
     """Any module with a matrix ``weight``, such as the router of a mixture of experts."""
 
-    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+    def forward(self, *args, **kwargs):
         return call_adapted(self.base_layer, {"weight": [self]}, args, kwargs)
 
 
