@@ -261,19 +261,35 @@ def methods_table(streams: dict[str, list[Run]]) -> str:
 
 @plots.style()
 def draw(streams: dict[str, list[Run]]) -> None:
-    """What each method learned, against what it still knows at the end: an arrow for each method."""
+    """How far the mean score of each method falls from right after each task to the end, stream by stream."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(3.4 * len(streams), 3.4), layout="constrained")
-    labels = list(dict.fromkeys(label for runs in streams.values() for label in labels_of(runs)))
-    for axes, (name, runs) in zip(figure.subplots(1, len(streams), squeeze=False).flat, streams.items(), strict=True):
-        for label in labels_of(runs):
+    widths = [1 + len(labels_of(runs)) for runs in streams.values()]
+    figure = Figure(figsize=(0.9 * sum(widths), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(streams), squeeze=False, sharey=True, width_ratios=widths).flat
+    looks = plots.looks(list(dict.fromkeys(label for runs in streams.values() for label in labels_of(runs))))
+    for axes, (name, runs) in zip(panels, streams.items(), strict=True):
+        ticks = []
+        for x, label in enumerate(labels_of(runs)):
             own = [run for run in runs if run["label"] == label]
-            x, y = average(own, "general"), average(own, "op")
-            look = plots.looks(labels)[label] | {"linestyle": "none", "markersize": 9 if label in OURS else 6}
-            axes.plot(x, y, label=label, **look)
-        axes.set(title=name, xlabel="rise of the general loss, nats", ylabel="final performance (OP)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+            learned, final, worst = (average(own, measure) or 0.0 for measure in ("diagonal", "op", "general_worst"))
+            color, size = looks[label]["color"], 9
+            axes.plot([x, x], [learned, final], color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
+            axes.plot(x, learned, "_", color=color, markersize=18, markeredgewidth=2)
+            axes.plot(x, final, "o", color=color, markersize=size)
+            axes.annotate(f"{final:.2f}", (x, final), (10, -3), textcoords="offset points", color=color)
+            ticks.append(f"{label}\n{worst:+.2f} nats")
+        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set(title=name, xlim=(-0.6, len(ticks) - 0.2), ylim=(0, 1.05))
+        axes.grid(axis="x", visible=False)
+    figure.axes[0].set_ylabel("mean score over the tasks")
+    marks = {"right after each task": ("_", 14), "after the last task": ("o", 8)}
+    handles = [
+        Line2D([], [], marker=m, color=plots.INK, linestyle="none", markersize=s, markeredgewidth=2)
+        for m, s in marks.values()
+    ]
+    figure.legend(handles, list(marks), loc="outside upper right", ncols=2)
     plots.save(figure, FIGURE)
 
 
