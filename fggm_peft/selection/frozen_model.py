@@ -35,14 +35,14 @@ def frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_delta(targets: Targets) -> Iterator[None]:
     """Switch the adapter's own delta off: statistics are taken where training starts."""
-    scales = [(target.layer.scaling, target.adapter_name, target.scale) for target in targets.values()]
-    for scaling, adapter_name, _ in scales:
-        scaling[adapter_name] = 0.0
+    scales = [(target, target.scale) for target in targets.values()]
+    for target, _ in scales:
+        target.layer.scaling[target.adapter_name] = 0.0
     try:
         yield
     finally:
-        for scaling, adapter_name, scale in scales:
-            scaling[adapter_name] = scale
+        for target, scale in scales:
+            target.layer.scaling[target.adapter_name] = scale
 
 
 @contextmanager

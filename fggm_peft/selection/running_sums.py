@@ -51,11 +51,9 @@ class RunningSums:
         self.targets = targets
         self.statistics = {name: STATISTICS[name] for name in statistics}
         self.tensors = {
-            path: {
-                name: torch.zeros(2, entry.size(target.granularity, target.shape), device=target.indices.device)
-                for name, entry in self.statistics.items()
-            }
+            (path, name): torch.zeros(2, entry.size(target.granularity, target.shape), device=target.indices.device)
             for path, target in targets.items()
+            for name, entry in self.statistics.items()
         }
 
     @property
@@ -71,16 +69,14 @@ class RunningSums:
         """Add one batch to the statistics that look at ``side``."""
         for name, statistic in self.statistics.items():
             if statistic.looks_at == side:
-                sums = self.tensors[target.path][name]
+                sums = self.tensors[target.path, name]
                 statistic.add_(sums, target.granularity, measured, half.to(sums.device))
 
     def require_finite(self, batch_index: int) -> None:
         """Raise ``NonFiniteScoreError`` if a sum is NaN or infinite; names the module and the batch."""
-        totals = torch.stack(
-            [torch.stack([sums.sum() for sums in module.values()]).sum().cpu() for module in self.tensors.values()]
-        )
-        if not torch.isfinite(totals).all():
-            path = list(self.tensors)[int((~torch.isfinite(totals)).nonzero()[0])]
+        is_finite = torch.isfinite(torch.stack([sums.sum().cpu() for sums in self.tensors.values()]))
+        if not is_finite.all():
+            path, _ = list(self.tensors)[int((~is_finite).nonzero()[0])]
             raise NonFiniteScoreError(
                 f"the scores of module {path} became NaN or infinite in batch {batch_index}. Check that batch; a "
                 "float16 model may need bfloat16 or float32 for the selection pass."
@@ -88,9 +84,5 @@ class RunningSums:
 
     def totals(self, processes: Processes, samples: int) -> Totals:
         """The statistics of all processes."""
-        sums = {
-            (path, name): processes.sum(tensor)
-            for path, module in self.tensors.items()
-            for name, tensor in module.items()
-        }
+        sums = {key: processes.sum(tensor) for key, tensor in self.tensors.items()}
         return Totals(sums, ((samples + 1) // 2, samples // 2))
