@@ -17,7 +17,7 @@ from ..tuner.files.reading import adapted_layers
 from ..tuner.files.tensors import BASE_PART, PREFIX, is_trained_whole
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from ..tuner.layer import FGGMLayer
-from ..tuner.merging.merge import MergeReport, ModuleMerge, add_to_dense_, total, unchanged
+from ..tuner.merging.merge import MergeReport, ModuleMerge, add_to_dense_, record_of, total, unchanged
 from ..tuner.merging.sidecar import with_sidecar
 from .delta import ModuleDelta, SparseDelta
 
@@ -83,7 +83,7 @@ def _add_to_layer_(model: nn.Module, path: str, layer: FGGMLayer, deltas: Sequen
         return unchanged(added)
     weight = layer.get_base_layer().weight.detach()
     matrix = layer.matrix(weight)
-    record = total([add_to_dense_(matrix, delta)[0] for delta in added])
+    record = total([record_of(delta, *add_to_dense_(matrix, delta)) for delta in added])
     layer.write_back_(weight, matrix)
     return record
 

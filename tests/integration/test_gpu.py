@@ -103,7 +103,7 @@ def test_a_layer_agrees_with_float64(dtype, granularity):
     exact, x, g = copy.deepcopy(model).double(), torch.randn(33, 64, dtype=dtype), torch.randn(33, 96, dtype=dtype)
     results = []
     for each, device, wide in ((model, DEVICE, dtype), (exact, "cpu", torch.float64)):
-        each, inputs = each.to(device), x.to(device, wide).requires_grad_()
+        each, inputs = each.to(device), x.to(device, wide, copy=True).requires_grad_()
         y = each(inputs)
         y.backward(g.to(device, wide))
         values = next(parameter for parameter in each.parameters() if parameter.requires_grad)

@@ -128,7 +128,7 @@ def test_unmerging_restores_the_quantized_base(kind, mode):
     model = trained(kind, quantized_merge=mode)
     before = logits(model, BATCHES[0])
     weights = [layer.weight_copy() for layer in fggm_layers(model, "default").values()]
-    report = model.merge_adapter(safe_merge=True)
+    report = model.merge_adapter(safe_merge=True, report=True)
     outcome = {"auto": "requantized", "requantize": "requantized", "keep": "kept"}[mode]
     assert {module.outcome for module in report.modules} == {outcome}
     merged = logits(model, BATCHES[0])
@@ -161,7 +161,7 @@ def test_the_survived_share_agrees_with_the_weights():
     layers = fggm_layers(model, "default")
     before = {name: layer.weight_copy() for name, layer in layers.items()}
     deltas = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
-    report = model.merge_adapter()
+    report = model.merge_adapter(report=True)
     for module in report.modules:
         change, delta = layers[module.name].weight_copy() - before[module.name], deltas[module.name]
         assert module.survived == pytest.approx(float((change * delta).sum() / delta.square().sum()), rel=1e-3)

@@ -92,7 +92,9 @@ def test_merge_and_forward_apply_the_scale(granularity):
 
 def test_the_report_contains_the_survived_share_of_the_delta():
     model = trained("row", torch.bfloat16)
-    report = model.merge_adapter()
+    assert model.merge_adapter() is None
+    model.unmerge_adapter()
+    report = model.merge_adapter(report=True)
     assert isinstance(report, MergeReport) and len(report.modules) == 14
     assert {module.outcome for module in report.modules} == {"added"}
     assert 0.95 < report.survived < 1.05 and "14 added" in str(report)
@@ -100,7 +102,7 @@ def test_the_report_contains_the_survived_share_of_the_delta():
     with torch.no_grad():  # a delta far below the resolution of bfloat16 is lost
         for layer in fggm_layers(model, "default").values():
             layer.fggm_values["default"] *= 1e-6
-    report = model.merge_adapter()
+    report = model.merge_adapter(report=True)
     assert report.survived < 0.05
     assert report.to_dict()["modules"]["model.layers.0.mlp.up_proj"]["survived"] < 0.05
 
@@ -174,7 +176,8 @@ def test_merging_gives_the_sum_and_the_record_of_all_entries(granularity, dtype,
     indices = torch.arange(0, kind.units((13, 11)), 3, dtype=torch.int32)
     delta = WeightDelta(kind, indices, 0.1 * torch.randn(kind.values_shape((13, 11), len(indices))), scale)
     after = before.clone()
-    record, old = merging.add_to_dense_(after, delta)
+    old, new = merging.add_to_dense_(after, delta)
+    record = merging.record_of(delta, old, new)
     expected = before.clone()
     kind.add_(expected, indices, delta.values, scale)
     assert torch.equal(after, expected) and torch.equal(old, kind.gather(before, indices))
@@ -189,7 +192,8 @@ def test_a_delta_below_float32_resolution_merges_into_float64_and_is_recorded(gr
     kind, weight = granularity_from(granularity), torch.randn(5, 4, dtype=torch.float64)
     indices = torch.tensor([1, 3], dtype=torch.int32)
     values = torch.full(kind.values_shape((5, 4), 2), 1e-10, dtype=torch.float64)
-    record, _ = merging.add_to_dense_(weight, WeightDelta(kind, indices, values, 1.0))
+    delta = WeightDelta(kind, indices, values, 1.0)
+    record = merging.record_of(delta, *merging.add_to_dense_(weight, delta))
     assert record.survived == pytest.approx(1, abs=1e-4)
 
 
@@ -197,5 +201,5 @@ def test_merging_an_empty_delta_changes_nothing(granularity):
     kind, weight = granularity_from(granularity), torch.randn(5, 4)
     delta = WeightDelta(kind, torch.zeros(0, dtype=torch.int32), torch.zeros(kind.values_shape((5, 4), 0)), 1.0)
     after = weight.clone()
-    record, _ = merging.add_to_dense_(after, delta)
+    record = merging.record_of(delta, *merging.add_to_dense_(after, delta))
     assert torch.equal(after, weight) and record.delta_norm == record.error_norm == 0 and record.survived == 1

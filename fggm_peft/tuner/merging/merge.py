@@ -92,14 +92,18 @@ def total(records: Sequence[ModuleMerge]) -> ModuleMerge:
     )
 
 
-def add_to_dense_(matrix: Tensor, delta: WeightDelta) -> tuple[ModuleMerge, Tensor]:
-    """Add a delta to a weight ``[o, i]`` in place; returns a record and the original entries."""
-    granularity, values = delta.granularity, delta.values.detach()
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    before = granularity.gather(matrix, delta.indices)
-    after = sum_rounded_once(before, values, delta.scale)
-    granularity.put_(matrix, delta.indices, after)
-    return compare(after.to(wide) - before.to(wide), values.to(wide) * delta.scale, "added"), before
+def add_to_dense_(matrix: Tensor, delta: WeightDelta) -> tuple[Tensor, Tensor]:
+    """Add a delta to a weight ``[o, i]`` in place; returns the changed entries before and after."""
+    before = delta.granularity.gather(matrix, delta.indices)
+    after = sum_rounded_once(before, delta.values.detach(), delta.scale)
+    delta.granularity.put_(matrix, delta.indices, after)
+    return before, after
+
+
+def record_of(delta: WeightDelta, before: Tensor, after: Tensor) -> ModuleMerge:
+    """The record of a delta that was added to a dense weight."""
+    wide = torch.promote_types(after.dtype, torch.float32)
+    return compare(after.to(wide) - before.to(wide), delta.values.detach().to(wide) * delta.scale, "added")
 
 
 def not_finite_error(adapter_name: str) -> ValueError:
