@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 SIZE = 2
-TIME_LIMIT = 120  # seconds that one call may take before the processes are killed
+TIME_LIMIT = 240  # seconds that one call may take before the processes are killed
 
 
 class Processes:
