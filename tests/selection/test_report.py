@@ -66,7 +66,7 @@ def test_report_and_config_contain_every_check_of_the_automatic_number_of_sample
 
 
 def test_checks_of_reference_and_task_are_distinguished():
-    model = adapted(llama(), "column", criterion="gain_per_harm")
+    model = adapted(llama(), "column", criterion="gain_per_harm", regret=1e-6)
     report = select_parameters(model, MANY[:5], reference=MANY[5:9], progress=False)
     checks = [(check.data, check.samples) for check in report.checks]
     assert checks == [(data, n) for data in ("reference", "task") for n in (8, 16, 32)]
