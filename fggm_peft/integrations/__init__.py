@@ -1,0 +1,1 @@
+"""FGGM inside other tools; one module for each, imported by nothing else in the package."""
