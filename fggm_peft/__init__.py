@@ -30,7 +30,7 @@ from .core.threshold import (
 )
 from .cost import CostEstimate, estimate
 from .retention import HarmDecay, attach_harm_decay
-from .selection import SelectionReport, input_covariance, select_parameters
+from .selection import SelectionReport, input_covariance, remember_task, select_parameters
 from .tuner import (
     LAYER_TYPES,
     FGGMConfig,
@@ -95,6 +95,7 @@ __all__ = [
     "input_covariance",
     "overlap",
     "prune",
+    "remember_task",
     "select_parameters",
 ]
 

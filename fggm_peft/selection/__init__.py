@@ -3,6 +3,13 @@
 from .frozen_model import same_random_state
 from .input_covariance import input_covariance, linear_layers
 from .report import SelectionReport
-from .select import select_parameters
+from .select import remember_task, select_parameters
 
-__all__ = ["SelectionReport", "input_covariance", "linear_layers", "same_random_state", "select_parameters"]
+__all__ = [
+    "SelectionReport",
+    "input_covariance",
+    "linear_layers",
+    "remember_task",
+    "same_random_state",
+    "select_parameters",
+]

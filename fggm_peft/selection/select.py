@@ -19,7 +19,7 @@ from torch import nn
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig
-from ..tuner.files.input_covariance import retain, retained_by, set_covariance
+from ..tuner.files.input_covariance import retain, retained_by, set_covariance, task_of
 from ..tuner.files.task_scores import TaskRecord, remember
 from ..tuner.hosts.sharding import require_resizable, without_wrappers
 from ..tuner.settings.selection import require_num_samples
@@ -126,6 +126,40 @@ def select_parameters(
     if own is not None:
         retain(unwrapped(model), own, config)
     return report
+
+
+def remember_task(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    *,
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Read what later tasks should retain of a task, on the model that has learned it.
+
+    With "history" in the reference, ``select_parameters`` reads it before training. A model that has learned the task
+    processes its prompts in other directions, and these are what later tasks must not change. Trainers call this at
+    the end of ``train()``; call it in a loop of your own, before the adapter is merged.
+
+    Args:
+        model: with the trained adapter.
+        dataloader: batches of the task; at most 64 samples are read.
+        adapter_name: by default the active adapter.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: the adapter was not selected with "history" in its reference.
+    """
+    model = without_wrappers(model)
+    adapter_name, config = active_adapter(model, adapter_name)
+    base = unwrapped(model)
+    if task_of(base, config) is None:
+        raise ValueError(
+            f"adapter {adapter_name!r} was not selected with 'history' in its reference, so later tasks do not retain "
+            "its task"
+        )
+    modules = find_targets(model, adapter_name)
+    retain(base, input_covariance(model, dataloader, modules=modules, progress=progress), config)
 
 
 def _require_data_to_retain(dataloader: Any, is_read_again: bool) -> None:

@@ -19,16 +19,18 @@ from ..tuner.files.input_covariance import (
     COVARIANCE_FILE,
     InputCovariance,
     load_input_covariance,
+    retain,
     retained_by,
     set_covariance,
     set_retained,
+    task_of,
 )
 from ..tuner.files.task_scores import SCORES_FILE, TaskRecord, load_record, remember
 from ..tuner.support import unwrapped
 from ..tuner.target import find_targets
 
-TASKS_FILE = "fggm_tasks.safetensors"
-"""The input covariance of all tasks that were selected on the model."""
+TASKS_FILE, TASK_FILE = "fggm_tasks.safetensors", "fggm_task.safetensors"
+"""The input covariances of the tasks before this one, and of this one."""
 
 
 def last_complete_checkpoint(folder: Path) -> Path:
@@ -73,8 +75,11 @@ def unselected_adapters(model: nn.Module) -> list[str]:
 def save_retention(model: nn.Module, covariance: InputCovariance, checkpoint: Path) -> None:
     """Save what the adapter retains, and what later tasks should retain, with a checkpoint."""
     covariance.save(checkpoint)
-    if (tasks := retained_by(unwrapped(model))) is not None:
-        tasks.save(checkpoint / TASKS_FILE)
+    base = unwrapped(model)
+    owner = next((config for _, config in active_adapters(model) if task_of(base, config)), None)
+    for name, part in ((TASKS_FILE, retained_by(base, besides=owner)), (TASK_FILE, task_of(base, owner))):
+        if part is not None:
+            part.save(checkpoint / name)
 
 
 def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
@@ -82,8 +87,12 @@ def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
 
     The selection also becomes part of the model's history, with its scores if they were saved.
     """
+    base = unwrapped(model)
     if (checkpoint / TASKS_FILE).exists():
-        set_retained(unwrapped(model), load_input_covariance(checkpoint / TASKS_FILE))
+        set_retained(base, load_input_covariance(checkpoint / TASKS_FILE))
+    if (checkpoint / TASK_FILE).exists():
+        owner = next(config for _, config in active_adapters(model) if config.needs_covariance)
+        retain(base, load_input_covariance(checkpoint / TASK_FILE), owner)
     file = checkpoint / COVARIANCE_FILE
     covariance = load_input_covariance(file) if file.exists() else None
     for name, config in active_adapters(model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..retention import HarmDecay, attach_harm_decay
-from ..selection import SelectionReport, select_parameters
+from ..selection import SelectionReport, remember_task, select_parameters
 from ..selection.likelihood import LogLikelihood
 from ..selection.reference import ReferenceData
 from ..selection.select import active_adapter, active_adapters
 from ..tuner.files.atomic import complete_folder, full_disk_as_oserror
+from ..tuner.files.input_covariance import task_of
 from ..tuner.files.model_card import complete_card
 from ..tuner.files.saving import as_trained, keep_card
+from ..tuner.support import unwrapped
 from .batches import selection_batch
 from .checkpoints import (
     last_complete_checkpoint,
@@ -114,7 +116,13 @@ class FGGMTrainerMixin(_Trainer):
                 load_before_sharding_(self.model, Path(resume_from_checkpoint))
         self.selection_report = None
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if names := _adapters_with_history(self.model):
+                with self._selection_dataloader() as dataloader, self.accelerator.autocast():
+                    for name in names:
+                        data = _Converted(dataloader, self.selection_batch)
+                        remember_task(self.model, data, adapter_name=name)
+            return result
         finally:
             if self.harm_decay is not None:
                 self.harm_decay.remove()
@@ -241,9 +249,22 @@ class FGGMCallback(TrainerCallback):
         if self.harm_decay is not None and args.should_save:
             save_retention(model, self.harm_decay.covariance, _checkpoint(args, state))
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if self.harm_decay is not None:
             self.harm_decay.remove()
+        for name in _adapters_with_history(model):
+            with self._reading(args, train_dataloader) as data:
+                remember_task(model, data, adapter_name=name)
+
+    @contextmanager
+    def _reading(self, args: Any, dataloader: Any) -> Iterator[Any]:
+        """The training data, converted, under the autocast of the training."""
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        try:
+            with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
+                yield _Converted(dataloader, self.convert)
+        finally:
+            _end(dataloader)
 
     def _select(self, args, state, model, train_dataloader=None, processing_class=None, **kwargs) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
@@ -251,14 +272,15 @@ class FGGMCallback(TrainerCallback):
                 "FGGMCallback supports one process only. Use `class MyTrainer(FGGMTrainerMixin, Trainer)`, or call "
                 "select_parameters before training."
             )
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        autocast = torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
-        try:
-            data = _Converted(train_dataloader, self.convert)
-            self.selection_report = _select(model, data, autocast, self.reference, processing_class)
-        finally:
-            _end(train_dataloader)
+        with self._reading(args, train_dataloader) as data:
+            self.selection_report = _select(model, data, nullcontext(), self.reference, processing_class)
         state.log_history.append({**log_entry(self.selection_report), "step": state.global_step})
+
+
+def _adapters_with_history(model: nn.Module) -> list[str]:
+    """The active adapters whose task later tasks retain."""
+    base = unwrapped(model)
+    return [name for name, config in active_adapters(model) if task_of(base, config) is not None]
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -70,16 +70,15 @@ def test_harm_decay_reduces_the_harm_and_changes_nothing_else(name, options, sta
 
 
 def test_the_history_is_the_sum_over_the_tasks(statistics, tmp_path):
-    """Each task retains the reference and the tasks before it, each read on the model before it was learned."""
+    """Each task retains the reference and the tasks before it, each read on the model that has learned it."""
     method, model = make_method("sft", harm_decay=1.0, reference=[statistics, "history"]), llama()
     expected = []
     for number in range(3):
         data = examples(seed=number)
         batches = [{key: torch.tensor([row[key] for row in data]) for key in ("input_ids", "attention_mask")}]
-        own = input_covariance(model, batches, progress=False)
         model, trainer = learn(method, model, number, tmp_path, data=data)
         reference = InputCovariance.from_dict(method.memory[RETAINED])
-        expected.append(own)
+        expected.append(input_covariance(model, batches, progress=False))
         for path in linear_layers(model):
             total = sum(each[path].to(torch.float32).dense() for each in expected)
             torch.testing.assert_close(reference[path].to(torch.float32).dense(), total, rtol=0.05, atol=0.5)

@@ -17,6 +17,7 @@ from fggm_peft import (
     InputCovariance,
     attach_harm_decay,
     input_covariance,
+    remember_task,
     select_parameters,
 )
 from fggm_peft.tuner.files.input_covariance import covariance_of, retained_by
@@ -347,6 +348,23 @@ def test_the_history_is_added_to_the_next_task_and_keeps_its_size():
         model = wrapped.merge_and_unload()
         sizes.append(retained_by(model).nbytes)
     assert len(set(sizes)) == 1
+
+
+def test_a_learned_task_is_read_again_and_counts_once():
+    model = selected(reference=["history"])
+    before = retained_by(model.get_base_model())
+    with torch.no_grad():
+        for target in find_targets(model, "default").values():
+            target.values.normal_()
+    for _ in range(2):
+        remember_task(model, TASK, progress=False)
+    after = retained_by(model.get_base_model())
+    expected = input_covariance(model, TASK, modules=after.inputs, progress=False)
+    for path in after.inputs:
+        assert torch.equal(after[path].factor, expected[path].factor)
+    assert any(not torch.equal(after[path].factor, before[path].factor) for path in after.inputs)
+    with pytest.raises(ValueError, match="was not selected with 'history'"):
+        remember_task(selected(), TASK, progress=False)
 
 
 def test_data_of_a_task_that_cannot_be_retained_is_an_error():

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from trainers import assert_same_delta, make_trainer
 from transformers import Trainer
 
-from fggm_peft import FGGMConfig
+from fggm_peft import FGGMConfig, input_covariance
 from fggm_peft.training import FGGMCallback, FGGMTrainer
 from fggm_peft.tuner.files import retained_by
 
@@ -65,6 +65,24 @@ def test_a_resumed_task_is_retained_by_later_tasks(tmp_path, kind):
     whole, resumed = retained
     for path in whole.inputs:
         assert torch.equal(whole[path].factor, resumed[path].factor) and whole[path].floor == resumed[path].floor
+
+
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_a_task_is_read_again_by_the_model_that_has_learned_it(tmp_path, kind):
+    run = trainer(tmp_path, kind, [REFERENCE, "history"], max_steps=4)
+    run.train()
+    batches = [run.data_collator([run.train_dataset[n]]) for n in range(len(run.train_dataset))]
+    retained = retained_by(run.model.get_base_model())
+    with run.model.disable_adapter():
+        before = input_covariance(run.model, batches, progress=False)
+    after = input_covariance(run.model, batches, progress=False)
+    path = "model.layers.1.mlp.down_proj"
+    gaps = [
+        float((retained[path].to(torch.float32).dense() - c[path].to(torch.float32).dense()).norm())
+        for c in (before, after)
+    ]
+    assert gaps[1] < 0.1 * gaps[0]
+    run.model.merge_and_unload()
 
 
 def test_continuing_without_statistics_is_an_error_before_training(tmp_path):

@@ -113,10 +113,7 @@ class Method:
         return MethodTrainer(self, **arguments)
 
     def covariance(self, trainer: Trainer) -> InputCovariance | None:
-        """Of the inputs to retain, on the model before the current task; None if the method does not use it.
-
-        If the reference contains "history", the task is added to ``memory`` for later tasks.
-        """
+        """Of the inputs to retain, on the model before the current task; None if the method does not use it."""
         if not self.uses_reference:
             return None
         model: Any = trainer.model
@@ -128,11 +125,15 @@ class Method:
             if "self" in self.reference:
                 written = written_batches(model, WRITTEN_TEXTS, WRITTEN_LENGTH, self.task_seed)
                 entries = [written if isinstance(entry, str) and entry == "self" else entry for entry in entries]
-            covariance = covariance_to_retain(model, entries, input_widths(model), history)
-            if "history" in self.reference:
+            return covariance_to_retain(model, entries, input_widths(model), history)
+
+    def remember_task(self, trainer: Trainer) -> None:
+        """Add the task to ``memory`` if the reference contains "history"; called when the model has learned it."""
+        if "history" in self.reference:
+            saved = self.memory.get(RETAINED)
+            with trainer.accelerator.autocast():
                 own = self.task_covariance(trainer)
-                self.memory[RETAINED] = (own if history is None else history + own).to_dict()
-        return covariance
+            self.memory[RETAINED] = (own if saved is None else InputCovariance.from_dict(saved) + own).to_dict()
 
     def task_covariance(self, trainer: Trainer) -> InputCovariance:
         """The input covariance of the current task's data, on the CPU."""
@@ -228,7 +229,9 @@ class MethodTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self.method.remember_task(self)
+            return result
         finally:
             if self.harm_decay is not None:
                 self.harm_decay.remove()

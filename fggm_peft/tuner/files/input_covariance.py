@@ -167,6 +167,12 @@ def retained_by(model: nn.Module, besides: object = None) -> InputCovariance | N
     return last if earlier is None else earlier + last
 
 
+def task_of(model: nn.Module, config: object) -> InputCovariance | None:
+    """What the adapter with this config has added to the tasks that a base model retains; None if nothing."""
+    _, last, owner = getattr(model, _TASKS, (None, None, None))
+    return last if owner is config else None
+
+
 def retain(model: nn.Module, task: InputCovariance, config: object) -> None:
     """Add a task to those that the base model retains; it replaces an earlier one of the same adapter."""
     setattr(model, _TASKS, (retained_by(model, besides=config), task, config))
