@@ -49,7 +49,7 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     assert "trainable values" in capsys.readouterr().out
-    assert names["trainer"].selection_report.samples == 40
+    assert names["trainer"].selection_report.samples <= 40
     for task in ("intents", "slots"):
         files = {path.name for path in Path(f"deltas/{task}").iterdir()}
         assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
