@@ -201,8 +201,8 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
         "fisher": lambda: unit(q["fisher"]),
         "gain_per_harm": lambda: entries * (unit(q["fisher"]) / entries).sqrt() / harm,
         "fisher_ratio": lambda: unit(q["fisher"]) / harm,
-        # the covariance is 0.4 I and the ridge 0.1, so that M = 2 I
-        "gain_under_decay": lambda: unit(q["fisher"]) / (2 if granularity == "column" else 1),
+        # the covariance is 0.4 I and the ridge 3.2, so that M = I / 3.6
+        "gain_under_decay": lambda: unit(q["fisher"]) / (1 / 3.6 if granularity == "column" else 1),
         "input_ratio": lambda: (
             entries
             * (q["input"] * q["reference input"].mean()).sqrt()

@@ -48,6 +48,7 @@ def run(args: Namespace) -> Result | None:
     if args.methods is not None:
         settings = settings.with_methods(args.methods)
     output = args.output
+    require_free(output, overwrite=True)  # so that the folder can be read
     if not any(output.glob("stream.json*")):  # another process may be writing it
         require_free(output, overwrite=False)
     runs, is_main = runs_of(settings), this_process().is_main_process

@@ -79,7 +79,7 @@ def test_select_with_a_criterion_that_needs_no_data(folder, tmp_path):
 def test_select_of_a_4_bit_base(folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     arguments = ("--data", folder / "data", "--output", tmp_path / "a", "--quantization", "4bit")
-    assert succeed("select", folder / "model", *arguments)["samples"] == 32
+    assert succeed("select", folder / "model", *arguments)["samples"] in (8, 16, 32)
     found = succeed("eval", folder / "model", "--data", folder / "data", "--quantization", "4bit", "-a", tmp_path / "a")
     base, adapted = found["results"]
     assert base["loss"] == pytest.approx(adapted["loss"], rel=0.01)  # the adapter is zero

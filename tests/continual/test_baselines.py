@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM
 
 from fggm_peft import input_covariance
 from fggm_peft.continual.methods import make_method
+from fggm_peft.core.harm_decay import RIDGE
 from fggm_peft.selection import linear_layers
 from fggm_peft.training.data import Example, TokenizedExamples
 
@@ -173,7 +174,7 @@ def test_a_quiet_lora_starts_in_what_the_task_uses_more_than_the_reference(decay
     for path in PATHS:
         a = trainer.model.get_submodule(f"base_model.model.{path}").lora_A["default"].weight.detach().double()
         retained, own = (each[path].to(torch.float64).dense() for each in (trainer.covariance, task))
-        mapped = torch.linalg.inv(0.1 * torch.eye(len(own)) + retained)
+        mapped = torch.linalg.inv(RIDGE * torch.eye(len(own)) + retained)
         vectors = torch.linalg.eigh(mapped @ own @ mapped).eigenvectors[:, -4:]
         torch.testing.assert_close(a @ a.mT, torch.eye(4).double() / 3, atol=1e-5, rtol=0)
         assert (a * 3**0.5 @ vectors).square().sum() > 0.95 * 4  # the same subspace

@@ -235,7 +235,7 @@ def test_a_granularity_is_a_value_that_converts_to_json_and_back():
     try:
         stored = json.loads(json.dumps(Tiles(4).to_dict()))
         assert stored == {"granularity": "tiles", "size": 4} and str(Tiles(4)) == "tiles(size=4)"
-        assert (Rows().plural, Tiles(4).plural) == ("rows", "tiles (size=4)")
+        assert (Rows().plural, Tiles(4).plural) == ("rows", "tiles(size=4)")
         assert granularity_from(stored) == Tiles(4) != granularity_from("tiles")
         with pytest.raises(ValueError, match="Tiles has no argument 'sizes'; it takes size"):
             granularity_from({"granularity": "tiles", "sizes": 4})

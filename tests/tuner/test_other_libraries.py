@@ -103,7 +103,7 @@ def test_layers_that_cannot_be_dequantized_train_save_load_and_keep_their_deltas
 @pytest.mark.parametrize("mode", ["auto", "requantize"])
 def test_merging_into_them_is_one_clear_error(mode, stand_in):
     model = adapted(stand_in("EETQ"), "row", target_modules=PROJECTIONS, criterion="random", quantized_merge=mode)
-    with pytest.raises(TypeError, match=r"eetq layers cannot be requantized. Set quantized_merge=\"keep\""):
+    with pytest.raises(TypeError, match=r"eetq layers cannot be requantized. Set quantized_merge='keep'"):
         model.merge_adapter()
 
 
