@@ -189,7 +189,7 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
         peft_type = settings.get("peft_type", add_peft_type())
         if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise AdapterFileError(f"{path_json_file}: unknown peft_type {peft_type!r:.80}")
-        return settings
+        return super().from_json_file(path_json_file, **kwargs)  # which drops what is not of a file
 
     @classmethod
     def from_pretrained(
