@@ -15,7 +15,7 @@ from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.settings import StreamError
 from fggm_peft.continual.stream import Stream
 
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,7 @@ def saved(tmp_path_factory) -> bytes:
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_a_mutated_file_loads_completely_or_raises_the_documented_error(data, saved, tmp_path_factory):
     """Header bytes decide about shapes, offsets and metadata; they are mutated more often than values."""
     content = bytearray(saved)

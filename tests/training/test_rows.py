@@ -129,7 +129,7 @@ def test_a_file_in_a_folder_that_cannot_be_read_is_named(tmp_path):
 
 # --- mutations -----------------------------------------------------------------------------------
 
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @MANY

@@ -260,7 +260,7 @@ def test_an_invalid_regex_raises_a_value_error(field, pattern):
         FGGMConfig(density_pattern={pattern: 0.1})
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=500)
 @given(st.data())
 def test_a_mutated_config_raises_only_value_errors_and_loads_nothing_by_half(data):
     _, contents = saved_adapter()
