@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,11 +92,10 @@ class FGGMTrainerMixin(_Trainer):
         """Like the trainer's, but selects first if the adapter has no support."""
         self._reject_unsupported()
         if unselected_adapters(self.model):
-            with self._selection_dataloader() as dataloader:
+            with self._reading() as data:
                 report = self.selection_report = _select(
                     self.model,
-                    _Converted(dataloader, self.selection_batch),
-                    self.accelerator.autocast(),
+                    data,
                     self.selection_reference,
                     self.processing_class or getattr(self.data_collator, "tokenizer", None),
                     log_likelihood=self.selection_log_likelihood,
@@ -117,19 +116,17 @@ class FGGMTrainerMixin(_Trainer):
         self.selection_report = None
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-            if names := _adapters_with_history(self.model):
-                with self._selection_dataloader() as dataloader, self.accelerator.autocast():
-                    for name in names:
-                        data = _Converted(dataloader, self.selection_batch)
-                        remember_task(self.model, data, adapter_name=name)
+            for name in _adapters_with_history(self.model):
+                with self._reading() as data:
+                    remember_task(self.model, data, adapter_name=name)
             return result
         finally:
             if self.harm_decay is not None:
                 self.harm_decay.remove()
 
     @contextmanager
-    def _selection_dataloader(self) -> Iterator[Any]:
-        """A training dataloader that contains every sample once. Accelerate forgets it afterwards."""
+    def _reading(self) -> Iterator[_Converted]:
+        """The training data, every sample once, converted, under the autocast of the training."""
         settings = self.accelerator.dataloader_config
         before = settings.even_batches, settings.dispatch_batches
         # no repeated samples in the last batch, and no rank that waits for another that failed to read
@@ -142,7 +139,8 @@ class FGGMTrainerMixin(_Trainer):
             settings.even_batches, settings.dispatch_batches = before
             self.__dict__.pop("_get_train_sampler", None)
         try:
-            yield dataloader
+            with self.accelerator.autocast():
+                yield _Converted(dataloader, self.selection_batch)
         finally:
             _end(dataloader)
             if dataloader in self.accelerator._dataloaders:  # otherwise its workers live as long as the trainer
@@ -257,7 +255,7 @@ class FGGMCallback(TrainerCallback):
                 remember_task(model, data, adapter_name=name)
 
     @contextmanager
-    def _reading(self, args: Any, dataloader: Any) -> Iterator[Any]:
+    def _reading(self, args: Any, dataloader: Any) -> Iterator[_Converted]:
         """The training data, converted, under the autocast of the training."""
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         try:
@@ -273,7 +271,7 @@ class FGGMCallback(TrainerCallback):
                 "select_parameters before training."
             )
         with self._reading(args, train_dataloader) as data:
-            self.selection_report = _select(model, data, nullcontext(), self.reference, processing_class)
+            self.selection_report = _select(model, data, self.reference, processing_class)
         state.log_history.append({**log_entry(self.selection_report), "step": state.global_step})
 
 
@@ -300,18 +298,16 @@ class _Converted:
 def _select(
     model: nn.Module,
     data: _Converted,
-    autocast: AbstractContextManager,
     reference: ReferenceData,
     tokenizer: Any,
     **arguments: Any,
 ) -> SelectionReport:
     """Select every active adapter that has no support; returns the last report."""
-    with autocast:
-        for name in unselected_adapters(model):
-            _, config = active_adapter(model, name)
-            references = with_texts(config.reference if reference is None else reference, tokenizer)
-            report = select_parameters(model, data, adapter_name=name, reference=references, **arguments)
-            logger.info("%s", report)
+    for name in unselected_adapters(model):
+        _, config = active_adapter(model, name)
+        references = with_texts(config.reference if reference is None else reference, tokenizer)
+        report = select_parameters(model, data, adapter_name=name, reference=references, **arguments)
+        logger.info("%s", report)
     return report
 
 
