@@ -16,7 +16,7 @@ Contents = dict[str, Any]
 
 
 def read(path: Path) -> Contents:
-    """The contents of a result file; empty if there is none."""
+    """The contents of a result file, or an empty dict without a file."""
     return json.loads(path.read_text()) if path.exists() else {"parts": {}}
 
 

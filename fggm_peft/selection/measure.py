@@ -27,7 +27,7 @@ Choices = dict[str, Choice]
 class Measurement:
     """Measures and selects for one adapter. The results are in the attributes.
 
-    ``task`` is the pass over the task's data, and ``num_samples`` is a number, None for all, or "auto".
+    ``task`` reads the task's data. ``num_samples`` is a number, None for all, or "auto".
     """
 
     def __init__(self, task: DataPass, targets: Targets, sources: Sequence[Source], num_samples: Any = None):

@@ -143,7 +143,7 @@ def reference_entries(given: ReferenceData, targets: Targets, task: DataPass) ->
 def find_sources(entries: Sequence[Any], targets: Targets, task: DataPass) -> list[Source]:
     """The parts of the reference of the criterion, from ``reference_entries``; empty if it uses none.
 
-    Passes over a reference have the settings of the pass over the task's data.
+    References are read with the same settings as the task.
 
     Raises:
         ScoreFileError: saved scores do not fit.

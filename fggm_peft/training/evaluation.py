@@ -147,7 +147,7 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Indices of examples of similar length. The longest come first, so that a lack of memory shows at once.
 
-    The batches do not depend on the number of processes, each of which gets every n-th.
+    With n processes each gets every n-th batch. The batches are the same for every n.
     """
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
