@@ -141,7 +141,6 @@ def machine() -> dict[str, Any]:
         "bitsandbytes",
         "opacus",
         "backpack-for-pytorch",
-        "triton",
         "fggm-peft",
     )
     versions = {}

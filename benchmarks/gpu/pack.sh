@@ -35,6 +35,7 @@ install() { python3 -m pip install -q --no-index --no-deps --no-compile --no-cac
 [ ! -d "\$HERE/whl" ] || install "\$HERE"/whl/*.whl
 if [ "\$(ls /tmp/model/model.? 2>/dev/null | wc -l)" = $(ls "$out"/model.? | wc -l) ]; then
   cat /tmp/model/model.? > "/tmp/model/$(basename "$model")"; install /tmp/model/*.whl; fi
+unset PYTHONDONTWRITEBYTECODE; python3 -m compileall -q -j 0 /tmp/site >/dev/null  # every part imports it again
 export PYTHONPATH=/tmp/site:\$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 SETUP
 rm -rf "$unpacked"

@@ -25,13 +25,13 @@ from suite.methods import FGGM, METHODS, TARGETS, held_mib, targeted_values
 
 from fggm_peft import FGGMConfig, estimate
 
-from . import kernels
 from .store import Store
 
 ROOT = Path(__file__).parents[2]
 GPU = Setting(hidden=2048, layers=24, vocabulary=32000, base="bfloat16", length=512, batch=8, density=0.1)  # 1.3 G
 TINY = Setting(hidden=64, layers=1, vocabulary=50, base="bfloat16", length=8, batch=2, density=0.1)
-SECONDS = 4.0  # of one timing
+SIZES = ("length", "batch", "hidden", "layers")
+SECONDS = 3.0  # of one timing
 
 
 def small() -> bool:
@@ -39,9 +39,9 @@ def small() -> bool:
 
 
 def setting(**changes: Any) -> Setting:
-    """The model of the measurements; tiny on a CPU, where only the base and the density can change."""
+    """The model of the measurements; tiny on a CPU, where sizes cannot change."""
     if small():
-        return replace(TINY, **{name: value for name, value in changes.items() if name not in ("length", "batch")})
+        return replace(TINY, **{name: value for name, value in changes.items() if name not in SIZES})
     return replace(GPU, **changes)
 
 
@@ -67,7 +67,7 @@ class Recorder:
 
 
 def tests(store: Store) -> None:
-    """The tests marked ``gpu``, in several processes: compiling the kernels takes most of the time."""
+    """The tests marked ``gpu``, in several processes."""
     import pytest
 
     os.environ.setdefault("FGGM_TEST_DEVICE", DEVICE.type)
@@ -85,6 +85,7 @@ def step(store: Store) -> None:
     long, checkpointing = {"length": 2048, "batch": 2}, {"checkpointing": True}
     changes: list[dict[str, Any]] = [
         {},
+        {"hidden": 4096, "layers": 6},  # as wide as models of 7 B
         {"base": "nf4"},
         {"density": 0.01},
         {**long, **checkpointing},
@@ -133,21 +134,6 @@ def decay(store: Store) -> None:
     store.measure("harm decay", functools.partial(harm_decay.measure, *sizes, dtype=torch.bfloat16))
 
 
-def triton(store: Store) -> None:
-    """Steps with and without the Triton kernels; on a CUDA device also each kernel."""
-    seconds = 0 if small() else SECONDS
-    for density in (0.01, 0.1, 0.3):
-        where = setting(density=density)
-        store.measure(f"steps: {where.text()}", functools.partial(kernels.steps, where, seconds))
-    if small():
-        return
-    for shape in ((4096, 2048, 5440), (4096, 5440, 2048)):
-        for name in kernels.COMPARED:
-            for dtype in (torch.bfloat16, torch.float32):
-                call = functools.partial(kernels.operations, *shape, name, dtype, seconds)
-                store.measure(f"{name}: {shape}, {dtype}", call)
-
-
 def merge(store: Store) -> None:
     """Saving, loading, merging and switching; decoding with merged (frozen) and unmerged adapters."""
     cases = [Case("decoding", setting(length=1, batch=1)), Case("adapter", setting(density=0.01))]
@@ -187,7 +173,6 @@ PARTS: dict[str, Callable[[Store], None]] = {
     "step": step,
     "selection": selection,
     "harm-decay": decay,
-    "kernels": triton,
     "merge": merge,
     "stream": stream,
 }

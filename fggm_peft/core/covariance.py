@@ -83,10 +83,8 @@ class Covariance:
         limit = self.width if self.width <= 2 * rank else rank
         if self.factor.shape[1] <= limit:
             return self
-        vectors, energy = _principal(self.factor)
-        rest = float(energy[limit:].sum()) / (self.width - limit) if limit < self.width else 0.0
-        kept = (energy[:limit] - rest).clamp(min=0).sqrt()
-        return Covariance((vectors[:, :limit] * kept).to(self.factor.dtype), self.floor + rest)
+        leading = _leading(*_principal(self.factor), limit)
+        return Covariance(leading.factor.to(self.factor.dtype), self.floor + leading.floor)
 
     def __add__(self, other: Covariance) -> Covariance:
         return Covariance(torch.cat([self.factor, other.factor.to(self.factor)], 1), self.floor + other.floor)
@@ -106,8 +104,16 @@ def _principal(factor: Tensor) -> tuple[Tensor, Tensor]:
         energy, vectors = torch.linalg.eigh(wide @ wide.mT)
         return vectors.flip(1), energy.flip(0).clamp(min=0)
     # orthonormal also where singular values are zero, which eigenvectors of the Gram matrix do not give
-    vectors, values, _ = torch.linalg.svd(wide, full_matrices=False)
-    return vectors, values.square()
+    basis, triangle = torch.linalg.qr(wide)
+    energy, vectors = torch.linalg.eigh(triangle @ triangle.mT)
+    return basis @ vectors.flip(1), energy.flip(0).clamp(min=0)
+
+
+def _leading(vectors: Tensor, energy: Tensor, limit: int) -> Covariance:
+    """The first eigenvectors ``[i, limit]``, and the mean energy of the others as the floor."""
+    width = len(vectors)
+    rest = float(energy[limit:].sum()) / (width - limit) if limit < width else 0.0
+    return Covariance(vectors[:, :limit] * (energy[:limit] - rest).clamp(min=0).sqrt(), rest)
 
 
 class CovarianceSum:
@@ -140,24 +146,25 @@ class CovarianceSum:
         mean = self.product.double() / max(1, self.positions)
         if self.test_matrix is None:
             energy, vectors = torch.linalg.eigh((mean + mean.mT) / 2)
-            factor = vectors * energy.clamp(min=0).sqrt()
+            vectors, energy = vectors.flip(1), energy.flip(0).clamp(min=0)
         else:
-            factor = _nystroem(mean, self.test_matrix.double())
-        result = Covariance(factor.float()).truncated(self.rank)
+            vectors, energy = _nystroem(mean, self.test_matrix.double())
+        width = len(vectors)
+        result = _leading(vectors, energy, width if width <= 2 * self.rank else self.rank).to(torch.float32)
         # what the product does not see
         missing = float(self.energy) / max(1, self.positions) - float(result.diagonal().double().sum())
         return Covariance(result.factor, result.floor + max(0.0, missing) / result.width)
 
 
-def _nystroem(product: Tensor, test_matrix: Tensor) -> Tensor:
-    """The factor of ``C`` from ``C @ test_matrix``, which was summed in float32."""
+def _nystroem(product: Tensor, test_matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvectors and eigenvalues of ``C``, from ``C @ test_matrix``, which was summed in float32."""
     shift = torch.finfo(torch.float32).eps * float(product.norm())
     if shift == 0:
-        return torch.zeros_like(product)
+        return test_matrix, product.new_zeros(product.shape[1])
     shifted = product + shift * test_matrix
     core = test_matrix.mT @ shifted
     energy, vectors = torch.linalg.eigh((core + core.mT) / 2)
     is_signal = energy > shift / 2
     factor = shifted @ (vectors[:, is_signal] * energy[is_signal].rsqrt())
     principal, energy = _principal(factor)
-    return principal * (energy - shift).clamp(min=0).sqrt()
+    return principal, (energy - shift).clamp(min=0)

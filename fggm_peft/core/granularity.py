@@ -14,20 +14,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import kernels
 from .covariance import Covariance
 from .harm_decay import Decay, DiagonalDecay, SpectralDecay
 from .per_sample import PerSampleGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product, starts_of
+from .tracing import is_recording
+from .wide import gradient_product, widened
 
 Shape = tuple[int, int]  # (o, i)
 
 
 def sum_rounded_once(entries: Tensor, values: Tensor, scale: float) -> Tensor:
     """``entries + scale * values`` in the dtype of ``entries``: added in float32 at least."""
-    wide = torch.promote_types(torch.promote_types(entries.dtype, values.dtype), torch.float32)
-    return torch.add(entries.to(wide), values.to(wide), alpha=scale).to(entries.dtype)
+    values = widened(values)  # mixed dtypes are added in the wider one
+    if torch.is_grad_enabled() and values.requires_grad:
+        return torch.add(entries, values, alpha=scale).to(entries.dtype)
+    return torch.add(entries, values, alpha=scale, out=torch.empty_like(entries))  # one kernel on a GPU
 
 
 def _add_matrix_product_(y: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -120,7 +123,7 @@ class Granularity(ABC):
     def accumulate_(self, scores: Tensor, gradients: PerSampleGradients, half: Tensor) -> None:
         """Add the squared per-sample gradients of one batch to the running sums ``scores[half]``.
 
-        ``scores`` is ``[2, units]`` float32, ``half`` ``[b]`` is 0 or 1.
+        ``scores`` is ``[2, units]`` float32, ``half`` ``[b]`` is 0 or 1, on the CPU: no device has to be waited for.
         """
         o, i = gradients.shape
         squares = scores.new_zeros(2, o * i)
@@ -220,12 +223,10 @@ class Rows(_Slices):
         return (indices.long()[:, None] * shape[1] + torch.arange(shape[1], device=indices.device)).flatten()
 
     def accumulate_(self, scores, gradients, half):
-        scores.index_add_(0, half, gradients.row_scores().to(scores.dtype))
+        scores.index_add_(0, half.to(scores.device), gradients.row_scores().to(scores.dtype))
 
     def value_gradient(self, stored, g, indices):
-        if kernels.gathers(g, stored, indices):
-            return kernels.gathered_product(g, stored, indices)
-        return g.index_select(1, indices).mT @ stored
+        return gradient_product(g.index_select(1, indices).mT, stored)
 
     def add_product_(self, y, x, indices, values, scale=1.0):
         y.index_add_(1, indices, (x @ values.mT).to(y.dtype), alpha=scale)
@@ -259,7 +260,7 @@ class Columns(_Slices):
         return (torch.arange(shape[0], device=indices.device)[:, None] * shape[1] + indices.long()).flatten()
 
     def accumulate_(self, scores, gradients, half):
-        scores.index_add_(0, half, gradients.column_scores().to(scores.dtype))
+        scores.index_add_(0, half.to(scores.device), gradients.column_scores().to(scores.dtype))
 
     def stored_input(self, x, indices):
         # the query, key and value layers share one input, but each would store a part of its own
@@ -267,10 +268,8 @@ class Columns(_Slices):
 
     def value_gradient(self, stored, g, indices):
         if stored.shape[1] == indices.numel():
-            return g.mT @ stored
-        if kernels.gathers(stored, g, indices):
-            return kernels.gathered_product(stored, g, indices, True)
-        return g.mT @ stored.index_select(1, indices)
+            return gradient_product(g.mT, stored)
+        return gradient_product(g.mT, stored.index_select(1, indices))
 
     def add_product_(self, y, x, indices, values, scale=1.0):
         _add_matrix_product_(y, x.index_select(1, indices), values.mT, scale)
@@ -322,12 +321,6 @@ class Elements(Granularity):
         else:
             weight.index_put_((indices // weight.shape[1], indices % weight.shape[1]), entries)
 
-    def add_(self, weight, indices, values, scale=1.0):
-        if kernels.adds(weight, values):
-            kernels.add_elements_(weight, indices, values, scale)
-        else:
-            super().add_(weight, indices, values, scale)
-
     def value_gradient(self, stored, g, indices):
         return sampled_product(stored, g, indices)
 
@@ -342,7 +335,7 @@ class Elements(Granularity):
         add_sparse_product_(gx, g, starts, rows[order], values[order], scale)
 
     def delta_rows(self, rows, indices, values, shape):
-        if kernels.is_recording():  # sizes in a recorded program must not depend on data
+        if is_recording():  # sizes in a recorded program must not depend on data
             return values.new_zeros(shape[0] * shape[1]).index_copy(0, indices.long(), values).view(shape)[rows]
         unique, inverse = rows.unique(return_inverse=True)
         first = torch.searchsorted(indices, (unique * shape[1]).to(indices.dtype))

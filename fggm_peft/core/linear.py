@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import is_recording
+from .tracing import is_recording
 from .weight_delta import WeightDelta
 
 WeightSource = Callable[[], Tensor]
@@ -143,10 +143,21 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapper(ctx, first: Tensor, *rest):
-        if not torch.amp.is_autocast_available(first.device.type):  # the meta device
+        if not is_autocast(first):
             return method(ctx, first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return method(ctx, first, *rest)
+
+    return wrapper
+
+
+def _once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable``, without its cost unless a second derivative is requested."""
+    checked = once_differentiable(method)
+
+    @functools.wraps(method)
+    def wrapper(ctx, g: Tensor):
+        return checked(ctx, g) if torch.is_grad_enabled() else method(ctx, g)
 
     return wrapper
 
@@ -166,7 +177,7 @@ class _EffectiveLinear(torch.autograd.Function):
         return F.linear(x, effective_weight(weight(), deltas).to(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
+    @_once
     @_without_autocast
     def backward(ctx, g):
         gx, gb, saved = None, None, ctx.saved_tensors
@@ -192,7 +203,7 @@ class _AdditiveLinear(torch.autograd.Function):
         return _with_products(base_output, x, deltas)
 
     @staticmethod
-    @once_differentiable
+    @_once
     @_without_autocast
     def backward(ctx, g):
         gx, saved = None, ctx.saved_tensors

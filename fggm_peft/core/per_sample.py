@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .wide import wide_product, widened
+
 
 class PerSampleGradients(ABC):
     """The gradients of one batch with respect to one weight, one for each sample."""
@@ -68,7 +70,7 @@ class GramMatrix:
 
     def __call__(self, x: Tensor) -> list[Block]:
         if self._last is None or not same_memory(self._last[0], x):
-            self._last = x, _gram_blocks(_widened(x))  # x stays alive, so that its memory is not reused
+            self._last = x, _gram_blocks(x)  # x stays alive, so that its memory is not reused
         return self._last[1]
 
     def done(self) -> None:
@@ -79,9 +81,10 @@ class GramMatrix:
 
 
 def _gram_blocks(x: Tensor) -> list[Block]:
-    positions, count = x.shape[1], _block_count(x.shape[1])
+    positions, count = x.shape[1], 1 if x.is_cuda else _block_count(x.shape[1])  # starting a kernel takes time
+    x = x if x.is_cuda else widened(x)
     bounds = [positions * k // count for k in range(count + 1)]
-    blocks = [(start, end, x[:, start:end] @ x[:, :end].mT) for start, end in pairwise(bounds)]
+    blocks = [(start, end, wide_product(x[:, start:end], x[:, :end].mT)) for start, end in pairwise(bounds)]
     for start, _, products in blocks:
         products[..., :start] *= 2  # the quadratic form counts the upper triangle too
     return blocks
@@ -97,10 +100,6 @@ def _quadratic_form(vectors: Tensor, gram: list[Block]) -> Tensor:
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two live tensors are the same memory in the same shape."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class LinearGradients(PerSampleGradients):
@@ -119,7 +118,7 @@ class LinearGradients(PerSampleGradients):
         x, g = self.x, self.g
         if gram_is_cheaper(x.shape[1], g.shape[2], x.shape[2], self.gram.shared_by):
             return _quadratic_form(g, self.gram(x))
-        scores = _widened(g).new_empty(len(g), g.shape[2])
+        scores = widened(g).new_empty(len(g), g.shape[2])
         for sample, rows, matrix in _matrices(x, g):
             scores[sample, rows] = matrix.square_().sum(1)
         return scores
@@ -128,8 +127,8 @@ class LinearGradients(PerSampleGradients):
         """Exact: equals ``((g.mT @ x) ** 2).sum(-2)``."""
         x, g = self.x, self.g
         if gram_is_cheaper(x.shape[1], x.shape[2], g.shape[2]):
-            return _quadratic_form(x, _gram_blocks(_widened(g)))
-        scores = _widened(x).new_zeros(len(x), x.shape[2])
+            return _quadratic_form(x, _gram_blocks(g))
+        scores = widened(x).new_zeros(len(x), x.shape[2])
         for sample, _, matrix in _matrices(x, g):
             scores[sample] += matrix.square_().sum(0)
         return scores
@@ -150,24 +149,25 @@ def _matrices(x: Tensor, g: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
     times as long as whole matrices. With fewer rows than positions the product itself would be slower. Each piece
     overwrites the one before.
     """
-    x, g = _widened(x), _widened(g)
+    if not x.is_cuda or x.dtype != g.dtype:
+        x, g = widened(x), widened(g)
     outputs, inputs = g.shape[2], x.shape[2]
     at_once = outputs
     if g.device.type == "cpu":
         at_once = min(outputs, max(x.shape[1], _CHUNK_BYTES // (x.element_size() * inputs), 1))
-    buffer = x.new_empty(at_once, inputs)
+    buffer = x.new_empty(at_once, inputs, dtype=torch.promote_types(x.dtype, torch.float32))
     for start in range(0, outputs, at_once):
         rows = slice(start, min(start + at_once, outputs))
         matrix = buffer[: rows.stop - start]
         for sample in range(len(x)):
-            yield sample, rows, torch.mm(g[sample, :, rows].mT, x[sample], out=matrix)
+            yield sample, rows, wide_product(g[sample, :, rows].mT, x[sample], out=matrix)
 
 
 class MatrixGradients(PerSampleGradients):
     """Gradients that exist as matrices ``[b, o, i]``."""
 
     def __init__(self, matrices: Tensor):
-        self.matrices = _widened(matrices)
+        self.matrices = widened(matrices)
         self.shape = (matrices.shape[1], matrices.shape[2])
 
     def row_scores(self) -> Tensor:
@@ -177,14 +177,14 @@ class MatrixGradients(PerSampleGradients):
         return self.matrices.square().sum(1)
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
-        scores.index_add_(0, half, self.matrices.square().flatten(1).to(scores.dtype))
+        scores.index_add_(0, half.to(scores.device), self.matrices.square().flatten(1).to(scores.dtype))
 
 
 class GroupedGradients(MatrixGradients):
     """Gradients of a grouped convolution: ``x`` ``[b, t, groups, i]`` and ``g`` ``[b, t, groups, o / groups]``."""
 
     def __init__(self, x: Tensor, g: Tensor):
-        super().__init__(torch.einsum("btqo,btqi->bqoi", _widened(g), _widened(x)).flatten(1, 2))
+        super().__init__(torch.einsum("btqo,btqi->bqoi", widened(g), widened(x)).flatten(1, 2))
 
 
 class EmbeddingGradients(PerSampleGradients):
@@ -193,7 +193,7 @@ class EmbeddingGradients(PerSampleGradients):
     def __init__(self, tokens: Tensor, g: Tensor, rows: int):
         batch = torch.arange(len(tokens), device=tokens.device)[:, None]
         pairs, inverse = (batch * rows + tokens.long()).reshape(-1).unique(return_inverse=True)
-        g = _widened(g).flatten(0, 1)
+        g = widened(g).flatten(0, 1)
         # the gradients of a token that occurs twice in a sample are summed before they are squared
         self.sums = g.new_zeros(len(pairs), g.shape[-1]).index_add_(0, inverse, g)
         self.sample, self.token = pairs // rows, pairs % rows
@@ -208,7 +208,7 @@ class EmbeddingGradients(PerSampleGradients):
 
     def add_element_scores_(self, scores: Tensor, half: Tensor) -> None:
         for row in (0, 1):
-            chosen = half[self.sample] == row
+            chosen = half.to(self.sample.device)[self.sample] == row
             table = scores[row].view(self.shape)
             table.index_add_(0, self.token[chosen], self.sums[chosen].square().to(table.dtype))
 

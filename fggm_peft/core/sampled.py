@@ -11,14 +11,15 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from . import kernels
+from .tracing import has_data
+from .wide import gradient_product
 
-# above these densities the dense product in chunks of rows is faster (benchmarks/suite)
+# above these densities the dense product in chunks of rows is faster on a CPU (benchmarks/suite)
 _SAMPLED_MAX_DENSITY = {torch.float32: 0.05, torch.float64: 0.05}
 _SAMPLED_MAX_DENSITY_16_BIT = 0.01
 _CHUNK_ENTRIES = 1 << 20  # 4 MiB of float32; smaller chunks cost 5-10 % more
+_CHUNK_ENTRIES_OF_A_GPU = 1 << 26  # 256 MiB: nearly always the whole product, which needs no synchronization
 
 
 def starts_of(indices: Tensor, bounds: Tensor) -> Tensor:
@@ -44,10 +45,8 @@ def sampled_product(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
 
     ``x`` is ``[n, i]`` and ``g`` is ``[n, o]``. The algorithm depends on the device, the dtype and the density.
     """
-    if kernels.samples(x, g, indices):
-        return kernels.sampled_product(x, g, indices)
     density = indices.numel() / (g.shape[1] * x.shape[1])
-    if density > _SAMPLED_MAX_DENSITY.get(x.dtype, _SAMPLED_MAX_DENSITY_16_BIT):
+    if x.is_cuda or density > _SAMPLED_MAX_DENSITY.get(x.dtype, _SAMPLED_MAX_DENSITY_16_BIT):
         return dense_chunks(x, g, indices)
     return bag_sampled_product(x, g, indices // x.shape[1], indices % x.shape[1])
 
@@ -66,24 +65,24 @@ def bag_sampled_product(x: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> 
 
 def _bounds(indices: Tensor, edges: Tensor) -> list[int]:
     """How many of the sorted indices are below each edge; without data (a dry run), as if they were evenly spread."""
-    if indices.is_meta or isinstance(indices, FakeTensor):
+    if not has_data(indices):
         count = max(1, len(edges) - 1)
         return [indices.numel() * part // count for part in range(len(edges))]
     return torch.searchsorted(indices, edges.to(indices.dtype)).tolist()
 
 
 def dense_chunks(x: Tensor, g: Tensor, indices: Tensor) -> Tensor:
-    """The same from dense products of a few rows at a time."""
+    """The same from dense products of as many rows at a time as fit into a chunk."""
     width = x.shape[1]
-    step = max(1, _CHUNK_ENTRIES // width)
-    result = x.new_empty(indices.numel())
+    step = max(1, (_CHUNK_ENTRIES_OF_A_GPU if x.is_cuda else _CHUNK_ENTRIES) // width)
+    if step >= g.shape[1]:
+        return gradient_product(g.mT, x).view(-1).index_select(0, indices)
+    parts = []
     # the last edge stays below 2**31 if the indices are int32
     edges = torch.arange(0, g.shape[1] + step, step, device=indices.device).clamp_(max=g.shape[1]) * width
-    bounds = _bounds(indices, edges)
-    for chunk, (first, last) in enumerate(itertools.pairwise(bounds)):
-        if first == last:
-            continue
-        start = chunk * step
-        product = g[:, start : start + step].mT @ x
-        result[first:last] = product.view(-1).index_select(0, indices[first:last] - start * width)
-    return result
+    for chunk, (first, last) in enumerate(itertools.pairwise(_bounds(indices, edges))):
+        if first < last:
+            start = chunk * step
+            product = gradient_product(g[:, start : start + step].mT, x)
+            parts.append(product.view(-1).index_select(0, indices[first:last] - start * width))
+    return torch.cat(parts) if parts else x.new_empty(0)

@@ -96,6 +96,7 @@ class FeatureMean(Statistic):
         values, positions = self.function(seen.values.float()), seen.values.new_ones(seen.values.shape[:2]).float()
         if seen.real is not None:
             values, positions = values.where(seen.real[..., None], 0), seen.real.float()
+        half = half.to(sums.device)
         sums[:, :-1].index_add_(0, half, values.sum(1))
         sums[:, -1].index_add_(0, half, positions.sum(1))
 

@@ -70,11 +70,12 @@ class RunningSums:
         for name, statistic in self.statistics.items():
             if statistic.looks_at == side:
                 sums = self.tensors[target.path, name]
-                statistic.add_(sums, target.granularity, measured, half.to(sums.device))
+                statistic.add_(sums, target.granularity, measured, half)
 
     def require_finite(self, batch_index: int) -> None:
         """Raise ``NonFiniteScoreError`` if a sum is NaN or infinite; names the module and the batch."""
-        is_finite = torch.isfinite(torch.stack([sums.sum().cpu() for sums in self.tensors.values()]))
+        device = next(iter(self.tensors.values())).device  # waiting for the device of each sum would take too long
+        is_finite = torch.isfinite(torch.stack([sums.sum().to(device) for sums in self.tensors.values()])).cpu()
         if not is_finite.all():
             path, _ = list(self.tensors)[int((~is_finite).nonzero()[0])]
             raise NonFiniteScoreError(

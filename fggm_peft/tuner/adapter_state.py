@@ -152,4 +152,5 @@ class AdapterState(BaseTunerLayer):
     def deltas(self, adapter_names: Sequence[str]) -> list[WeightDelta]:
         """The deltas of those adapters that have a support here which is not empty."""
         # checks the indices, because ZeRO-3 fetches a parameter that is accessed
-        return [self.delta(n) for n in adapter_names if self.selected.get(n) and self.fggm_indices[n].numel()]
+        indices = self.fggm_indices
+        return [self.delta(n) for n in adapter_names if self.selected.get(n) and indices[n].numel()]

@@ -36,6 +36,13 @@ class BaseWeight(BaseTunerLayer):
         """The number of input features and of output features, as PEFT defines them."""
         return _get_in_out_features(self.get_base_layer())
 
+    def get_base_layer(self) -> nn.Module:
+        """The innermost base layer. PEFT's version asks every layer for an attribute that most do not have: slow."""
+        layer = self.base_layer
+        while (inner := layer._modules.get("base_layer")) is not None:
+            layer = inner
+        return layer
+
     @property
     @abstractmethod
     def weight_shape(self) -> Shape:
@@ -66,13 +73,14 @@ class BaseWeight(BaseTunerLayer):
         Sharding is no change: FSDP2 restores the versions of its parameters, ZeRO-3 replaces only their data, and
         FSDP1's weights are no parameters while they are used.
         """
-        base, state = self.base_layer, []
+        base = self.base_layer
+        has_own_memory = self.quantization_backend is None and not (dist.is_available() and dist.is_initialized())
+        state: list[Hashable] = [id(base)]
         for name, parameter in base._parameters.items():
             if parameter is not None and name != "bias":
-                state.append((id(parameter), 0 if parameter.is_inference() else parameter._version))
-                if self.quantization_backend is None and not (dist.is_available() and dist.is_initialized()):
-                    state.append((id(parameter), parameter.untyped_storage()._cdata))
-        return id(base), *state
+                memory = parameter.untyped_storage()._cdata if has_own_memory else 0
+                state += (id(parameter), 0 if parameter.is_inference() else parameter._version, memory)
+        return tuple(state)
 
     def get_base_weight(self) -> Tensor:
         """Like PEFT's, but returns an offloaded weight from the CPU or the disk, read-only."""
@@ -99,10 +107,11 @@ class BaseWeight(BaseTunerLayer):
     def can_copy_weight(self) -> bool:
         """Whether the output may be computed from a copy of the weight, without calling the base layer."""
         base = self.base_layer
-        hooks = [hook for name in _HOOK_DICTS for hook in getattr(base, name).values()]
-        has_other_hooks = not all(isinstance(hook, SidecarHook) for hook in hooks)
-        if base is not self.get_base_layer() or is_offloaded(base) or has_other_hooks:
+        if "base_layer" in base._modules or is_offloaded(base):
             return False
+        for name in _HOOK_DICTS:
+            if not all(isinstance(hook, SidecarHook) for hook in getattr(base, name).values()):
+                return False
         if self.quantization_backend is not None:
             return self.quantization_backend.supports_merge
         return self.has_plain_forward() and not base.weight.requires_grad

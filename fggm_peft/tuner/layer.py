@@ -91,10 +91,11 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return []
-        names = [name for name in self.active_adapters if name in self.fggm_values]
+        names = [name for name in self.active_adapters if name in self.granularity]
+        awaited = self.fggm_indices.awaited
         for name in names:
-            if name in self.fggm_indices.awaited:
-                self.fggm_indices.awaited[name].require_whole_file()
+            if name in awaited:
+                awaited[name].require_whole_file()
             if not self.selected[name] and self.training and torch.is_grad_enabled():
                 raise AdapterNotSelectedError(
                     f"adapter {name!r} has no support yet, so there is nothing to train. "

@@ -15,10 +15,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from ..core.kernels import is_recording
 from ..core.linear import WeightDelta, additive_linear, effective_linear, effective_matrix, is_autocast
 from ..core.per_sample import EmbeddingGradients, GroupedGradients, LinearGradients, unfold_convolution
 from ..core.registry import Registry
+from ..core.tracing import is_recording
 from .layer import FGGMLayer
 
 _MIN_POSITIONS_TO_COPY = 32
@@ -63,23 +63,24 @@ class FGGMLinear(FGGMLayer):
         return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     def adapted_forward(self, deltas: list[WeightDelta], x: Tensor, *args, **kwargs) -> Tensor:
-        dtype = self._compute_dtype(x)
+        in_autocast = is_autocast(x)
+        dtype = torch.get_autocast_dtype(x.device.type) if in_autocast else self._compute_dtype(x)
         # the additive form consists of plain operators; sizes must not be read while a program is recorded
         positions = x.numel() // max(1, x.shape[-1])
         additive = is_recording() or (not torch.is_grad_enabled() and positions < _MIN_POSITIONS_TO_COPY)
         if dtype is None or additive or args or kwargs or not self.can_copy_weight():
-            return super().adapted_forward(deltas, x, *args, **kwargs)
-        bias = None if self.base_layer.bias is None else self.base_layer.bias.to(dtype)
+            output = self.base_layer(x, *args, **kwargs)
+            return additive_linear(output, x.to(output.dtype), deltas)
+        bias = self.base_layer.bias
+        bias = None if bias is None else bias.to(dtype)
         output = effective_linear(x.to(dtype), self.weight_copy, bias, deltas, self.weight_version)
-        return output if is_autocast(x) else output.to(x.dtype)
+        return output if in_autocast else output.to(x.dtype)
 
     def with_deltas(self, output, adapter_names, x):
         return additive_linear(output, x.to(output.dtype), self.deltas(adapter_names))
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype in which the base layer computes; None if it would reject ``x``."""
-        if is_autocast(x):
-            return torch.get_autocast_dtype(x.device.type)
+        """The dtype in which the base layer computes without autocast; None if it would reject ``x``."""
         if self.quantization_backend is not None:
             return getattr(self.base_layer, "compute_dtype", None) or x.dtype
         return x.dtype if x.dtype == self.base_layer.weight.dtype else None

@@ -78,6 +78,9 @@ class FGGMParameter(_ParameterLayer):
         super().__init__(_Matrix(module, name, index))  # type: ignore[arg-type]
         self.is_expert = index is not None
 
+    def get_base_layer(self):
+        return self.base_layer
+
     def matrix(self, weight):
         return weight.mT if self.is_transposed else weight
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,9 +62,12 @@ def read_tensors(
 
 @contextmanager
 def partial_file(file: Path) -> Iterator[Path]:
-    """A temporary file next to ``file`` that replaces it when the block ends without an error."""
+    """A temporary file next to ``file`` that replaces it when the block ends without an error.
+
+    Processes that write the same file at the same time do not disturb each other; the last one wins.
+    """
     file = user_path(file)
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with full_disk_as_oserror(partial):
