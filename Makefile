@@ -21,10 +21,10 @@ $(VENV)/dev: $(VENV)/created pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about a quarter of an hour on two cores).
+demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about MINUTES minutes on two cores).
 	@mkdir -p demo-output
 	$(BIN)/python examples/demo/prepare.py demo-output/data
-	$(BIN)/fggm sequence demo --data demo-output/data --model demo-output/data/model --output demo-output/runs --resume $(ARGS)
+	$(BIN)/fggm sequence demo --data demo-output/data --model demo-output/data/model --output demo-output/runs --processes 2 --resume $(ARGS)
 	@echo "The report is demo-output/runs/report.html; make clean begins anew."
 
 test: $(VENV)/dev  ## Everything but what is marked slow.

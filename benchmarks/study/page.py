@@ -24,7 +24,7 @@ from fggm_peft.continual.measures import summary_of
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retention"
 PAGE, FIGURE, README = ROOT / "docs" / "study.md", ROOT / "docs" / "study.png", ROOT / "README.md"
-STREAMS = ("demo", "intents", "generation", "mixed")
+STREAMS = ("code", "intents", "generation", "mixed")
 OURS = ("retain", "retain-10%", "decay-all")
 WITH_OLD_DATA = ("replay-1%", "replay-10%", "multitask")
 Run = dict[str, Any]

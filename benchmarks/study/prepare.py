@@ -8,7 +8,7 @@
 Each task has 640 training and 200 test examples in TRACE's format. Nothing is downloaded except these packages. The
 same versions of Python and of the packages write the same files.
 
-- ``demo``: the demo's tasks with more examples, its ``general.txt`` and its ``reference.txt``.
+- ``code``: docstrings, source lines and word problems; ``general.txt`` and ``reference.txt`` of the demo.
 - ``intents``: a real task, split into three tasks of different answers. ``--intent`` is its folder in TRACE's format,
   such as 20 intents of CLINC150 (Larson et al., 2019).
 - ``generation``, ``mixed`` (eight tasks), ``tuning``: see ``study_tasks.py``.
@@ -29,7 +29,7 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
 import study_tasks as made
-from tasks import Example, write_examples, write_tasks
+from tasks import Example, module, write_examples, write_tasks
 
 TRAIN_SIZE, TEST_SIZE, PARAGRAPHS = 640, 200, 32
 INTENT_TASKS = ("intents-a", "intents-b", "intents-c")
@@ -51,7 +51,7 @@ STREAMS: dict[str, dict[str, Make]] = {
         "number-italian": partial(made.number, code="it", language="Italian", most=10000),
     },
 }
-"""Stream -> task -> its examples. The other streams are ``demo`` and ``intents``."""
+"""Stream -> task -> its examples. The other streams are ``code`` and ``intents``."""
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="output folder")
     parser.add_argument("--intent", type=Path, help="folder with train.json, eval.json and test.json, for intents")
-    parts = ("demo", "intents", *STREAMS, "other")
+    parts = ("code", "intents", *STREAMS, "other")
     parser.add_argument("--only", nargs="+", choices=parts, help="write these streams or other.txt; default: all")
     parser.add_argument("--no-model", action="store_true", help="write only the data")
     arguments = parser.parse_args()
@@ -79,8 +79,9 @@ def main() -> None:
 
 def write_part(folder: Path, part: str, intent: Path | None = None) -> None:
     """Write the tasks of a stream, or ``other.txt``. The stream intents is skipped without its source."""
-    if part == "demo":
-        write_tasks(folder, TRAIN_SIZE, TEST_SIZE)
+    if part == "code":
+        tasks = {"module": module, "code": made.code, "numeric": made.numeric}
+        write_tasks(folder, TRAIN_SIZE, TEST_SIZE, tasks=tasks)
     elif part == "other":
         text = Random("study-other").sample(made.novel_paragraphs(), PARAGRAPHS)
         (folder / "other.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")

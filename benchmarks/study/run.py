@@ -26,7 +26,7 @@ from fggm_peft.continual.run import run_stream, runs_of
 from fggm_peft.continual.stream import Stream
 
 HERE = Path(__file__).parent
-STREAMS = ("demo", "intents", "generation", "mixed")
+STREAMS = ("code", "intents", "generation", "mixed")
 RATES = HERE / "rates.yaml"
 RESULTS = HERE.parent / "results" / "retention"
 WAIT = 60  # seconds

@@ -12,9 +12,10 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import files
+from pathlib import Path
 from random import Random
 
-from tasks import SIDE_FOLDERS, STANDARD_LIBRARY, Example
+from tasks import SIDE_FOLDERS, STANDARD_LIBRARY, Example, Split
 
 
 def balanced(texts: Mapping[str, Sequence[str]], prompt: str, rng: Random) -> list[Example]:
@@ -27,6 +28,70 @@ def balanced(texts: Mapping[str, Sequence[str]], prompt: str, rng: Random) -> li
         for answer, own in shuffled.items()
         if turn < len(own)
     ]
+
+
+# --- code: the next line, and numeric: one-step word problems ---------------------------------
+
+
+def code(train_size: int, test_size: int, rng: Random) -> Split:
+    """Three lines of a file of the standard library -> the next line."""
+    files = sorted(STANDARD_LIBRARY.glob("*.py"))
+    rng.shuffle(files)
+    # files are split as a whole, so that training contains no line of a test file
+    test_files, train_files = files[: len(files) // 4], files[len(files) // 4 :]
+    return _code_examples(train_files, train_size, rng), _code_examples(test_files, test_size, rng)
+
+
+def _code_examples(files: list[Path], size: int, rng: Random) -> list[Example]:
+    examples = []
+    for path in files:
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        lines = [line.rstrip() for line in source.splitlines() if line.strip()]
+        windows = [lines[start : start + 4] for start in range(len(lines) - 3)]
+        usable = [window for window in windows if _is_code(window)]
+        for window in rng.sample(usable, min(6, len(usable))):
+            examples.append(Example("\n".join(window[:3]) + "\n", window[3]))
+    rng.shuffle(examples)
+    return examples[:size]
+
+
+def _is_code(window: list[str]) -> bool:
+    plain = all(len(line) <= 64 and not line.lstrip().startswith("#") for line in window)
+    statement = re.search(r"[=(\[:]|return|import", window[3])
+    return plain and statement is not None and len(window[3].strip()) >= 12
+
+
+NAMES = ["Ada", "Ben", "Chloe", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas"]
+THINGS = ["apples", "books", "coins", "stamps", "pencils", "marbles", "shells", "cards"]
+STORIES = {
+    1: (
+        "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
+        "{name} finds {a} {things} on Monday and {b} on Tuesday. How many {things} in all?",
+        "There are {a} {things} on one table and {b} on another. How many are there together?",
+    ),
+    -1: (
+        "{name} has {a} {things} and gives {b} away. How many {things} are left?",
+        "A box holds {a} {things}. {name} takes out {b}. How many stay in the box?",
+        "{name} had {a} {things} and lost {b} of them. How many {things} does {name} still have?",
+    ),
+}
+
+
+def numeric(train_size: int, test_size: int, rng: Random) -> Split:
+    """A word problem -> the number."""
+    examples: dict[str, Example] = {}
+    while len(examples) < train_size + test_size:
+        example = _word_problem(rng)
+        examples[example.prompt] = example
+    problems = list(examples.values())
+    return problems[test_size:], problems[:test_size]
+
+
+def _word_problem(rng: Random) -> Example:
+    sign = rng.choice((1, -1))
+    large, small = rng.randint(10, 60), rng.randint(2, 9)
+    question = rng.choice(STORIES[sign]).format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=large, b=small)
+    return Example(f"Question: {question}\nAnswer:", f" {large + sign * small}")
 
 
 # --- generation ------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Three small tasks and a general text, made from files that every Python installation contains.
 
-Nothing is downloaded: docstrings and source lines come from the standard library, word problems are generated, and the
-general text is prose from Python's language reference. The format is that of ``fggm sequence``: a folder with
+Nothing is downloaded: docstrings come from the standard library, numbers and dates are generated, and the general text
+is prose from Python's language reference. The format is that of ``fggm sequence``: a folder with
 ``train.json`` and ``test.json`` for each task (TRACE's format), ``general.txt``, whose loss is measured, and
 ``reference.txt``, other paragraphs of the same kind, which a selection can use as a reference.
 """
@@ -9,11 +9,12 @@ general text is prose from Python's language reference. The format is that of ``
 from __future__ import annotations
 
 import ast
+import datetime
 import json
 import random
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -44,14 +45,21 @@ class Example:
 
 
 Split = tuple[list[Example], list[Example]]  # training and test
+Make = Callable[[int, int, random.Random], Split]
 
 
-def write_tasks(folder: Path, train_size: int = 480, test_size: int = 48, seed: int = 0) -> None:
-    """Write the three tasks, with disjoint training and test examples, and the two texts to ``folder``.
+def write_tasks(
+    folder: Path,
+    train_size: int = 480,
+    test_size: int = 48,
+    seed: int = 0,
+    tasks: Mapping[str, Make] | None = None,
+) -> None:
+    """Write tasks, by default those of the demo, and the two texts to ``folder``; no example is in both splits.
 
     The ``limit`` of a stream samples training examples with the seed of a run. All runs share the test examples.
     """
-    for position, (name, make) in enumerate({"module": _module, "code": _code, "numeric": _numeric}.items()):
+    for position, (name, make) in enumerate((tasks or TASKS).items()):
         write_examples(folder / name, *make(train_size, test_size, random.Random(f"{seed}-{position}")))
     paragraphs = sorted(set(_prose_paragraphs()))
     text = random.Random(f"{seed}-general").sample(paragraphs, min(GENERAL_SIZE, len(paragraphs)))
@@ -82,7 +90,7 @@ def _prose_paragraphs() -> Iterator[str]:
 # --- module: which module does this docstring come from? -------------------------------------
 
 
-def _module(train_size: int, test_size: int, rng: random.Random) -> Split:
+def module(train_size: int, test_size: int, rng: random.Random) -> Split:
     docstrings = {module: _module_docstrings(module) for module in MODULES}
     docstrings = {module: texts for module, texts in docstrings.items() if len(texts) >= 20}
     for texts in docstrings.values():
@@ -126,65 +134,49 @@ def _sources(module: str) -> list[Path]:
     return sorted(path for path in package.rglob("*.py") if SIDE_FOLDERS.isdisjoint(path.relative_to(package).parts))
 
 
-# --- code: what is the next line? ------------------------------------------------------------
+# --- number: a number -> its German word ------------------------------------------------------
+
+ONES = """
+null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn
+achtzehn neunzehn
+"""
+TENS = "zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig"
 
 
-def _code(train_size: int, test_size: int, rng: random.Random) -> Split:
-    files = sorted(STANDARD_LIBRARY.glob("*.py"))
-    rng.shuffle(files)
-    # files are split as a whole, so that training contains no line of a test file
-    test_files, train_files = files[: len(files) // 4], files[len(files) // 4 :]
-    return _code_examples(train_files, train_size, rng), _code_examples(test_files, test_size, rng)
+def _number(train_size: int, test_size: int, rng: random.Random) -> Split:
+    numbers = rng.sample(range(1, 1000), train_size + test_size)
+    examples = [Example(f"German for {number}:", f" {german(number)}") for number in numbers]
+    return examples[test_size:], examples[:test_size]
 
 
-def _code_examples(files: list[Path], size: int, rng: random.Random) -> list[Example]:
-    examples = []
-    for path in files:
-        source = path.read_text(encoding="utf-8", errors="ignore")
-        lines = [line.rstrip() for line in source.splitlines() if line.strip()]
-        windows = [lines[start : start + 4] for start in range(len(lines) - 3)]
-        usable = [window for window in windows if _is_code(window)]
-        for window in rng.sample(usable, min(6, len(usable))):
-            examples.append(Example("\n".join(window[:3]) + "\n", window[3]))
-    rng.shuffle(examples)
-    return examples[:size]
+def german(number: int) -> str:
+    """The word for a number from 0 to 999."""
+    words, (hundreds, rest) = ONES.split(), divmod(number, 100)
+    if hundreds:
+        prefix = ("ein" if hundreds == 1 else words[hundreds]) + "hundert"
+        return prefix + (german(rest) if rest else "")
+    if rest < 20:
+        return words[rest]
+    tens, ones = divmod(rest, 10)
+    unit = "ein" if ones == 1 else words[ones]
+    return (f"{unit}und" if ones else "") + TENS.split()[tens - 2]
 
 
-def _is_code(window: list[str]) -> bool:
-    plain = all(len(line) <= 64 and not line.lstrip().startswith("#") for line in window)
-    statement = re.search(r"[=(\[:]|return|import", window[3])
-    return plain and statement is not None and len(window[3].strip()) >= 12
+# --- date: an ISO date -> the French date ----------------------------------------------------
+
+MONTHS = "janvier février mars avril mai juin juillet août septembre octobre novembre décembre"
 
 
-# --- numeric: one-step word problems ---------------------------------------------------------
-
-NAMES = ["Ada", "Ben", "Chloe", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas"]
-THINGS = ["apples", "books", "coins", "stamps", "pencils", "marbles", "shells", "cards"]
-STORIES = {
-    1: (
-        "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
-        "{name} finds {a} {things} on Monday and {b} on Tuesday. How many {things} in all?",
-        "There are {a} {things} on one table and {b} on another. How many are there together?",
-    ),
-    -1: (
-        "{name} has {a} {things} and gives {b} away. How many {things} are left?",
-        "A box holds {a} {things}. {name} takes out {b}. How many stay in the box?",
-        "{name} had {a} {things} and lost {b} of them. How many {things} does {name} still have?",
-    ),
-}
+def _date(train_size: int, test_size: int, rng: random.Random) -> Split:
+    start = datetime.date(1950, 1, 1)
+    days = [start + datetime.timedelta(days=days) for days in rng.sample(range(36500), train_size + test_size)]
+    examples = [Example(f"French for {day}:", f" {french(day)}") for day in days]
+    return examples[test_size:], examples[:test_size]
 
 
-def _numeric(train_size: int, test_size: int, rng: random.Random) -> Split:
-    examples: dict[str, Example] = {}
-    while len(examples) < train_size + test_size:
-        example = _word_problem(rng)
-        examples[example.prompt] = example
-    problems = list(examples.values())
-    return problems[test_size:], problems[:test_size]
+def french(day: datetime.date) -> str:
+    """A long date, such as 1er mars 2003."""
+    return f"{day.day}{'er' if day.day == 1 else ''} {MONTHS.split()[day.month - 1]} {day.year}"
 
 
-def _word_problem(rng: random.Random) -> Example:
-    sign = rng.choice((1, -1))
-    large, small = rng.randint(10, 60), rng.randint(2, 9)
-    question = rng.choice(STORIES[sign]).format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=large, b=small)
-    return Example(f"Question: {question}\nAnswer:", f" {large + sign * small}")
+TASKS: dict[str, Make] = {"module": module, "number": _number, "date": _date}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from ..selection.processes import Processes
 from ..training.base_model import launched_with_fsdp, this_process
 from ..tuner.files import file_name, require_writable, user_path, write_json
+from .live import LiveTable
 from .report import require_report_packages
 from .runner import Runner
 from .settings import StreamError
@@ -70,32 +70,33 @@ def run_stream(
             the differences. Or the launched processes cannot divide the batches.
         ImportError: a package that the report needs is not installed.
     """
-    require_report_packages()
     processes, output = _launched_processes(stream), user_path(output).resolve()
     with processes.together("writing the output"):
         if processes.rank == 0:
-            require_writable(output)
-    file = output / "stream.json"
-    if not processes.gather(file.exists())[0]:
-        if processes.rank == 0:
-            write_json(file, stream.fingerprint())
-    elif not resume:
-        raise StreamError(f"{output} already contains runs; continue with --resume, or choose another folder")
-    elif changes := differences(stream.fingerprint(), json.loads(file.read_text())):
-        raise StreamError(f"the runs in {output} are of another stream: {'; '.join(changes[:3])}")
+            begin_output(stream, output, resume)
     tokenizer, runs = stream.model.load_tokenizer(), runs_of(stream)
-    total = sum(len(run.order.tasks) for run in runs if not run.is_finished(output))
-    disable = True if processes.rank else None
-    with tqdm(total=total, desc="Tasks", unit="task", disable=disable) as bar:  # shows the remaining time
+    with LiveTable(runs, output) if processes.rank == 0 else nullcontext():
         for run in runs:
-            bar.set_postfix_str(run.name)
             folder = output / "runs" / run.name
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / ".lock", processes) as is_locked:
                 if not is_locked:
                     continue  # another process computes it
-                result = Runner(stream, run, folder, tokenizer, checkpoint_steps, bar.update).result()
+                result = Runner(stream, run, folder, tokenizer, checkpoint_steps).result()
             yield result
+
+
+def begin_output(stream: Stream, output: Path, resume: bool) -> None:
+    """Write ``stream.json``, or compare it with the stream; the errors of ``run_stream``."""
+    require_report_packages()
+    require_writable(output)
+    file = output / "stream.json"
+    if not file.exists():
+        write_json(file, stream.fingerprint())
+    elif not resume:
+        raise StreamError(f"{output} already contains runs; continue with --resume, or choose another folder")
+    elif changes := differences(stream.fingerprint(), json.loads(file.read_text())):
+        raise StreamError(f"the runs in {output} are of another stream: {'; '.join(changes[:3])}")
 
 
 def _launched_processes(stream: Stream) -> Processes:

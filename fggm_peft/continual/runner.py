@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,6 @@ class Runner:
 
     Args:
         checkpoint_steps: steps between checkpoints within a task; None restarts an interrupted task.
-        on_tasks_done: called with a number of finished tasks, for a progress display.
     """
 
     def __init__(
@@ -63,10 +62,9 @@ class Runner:
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         checkpoint_steps: int | None = None,
-        on_tasks_done: Callable[[int], Any] = lambda count: None,
     ):
         self.stream, self.run, self.folder, self.tokenizer = stream, run, folder, tokenizer
-        self.checkpoint_steps, self.on_tasks_done = checkpoint_steps, on_tasks_done
+        self.checkpoint_steps = checkpoint_steps
         self.tasks = run.order.tasks
         self.tests = [task.examples("test", tokenizer) for task in self.tasks]
         self.batch_size = stream.training.evaluation_batch_size or stream.training.batch_size
@@ -102,14 +100,12 @@ class Runner:
         lessons: list[Lesson] = [(task.name, (task,)) for task in self.tasks]
         if method.sees_all_tasks:
             lessons = [("all", self.tasks)]
-        self.on_tasks_done(len(entries) - 1)
         while len(entries) <= len(lessons) and not is_stopped(entries):
             number = len(entries) - 1
             method, model, entry = self._learn(method, model, number, lessons, entries)
             entry |= {"kept_bytes": size_of(method.memory), "peak_memory": peak_memory()}  # of this process
             entries.append(entry)
             self._save_state(model, method, entries)
-            self.on_tasks_done(len(lessons[number][1]))
         return self._result(entries, method.sees_all_tasks)
 
     def _learn(

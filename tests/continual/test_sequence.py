@@ -23,6 +23,7 @@ from peft import PeftModel
 from streams import killed_at_the_fifth_step, settings, without_times, write_stream
 from transformers import AutoModelForCausalLM
 
+from fggm_peft.cli import sequence
 from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
@@ -170,6 +171,30 @@ def test_the_command_writes_both_reports_and_prints_the_summary(folder, tmp_path
 
 
 # --- several processes, kills ----------------------------------------------------------------------
+
+
+def test_runs_that_are_computed_together_have_the_results_of_one_process(folder, tmp_path, monkeypatch):
+    file = tmp_path / "stream.json"
+    file.write_text(json.dumps(settings(folder, methods=["fggm", "frozen"])))
+    arguments = ["sequence", str(file), "--seeds", "0,1", "--json", "--output"]
+    alone, together = fggm(*arguments, str(tmp_path / "a")), fggm(*arguments, str(tmp_path / "b"), "--processes", "3")
+    assert alone.code == together.code == 0, together.err
+    results = [[without_times(run) for run in json.loads(result.out)["runs"]] for result in (alone, together)]
+    assert results[0] == results[1] and len(results[0]) == 4
+    assert not list((tmp_path / "b").glob("*.log"))
+    refused = fggm(*arguments, str(tmp_path / "b"), "--processes", "2")
+    assert refused.code == 1 and "continue with --resume" in refused.err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = fggm(*arguments, str(tmp_path / "c"), "--processes", "2")
+    assert refused.code == 1 and "accelerate launch" in refused.err
+
+
+def test_the_error_of_a_process_is_the_error_of_the_command(folder, tmp_path, monkeypatch):
+    file = tmp_path / "stream.json"
+    file.write_text(json.dumps(settings(folder, methods=["frozen"])))
+    monkeypatch.setattr(sequence, "MAIN", "raise SystemExit('no memory')")
+    result = fggm("sequence", str(file), "--output", str(tmp_path / "out"), "--processes", "2")
+    assert result.code == 1 and "status 1: no memory" in result.err and "process-0.log" in result.err
 
 
 def command(stream, output, *options: str) -> list[str]:

@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_bit_exactly(launcher, model_folder, data, tmp_path
 
 def test_the_demo_runs_and_writes_its_report_and_deltas(model_folder, tmp_path):
     run("demo/prepare.py", tmp_path / "data", "--no-model")
-    options = ["--data", tmp_path / "data", "--model", model_folder, "--output", tmp_path / "runs"]
+    options = ["--data", tmp_path / "data", "--model", model_folder, "--output", tmp_path / "runs", "--processes", 2]
     command = [sys.executable, "-c", "from fggm_peft.cli import main; main()", "sequence", "demo", *map(str, options)]
     result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -125,5 +125,5 @@ def test_the_demo_runs_and_writes_its_report_and_deltas(model_folder, tmp_path):
     assert [(run["label"], run["learning_rate"]) for run in report["runs"]] == [("retain", 1.6e-3), ("sft", 1e-4)]
     assert (tmp_path / "runs" / "report.md").exists()
     deltas = sorted((tmp_path / "runs" / "runs" / "retain" / "lr0.0016-seed0-given" / "tasks").iterdir())
-    assert [delta.name for delta in deltas] == ["0-module", "1-code", "2-numeric"]
+    assert [delta.name for delta in deltas] == ["0-module", "1-number", "2-date"]
     assert all((delta / "adapter_model.safetensors").exists() for delta in deltas)

@@ -18,7 +18,7 @@ from fggm_peft.continual.reading import read_stream
 FOLDER = Path(study.__file__).parent
 NAMES = ["tuning", *(f"retention-{name}" for name in study.STREAMS)]
 PACKAGES = {
-    "demo": [],
+    "code": [],
     "intents": [],
     "generation": ["babel", "inflect"],
     "mixed": ["babel", "num2words", "pycountry", "pint"],
@@ -56,7 +56,7 @@ def test_the_data_have_the_promised_size(stream, tmp_path):
         train, test = (json.loads((tmp_path / "data" / task / f"{s}.json").read_text()) for s in ("train", "test"))
         assert (len(train), len(test)) == (640, 200)
         assert all(row.keys() == {"prompt", "answer"} and row["answer"].strip() for row in train + test)
-        if stream != "demo":  # two files of the standard library may have the same lines
+        if stream != "code":  # two files of the standard library may have the same lines
             assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     if stream == "intents":
         answers = [
@@ -105,17 +105,17 @@ def test_every_method_runs_with_its_tuned_rate(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     data = write_stream(tmp_path / "data")
     fields = settings(data, methods=["sft", "frozen"], training={"max_steps": 1, "batch_size": 4})
-    for name, own in (("tuning", {}), ("retention-demo", {"seeds": [1, 2], "orders": ["given", "reversed"]})):
+    for name, own in (("tuning", {}), ("retention-code", {"seeds": [1, 2], "orders": ["given", "reversed"]})):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**fields, **own}))
     (tmp_path / "rates.yaml").write_text(
         yaml.safe_dump({"once": ["frozen"], "rates": {"sft": [1e-5, 1e-4, 1e-3], "frozen": [1e-5, 1e-4, 1e-3]}})
     )
     monkeypatch.setattr(study, "HERE", tmp_path)
     monkeypatch.setattr(study, "RATES", tmp_path / "rates.yaml")
-    monkeypatch.setattr(study, "STREAMS", ("demo",))
-    monkeypatch.setattr(sys, "argv", ["run.py", str(data), "--output", str(tmp_path / "runs"), "--streams", "demo"])
+    monkeypatch.setattr(study, "STREAMS", ("code",))
+    monkeypatch.setattr(sys, "argv", ["run.py", str(data), "--output", str(tmp_path / "runs"), "--streams", "code"])
     study.main()
-    runs = json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())["runs"]
+    runs = json.loads((tmp_path / "runs" / "code" / "report.json").read_text())["runs"]
     assert sorted((run["label"], run["seed"], run["order"]) for run in runs) == [
         ("frozen", 1, "given"),
         *(("sft", seed, order) for seed in (1, 2) for order in ("given", "reversed")),
