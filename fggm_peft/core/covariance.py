@@ -10,6 +10,7 @@ is half of the first omitted eigenvalue: directions that the data hardly use wou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,8 +129,7 @@ class CovarianceSum:
         self.rank = rank
         self.test_matrix: Tensor | None = None
         if width > 2 * rank:
-            generator = torch.Generator().manual_seed(width)  # the same on every process
-            self.test_matrix = torch.linalg.qr(torch.randn(width, 2 * rank, generator=generator))[0].to(device)
+            self.test_matrix = _test_matrix(width, 2 * rank, torch.device(device))
         self.product = torch.zeros(width, min(width, 2 * rank), device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
         self.positions = 0
@@ -154,6 +154,13 @@ class CovarianceSum:
         # what the product does not see
         missing = float(self.energy) / max(1, self.positions) - float(result.diagonal().double().sum())
         return Covariance(result.factor, result.floor + max(0.0, missing) / result.width)
+
+
+@functools.lru_cache(maxsize=16)
+def _test_matrix(width: int, columns: int, device: torch.device) -> Tensor:
+    """A random matrix with orthonormal columns, the same on every process; all layers of a width share it."""
+    generator = torch.Generator().manual_seed(width)
+    return torch.linalg.qr(torch.randn(width, columns, generator=generator))[0].to(device)
 
 
 def _nystroem(product: Tensor, test_matrix: Tensor) -> tuple[Tensor, Tensor]:
