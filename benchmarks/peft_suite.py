@@ -26,7 +26,7 @@ import run as peft_suite  # noqa: E402
 
 PAGE = ROOT / "docs" / "compatibility.md"
 CAPABILITIES = RESULTS / "peft_capabilities.json"
-TITLES = {"lora": "LoRA", "shira": "SHiRA", "lokr": "LoKr"} | {k: f"FGGM, {k}s" for k in peft_suite.GRANULARITIES}
+TITLES = {k: f"FGGM, {k}s" for k in peft_suite.GRANULARITIES} | {"lora": "LoRA", "shira": "SHiRA", "lokr": "LoKr"}
 OUTCOMES = ("passed", "skipped", "failed")
 
 
@@ -43,11 +43,12 @@ def results() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    lines = ["| PEFT's tests of | method | passed | skipped | failed |", "|---|---|---:|---:|---:|"]
+    """A row for each suite and a column for each method; a cell is empty if the suite was not run with the method."""
+    lines = [f"| passed / skipped / failed | {' | '.join(TITLES.values())} |", "|---" * (1 + len(TITLES)) + "|"]
     for suite, methods in results.items():
-        for method, counts in methods.items():
-            numbers = " | ".join(str(counts[outcome]) for outcome in OUTCOMES)
-            lines.append(f"| {suite} | {TITLES[method]} | {numbers} |")
+        counts = [methods.get(method) for method in TITLES]
+        cells = ["/".join(str(each[outcome]) for outcome in OUTCOMES) if each else "" for each in counts]
+        lines.append(f"| {suite} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
