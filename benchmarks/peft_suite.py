@@ -1,6 +1,6 @@
 """PEFT's own tests, from its source distribution, and its capability script, for FGGM and for PEFT's methods.
 
-Writes peft_suite.json and peft_capabilities.json in benchmarks/results, and both tables to docs/compatibility.md. All
+Writes peft_suite.json and peft_capabilities.json in benchmarks/results, and the table in docs/compatibility.md. All
 suites take about half an hour.
 
 python benchmarks/peft_suite.py [--suite NAME ...]
@@ -66,27 +66,9 @@ def capabilities(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def capability_table() -> str:
-    found = json.loads(CAPABILITIES.read_text())
-    lines = ["| feature in PEFT's capability script | FGGM | LoRA |", "|---|---|---|"]
-    for feature in found["FGGM"]:
-        if feature not in ("category", "paper_url"):
-            values = " | ".join(_shown(found[name][feature]) for name in ("FGGM", "LORA"))
-            lines.append(f"| {feature.replace('_', ' ')} | {values} |")
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        value = [name for name, supported in value.items() if supported]
-    if isinstance(value, list):
-        return ", ".join(f"`{name}`" for name in value) or "none"
-    return {True: "yes", False: "no"}[value]
-
-
-def write_into_page(name: str, text: str) -> None:
-    """Replace a table of the page, which stands between two comments."""
-    begin, end = f"<!-- {name} of benchmarks/peft_suite.py -->\n", "<!-- end -->"
+def write_into_page(text: str) -> None:
+    """Replace the table of the page, which stands between two comments."""
+    begin, end = "<!-- counts of benchmarks/peft_suite.py -->\n", "<!-- end -->"
     head, _, rest = PAGE.read_text().partition(begin)
     PAGE.write_text(f"{head}{begin}{text}\n{end}{rest.partition(end)[2]}")
 
@@ -100,8 +82,7 @@ def main() -> None:
     write("peft_suite", {name: found[name] for name in peft_suite.SUITES if name in found})
     with tempfile.TemporaryDirectory() as folder:
         CAPABILITIES.write_text(json.dumps(capabilities(Path(folder)), indent=1) + "\n")
-    write_into_page("counts", table(results()))
-    write_into_page("capabilities", capability_table())
+    write_into_page(table(results()))
 
 
 if __name__ == "__main__":
