@@ -21,7 +21,7 @@ $(VENV)/dev: $(VENV)/created pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about MINUTES minutes on two cores).
+demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about nine minutes on two cores).
 	@mkdir -p demo-output
 	$(BIN)/python examples/demo/prepare.py demo-output/data
 	$(BIN)/fggm sequence demo --data demo-output/data --model demo-output/data/model --output demo-output/runs --processes 2 --resume $(ARGS)

@@ -77,7 +77,7 @@ class RowsAndColumns(Rows):
 
     def accumulate_(self, scores, gradients, half):
         both = torch.cat([gradients.row_scores(), gradients.column_scores()], dim=1)
-        scores.index_add_(0, half, both.to(scores.dtype))
+        scores.index_add_(0, half.to(scores.device), both.to(scores.dtype))
 
 
 def units_of(case: Case, layer: FGGMLayer, statistics: Tensor) -> Tensor | None:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .options import positive
 from .output import Result, require_free, table
-
-if TYPE_CHECKING:
-    from ..continual.run import Run
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -30,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
     text = "Also save a checkpoint within a task after this many steps."
     parser.add_argument("--checkpoint-steps", type=positive, help=text)
     parser.add_argument("--resume", action="store_true", help="Continue the runs in the output folder.")
-    text = "Compute this many runs at the same time. They share the processor's threads."
+    text = "Compute this many runs at the same time. They share the processor's threads and the CUDA devices."
     parser.add_argument("--processes", type=positive, default=1, help=text)
 
 
@@ -46,7 +39,10 @@ def run(args: Namespace) -> Result | None:
     from ..continual.report import read_results, report_of, shown, write_report
     from ..continual.run import begin_output, run_stream, runs_of
     from ..training.base_model import this_process
+    from .processes import compute_together
 
+    if args.processes > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--processes computes several runs at once, accelerate launch each run together; use one")
     settings = read_stream(
         args.stream,
         model=args.model,
@@ -62,19 +58,19 @@ def run(args: Namespace) -> Result | None:
     if not any(output.glob("stream.json*")):  # another process may be writing it
         require_free(output, overwrite=False)
     runs, is_main = runs_of(settings), this_process().is_main_process
-    if args.processes > 1:
-        begin_output(settings, output, args.resume)
-        _compute_together(args, runs)
     try:
-        resume = args.resume or args.processes > 1
-        for _ in run_stream(settings, output, resume, args.checkpoint_steps):
+        if args.processes > 1:
+            begin_output(settings, output, args.resume)
+            args.resume = True
+            compute_together(args, runs)
+        for _ in run_stream(settings, output, args.resume, args.checkpoint_steps):
             if is_main:
                 write_report(output, read_results([output]), page=False)
     finally:
         if is_main and (unfinished := sum(not run.is_finished(output) for run in runs)):
             text = f"{unfinished} of {len(runs)} runs are not finished; rerun with --resume to continue"
             print(text, file=sys.stderr)
-    if not is_main:
+    if not is_main or not any(run.is_finished(output) for run in runs):  # other processes compute them
         return None
     results = read_results([output])
     write_report(output, results)
@@ -86,43 +82,6 @@ def run(args: Namespace) -> Result | None:
     ]
     headings = ("method", "rate", "runs", *(MEASURES[name].heading for name in columns))
     return report, table("Mean over runs (± standard deviation)", headings, rows)
-
-
-MAIN = "from fggm_peft.cli import main; main()"
-OPTIONS = ("model", "data", "seeds", "orders", "learning_rates", "methods", "checkpoint_steps")
-
-
-def _compute_together(args: Namespace, runs: Sequence[Run]) -> None:
-    """Compute the runs in several processes of this command, each with its share of the threads."""
-    import torch
-
-    from ..continual.live import LiveTable
-
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--processes computes several runs at once, accelerate launch each run together; use one")
-    command = [sys.executable, "-c", MAIN, "sequence", args.stream, f"--output={args.output}", "--resume"]
-    for name in OPTIONS:
-        if (value := getattr(args, name)) is not None:
-            text = ",".join(value) if isinstance(value, list) else str(value)
-            command.append(f"--{name.replace('_', '-')}={text}")
-    threads = max(1, torch.get_num_threads() // args.processes)
-    count = min(args.processes, sum(not run.is_finished(args.output) for run in runs))
-    logs = [args.output / f"process-{number}.log" for number in range(count)]
-    with ExitStack() as stack:
-        children = []
-        for log in logs:
-            file = stack.enter_context(log.open("w"))
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            stack.callback(child.terminate)
-            children.append(child)
-        stack.enter_context(LiveTable(runs, args.output))
-        codes = [child.wait() for child in children]
-    for code, log in zip(codes, logs, strict=True):
-        if code:
-            lines = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
-            raise RuntimeError(f"a process ended with status {code}: {lines[-1]} ({log})")
-        log.unlink()
 
 
 def _list(text: str) -> list[str]:

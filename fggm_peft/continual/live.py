@@ -24,10 +24,13 @@ class LiveTable:
 
     A cell has the score after the task was learned and, later, the score now. The table is a context manager, and is
     shown only in a terminal.
+
+    Args:
+        transient: remove the table at the end.
     """
 
-    def __init__(self, runs: Sequence[Run], output: Path):
-        self.runs, self.output = runs, output
+    def __init__(self, runs: Sequence[Run], output: Path, transient: bool = False):
+        self.runs, self.output, self.transient = runs, output, transient
         self._exit = ExitStack()
 
     def __enter__(self) -> LiveTable:
@@ -36,7 +39,8 @@ class LiveTable:
 
         if sys.stderr.isatty():
             # rich calls the function once per second in a thread of its own
-            live = Live(get_renderable=self.table, console=Console(stderr=True), refresh_per_second=1)
+            console = Console(stderr=True)
+            live = Live(get_renderable=self.table, console=console, refresh_per_second=1, transient=self.transient)
             self._exit.enter_context(live)
             if logging.is_progress_bar_enabled():  # "Loading weights" would be written into the table
                 self._exit.callback(logging.enable_progress_bar)
@@ -48,14 +52,15 @@ class LiveTable:
 
     def table(self) -> Table:
         from rich.table import Table
+        from rich.text import Text  # in a str, rich would read [names] as markup
 
         entries = [self._entries(run) for run in self.runs]
         tasks = list(dict.fromkeys(task.name for run in self.runs for task in run.order.tasks))
         table = Table(caption=self._remaining(entries))
         for heading in ("method", *tasks, "general text"):
-            table.add_column(heading, justify="left" if heading == "method" else "right")
+            table.add_column(Text(heading), justify="left" if heading == "method" else "right")
         for run, own in zip(self.runs, entries, strict=True):
-            table.add_row(self._name(run), *(_score(own, task) for task in tasks), _change(own))
+            table.add_row(Text(self._name(run)), *(_score(own, task) for task in tasks), _change(own))
         return table
 
     def _entries(self, run: Run) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from ..selection.processes import Processes
 from ..training.base_model import launched_with_fsdp, this_process
 from ..tuner.files import file_name, require_writable, user_path, write_json
+from ..tuner.files.atomic import PARTIAL
 from .live import LiveTable
 from .report import require_report_packages
 from .runner import Runner
@@ -82,6 +83,8 @@ def run_stream(
             with _locked(folder / ".lock", processes) as is_locked:
                 if not is_locked:
                     continue  # another process computes it
+                for partial in folder.glob(f"*{PARTIAL}"):  # of a process that was killed
+                    partial.unlink(missing_ok=True)
                 result = Runner(stream, run, folder, tokenizer, checkpoint_steps).result()
             yield result
 

@@ -28,7 +28,7 @@ Shape = tuple[int, int]  # (o, i)
 def sum_rounded_once(entries: Tensor, values: Tensor, scale: float) -> Tensor:
     """``entries + scale * values`` in the dtype of ``entries``: added in float32 at least."""
     values = widened(values)  # mixed dtypes are added in the wider one
-    if torch.is_grad_enabled() and values.requires_grad:
+    if is_recording() or (torch.is_grad_enabled() and values.requires_grad):
         return torch.add(entries, values, alpha=scale).to(entries.dtype)
     return torch.add(entries, values, alpha=scale, out=torch.empty_like(entries))  # one kernel on a GPU
 

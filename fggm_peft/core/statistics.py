@@ -42,7 +42,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def add_(self, sums: Tensor, granularity: Granularity, seen: PerSampleGradients | Features, half: Tensor) -> None:
-        """Add one batch to ``sums[half]``; ``sums`` is ``[2, size]`` float32, ``half`` ``[b]`` is 0 or 1."""
+        """Add one batch to ``sums[half]``; ``sums`` is ``[2, size]`` float32, ``half`` ``[b]`` on the CPU is 0 or 1."""
 
     def mean(self, total: Tensor, count: int) -> Tensor:
         """The statistic itself, from a running sum ``[size]`` over ``count`` samples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HALF = (torch.bfloat16, torch.float16)
 _has_out_dtype = torch.__version__ >= "2.8"
@@ -20,7 +20,14 @@ def multiplies_wide(a: Tensor, b: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (a, b))
+    if a.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in (a, b)) and _has_tensor_cores(a.device)
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether torch supports float32 results there: on NVIDIA's GPUs since Ampere."""
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 8
 
 
 def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from peft import PeftModel
 from streams import killed_at_the_fifth_step, settings, without_times, write_stream
 from transformers import AutoModelForCausalLM
 
-from fggm_peft.cli import sequence
+from fggm_peft.cli import processes
 from fggm_peft.continual.methods import METHODS
 from fggm_peft.continual.reading import read_stream
 from fggm_peft.continual.run import run_stream, runs_of
@@ -182,6 +182,11 @@ def test_runs_that_are_computed_together_have_the_results_of_one_process(folder,
     results = [[without_times(run) for run in json.loads(result.out)["runs"]] for result in (alone, together)]
     assert results[0] == results[1] and len(results[0]) == 4
     assert not list((tmp_path / "b").glob("*.log"))
+    (run,) = (tmp_path / "b" / "runs" / "fggm").glob("*seed0*")
+    (run / "run.json").unlink()
+    (run / "state.pt.1234.partial").write_text("")  # of a process that was killed
+    assert fggm(*arguments, str(tmp_path / "b"), "--resume").code == 0
+    assert (run / "run.json").exists() and not list(run.glob("*.partial"))
     refused = fggm(*arguments, str(tmp_path / "b"), "--processes", "2")
     assert refused.code == 1 and "continue with --resume" in refused.err
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -192,9 +197,36 @@ def test_runs_that_are_computed_together_have_the_results_of_one_process(folder,
 def test_the_error_of_a_process_is_the_error_of_the_command(folder, tmp_path, monkeypatch):
     file = tmp_path / "stream.json"
     file.write_text(json.dumps(settings(folder, methods=["frozen"])))
-    monkeypatch.setattr(sequence, "MAIN", "raise SystemExit('no memory')")
-    result = fggm("sequence", str(file), "--output", str(tmp_path / "out"), "--processes", "2")
-    assert result.code == 1 and "status 1: no memory" in result.err and "process-0.log" in result.err
+    arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--processes", "2"]
+    monkeypatch.setattr(processes, "MAIN", "raise SystemExit('no memory')")
+    result = fggm(*arguments)
+    assert result.code == 1 and "status 1: no memory" in result.err and "1 of 1 runs are not finished" in result.err
+    monkeypatch.setattr(processes, "MAIN", "import os; os.kill(os.getpid(), 9)")
+    result = fggm(*arguments, "--resume")
+    assert result.code == 1 and "ended by SIGKILL: no output" in result.err and "-0.log" in result.err
+
+
+def test_the_processes_end_with_the_command_and_their_warnings_are_shown(folder, tmp_path, monkeypatch):
+    file = tmp_path / "stream.json"
+    file.write_text(json.dumps(settings(folder, methods=["frozen"], seeds=[0, 1])))
+    arguments = ["sequence", str(file), "--output", str(tmp_path / "out"), "--processes", "2"]
+    monkeypatch.setattr(processes, "MAIN", "import sys; print('fggm: warning: ', sys.argv[-1]); sys.exit()")
+    result = fggm(*arguments, "--debug")
+    assert result.err.count("fggm: warning:  --debug") == 1  # both processes have the same warning
+
+    ids = tmp_path / "ids"
+    wait = f"import os, time; open({str(ids)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(600)"
+    code = f"from fggm_peft.cli import main, processes; processes.MAIN = {wait!r}; main()"
+    shutil.rmtree(tmp_path / "out")
+    command = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
+    while not ids.exists() or len(ids.read_text().split()) < 2:
+        assert command.poll() is None
+        time.sleep(0.05)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(60) == 128 + signal.SIGTERM
+    for process in map(int, ids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
 
 
 def command(stream, output, *options: str) -> list[str]:

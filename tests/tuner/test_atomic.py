@@ -134,3 +134,11 @@ def test_long_names_are_shortened_to_different_names(text, tmp_path):
 
 def test_short_names_stay(tmp_path):
     assert [file_name(name) for name in ("a", "random3", "é" * 60)] == ["a", "random3", "é" * 60]
+
+
+def test_several_processes_may_write_a_file_at_the_same_time(tmp_path):
+    file = tmp_path / "base.json"
+    with partial_file(file) as first, partial_file(file) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]  # the outer context ends last

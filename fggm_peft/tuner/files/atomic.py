@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .hub import user_path
 
+PARTIAL = ".partial"
+"""How names of unfinished files end."""
 TEMPORARY = ".fggm-"
 """How names of temporary folders begin."""
 
@@ -67,7 +69,7 @@ def partial_file(file: Path) -> Iterator[Path]:
     Processes that write the same file at the same time do not disturb each other; the last one wins.
     """
     file = user_path(file)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PARTIAL}")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with full_disk_as_oserror(partial):
