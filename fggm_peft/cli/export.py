@@ -15,6 +15,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--to", choices=list(EXPORTS), default="lora", help=text)
     text = "Largest rank of the server that will load the LoRA; the command warns if a module exceeds it."
     parser.add_argument("--max-rank", type=positive, help=text)
+    text = "Give all modules of the LoRA the same rank, as llama.cpp requires."
+    parser.add_argument("--equal-ranks", action="store_true", help=text)
     parser.add_argument("--base", help="Folder or Hub id of the base (default: the one that the adapter names).")
     add_output(parser, "Folder for the exported adapter.")
 
@@ -26,11 +28,12 @@ def run(args: Namespace) -> Result:
     the ranks. supertuning, shira: PEFT, also for single elements. task-vector: dense tensors, for arithmetic on models.
     """
     require_adapter(args.adapter)
-    if args.max_rank is not None and args.to != "lora":
-        args.error("--max-rank: only a LoRA has ranks")
+    options = {"max_rank": args.max_rank, "equal_ranks": args.equal_ranks}
+    options = {name: value for name, value in options.items() if value}
+    if options and args.to != "lora":
+        args.error(f"--{next(iter(options)).replace('_', '-')}: only a LoRA has ranks")
     require_free(args.output, args.overwrite)
     export, unit = EXPORTS[args.to]
-    options = {} if args.max_rank is None else {"max_rank": args.max_rank}
     sizes = export(args.adapter, args.output, base=args.base, **options)
     data = {"adapter": args.adapter, "to": args.to, "output": str(args.output), "largest": max(sizes.values())}
     rows = [(path, f"{size:,}") for path, size in sizes.items()]

@@ -27,7 +27,11 @@ from .peft_adapter import layers_of, write_adapter
 
 
 def export_lora(
-    adapter: Any, output: str | Path, base: Base | None = None, max_rank: int | None = None
+    adapter: Any,
+    output: str | Path,
+    base: Base | None = None,
+    max_rank: int | None = None,
+    equal_ranks: bool = False,
 ) -> dict[str, int]:
     """Write a delta as a LoRA adapter that PEFT loads without this library. It is exact and has a scale of 1.
 
@@ -37,6 +41,8 @@ def export_lora(
         base: the base model, or its folder or Hub id, for the types of its layers. By default the one that the
             adapter's config names. Not needed for a ``PeftModel``.
         max_rank: the largest rank that the server accepts; a warning names the modules that exceed it.
+        equal_ranks: fill the factors of every module with zeros up to the largest rank, for engines that ignore
+            ``rank_pattern`` and ``alpha_pattern``, such as llama.cpp.
 
     Returns:
         Module path, or key of a parameter -> rank. Modules with a delta of zero are left out. An engine has to accept
@@ -51,11 +57,12 @@ def export_lora(
     ranks: dict[str, int] = {}
     parameters: dict[str, ParameterExport] = {}
     tensors: dict[str, Tensor] = {}
+    required = {path: required_rank(module) for path, module in delta.modules.items()}
     for path, module in delta.modules.items():
         require_finite(path, module)
-        rank = required_rank(module)
-        if not rank:
+        if not required[path]:
             continue
+        rank = max(required.values()) if equal_ranks else required[path]
         _require_supported(path, layers[path])
         factors = _factors(module, rank)
         if layers[path].reads_inputs:

@@ -121,6 +121,8 @@ def test_export(folder, tmp_path, granularity):
     limited = ("export", folder / granularity, "-o", tmp_path / "lora", "--max-rank", 2, "--overwrite")
     assert "max_units=2" in fggm(*limited).err
     assert fggm("export", folder / granularity, "--to", "shira", "--max-rank", 2, "-o", tmp_path / "x").code == 2
+    assert fggm("export", folder / granularity, "--to", "shira", "--equal-ranks", "-o", tmp_path / "x").code == 2
+    assert fggm("export", folder / granularity, "--equal-ranks", "-o", tmp_path / "equal").code == 0
     assert fggm("export", folder / granularity).code == 2
     assert fggm("export", folder / granularity, "--to", "gguf", "-o", tmp_path).code == 2
 

@@ -13,6 +13,7 @@ from example_deltas import adapter
 from models import bert, gpt2, llama, logits
 from peft import PeftModel
 from plain_peft import BATCH, by_plain_peft
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertForSequenceClassification
 
@@ -91,6 +92,23 @@ def test_each_module_has_the_rank_that_it_requires_and_a_scale_of_1(tmp_path):
         if hasattr(layer, "lora_A") and layer.lora_A:
             assert layer.scaling["default"] == 1.0 and layer.r["default"] == ranks[path]
     assert "exact" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_equal_ranks_are_exact_by_the_formula_of_llama_cpp(granularity, tmp_path):
+    """llama.cpp adds ``alpha / rank * B A``, with the rank of each module's own tensors and one alpha."""
+    model = adapter(granularity, density_pattern={"q_proj": 0.1, "down_proj": 0.5}, density=0.2)
+    ranks = export_lora(model, tmp_path / "lora", equal_ranks=True)
+    assert len(ranks) > 2 and len(set(ranks.values())) == 1
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for path, delta in SparseDelta.read(model).modules.items():
+        a, b = (tensors[f"base_model.model.{path}.lora_{part}.weight"].double() for part in "AB")
+        dense = torch.zeros(delta.shape, dtype=torch.float64)
+        delta.granularity.add_(dense, delta.indices, delta.values.double())
+        torch.testing.assert_close(config["lora_alpha"] / b.shape[1] * b @ a, dense)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora")
+    assert (logits(loaded, BATCH) - logits(model, BATCH)).abs().max() < 1e-5
 
 
 def test_a_rank_above_the_maximum_of_the_server_is_a_warning(granularity, tmp_path):
