@@ -100,14 +100,14 @@ class Covariance:
 
 def _principal(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors ``[i, r]`` and squared singular values ``[r]`` of a matrix, descending, float64."""
-    wide = factor.double()
+    wide = factor.cpu().double()  # small decompositions; a GPU would be waited for several times
     if wide.shape[1] > wide.shape[0]:
         energy, vectors = torch.linalg.eigh(wide @ wide.mT)
-        return vectors.flip(1), energy.flip(0).clamp(min=0)
+        return vectors.flip(1).to(factor.device), energy.flip(0).clamp(min=0).to(factor.device)
     # orthonormal also where singular values are zero, which eigenvectors of the Gram matrix do not give
     basis, triangle = torch.linalg.qr(wide)
     energy, vectors = torch.linalg.eigh(triangle @ triangle.mT)
-    return basis @ vectors.flip(1), energy.flip(0).clamp(min=0)
+    return (basis @ vectors.flip(1)).to(factor.device), energy.flip(0).clamp(min=0).to(factor.device)
 
 
 def _leading(vectors: Tensor, energy: Tensor, limit: int) -> Covariance:
@@ -143,17 +143,17 @@ class CovarianceSum:
 
     def covariance(self) -> Covariance:
         """The mean over positions; zero if there are none."""
-        mean = self.product.double() / max(1, self.positions)
+        mean = self.product.cpu().double() / max(1, self.positions)
         if self.test_matrix is None:
             energy, vectors = torch.linalg.eigh((mean + mean.mT) / 2)
             vectors, energy = vectors.flip(1), energy.flip(0).clamp(min=0)
         else:
-            vectors, energy = _nystroem(mean, self.test_matrix.double())
+            vectors, energy = _nystroem(mean, self.test_matrix.cpu().double())
         width = len(vectors)
         result = _leading(vectors, energy, width if width <= 2 * self.rank else self.rank).to(torch.float32)
         # what the product does not see
         missing = float(self.energy) / max(1, self.positions) - float(result.diagonal().double().sum())
-        return Covariance(result.factor, result.floor + max(0.0, missing) / result.width)
+        return Covariance(result.factor.to(self.product.device), result.floor + max(0.0, missing) / result.width)
 
 
 @functools.lru_cache(maxsize=16)
