@@ -83,14 +83,15 @@ class LiveTable:
         total = sum(len(run.order.tasks) for run in self.runs)
         finished = [_finished(run, own) for run, own in zip(self.runs, entries, strict=True)]
         left, done = total - sum(finished), sum(finished)
+        text = f"{left} task{'' if left == 1 else 's'} left"
         if not done or not left:
-            return f"{left} tasks left"
+            return text
         seconds = sum(entry.get(name) or 0.0 for own in entries for entry in own[1:] for name in SECONDS)
         working = sum(
             own != [] and n < len(run.order.tasks) for run, own, n in zip(self.runs, entries, finished, strict=True)
         )
         minutes = left * seconds / done / max(1, working) / 60
-        return f"{left} tasks left, about {max(1, round(minutes))} min"
+        return f"{text}, about {max(1, round(minutes))} min"
 
 
 def _finished(run: Run, entries: Sequence[dict[str, Any]]) -> int:

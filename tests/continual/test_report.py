@@ -120,9 +120,11 @@ def test_the_report_explains_its_measures():
     assert list(report["measures"]) == list(MEASURES) and report["measures"]["op"] == "OP_T = mean_j R[T,j]"
 
 
-def test_methods_with_different_rates_give_a_warning():
+def test_methods_with_more_rates_than_others_give_a_warning():
     equal = report_of([run(label, rate) for label in "ab" for rate in (0.1, 0.2)])
-    assert equal["warnings"] == []
+    assert equal["warnings"] == [] and "chosen on the test examples" in equal["best"]["rule"]
+    own = report_of([run("a", 0.1), run("b", 0.2)])  # each method with the rate that was chosen for it
+    assert own["warnings"] == [] and "one learning rate" in own["best"]["rule"]
     (warning,) = report_of([run("a", 0.1), run("a", 0.2), run("b", 0.1)])["warnings"]
     assert "Not equally tuned" in warning and "a: 0.1, 0.2; b: 0.1" in warning
 

@@ -24,6 +24,7 @@ RULE = (
     "rise of the general loss decides, then the smaller rate. Every method's rate is chosen on the test examples that "
     "are reported, so all figures are optimistic in the same way."
 )
+ONE_RATE = "Each method was run with one learning rate."
 INTERVALS = (
     "The best points of two methods are compared over the runs with the same seed and order, which removes the effect "
     "of seed and order on both. Brackets are 95 % intervals by Student's t. A difference is clear (*) if its interval "
@@ -47,7 +48,7 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
         "overview": _overview(runs),
         "runs": runs,
         "summary": summary,
-        "best": {"rule": RULE, "points": best},
+        "best": {"rule": RULE if any(len(point["rates"]) > 1 for point in best) else ONE_RATE, "points": best},
         "differences": _differences(best, frame),
         "pareto": {name: _pareto(name, frame) for name in FRONTS},
         "measures": {name: MEASURES[name].formula for name in MEASURES},
@@ -146,12 +147,14 @@ def _pareto(name: str, frame: DataFrame) -> list[dict[str, Any]]:
 
 
 def _tuning_warnings(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len({len(point["rates"]) for point in points}) < 2:
+        return []
     labels: dict[str, list[str]] = {}
     for point in points:
         labels.setdefault(", ".join(f"{rate:g}" for rate in point["rates"]), []).append(point["label"])
     parts = "; ".join(f"{', '.join(names)}: {rates}" for rates, names in labels.items())
-    rule = "the methods were run with different learning rates, and a method with more rates has an advantage."
-    return [f"Not equally tuned: {rule} {parts}."] if len(labels) > 1 else []
+    rule = "the methods were run with different numbers of learning rates, and more rates are an advantage."
+    return [f"Not equally tuned: {rule} {parts}."]
 
 
 def _run_warnings(results: Sequence[Run], summary: Sequence[Mapping[str, Any]]) -> list[str]:
