@@ -110,7 +110,7 @@ def compute(stream: Stream, output: Path) -> None:
         for _ in run_stream(stream, output, resume=True):
             for run in runs_of(stream):
                 if run.is_finished(output):  # the deltas of all runs would fill the disk
-                    shutil.rmtree(output / "runs" / run.name / "tasks", ignore_errors=True)
+                    shutil.rmtree(run.folder(output) / "tasks", ignore_errors=True)
             write_report(output, read_results([output]), page=False)
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from .runner import SECONDS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from .run import Run
-
-SECONDS = ("selection_seconds", "training_seconds", "evaluation_seconds")
 
 
 class LiveTable:
@@ -65,7 +65,7 @@ class LiveTable:
 
     def _entries(self, run: Run) -> list[dict[str, Any]]:
         """The base model's evaluation, and one entry for each finished task."""
-        file = self.output / "runs" / run.name / "tasks.json"
+        file = run.folder(self.output) / "tasks.json"
         return json.loads(file.read_text()) if file.exists() else []
 
     def _name(self, run: Run) -> str:
@@ -101,11 +101,10 @@ def _finished(run: Run, entries: Sequence[dict[str, Any]]) -> int:
 
 def _score(entries: Sequence[dict[str, Any]], task: str) -> str:
     """The score after the task was learned, and the score now."""
-    scores = [entry["scores"][task] for entry in entries[1:] if task in entry["scores"]]
     position = next((n for n, entry in enumerate(entries[1:]) if entry["task"] in (task, "all")), None)
     if position is None:
         return ""
-    learned, now = entries[position + 1]["scores"][task], scores[-1]
+    learned, now = entries[position + 1]["scores"][task], entries[-1]["scores"][task]
     return f"{learned:.2f}" if position == len(entries) - 2 else f"{learned:.2f} → {now:.2f}"
 
 

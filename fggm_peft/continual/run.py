@@ -37,9 +37,13 @@ class Run:
         label, order = file_name(self.method.label), file_name(self.order.name.replace(":", ""))
         return f"{label}/lr{self.learning_rate:g}-seed{self.seed}-{order}"
 
+    def folder(self, output: Path) -> Path:
+        """Its folder in an output folder."""
+        return output / "runs" / self.name
+
     def is_finished(self, output: Path) -> bool:
         """Whether any process has computed its result."""
-        return (output / "runs" / self.name / "run.json").exists()
+        return (self.folder(output) / "run.json").exists()
 
 
 def runs_of(stream: Stream) -> list[Run]:
@@ -78,7 +82,7 @@ def run_stream(
     tokenizer, runs = stream.model.load_tokenizer(), runs_of(stream)
     with LiveTable(runs, output) if processes.rank == 0 else nullcontext():
         for run in runs:
-            folder = output / "runs" / run.name
+            folder = run.folder(output)
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / ".lock", processes) as is_locked:
                 if not is_locked:

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 Lesson = tuple[str, Sequence[Task]]  # a name and the tasks that are learned together
 Entries = list[dict[str, Any]]
 KL_BATCHES = 1  # of test examples
-SUMMED = ("selection_seconds", "training_seconds", "evaluation_seconds", "bytes")  # costs of a run that add up
+SECONDS = ("selection_seconds", "training_seconds", "evaluation_seconds")
+SUMMED = (*SECONDS, "bytes")  # costs of a run that add up
 
 
 class Runner:

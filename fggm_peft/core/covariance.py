@@ -81,10 +81,9 @@ class Covariance:
 
     def truncated(self, rank: int) -> Covariance:
         """The covariance with at most ``rank`` columns in its factor; exact if ``i`` is at most twice the rank."""
-        limit = self.width if self.width <= 2 * rank else rank
-        if self.factor.shape[1] <= limit:
+        if self.factor.shape[1] <= _kept(self.width, rank):
             return self
-        leading = _leading(*_principal(self.factor), limit)
+        leading = _leading(*_principal(self.factor), rank)
         return Covariance(leading.factor.to(self.factor.dtype), self.floor + leading.floor)
 
     def __add__(self, other: Covariance) -> Covariance:
@@ -110,9 +109,15 @@ def _principal(factor: Tensor) -> tuple[Tensor, Tensor]:
     return (basis @ vectors.flip(1)).to(factor.device), energy.flip(0).clamp(min=0).to(factor.device)
 
 
-def _leading(vectors: Tensor, energy: Tensor, limit: int) -> Covariance:
-    """The first eigenvectors ``[i, limit]``, and the mean energy of the others as the floor."""
+def _kept(width: int, rank: int) -> int:
+    """The number of eigenvectors that a covariance of this rank has: all if they need no more memory than a sum."""
+    return width if width <= 2 * rank else rank
+
+
+def _leading(vectors: Tensor, energy: Tensor, rank: int) -> Covariance:
+    """The first eigenvectors ``[i, r]``, and the mean energy of the others as the floor."""
     width = len(vectors)
+    limit = _kept(width, rank)
     rest = float(energy[limit:].sum()) / (width - limit) if limit < width else 0.0
     return Covariance(vectors[:, :limit] * (energy[:limit] - rest).clamp(min=0).sqrt(), rest)
 
@@ -149,8 +154,7 @@ class CovarianceSum:
             vectors, energy = vectors.flip(1), energy.flip(0).clamp(min=0)
         else:
             vectors, energy = _nystroem(mean, self.test_matrix.cpu().double())
-        width = len(vectors)
-        result = _leading(vectors, energy, width if width <= 2 * self.rank else self.rank).to(torch.float32)
+        result = _leading(vectors, energy, self.rank).to(torch.float32)
         # what the product does not see
         missing = float(self.energy) / max(1, self.positions) - float(result.diagonal().double().sum())
         return Covariance(result.factor.to(self.product.device), result.floor + max(0.0, missing) / result.width)

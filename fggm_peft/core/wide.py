@@ -37,12 +37,13 @@ def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if not multiplies_wide(a, b):
         return torch.matmul(widened(a), widened(b), out=out)
-    product = torch.mm if a.dim() == 2 else torch.bmm
-    if out is None:
-        return product(a, b, out_dtype=torch.float32)
-    return product(a, b, out_dtype=torch.float32, out=out)
+    return _float32_product(a, b) if out is None else _float32_product(a, b, out=out)
 
 
 def gradient_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``; in float32 where that costs nothing, otherwise in the dtype of the operands."""
-    return wide_product(a, b) if multiplies_wide(a, b) else a @ b
+    return _float32_product(a, b) if multiplies_wide(a, b) else a @ b
+
+
+def _float32_product(a: Tensor, b: Tensor, **out: Tensor) -> Tensor:
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32, **out)

@@ -24,7 +24,7 @@ from ..tuner.files.atomic import complete_folder
 from ..tuner.files.model_card import write_card
 from ..tuner.files.reading import find_adapter, read_deltas
 from ..tuner.files.saving import as_trained, encode, index_bytes
-from ..tuner.files.tensors import MARK, PREFIX, split_key
+from ..tuner.files.tensors import MARK, PREFIX, is_trained_whole, split_key
 from ..tuner.target import find_targets
 
 
@@ -110,6 +110,11 @@ class SparseDelta:
         """Number of values divided by the number of entries of the modules' weights."""
         entries = sum(module.shape[0] * module.shape[1] for module in self.modules.values())
         return self.parameters / entries if entries else 0.0
+
+    @property
+    def whole_tensors(self) -> list[str]:
+        """The keys of tensors that replace those of the base, so that they are no differences."""
+        return [key for key in self.others if is_trained_whole(key)]
 
     def __repr__(self) -> str:
         made_by = (self.config.selection or {}).get("made_by")

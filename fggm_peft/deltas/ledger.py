@@ -17,7 +17,6 @@ from torch import nn
 from ..core.errors import AdapterFileError
 from ..tuner.files.atomic import digest_of_folder, file_name, write_json
 from ..tuner.files.hub import user_path
-from ..tuner.files.tensors import is_trained_whole
 from ..tuner.merging.merge import MergeReport
 from .apply import apply_deltas, layers_to_change
 from .delta import SparseDelta
@@ -78,7 +77,7 @@ class Ledger:
         if task.casefold() in map(str.casefold, self._digests):  # some file systems ignore case
             raise ValueError(f"{self.folder} has a task {task!r} already; roll it back first, or use another name")
         source = SparseDelta.read(delta)
-        if whole := [key for key in source.others if is_trained_whole(key)]:
+        if whole := source.whole_tensors:
             raise ValueError(
                 f"the delta of {task!r} has whole tensors ({whole[0]}, ...). They are not differences and could not be "
                 "removed again"

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..tuner.files.atomic import complete_folder
-from ..tuner.files.tensors import is_trained_whole
 from .apply import require_finite
 from .base_model import Base, skeleton
 from .delta import SparseDelta
@@ -38,7 +37,7 @@ def export_task_vector(adapter: Any, output: str | Path, base: Base | None = Non
             a quantized model.
     """
     delta = SparseDelta.read(adapter)
-    if whole := [key for key in delta.others if is_trained_whole(key)]:
+    if whole := delta.whole_tensors:
         raise ValueError(f"the delta has whole tensors ({whole[0]}, ...), which are no differences")
     model = skeleton(base_of(adapter, delta, base), delta.config)
     parameters: Mapping[str, Tensor] = model.state_dict(keep_vars=True)

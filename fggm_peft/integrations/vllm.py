@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..deltas import SparseDelta
 from ..deltas.apply import layers_to_change
 from ..deltas.difference import weight_name
-from ..tuner.files.tensors import is_trained_whole
 from ..tuner.merging.merge import add_to_dense_
 
 MAX_ENTRIES = 2**31
@@ -47,7 +46,7 @@ def sparse_patches(adapter: Any, base: nn.Module) -> Iterator[SparsePatch]:
             finite, or a weight is quantized or has more than 2³¹ entries.
     """
     delta = SparseDelta.read(adapter)
-    if whole := [key for key in delta.others if is_trained_whole(key)]:
+    if whole := delta.whole_tensors:
         raise ValueError(f"the delta has whole tensors ({whole[0]}, ...), which are not sparse")
     layers = layers_to_change(base, [delta])
     weights: dict[str, Tensor] = base.state_dict()
