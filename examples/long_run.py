@@ -67,6 +67,7 @@ def main() -> None:
     if PartialState().is_main_process:
         resumed = "resumed" if trainer.selection_report is None else "selected"
         print(f"{trainer.state.global_step} steps, {resumed}; the adapter is in {arguments.output}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

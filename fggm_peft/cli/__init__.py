@@ -3,9 +3,11 @@
 
 def main() -> None:
     """Entry point of the console script."""
+    from ..training.base_model import disconnect
     from .app import run_program
 
     run_program()
+    disconnect()
 
 
 __all__ = ["main"]

@@ -31,6 +31,19 @@ def this_process() -> PartialState:
     return PartialState() if has_accelerator else PartialState(cpu=True)
 
 
+def disconnect() -> None:
+    """Disconnect this process from the others, once all are done.
+
+    Without it, a thread of gloo may abort the process while the interpreter ends (pytorch/pytorch#179291).
+    """
+    from accelerate import PartialState
+
+    if PartialState._shared_state:  # else no process was connected
+        state = PartialState()
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
 def computes_bfloat16() -> bool:
     """Whether the device of this process multiplies bfloat16 in hardware. If not, float32 is faster."""
     import torch

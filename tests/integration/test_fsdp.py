@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -216,15 +215,14 @@ def test_the_trainer_selects_shards_trains_saves_and_resumes(case, processes, tm
 
 
 def call_fggm(arguments: list[str]) -> None:
-    from fggm_peft.cli import main
+    from fggm_peft.cli.app import run_program
 
     use_fsdp_on_cpus()
     os.environ.update(
         ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", HF_HUB_OFFLINE="1"
     )
-    sys.argv = ["fggm", *arguments]
     try:
-        main()
+        run_program(arguments)
     except SystemExit as stop:
         assert not stop.code, stop.code
     finally:
