@@ -20,8 +20,8 @@ from peft import get_peft_model
 from suite.bases import sharing_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fggm_peft import FGGMConfig
-from fggm_peft.selection.data_pass import DataPass
+from fggm_peft import FGGMConfig, InputCovariance
+from fggm_peft.selection.data_pass import DataPass, input_metrics
 from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.tuner.target import find_targets
 
@@ -57,14 +57,15 @@ class TimedBatch:
 
 
 class Selection:
-    """Our pass over one batch."""
+    """Our pass over one batch: Fisher information, or gain under decay if there is an input covariance."""
 
-    def __init__(self, model: PreTrainedModel, batch: dict, statistic: str = "fisher", **config):
-        self.data, self.statistic = TimedBatch(batch), statistic
+    def __init__(self, model: PreTrainedModel, batch: dict, covariance: InputCovariance | None = None, **config):
+        self.data, statistic = TimedBatch(batch), "fisher_under_decay" if covariance else "fisher"
         tuned = get_peft_model(sharing_weights(model), FGGMConfig(target_modules="all-linear", **config))
         self.targets = find_targets(tuned, "default")
         self.model = tuned.get_base_model()
         self.fisher = DataPass(tuned, tuned.peft_config["default"], self.data, statistics=(statistic,))
+        self.fisher.metrics = input_metrics(self.targets, covariance) if covariance else {}
 
     def __call__(self) -> float:
         self.fisher.run(self.targets)

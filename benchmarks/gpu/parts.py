@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import harm_decay
-import torch
 from common import DEVICE, peak_mib
 from suite.cases import Case, Setting
 from suite.measurements import Step, base_of, batch_of, measure
@@ -129,9 +127,7 @@ def selection(store: Store) -> None:
 
 def decay(store: Store) -> None:
     """Harm decay at different intervals, and its statistics."""
-    where, seconds = setting(), 0 if small() else SECONDS
-    sizes = (where.hidden, where.layers, seconds, where.batch, where.length)
-    store.measure("harm decay", functools.partial(harm_decay.measure, *sizes, dtype=torch.bfloat16))
+    measure_cases(store, [Case("harm decay", setting()), Case("harm decay", setting(density=0.3))])
 
 
 def merge(store: Store) -> None:

@@ -70,7 +70,7 @@ def quick() -> list[Case]:
     cases.append(Case("training step", replace(small, base="nf4")))
     cases.append(Case("decoding", replace(small, length=1, batch=1)))
     cases.append(Case("selection pass", replace(small, peers=True)))
-    cases += [Case("adapter", small), IMPORT]
+    cases += [Case("harm decay", replace(small, length=128, density=0.3)), Case("adapter", small), IMPORT]
     return cases
 
 
@@ -83,8 +83,11 @@ def full() -> list[Case]:
     tokens = [replace(setting, length=1, batch=batch) for setting in tokens for batch in (1, 4)]
     passes = [replace(MEDIUM, length=length, batch=batch) for length, batch in ((32, 8), (512, 2))]
     passes += [replace(MEDIUM, peers=True), replace(LARGE, base="float32", batch=2), SMALL]
+    decays = [replace(MEDIUM, density=density) for density in (0.1, 0.3)]
+    decays.append(replace(LARGE, base="float32", density=0.3))
     files = [replace(MEDIUM, density=density) for density in (0.01, 0.05, 0.3)]
     files += [replace(LARGE, density=0.11), replace(LARGE, base="float32", density=0.11)]  # 10 M values
     files.append(LARGEST)
-    listed = {"training step": steps, "decoding": tokens, "selection pass": passes, "adapter": files}
+    listed = {"training step": steps, "decoding": tokens, "selection pass": passes}
+    listed |= {"harm decay": decays, "adapter": files}
     return [Case(measurement, setting) for measurement, settings in listed.items() for setting in settings] + [IMPORT]

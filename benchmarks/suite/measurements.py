@@ -1,8 +1,6 @@
 """The measurements of the methods at one setting. A measurement is one entry.
 
-An entry takes a setting and a number of seconds, and returns tables: name -> method -> figures. One method in each
-table is the floor, by whose figures all others are divided. Ratios are of minima unless their name says median. The
-noise of a table is the floor's median over its minimum; smaller differences between ratios mean nothing.
+An entry takes a setting and a number of seconds, and returns tables (``timing``): name -> method -> figures.
 """
 
 from __future__ import annotations
@@ -11,27 +9,28 @@ import functools
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import selection as fisher
 import torch
-from common import DEVICE, batches, clock, interleaved, peak_mib, ratios
+from common import batches, clock, peak_mib
 from peers import LOOP, peers
 from peft import PeftModel
 from torch import nn
 
+from fggm_peft import HarmDecay, InputCovariance, input_covariance
 from fggm_peft.core.index_codec import entropy_bytes
+from fggm_peft.retention.harm_decay import EVERY
 
 from .bases import make_base, sharing_weights
 from .cases import Case, Setting
 from .methods import (
     ADAPTERS,
     CANNOT_UNMERGE,
+    COLUMNS,
     ELEMENTS,
     FGGM,
     FROZEN,
@@ -43,44 +42,9 @@ from .methods import (
     targeted_values,
     trainable,
 )
+from .timing import Table, add_ratios_, timed, working
 
-T = TypeVar("T")
-Figures = dict[str, float]
-Table = dict[str, Any]
-LEAST_ROUNDS, MOST_ROUNDS = 3, 25 if DEVICE.type == "cuda" else 9
 FILE = "adapter_model.safetensors"
-
-
-def working(names: list[str], build: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
-    """What ``build`` returns for each name, and the tracebacks of those that fail, so that the others are measured."""
-    built, failed = {}, {}
-    for name in names:
-        try:
-            built[name] = build(name)
-        except Exception:
-            failed[name] = traceback.format_exc()
-            if "CUDA error" in failed[name]:  # no later call of this process can work
-                raise
-    return built, failed
-
-
-def timed(calls: dict[str, Callable[[], Any]], floor: str, seconds: float) -> Table:
-    """Rows of ratios over ``floor``: one warm-up round, then as many interleaved rounds as fit into ``seconds``."""
-    start = time.perf_counter()
-    interleaved(calls, 1, warm_up=0)
-    once = time.perf_counter() - start
-    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(seconds / once)))
-    rows = ratios(interleaved(calls, rounds, warm_up=0), floor)
-    noise = rows.pop("noise")["floor_median_over_min"]
-    return {"floor": floor, "noise": noise, "rounds": rounds, "rows": rows}
-
-
-def add_ratios_(table: Table, figure: str) -> None:
-    """Add the ratio of a figure over that of the floor to each row."""
-    rows = table["rows"]
-    for row in rows.values():
-        if figure in row and rows[table["floor"]].get(figure):
-            row[f"{figure}_ratio"] = row[figure] / rows[table["floor"]][figure]
 
 
 def base_of(setting: Setting) -> nn.Module:
@@ -175,6 +139,61 @@ def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
         table["rows"][LOOP]["ours_mib"] = peak_mib(alone)
     add_ratios_(table, "peak_mib")
     return {"selection pass": table}
+
+
+# Harm decay -------------------------------------------------------------------------------------
+
+NO_DECAY, FORWARD = "without harm decay", "64 forward passes"
+PARAGRAPHS = 32
+
+
+class DecayedSteps:
+    """As many optimizer steps as between two decays, on one batch.
+
+    Args:
+        every: steps between two decays; None trains without harm decay.
+    """
+
+    def __init__(self, base: nn.Module, values: int, batch: dict, covariance: InputCovariance, every: int | None):
+        self.step = Step(METHODS[COLUMNS](base, values), batch)
+        if every is not None:
+            HarmDecay(covariance, every=every).attach(self.step.model, self.step.optimizer)
+
+    def __call__(self) -> None:
+        for _ in range(EVERY):
+            self.step()
+
+
+def harm_decay(setting: Setting, seconds: float) -> dict[str, Table]:
+    """Steps of columns with harm decay, its statistics, and the selection by gain under decay."""
+    base, batch = base_of(setting), batch_of(setting)
+    values = round(targeted_values(base) * setting.density)
+    paragraphs = batches(PARAGRAPHS, 1, setting.length, setting.vocabulary)
+    covariance = input_covariance(base, paragraphs, progress=False)
+
+    intervals = {NO_DECAY: None, "harm decay": EVERY, "harm decay, every step": 1}
+    steps = {name: DecayedSteps(base, values, batch, covariance, every) for name, every in intervals.items()}
+    tables = {"step with harm decay": timed(dict(steps), NO_DECAY, seconds)}
+
+    def two_passes() -> None:
+        with torch.no_grad():
+            for paragraph in paragraphs * 2:
+                base(**paragraph)
+
+    def statistics() -> None:
+        input_covariance(base, paragraphs, progress=False)
+
+    table = timed({FORWARD: two_passes, "statistics": statistics}, FORWARD, seconds)
+    table["rows"]["statistics"]["share_of_base"] = covariance.nbytes / base.get_memory_footprint()
+    tables["statistics of harm decay"] = table
+
+    selections = {
+        "frozen": functools.partial(fisher.frozen_pass, sharing_weights(base), batch),
+        "rows, Fisher": fisher.Selection(base, batch, granularity="row"),
+        "rows, gain under decay": fisher.Selection(base, batch, covariance=covariance, granularity="row"),
+        "columns, gain under decay": fisher.Selection(base, batch, covariance=covariance, granularity="column"),
+    }
+    return tables | {"selection under decay": timed(selections, "frozen", seconds)}
 
 
 # Adapter files and merging ----------------------------------------------------------------------
@@ -295,6 +314,7 @@ MEASUREMENTS: dict[str, Callable[[Setting, float], dict[str, Table]]] = {
     "training step": training_step,
     "decoding": decoding,
     "selection pass": selection_pass,
+    "harm decay": harm_decay,
     "adapter": adapter,
     "import": import_,
 }

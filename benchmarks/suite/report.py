@@ -17,6 +17,7 @@ FIGURES = {
     "ratio_min": ("time", "{:.2f}"),
     "peak_mib_ratio": ("memory", "{:.2f}"),
     "trainable": ("trainable", "{:,.0f}"),
+    "share_of_base": ("share of the model", "{:.3f}"),
     "over_bound": ("over bound", "{:.3f}"),
     "bytes_per_value_ratio": ("file", "{:.2f}"),
 }

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import regression
 from common import RESULTS
-from suite import cases, measurements
+from suite import cases, measurements, timing
 from suite.__main__ import PAGE, run
 from suite.bases import make_base
 from suite.goals import GOALS, verdicts
@@ -58,7 +58,7 @@ def verdict(results: dict, goal: str):
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch):
     """Measure one round."""
-    monkeypatch.setattr(measurements, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 1)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "frozen"])
@@ -118,6 +118,13 @@ def test_the_selection_pass_is_measured_against_its_peers():
     (result,) = measure(cases.Case("selection pass", cases.Setting(**{**vars(TINY), "peers": True})), 0).values()
     assert {"frozen", "rows, exact", "elements, exact", "naive one-sample loop"} <= set(result["rows"])
     assert sum(bool(verdict.ratios) for verdict in verdicts({"selection pass: tiny": result})) >= 4
+
+
+def test_the_cost_of_harm_decay_is_measured():
+    tables = {key.partition(": ")[0]: table for key, table in measure(cases.Case("harm decay", TINY), 0).items()}
+    assert set(tables) == {"step with harm decay", "statistics of harm decay", "selection under decay"}
+    assert 0 < tables["statistics of harm decay"]["rows"]["statistics"]["share_of_base"] < 1
+    assert {"rows, Fisher", "columns, gain under decay"} < set(tables["selection under decay"]["rows"])
 
 
 def test_every_operation_on_an_adapter_is_measured_separately():

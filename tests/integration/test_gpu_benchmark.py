@@ -14,7 +14,7 @@ from gpu import page, parts, run, store
 
 @pytest.mark.parametrize("name", [name for name in run.SHARES if name != "tests"])
 def test_every_part_measures_without_a_failure_on_a_cpu(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("suite.measurements.LEAST_ROUNDS", 1)
+    monkeypatch.setattr("suite.timing.LEAST_ROUNDS", 1)
     results = store.Store(tmp_path / "cpu.json", name)
     parts.PARTS[name](results)
     part = store.read(results.path)["parts"][name]
