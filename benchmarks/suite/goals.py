@@ -196,7 +196,7 @@ GOALS: tuple[Goal, ...] = (
         0.03,
         "statistics of harm decay",
         figure_of("statistics", "share_of_base"),
-        "A sketch has 128 numbers per input feature, for any number of output features, so narrow models miss the goal.",
+        "A sketch has 128 numbers per input feature, also if there are few output features, so narrow models miss it.",
     ),
     Goal("merge and unmerge, rows", "LoRA", 0.1, "merge and unmerge", over(ROWS, "LoRA"), DENSER),
     Goal("merge and unmerge, elements", "LoRA", 0.25, "merge and unmerge", over(ELEMENTS, "LoRA"), DENSER),
