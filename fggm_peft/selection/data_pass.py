@@ -33,7 +33,7 @@ class DataPass:
 
     Args:
         model: the model with the adapter; may be wrapped by PEFT.
-        config: the adapter's config: whose labels, and the seed of labels that are drawn.
+        config: the adapter's config.
         log_likelihood: by default the one that fits the model's head.
         processes: the processes that read a share of the data each.
         statistics: names of the statistics to collect.
@@ -50,15 +50,6 @@ class DataPass:
     statistics: Sequence[str] = ("fisher",)
     metrics: Mapping[str, InputMetric] = field(default_factory=dict)
     prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
-
-    def __post_init__(self) -> None:
-        draws_labels = self.config.fisher_labels == "model"
-        if self.log_likelihood is not None and draws_labels:
-            raise ValueError(
-                "fisher_labels='model' draws labels in the library's own log-likelihoods and has no meaning with "
-                "log_likelihood=; draw the labels in your function and set fisher_labels='data'"
-            )
-        self.generator = torch.Generator() if draws_labels else None
 
     def run(
         self,
@@ -115,15 +106,13 @@ class DataPass:
         """The log-likelihood of each sample of a batch."""
         if self.log_likelihood is not None:
             return partial(self.log_likelihood, self.model)
-        default = default_log_likelihood(unwrapped(self.model), self.config.task_type, self.generator)
+        default = default_log_likelihood(unwrapped(self.model), self.config.task_type)
         return partial(default, callable_base(self.model))
 
     def _add_batch(
         self, hooks: LayerHooks, sums: RunningSums, log_likelihood: Callable, round: Round, layout: Layout
     ) -> bool:
         """Add the statistics of one batch; returns whether a sample of it has an answer."""
-        if self.generator is not None:  # the labels of a sample must not depend on the number of processes
-            self.generator.manual_seed((self.config.seed * 0x9E3779B1 + round.first) % 2**63)
         half = (torch.arange(layout.samples) + round.first) % 2
         hooks.recorder = recorder = BatchRecorder(sums, layout, half, self.metrics, counts=round.size > 0)
         with torch.set_grad_enabled(sums.needs_backward):

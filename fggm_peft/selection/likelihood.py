@@ -1,7 +1,6 @@
 """``log p(y | x)`` of each sample, summed over its answer's tokens. The selection pass differentiates it.
 
-There is one short function for each kind of head. With ``fisher_labels="model"``, y is drawn from the model's own
-distribution (the true Fisher information instead of the empirical one).
+There is one short function for each kind of head.
 """
 
 from __future__ import annotations
@@ -26,15 +25,12 @@ LogLikelihood = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """(model, batch) -> ``[b]``, the summed log-likelihood of each sample, differentiable."""
 
 
-def default_log_likelihood(
-    model: nn.Module, task_type: str | None, generator: torch.Generator | None = None
-) -> LogLikelihood:
+def default_log_likelihood(model: nn.Module, task_type: str | None) -> LogLikelihood:
     """The log-likelihood that fits the model's head.
 
     Args:
         model: if ``task_type`` is None, the name of its class decides.
         task_type: PEFT's ``TaskType``.
-        generator: if given, draws labels from the model; on the CPU.
 
     Raises:
         ValueError: the head is unknown; the message says what to pass instead.
@@ -54,7 +50,7 @@ def default_log_likelihood(
                 "a batch has no labels, and the selection pass needs them. For another loss, pass "
                 "log_likelihood= (a trainer's selection_log_likelihood)"
             )
-        return head(model, batch, labels, generator)
+        return head(model, batch, labels)
 
     return log_likelihood
 
@@ -82,13 +78,13 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], **extra: Any) -> Tensor:
     return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], 1)
 
 
-def _causal(model, batch, labels, generator):
+def _causal(model, batch, labels):
     labels = labels[:, 1:]
     # the prompt has no loss, and the head is the widest layer of a small model
     positions = (labels != IGNORED).any(0).nonzero()[:, 0].cpu()
     if not len(positions) or "logits_to_keep" in batch or not _takes_positions(model):
-        return _token_sum(_logits(model, batch)[:, :-1], labels, generator)
-    return _token_sum(_logits(model, batch, logits_to_keep=positions), labels[:, positions], generator)
+        return _token_sum(_logits(model, batch)[:, :-1], labels)
+    return _token_sum(_logits(model, batch, logits_to_keep=positions), labels[:, positions])
 
 
 def _takes_positions(model: nn.Module) -> bool:
@@ -99,25 +95,25 @@ def _takes_positions(model: nn.Module) -> bool:
     return not isinstance(inner.get_output_embeddings(), BaseTunerLayer)
 
 
-def _sequence_to_sequence(model, batch, labels, generator):
+def _sequence_to_sequence(model, batch, labels):
     extra = {}
     if batch.get("decoder_input_ids") is None and batch.get("decoder_inputs_embeds") is None:
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         copy = labels.clone()  # FSMT overwrites it
         # without the method, the model's own forward shifts the labels, at the cost of a loss that is not used
         extra = {"labels": copy} if shift is None else {"decoder_input_ids": shift(labels=copy)}
-    return _token_sum(_logits(model, batch, **extra), labels, generator)
+    return _token_sum(_logits(model, batch, **extra), labels)
 
 
-def _token_classification(model, batch, labels, generator):
-    return _token_sum(_logits(model, batch), labels, generator)
+def _token_classification(model, batch, labels):
+    return _token_sum(_logits(model, batch), labels)
 
 
-def _question_answering(model, batch, labels, generator):
+def _question_answering(model, batch, labels):
     """The first and the last position of the answer are two tokens ``[b, 2]``, whose classes are the positions."""
     logits = _logits(model, batch)
     outside = (labels < 0) | (labels >= logits.shape[-1])  # as in transformers, these do not count
-    return _token_sum(logits, labels.masked_fill(outside, IGNORED), generator)
+    return _token_sum(logits, labels.masked_fill(outside, IGNORED))
 
 
 def _span(batch: Mapping[str, Any]) -> Tensor | None:
@@ -125,7 +121,7 @@ def _span(batch: Mapping[str, Any]) -> Tensor | None:
     return torch.stack(positions, 1) if len(positions) == 2 else None
 
 
-def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+def _token_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-likelihood ``[b]`` of the answers' tokens from logits ``[b, t, v]``; only their rows become float32."""
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels are {list(labels.shape)}, the logits' tokens are {list(logits.shape[:2])}")
@@ -133,27 +129,21 @@ def _token_sum(logits: Tensor, labels: Tensor, generator: torch.Generator | None
     if not answer.any():
         return logits[..., 0].float().sum(1) * 0  # no answer: DataPass raises if this is so in all batches
     rows = (logits.flatten(0, 1) if answer.all() else logits[answer]).float()  # no copy if every token counts
-    targets = _checked(labels[answer], rows) if generator is None else _sample(rows, generator)
-    tokens = -F.cross_entropy(rows, targets, reduction="none")
+    tokens = -F.cross_entropy(rows, _checked(labels[answer], rows), reduction="none")
     sample = answer.nonzero()[:, 0]
     return tokens.new_zeros(len(labels)).index_add(0, sample, tokens)
 
 
-def _sequence_classification(model, batch, labels, generator):
+def _sequence_classification(model, batch, labels):
     logits = _logits(model, batch).float()
     problem = _problem_type(model, logits, labels)
     if labels.numel() != (len(logits) if problem == "single_label_classification" else logits.numel()):
         raise ValueError(f"{problem}: labels are {list(labels.shape)}, but the logits are {list(logits.shape)}")
     if problem == "single_label_classification":
-        labels = _checked(labels.reshape(-1), logits) if generator is None else _sample(logits, generator)
-        return -F.cross_entropy(logits, labels, reduction="none")
+        return -F.cross_entropy(logits, _checked(labels.reshape(-1), logits), reduction="none")
     labels = labels.reshape(logits.shape).float()
     if problem == "regression":  # a normal density of unit variance
-        if generator is not None:
-            labels = logits.detach() + torch.randn(logits.shape, generator=generator).to(logits)
         return -0.5 * (logits - labels).square().sum(1)
-    if generator is not None:
-        labels = (torch.rand(logits.shape, generator=generator).to(logits) < logits.detach().sigmoid()).float()
     return -F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
 
 
@@ -182,12 +172,6 @@ def _checked(labels: Tensor, logits: Tensor) -> Tensor:
             f"come from the same tokenizer or label list; {IGNORED} marks tokens outside the answer."
         )
     return labels.long()
-
-
-def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One class for each row of ``[n, c]``, drawn on the CPU so that it is the same on every device."""
-    probabilities = logits.detach().float().softmax(-1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 
 
 _HEADS: dict[str, Callable[..., Tensor]] = {

@@ -63,7 +63,6 @@ CASES = {
     "global scope": ({"threshold": ParameterBudget(3000)}, {"num_samples": None}),
     "in groups": ({"threshold": MeanPlusStd(0.5)}, {"num_samples": None, "score_memory": 2000}),
     "a number of samples": ({"threshold": TopDensity(0.4)}, {"num_samples": 7}),
-    "labels of the model": ({"fisher_labels": "model"}, {"num_samples": None}),
     "a reference": (
         {"granularity": "column", "criterion": "gain_per_harm"},
         {"num_samples": 18, "reference": token_batches(sizes=(4, 3, 2), seed=3)},

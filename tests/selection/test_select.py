@@ -63,16 +63,6 @@ def test_the_batch_size_does_not_change_the_support(granularity):
     assert all(torch.equal(a, b) for a, b in zip(*supports, strict=True))
 
 
-def test_labels_of_the_model_depend_on_the_seed():
-    def support(**config):
-        model = adapted(llama(), fisher_labels="model", **config)
-        select_parameters(model, token_batches(), progress=False)
-        return torch.cat([layer.fggm_indices["default"] for layer in fggm_layers(model, "default").values()])
-
-    assert torch.equal(support(seed=1), support(seed=1))
-    assert not torch.equal(support(seed=1), support(seed=2))
-
-
 def shuffling(batches, fail_at=None):
     for number, batch in enumerate(batches):
         random.random(), np.random.rand(), torch.rand(1)
@@ -257,11 +247,6 @@ def test_score_memory_must_fit_one_module_and_requires_layer_scope():
     model = adapted(llama(), "element", threshold=TopDensity(0.1, scope="global"))
     with pytest.raises(ValueError, match="scope='layer'"):
         select_parameters(model, token_batches(), score_memory=96 * 64 * 8, progress=False)
-
-
-def test_a_custom_likelihood_rejects_labels_of_the_model():
-    with pytest.raises(ValueError, match="fisher_labels"):
-        select_parameters(adapted(llama(), fisher_labels="model"), token_batches(), log_likelihood=lambda m, b: None)
 
 
 def test_models_without_an_adapter_or_with_a_merged_one_are_rejected():

@@ -46,7 +46,7 @@ BAD = [
     ({"granularity": ["row"]}, r"unknown granularity \['row'\]"),
     ({"criterion": "fischer"}, "unknown criterion 'fischer'; known are 'fisher'.*Did you mean 'fisher'"),
     ({"criterion": None}, "criterion must be of type str, got None"),
-    ({"fisher_labels": "true"}, r"fisher_labels must be of type Literal\[.data., .model.\], got 'true'"),
+    ({"bias": "some"}, r"bias must be of type Literal\[.none., .all.\], got 'some'"),
     ({"quantized_merge": True}, "quantized_merge must be .*auto.*requantize.*keep.*, got True"),
     ({"bias": "lora_only"}, "bias must be .*none.*all.*, got 'lora_only'"),
     *[({"seed": v}, rf"seed must be an integer in \[0, 2\*\*63\), got {v!r}") for v in (-1, 2**63)],
@@ -84,7 +84,7 @@ def test_every_field_has_help_text_that_lists_the_registered_names():
 
 def test_the_defaults_are_those_of_the_paper():
     config = FGGMConfig()
-    assert (config.granularity, config.criterion, config.fisher_labels) == (Rows(), "fisher", "data")
+    assert (config.granularity, config.criterion) == (Rows(), "fisher")
     assert config.policy() == TopDensity(0.3)
     assert config.init_weights
 
@@ -150,7 +150,6 @@ def test_all_other_fields_survive_saving(name, tmp_path):
         criterion="gain_per_harm",
         reference=["self", "history", "first"],
         save_scores=True,
-        fisher_labels="model",
         seed=2**63 - 1,
         init_weights=False,
         target_modules=["q"],

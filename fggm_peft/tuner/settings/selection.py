@@ -48,10 +48,6 @@ class SelectionSettings:
         "saved statistics, or a list of these. `select_parameters(reference=...)` also accepts a dataloader of general "
         "text, and trainers accept the path of a text file (.txt).",
     )
-    fisher_labels: Literal["data", "model"] = setting(
-        "data",
-        "Labels of the Fisher information: 'data' (empirical, as in the paper) or 'model' (true, with drawn labels).",
-    )
     num_samples: Optional[Union[int, Literal["auto"]]] = setting(
         "auto",
         "Number of samples for the scores, None for all, or 'auto': 8, doubled up to 1024 until the `regret` is small.",
@@ -66,7 +62,9 @@ class SelectionSettings:
         "Memory limit for running scores, in bytes or as '8GiB'; None: no limit. Above it the data is read several "
         "times. Element scores take 8 bytes per entry; scores of rows and columns take almost nothing.",
     )
-    seed: int = setting(0, "Seed of random scores and labels of the model. The global random state is not changed.")
+    seed: int = setting(
+        0, "Seed of random scores and of text that the model writes. The global random state is not changed."
+    )
     selection: Optional[dict[str, Any]] = written("Result of the selection: samples, regret, density.")
 
     @property
