@@ -257,11 +257,49 @@ def test_labels_and_task_names_are_shown_literally(page):
 def test_figures_have_a_text_alternative_and_unique_ids(page):
     text, parsed = page
     pictures = re.findall(r"<svg [^>]*>", text)
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert all(re.search(r'role="img" aria-label="[^"]{8,}"', picture) for picture in pictures)
     assert len(parsed.ids) == len(set(parsed.ids))
     assert {link[1:] for link in parsed.links if link.startswith("#")} <= set(parsed.ids)
     assert set(re.findall(r"url\(#([\w-]+)\)", text)) <= set(parsed.ids)
+
+
+def test_the_first_screen_has_a_sentence_a_figure_and_a_table(page):
+    text, _ = page
+    first = text[text.index("<body>") : text.index("<h2>")]
+    assert (first.count("<h1>"), first.count("<svg"), first.count("<table>")) == (1, 1, 1)
+    assert "After 3 tasks, fggm has a mean score of" in first
+
+
+def test_the_headline_compares_the_highest_and_the_lowest_score():
+    def headline(*runs):
+        return report_of(runs)["headline"]
+
+    bounds = [run("base", method="frozen", op=0.1), run("all", method="multitask", op=0.9)]
+    one = [run("b", op=0.25, **general(0.5)), *bounds, run("a", op=0.75, **general(-0.25)), run("c")]
+    assert headline(*one) == (
+        "After 2 tasks, a has a mean score of 0.75, the highest, and b has 0.25, the lowest. The loss on general text "
+        "changed by \u22120.25 and +0.50 nats. One pair of runs does not show whether this difference is due to chance."
+    )
+    several = [run(label, seed=s, op=op + s / 100) for s in range(2) for label, op in (("b", 0.25), ("a", 0.75))]
+    assert headline(*several).endswith("The difference is clear (95 % interval +0.50 to +0.50).")
+    noisy = [run("a", seed=s, op=op) for s, op in enumerate((0.5, 0.7))] + [run("b", seed=s) for s in range(2)]
+    assert headline(*noisy).endswith("The difference is not clear (95 % interval \u22121.17 to +1.37).")
+    assert headline(run("a", seed=0), run("b", seed=1)).endswith("These methods have no seed and order in common.")
+    assert headline(run("a")) == "After 2 tasks, a has a mean score of 0.50."
+    assert headline(*bounds).startswith("No run of a method")
+
+
+def test_tables_omit_empty_columns(tmp_path):
+    write_report(tmp_path, [run(label) for label in "ab"], page=False)
+    text = (tmp_path / "report.md").read_text()
+    assert "| training s |" in text and "peak memory" not in text and "| general text |" not in text
+
+
+def test_the_style_supports_dark_mode_and_paper(page):
+    text, _ = page
+    assert "@media screen and (prefers-color-scheme: dark)" in text and "@media print" in text
+    assert "break-inside: avoid" in text and "#1f2933" not in re.sub(r"(?s)<style>.*?</style>", "", text)
 
 
 def test_the_page_states_the_rule_for_best_points_and_the_number_of_runs(page):
@@ -298,7 +336,7 @@ def test_markdown_cells_cannot_break_their_table(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "a\\|b \\# c \\<i\\>" in text and not (tmp_path / "report.html").exists()
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(not line.startswith("# c") for line in text.splitlines()) and len(rows) == 6
+    assert all(not line.startswith("# c") for line in text.splitlines()) and len(rows) == 9
 
 
 def test_control_characters_do_not_break_a_report(tmp_path):

@@ -24,6 +24,8 @@ RULE = (
     "rise of the general loss decides, then the smaller rate. Every method's rate is chosen on the test examples that "
     "are reported, so all figures are optimistic in the same way."
 )
+BOUNDS = ("frozen", "multitask")
+"""The base model and training on all tasks at once: bounds of what a sequence can reach. The headline omits them."""
 ONE_RATE = "Each method was run with one learning rate."
 INTERVALS = (
     "The best points of two methods are compared over the runs with the same seed and order, which removes the effect "
@@ -44,12 +46,14 @@ def report_of(results: Sequence[Run]) -> dict[str, Any]:
     frame = _frame(runs)
     summary = [_entry(members) for _, members in frame.groupby(["label", "learning_rate"], sort=False)]
     best = _best_points(summary)
+    differences = _differences(best, frame)
     return {
+        "headline": _headline(best, summary, differences, task_count(runs)),
         "overview": _overview(runs),
         "runs": runs,
         "summary": summary,
         "best": {"rule": RULE if any(len(point["rates"]) > 1 for point in best) else ONE_RATE, "points": best},
-        "differences": _differences(best, frame),
+        "differences": differences,
         "pareto": {name: _pareto(name, frame) for name in FRONTS},
         "measures": {name: MEASURES[name].formula for name in MEASURES},
         "warnings": [*_tuning_warnings(best), *_run_warnings(results, summary)],
@@ -80,6 +84,40 @@ def _overview(runs: Sequence[Run]) -> str:
     parts = [counted([len({run[key] for run in runs})], word) for word, key in sets.items()]
     parts.insert(1, counted([len({task for run in runs for task in run["tasks"]})], "task"))
     return f"{counted([len(runs)], 'run')}: {', '.join(parts[:-1])} and {parts[-1]}."
+
+
+def best_entries(best: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The summaries of the best points, the highest final score first."""
+    points = {(point["label"], point["learning_rate"]) for point in best}
+    entries = [entry for entry in summary if (entry["label"], entry["learning_rate"]) in points]
+    return sorted(entries, key=lambda entry: math.inf if entry["op"] is None else -entry["op"]["mean"])
+
+
+def _headline(best: Sequence[Any], summary: Sequence[Any], differences: Sequence[Any], count: int) -> str:
+    """The highest and the lowest final score, what they cost on general text, and whether they differ clearly."""
+    entries = [e for e in best_entries(best, summary) if e["op"] is not None and e["method"] not in BOUNDS]
+    if not entries:
+        return "No run of a method that learns the tasks in sequence is complete."
+    first, last = entries[0], entries[-1]
+    text = f"After {counted([count], 'task')}, {first['label']} has a mean score of {first['op']['mean']:.2f}"
+    if len(entries) == 1:
+        return f"{text}."
+    text += f", the highest, and {last['label']} has {last['op']['mean']:.2f}, the lowest."
+    if first["general"] and last["general"]:
+        changes = [_signed(entry["general"]["mean"]) for entry in (first, last)]
+        text += f" The loss on general text changed by {changes[0]} and {changes[1]} nats."
+    pair = next(d for d in differences if {d["a"], d["b"]} == {first["label"], last["label"]})
+    if (difference := pair["measures"]["op"]) is None:
+        return f"{text} These methods have no seed and order in common."
+    if difference["interval"] is None:
+        return f"{text} One pair of runs does not show whether this difference is due to chance."
+    low, high = sorted(end if pair["a"] == first["label"] else -end for end in difference["interval"])
+    clear = "is clear" if difference["is_clear"] else "is not clear"
+    return f"{text} The difference {clear} (95 % interval {_signed(low)} to {_signed(high)})."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\u2212")
 
 
 def counted(counts: Sequence[int], word: str) -> str:

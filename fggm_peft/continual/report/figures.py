@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import plots
-from .contents import FRONTS, counted, task_count
+from .contents import FRONTS, best_entries, counted, task_count
 
 Report = Mapping[str, Any]
 Runs = Mapping[str, list[dict[str, Any]]]
@@ -37,10 +37,44 @@ def pictures_of(report: Report) -> dict[str, list[Picture]]:
             runs.setdefault(run["label"], []).append(run)
     with plots.style():
         return {
+            "glance": list(_glance(report, looks)),
             "fronts": [_front(report, name, looks) for name, points in report["pareto"].items() if points],
             "matrices": list(_matrices(runs)),
             "general": list(_general(runs, looks)),
         }
+
+
+def _glance(report: Report, looks: Mapping[str, plots.Look]) -> Iterator[Picture]:
+    """The path of each method at its best rate from what it learned to what is left of it, the best on top."""
+    entries = [e for e in best_entries(report["best"]["points"], report["summary"]) if e["op"] is not None]
+    if not entries:
+        return
+    figure, (axes,) = plots.new_figure(0.75 + 0.3 * len(entries), width=4.0)
+    finals = [entry["op"]["mean"] for entry in entries]
+    learned = [entry["diagonal"]["mean"] if entry["diagonal"] else None for entry in entries]
+    for y, (entry, before, final) in enumerate(zip(entries, learned, finals, strict=True)):
+        look = looks[entry["label"]]
+        is_loss = before is not None and before > final
+        if before is not None:
+            axes.plot([before, final], [y, y], color=look["color"], linewidth=4, alpha=0.35, solid_capstyle="butt")
+            axes.plot(before, y, "|", color=look["color"], markersize=13, markeredgewidth=2)
+        axes.plot(final, y, **look | {"markersize": 8})
+        shift, side = (-8, "right") if is_loss else (8, "left")
+        axes.annotate(f"{final:.2f}", (final, y), (shift, 0), textcoords="offset points", va="center", ha=side)
+    axes.set_yticks(range(len(entries)), [plots.shortened(entry["label"]) for entry in entries])
+    axes.set(xlabel="mean score over the tasks", ylim=(len(entries) - 0.5, -0.5))
+    axes.margins(x=0.15)
+    axes.autoscale_view()
+    if min(finals) >= 0:
+        axes.set_xlim(left=-0.03 * axes.get_xlim()[1])  # from zero, so that lengths can be compared
+    axes.grid(axis="y", visible=False)
+    ends = ", ".join(f"{entry['label']} {final:.2f}" for entry, final in zip(entries, finals, strict=True))
+    note = (
+        "A bar is what a method forgets: from the mean score right after each task (line) to the mean score after the "
+        "last task (point)."
+    )
+    alt = f"Mean score after the last task: {ends}."
+    yield Picture("Learned, and what is left of it", plots.to_svg(figure, alt), note)
 
 
 def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Picture:
@@ -60,6 +94,9 @@ def _front(report: Report, name: str, looks: Mapping[str, plots.Look]) -> Pictur
         look |= {"markersize": 7} if (label, rate) in best else {"markersize": 5, "fillstyle": "none"}
         axes.errorbar(x, y, entry["learned"]["std"], entry["cost"]["std"], elinewidth=0.9, **look)
     axes.margins(0.12)
+    low, high = axes.get_ylim()
+    if (missing := 0.1 * high - (high - low)) > 0:  # a small difference should look small
+        axes.set_ylim(low - missing / 2, high + missing / 2)
     figure.draw_without_rendering()  # labels are placed in the final layout, which they must not change
     labels = [axes.text(*means[point], plots.shortened(point[0])) for point in best if point in means]
     for label in labels:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.filesize import decimal
 
 from ..measures import MEASURES
-from .contents import INTERVALS
+from .contents import INTERVALS, best_entries
 
 Report = Mapping[str, Any]
 POINT = ("method", "learning rate", "runs")
@@ -24,14 +24,34 @@ class Table(NamedTuple):
     names: int = 1
 
 
+def glance_of(report: Report) -> Table:
+    """What was learned, forgotten and harmed: one row for each method at its best rate, the best first."""
+    measures = {"op": "final score", "diagonal": "learned", "bwt": "change", "general": "general text"}
+    entries = best_entries(report["best"]["points"], report["summary"])
+    rows = [[entry["label"], *(shown(entry[name], ".2f") for name in measures)] for entry in entries]
+    note = (
+        "Mean scores over the tasks: after the last task, right after each task, and the change of the earlier tasks "
+        "since then. General text: the change of the loss, in nats; a rise is worse."
+    )
+    return _without_empty(Table("At a glance", ["method", *measures.values()], rows, note))
+
+
 def tables_of(report: Report) -> list[Table]:
-    """The tables of a report, without those that are empty."""
-    return [table for table in (_points(report), _changes(report), _differences(report), _costs(report)) if table.rows]
+    """The tables of the details, without empty tables and columns."""
+    tables = (_points(report), _changes(report), _differences(report), _costs(report))
+    return [_without_empty(table) for table in tables if table.rows]
+
+
+def _without_empty(table: Table) -> Table:
+    used = [n < table.names or any(column) for n, column in enumerate(zip(*table.rows, strict=True))]
+    rows = [[cell for cell, is_used in zip(row, used, strict=True) if is_used] for row in table.rows]
+    headings = [cell for cell, is_used in zip(table.headings, used, strict=True) if is_used]
+    return table._replace(headings=headings, rows=rows)
 
 
 def _points(report: Report) -> Table:
     """The measures of every point."""
-    best = {(point["label"], point["learning_rate"]) for point in report["best"]["points"]}
+    best = {(p["label"], p["learning_rate"]) for p in report["best"]["points"] if len(p["rates"]) > 1}
     names, rows = [name for name in MEASURES if any(entry[name] for entry in report["summary"])], []
     for entry in report["summary"]:
         label, *point = _point(entry)
@@ -40,7 +60,7 @@ def _points(report: Report) -> Table:
         # the number of runs is shown if only some of them have the measure
         cells = [shown(f) + (f" (n = {f['n']})" if f and f["n"] != entry["runs"] else "") for f in figures]
         rows.append([label + star, *point, *cells])
-    note = f"Mean ± standard deviation over runs (seeds and orders). * {report['best']['rule']}"
+    note = f"Mean ± standard deviation over runs (seeds and orders). {'* ' if best else ''}{report['best']['rule']}"
     return Table("Results", [*POINT, *(MEASURES[name].heading for name in names)], rows, note)
 
 

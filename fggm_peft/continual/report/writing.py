@@ -14,7 +14,7 @@ from ...tuner.files import write_whole
 from ..measures import MEASURES
 from ..stream import differences
 from .contents import report_of
-from .tables import tables_of
+from .tables import glance_of, tables_of
 
 
 def require_report_packages() -> None:
@@ -90,7 +90,7 @@ def _rendered(template: str, report: Mapping[str, Any], **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"svg": Markup, "escaped": escaped}
-    values |= {"report": report, "tables": tables_of(report)}
+    values |= {"report": report, "glance": glance_of(report), "tables": tables_of(report)}
     values["headings"] = {name: MEASURES[name].heading for name in MEASURES}
     return environment.get_template(template).render(values)
 
