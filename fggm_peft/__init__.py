@@ -22,7 +22,6 @@ from .core.registry import Registry
 from .core.statistics import STATISTICS, Statistic
 from .core.threshold import (
     POLICIES,
-    MeanPlusStd,
     ParameterBudget,
     ScoreMass,
     ThresholdPolicy,
@@ -71,7 +70,6 @@ __all__ = [
     "InputCovariance",
     "Ledger",
     "LossyMergeError",
-    "MeanPlusStd",
     "MergeReport",
     "NofM",
     "NonFiniteScoreError",

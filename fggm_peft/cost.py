@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .core.criteria import CRITERIA
-from .core.index_codec import most_index_bytes
+from .core.index_codec import entropy_bytes
 from .core.threshold import Forecast
 from .selection.likelihood import task_type_of
 from .selection.measure import running_bytes
@@ -196,13 +196,17 @@ def _sizes(
         most_units = most // min(target.unit_size for target in targets.values())
         units = max(units, most_units)
         index_bytes = max(index_bytes, most_units * max(tensor.element_size() for tensor in indices))
-    sizes = [target.units for target in targets.values()]
-    compress = next(iter(targets.values())).granularity.compresses_indices
+    encoded_bytes = index_bytes
+    if next(iter(targets.values())).granularity.compresses_indices:
+        total = sum(target.units for target in targets.values())
+        entropy = entropy_bytes(min(units, total // 2), total)
+        # a code takes at most 11 % more, and its last bytes may be nearly empty
+        encoded_bytes = min(index_bytes, round(1.11 * entropy) + 8 * len(targets))
     gradients = round(_bytes(values) * share) + _bytes(others)
     return {
         "trainable_values": most + _count(others),
         "least_values": least + _count(others),
-        "adapter_bytes": gradients + min(index_bytes, most_index_bytes(min(units, sum(sizes)), sizes, compress)),
+        "adapter_bytes": gradients + encoded_bytes,
         "base_bytes": _base_bytes(model, {*map(id, others), *_adapter_tensors(model)}),
         "value_bytes": gradients + index_bytes,
         "gradient_bytes": gradients,

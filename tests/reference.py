@@ -144,18 +144,11 @@ def within_budget(scores: list[list[float]], costs: list[int], budget: int) -> l
     return by_weight(chosen, len(scores))
 
 
-def within_bounds(scores, costs, budget: int, floors: list[int], most: int | None) -> list[list[int]]:
-    """Select the best units of each weight up to its floor, then spend the rest of the budget over all weights.
-
-    Only the ``most`` best units of a weight may be selected.
-    """
+def within_bounds(scores, costs, budget: int, most: int | None) -> list[list[int]]:
+    """Spend the budget over all weights. Only the ``most`` best units of a weight may be selected."""
     best = [set(top_k(v, len(v) if most is None else most)) for v in scores]
     scores = [[s if i in allowed else 0.0 for i, s in enumerate(v)] for v, allowed in zip(scores, best, strict=True)]
-    first = [top_k(v, floor) for v, floor in zip(scores, floors, strict=True)]
-    others = [[0.0 if i in taken else s for i, s in enumerate(v)] for v, taken in zip(scores, first, strict=True)]
-    spent = sum(len(taken) * cost for taken, cost in zip(first, costs, strict=True))
-    rest = within_budget(others, costs, budget - spent)
-    return [sorted(a + b) for a, b in zip(first, rest, strict=True)]
+    return within_budget(scores, costs, budget)
 
 
 def holding(scores: list[list[float]], costs: list[int], fraction: float) -> list[list[int]]:
@@ -168,13 +161,6 @@ def holding(scores: list[list[float]], costs: list[int], fraction: float) -> lis
         chosen.append(entry)
         total += entry[0] * costs[entry[1]]
     return by_weight(chosen, len(scores))
-
-
-def above_mean(scores: list[list[float]], costs: list[int], k: float) -> list[list[int]]:
-    """Units whose score per parameter exceeds mean + k * std over all units."""
-    flat = torch.tensor([s / c for v, c in zip(scores, costs, strict=True) for s in v], dtype=torch.float64)
-    bound = max(0.0, float(flat.mean() + k * flat.std(unbiased=False)))
-    return [[i for i, s in enumerate(v) if s / c > bound] for v, c in zip(scores, costs, strict=True)]
 
 
 # Criteria: float64, from dense statistics --------------------------------------------------------

@@ -253,8 +253,7 @@ def test_modules_to_save_are_counted(tmp_path):
     "config",
     [
         {"budget": 5000},
-        {"budget": "3%", "budget_floor": 0.01},
-        {"budget": "20KiB"},
+        {"budget": "3%"},
         {"threshold": ParameterBudget(9000)},
         {"threshold": TopDensity(0.2, scope="global")},
         {"threshold": ScoreMass(0.5)},

@@ -202,8 +202,8 @@ def selection_settings(args: Namespace) -> dict[str, Any]:
     settings = {} if args.config is None else _read_config(args.config)
     given = SELECTION.given(args)
     exclusive = {"density", "threshold", "budget"}
-    if exclusive & given.keys():  # an option replaces the file's choice and the settings that belong to it
-        for name in exclusive | {"budget_floor"}:
+    if exclusive & given.keys():  # an option replaces the file's choice
+        for name in exclusive:
             settings.pop(name, None)
     return settings | given
 

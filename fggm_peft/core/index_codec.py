@@ -16,7 +16,6 @@ sorted, unique indices below ``n``, without superfluous bits, and allocates at m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy  # torch has no packbits, and finds set bits seven times slower
 import torch
@@ -31,26 +30,6 @@ def index_dtype(n: int) -> torch.dtype:
 def entropy_bytes(k: int, n: int) -> float:
     """``log2 C(n, k)`` in bytes: the smallest average size of an encoding of ``k`` of ``n`` indices."""
     return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2) / 8
-
-
-def most_index_bytes(k: int, sizes: Sequence[int], compress: bool) -> int:
-    """The largest size of ``k`` indices in several supports together, each as ``encode_indices`` returns it.
-
-    For random, evenly spread indices the bound is 5 to 8 % above the actual size if fewer than half of the units are
-    selected, and exact otherwise.
-
-    Args:
-        sizes: the ``n`` of each support.
-    """
-    plain = k * max(index_dtype(n).itemsize for n in sizes)
-    if not compress:
-        return plain
-    # One number of low bits for all supports is no better than the best for each. The gaps add up to the indices that
-    # are left out, and the last byte of each stream may be nearly empty.
-    total = sum(sizes)
-    most = (total // max(1, k)).bit_length()
-    bits = (k + (total - k >> low) + low * k + 8 * len(sizes) * (1 + low) for low in range(most + 1))
-    return min(plain, min(bits) // 8 + 1 + len(sizes))
 
 
 def encode_indices(indices: Tensor, n: int, compress: bool) -> Tensor:

@@ -59,11 +59,6 @@ def only_best(scores: Tensor, most: int | None) -> Tensor:
     return torch.zeros_like(scores).index_copy(0, best, scores[best])
 
 
-def above(scores: Sequence[Tensor], threshold: float) -> list[Tensor]:
-    """Indices of the positive scores above ``threshold``."""
-    return [(checked(s).double() > max(threshold, 0.0)).nonzero().flatten() for s in scores]
-
-
 def best_per_parameter(scores: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[Tensor]:
     """The units with the best scores per parameter, until the next would not fit into ``budget`` parameters."""
     weigh = [lambda rank, cost=cost: torch.full_like(rank, cost, dtype=torch.float64) for cost in costs]

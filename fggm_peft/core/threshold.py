@@ -10,20 +10,15 @@ limit the number of units of one weight.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .ranking import above, best_per_parameter, checked, only_best, per_parameter, take, top_indices
+from .ranking import best_per_parameter, only_best, per_parameter, take, top_indices
 from .registry import Registry
-
-DEFAULT_KIND = "default"
-"""The key of the floor of all module types that are not named."""
 
 
 class Forecast(NamedTuple):
@@ -34,18 +29,13 @@ class Forecast(NamedTuple):
     most: int  # equal to ``least`` if the number does not depend on the scores
 
 
-def limited(default: Any, legal: Callable[[Any], bool], description: str, **options: Any) -> Any:
+def limited(default: Any, legal: Callable[[Any], bool], description: str) -> Any:
     """A dataclass field of a policy whose value must be ``legal``, as ``description`` says in the error message."""
-    return field(default=default, metadata={"legal": legal, "description": description}, **options)
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return field(default=default, metadata={"legal": legal, "description": description})
 
 
 def _is_share(value: Any) -> bool:
-    return is_number(value) and 0 <= value <= 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 @dataclass(frozen=True)
@@ -71,19 +61,12 @@ class ThresholdPolicy(ABC):
     def select(self, scores: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
         """Select units without limits; with ``scope="layer"`` one weight at a time, at a cost of 1."""
 
-    def choose(
-        self,
-        scores: Sequence[Tensor],
-        costs: Sequence[int],
-        kinds: Sequence[str] | None = None,
-        most: int | None = None,
-    ) -> list[Tensor]:
+    def choose(self, scores: Sequence[Tensor], costs: Sequence[int], most: int | None = None) -> list[Tensor]:
         """Select units within limits: for each weight the chosen indices, int64 on the CPU, sorted.
 
         Args:
             scores: one vector ``[units]`` for each weight, finite and not negative.
             costs: for each weight, the number of parameters of one unit.
-            kinds: for each weight, the type of its module, for floors.
             most: the largest number of units of one weight; the best ones are kept.
         """
         by_layer = self.scope == "layer"
@@ -92,9 +75,7 @@ class ThresholdPolicy(ABC):
             return chosen
         return [indices[top_indices(s[indices.to(s.device)], most)] for s, indices in zip(scores, chosen, strict=True)]
 
-    def forecast(
-        self, units: Sequence[int], costs: Sequence[int], kinds: Sequence[str] | None = None, most: int | None = None
-    ) -> Forecast:
+    def forecast(self, units: Sequence[int], costs: Sequence[int], most: int | None = None) -> Forecast:
         """The size of the selection before there are scores; by default between nothing and everything."""
         limits = _capped(units, most)
         return Forecast(limits, 0, _parameters(limits, costs))
@@ -119,11 +100,11 @@ class TopDensity(ThresholdPolicy):
     This is FGGM's threshold: its quantile ``alpha = 0.7`` masks 70 % and updates 30 %.
     """
 
-    density: float = limited(0.3, lambda v: _is_share(v) and v > 0, "in (0, 1]")
+    density: float = limited(0.3, _is_share, "in (0, 1]")
 
-    def choose(self, scores, costs, kinds=None, most=None):
+    def choose(self, scores, costs, most=None):
         if self.scope == "layer":
-            return super().choose(scores, costs, kinds, most)
+            return super().choose(scores, costs, most)
         return self.select([only_best(s, most) for s in scores], costs)  # other weights get what a limit excludes
 
     def select(self, scores, costs):
@@ -131,9 +112,9 @@ class TopDensity(ThresholdPolicy):
             return [top_indices(s, self._units(len(s))) for s in scores]
         return best_per_parameter(scores, costs, self._budget(map(len, scores), costs))
 
-    def forecast(self, units, costs, kinds=None, most=None):
+    def forecast(self, units, costs, most=None):
         if self.scope == "global":
-            return _even_share(_capped(units, most), costs, self._budget(units, costs), [0] * len(units))
+            return _even_share(_capped(units, most), costs, self._budget(units, costs))
         chosen = _capped([self._units(n) for n in units], most)
         return Forecast(chosen, _parameters(chosen, costs), _parameters(chosen, costs))
 
@@ -152,7 +133,7 @@ class ScoreMass(ThresholdPolicy):
     With global scope it is the smallest in parameters, exact up to the float32 rounding of score / cost.
     """
 
-    fraction: float = limited(0.9, lambda v: _is_share(v) and v > 0, "in (0, 1]")
+    fraction: float = limited(0.9, _is_share, "in (0, 1]")
 
     def select(self, scores, costs):
         ranks = per_parameter(scores, costs)
@@ -161,26 +142,6 @@ class ScoreMass(ThresholdPolicy):
         mass = [lambda rank, cost=cost: rank.double() * cost for cost in costs]
         # the last entry may overshoot: the set must have at least the fraction
         return take(ranks, mass, self.fraction * total * (1 - 1e-12), overshoot=True)
-
-
-@POLICIES.register("mean_plus_std")
-@dataclass(frozen=True)
-class MeanPlusStd(ThresholdPolicy):
-    """Select the scores above mean + ``k`` standard deviations."""
-
-    k: float = limited(1.0, is_number, "a finite number")
-
-    def select(self, scores, costs):
-        ranks = per_parameter(scores, costs)
-        count = sum(len(r) for r in ranks)
-        mean = sum(float(r.double().sum()) for r in ranks) / count
-        variance = sum(float((r.double() - mean).square().sum()) for r in ranks) / count
-        return above(ranks, mean + self.k * variance**0.5)
-
-
-def _is_floor(value: Any) -> bool:
-    shares = value if isinstance(value, Mapping) else {DEFAULT_KIND: value}
-    return all(isinstance(kind, str) and _is_share(share) for kind, share in shares.items())
 
 
 @POLICIES.register("parameter_budget")
@@ -192,8 +153,6 @@ class ParameterBudget(ThresholdPolicy):
 
     Args:
         count: number of parameters in total.
-        floor: share of units, in [0, 1], that every weight gets first (its best ones): one number, or module type ->
-            number, where "default" stands for the types that are not named.
     """
 
     scopes: ClassVar[tuple[str, ...]] = ("global",)
@@ -201,55 +160,26 @@ class ParameterBudget(ThresholdPolicy):
     count: int = limited(
         1_000_000, lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "an integer > 0"
     )
-    floor: float | Mapping[str, float] = limited(
-        0.0, _is_floor, "in [0, 1], or a dict of module type -> a number in [0, 1]", hash=False
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.floor, Mapping):
-            object.__setattr__(self, "floor", dict(self.floor))
 
     def select(self, scores, costs):
         return self.choose(scores, costs)
 
-    def choose(self, scores, costs, kinds=None, most=None):
-        floors = self._floors([len(s) for s in scores], costs, kinds, most)
-        scores = [only_best(checked(s), most) for s in scores]
-        first = [top_indices(s, count) for s, count in zip(scores, floors, strict=True)]
-        others = [s.index_fill(0, taken, 0.0) if len(taken) else s for s, taken in zip(scores, first, strict=True)]
-        rest = best_per_parameter(others, costs, self.count - _parameters(map(len, first), costs))
-        return [torch.cat(both).sort().values for both in zip(first, rest, strict=True)]
+    def choose(self, scores, costs, most=None):
+        self._require_possible([len(s) for s in scores], costs, most)
+        return best_per_parameter([only_best(s, most) for s in scores], costs, self.count)
 
-    def forecast(self, units, costs, kinds=None, most=None):
-        return _even_share(_capped(units, most), costs, self.count, self._floors(units, costs, kinds, most))
+    def forecast(self, units, costs, most=None):
+        self._require_possible(units, costs, most)
+        return _even_share(_capped(units, most), costs, self.count)
 
-    def _floors(self, units, costs, kinds, most) -> list[int]:
-        """For each weight, the number of units that it gets first; ``ValueError`` if they do not fit the budget."""
-        limits = _capped(units, most)
-        least, total = min(costs), _parameters(limits, costs)
+    def _require_possible(self, units, costs, most) -> None:
+        least, total = min(costs), _parameters(_capped(units, most), costs)
         if not least <= self.count <= total:
             limit = "" if most is None else f" with at most {most} units each"
             raise ValueError(
-                f"ParameterBudget.count must be between one unit ({least} parameters) and the "
-                f"targeted weights{limit} ({total} parameters), got {self.count}"
+                f"a budget of {self.count} values is impossible here: it must be at least {least} (one unit) and at "
+                f"most {total} (the targeted weights{limit})"
             )
-        shares = self.floor if isinstance(self.floor, dict) else {DEFAULT_KIND: self.floor}
-        kinds = kinds or [DEFAULT_KIND] * len(costs)
-        if unknown := sorted(set(shares) - {DEFAULT_KIND, *kinds}):
-            types = ", ".join(map(repr, sorted(set(kinds))))
-            raise ValueError(f"ParameterBudget.floor names {unknown[0]!r}, but the types of modules here are {types}")
-        default = shares.get(DEFAULT_KIND, 0.0)
-        floors = [
-            min(math.ceil(round(shares.get(kind, default) * n, 6)), limit)  # 0.07 * 100 is a little more than 7
-            for kind, n, limit in zip(kinds, units, limits, strict=True)
-        ]
-        if (spent := _parameters(floors, costs)) > self.count:
-            raise ValueError(
-                f"the floors alone take {spent} parameters and the budget is {self.count}: lower the floors or raise "
-                "the budget"
-            )
-        return floors
 
 
 def _capped(units: Sequence[int], most: int | None) -> list[int]:
@@ -260,13 +190,12 @@ def _parameters(units, costs) -> int:
     return sum(n * cost for n, cost in zip(units, costs, strict=True))
 
 
-def _even_share(limits: Sequence[int], costs: Sequence[int], budget: int, floors: Sequence[int]) -> Forecast:
+def _even_share(limits: Sequence[int], costs: Sequence[int], budget: int) -> Forecast:
     """The forecast of a budget for all weights, as if every weight got the same share of its units."""
     total = _parameters(limits, costs)
     if budget >= total:
         return Forecast(list(limits), total, total)
-    least = _parameters(floors, costs)
-    units = [f + (n - f) * (budget - least) // (total - least) for n, f in zip(limits, floors, strict=True)]
+    units = [n * budget // total for n in limits]
     left = budget - _parameters(units, costs)
     for weight, cost in enumerate(costs):  # spend what rounding down has left
         if cost <= left and units[weight] < limits[weight]:

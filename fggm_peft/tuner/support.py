@@ -66,7 +66,7 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
     for policy, group in by_policy(targets, config):
         vectors = [_checked(path, scores(path)) for path in group]
         selectable = [targets[path].granularity.selectable(vector) for path, vector in zip(group, vectors, strict=True)]
-        chosen = policy.choose(selectable, *bounds(group, config))
+        chosen = policy.choose(selectable, [target.unit_size for target in group.values()], config.max_units)
         for path, vector, indices in zip(group, vectors, chosen, strict=True):
             total = float(vector.double().sum())
             share = float(vector[indices.to(vector.device)].double().sum()) / total if total else 0.0
@@ -79,9 +79,10 @@ def forecast_supports(targets: Targets, config: FGGMConfig) -> Forecast:
     units: dict[str, int] = {}
     least = most = 0
     for policy, group in by_policy(targets, config):
-        forecast = policy.forecast([target.units for target in group.values()], *bounds(group, config))
+        counts, costs = zip(*((target.units, target.unit_size) for target in group.values()), strict=True)
+        forecast = policy.forecast(counts, costs, config.max_units)
         limits = [target.granularity.most_units(target.shape) for target in group.values()]
-        limit = sum(count * target.unit_size for count, target in zip(limits, group.values(), strict=True))
+        limit = sum(count * cost for count, cost in zip(limits, costs, strict=True))
         if forecast.least > limit:
             raise ValueError(
                 f"{next(iter(group))}: the threshold selects {forecast.least} values, but "
@@ -99,12 +100,6 @@ def by_policy(targets: Targets, config: FGGMConfig) -> Iterable[tuple[ThresholdP
         policy = config.policy(path)
         groups.setdefault((policy, "" if policy.scope == "global" else path), {})[path] = target
     return [(policy, group) for (policy, _), group in groups.items()]
-
-
-def bounds(targets: Targets, config: FGGMConfig) -> tuple[list[int], list[str], int | None]:
-    """The values per unit and the module type of each target, and the largest number of units of one target."""
-    group = list(targets.values())
-    return [target.unit_size for target in group], [target.module_type for target in group], config.max_units
 
 
 def _checked(path: str, scores: Tensor) -> Tensor:

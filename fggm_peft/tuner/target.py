@@ -45,12 +45,6 @@ class Target:
         return self.granularity.parameters_per_unit(self.shape)
 
     @property
-    def module_type(self) -> str:
-        """The last part of the path without the number of an expert, as in ``budget_floor``."""
-        path = self.path.rpartition(".")[0] if self.layer.is_expert else self.path
-        return path.rpartition(".")[2]
-
-    @property
     def indices(self) -> Tensor:
         """``[k]`` sorted indices of the units that may change."""
         return self.layer.fggm_indices[self.adapter_name]

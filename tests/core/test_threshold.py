@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from fractions import Fraction
 
 import pytest
 import reference
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fggm_peft.core.errors import NonFiniteScoreError
 from fggm_peft.core.ranking import top_indices
 from fggm_peft.core.threshold import (
     POLICIES,
-    MeanPlusStd,
     ParameterBudget,
     ScoreMass,
     TopDensity,
@@ -30,8 +27,7 @@ densities = st.sampled_from([0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 1.0])
 FIELDS = {
     "top_density": {"density": densities},
     "score_mass": {"fraction": densities},
-    "mean_plus_std": {"k": st.sampled_from([-10.0, -1.0, 0.0, 0.5, 1.0, 2.0])},
-    "parameter_budget": {"count": st.integers(4, 40), "floor": st.sampled_from([0.0, 0.1, {"default": 0.25}])},
+    "parameter_budget": {"count": st.integers(4, 40)},
 }
 # few distinct values give many ties; multiples of 0.25 are exact in every dtype, also divided by a cost of 2 or 4
 numbers = st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0, 1.0, 3.0]) | st.integers(0, 200).map(float)
@@ -57,18 +53,11 @@ def policies(draw, name):
 
 
 def fits(policy, scores, costs, most=None):
-    """Whether the policy accepts these weights: a budget must cover one unit and the floors, and fit the weights."""
+    """Whether the policy accepts these weights: a budget must cover one unit, and fit the weights."""
     if policy.name != "parameter_budget":
         return True
-    share = policy.floor["default"] if isinstance(policy.floor, dict) else policy.floor
     limits = [min(len(s), most or len(s)) for s in scores]
-    floors = [min(floor_units(share, len(s)), limit) for s, limit in zip(scores, limits, strict=True)]
-    least = max(min(costs), spent(floors, costs))
-    return least <= policy.count <= spent(limits, costs)
-
-
-def floor_units(share: float, units: int) -> int:
-    return math.ceil(Fraction(str(share)) * units)
+    return min(costs) <= policy.count <= spent(limits, costs)
 
 
 def spent(units: list[int], costs: list[int]) -> int:
@@ -234,25 +223,6 @@ def test_score_mass_selects_no_extra_unit_when_the_fraction_is_met_exactly(cost)
 
 
 @quick
-@given(weights=scored_weights(), k=FIELDS["mean_plus_std"]["k"])
-def test_mean_plus_std_selects_the_scores_above_its_threshold(weights, k):
-    scores, costs = weights
-    for scope, groups in (("layer", [([s], [1]) for s in scores]), ("global", [(scores, costs)])):
-        low, expected, high = (
-            [chosen for group in groups for chosen in reference.above_mean(*group, k + shift)]
-            for shift in (-1e-9, 0, 1e-9)
-        )
-        assume(low == high)  # rounding decides about a score on the threshold itself
-        assert choose(MeanPlusStd(k, scope=scope), scores, costs) == expected
-
-
-def test_mean_plus_std_selects_equal_scores_only_with_a_threshold_below_them():
-    for value in (0.1, 1.0, 3.7):
-        assert choose(MeanPlusStd(0.0), [[value] * 7], [1]) == [[]]
-    assert choose(MeanPlusStd(-0.5), [[1.0, 2.0, 3.0]], [1]) == [[1, 2]]
-
-
-@quick
 @given(weights=scored_weights(costs=(1, 2, 3, 7)), share=st.floats(0, 1))
 def test_a_parameter_budget_is_never_exceeded_and_uses_every_unit_that_fits_at_the_cutoff(weights, share):
     scores, costs = weights
@@ -278,37 +248,27 @@ def test_equal_scores_are_selected_from_the_lowest_index(scope):
 
 # Bounds ------------------------------------------------------------------------------------------
 
-shares = st.sampled_from([0.0, 0.07, 0.1, 0.25, 0.5, 1.0])
 bounds = st.none() | st.integers(1, 6)
 
 
 @st.composite
 def bounded_budgets(draw):
-    """Weights of two types with floors, a bound on units, and a budget that satisfies both."""
+    """Weights, a bound on units, and a budget that fits them."""
     scores, costs = draw(scored_weights(costs=(1, 2, 3, 7)))
-    kinds = [draw(st.sampled_from("qv")) for _ in scores]
-    floor = {"default": draw(shares)} | {kind: draw(shares) for kind in set(kinds) if draw(st.booleans())}
     most = draw(bounds)
     limits = [min(len(s), most or len(s)) for s in scores]
-    floors = [
-        min(floor_units(floor.get(kind, floor["default"]), len(s)), limit)
-        for kind, s, limit in zip(kinds, scores, limits, strict=True)
-    ]
-    count = draw(st.integers(max(min(costs), spent(floors, costs)), spent(limits, costs)))
-    return scores, costs, kinds, most, floors, ParameterBudget(count, floor)
+    return scores, costs, most, ParameterBudget(draw(st.integers(min(costs), spent(limits, costs))))
 
 
 @quick
 @given(weights=bounded_budgets())
-def test_a_budget_covers_the_floors_first_and_is_never_exceeded(weights):
-    scores, costs, kinds, most, floors, policy = weights
-    chosen = choose(policy, scores, costs, kinds=kinds, most=most)
-    assert chosen == reference.within_bounds(scores, costs, policy.count, floors, most)
+def test_a_budget_is_never_exceeded(weights):
+    scores, costs, most, policy = weights
+    chosen = choose(policy, scores, costs, most=most)
+    assert chosen == reference.within_bounds(scores, costs, policy.count, most)
     used = spent(map(len, chosen), costs)
     assert used <= policy.count
-    for vector, indices, floor in zip(scores, chosen, floors, strict=True):
-        assert len(indices) >= min(floor, sum(s > 0 for s in vector))
-        assert most is None or len(indices) <= most
+    assert most is None or all(len(indices) <= most for indices in chosen)
     if all(s > 0 for vector in scores for s in vector):
         assert policy.count - used < max(costs)
 
@@ -316,14 +276,14 @@ def test_a_budget_covers_the_floors_first_and_is_never_exceeded(weights):
 @quick
 @given(weights=bounded_budgets(), data=st.data())
 def test_with_equal_costs_a_larger_budget_extends_the_selection_of_a_smaller_one(weights, data):
-    scores, costs, kinds, most, floors, policy = weights
+    scores, costs, most, policy = weights
     limits = [min(len(s), most or len(s)) for s in scores]
     if data.draw(st.booleans()):
         costs = [1] * len(costs)
-        policy = ParameterBudget(data.draw(st.integers(max(1, sum(floors)), sum(limits))), policy.floor)
+        policy = ParameterBudget(data.draw(st.integers(1, sum(limits))))
     larger = data.draw(st.integers(policy.count, spent(limits, costs)))
-    small = choose(policy, scores, costs, kinds=kinds, most=most)
-    large = choose(ParameterBudget(larger, policy.floor), scores, costs, kinds=kinds, most=most)
+    small = choose(policy, scores, costs, most=most)
+    large = choose(ParameterBudget(larger), scores, costs, most=most)
     assert spent(map(len, small), costs) <= spent(map(len, large), costs)
     if len(set(costs)) == 1:
         assert all(set(a) <= set(b) for a, b in zip(small, large, strict=True))
@@ -375,9 +335,7 @@ def test_a_forecast_is_correct_for_all_scores(name, data, most, sizes):
 BAD = [
     (TopDensity, "density", [0, -0.1, 1.01, float("nan"), float("inf"), True, "0.3", None], r"in \(0, 1\]"),
     (ScoreMass, "fraction", [0, -0.1, 1.01, float("nan"), True, "0.9", None], r"in \(0, 1\]"),
-    (MeanPlusStd, "k", [float("nan"), float("inf"), -float("inf"), True, "1", None], "a finite number"),
     (ParameterBudget, "count", [0, -1, 2.5, float("nan"), True, "10", None], "an integer > 0"),
-    (ParameterBudget, "floor", [-0.1, 1.01, True, "0.3", None, {"q": 2}, {1: 0.5}], r"in \[0, 1\], or a dict .*"),
 ]
 
 
@@ -400,17 +358,9 @@ def test_a_policy_rejects_an_unsupported_scope(name):
 def test_a_budget_above_the_targeted_weights_or_below_one_unit_is_rejected():
     scores, costs = [torch.ones(3), torch.ones(2)], [4, 6]
     for count in (3, 25):
-        with pytest.raises(ValueError, match=rf"one unit \(4 parameters\).*\(24 parameters\), got {count}"):
+        with pytest.raises(ValueError, match=rf"budget of {count} values.* at least 4 \(one unit\).* at most 24"):
             ParameterBudget(count).choose(scores, costs)
-
-
-def test_floors_above_the_budget_or_for_a_missing_type_are_rejected():
-    scores, costs = [torch.ones(3), torch.ones(2)], [4, 6]
-    with pytest.raises(ValueError, match="floors alone take 14 parameters and the budget is 13"):
-        ParameterBudget(13, floor=0.5).choose(scores, costs)  # two units of 4, one of 6
-    with pytest.raises(ValueError, match="'k', but the types of modules here are 'q', 'v'"):
-        ParameterBudget(13, floor={"k": 0.1}).choose(scores, costs, kinds=["q", "v"])
-    with pytest.raises(ValueError, match=r"at most 1 units each \(10 parameters\), got 11"):
+    with pytest.raises(ValueError, match=r"budget of 11 values.* at most 10 \(.*at most 1 units each\)"):
         ParameterBudget(11).choose(scores, costs, most=1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
-from fggm_peft import MeanPlusStd, ParameterBudget, ScoreMass, TopDensity, select_parameters
+from fggm_peft import ParameterBudget, ScoreMass, TopDensity, select_parameters
 from fggm_peft.selection import reference
 from fggm_peft.training.checkpoints import last_complete_checkpoint
 
@@ -61,7 +61,7 @@ CASES = {
     "columns": ({"granularity": "column", "threshold": ScoreMass(0.7)}, {"num_samples": None}),
     "elements": ({"granularity": "element", "density": 0.05}, {"num_samples": None}),
     "global scope": ({"threshold": ParameterBudget(3000)}, {"num_samples": None}),
-    "in groups": ({"threshold": MeanPlusStd(0.5)}, {"num_samples": None, "score_memory": 2000}),
+    "in groups": ({"threshold": ScoreMass(0.5)}, {"num_samples": None, "score_memory": 2000}),
     "a number of samples": ({"threshold": TopDensity(0.4)}, {"num_samples": 7}),
     "a reference": (
         {"granularity": "column", "criterion": "gain_per_harm"},

@@ -131,16 +131,11 @@ def require_num_samples(value: Any) -> None:
         raise ValueError(f"num_samples must be an integer > 1, None (all) or 'auto', got {value!r}")
 
 
-def size_in_bytes(value: int | str) -> int:
-    """A number of bytes from a size such as "8GiB", "8 gib" or "8GB"; other texts raise ``ValueError``."""
-    # upper case, because accelerate reads "8gb" as bits
-    return convert_file_size_to_int(value.replace(" ", "").upper() if isinstance(value, str) else value)
-
-
 def score_bytes(value: int | str) -> int:
     """``score_memory`` in bytes; ``ValueError`` unless it is a number >= 0 or a size such as "8GiB"."""
-    try:
-        size = -1 if isinstance(value, bool) else size_in_bytes(value)
+    try:  # upper case, because accelerate reads "8gb" as bits
+        text = value.replace(" ", "").upper() if isinstance(value, str) else value
+        size = -1 if isinstance(value, bool) else convert_file_size_to_int(text)
     except (ValueError, AttributeError, TypeError):
         size = -1
     if size < 0:
