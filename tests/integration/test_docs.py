@@ -167,7 +167,7 @@ def test_the_variants_of_the_page_on_extending_select_train_merge_and_load(tmp_p
         torch.testing.assert_close(outputs[1], outputs[2])
         with pytest.raises(ValueError, match=r"q_proj: granularity='tiles\(size=7\)' does not support .*\[64, 64\]"):
             get_peft_model(text_model(), FGGMConfig(granularity=names["Tiles"](7), target_modules=["q_proj"]))
-        with pytest.raises(ValueError, match=r"AboveMedian\.factor must be a finite number > 0, got 0"):
+        with pytest.raises(ValueError, match=r"AboveMedian\.factor must be a number > 0, got 0"):
             names["AboveMedian"](0)
 
         method = make_method("embeddings", head=True)
