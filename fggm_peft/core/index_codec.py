@@ -110,7 +110,7 @@ def _low_parts(low: numpy.ndarray, k: int) -> numpy.ndarray:
         bits = _bits(stream)
         if bits[k:].any():
             raise ValueError(f"a low bit is set beyond the last of {k}")
-        gaps |= bits[:k].astype(gaps.dtype) << gaps.dtype.type(plane)
+        gaps |= bits[:k].astype(gaps.dtype, copy=False) << gaps.dtype.type(plane)
     return gaps
 
 
