@@ -1,7 +1,7 @@
-"""The Fisher pass against a frozen forward and backward of the same batch, and against other per-sample gradients.
+"""Cost of the Fisher pass beside a frozen forward and backward of the same batch, and beside per-sample gradients.
 
-All are interleaved in one process. A pass is timed from the batch that it is handed to the next one it asks for: its
-setup is not of the batch. Memory is the peak of what torch allocated on the CPU during the pass, its results included.
+All run in turns in one process. The time of a pass starts when it receives the batch and ends when it requests the
+next one. Memory is the peak of what torch allocates on the CPU during the pass, including its results.
 
 OMP_NUM_THREADS=1 python benchmarks/selection.py [--model FOLDER] [--quick] [--dtype bfloat16]
 """
@@ -26,11 +26,11 @@ from fggm_peft.selection.likelihood import default_log_likelihood
 from fggm_peft.tuner.target import find_targets
 
 CASES = ((32, 4), (128, 4), (512, 2))  # positions, samples
-PEER_REPEATS = 2  # they take so much longer that noise does not matter
+PEER_REPEATS = 2  # enough, because they take much longer than the noise
 
 
 def frozen_pass(model, batch) -> None:
-    """Forward and backward down to the embeddings' output, as any frozen base costs."""
+    """Forward, and backward to the output of the embeddings: what every method costs on a frozen base."""
     likelihood = default_log_likelihood(model, None)
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
@@ -41,9 +41,9 @@ def frozen_pass(model, batch) -> None:
 
 
 class TimedBatch:
-    """A dataloader of a batch, twice; the seconds from handing it out again to being asked for the next.
+    """A dataloader that yields a batch twice, and times the second one until the next is requested.
 
-    The pass finds out once for each kind of batch which axis counts samples. That is not part of the time.
+    With the first one, the pass finds out which axis counts samples. This is not part of the time.
     """
 
     def __init__(self, batch: dict[str, torch.Tensor]):
@@ -77,7 +77,7 @@ class Selection:
         return {n.removeprefix("base_model.model."): count * totals.mean(n, "fisher") for n in self.targets}
 
     def sums_mib(self) -> float:
-        """The running sums of elements, one for each half of the samples, which are the result."""
+        """Size of the result for elements: running sums of both halves of the samples."""
         return sum(2 * 4 * math.prod(target.shape) for target in self.targets.values()) / 2**20
 
 
@@ -95,7 +95,7 @@ def error(scores: Scores, expected: Scores) -> float:
 
 
 def layer_mib(model: PreTrainedModel, batch: dict) -> float:
-    """What one block keeps from forward to backward in the frozen pass."""
+    """Memory that one block keeps from forward to backward in the frozen pass."""
     layers = model.model.layers
     with_all = peak_mib(lambda: frozen_pass(model, batch))
     model.model.layers = layers[:-2]
@@ -147,7 +147,7 @@ def measure(model: PreTrainedModel, length: int, size: int, repeats: int) -> dic
 
 
 def verdicts(results: dict[str, dict[str, float]], length: int, hidden: int) -> dict[str, dict[str, float | bool]]:
-    """Each goal of one case, what was reached, and whether that is enough."""
+    """Each goal of one case, its result, and whether it is met."""
 
     def verdict(reached: float, goal: float) -> dict[str, float | bool]:
         return {"reached": reached, "goal": goal, "met": reached <= goal}
