@@ -147,8 +147,10 @@ class CovarianceSum:
         self.positions += len(x)
 
     def covariance(self) -> Covariance:
-        """The mean over positions; zero if there are none."""
-        mean = self.product.cpu().double() / max(1, self.positions)
+        """The mean over positions; zero, with no column in its factor, if there are none."""
+        if not self.positions:
+            return Covariance(self.product.new_zeros(len(self.product), 0))
+        mean = self.product.cpu().double() / self.positions
         if self.test_matrix is None:
             energy, vectors = torch.linalg.eigh((mean + mean.mT) / 2)
             vectors, energy = vectors.flip(1), energy.flip(0).clamp(min=0)
@@ -156,7 +158,7 @@ class CovarianceSum:
             vectors, energy = _nystroem(mean, self.test_matrix.cpu().double())
         result = _leading(vectors, energy, self.rank).to(torch.float32)
         # what the product does not see
-        missing = float(self.energy) / max(1, self.positions) - float(result.diagonal().double().sum())
+        missing = float(self.energy) / self.positions - float(result.diagonal().double().sum())
         return Covariance(result.factor.to(self.product.device), result.floor + max(0.0, missing) / result.width)
 
 

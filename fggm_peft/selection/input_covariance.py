@@ -17,12 +17,15 @@ from ..core.per_sample import same_memory
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from ..tuner.hosts.sharding import without_wrappers
+from ..tuner.layer import FGGMLayer
+from ..tuner.parameters import ParameterLayer, parameter_layer
 from ..tuner.support import unwrapped
 from ..tuner.target import outer_modules
 from .frozen_model import frozen_in_eval_mode
 from .layout import Layout, Layouts
 from .processes import Processes
 from .rounds import callable_base, on_device_of, rounds
+from .weight_inputs import WeightInputs
 
 COVARIANCE_SAMPLES = 64
 """Samples that are read by default."""
@@ -43,12 +46,17 @@ def input_covariance(
     with the same input, such as q, k and v, share one covariance. If ``torch.distributed`` is initialized, every
     process reads its own share of the data, and all of them get the result for all the data.
 
+    Each expert has the covariance of the tokens that are routed to it; without tokens it is zero and nothing decays.
+    Experts cannot share one, because the hidden features of each are its own. With experts, samples are read one at a
+    time and without their padding.
+
     Args:
         model: a model of transformers, with or without adapters; may be wrapped by PEFT.
         dataloader: batches of model inputs; labels are ignored unless the model needs them.
         num_samples: number of samples over all processes; None for all.
         rank: of each covariance. A layer with at most twice as many input features gets the exact covariance.
-        modules: module paths in the base model; by default every linear layer except the output head.
+        modules: module paths in the base model; by default every linear layer except the output head, and every
+            expert and router with an adapter. The path of an expert ends with its number.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -65,7 +73,9 @@ def input_covariance(
     guard_four_bit_layers(model)
     processes, seen = Processes(), 0
     call = _call(model, layers)
-    layouts = Layouts(layers, None if processes.share(model) else call, unwrapped(model), one_by_one=None)
+    # what an expert receives has no axis of samples and no mask
+    one_by_one = True if any(isinstance(layer, ParameterLayer) for layer in layers.values()) else None
+    layouts = Layouts(layers, None if processes.share(model) else call, unwrapped(model), one_by_one)
     with frozen_in_eval_mode(model), torch.no_grad(), _InputHooks(layers, rank) as hooks:
         for round in rounds(model, dataloader, processes, num_samples, "Input covariance", progress):
             with processes.together("reading the input covariance"):
@@ -73,7 +83,8 @@ def input_covariance(
                     round = round._replace(batch=on_device_of(model, round.batch))
                 for part, layout in layouts.parts(round):
                     hooks.open(layout, counts=round.size > 0)
-                    call(part.batch)
+                    assert part.batch is not None
+                    call(_without_padding(part.batch) if one_by_one else part.batch)
                 hooks.open(None)
             seen = round.end
     if not seen:
@@ -82,7 +93,10 @@ def input_covariance(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers by module path in the base model, adapted or not, without the output head."""
+    """The linear layers by module path in the base model, adapted or not, without the output head.
+
+    Adapted experts and routers are among them.
+    """
     get_head = getattr(unwrapped(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     return {path: m for path, m in outer_modules(model) if _is_linear(m) and head not in (m, _plain(m))}
@@ -95,15 +109,18 @@ def input_widths(model: nn.Module) -> dict[str, int]:
 
 def _named_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     modules = dict(outer_modules(model))
+    layers = {}
     for path in paths:
-        if path not in modules:
+        layer = modules.get(path) or parameter_layer(modules, path)
+        if layer is None:
             raise ValueError(f"the model has no module {path}")
-        if not _is_linear(modules[path]):
+        if not _is_linear(layer):
             raise ValueError(
-                f"module {path} is a {type(_plain(modules[path])).__name__}. Input covariances and harm decay support "
-                "linear layers only; leave the module out with exclude_modules, or set harm_decay=0"
+                f"module {path} is a {type(_plain(layer)).__name__}. Input covariances and harm decay support linear "
+                "layers, experts and adapted routers; leave the module out with exclude_modules, or set harm_decay=0"
             )
-    return {path: modules[path] for path in paths}
+        layers[path] = layer
+    return layers
 
 
 def _call(model: nn.Module, layers: Mapping[str, nn.Module]):
@@ -116,21 +133,35 @@ def _call(model: nn.Module, layers: Mapping[str, nn.Module]):
     return lambda batch: trunk(**{name: value for name, value in batch.items() if name != "labels"})
 
 
+def _without_padding(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tokens of one sample that are no padding; all of them if there is no other."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.any():
+        return batch
+    is_real = mask[0] != 0
+    return {
+        name: value[:, is_real] if isinstance(value, Tensor) and value.shape[1:2] == is_real.shape else value
+        for name, value in batch.items()
+    }
+
+
 def _plain(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(_plain(module), (nn.Linear, Conv1D))
+    return module.can_decay if isinstance(module, FGGMLayer) else isinstance(_plain(module), (nn.Linear, Conv1D))
 
 
 def _width(layer: nn.Module) -> int:
+    if isinstance(layer, FGGMLayer):
+        return layer.weight_shape[1]
     plain: Any = _plain(layer)
     return plain.weight.shape[0] if isinstance(plain, Conv1D) else plain.in_features
 
 
 class _InputHooks:
-    """Forward hooks that add each layer's input to a sum, once for layers with the same input."""
+    """Hooks that add each layer's input to a sum, once for layers with the same input."""
 
     def __init__(self, layers: Mapping[str, nn.Module], rank: int):
         self.layers, self.rank = layers, rank
@@ -142,8 +173,15 @@ class _InputHooks:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> _InputHooks:
+        modules: dict[nn.Module, WeightInputs] = {}
         for path, layer in self.layers.items():
-            self._handles.append(layer.register_forward_hook(partial(self._record, path), with_kwargs=True))
+            if isinstance(layer, ParameterLayer):
+                module = layer.source[0]
+                modules.setdefault(module, WeightInputs(module, self._record)).add(path, layer)
+            else:
+                self._handles.append(layer.register_forward_hook(partial(self._record_call, path), with_kwargs=True))
+        for inputs in modules.values():
+            self._handles += inputs.attach()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -154,10 +192,12 @@ class _InputHooks:
         """Start a batch; it is not added unless ``counts``. Without a layout, calls are ignored."""
         self._layout, self._counts, self._last = layout, counts, None
 
-    def _record(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def _record_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        self._record(path, (args[0] if args else next(iter(kwargs.values()))).detach())
+
+    def _record(self, path: str, x: Tensor) -> None:
         if self._layout is None:
             return
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
         version = None if x.is_inference() else x._version  # the model may have written into the last input
         last = self._last
         if last is not None and same_memory(last[0], x) and last[1] == version:
@@ -182,16 +222,16 @@ class _InputHooks:
         for others in processes.gather(self.inputs):  # an expert may have been called on some processes only
             self.inputs = {**others, **self.inputs}
         covariances, positions = {}, 0
+        device = next((entry.product.device for entry in self.sums.values()), torch.device("cpu"))
         for path in self.layers:
             key = self.inputs.setdefault(path, path)
             if key not in covariances:
-                covariances[key], count = self._covariance(key, processes)
+                covariances[key], count = self._covariance(key, processes, device)
                 positions = max(positions, count)
         return InputCovariance(covariances, self.inputs, self.rank, positions)
 
-    def _covariance(self, key: str, processes: Processes) -> tuple[Covariance, int]:
-        device = next((entry.product.device for entry in self.sums.values()), "cpu")
-        entry = self.sums.setdefault(key, CovarianceSum(_width(self.layers[key]), self.rank, device))
+    def _covariance(self, key: str, processes: Processes, device: torch.device) -> tuple[Covariance, int]:
+        entry = self.sums.pop(key, None) or CovarianceSum(_width(self.layers[key]), self.rank, device)
         entry.product, entry.energy = processes.sum(entry.product), processes.sum(entry.energy)
         entry.positions = sum(processes.gather(entry.positions))
         if not torch.isfinite(entry.product).all():

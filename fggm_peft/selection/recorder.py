@@ -100,7 +100,9 @@ class BatchRecorder:
     def _add_gradients(self, target: Target, gram: GramMatrix | None = None) -> None:
         calls = self._waiting.pop(target.path)
         if not target.layer.reads_inputs:
-            calls = [(x, g[None]) for x, g in calls]  # the gradient of the weight, of one sample
+            metric = self.metrics.get(target.path)
+            # the gradient of the weight, of one sample; mapping its rows is mapping the inputs
+            calls = [(x, (g if metric is None else metric(g))[None]) for x, g in calls]
         elif len(calls[0][0]) != len(self.half):
             calls = [(a[None], b[None]) for x, g in calls for a, b in zip(x, g, strict=True)]
         with torch.autocast(calls[0][1].device.type, enabled=False):  # scores are summed in float32

@@ -47,6 +47,8 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
     """Whether the layer is called with the input that its weight multiplies; otherwise see ``tuner.parameters``."""
     observer: Callable[[], Callable[[Tensor], None] | None] | None = None
     """Called with every forward of a module that uses the weight; may return what receives the weight's gradient."""
+    can_decay = False
+    """Whether the inputs that the weight multiplies can be observed, for harm decay."""
     is_expert = False
     """Whether the weight is one of a stack, so that the last part of its path is a number."""
 

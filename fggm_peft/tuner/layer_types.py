@@ -42,6 +42,8 @@ LAYER_TYPES: Registry[LayerType] = Registry("layer type", make=LayerType)
 class FGGMLinear(FGGMLayer):
     """``nn.Linear``, transformers' ``Conv1D`` and the linear layers of PEFT's quantization backends."""
 
+    can_decay = True
+
     @property
     def weight_shape(self):
         return self.out_features, self.in_features

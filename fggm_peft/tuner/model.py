@@ -26,7 +26,6 @@ from .hosts.offloading import require_offloading_in_place
 from .hosts.quantized_targets import expand_all_linear_
 from .hosts.sharding import plain_name, require_unsharded
 from .layer import FGGMLayer
-from .layer_types import FGGMLinear
 from .merging.merge import MIN_SURVIVAL, MergeReport, ModuleMerge, lossy_merge_error
 from .parameters import FGGMParameter, FGGMParameters, matched_parameters, replace_everywhere_, targeted_layers
 from .settings.budget import resolve_budget_
@@ -97,10 +96,10 @@ class FGGMModel(BaseTuner):
                 f"{current_key}: granularity='{peft_config.granularity}' does not support a weight of shape "
                 f"{list(layer.weight_shape)}. Use another granularity, or leave the module out with `exclude_modules`."
             )
-        if peft_config.needs_covariance and not isinstance(layer, FGGMLinear):
+        if peft_config.needs_covariance and not layer.can_decay:
             raise ValueError(
-                f"{current_key} is a {type(layer.get_base_layer()).__name__}, but harm decay supports linear layers "
-                "only. Leave the module out with `exclude_modules`, or set harm_decay=0."
+                f"{current_key} is a {type(layer.get_base_layer()).__name__}, but harm decay supports only linear "
+                "layers, experts and routers. Leave the module out with `exclude_modules`, or set harm_decay=0."
             )
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
 

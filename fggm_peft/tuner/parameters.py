@@ -26,10 +26,19 @@ _STORE_INPUTS_FIRST = ("Llama4TextExperts",)
 """Experts that store ``[experts, in, out]`` and have no attribute ``is_transposed``."""
 
 
-class _ParameterLayer(FGGMLayer):
+class ParameterLayer(FGGMLayer):
     """A weight that its module reads by itself, so that neither inputs nor outputs of a product are visible."""
 
     reads_inputs = False
+
+    @property
+    def source(self) -> tuple[nn.Module, str, int | None]:
+        """The module, the name of its parameter, and the number of the expert in it."""
+        return self.get_base_layer(), "weight", None
+
+    @property
+    def can_decay(self):
+        return not isinstance(self.source[0], nn.MultiheadAttention)
 
     @property
     def weight_shape(self):
@@ -50,7 +59,7 @@ class _ParameterLayer(FGGMLayer):
 
 
 @LAYER_TYPES.register("routers of experts", matches=lambda module: type(module).__name__.endswith(("Router", "Gate")))
-class FGGMWeight(_ParameterLayer):
+class FGGMWeight(ParameterLayer):
     """Any module with a matrix ``weight``, such as the router of a mixture of experts."""
 
     def forward(self, *args, **kwargs):
@@ -69,7 +78,7 @@ class _Matrix:
         return parameter if self.index is None else parameter[self.index]
 
 
-class FGGMParameter(_ParameterLayer):
+class FGGMParameter(ParameterLayer):
     """A parameter ``[o, i]`` of a module, or one expert's matrix of ``[experts, o, i]``. It is not called."""
 
     def __init__(self, module: nn.Module, name: str, index: int | None = None):
@@ -80,6 +89,10 @@ class FGGMParameter(_ParameterLayer):
 
     def get_base_layer(self):
         return self.base_layer
+
+    @property
+    def source(self):
+        return self.base_layer.module, self.base_layer.name, self.base_layer.index
 
     def matrix(self, weight):
         return weight.mT if self.is_transposed else weight
@@ -251,7 +264,7 @@ def stacked_layers(module: nn.Module, path: str) -> dict[str, FGGMLayer]:
     }
 
 
-def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[_ParameterLayer]], args: tuple, kwargs: dict) -> Any:
+def call_adapted(module: nn.Module, layers: Mapping[str, Sequence[ParameterLayer]], args: tuple, kwargs: dict) -> Any:
     """Call a module with the layers of each parameter's matrices. The adapted copies are not kept for backward."""
     changes = {
         name: [(d, layer.part) for layer in group for d in layer.current_deltas()] for name, group in layers.items()

@@ -331,7 +331,7 @@ def test_errors_before_any_work():
         FGGMConfig(criterion="gain_under_decay", granularity="column")
     with pytest.raises(ValueError, match="'row' or 'column'"):
         FGGMConfig(criterion="gain_under_decay", granularity="element", harm_decay=1.0)
-    with pytest.raises(ValueError, match="linear layers only"):
+    with pytest.raises(ValueError, match="supports only linear layers"):
         adapted(target_modules=["embed_tokens"])
 
 

@@ -239,8 +239,8 @@ def test_an_unknown_or_unsuitable_parameter_is_an_error():
     module.matrix = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="matrix is a parameter of the model itself"):
         adapted(module, target_parameters=["matrix"])
-    with pytest.raises(ValueError, match="harm decay supports linear layers only"):
-        adapted(mixture("Mixtral"), target_parameters=["experts.down_proj"], harm_decay=1.0)
+    with pytest.raises(ValueError, match="harm decay supports only linear layers, experts and routers"):
+        adapted(Attention(True), target_modules=["attention"], harm_decay=1.0)
 
 
 def test_a_parameter_of_a_linear_layer_is_the_layer():
