@@ -172,7 +172,7 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
     Args:
         q: ``[o, i]`` float64: "fisher" and "reference" (mean squared per-sample gradients), "batches" (mean squared
             gradients of batches), "gradient" (mean gradient), "weight"; ``[i]``: "input" and "reference input" (second
-            moments); ``[o]``: "output" (mean magnitude).
+            moments).
     """
 
     def unit(matrix: Tensor) -> Tensor:
@@ -196,6 +196,5 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
         ),
         "ssu": lambda: least(q["weight"].abs().sum(0) * q["reference input"].sqrt()),
         "ssu_inputs": lambda: least(q["reference input"]),
-        "output_magnitude": lambda: q["output"] / q["output"].sum(),
         "weight_magnitude": lambda: unit(q["weight"].abs()),
     }[name]()

@@ -165,13 +165,6 @@ def _least_important(q: Quantities, importance: Tensor) -> Tensor:
     return q.entries * (mean or 1.0) / _floored(importance, mean)
 
 
-@CRITERIA.register("output_magnitude", task=("output_magnitude",), weight_dim=0)
-def _output_magnitude(q: Quantities) -> Tensor:
-    """``E |y|``, divided by its sum over the layer's output features (MIGU, arXiv 2406.17245, section 3)."""
-    magnitude = q.task["output_magnitude"]
-    return magnitude / magnitude.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
 @CRITERIA.register("random")
 def _random(q: Quantities) -> Tensor:
     # (0, 1], because a unit whose score is 0 is never selected

@@ -7,7 +7,6 @@ whether other data would have selected the same units. Sums add up over batches 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,9 +18,9 @@ from .registry import Registry
 
 
 class Features(NamedTuple):
-    """The input or the output of one call of a layer."""
+    """The input of one call of a layer."""
 
-    values: Tensor  # [b, t, f]
+    values: Tensor  # [b, t, i]
     real: Tensor | None  # [b, t] False where a position is padding
 
 
@@ -29,11 +28,11 @@ class Statistic(ABC):
     """One quantity, with a running sum of ``size`` numbers for each half of the samples.
 
     Attributes:
-        looks_at: "gradient" requires a backward pass; "input" and "output" (of the layer) do not.
+        looks_at: "gradient" requires a backward pass; "input" (of the layer) does not.
         is_kept: it is stored with a task and can be the reference of later tasks; it is not negative then.
     """
 
-    looks_at: Literal["gradient", "input", "output"] = "gradient"
+    looks_at: ClassVar[Literal["gradient", "input"]] = "gradient"
     is_kept: ClassVar[bool] = True
 
     @abstractmethod
@@ -53,7 +52,7 @@ class Statistic(ABC):
         return granularity.parameters_per_unit(shape)
 
 
-STATISTICS: Registry[Statistic] = Registry("statistic", make=lambda statistic, **options: statistic(**options))
+STATISTICS: Registry[Statistic] = Registry("statistic", make=lambda statistic: statistic())
 
 
 @STATISTICS.register("fisher")
@@ -74,26 +73,20 @@ class FisherUnderDecay(Fisher):
     is_kept = False
 
 
-@STATISTICS.register("input_second_moment", looks_at="input", function=torch.square)
-@STATISTICS.register("output_magnitude", looks_at="output", function=torch.abs)
-class FeatureMean(Statistic):
-    """The mean over positions of a function of each feature, ``[f]``; padding does not count.
+@STATISTICS.register("input_second_moment")
+class InputSecondMoment(Statistic):
+    """``E x^2`` of each input feature, ``[i]``: the mean over positions; padding does not count.
 
     It requires a forward pass only. The last number of each running sum counts positions, because layers differ in it.
-
-    Args:
-        looks_at: "input" (``f = i``) or "output" (``f = o``).
-        function: elementwise.
     """
 
-    def __init__(self, looks_at: Literal["input", "output"], function: Callable[[Tensor], Tensor]):
-        self.looks_at, self.function = looks_at, function
+    looks_at = "input"
 
     def size(self, granularity, shape):
-        return shape[1 if self.looks_at == "input" else 0] + 1
+        return shape[1] + 1
 
     def add_(self, sums, granularity, seen, half):
-        values, positions = self.function(seen.values.float()), seen.values.new_ones(seen.values.shape[:2]).float()
+        values, positions = seen.values.float().square(), seen.values.new_ones(seen.values.shape[:2]).float()
         if seen.real is not None:
             values, positions = values.where(seen.real[..., None], 0), seen.real.float()
         half = half.to(sums.device)

@@ -60,12 +60,12 @@ class LayerHooks:
         if self.recorder is None:
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        finish = self.recorder.record_forward(target, x, output)
+        finish = self.recorder.record_forward(target, x)
         return None if finish is None else _Identity.apply(output, x, self._anchor, finish)
 
     def _record_weight(self, target: Target) -> Callable[[Tensor], None] | None:
         """Record a call of a module that uses the weight, without inputs; returns what takes the weight's gradient."""
-        finish = None if self.recorder is None else self.recorder.record_forward(target, _NOTHING, _NOTHING)
+        finish = None if self.recorder is None else self.recorder.record_forward(target, _NOTHING)
         return None if finish is None else partial(finish, _NOTHING)
 
 

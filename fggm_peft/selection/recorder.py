@@ -1,6 +1,6 @@
 """From the input and the output gradient of each call to per-sample gradients, and into the running sums.
 
-Statistics of inputs and outputs are added in forward. Statistics of gradients are added in backward, as soon as all
+Statistics of inputs are added in forward. Statistics of gradients are added in backward, as soon as all
 calls of a layer have their gradient: a layer that is called twice sums its gradients before they are squared.
 """
 
@@ -69,11 +69,11 @@ class BatchRecorder:
             self._add_gradients(self.sums.targets[path])
         self.sums.require_finite(batch_index)
 
-    def record_forward(self, target: Target, x: Tensor, output: Tensor) -> Finish | None:
+    def record_forward(self, target: Target, x: Tensor) -> Finish | None:
         """Record a forward call of a layer; returns what its backward must call, if the sums need one."""
         if not self._in_backward:  # checkpointing repeats calls in backward; they have been counted
             self._calls[target.path] += 1
-            self._add_features(target, x, output)
+            self._add_features(target, x)
         if not self.sums.needs_backward:
             return None
         if self._last_gram is None or not same_memory(self._last_gram[0], x):
@@ -109,20 +109,18 @@ class BatchRecorder:
             self._add(target, "gradient", target.layer.per_sample(calls, gram or GramMatrix()))
 
     @torch.no_grad()
-    def _add_features(self, target: Target, x: Tensor, output: Tensor) -> None:
-        """Add the statistics of the layer's input and output."""
-        for side in self.sums.sides - {"gradient"}:
-            try:
-                if side == "input":
-                    values = target.layer.input_features(self._by_sample(target, x))
-                else:
-                    values = target.layer.output_features(self._by_sample(target, output.detach()))
-            except TypeError as error:
-                raise ValueError(f"module {target.path}: {error}") from error
-            if len(values) != len(self.half):
-                values = values.flatten(0, 1)[None]
-            padding = self.layout.padding(target.path, values)
-            self._add(target, side, Features(values, None if padding is None else ~padding))
+    def _add_features(self, target: Target, x: Tensor) -> None:
+        """Add the statistics of the layer's input."""
+        if "input" not in self.sums.sides:
+            return
+        try:
+            values = target.layer.input_features(self._by_sample(target, x))
+        except TypeError as error:
+            raise ValueError(f"module {target.path}: {error}") from error
+        if len(values) != len(self.half):
+            values = values.flatten(0, 1)[None]
+        padding = self.layout.padding(target.path, values)
+        self._add(target, "input", Features(values, None if padding is None else ~padding))
 
     def _add(self, target: Target, side: str, measured) -> None:
         if self.counts:

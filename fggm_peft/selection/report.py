@@ -27,7 +27,6 @@ class ModuleSelection:
         parameters: trainable values.
         score_share: share of the module's total score that the chosen units have.
         regret: of this module, None if it was not measured.
-        mean_score: mean score of a unit per weight entry.
     """
 
     name: str
@@ -37,7 +36,6 @@ class ModuleSelection:
     parameters: int
     score_share: float
     regret: float | None = None
-    mean_score: float = 0.0
 
     @property
     def density(self) -> float:

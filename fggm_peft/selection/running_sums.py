@@ -58,7 +58,7 @@ class RunningSums:
 
     @property
     def sides(self) -> set[str]:
-        """What the statistics look at: "gradient", "input", "output"."""
+        """What the statistics look at: "gradient", "input"."""
         return {statistic.looks_at for statistic in self.statistics.values()}
 
     @property

@@ -243,7 +243,6 @@ def _report(measured: Measurement, record: TaskRecord, seconds: float) -> Select
             parameters=measured.targets[path].values.numel(),
             score_share=choice.score_share,
             regret=regret_of([halves[path]]) if halves else None,
-            mean_score=choice.mean_score,
         )
         for path, choice in measured.choices.items()
     ]
@@ -263,17 +262,13 @@ def _report(measured: Measurement, record: TaskRecord, seconds: float) -> Select
 
 
 def _warn_of_empty(measured: Measurement) -> None:
-    empty = {path: choice.mean_score > 0 for path, choice in measured.choices.items() if not len(choice.indices)}
-    reasons = {
-        False: "every score is 0, and units with a score of 0 are never chosen; scope='global' spends their share",
-        True: "their scores are below the threshold",
-    }
-    for has_scores, why in reasons.items():
-        if names := [path for path in empty if empty[path] == has_scores]:
-            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            warnings.warn(
-                f"nothing was chosen in {len(names)} of {len(measured.choices)} modules ({listed}): {why}", stacklevel=4
-            )
+    if empty := [path for path, choice in measured.choices.items() if not len(choice.indices)]:
+        listed = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        warnings.warn(
+            f"nothing was chosen in {len(empty)} of {len(measured.choices)} modules ({listed}): every score is 0 "
+            "or below the threshold; scope='global' spends their share in other modules",
+            stacklevel=4,
+        )
 
 
 def active_adapter(model: nn.Module, name: str | None) -> tuple[str, FGGMConfig]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..selection.likelihood import IGNORED
 from ..selection.processes import Processes
-from ..tuner.hosts.bitsandbytes import four_bit_layers_as_they_are
+from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from .data import TokenizedExamples, padding_on_the_right
 
 
@@ -60,12 +60,12 @@ def score_answers(
         processes: share the batches. Each of them must call this function, and gets the scores of all.
     """
     model.eval()
+    guard_four_bit_layers(model)
     collate = padding_on_the_right(examples.tokenizer)
     parts = []
     for indices in _batches(examples, batch_size, description, processes):
         batch = collate([examples[index] for index in indices]).to(next(model.parameters()).device)
-        with four_bit_layers_as_they_are(model):
-            logits, targets = _answer_logits(model, batch)
+        logits, targets = _answer_logits(model, batch)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         right = (logits.argmax(-1) == targets) & (targets != IGNORED)
         parts.append((float(losses.double().sum()), int(right.sum()), int((targets != IGNORED).sum())))
@@ -88,6 +88,7 @@ def written_answers(
         processes: share the batches. Each of them must call this function, and gets the answers of all.
     """
     model.eval()
+    guard_four_bit_layers(model)
     tokenizer = examples.tokenizer
     texts: list[tuple[int, str]] = []
     for indices in _batches(examples, batch_size, description, processes):
@@ -95,7 +96,7 @@ def written_answers(
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         batch = batch.to(next(model.parameters()).device)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with four_bit_layers_as_they_are(model), _greedy_decoding(model, tokenizer):
+        with _greedy_decoding(model, tokenizer):
             sequences = model.generate(**inputs, max_new_tokens=max_new_tokens)
         answers = sequences[:, batch["input_ids"].shape[1] :]
         texts += zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True)

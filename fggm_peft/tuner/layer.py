@@ -68,10 +68,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         """The input of one call as vectors that the weight multiplies, ``[b, t, i]``; by default a ``TypeError``."""
         raise TypeError(f"the columns of {type(self).__name__} are not input features; leave it out of the targets")
 
-    def output_features(self, output: Tensor) -> Tensor:
-        """The output of one call as vectors ``[b, t, o]``; by default a ``TypeError``."""
-        raise TypeError(f"the rows of {type(self).__name__} are not output features; leave it out of the targets")
-
     def part(self, parameter: Tensor) -> Tensor:
         """This weight ``[o, i]`` as a view of the module's parameter, or of its gradient."""
         return self.matrix(parameter)

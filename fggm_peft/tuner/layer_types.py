@@ -93,9 +93,6 @@ class FGGMLinear(FGGMLayer):
     def input_features(self, x):
         return _tokens(x)
 
-    def output_features(self, output):
-        return _tokens(output)
-
 
 @LAYER_TYPES.register(
     "torch.nn.Conv1d, Conv2d, Conv3d", matches=lambda layer: isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -139,9 +136,6 @@ class FGGMConv(FGGMLayer):
 
     def input_features(self, x):
         return unfold_convolution(self.get_base_layer(), x).flatten(1, 2)  # each group is a position
-
-    def output_features(self, output):
-        return output.flatten(2).mT
 
 
 @LAYER_TYPES.register("torch.nn.Embedding", matches=lambda layer: isinstance(layer, nn.Embedding))

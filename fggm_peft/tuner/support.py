@@ -26,12 +26,10 @@ class Choice:
     Args:
         indices: ``[k]`` int64 on the CPU, sorted.
         score_share: share of the module's total score that the chosen units have, in [0, 1].
-        mean_score: mean score of a unit per weight entry; 0 if every score is 0, so that no unit could be chosen.
     """
 
     indices: Tensor
     score_share: float = 0.0
-    mean_score: float = 0.0
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -70,7 +68,7 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
         for path, vector, indices in zip(group, vectors, chosen, strict=True):
             total = float(vector.double().sum())
             share = float(vector[indices.to(vector.device)].double().sum()) / total if total else 0.0
-            choices[path] = Choice(indices, share, total / len(vector) / targets[path].unit_size)
+            choices[path] = Choice(indices, share)
     return {path: choices[path] for path in targets}
 
 

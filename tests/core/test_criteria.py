@@ -32,7 +32,7 @@ def matrices() -> dict[str, torch.Tensor]:
     generator = seeded(1)
     draw = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     signed = {name: draw(*SHAPE) - 0.5 for name in ("gradient", "weight")}
-    moments = {"input": draw(SHAPE[1]), "reference input": draw(SHAPE[1]), "output": draw(SHAPE[0])}
+    moments = {"input": draw(SHAPE[1]), "reference input": draw(SHAPE[1])}
     return {name: draw(*SHAPE) for name in ("fisher", "reference")} | signed | moments
 
 
@@ -49,7 +49,6 @@ def quantities(granularity, matrices=None, seed=0, **more):
         "fisher": unit("fisher"),
         "fisher_under_decay": unit("fisher"),
         "input_second_moment": matrices["input"].float(),
-        "output_magnitude": matrices["output"].float(),
     }
     reference = {"fisher": unit("reference"), "input_second_moment": matrices["reference input"].float()}
     means = {
@@ -196,8 +195,8 @@ def test_limited_score_memory_does_not_change_the_support(name, granularity):
     assert_same(one, several)
 
 
-@pytest.mark.parametrize("name", [n for n in CRITERIA if n in ("input_ratio", "ssu", "output_magnitude")])
-def test_a_criterion_of_inputs_or_outputs_runs_no_backward_pass(name, monkeypatch):
+@pytest.mark.parametrize("name", [n for n in CRITERIA if n in ("input_ratio", "ssu")])
+def test_a_criterion_of_inputs_runs_no_backward_pass(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a backward pass"))
     grad_enabled = []
     model = adapted(llama(), granularity_of(name), criterion=name)

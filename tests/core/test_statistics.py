@@ -28,36 +28,32 @@ def assert_close(found, expected, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("use_cache_of_gradients", [False, True])
-def test_input_moments_and_output_magnitudes_are_means_over_unpadded_positions(use_cache_of_gradients):
+def test_input_moments_are_means_over_unpadded_positions(use_cache_of_gradients):
     """Every position counts once, even if a pass with checkpointing also collects gradients."""
     batches, plain = token_batches(), llama().eval()
     model = adapted(llama(), "row")
-    names = ("input_second_moment", "output_magnitude")
+    names = ("input_second_moment",)
     if use_cache_of_gradients:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         names = ("fisher", *names)
     result = gathered(model, batches, *names)
     seen: dict = {}
     for name in fggm_layers(model, "default"):
-        hook = lambda m, a, y, name=name: seen.setdefault(name, []).append((a[0], y))  # noqa: E731
+        hook = lambda m, a, y, name=name: seen.setdefault(name, []).append(a[0])  # noqa: E731
         plain.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
         for batch in batches:
             plain(**batch)
     for name, calls in seen.items():
         real = [batch["attention_mask"] == 1 for batch in batches]
-        x = torch.cat([x[where] for (x, _), where in zip(calls, real, strict=True)]).double()
-        y = torch.cat([y[where] for (_, y), where in zip(calls, real, strict=True)]).double()
+        x = torch.cat([x[where] for x, where in zip(calls, real, strict=True)]).double()
         assert_close(result[name, "input_second_moment"], x.square().mean(0))
-        assert_close(result[name, "output_magnitude"], y.abs().mean(0))
 
 
-@pytest.mark.parametrize(("criterion", "granularity"), [("input_ratio", "column"), ("output_magnitude", "row")])
-def test_criteria_of_input_features_reject_embeddings(criterion, granularity):
-    model = adapted(llama(), granularity, criterion=criterion, target_modules=["embed_tokens", "q_proj"])
-    reference = token_batches() if criterion == "input_ratio" else None
+def test_criteria_of_input_features_reject_embeddings():
+    model = adapted(llama(), "column", criterion="input_ratio", target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match=r"module model\.embed_tokens: .*leave it out of the targets"):
-        select_parameters(model, token_batches(), reference=reference, progress=False)
+        select_parameters(model, token_batches(), reference=token_batches(), progress=False)
 
 
 def test_the_inputs_of_convolutions_are_their_patches():
@@ -73,11 +69,10 @@ def test_the_inputs_of_convolutions_are_their_patches():
     batches = [{"pixels": torch.randn(3, 4, 5, 5), "labels": torch.tensor([0, 1, 2])} for _ in range(2)]
     likelihood = lambda model, b: -nn.functional.cross_entropy(model(b["pixels"]), b["labels"], reduction="none")  # noqa: E731
     model = adapted(Image(), "row", target_modules=["conv"])
-    result = gathered(model, batches, "input_second_moment", "output_magnitude", log_likelihood=likelihood)
+    result = gathered(model, batches, "input_second_moment", log_likelihood=likelihood)
     pixels = torch.cat([b["pixels"] for b in batches]).double()
     patches = nn.functional.unfold(pixels, 3, padding=1).unflatten(1, (2, 18))
     assert_close(result["conv", "input_second_moment"], patches.square().mean((0, 1, 3)))
-    assert_close(result["conv", "output_magnitude"], Image().double().conv(pixels).abs().mean((0, 2, 3)).detach())
 
 
 def test_every_statistic_declares_its_length_and_entries_per_number(granularity):
@@ -87,7 +82,7 @@ def test_every_statistic_declares_its_length_and_entries_per_number(granularity)
     kind, shape = granularity_from(granularity), (6, 9)
     for name, statistic in STATISTICS._entries.items():
         values = ones(name, kind, shape)
-        expected = {"input_second_moment": 9, "output_magnitude": 6}.get(name, kind.units(shape))
+        expected = 9 if name == "input_second_moment" else kind.units(shape)
         assert len(values) == expected and (values == 1).all()
-        per_number = 1 if name in ("input_second_moment", "output_magnitude") else 54 // len(values)
+        per_number = 1 if name == "input_second_moment" else 54 // len(values)
         assert statistic.entries(kind, shape) == per_number

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from command_line import fail, succeed
-from models import adapted, fggm_layers, fisher_scores, llama, t5, token_batches
+from models import adapted, fggm_layers, llama, t5, token_batches
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.plots import density_plot, regret_plot, to_svg
@@ -70,15 +70,6 @@ def test_checks_of_reference_and_task_are_distinguished():
     report = select_parameters(model, MANY[:5], reference=MANY[5:9], progress=False)
     checks = [(check.data, check.samples) for check in report.checks]
     assert checks == [(data, n) for data in ("reference", "task") for n in (8, 16, 32)]
-
-
-def test_mean_scores_are_means_over_weight_entries(granularity):
-    model = adapted(llama(), granularity)
-    report = select_parameters(model, token_batches(), num_samples=None, progress=False)
-    scores = fisher_scores(model, token_batches())
-    for module in report.modules:
-        entries = module.shape[0] * module.shape[1]
-        assert module.mean_score == pytest.approx(float(scores[module.name].double().sum()) / entries, rel=1e-4)
 
 
 # Plots -------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,20 +29,6 @@ def guard_four_bit_layers(model: nn.Module) -> int:
             stacklevel=3,
         )
     return repacked
-
-
-@contextmanager
-def four_bit_layers_as_they_are(model: nn.Module) -> Iterator[None]:
-    """Prevent repacking of the 4-bit layers of ``model`` within the context; repacked layers stay repacked."""
-    layers = [layer for layer in _four_bit_layers(model) if not _is_repacked(layer)]
-    before = [getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers]
-    try:
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = False
-        yield
-    finally:
-        for layer, supported in zip(layers, before, strict=True):
-            layer.support_avx512bf16_for_cpu = supported
 
 
 def _four_bit_layers(model: nn.Module) -> list[Any]:

@@ -28,8 +28,7 @@ class SelectionSettings:
     )
     criterion: str = setting(
         "fisher",
-        "Score of a unit. From the task's data: 'fisher' (diagonal Fisher information F) or 'output_magnitude' "
-        "(rows, by a forward pass). From the task's data and a "
+        "Score of a unit. From the task's data: 'fisher' (diagonal Fisher information F). From the task's data and a "
         "`reference`: 'gain_per_harm' (sqrt(F) / F_ref), 'fisher_ratio' (F / F_ref), 'input_ratio' (columns, by "
         "forward passes), 'ssu' or 'ssu_inputs' (columns that the reference uses least), or 'gain_under_decay' (rows "
         "or columns, for `harm_decay`). Without data, when the adapter is created: 'random' or 'weight_magnitude'. Or "
