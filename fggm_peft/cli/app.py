@@ -20,6 +20,9 @@ COMMANDS: tuple[str, ...] = ("select", "train", "eval", "sequence", "reference")
 COMMANDS += ("inspect", "overlap", "diff", "merge", "export", "rollback", "doctor")
 
 
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # shtab's names of functions
+
+
 def parser() -> ArgumentParser:
     """The program's options. The docstring of a command's ``run`` is its help."""
     program = ArgumentParser(
@@ -43,6 +46,9 @@ def parser() -> ArgumentParser:
         command.add_argument("--json", action="store_true", help="Print only one JSON object to standard output.")
         text = "Show the traceback of an error, and the warnings of libraries."
         command.add_argument("--debug", action="store_true", help=text)
+        for action in command._actions:
+            if not action.choices:
+                action.complete = FILES  # type: ignore[attr-defined]
         names = [str(action.metavar) for action in command._get_positional_actions()]
         command.usage = " ".join(["%(prog)s", *names, "[OPTIONS]"])  # argparse would list a hundred options
         command.set_defaults(run=module.run, error=command.error)

@@ -308,6 +308,13 @@ class Example:
     written: int = field(default=0, init=False)
 
 
+def test_shells_complete_choices_and_otherwise_file_names():
+    (commands,) = parser()._subparsers._group_actions
+    actions = {action.dest: action for action in commands.choices["export"]._actions}
+    assert actions["to"].choices and not hasattr(actions["to"], "complete")
+    assert actions["output"].complete["bash"] == "_shtab_compgen_files"
+
+
 def test_options_come_from_the_fields_of_a_dataclass():
     assert read() == {}
     assert read("--share", "0.1", "--names", "a") == {"share": 0.1, "names": ["a"]}
