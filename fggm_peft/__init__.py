@@ -22,6 +22,7 @@ from .core.registry import Registry
 from .core.statistics import STATISTICS, Statistic
 from .core.threshold import (
     POLICIES,
+    MeanPlusStd,
     ParameterBudget,
     ScoreMass,
     ThresholdPolicy,
@@ -70,6 +71,7 @@ __all__ = [
     "InputCovariance",
     "Ledger",
     "LossyMergeError",
+    "MeanPlusStd",
     "MergeReport",
     "NofM",
     "NonFiniteScoreError",

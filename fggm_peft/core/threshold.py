@@ -10,6 +10,7 @@ limit the number of units of one weight.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -34,8 +35,12 @@ def limited(default: Any, legal: Callable[[Any], bool], description: str) -> Any
     return field(default=default, metadata={"legal": legal, "description": description})
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    return _is_finite(value) and 0 < value <= 1
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,22 @@ class ScoreMass(ThresholdPolicy):
         mass = [lambda rank, cost=cost: rank.double() * cost for cost in costs]
         # the last entry may overshoot: the set must have at least the fraction
         return take(ranks, mass, self.fraction * total * (1 - 1e-12), overshoot=True)
+
+
+@POLICIES.register("mean_plus_std")
+@dataclass(frozen=True)
+class MeanPlusStd(ThresholdPolicy):
+    """Select the scores above mean + ``k`` standard deviations."""
+
+    k: float = limited(1.0, _is_finite, "a finite number")
+
+    def select(self, scores, costs):
+        ranks = per_parameter(scores, costs)
+        count = sum(len(r) for r in ranks)
+        mean = sum(float(r.double().sum()) for r in ranks) / count
+        variance = sum(float((r.double() - mean).square().sum()) for r in ranks) / count
+        bound = max(0.0, mean + self.k * variance**0.5)  # a score of 0 is never selected
+        return [(r.double() > bound).nonzero().flatten().cpu() for r in ranks]
 
 
 @POLICIES.register("parameter_budget")

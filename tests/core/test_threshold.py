@@ -8,13 +8,14 @@ import re
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fggm_peft.core.errors import NonFiniteScoreError
 from fggm_peft.core.ranking import top_indices
 from fggm_peft.core.threshold import (
     POLICIES,
+    MeanPlusStd,
     ParameterBudget,
     ScoreMass,
     TopDensity,
@@ -27,6 +28,7 @@ densities = st.sampled_from([0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 1.0])
 FIELDS = {
     "top_density": {"density": densities},
     "score_mass": {"fraction": densities},
+    "mean_plus_std": {"k": st.sampled_from([-10.0, -1.0, 0.0, 0.5, 1.0, 2.0])},
     "parameter_budget": {"count": st.integers(4, 40)},
 }
 # few distinct values give many ties; multiples of 0.25 are exact in every dtype, also divided by a cost of 2 or 4
@@ -223,6 +225,25 @@ def test_score_mass_selects_no_extra_unit_when_the_fraction_is_met_exactly(cost)
 
 
 @quick
+@given(weights=scored_weights(), k=FIELDS["mean_plus_std"]["k"])
+def test_mean_plus_std_selects_the_scores_above_its_threshold(weights, k):
+    scores, costs = weights
+    for scope, groups in (("layer", [([s], [1]) for s in scores]), ("global", [(scores, costs)])):
+        low, expected, high = (
+            [chosen for group in groups for chosen in reference.above_mean(*group, k + shift)]
+            for shift in (-1e-9, 0, 1e-9)
+        )
+        assume(low == high)  # rounding decides about a score on the threshold itself
+        assert choose(MeanPlusStd(k, scope=scope), scores, costs) == expected
+
+
+def test_mean_plus_std_selects_equal_scores_only_with_a_threshold_below_them():
+    for value in (0.1, 1.0, 3.7):
+        assert choose(MeanPlusStd(0.0), [[value] * 7], [1]) == [[]]
+    assert choose(MeanPlusStd(-0.5), [[1.0, 2.0, 3.0]], [1]) == [[1, 2]]
+
+
+@quick
 @given(weights=scored_weights(costs=(1, 2, 3, 7)), share=st.floats(0, 1))
 def test_a_parameter_budget_is_never_exceeded_and_uses_every_unit_that_fits_at_the_cutoff(weights, share):
     scores, costs = weights
@@ -334,6 +355,7 @@ def test_a_forecast_is_correct_for_all_scores(name, data, most, sizes):
 
 BAD = [
     (TopDensity, "density", [0, -0.1, 1.01, float("nan"), float("inf"), True, "0.3", None], r"in \(0, 1\]"),
+    (MeanPlusStd, "k", [float("nan"), float("inf"), -float("inf"), True, "1", None], "a finite number"),
     (ScoreMass, "fraction", [0, -0.1, 1.01, float("nan"), True, "0.9", None], r"in \(0, 1\]"),
     (ParameterBudget, "count", [0, -1, 2.5, float("nan"), True, "10", None], "an integer > 0"),
 ]
