@@ -208,38 +208,3 @@ def above_mean(scores: list[list[float]], costs: list[int], k: float) -> list[li
 
 
 # Criteria: float64, from dense statistics --------------------------------------------------------
-
-
-def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tensor:
-    """``[units]``.
-
-    Args:
-        q: ``[o, i]`` float64: "fisher" and "reference" (mean squared per-sample gradients), "batches" (mean squared
-            gradients of batches), "gradient" (mean gradient), "weight"; ``[i]``: "input" and "reference input" (second
-            moments); ``[o]``: "output" (mean magnitude).
-    """
-
-    def unit(matrix: Tensor) -> Tensor:
-        return unit_scores(granularity, matrix)
-
-    def least(importance: Tensor) -> Tensor:
-        return entries / (importance / importance.mean() + 0.01)
-
-    entries = q["weight"].numel() // len(unit(q["weight"]))
-    harm = unit(q["reference"]) / entries + 0.01 * q["reference"].mean()
-    return {
-        "fisher": lambda: unit(q["fisher"]),
-        "gain_per_harm": lambda: entries * (unit(q["fisher"]) / entries).sqrt() / harm,
-        "fisher_ratio": lambda: unit(q["fisher"]) / harm,
-        # the covariance is 0.4 I and the ridge 3.2, so that M = I / 3.6
-        "gain_under_decay": lambda: unit(q["fisher"]) / (1 / 3.6 if granularity == "column" else 1),
-        "input_ratio": lambda: (
-            entries
-            * (q["input"] * q["reference input"].mean()).sqrt()
-            / (q["reference input"] + 0.01 * q["reference input"].mean())
-        ),
-        "ssu": lambda: least(q["weight"].abs().sum(0) * q["reference input"].sqrt()),
-        "ssu_inputs": lambda: least(q["reference input"]),
-        "output_magnitude": lambda: q["output"] / q["output"].sum(),
-        "weight_magnitude": lambda: unit(q["weight"].abs()),
-    }[name]()
