@@ -205,6 +205,3 @@ def above_mean(scores: list[list[float]], costs: list[int], k: float) -> list[li
     flat = torch.tensor([s / c for v, c in zip(scores, costs, strict=True) for s in v], dtype=torch.float64)
     bound = max(0.0, float(flat.mean() + k * flat.std(unbiased=False)))
     return [[i for i, s in enumerate(v) if s / c > bound] for v, c in zip(scores, costs, strict=True)]
-
-
-# Criteria: float64, from dense statistics --------------------------------------------------------
