@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..selection.likelihood import IGNORED
 
-# keys that TRL's preference trainers add to the model's inputs
-_NOT_INPUTS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+# what TRL's preference trainers add to the model's inputs; KTO adds copies of the inputs with answers to other prompts
+_NOT_INPUTS = ("completion_mask", "label", "ref_", "KL_")
 MAX_NEW_TOKENS = 256  # of a generated answer, if the generation settings have no limit
 
 
@@ -26,9 +26,9 @@ def selection_batch(batch: Any, trainer: Any = None) -> Mapping[str, Any]:
     if not isinstance(batch, Mapping):
         return batch  # select_parameters raises the error
     if "labels" not in batch and "completion_mask" in batch:
-        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+        inputs = {key: value for key, value in batch.items() if not key.startswith(_NOT_INPUTS)}
         inputs["labels"] = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-        return _paired(inputs)
+        return inputs if "label" in batch else _paired(inputs)
     return _unpacked(batch)
 
 
@@ -80,7 +80,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _paired(batch: dict[str, Any]) -> dict[str, Any]:
-    """TRL's batch (all chosen answers, then all rejected ones) as pairs, so that a sample limit keeps both kinds."""
+    """DPO's batch (all chosen answers, then all rejected ones) as pairs, so that a sample limit keeps both kinds."""
     size = len(batch["input_ids"])
     if size % 2:
         return batch

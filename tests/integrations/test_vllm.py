@@ -50,5 +50,5 @@ def test_the_snippet_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     SparseDelta.read(adapter("row")).save("adapter")
     names = {"base": llama()}
-    exec(compile(re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1], PAGE.name, "exec"), names)
+    exec(compile(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[-1], PAGE.name, "exec"), names)
     assert names["patches"]

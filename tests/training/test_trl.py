@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import byte_tokenizer, fggm_layers, text_model
+from accelerate import Accelerator
+from example_deltas import adapter
+from models import byte_tokenizer, fggm_layers, mixture, text_model
 from peft import get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification
 
@@ -15,19 +20,16 @@ from fggm_peft.training import FGGMTrainerMixin, batches
 from fggm_peft.training.batches import selection_batch, with_answers
 
 trl = pytest.importorskip("trl")
+SDFTConfig = pytest.importorskip("trl.experimental.sdft").SDFTConfig
 datasets = pytest.importorskip("datasets")
 
 
-class SFTTrainer(FGGMTrainerMixin, trl.SFTTrainer):
-    pass
-
-
-class DPOTrainer(FGGMTrainerMixin, trl.DPOTrainer):
-    pass
-
-
-class GRPOTrainer(FGGMTrainerMixin, trl.GRPOTrainer):
-    pass
+PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+TRAINERS: dict = {}
+exec(re.search(r"## TRL.*?```python\n(.*?)```", PAGE, re.DOTALL)[1], TRAINERS)
+SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, SDFTTrainer = (
+    TRAINERS[name] for name in ("SFT", "DPO", "KTO", "GRPO", "SDFT")
+)
 
 
 def rows(**columns) -> datasets.Dataset:
@@ -43,6 +45,14 @@ def answers() -> datasets.Dataset:
 
 def preferences() -> datasets.Dataset:
     return rows(chosen=lambda n: f" {n + 1}", rejected=lambda n: f" {n + 3}, no")
+
+
+def judgments() -> datasets.Dataset:
+    return rows(completion=lambda n: f" {n + n % 2}", label=lambda n: bool(n % 2))
+
+
+def reward(completions, **_) -> list[float]:
+    return [float(len(set(text))) for text in completions]
 
 
 def config(**options) -> FGGMConfig:
@@ -151,16 +161,45 @@ def trained_adapter() -> torch.nn.Module:
     return model
 
 
-def test_dpo_of_a_trained_adapter_uses_that_adapter_as_its_reference(tmp_path):
-    trainer = DPOTrainer(
-        model=trained_adapter(),
-        args=arguments(trl.DPOConfig, tmp_path),
-        train_dataset=preferences(),
+def test_kto_reads_each_answer_once_without_its_kl_copy(tmp_path):
+    trainer = KTOTrainer(
+        model=text_model(),
+        args=arguments(trl.KTOConfig, tmp_path),
+        train_dataset=judgments(),
         processing_class=byte_tokenizer(),
+        peft_config=config(num_samples=None),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "KL_input_ids" in batch and set(selection_batch(batch)) == {"input_ids", "attention_mask", "labels"}
+    assert torch.equal(selection_batch(batch)["input_ids"], batch["input_ids"])  # these are no pairs
+    trainer.train()
+    assert trainer.selection_report.samples == 24
+    assert losses(trainer)[0] == pytest.approx(0.5, abs=1e-4)  # policy and reference start equal
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+ANSWERS = {"num_generations": 2, "max_completion_length": 8}
+REFERENCES = {
+    "DPO": (DPOTrainer, trl.DPOConfig, {}, preferences, ("loss", 0.6931)),
+    "KTO": (KTOTrainer, trl.KTOConfig, {}, judgments, ("loss", 0.5)),
+    "GRPO": (GRPOTrainer, trl.GRPOConfig, {"beta": 0.1, **ANSWERS}, rows, ("kl", 0.0)),
+}
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_trained_adapter_is_its_own_reference(kind, tmp_path):
+    trainer_class, settings, options, data, (key, equal) = REFERENCES[kind]
+    trainer = trainer_class(
+        model=trained_adapter(),
+        args=arguments(settings, tmp_path, **options),
+        train_dataset=data(),
+        processing_class=byte_tokenizer(),
+        **({"reward_funcs": reward} if kind == "GRPO" else {}),
     )
     trainer.train()
     assert trainer.selection_report is None  # the adapter was already selected
-    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)
+    first = next(log[key] for log in trainer.state.log_history if key in log)
+    assert first == pytest.approx(equal, abs=1e-4)  # policy and reference start equal
     layer = next(iter(fggm_layers(trainer.model, "ref").values()))
     assert torch.equal(layer.fggm_indices["ref"], layer.fggm_indices["default"])
     assert not torch.equal(layer.fggm_values["ref"], layer.fggm_values["default"])  # only "default" was trained
@@ -170,22 +209,82 @@ def test_dpo_of_a_trained_adapter_uses_that_adapter_as_its_reference(tmp_path):
 def test_grpo_selects_on_generated_answers(tmp_path, monkeypatch):
     trainer = GRPOTrainer(
         model=text_model(),
-        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=8, beta=0.1),
+        reward_funcs=reward,
+        args=arguments(trl.GRPOConfig, tmp_path, beta=0.1, **ANSWERS),
         train_dataset=rows(),
         processing_class=byte_tokenizer(),
         peft_config=config(num_samples=None),
     )
-    asked = []
-    generate = batches.with_answers
-    monkeypatch.setattr(
-        batches, "with_answers", lambda trainer, prompts: asked.extend(prompts) or generate(trainer, prompts)
-    )
+    asked = prompts_of_the_selection(monkeypatch)
     trainer.train()
     assert trainer.selection_report.samples == 24
     assert sorted(asked) == sorted(rows()["prompt"])  # each prompt once, although TRL repeats prompts for its groups
     logs = [log for log in trainer.state.log_history if "kl" in log]
     assert logs[0]["kl"] == pytest.approx(0, abs=1e-6) and logs[-1]["kl"] > 0
+
+
+def prompts_of_the_selection(monkeypatch) -> list[str]:
+    """The prompts that a selection will answer."""
+    asked, generate = [], batches.with_answers
+    monkeypatch.setattr(
+        batches, "with_answers", lambda trainer, prompts: asked.extend(prompts) or generate(trainer, prompts)
+    )
+    return asked
+
+
+@pytest.mark.parametrize("teacher", ["base", "live"])
+def test_sdft_selects_on_generated_answers_and_teaches_itself(teacher, tmp_path, monkeypatch):
+    trainer = SDFTTrainer(
+        model=text_model(),
+        args=arguments(SDFTConfig, tmp_path, teacher_model_kind=teacher, max_steps=2, **ANSWERS),
+        train_dataset=rows(privileged_context=lambda n: f" {n + 1}"),
+        processing_class=byte_tokenizer(),
+        peft_config=config(num_samples=None),
+    )
+    asked = prompts_of_the_selection(monkeypatch)
+    trainer.train()
+    assert trainer.selection_report.samples == 24 and sorted(asked) == sorted(rows()["prompt"])
+    assert len(losses(trainer)) == 2
+    assert any(layer.fggm_values["default"].any() for layer in fggm_layers(trainer.model, "default").values())
+
+
+WEIGHTS = {
+    "linear layers and a norm": (text_model, {"modules_to_save": ["model.norm"]}),
+    "tied embeddings": (lambda: text_model(tie_word_embeddings=True), {"target_modules": ["embed_tokens", "q_proj"]}),
+    "experts": (lambda: mixture("Qwen3Moe"), {"target_parameters": ["experts.gate_up_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_vllm_gets_the_merged_weights_under_the_names_of_the_base(case):
+    """TRL's code for the synchronization, with a stand-in of its client."""
+    generation = pytest.importorskip("trl.generation.vllm_generation")
+    asynchronous = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    received: dict[str, torch.Tensor] = {}
+
+    class Generation(generation.VLLMGeneration):
+        def _init_vllm(self):
+            self.vllm_client = self
+
+        def update_named_params(self, metadata, parameters):
+            received.update((name, tensor.clone()) for name, tensor in parameters)
+            assert [name for name, _, _ in metadata] == list(received)
+            assert [shape for _, _, shape in metadata] == [list(tensor.shape) for tensor in received.values()]
+
+        def reset_prefix_cache(self): ...
+
+    build, settings = WEIGHTS[case]
+    model = adapter("column", base=build(), **settings)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save.default" in name:
+            parameter.data.fill_(0.7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Generation(model, Accelerator(cpu=True), None, mode="server").sync_weights()
+    merged = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
+    assert received.keys() == merged.keys() == {name for name, _ in asynchronous._iter_vllm_named_params(model)}
+    assert all(torch.equal(received[name], merged[name]) for name in merged)
+    assert any(not torch.equal(received[name], weight) for name, weight in build().named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_prompts_without_answers_require_the_mixin():
