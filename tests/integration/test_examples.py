@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 from models import byte_tokenizer, text_model
 from safetensors.torch import load_file
+
+from fggm_peft.continual.reading import read_stream
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -118,12 +121,15 @@ def test_a_killed_run_resumes_bit_exactly(launcher, model_folder, data, tmp_path
 def test_the_demo_runs_and_writes_its_report_and_deltas(model_folder, tmp_path):
     run("demo/prepare.py", tmp_path / "data", "--no-model")
     options = ["--data", tmp_path / "data", "--model", model_folder, "--output", tmp_path / "runs", "--processes", 2]
+    options += re.search(r"--methods \S+", (EXAMPLES.parent / "Makefile").read_text())[0].split()
     command = [sys.executable, "-c", "from fggm_peft.cli import main; main()", "sequence", "demo", *map(str, options)]
     result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     report = json.loads((tmp_path / "runs" / "report.json").read_text())
     assert [(run["label"], run["learning_rate"]) for run in report["runs"]] == [("retain", 1.6e-3), ("sft", 1e-4)]
     assert (tmp_path / "runs" / "report.md").exists()
+    stream = read_stream("demo", data=tmp_path / "data", model=model_folder)
+    assert [method.label for method in stream.methods] == ["sft", "retain", "lora"]  # make demo ARGS="--methods lora"
     deltas = sorted((tmp_path / "runs" / "runs" / "retain" / "lr0.0016-seed0-given" / "tasks").iterdir())
     assert [delta.name for delta in deltas] == ["0-module", "1-number", "2-date"]
     assert all((delta / "adapter_model.safetensors").exists() for delta in deltas)
