@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adapted, fggm_layers, llama, token_batches
+from models import adapted, fggm_layers, llama, mixture, token_batches
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -75,14 +75,17 @@ def test_two_processes_decay_like_one(kind, granularity, processes):
             torch.testing.assert_close(result[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def read(rank_reads: bool) -> dict[str, Tensor]:
-    data = token_batches(sizes=(2, 1, 2), seed=3)
-    result = input_covariance(llama(), data[rank() :: 2] if rank_reads else data, progress=False)
+def read(experts: bool, rank_reads: bool) -> dict[str, Tensor]:
+    data, settings = token_batches(sizes=(2, 1, 2), seed=3), {"target_parameters": ["experts.gate_up_proj"]}
+    model = adapted(mixture("Mixtral"), "row", criterion="random", **settings) if experts else llama()
+    result = input_covariance(model, data[rank() :: 2] if rank_reads else data, progress=False)
     return {path: result[path].to(torch.float32).dense() for path in result.inputs}
 
 
-def test_two_processes_read_the_covariance_of_all_data(processes):
-    expected = read(False)
-    for result in processes(read, True):
+@pytest.mark.parametrize("experts", [False, True])
+def test_two_processes_read_the_covariance_of_all_data(experts, processes):
+    expected = read(experts, False)
+    assert any("experts" in path for path in expected) == experts
+    for result in processes(read, experts, True):
         for path, matrix in expected.items():
             torch.testing.assert_close(result[path], matrix, atol=0.02 * float(matrix.max()), rtol=0.02)
