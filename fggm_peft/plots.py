@@ -1,4 +1,4 @@
-"""Plots of selections, and the kinds of plots that reports consist of, in one style.
+"""The kinds of plots that reports consist of, in one style.
 
 The functions take plain values; None is a missing value. matplotlib and seaborn are imported when something is drawn.
 Text is drawn literally, without mathematics between ``$``. Equal input gives equal bytes.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .tuner.target import layer_and_type
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,48 +173,3 @@ def heat_map_height(rows: int, columns: Sequence[str]) -> float:
     """Inches for a heat map, including the names of its columns, which are upright if they are long."""
     lengths = [len(shortened(name)) for name in columns]
     return 0.35 + 0.27 * max(rows, 2) + (0.075 * max(lengths) if sum(lengths) > 26 else 0.15)
-
-
-# --- plots of selections -------------------------------------------------------------------------
-
-
-@style()
-def density_plot(shares: Mapping[str, tuple[float, int]], title: str = "") -> Figure:
-    """The selected share of each weight (module path -> share, entries): types of modules by layers."""
-    sums: dict[tuple[str, str], tuple[float, int]] = {}
-    for path, (share, entries) in shares.items():
-        layer, kind = layer_and_type(path)
-        selected, total = sums.get((kind, layer), (0.0, 0))
-        sums[kind, layer] = selected + share * entries, total + entries
-    kinds, layers = (list(dict.fromkeys(names)) for names in zip(*sums, strict=True))
-    cells = {key: selected / total if total else None for key, (selected, total) in sums.items()}
-    values = [[cells.get((kind, layer)) for layer in layers] for kind in kinds]
-    stacks = {layer.rpartition(".")[0] for layer in layers if layer}
-    labels = [layer.rpartition(".")[2] for layer in layers] if len(stacks) < 2 else layers
-    figure, (axes,) = new_figure(0.75 + heat_map_height(len(kinds), labels[:12]), 4.4)
-    heat_map(axes, values, kinds, labels, 0.0, max(filter(None, cells.values()), default=1.0), scale="selected share")
-    axes.set(title=plain(title), xlabel="layer" if any(layers) else "")
-    return figure
-
-
-@style()
-def regret_plot(curves: Mapping[str, Sequence[tuple[int, float | None]]], title: str = "") -> Figure:
-    """The regret of a selection by the number of samples.
-
-    Args:
-        curves: name -> (samples, regret) of each check; one of them has a regret.
-    """
-    present = {name: {n: v for n, v in checks if v is not None} for name, checks in curves.items()}
-    present = {name: checks for name, checks in present.items() if checks}
-    samples = sorted({n for checks in present.values() for n in checks})
-    figure, (axes,) = new_figure(2.7 if len(present) == 1 else 3.0)
-    for name, look in looks(list(present)).items():
-        axes.plot(list(present[name]), list(present[name].values()), label=shortened(name, 22), **look)
-    ticks = [n for k, n in enumerate(samples) if not k or n > 1.3 * samples[k - 1]]  # others would overlap
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axes.minorticks_off()
-    axes.set(title=plain(title), xlabel="samples", ylabel="regret", ylim=(0.0, None))
-    if len(present) > 1:
-        legend(axes)
-    return figure

@@ -11,13 +11,11 @@ import pytest
 from fggm_peft import plots
 from fggm_peft.plots import (
     INK,
-    density_plot,
     heat_map,
     legend,
     looks,
     new_figure,
     plain,
-    regret_plot,
     save,
     shortened,
     style,
@@ -42,8 +40,6 @@ def lines_figure(names):
 
 
 DRAW = {
-    "density": lambda names: density_plot(dict.fromkeys(names, (0.5, 1))),
-    "regret": lambda names: regret_plot({name: [(1, 0.2), (2, 0.9)] for name in names}),
     "lines": lines_figure,
 }
 
@@ -117,11 +113,6 @@ def test_the_color_bar_has_a_label():
     figure, (axes,) = new_figure(2.5)
     heat_map(axes, [[0.37] * 3], ["r"], ["c", "d", "e"], 0.0, 1.0, scale="a <share>")
     assert {"a &lt;share&gt;", ".37"} <= set(texts(to_svg(figure, "plot")))
-
-
-def test_ticks_that_would_overlap_are_omitted():
-    found = texts(to_svg(regret_plot({"a": [(32, 0.3), (64, 0.2), (70, 0.1)]}), "plot"))
-    assert {"32", "64"} <= set(found) and "70" not in found
 
 
 def test_a_legend_stays_within_the_figure():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plots import new_figure, save
 from .options import add_base, add_batch_size, add_data, add_selection, base_model, read_task, selection_config
 from .output import ADAPTER_FILE, Result, add_output, require_free
 
@@ -20,7 +18,6 @@ def add_options(parser: ArgumentParser) -> None:
     add_data(parser, required=False)
     add_batch_size(parser)
     add_output(parser, "Folder for the adapter. Required without --dry-run.", required=False)
-    parser.add_argument("--plots", type=Path, help="Folder for plots of densities and regret.")
     group = parser.add_argument_group("dry run")
     text = "Show the cost of training. Reads no data and writes nothing."
     group.add_argument("--dry-run", action="store_true", help=text)
@@ -43,9 +40,6 @@ def run(args: Namespace) -> Result | None:
     if args.output is None:
         args.error("--output: name a folder for the adapter")
     require_free(args.output, args.overwrite)
-    if args.plots is not None:
-        require_free(args.plots, args.overwrite)
-        new_figure(1)  # raises an error now if a package is missing
 
     from peft import get_peft_model
     from rich.console import Group
@@ -73,14 +67,9 @@ def run(args: Namespace) -> Result | None:
     if (covariance := covariance_of(model.active_peft_config)) is not None:
         covariance.save(args.output)  # for fggm train --adapter
     size = (args.output / ADAPTER_FILE).stat().st_size
-    pictures = {} if args.plots is None else {args.plots / f"{name}.svg": plot for name, plot in report.plots()}
-    for file, plot in pictures.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save(plot, file)
     data = {"model": args.model, "output": str(args.output), "bytes": size, **report.to_dict()}
-    note = f"{f'Plots: {args.plots}. ' if pictures else ''}Saved to {args.output}. Train it with: "
-    note += f"fggm train {args.model} --adapter {args.output} --data ..."
-    return {**data, "pictures": list(map(str, pictures))}, Group(report.to_table(), Text(note))
+    note = f"Saved to {args.output}. Train it with: fggm train {args.model} --adapter {args.output} --data ..."
+    return data, Group(report.to_table(), Text(note))
 
 
 def _cost(args: Namespace, config: FGGMConfig) -> Result | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
     from ..tuner.files.task_scores import TaskRecord
@@ -123,17 +121,6 @@ class SelectionReport:
         for entry, module in zip(result["modules"], self.modules, strict=True):
             entry["shape"], entry["density"] = list(module.shape), module.density
         return result
-
-    def plots(self) -> Iterator[tuple[str, Figure]]:
-        """Name and figure of each plot that the report has data for: density, regret."""
-        from ..plots import density_plot, regret_plot
-
-        yield "density", density_plot({m.name: (m.density, m.shape[0] * m.shape[1]) for m in self.modules})
-        curves: dict[str, list[tuple[int, float | None]]] = {}
-        for check in self.checks:
-            curves.setdefault(check.data, []).append((check.samples, check.regret))
-        if any(check.regret is not None for check in self.checks):
-            yield "regret", regret_plot(curves)
 
     def summary(self) -> dict[str, Any]:
         """The part that the adapter's config stores. It is the same in every run, so it contains no times."""

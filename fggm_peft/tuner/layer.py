@@ -121,8 +121,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         adapter_names: list[str] | None = None,
         keep_originals: bool = True,
         is_decided: bool = False,
-        report: bool = False,
-    ) -> ModuleMerge | None:
+    ) -> None:
         """Merge adapters into the base layer; see ``FGGMModel.merge_adapter`` for the errors.
 
         Args:
@@ -130,38 +129,29 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             adapter_names: by default the active adapters.
             keep_originals: keep what ``unmerge`` needs to restore the base bit for bit.
             is_decided: whether ``quantized_merge="auto"`` was decided for the whole model, by ``check_merge``.
-            report: compare the merged weight with the delta.
-
-        Returns:
-            What the merge did to the delta, if requested; None if there was nothing to merge.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fggm_values]
         if not names:
-            return None
+            return
         if self.quantization_backend is None:
-            record = self._merge_dense_(names, safe_merge, keep_originals, report)
+            self._merge_dense_(names, safe_merge, keep_originals)
         else:
-            replacement, record = self.quantized_replacement(names, safe_merge, is_decided)
+            replacement, _ = self.quantized_replacement(names, safe_merge, is_decided)
             if keep_originals:
                 self._replaced_bases.append(self.base_layer)
             self._set_base(replacement)
         self.merged_adapters.extend(names)
-        return record if report else None
 
-    def _merge_dense_(self, names: list[str], safe: bool, keep_originals: bool, report: bool) -> ModuleMerge | None:
+    def _merge_dense_(self, names: list[str], safe: bool, keep_originals: bool) -> None:
         if safe:
             self._require_finite(names)
         base = self.get_base_layer()
         matrix = self.matrix(base.weight.detach())
-        records = []
         for name in names:
-            before, after = merging.add_to_dense_(matrix, delta := self.delta(name))
-            if report:  # the products of a record take as long as the merge of a small layer
-                records.append(merging.record_of(delta, before, after))
+            before, _ = merging.add_to_dense_(matrix, self.delta(name))
             if keep_originals:
                 self.fggm_originals[name] = before
         self.write_back_(base.weight.detach(), matrix)
-        return merging.total(records) if report else None
 
     def _require_finite(self, names: list[str]) -> None:
         matrix = self.matrix(self.get_base_weight())

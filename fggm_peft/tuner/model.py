@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 from accelerate import init_empty_weights
 from peft import LoraConfig, TaskType
@@ -26,7 +25,7 @@ from .hosts.offloading import require_offloading_in_place
 from .hosts.quantized_targets import expand_all_linear_
 from .hosts.sharding import plain_name, require_unsharded
 from .layer import FGGMLayer
-from .merging.merge import MIN_SURVIVAL, MergeReport, ModuleMerge, lossy_merge_error
+from .merging.merge import MIN_SURVIVAL, MergeReport, lossy_merge_error
 from .parameters import FGGMParameter, FGGMParameters, matched_parameters, replace_everywhere_, targeted_layers
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
@@ -188,9 +187,7 @@ class FGGMModel(BaseTuner):
         how = Combination(combination_type, density, majority_sign_method)
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, report: bool = False
-    ) -> MergeReport | None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base; ``unmerge_adapter`` restores it bit for bit.
 
         All layers are checked before the first one changes.
@@ -198,18 +195,13 @@ class FGGMModel(BaseTuner):
         Args:
             adapter_names: by default the active adapters.
             safe_merge: raise if a merged weight would be NaN or infinite.
-            report: return how much of each module's delta is in the weights. This takes as long as the merge.
-
-        Returns:
-            The report; None if it was not requested.
 
         Raises:
             ValueError: a merged weight is not finite, with ``safe_merge``.
             LossyMergeError: a quantized base would lose part of the delta (``quantized_merge="auto"``).
             TypeError: a quantization backend cannot requantize.
         """
-        records = self._merge_all(adapter_names, safe_merge, keep_originals=True, report=report)
-        return MergeReport(records) if report else None
+        self._merge_all(adapter_names, safe_merge, keep_originals=True)
 
     def unmerge_adapter(self) -> None:
         """Undo all merges: the base is what it was, bit for bit."""
@@ -218,35 +210,28 @@ class FGGMModel(BaseTuner):
             with onload(layer):  # in reverse, because tied layers have changed the same weight in turn
                 layer.unmerge()
 
-    def _merge_all(
-        self, names: list[str] | None, safe_merge: bool, keep_originals: bool, report: bool = False
-    ) -> list[ModuleMerge]:
+    def _merge_all(self, names: list[str] | None, safe_merge: bool, keep_originals: bool) -> None:
         self._check_merge_allowed()
         if isinstance(names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
-        tuner_layers = {path: m for path, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        tuner_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self._check_merge(tuner_layers, names, safe_merge)
-        records = []
         onload = self._onload()
-        for path, layer in tuner_layers.items():
+        for layer in tuner_layers:
             with onload(layer):
-                if not isinstance(layer, FGGMLayer):  # another method's layer in a mixed model
+                if isinstance(layer, FGGMLayer):
+                    layer.merge(safe_merge, names, keep_originals, is_decided=True)
+                else:  # another method's layer in a mixed model
                     layer.merge(safe_merge=safe_merge, adapter_names=names)
-                elif record := layer.merge(safe_merge, names, keep_originals, is_decided=True, report=report):
-                    records.append(replace(record, name=path))
-        return records
 
     def _onload(self) -> Callable[[nn.Module], AbstractContextManager]:
         """PEFT's ``onload_layer`` if any module has a hook of accelerate. It takes as long as merging a small layer."""
         has_hooks = any("_hf_hook" in vars(module) for module in self.model.modules())
         return onload_layer if has_hooks else nullcontext
 
-    def _check_merge(self, tuner_layers: dict[str, BaseTunerLayer], names: list[str] | None, safe: bool) -> None:
-        records = []
-        for path, layer in tuner_layers.items():
-            if isinstance(layer, FGGMLayer) and (record := layer.check_merge(names, safe)):
-                records.append(replace(record, name=path))
-        report = MergeReport(records)
+    def _check_merge(self, tuner_layers: list[BaseTunerLayer], names: list[str] | None, safe: bool) -> None:
+        checked = [layer.check_merge(names, safe) for layer in tuner_layers if isinstance(layer, FGGMLayer)]
+        report = MergeReport([record for record in checked if record is not None])
         if report.survived < MIN_SURVIVAL:
             raise lossy_merge_error(report)
 

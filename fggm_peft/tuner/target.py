@@ -77,16 +77,6 @@ class Target:
         return self.layer.delta(self.adapter_name)
 
 
-def layer_and_type(path: str) -> tuple[str, str]:
-    """Split a module path after its first number, as in ("model.layers.3", "mlp.up_proj"); without one, ("", path).
-
-    Further numbers, such as those of experts, become ``*``.
-    """
-    parts = path.split(".")
-    end = next((position + 1 for position, part in enumerate(parts) if part.isdecimal()), 0)
-    return ".".join(parts[:end]), ".".join("*" if part.isdecimal() else part for part in parts[end:]) or "*"
-
-
 Targets = dict[str, Target]
 """Module path -> target, in the order of the model."""
 

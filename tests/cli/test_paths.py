@@ -35,10 +35,9 @@ def test_the_home_directory_is_expanded_in_every_option(folder, home):
         shutil.copytree(folder / name, home / name)
     (home / "text.txt").write_text("A text.")
     few = ("--num-samples=4", "--density=0.2")
-    succeed("select", "~/model", "--data=~/data", "--output=~/s", "--plots=~/plots", *few, "--save-scores")
-    assert names(home / "s") == ADAPTER | {"fggm_scores.safetensors"} and names(home / "plots")
+    succeed("select", "~/model", "--data=~/data", "--output=~/s", *few, "--save-scores")
+    assert names(home / "s") == ADAPTER | {"fggm_scores.safetensors"}
     assert "not empty" in fail("select", "~/model", "--data=~/data", "--output=~/s")
-    assert "not empty" in fail("select", "~/model", "--data=~/data", "--output=~/s2", "--plots=~/plots")
     train = ("--adapter=~/s", "--output=~/t", "--eval-data=~/data", "--eval-split=test", "--max-steps=2")
     succeed("train", "~/model", "--data=~/data/train.json", *train, "--learning-rate=0.1", "--warmup-steps=0")
     found = succeed("eval", "~/model", "--data=~/data", "-a~/t")
@@ -53,7 +52,7 @@ def test_the_home_directory_is_expanded_in_every_option(folder, home):
     options = ("--criterion=gain_per_harm", "--reference=~/s", "--config=~/s/adapter_config.json")
     succeed("select", "~/model", "--data=~/data", "--output=~/u", *few, *options)
     assert not list(home.parent.joinpath("work").iterdir())
-    assert {name for name in names(home) if name[0] != "."} == {*"stmrldecu", "model", "data", "text.txt", "plots"}
+    assert {name for name in names(home) if name[0] != "."} == {*"stmrldecu", "model", "data", "text.txt"}
 
 
 def test_the_home_directory_is_expanded_in_a_stream(home):
@@ -71,7 +70,6 @@ def test_the_home_directory_is_expanded_in_a_stream(home):
 
 COMMANDS = {
     "select": ("/missing", "--data", "/missing"),
-    "select --plots": ("/missing", "--data", "/missing"),
     "train": ("/missing", "--data", "/missing"),
     "merge": ("/missing", "-a", "ADAPTER"),
     "merge --ledger": ("/missing", "-a", "ADAPTER"),

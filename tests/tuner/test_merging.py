@@ -11,6 +11,7 @@ from reference import TOLERANCE, relative_error
 from fggm_peft import FGGMConfig, MergeReport
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.core.weight_delta import WeightDelta
+from fggm_peft.deltas import apply_deltas
 from fggm_peft.tuner.merging import merge as merging
 
 BATCHES = token_batches(sizes=(5, 4, 5))  # enough positions to use the effective weight
@@ -92,17 +93,14 @@ def test_merge_and_forward_apply_the_scale(granularity):
 
 def test_the_report_contains_the_survived_share_of_the_delta():
     model = trained("row", torch.bfloat16)
-    assert model.merge_adapter() is None
-    model.unmerge_adapter()
-    report = model.merge_adapter(report=True)
+    report = apply_deltas(llama(torch.bfloat16), [model])
     assert isinstance(report, MergeReport) and len(report.modules) == 14
     assert {module.outcome for module in report.modules} == {"added"}
     assert 0.95 < report.survived < 1.05 and "14 added" in str(report)
-    model.unmerge_adapter()
     with torch.no_grad():  # a delta far below the resolution of bfloat16 is lost
         for layer in fggm_layers(model, "default").values():
             layer.fggm_values["default"] *= 1e-6
-    report = model.merge_adapter(report=True)
+    report = apply_deltas(llama(torch.bfloat16), [model])
     assert report.survived < 0.05
     assert report.to_dict()["modules"]["model.layers.0.mlp.up_proj"]["survived"] < 0.05
 
