@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..tuner.parameters import ParameterLayer
 
+_CASTS = {Tensor.to, Tensor.type, Tensor.float}
 _PRODUCTS = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm}
 
 
@@ -28,6 +29,9 @@ class WeightInputs(TorchFunctionMode):
         self.module, self.record = module, record
         self.paths: dict[str, dict[int, str]] = defaultdict(dict)  # parameter -> expert -> path
         self._unseen: set[str] = set()
+        self._cast: dict[str, Tensor] = {}  # routers may multiply by a float32 copy
+        config: Any = getattr(module, "config", None)
+        self._config = config if hasattr(config, "_experts_implementation") else None
         self._implementation: Any = None
 
     def add(self, path: str, layer: ParameterLayer) -> None:
@@ -43,16 +47,15 @@ class WeightInputs(TorchFunctionMode):
         ]
 
     def _start(self, module: nn.Module, args: tuple) -> None:
-        if config := getattr(module, "config", None):
-            self._implementation = getattr(config, "_experts_implementation", None)
-            config._experts_implementation = "eager"
-        self._unseen = set(self.paths)
+        if self._config is not None:
+            self._implementation, self._config._experts_implementation = self._config._experts_implementation, "eager"
+        self._unseen, self._cast = set(self.paths), {}
         self.__enter__()
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.__exit__(None, None, None)
-        if config := getattr(module, "config", None):
-            config._experts_implementation = self._implementation
+        if self._config is not None:
+            self._config._experts_implementation = self._implementation
         if output is not None and self._unseen:
             path = next(iter(self.paths[min(self._unseen)].values()))
             raise ValueError(
@@ -64,10 +67,13 @@ class WeightInputs(TorchFunctionMode):
         if func in _PRODUCTS and len(args) > 1:
             for name, paths in self.paths.items():
                 self._observe(name, paths, args[0].detach(), args[1])
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if func in _CASTS:
+            self._cast |= {name: output for name in self.paths if args[0] is getattr(self.module, name)}
+        return output
 
     def _observe(self, name: str, paths: dict[int, str], x: Tensor, weight: Tensor) -> None:
-        parameter = getattr(self.module, name)  # in functional_call, the adapted copy
+        parameter = self._cast.get(name, getattr(self.module, name))  # in functional_call, the adapted copy
         offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         if not 0 <= offset < parameter.numel():
             return

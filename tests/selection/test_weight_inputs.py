@@ -78,6 +78,14 @@ def test_every_implementation_has_the_same_inputs(implementation):
     assert model.config._experts_implementation == implementation
 
 
+def test_a_router_that_multiplies_by_a_float32_copy():
+    path, covariances = "model.layers.0.mlp.gate", []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = adapted(mixture("DeepseekV3", dtype), criterion="random", target_parameters=["gate.weight"])
+        covariances.append(input_covariance(model, token_batches(), modules=[path], progress=False)[path])
+    torch.testing.assert_close(*(c.to(torch.float32).dense() for c in covariances), rtol=0.1, atol=0.1)
+
+
 def test_a_trained_adapter_counts():
     batches = token_batches(sizes=(2,))
     model = with_adapter("GptOss")
