@@ -213,7 +213,8 @@ def selection_config(args: Namespace) -> FGGMConfig:
     from ..tuner.settings.selection import require_reference
 
     config = FGGMConfig(**{"task_type": "CAUSAL_LM", **selection_settings(args)})
-    require_reference(config, config.reference)
+    remedy = "Add --reference TEXT.txt, --reference self (text that the model writes itself) or saved statistics"
+    require_reference(config, config.reference, remedy)
     return config
 
 

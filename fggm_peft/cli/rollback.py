@@ -34,7 +34,6 @@ def run(args: Namespace) -> Result:
     ledger = Ledger(args.ledger)
     if args.model is None:
         ledger.remove(args.task)
-        text = f"Removed {args.task} from the ledger"
     else:
         require_free(args.output, args.overwrite)
         base = BaseModel(args.model)
@@ -45,7 +44,6 @@ def run(args: Namespace) -> Result:
             with suppress(BaseModelError):  # it was merged without a tokenizer
                 base.load_tokenizer(as_saved=True).save_pretrained(folder)
         ledger.remove(args.task)  # last, when the model without the task is saved
-        text = f"Removed {args.task} exactly from the ledger and the model"
     output = None if args.output is None else str(args.output)
     data = {"ledger": str(args.ledger), "task": args.task, "output": output, "remaining": ledger.tasks}
-    return data, facts_table(text, data)
+    return data, facts_table(f"Removed {args.task}", data)

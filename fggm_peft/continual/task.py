@@ -98,7 +98,7 @@ class Task(Settings):
         if (self.prompt is None) != (self.answer is None):
             raise ValueError("prompt and answer are templates that belong together: give both or neither")
         data = (info.context or {}).get("data")
-        where = "" if data is None else f". Paths of tasks are relative to data, which is {data}"
+        where = "" if data is None else f". Paths of tasks are relative to data, which is {data}; set it with --data"
         if self.path is not None and not Path(self.path).is_dir():
             raise ValueError(f"path: no folder {self.path}{where}")
         return self

@@ -144,7 +144,7 @@ class SelectionReport:
             title=f"{self.parameters:,} trainable values, {self.density:.2%} of the targeted weights",
             caption=f"criterion {self.criterion}, {self.samples} samples{against}, regret {regret}, {cost}",
         )
-        table.add_column("module")
+        table.add_column("module", overflow="fold")
         for heading in ("shape", "units", "chosen", "density", "score share", "regret"):
             table.add_column(heading, justify="right")
         for m in self.modules:

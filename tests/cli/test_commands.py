@@ -553,7 +553,7 @@ def test_references_are_the_models_own_text_and_an_earlier_task(folder, tmp_path
 
 def test_a_criterion_without_its_reference_is_rejected_before_the_model_is_loaded(tmp_path):
     line = fail("select", "no/model", "--data", "x", "--output", tmp_path / "out", "--criterion", "gain_per_harm")
-    assert "reference='self'" in line and not (tmp_path / "out").exists()
+    assert "Add --reference TEXT.txt" in line and not (tmp_path / "out").exists()
 
 
 def test_the_preset_retains_a_text_or_saved_statistics(folder, tmp_path):

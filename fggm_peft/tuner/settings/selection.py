@@ -113,15 +113,17 @@ def check_reference(config: SelectionSettings, reference: Sequence[Any]) -> None
         )
 
 
-def require_reference(config: SelectionSettings, reference: Any) -> None:
-    """Raise ``ValueError`` if the config needs a reference and none is given."""
+REFERENCES = (
+    "Set reference='self' (text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on "
+    "the config, or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
+)
+
+
+def require_reference(config: SelectionSettings, reference: Any, remedy: str = REFERENCES) -> None:
+    """Raise ``ValueError`` with the remedy if the config needs a reference and none is given."""
     if config.needs_reference and not reference:
         user = "harm_decay" if config.harm_decay else f"criterion {config.criterion!r}"
-        raise ValueError(
-            f"{user} weighs the task against a reference, but none was given. Set reference='self' "
-            "(text that the model writes itself), 'history' (earlier tasks) or a path of saved scores on the config, "
-            "or pass reference=dataloader with general text to select_parameters (a trainer's selection_reference)"
-        )
+        raise ValueError(f"{user} weighs the task against a reference, but none was given. {remedy}")
 
 
 def require_num_samples(value: Any) -> None:
