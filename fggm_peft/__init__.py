@@ -43,7 +43,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .deltas import Ledger, SparseDelta, compose, diff, export_lora, overlap, prune
-    from .training import FGGMTrainer, FGGMTrainerMixin
+    from .training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 __all__ = [
     "CRITERIA",
@@ -60,6 +60,7 @@ __all__ = [
     "CostEstimate",
     "Criterion",
     "Elements",
+    "FGGMCallback",
     "FGGMConfig",
     "FGGMLayer",
     "FGGMModel",

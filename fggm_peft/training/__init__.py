@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .texts import text_batches
-    from .trainer import FGGMTrainer, FGGMTrainerMixin
+    from .trainer import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
-__all__ = ["FGGMTrainer", "FGGMTrainerMixin", "text_batches"]
+__all__ = ["FGGMCallback", "FGGMTrainer", "FGGMTrainerMixin", "text_batches"]
 
 
 def __getattr__(name: str) -> Any:

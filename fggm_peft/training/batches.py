@@ -17,9 +17,11 @@ _NOT_INPUTS = ("completion_mask", "label", "ref_", "KL_")
 MAX_NEW_TOKENS = 256  # of a generated answer, if the generation settings have no limit
 
 
-def selection_batch(batch: Any, trainer: Any) -> Mapping[str, Any]:
-    """A trainer's batch as model inputs with labels, one sample per row."""
+def selection_batch(batch: Any, trainer: Any = None) -> Mapping[str, Any]:
+    """A trainer's batch as model inputs with labels, one sample per row. Batches of prompts need ``trainer``."""
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Mapping) and "prompt" in batch[0]:
+        if trainer is None:
+            raise ValueError("the trainer's batches are prompts without answers; use FGGMTrainerMixin to generate them")
         return with_answers(trainer, [example["prompt"] for example in batch])
     if not isinstance(batch, Mapping):
         return batch  # select_parameters raises the error

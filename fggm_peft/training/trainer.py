@@ -1,6 +1,7 @@
 """Selection inside transformers' ``Trainer`` and the trainers that derive from it, such as TRL's.
 
 ``FGGMTrainerMixin`` selects inside ``train()``, on the trainer's own data, before the optimizer is created.
+``FGGMCallback`` does the same in a trainer whose class cannot be changed, in a single process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -91,27 +92,18 @@ class FGGMTrainerMixin(_Trainer):
         """Like the trainer's, but selects first if the adapter has no support."""
         self._reject_unsupported()
         if unselected_adapters(self.model):
-            self._select()
+            with self._reading() as data:
+                report = self.selection_report = _select(
+                    self.model,
+                    data,
+                    self.selection_reference,
+                    self.processing_class or getattr(self.data_collator, "tokenizer", None),
+                    log_likelihood=self.selection_log_likelihood,
+                )
+            self.log(log_entry(report))
         optimizer = super().create_optimizer(*args, **kwargs)
         self.harm_decay = attach_harm_decay(self.model, optimizer)
         return optimizer
-
-    def _select(self) -> None:
-        """Select every active adapter that has no support; the report is that of the last one."""
-        tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        with self._reading() as data:
-            for name in unselected_adapters(self.model):
-                _, config = active_adapter(self.model, name)
-                reference = config.reference if self.selection_reference is None else self.selection_reference
-                report = self.selection_report = select_parameters(
-                    self.model,
-                    data,
-                    adapter_name=name,
-                    reference=with_texts(reference, tokenizer),
-                    log_likelihood=self.selection_log_likelihood,
-                )
-                logger.info("%s", report)
-        self.log(log_entry(report))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Like the trainer's; ``resume_from_checkpoint=True`` skips incomplete checkpoints."""
@@ -221,10 +213,76 @@ class FGGMTrainer(FGGMTrainerMixin, Trainer):
     """transformers' ``Trainer`` with selection inside ``train()``."""
 
 
+class FGGMCallback(TrainerCallback):
+    """Selects at the start of training in a trainer whose class cannot be changed.
+
+    Example: ``Trainer(..., callbacks=[FGGMCallback()])``. It supports one process: with several, the trainer wraps the
+    model before it runs callbacks.
+
+    Args:
+        convert: converts a batch of the trainer to model inputs with ``labels``.
+        reference: as ``FGGMTrainerMixin.selection_reference``.
+
+    Attributes:
+        selection_report: the report of the selection; None if the adapter was already selected.
+    """
+
+    def __init__(self, convert: Callable[[Any], Mapping[str, Any]] = selection_batch, reference: ReferenceData = None):
+        self.convert, self.reference = convert, reference
+        self.selection_report: SelectionReport | None = None
+        self.harm_decay: HarmDecay | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        restore_float32_(model)
+        copy_to_reference_(model)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if unselected_adapters(model):
+            self._select(args, state, model, **kwargs)
+        elif (folder := _checkpoint(args, state)).exists():  # training resumes
+            recall_selection_(model, folder)
+        self.harm_decay = attach_harm_decay(model, optimizer)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if self.harm_decay is not None and args.should_save:
+            save_retention(model, self.harm_decay.covariance, _checkpoint(args, state))
+
+    def on_train_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if self.harm_decay is not None:
+            self.harm_decay.remove()
+        for name in _adapters_with_history(model):
+            with self._reading(args, train_dataloader) as data:
+                remember_task(model, data, adapter_name=name)
+
+    @contextmanager
+    def _reading(self, args: Any, dataloader: Any) -> Iterator[_Converted]:
+        """The training data, converted, under the autocast of the training."""
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        try:
+            with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
+                yield _Converted(dataloader, self.convert)
+        finally:
+            _end(dataloader)
+
+    def _select(self, args, state, model, train_dataloader=None, processing_class=None, **kwargs) -> None:
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                "FGGMCallback supports one process only. Use `class MyTrainer(FGGMTrainerMixin, Trainer)`, or call "
+                "select_parameters before training."
+            )
+        with self._reading(args, train_dataloader) as data:
+            self.selection_report = _select(model, data, self.reference, processing_class)
+        state.log_history.append({**log_entry(self.selection_report), "step": state.global_step})
+
+
 def _adapters_with_history(model: nn.Module) -> list[str]:
     """The active adapters whose task later tasks retain."""
     base = unwrapped(model)
     return [name for name, config in active_adapters(model) if task_of(base, config) is not None]
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 class _Converted:
@@ -235,6 +293,22 @@ class _Converted:
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return map(self.convert, iter(self.dataloader))
+
+
+def _select(
+    model: nn.Module,
+    data: _Converted,
+    reference: ReferenceData,
+    tokenizer: Any,
+    **arguments: Any,
+) -> SelectionReport:
+    """Select every active adapter that has no support; returns the last report."""
+    for name in unselected_adapters(model):
+        _, config = active_adapter(model, name)
+        references = with_texts(config.reference if reference is None else reference, tokenizer)
+        report = select_parameters(model, data, adapter_name=name, reference=references, **arguments)
+        logger.info("%s", report)
+    return report
 
 
 def log_entry(report: SelectionReport) -> dict[str, float]:

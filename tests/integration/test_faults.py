@@ -18,12 +18,13 @@ from trainers import assert_same_delta, delta, examples, losses, make_trainer
 from transformers import Trainer
 
 from fggm_peft import NonFiniteScoreError, select_parameters
+from fggm_peft.training import FGGMCallback, FGGMTrainer
 from fggm_peft.training.checkpoints import last_complete_checkpoint
 
 BATCHES = token_batches()
 POISON = VOCABULARY
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-SETUPS = pytest.mark.parametrize("kind", ["mixin", "by hand"])
+SETUPS = pytest.mark.parametrize("kind", ["mixin", "callback", "by hand"])
 
 
 def poisoned_model() -> nn.Module:
@@ -76,8 +77,14 @@ def interrupted(row):
     raise KeyboardInterrupt
 
 
+def trainer_for(kind: str, model: nn.Module, data, folder: Path, **settings) -> Trainer:
+    if kind == "callback":
+        return make_trainer(model, folder, Trainer, train_dataset=data, callbacks=[FGGMCallback()], **settings)
+    return make_trainer(model, folder, train_dataset=data, **settings)
+
+
 def attempt(kind: str, trainer: Trainer) -> None:
-    """Select on the trainer's data through the mixin or ``select_parameters``."""
+    """Select on the trainer's data through the mixin, the callback or ``select_parameters``."""
     if kind == "by hand":
         select_parameters(trainer.model, trainer.get_train_dataloader(), progress=False)
     else:
@@ -115,8 +122,8 @@ def test_a_failed_selection_raises_one_error_and_leaves_the_model_unchanged(kind
     read_bad_sample, error, message = FAULTS[fault]
     settings = {"dataloader_num_workers": 1} if read_bad_sample is dies else {}
     model = poisoned_model().train()
-    fails(kind, make_trainer(model, tmp_path, train_dataset=Rows(read_bad_sample), **settings), error, message)
-    attempt(kind, make_trainer(model, tmp_path, train_dataset=examples()))
+    fails(kind, trainer_for(kind, model, Rows(read_bad_sample), tmp_path, **settings), error, message)
+    attempt(kind, trainer_for(kind, model, examples(), tmp_path))
     assert all(layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
 
@@ -148,17 +155,19 @@ def limited_to_two_samples(model: nn.Module, error, while_selecting: bool = True
 def test_an_out_of_memory_error_keeps_its_type(kind, device, tmp_path):
     error = OUT_OF_MEMORY[device]
     model = limited_to_two_samples(adapted(llama()), error)
-    raised = fails(kind, make_trainer(model, tmp_path, train_dataset=examples()), type(error()), "memory")
+    raised = fails(kind, trainer_for(kind, model, examples(), tmp_path), type(error()), "memory")
     assert type(raised) is type(error())
-    attempt(kind, make_trainer(model, tmp_path, train_dataset=examples(), per_device_train_batch_size=2))
+    attempt(kind, trainer_for(kind, model, examples(), tmp_path, per_device_train_batch_size=2))
     assert all(layer.selected["default"] for layer in fggm_layers(model, "default").values())
 
 
+@pytest.mark.parametrize("trainer_class", [FGGMTrainer, Trainer], ids=["mixin", "callback"])
 @pytest.mark.parametrize("device", list(OUT_OF_MEMORY))
 @pytest.mark.parametrize("while_selecting", [True, False], ids=["selecting", "training"])
-def test_auto_find_batch_size_finds_a_size_that_fits(device, while_selecting, tmp_path):
+def test_auto_find_batch_size_finds_a_size_that_fits(trainer_class, device, while_selecting, tmp_path):
     model = limited_to_two_samples(adapted(llama()), OUT_OF_MEMORY[device], while_selecting)
-    trainer = make_trainer(model, tmp_path, auto_find_batch_size=True)
+    callbacks = [FGGMCallback()] if trainer_class is Trainer else None
+    trainer = make_trainer(model, tmp_path, trainer_class, callbacks=callbacks, auto_find_batch_size=True)
     trainer.train()
     assert trainer._train_batch_size == 2 and trainer.state.global_step == 4
     expected = adapted(llama())

@@ -17,12 +17,13 @@ from reference import KINDS
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from trainers import assert_same_delta, delta, evaluation_losses, examples, losses, make_trainer
+from trainers import arguments, assert_same_delta, delta, evaluation_losses, examples, losses, make_trainer
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, default_data_collator, pipeline
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import granularity_from
+from fggm_peft.training import FGGMCallback, FGGMTrainer
 
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
 
@@ -334,12 +335,35 @@ def test_the_text_generation_pipeline_accepts_an_adapted_model():
 # Trainers ---------------------------------------------------------------------------------------
 
 
-def test_an_optimizer_created_before_the_selection_trains_the_selected_values(tmp_path, eager):
+def test_the_callback_and_the_mixin_give_the_same_result(tmp_path, eager):
+    callback = FGGMCallback()
+    trainer = make_trainer(adapted(llama()), tmp_path, Trainer, callbacks=[callback])
+    trainer.train()
+    assert callback.selection_report.samples == eager.selection_report.samples == 24
+    assert losses(trainer) == losses(eager)
+    assert_same_delta(trainer.model, eager.model)
+    logged = [entry for entry in trainer.state.log_history if "selection/samples" in entry]
+    assert len(logged) == 1
+
+
+def test_the_callback_refuses_several_processes(tmp_path):
+    model = adapted(llama())
+    callback = FGGMCallback()
+    args = arguments(tmp_path)
+    args.__dict__["_n_gpu"] = 2
+    with pytest.raises(ValueError, match="FGGMTrainerMixin"):
+        callback.on_train_begin(args, None, None, model=model, train_dataloader=[])
+    assert not any(layer.selected["default"] for layer in fggm_layers(model, "default").values())
+
+
+@pytest.mark.parametrize("trainer_class", [FGGMTrainer, Trainer])
+def test_an_optimizer_created_before_the_selection_trains_the_selected_values(trainer_class, tmp_path, eager):
     model = adapted(llama())
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=eager.args.weight_decay
     )
-    trainer = make_trainer(model, tmp_path, optimizers=(optimizer, None))
+    callbacks = [FGGMCallback()] if trainer_class is Trainer else None
+    trainer = make_trainer(model, tmp_path, trainer_class, optimizers=(optimizer, None), callbacks=callbacks)
     trainer.train()
     assert all(tensor.count_nonzero() for name, tensor in delta(model).items() if name.endswith("values"))
     assert losses(trainer) == pytest.approx(losses(eager), rel=1e-5)

@@ -23,8 +23,9 @@ from models import (
 from reference import units
 from safetensors.torch import load_file, save_file
 from trainers import make_trainer
+from transformers import Trainer
 
-from fggm_peft import CRITERIA, FGGMConfig, ScoreFileError, TopDensity, select_parameters
+from fggm_peft import CRITERIA, FGGMCallback, FGGMConfig, ScoreFileError, TopDensity, select_parameters
 from fggm_peft.core.granularity import granularity_from
 from fggm_peft.selection import reference as reference_module
 from fggm_peft.selection.self_text import written_batches
@@ -177,14 +178,17 @@ def test_a_reference_does_not_change_a_quantized_base(kind, reference):
     train(model, token_batches())
 
 
-@pytest.mark.parametrize("given", ["config", "attribute"])
-def test_a_trainer_gets_its_reference_from_config_or_attribute(given, tmp_path):
+@pytest.mark.parametrize("given", ["config", "attribute", "callback"])
+def test_a_trainer_gets_its_reference_from_config_attribute_or_callback(given, tmp_path):
     model = harm_model(reference="self" if given == "config" else None)
-    trainer = make_trainer(model, tmp_path)
+    callback = FGGMCallback(reference=GENERAL)
+    options = {"trainer_class": Trainer, "callbacks": [callback]} if given == "callback" else {}
+    trainer = make_trainer(model, tmp_path, **options)
     if given == "attribute":
         trainer.selection_reference = GENERAL
     trainer.train()
-    assert trainer.selection_report.reference_samples == (6 if given == "config" else 7)
+    report = callback.selection_report if given == "callback" else trainer.selection_report
+    assert report.reference_samples == (6 if given == "config" else 7)
     if given == "attribute":
         bare = make_trainer(harm_model(), tmp_path)
         with pytest.raises(ValueError, match="selection_reference"):

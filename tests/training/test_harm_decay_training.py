@@ -7,9 +7,10 @@ import torch
 from models import llama, token_batches
 from peft import get_peft_model
 from trainers import assert_same_delta, make_trainer
+from transformers import Trainer
 
 from fggm_peft import FGGMConfig, input_covariance
-from fggm_peft.training import FGGMTrainer
+from fggm_peft.training import FGGMCallback, FGGMTrainer
 from fggm_peft.tuner.files import retained_by
 
 REFERENCE = token_batches(seed=1)
@@ -20,14 +21,17 @@ def model(**config):
     return get_peft_model(llama(), FGGMConfig(**{**settings, **config}))
 
 
-def trainer(folder, reference=REFERENCE, **settings):
+def trainer(folder, kind: str, reference=REFERENCE, **settings):
+    if kind == "callback":
+        return make_trainer(model(), folder, Trainer, callbacks=[FGGMCallback(reference=reference)], **settings)
     made = make_trainer(model(), folder, FGGMTrainer, **settings)
     made.selection_reference = reference
     return made
 
 
-def test_trainers_apply_and_remove_it(tmp_path):
-    with_decay = trainer(tmp_path)
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_trainers_apply_and_remove_it(tmp_path, kind):
+    with_decay = trainer(tmp_path, kind)
     with_decay.train()
     without = make_trainer(model(harm_decay=0.0), tmp_path, FGGMTrainer)
     without.train()
@@ -38,22 +42,24 @@ def test_trainers_apply_and_remove_it(tmp_path):
     assert not any("harm_decay" in key for group in optimizer.param_groups for key in group)
 
 
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_resumes_bit_exactly(tmp_path, accumulation):
+def test_training_resumes_bit_exactly(tmp_path, kind, accumulation):
     saving = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "gradient_accumulation_steps": accumulation}
-    whole = trainer(tmp_path, **saving)
+    whole = trainer(tmp_path, kind, **saving)
     whole.train()
     assert (tmp_path / "checkpoint-3" / "fggm_retention.safetensors").exists()
-    resumed = trainer(tmp_path, **saving)
+    resumed = trainer(tmp_path, kind, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_delta(resumed.model, whole.model)
 
 
-def test_a_resumed_task_is_retained_by_later_tasks(tmp_path):
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_a_resumed_task_is_retained_by_later_tasks(tmp_path, kind):
     saving = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
     retained = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
-        run = trainer(tmp_path, [REFERENCE, "history"], **saving)
+        run = trainer(tmp_path, kind, [REFERENCE, "history"], **saving)
         run.train(resume_from_checkpoint=resume)
         retained.append(retained_by(run.model.get_base_model()))
     whole, resumed = retained
@@ -61,8 +67,9 @@ def test_a_resumed_task_is_retained_by_later_tasks(tmp_path):
         assert torch.equal(whole[path].factor, resumed[path].factor) and whole[path].floor == resumed[path].floor
 
 
-def test_a_task_is_read_again_by_the_model_that_has_learned_it(tmp_path):
-    run = trainer(tmp_path, [REFERENCE, "history"], max_steps=4)
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_a_task_is_read_again_by_the_model_that_has_learned_it(tmp_path, kind):
+    run = trainer(tmp_path, kind, [REFERENCE, "history"], max_steps=4)
     run.train()
     batches = [run.data_collator([run.train_dataset[n]]) for n in range(len(run.train_dataset))]
     retained = retained_by(run.model.get_base_model())
@@ -79,7 +86,7 @@ def test_a_task_is_read_again_by_the_model_that_has_learned_it(tmp_path):
 
 
 def test_continuing_without_statistics_is_an_error_before_training(tmp_path):
-    first = trainer(tmp_path)
+    first = trainer(tmp_path, "mixin")
     first.train()
     first.model.save_pretrained(tmp_path / "delta")
     from peft import PeftModel
@@ -90,7 +97,7 @@ def test_continuing_without_statistics_is_an_error_before_training(tmp_path):
 
 
 def test_deepspeed_is_an_error_before_training(tmp_path):
-    rejected = trainer(tmp_path)
+    rejected = trainer(tmp_path, "mixin")
     rejected.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="harm_decay does not support DeepSpeed"):
         rejected.create_optimizer()

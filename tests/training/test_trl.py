@@ -128,13 +128,13 @@ def test_packed_rows_are_split_into_their_sequences():
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 0], [0, 1, 2, 3, 4, 5, 0, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0, 0]]),
     }
-    apart = selection_batch(batch, None)
+    apart = selection_batch(batch)
     expected = [[5, 6, 7], [8, 9], [10, 11], [12, 13, 14, 15, 16, 17]]
     lengths = apart["attention_mask"].sum(1).tolist()
     assert [row[:length].tolist() for row, length in zip(apart["input_ids"], lengths, strict=True)] == expected
     assert apart["labels"][1].tolist() == [-100, 9, -100, -100, -100, -100]
     whole = {key: value[1:] for key, value in batch.items()}
-    assert selection_batch(whole, None) is whole  # rows with one sequence are not changed
+    assert selection_batch(whole) is whole  # rows with one sequence are not changed
 
 
 def test_dpo_uses_the_base_as_its_reference(tmp_path):
@@ -170,8 +170,8 @@ def test_kto_reads_each_answer_once_without_its_kl_copy(tmp_path):
         peft_config=config(num_samples=None),
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    assert "KL_input_ids" in batch and set(selection_batch(batch, None)) == {"input_ids", "attention_mask", "labels"}
-    assert torch.equal(selection_batch(batch, None)["input_ids"], batch["input_ids"])  # these are no pairs
+    assert "KL_input_ids" in batch and set(selection_batch(batch)) == {"input_ids", "attention_mask", "labels"}
+    assert torch.equal(selection_batch(batch)["input_ids"], batch["input_ids"])  # these are no pairs
     trainer.train()
     assert trainer.selection_report.samples == 24
     assert losses(trainer)[0] == pytest.approx(0.5, abs=1e-4)  # policy and reference start equal
@@ -287,6 +287,11 @@ def test_vllm_gets_the_merged_weights_under_the_names_of_the_base(case):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_prompts_without_answers_require_the_mixin():
+    with pytest.raises(ValueError, match=r"prompts without answers; use FGGMTrainerMixin"):
+        selection_batch([{"prompt": "1 plus one is"}])
+
+
 def test_generated_answers_end_at_the_first_end_of_sequence_token():
     tokenizer, model = byte_tokenizer(), text_model()
     with torch.no_grad():
@@ -321,7 +326,7 @@ def test_generated_answers_use_the_trainers_generation_config():
 def test_chosen_and_rejected_answers_are_interleaved_in_pairs():
     ids = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])  # two chosen, two rejected
     batch = selection_batch(
-        {"input_ids": ids, "completion_mask": torch.tensor([[0, 1]] * 4), "ref_chosen_logps": ids[0]}, None
+        {"input_ids": ids, "completion_mask": torch.tensor([[0, 1]] * 4), "ref_chosen_logps": ids[0]}
     )
     assert batch["input_ids"].tolist() == [[1, 2], [5, 6], [3, 4], [7, 8]]
     assert batch["labels"].tolist() == [[-100, 2], [-100, 6], [-100, 4], [-100, 8]]
