@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tuner.support import unwrapped
-from .likelihood import IGNORED
+from .likelihood import IGNORED, is_encoder_decoder
 from .rounds import callable_base, device_of
 
 _WRITTEN_TOGETHER = 32  # each step reads all weights once, for any number of texts
@@ -45,7 +45,7 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
         own = getattr(generation, name, None)
         return getattr(config, name, None) if own is None else own
 
-    if config is None or getattr(config, "is_encoder_decoder", False) or not callable(getattr(model, "generate", None)):
+    if config is None or is_encoder_decoder(model) or not callable(getattr(model, "generate", None)):
         raise ValueError(
             f"reference='self' requires a causal language model of transformers, not a {type(model).__name__}. "
             "Pass a dataloader of general data as reference= instead."

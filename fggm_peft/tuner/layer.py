@@ -120,7 +120,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         keep_originals: bool = True,
-        is_decided: bool = False,
     ) -> None:
         """Merge adapters into the base layer; see ``FGGMModel.merge_adapter`` for the errors.
 
@@ -128,7 +127,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             safe_merge: raise before anything changes if the merged weights are not finite.
             adapter_names: by default the active adapters.
             keep_originals: keep what ``unmerge`` needs to restore the base bit for bit.
-            is_decided: whether ``quantized_merge="auto"`` was decided for the whole model, by ``check_merge``.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fggm_values]
         if not names:
@@ -136,7 +134,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
         if self.quantization_backend is None:
             self._merge_dense_(names, safe_merge, keep_originals)
         else:
-            replacement, _ = self.quantized_replacement(names, safe_merge, is_decided)
+            replacement, _ = self.quantized_replacement(names, safe_merge)
             if keep_originals:
                 self._replaced_bases.append(self.base_layer)
             self._set_base(replacement)
@@ -161,9 +159,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
                 raise merging.not_finite_error(name)
 
     @torch.no_grad()
-    def quantized_replacement(
-        self, names: list[str], safe: bool, is_decided: bool = False
-    ) -> tuple[nn.Module, ModuleMerge]:
+    def quantized_replacement(self, names: list[str], safe: bool) -> tuple[nn.Module, ModuleMerge]:
         """A new base layer with the deltas merged into it; this layer does not change. See ``merge``."""
         mode = self.quantized_merge[names[0]]
         base, deltas = self.get_base_layer(), [self.delta(name) for name in names]
@@ -180,8 +176,6 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             replacement = merging.requantized(base, self.quantization_backend, after.to(before.dtype))
             now = self.quantization_backend.get_base_weight(replacement)
             report = merging.compare(now.float() - before.float(), (after - before).float(), "requantized")
-            if mode == "auto" and not is_decided and report.survived < merging.MIN_SURVIVAL:
-                raise merging.lossy_merge_error(report)
         return replacement, report
 
     def check_merge(self, names: list[str] | None, safe: bool) -> ModuleMerge | None:
@@ -195,7 +189,7 @@ class FGGMLayer(nn.Module, AdapterState, BaseWeight):
             if safe:
                 self._require_finite(names)
         elif safe or mode == "auto":
-            report = self.quantized_replacement(names, safe, is_decided=True)[1]
+            report = self.quantized_replacement(names, safe)[1]
             return report if mode == "auto" else None
         elif mode == "requantize":
             merging.require_requantizable(self.quantization_backend)  # without the cost of requantizing twice

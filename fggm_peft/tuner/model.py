@@ -220,7 +220,7 @@ class FGGMModel(BaseTuner):
         for layer in tuner_layers:
             with onload(layer):
                 if isinstance(layer, FGGMLayer):
-                    layer.merge(safe_merge, names, keep_originals, is_decided=True)
+                    layer.merge(safe_merge, names, keep_originals)
                 else:  # another method's layer in a mixed model
                     layer.merge(safe_merge=safe_merge, adapter_names=names)
 

@@ -55,11 +55,6 @@ class Target:
         return self.layer.fggm_values[self.adapter_name]
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The detached "indices" and "values"."""
-        return {"indices": self.indices, "values": self.values.detach()}
-
-    @property
     def is_selected(self) -> bool:
         """Whether the support is known."""
         return self.layer.selected[self.adapter_name]

@@ -14,21 +14,20 @@ import torch
 from torch import nn
 
 
-def guard_four_bit_layers(model: nn.Module) -> int:
-    """Unpack the repacked 4-bit layers of a model and prevent repacking in all; returns how many were repacked."""
-    repacked = 0
-    for layer in _four_bit_layers(model):
+def guard_four_bit_layers(model: nn.Module) -> None:
+    """Unpack the repacked 4-bit layers of a model, and prevent repacking in all."""
+    layers = _four_bit_layers(model)
+    repacked = [layer for layer in layers if _is_repacked(layer)]
+    for layer in layers:
         layer.support_avx512bf16_for_cpu = False
-        if _is_repacked(layer):
-            _unpack_(layer)
-            repacked += 1
+    for layer in repacked:
+        _unpack_(layer)
     if repacked:
         warnings.warn(
-            f"bitsandbytes had repacked {repacked} 4-bit layers for inference, which rounds their scales to bfloat16. "
-            "They were unpacked. To start from the exact weights, wrap the model before evaluating it.",
+            f"bitsandbytes had repacked {len(repacked)} 4-bit layers for inference, which rounds their scales to "
+            "bfloat16. They were unpacked. To start from the exact weights, wrap the model before evaluating it.",
             stacklevel=3,
         )
-    return repacked
 
 
 def _four_bit_layers(model: nn.Module) -> list[Any]:

@@ -30,14 +30,12 @@ class ModuleMerge:
     Args:
         delta_norm: Frobenius norm of the delta.
         projection: inner product of the weight's actual change with the delta.
-        error_norm: Frobenius norm of (actual change - delta).
         outcome: "added", "requantized" or "kept".
         name: module path.
     """
 
     delta_norm: float
     projection: float
-    error_norm: float
     outcome: str
     name: str = ""
 
@@ -71,15 +69,14 @@ class MergeReport:
 def compare(change: Tensor, delta: Tensor, outcome: str) -> ModuleMerge:
     """Compare the actual change of a weight with the exact delta, entry by entry, in the dtype of both."""
     change, delta = change.flatten(), delta.flatten()
-    error = change - delta
-    square, projection, error_square = torch.stack([delta.dot(delta), change.dot(delta), error.dot(error)]).tolist()
-    return ModuleMerge(square**0.5, projection, error_square**0.5, outcome)
+    square, projection = torch.stack([delta.dot(delta), change.dot(delta)]).tolist()
+    return ModuleMerge(square**0.5, projection, outcome)
 
 
 def unchanged(deltas: Sequence[WeightDelta]) -> ModuleMerge:
     """The record of deltas in a sidecar, which are exact."""
     square = sum(float((delta.values.detach() * delta.scale).double().square().sum()) for delta in deltas)
-    return ModuleMerge(square**0.5, square, 0.0, "kept")
+    return ModuleMerge(square**0.5, square, "kept")
 
 
 def total(records: Sequence[ModuleMerge]) -> ModuleMerge:
@@ -87,7 +84,6 @@ def total(records: Sequence[ModuleMerge]) -> ModuleMerge:
     return ModuleMerge(
         delta_norm=sum(r.delta_norm**2 for r in records) ** 0.5,
         projection=sum(r.projection for r in records),
-        error_norm=sum(r.error_norm**2 for r in records) ** 0.5,
         outcome=records[0].outcome,
     )
 
@@ -127,7 +123,7 @@ def requantized(base: nn.Module, backend: Any, weight: Tensor) -> nn.Module:
     return holder.base_layer.train(base.training)
 
 
-def lossy_merge_error(report: MergeReport | ModuleMerge) -> LossyMergeError:
+def lossy_merge_error(report: MergeReport) -> LossyMergeError:
     """The error of mode "auto", with the surviving share and the alternatives."""
     return LossyMergeError(
         f"requantizing the merged weights would keep {report.survived:.1%} of the delta, less than the "

@@ -10,6 +10,8 @@ import typing
 from types import UnionType
 from typing import Any
 
+_types_of = functools.cache(typing.get_type_hints)
+
 
 def setting(default: Any, help_text: str) -> Any:
     """A keyword of the config."""
@@ -29,7 +31,7 @@ def is_integer(value: Any, least: int) -> bool:
 
 def require_types(config: Any) -> None:
     """Raise ``ValueError`` for a field of a dataclass whose value does not have the annotated type."""
-    types = _types(type(config))
+    types = _types_of(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not fits(value, types[field.name]):
@@ -45,11 +47,6 @@ def require_patterns(name: str, patterns: Any) -> None:
             raise ValueError(f"{name}: {pattern!r} is not a valid regex: {error}") from error
         if not pattern:
             raise ValueError(f"{name} must not contain an empty name")
-
-
-@functools.cache
-def _types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def fits(value: Any, kind: Any) -> bool:

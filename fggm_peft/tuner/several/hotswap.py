@@ -54,6 +54,6 @@ def _complete_(state_dict: dict[str, Tensor], targets: Targets) -> None:
             "Load the adapter under another name instead."
         )
     for path in set(targets) - paths:
-        tensors = {part: torch.zeros_like(tensor) for part, tensor in targets[path].tensors.items()}
-        tensors["indices"] = targets[path].indices.clone()
+        target = targets[path]
+        tensors = {"indices": target.indices.clone(), "values": torch.zeros_like(target.values.detach())}
         state_dict |= {f"{PREFIX}{path}{MARK}{part}": tensor for part, tensor in tensors.items()}
