@@ -50,6 +50,7 @@ def parser() -> ArgumentParser:
             if not action.choices:
                 action.complete = FILES  # type: ignore[attr-defined]
         names = [str(action.metavar) for action in command._get_positional_actions()]
+        names += [f"{a.option_strings[0]} {a.dest.upper()}" for a in command._get_optional_actions() if a.required]
         command.usage = " ".join(["%(prog)s", *names, "[OPTIONS]"])  # argparse would list a hundred options
         command.set_defaults(run=module.run, error=command.error)
     return program

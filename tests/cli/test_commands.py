@@ -308,6 +308,12 @@ class Example:
     written: int = field(default=0, init=False)
 
 
+def test_the_usage_names_the_required_options():
+    (commands,) = parser()._subparsers._group_actions
+    usage = commands.choices["train"].format_usage()
+    assert usage == "usage: fggm train MODEL --data DATA --output OUTPUT [OPTIONS]\n"
+
+
 def test_shells_complete_choices_and_otherwise_file_names():
     (commands,) = parser()._subparsers._group_actions
     actions = {action.dest: action for action in commands.choices["export"]._actions}
