@@ -84,7 +84,10 @@ def _causal(model, batch, labels):
     positions = (labels != IGNORED).any(0).nonzero()[:, 0].cpu()
     if not len(positions) or "logits_to_keep" in batch or not _takes_positions(model):
         return _token_sum(_logits(model, batch)[:, :-1], labels)
-    return _token_sum(_logits(model, batch, logits_to_keep=positions), labels[:, positions])
+    logits = _logits(model, batch, logits_to_keep=positions)
+    if logits.shape[1] > len(positions):  # unsloth's models ignore positions
+        logits = logits[:, positions]
+    return _token_sum(logits, labels[:, positions])
 
 
 def _takes_positions(model: nn.Module) -> bool:

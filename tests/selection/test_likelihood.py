@@ -68,6 +68,8 @@ def test_models_without_logits_to_keep_compute_all_logits():
     old.forward = lambda input_ids, attention_mask: model(input_ids, attention_mask)
     torch.testing.assert_close(likelihood(old, PROMPTED), expected)
     torch.testing.assert_close(likelihood(model, PROMPTED | {"logits_to_keep": 0}), expected)
+    old.forward = lambda input_ids, attention_mask, logits_to_keep=0: model(input_ids, attention_mask)  # as in unsloth
+    torch.testing.assert_close(likelihood(old, PROMPTED), expected)
 
 
 # Sequence classification and question answering -------------------------------------------------------
