@@ -99,8 +99,14 @@ def ones_of(target: Target, statistic: str) -> Tensor:
     return ones(statistic, target.granularity, target.shape).to(target.indices.device)
 
 
-class _OwnText(list[Mapping[str, Any]]):
+class OwnText(list[Mapping[str, Any]]):
     """Batches of text that the model has written."""
+
+
+def own_text(model: nn.Module, seed: int) -> OwnText:
+    """What the reference "self" stands for, the same on every process."""
+    with frozen_in_eval_mode(model):
+        return OwnText(written_batches(model, WRITTEN_TEXTS, WRITTEN_LENGTH, seed))
 
 
 def _with_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -134,9 +140,9 @@ def reference_entries(given: ReferenceData, targets: Targets, task: DataPass) ->
         if isinstance(entry, Iterator) and config.needs_covariance and CRITERIA[config.criterion].reference:
             raise ValueError("the reference is an iterator but is read twice; pass a DataLoader or a list of batches")
         if isinstance(entry, str) and entry == "self":
-            with frozen_in_eval_mode(task.model), without_delta(targets):
-                batches = written_batches(task.model, WRITTEN_TEXTS, WRITTEN_LENGTH, config.seed)
-            entries[number] = _OwnText(batches[task.processes.rank :: task.processes.size])
+            with without_delta(targets):
+                batches = own_text(task.model, config.seed)
+            entries[number] = OwnText(batches[task.processes.rank :: task.processes.size])
     return entries
 
 
@@ -154,7 +160,7 @@ def find_sources(entries: Sequence[Any], targets: Targets, task: DataPass) -> li
     for entry in entries if names else ():
         if not isinstance(entry, (str, Path)):
             prepare = _with_labels if task_type == TaskType.CAUSAL_LM else None
-            log_likelihood = None if isinstance(entry, _OwnText) else task.log_likelihood
+            log_likelihood = None if isinstance(entry, OwnText) else task.log_likelihood
             data = replace(task, dataloader=entry, statistics=names, log_likelihood=log_likelihood, prepare=prepare)
             sources.append(Source(data=data))
             continue

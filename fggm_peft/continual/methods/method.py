@@ -17,8 +17,7 @@ from ...core import Registry
 from ...retention import HarmDecay
 from ...selection import input_covariance, linear_layers
 from ...selection.input_covariance import COVARIANCE_SAMPLES, input_widths
-from ...selection.reference import WRITTEN_LENGTH, WRITTEN_TEXTS, covariance_to_retain, is_text_file
-from ...selection.self_text import written_batches
+from ...selection.reference import covariance_to_retain, is_text_file, own_text
 from ...training.texts import read_paragraphs, with_texts
 from ...tuner import InputCovariance
 from ...tuner.settings.fields import require_types
@@ -123,27 +122,23 @@ class Method:
         history = None if saved is None else InputCovariance.from_dict(saved)
         with trainer.accelerator.autocast():
             if "self" in self.reference:
-                written = written_batches(model, WRITTEN_TEXTS, WRITTEN_LENGTH, self.task_seed)
-                entries = [written if isinstance(entry, str) and entry == "self" else entry for entry in entries]
+                text = own_text(model, self.task_seed)
+                entries = [text if isinstance(entry, str) and entry == "self" else entry for entry in entries]
             return covariance_to_retain(model, entries, input_widths(model), history)
 
     def remember_task(self, trainer: Trainer) -> None:
         """Add the task to ``memory`` if the reference contains "history"; called when the model has learned it."""
         if "history" in self.reference:
+            model: Any = trainer.model
+            data: Any = trainer.train_dataset
+            accelerator, generator = trainer.accelerator, torch.Generator().manual_seed(self.task_seed)
+            order = torch.randperm(len(data), generator=generator)[:COVARIANCE_SAMPLES]
+            own = Subset(data, order[accelerator.process_index :: accelerator.num_processes].tolist())
+            batches = DataLoader(own, batch_size=8, collate_fn=trainer.data_collator)
+            with accelerator.autocast():
+                task = input_covariance(model, batches).to("cpu")
             saved = self.memory.get(RETAINED)
-            with trainer.accelerator.autocast():
-                own = self.task_covariance(trainer)
-            self.memory[RETAINED] = (own if saved is None else InputCovariance.from_dict(saved) + own).to_dict()
-
-    def task_covariance(self, trainer: Trainer) -> InputCovariance:
-        """The input covariance of the current task's data, on the CPU."""
-        model: Any = trainer.model
-        data: Any = trainer.train_dataset
-        accelerator = trainer.accelerator
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.task_seed))[:COVARIANCE_SAMPLES]
-        own = Subset(data, order[accelerator.process_index :: accelerator.num_processes].tolist())
-        batches = DataLoader(own, batch_size=8, collate_fn=trainer.data_collator)
-        return input_covariance(model, batches).to("cpu")
+            self.memory[RETAINED] = (task if saved is None else InputCovariance.from_dict(saved) + task).to_dict()
 
     def penalties(self, model: nn.Module) -> Iterable[Tensor]:
         """Terms that are added to the loss. Only the intermediate results of one term are in memory at a time."""
