@@ -153,6 +153,10 @@ class SelectionReport:
             table.add_row(m.name, f"{m.shape[0]} x {m.shape[1]}", *numbers, regret)
         return table
 
+    def _repr_mimebundle_(self, include: Any = (), exclude: Any = ()) -> dict[str, str]:
+        """The table, for notebooks."""
+        return self.to_table()._repr_mimebundle_(include, exclude)
+
     def __str__(self) -> str:
         from rich.console import Console
 

@@ -24,6 +24,8 @@ def test_the_report_contains_the_cost_of_the_selection():
     assert result["sample_passes"] == 6 and result["seconds"] == report.seconds
     assert "6 sample passes" in " ".join(str(report).split())
     json.dumps(result)
+    shown = report._repr_mimebundle_()  # in a notebook
+    assert "trainable values" in shown["text/plain"] and "<pre" in shown["text/html"]
 
 
 def test_the_cost_includes_a_reference_and_repeated_passes():
