@@ -1,4 +1,4 @@
-"""The resolver of vLLM, with stand-ins of its two modules that have the published interface (vLLM 0.11)."""
+"""The resolver of vLLM, with stand-ins of its two modules that have the published interface (vLLM 0.33)."""
 
 from __future__ import annotations
 
