@@ -23,7 +23,7 @@ from .layout import Layout, Layouts
 from .likelihood import LogLikelihood, default_log_likelihood
 from .processes import Processes
 from .recorder import BatchRecorder
-from .rounds import Round, callable_base, on_device_of, rounds
+from .rounds import Round, callable_base, rounds
 from .running_sums import RunningSums, Totals
 
 
@@ -86,9 +86,8 @@ class DataPass:
         ):
             for round in rounds(self.model, self.dataloader, processes, limit, description, self.progress):
                 with processes.together("the selection pass"):
-                    if round.batch is not None:
-                        batch = round.batch if self.prepare is None else self.prepare(round.batch)
-                        round = round._replace(batch=on_device_of(self.model, batch))
+                    if self.prepare is not None and round.batch is not None:
+                        round = round._replace(batch=self.prepare(round.batch))
                     for part, layout in layouts.parts(round):
                         has_answer |= self._add_batch(hooks, sums, log_likelihood, part, layout)
                 seen = round.end
@@ -96,8 +95,6 @@ class DataPass:
                     first_check *= 2
                     if is_enough(sums.totals(processes, seen)):
                         break
-            if not seen:
-                raise ValueError("the dataloader is empty; select_parameters needs at least one batch")
             if sums.needs_backward and not any(processes.gather(has_answer)):
                 raise ValueError("all labels of all batches are -100, so there is no answer to take a likelihood of")
         return sums.totals(processes, seen)

@@ -24,7 +24,7 @@ from ..tuner.target import outer_modules
 from .frozen_model import frozen_in_eval_mode
 from .layout import Layout, Layouts
 from .processes import Processes
-from .rounds import callable_base, on_device_of, rounds
+from .rounds import callable_base, rounds
 from .weight_inputs import WeightInputs
 
 COVARIANCE_SAMPLES = 64
@@ -71,7 +71,7 @@ def input_covariance(
     if not layers:
         raise ValueError("the model has no linear layer whose input covariance could be read")
     guard_four_bit_layers(model)
-    processes, seen = Processes(), 0
+    processes = Processes()
     call = _call(model, layers)
     # what an expert receives has no axis of samples and no mask
     one_by_one = True if any(isinstance(layer, ParameterLayer) for layer in layers.values()) else None
@@ -79,16 +79,11 @@ def input_covariance(
     with frozen_in_eval_mode(model), torch.no_grad(), _InputHooks(layers, rank) as hooks:
         for round in rounds(model, dataloader, processes, num_samples, "Input covariance", progress):
             with processes.together("reading the input covariance"):
-                if round.batch is not None:
-                    round = round._replace(batch=on_device_of(model, round.batch))
                 for part, layout in layouts.parts(round):
                     hooks.open(layout, counts=round.size > 0)
                     assert part.batch is not None
                     call(_without_padding(part.batch) if one_by_one else part.batch)
                 hooks.open(None)
-            seen = round.end
-    if not seen:
-        raise ValueError("the dataloader is empty, so there is no input covariance to read")
     return hooks.result(processes).normalized()
 
 

@@ -68,11 +68,14 @@ def rounds(
 ) -> Iterator[Round]:
     """Batches of all processes until the data of every process has ended, truncated to ``limit`` samples.
 
-    A batch that cannot be divided is used as a whole, so that there may be more samples than the limit. If each process
-    holds a part of the model, every process gets a batch in every round.
+    Batches are on the model's device. A batch that cannot be divided is used as a whole, so that there may be more
+    samples than the limit. If each process holds a part of the model, every process gets a batch in every round.
 
     Args:
         description: of the progress bar, which is shown on a terminal if ``progress``.
+
+    Raises:
+        ValueError: there is no batch, or a batch is not a dict with tensors.
     """
     config, is_sharded = getattr(model, "config", None), processes.share(model)
     is_quiet = None if progress and processes.rank == 0 else True
@@ -85,8 +88,12 @@ def rounds(
                 batch = next(batches, None)
                 size = 0 if batch is None else _batch_size(batch, number)
                 is_whole = batch is not None and not is_divisible(batch, size, config)
+                if batch is not None:
+                    batch = send_to_device(dict(batch), device_of(model))
             sizes = _within(limit, start, processes.gather((size, is_whole)))
             if not any(sizes):
+                if not start:
+                    raise ValueError("the dataloader is empty, so there is nothing to read")
                 return
             if batch is not None and sizes[processes.rank] < size:
                 size = sizes[processes.rank]
@@ -112,11 +119,6 @@ def _within(limit: int | None, start: int, batches: list[tuple[int, bool]]) -> l
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's inputs; an offloaded model moves them itself."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-
-
-def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch on the model's device."""
-    return dict(send_to_device(dict(batch), device_of(model)))
 
 
 def callable_base(model: nn.Module) -> nn.Module:
