@@ -268,7 +268,7 @@ def test_the_first_screen_has_a_sentence_a_figure_and_a_table(page):
     text, _ = page
     first = text[text.index("<body>") : text.index("<h2>")]
     assert (first.count("<h1>"), first.count("<svg"), first.count("<table>")) == (1, 1, 1)
-    assert "After 3 tasks, fggm has a mean score of" in first
+    assert "After 3 tasks in sequence, fggm has a mean score of" in first
 
 
 def test_the_headline_compares_the_highest_and_the_lowest_score():
@@ -278,15 +278,16 @@ def test_the_headline_compares_the_highest_and_the_lowest_score():
     bounds = [run("base", method="frozen", op=0.1), run("all", method="multitask", op=0.9)]
     one = [run("b", op=0.25, **general(0.5)), *bounds, run("a", op=0.75, **general(-0.25)), run("c")]
     assert headline(*one) == (
-        "After 2 tasks, a has a mean score of 0.75, the highest, and b has 0.25, the lowest. The loss on general text "
-        "changed by \u22120.25 and +0.50 nats. One pair of runs does not show whether this difference is due to chance."
+        "After 2 tasks in sequence, a has a mean score of 0.75, the highest, and b has 0.25, the lowest. The loss on "
+        "general text changed by \u22120.25 and +0.50 nats. One pair of runs does not show whether this "
+        "difference is due to chance."
     )
     several = [run(label, seed=s, op=op + s / 100) for s in range(2) for label, op in (("b", 0.25), ("a", 0.75))]
     assert headline(*several).endswith("The difference is clear (95 % interval +0.50 to +0.50).")
     noisy = [run("a", seed=s, op=op) for s, op in enumerate((0.5, 0.7))] + [run("b", seed=s) for s in range(2)]
     assert headline(*noisy).endswith("The difference is not clear (95 % interval \u22121.17 to +1.37).")
     assert headline(run("a", seed=0), run("b", seed=1)).endswith("These methods have no seed and order in common.")
-    assert headline(run("a")) == "After 2 tasks, a has a mean score of 0.50."
+    assert headline(run("a")) == "After 2 tasks in sequence, a has a mean score of 0.50."
     assert headline(*bounds).startswith("No run of a method")
 
 

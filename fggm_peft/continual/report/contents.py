@@ -99,7 +99,8 @@ def _headline(best: Sequence[Any], summary: Sequence[Any], differences: Sequence
     if not entries:
         return "No run of a method that learns the tasks in sequence is complete."
     first, last = entries[0], entries[-1]
-    text = f"After {counted([count], 'task')}, {first['label']} has a mean score of {first['op']['mean']:.2f}"
+    tasks = counted([count], "task")
+    text = f"After {tasks} in sequence, {first['label']} has a mean score of {first['op']['mean']:.2f}"
     if len(entries) == 1:
         return f"{text}."
     text += f", the highest, and {last['label']} has {last['op']['mean']:.2f}, the lowest."
