@@ -60,7 +60,7 @@ def run(args: Namespace) -> Result | None:
     tokenizer = base_model(args).load_tokenizer() if config.reference else None
     reference = with_texts(config.reference, tokenizer)
     model = shard_as_launched(get_peft_model(base_model(args).load(), config))
-    report = select_parameters(model, loader, config.num_samples, score_memory=config.score_memory, reference=reference)
+    report = select_parameters(model, loader, reference=reference)
     if not this_process().is_main_process:
         return None
     save_adapter(model, args.output)

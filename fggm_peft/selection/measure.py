@@ -41,7 +41,7 @@ class Measurement:
         self.checks: list[RegretCheck] = []
         self._limits: dict[int, Any] = {}  # every group of modules sees the same samples
 
-    def run(self, score_memory: int | str | None) -> None:
+    def run(self) -> None:
         """Read the references and the task, if the criterion needs data, and select.
 
         The data are read once for each group of modules that ``score_memory`` holds.
@@ -52,7 +52,7 @@ class Measurement:
         if not self.criterion.needs_data:
             self.choices = choose_supports(self.targets, self.config, self._score)
             return
-        groups = self._groups(score_memory)
+        groups = self._groups()
         for number, group in enumerate(groups, start=1):
             suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
             self._read_references(group, suffix)
@@ -155,8 +155,9 @@ class Measurement:
 
     # Memory -------------------------------------------------------------------------------------
 
-    def _groups(self, score_memory: int | str | None) -> list[Targets]:
+    def _groups(self) -> list[Targets]:
         """Groups of targets whose running sums fit into ``score_memory`` together."""
+        score_memory = self.config.score_memory
         if score_memory is None:
             return [self.targets]
         measured = [source.data for source in self.sources if source.data is not None]

@@ -46,7 +46,6 @@ def select_parameters(
     reference: ReferenceData = None,
     adapter_name: str | None = None,
     log_likelihood: LogLikelihood | None = None,
-    score_memory: int | str | None = None,
     reset: bool = False,
     progress: bool = True,
 ) -> SelectionReport:
@@ -57,7 +56,7 @@ def select_parameters(
     initialized, every process calls this with its own share of the data, and all of them select the same support as one
     process would from all the data.
 
-    Arguments that are None, and ``num_samples="config"``, take the value of the adapter's ``FGGMConfig``.
+    With ``num_samples="config"`` and ``reference=None``, the values of the adapter's ``FGGMConfig`` apply.
 
     Args:
         model: the result of ``get_peft_model``, or a model with injected FGGM layers.
@@ -74,7 +73,6 @@ def select_parameters(
         log_likelihood: a function of (model, batch) that returns the log-likelihood of each sample ``[b]``, summed over
             its answer. By default the one that fits the model: a causal or sequence-to-sequence language model, a
             sequence or a token classifier.
-        score_memory: limit of the bytes of running scores (an int or "8GiB"). Above it the data is read several times.
         reset: select again although the adapter has trained values, which are lost.
         progress: show a progress bar if standard error is a terminal.
 
@@ -92,7 +90,6 @@ def select_parameters(
     start, model = time.perf_counter(), without_wrappers(model)
     adapter_name, config = active_adapter(model, adapter_name)
     num_samples = config.num_samples if num_samples == "config" else num_samples
-    score_memory = config.score_memory if score_memory is None else score_memory
     require_num_samples(num_samples)
     criterion = CRITERIA[config.criterion]
     if criterion.needs_data and dataloader is None:
@@ -119,7 +116,7 @@ def select_parameters(
                     own = input_covariance(model, data, modules=targets, progress=progress)
             task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})
         measured = Measurement(task, targets, sources, num_samples)
-        measured.run(score_memory)
+        measured.run()
     report = _write(measured, start)
     if covariance is not None:
         set_covariance(config, covariance)

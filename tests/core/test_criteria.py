@@ -142,9 +142,9 @@ def test_an_unknown_criterion_or_statistic_suggests_the_closest_name():
 # In a model --------------------------------------------------------------------------------------
 
 
-def supports(criterion, granularity, batches, reference=None, threshold=None, **arguments):
+def supports(criterion, granularity, batches, reference=None, threshold=None, score_memory=None, **arguments):
     decay = {"harm_decay": 1.0} if CRITERIA[criterion].uses_covariance else {}
-    model = adapted(llama(), granularity, criterion=criterion, threshold=threshold, **decay)
+    model = adapted(llama(), granularity, criterion=criterion, threshold=threshold, score_memory=score_memory, **decay)
     report = select_parameters(model, batches, reference=reference, progress=False, **arguments)
     return {name: layer.fggm_indices["default"] for name, layer in fggm_layers(model, "default").items()}, report
 

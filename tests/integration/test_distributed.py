@@ -61,7 +61,7 @@ CASES = {
     "columns": ({"granularity": "column", "threshold": ScoreMass(0.7)}, {"num_samples": None}),
     "elements": ({"granularity": "element", "density": 0.05}, {"num_samples": None}),
     "global scope": ({"threshold": ParameterBudget(3000)}, {"num_samples": None}),
-    "in groups": ({"threshold": ScoreMass(0.5)}, {"num_samples": None, "score_memory": 2000}),
+    "in groups": ({"threshold": ScoreMass(0.5), "score_memory": 2000}, {"num_samples": None}),
     "a number of samples": ({"threshold": TopDensity(0.4)}, {"num_samples": 7}),
     "a reference": (
         {"granularity": "column", "criterion": "gain_per_harm"},

@@ -223,20 +223,21 @@ def test_own_text_is_the_same_for_every_group_of_modules():
     """The text is generated once in the first pass, without dropout and by the seed."""
     chosen = []
     for memory in (None, 2 * 8 * 96 * 64):
-        model = adapted(llama(attention_dropout=0.5), "element", criterion="gain_per_harm", reference="self")
-        select(model.train(), score_memory=memory)
+        config = {"criterion": "gain_per_harm", "reference": "self", "score_memory": memory}
+        model = adapted(llama(attention_dropout=0.5), "element", **config)
+        select(model.train())
         chosen.append(supports(model))
     assert all(torch.equal(indices, chosen[1][name]) for name, indices in chosen[0].items())
 
 
 def test_a_reference_that_can_be_read_only_once_is_rejected_for_several_groups():
     with pytest.raises(ValueError, match="read once"):
-        select(harm_model("element"), iter(GENERAL), score_memory=2 * 8 * 96 * 64)
+        select(harm_model("element", score_memory=2 * 8 * 96 * 64), iter(GENERAL))
 
 
 def test_several_references_with_data_do_not_support_score_memory():
     with pytest.raises(ValueError, match=r"several references.*score_memory"):
-        select(harm_model("element"), [GENERAL, "self"], score_memory=3 * 8 * 96 * 64)
+        select(harm_model("element", score_memory=3 * 8 * 96 * 64), [GENERAL, "self"])
 
 
 def test_a_global_threshold_ranks_the_units_of_all_modules_together():

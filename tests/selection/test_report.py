@@ -29,11 +29,9 @@ def test_the_report_contains_the_cost_of_the_selection():
 
 
 def test_the_cost_includes_a_reference_and_repeated_passes():
-    model = adapted(llama(), "column", criterion="gain_per_harm")
+    model = adapted(llama(), "column", criterion="gain_per_harm", score_memory=96 * 8 * 2 * 8)
     text = [{"input_ids": batch["input_ids"]} for batch in token_batches(padding="right", seed=1)]
-    report = select_parameters(
-        model, token_batches(), None, reference=text, score_memory=96 * 8 * 2 * 8, progress=False
-    )
+    report = select_parameters(model, token_batches(), None, reference=text, progress=False)
     groups = report.sample_passes // 16
     assert groups > 1 and report.sample_passes == groups * (report.samples + report.reference_samples) == groups * 16
     log = log_entry(report)

@@ -113,9 +113,9 @@ def test_too_large_num_samples_warns_and_uses_all_samples():
 
 @pytest.mark.parametrize("config", [{}, {"threshold": ScoreMass(0.8)}])
 def test_limited_score_memory_does_not_change_the_support(config):
-    def support(**arguments):
-        model = adapted(llama(), "element", **config)
-        select_parameters(model, token_batches(), progress=False, **arguments)
+    def support(**memory):
+        model = adapted(llama(), "element", **config, **memory)
+        select_parameters(model, token_batches(), progress=False)
         return [layer.fggm_indices["default"] for layer in fggm_layers(model, "default").values()]
 
     # the largest weight is 96 x 64 and needs 8 bytes per entry
@@ -237,16 +237,16 @@ def test_a_nan_in_the_pass_raises_an_error_that_names_module_and_batch():
 
 def test_an_iterator_cannot_be_read_twice():
     with pytest.raises(ValueError, match="read once"):
-        select_parameters(adapted(llama(), "element"), iter(token_batches()), score_memory=96 * 64 * 8, progress=False)
+        select_parameters(adapted(llama(), "element", score_memory=96 * 64 * 8), iter(token_batches()), progress=False)
 
 
 def test_score_memory_must_fit_one_module_and_requires_layer_scope():
-    model = adapted(llama(), "element")
+    model = adapted(llama(), "element", score_memory="1KB")
     with pytest.raises(ValueError, match="too small"):
-        select_parameters(model, token_batches(), score_memory="1KB", progress=False)
-    model = adapted(llama(), "element", threshold=TopDensity(0.1, scope="global"))
+        select_parameters(model, token_batches(), progress=False)
+    model = adapted(llama(), "element", threshold=TopDensity(0.1, scope="global"), score_memory=96 * 64 * 8)
     with pytest.raises(ValueError, match="scope='layer'"):
-        select_parameters(model, token_batches(), score_memory=96 * 64 * 8, progress=False)
+        select_parameters(model, token_batches(), progress=False)
 
 
 def test_models_without_an_adapter_or_with_a_merged_one_are_rejected():
