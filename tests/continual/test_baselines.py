@@ -9,11 +9,13 @@ import torch
 from learning import Recorder, assert_same_bits, begin, learn
 from models import byte_tokenizer, llama, text_model, token_batches
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from trainers import arguments, examples
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM
 
 from fggm_peft import input_covariance
 from fggm_peft.continual.methods import make_method
+from fggm_peft.core.harm_decay import RIDGE
 from fggm_peft.selection import linear_layers
 from fggm_peft.training.data import Example, TokenizedExamples
 
@@ -144,7 +146,7 @@ def test_hft_freezes_another_half_of_each_block_in_each_task():
     assert frozen[0] != frozen[1]
 
 
-# SDFT --------------------------------------------------------------------------------------------
+# SDFT and LoRA in quiet directions ---------------------------------------------------------------
 
 
 def test_sdft_starts_its_teacher_from_the_model_after_the_earlier_tasks(tmp_path):
@@ -162,3 +164,17 @@ def test_sdft_starts_its_teacher_from_the_model_after_the_earlier_tasks(tmp_path
         states.append(model.state_dict())
         assert any(not torch.equal(tensor, before[key]) for key, tensor in states[-1].items())
     assert_same_bits(*states)
+
+
+@pytest.mark.parametrize("decay", [{}, {"harm_decay": 1.0}])
+def test_a_quiet_lora_starts_in_what_the_task_uses_more_than_the_reference(decay, general, tmp_path):
+    method = make_method("lora", r=4, init="quiet", reference=[general], **decay)
+    trainer = trainer_on_text(method, text_model(), 0, tmp_path)
+    task = input_covariance(text_model(), DataLoader(trainer.train_dataset, 8, collate_fn=trainer.data_collator))
+    for path in PATHS:
+        a = trainer.model.get_submodule(f"base_model.model.{path}").lora_A["default"].weight.detach().double()
+        retained, own = (each[path].to(torch.float64).dense() for each in (trainer.covariance, task))
+        mapped = torch.linalg.inv(RIDGE * torch.eye(len(own)) + retained)
+        vectors = torch.linalg.eigh(mapped @ own @ mapped).eigenvectors[:, -4:]
+        torch.testing.assert_close(a @ a.mT, torch.eye(4).double() / 3, atol=1e-5, rtol=0)
+        assert (a * 3**0.5 @ vectors).square().sum() > 0.95 * 4  # the same subspace

@@ -151,6 +151,8 @@ def test_transposed_weights_are_masked_in_the_correct_orientation(tmp_path):
         ("sft", {"reference": ["history"]}, "set harm_decay too"),
         ("lora", {"harm_decay": 1.0, "reference": ["missing.txt"]}, "missing.txt: cannot be read"),
         ("lora", DECAY | {"mode": "carried"}, "zero when a task begins"),
+        ("lora", {"init": "loud"}, "init must be of type .*'random', 'quiet'"),
+        ("lora", {"init": "quiet"}, "what should the model retain"),
         ("lora", DECAY | {"init_lora_weights": "pissa"}, "zero when a task begins"),
         ("osf", DECAY, "'osf' has no option 'harm_decay'"),
         ("migu", {"threshold": 1.0}, "threshold"),

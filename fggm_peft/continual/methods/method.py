@@ -129,16 +129,20 @@ class Method:
     def remember_task(self, trainer: Trainer) -> None:
         """Add the task to ``memory`` if the reference contains "history"; called when the model has learned it."""
         if "history" in self.reference:
-            model: Any = trainer.model
-            data: Any = trainer.train_dataset
-            accelerator, generator = trainer.accelerator, torch.Generator().manual_seed(self.task_seed)
-            order = torch.randperm(len(data), generator=generator)[:COVARIANCE_SAMPLES]
-            own = Subset(data, order[accelerator.process_index :: accelerator.num_processes].tolist())
-            batches = DataLoader(own, batch_size=8, collate_fn=trainer.data_collator)
-            with accelerator.autocast():
-                task = input_covariance(model, batches).to("cpu")
             saved = self.memory.get(RETAINED)
-            self.memory[RETAINED] = (task if saved is None else InputCovariance.from_dict(saved) + task).to_dict()
+            with trainer.accelerator.autocast():
+                own = self.task_covariance(trainer)
+            self.memory[RETAINED] = (own if saved is None else InputCovariance.from_dict(saved) + own).to_dict()
+
+    def task_covariance(self, trainer: Trainer) -> InputCovariance:
+        """The input covariance of the current task's data, on the CPU."""
+        model: Any = trainer.model
+        data: Any = trainer.train_dataset
+        accelerator = trainer.accelerator
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.task_seed))[:COVARIANCE_SAMPLES]
+        own = Subset(data, order[accelerator.process_index :: accelerator.num_processes].tolist())
+        batches = DataLoader(own, batch_size=8, collate_fn=trainer.data_collator)
+        return input_covariance(model, batches).to("cpu")
 
     def penalties(self, model: nn.Module) -> Iterable[Tensor]:
         """Terms that are added to the loss. Only the intermediate results of one term are in memory at a time."""

@@ -8,9 +8,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, OFTConfig, OSFConfig, PeftConfig, ShiraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ...core.harm_decay import RIDGE
 from ...deltas import save_adapter
+from ...tuner import InputCovariance
+from ...tuner.target import outer_modules
 from .method import METHODS, Method
 
 WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
@@ -76,21 +80,36 @@ class LoRA(PeftMethod):
     Args:
         mode: "merged": every task has its own adapter, which is merged when the task ends. "carried": one adapter
             trains on all tasks, and the base model never changes.
+        init: of A. "random": as in PEFT. "quiet": the directions that the task uses most and the reference least, so
+            that harm decay leaves the adapter room to learn. (LoRA-Null, arXiv 2503.02659, section 3, starts in the
+            null space of the reference, too, in the directions that the weight uses most.)
     """
 
     config_class = LoraConfig
     mode: Literal["merged", "carried"] = "merged"
+    init: Literal["random", "quiet"] = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.harm_decay and (self.mode == "carried" or self.config.get("init_lora_weights", True) is not True):
+        if self.uses_reference and (self.mode == "carried" or self.config.get("init_lora_weights", True) is not True):
             raise ValueError(
-                "harm_decay needs an adapter that is zero when a task begins: mode='merged' and init_lora_weights=True"
+                "harm_decay and init='quiet' need an adapter that is zero when a task begins: mode='merged' and "
+                "init_lora_weights=True"
             )
+
+    @property
+    def uses_reference(self):
+        return super().uses_reference or self.init == "quiet"
 
     @property
     def supports_quantized(self):
         return self.mode == "carried"
+
+    def trainer(self, **arguments):
+        trainer: Any = super().trainer(**arguments)
+        if self.init == "quiet":
+            start_quietly_(trainer.model, trainer.covariance, self.task_covariance(trainer))
+        return trainer
 
     def prepare(self, base, seed):
         base = super().prepare(base, seed)
@@ -104,6 +123,23 @@ class LoRA(PeftMethod):
             return super().end_task(model, trainer, folder)
         self.save(model, trainer, folder)
         return model
+
+
+@torch.no_grad()
+def start_quietly_(model: nn.Module, retained: InputCovariance, task: InputCovariance) -> None:
+    """Set each A to the leading left singular vectors of ``M F``, at PEFT's usual scale.
+
+    ``F F^T`` is the covariance of the task's inputs and ``M = (lambda I + C)^-1`` that of gain under decay. Gradients
+    of the task are combinations of its inputs, so the best deltas under harm decay are near the span of ``M F``.
+    """
+    for path, module in outer_modules(model):
+        if isinstance(module, LoraLayer):
+            for layer in module.lora_A.values():
+                a: Any = layer.weight
+                factor = task[path].factor.to(a.device, torch.float32)
+                mapped = retained[path].to(a.device).spectrum().apply(factor.mT, lambda energy: 1 / (RIDGE + energy))
+                directions = torch.linalg.svd(mapped, full_matrices=False)[2][: len(a)]
+                a[: len(directions)] = directions / 3**0.5  # the norm of PEFT's rows
 
 
 @METHODS.register("shira")
