@@ -109,7 +109,7 @@ EQUAL_LORA, EQUAL_SHIRA = "LoRA of equal size", "SHiRA of equal size"
 DENSER = (
     "Small layers spend most time on the calls. Large layers are bound by memory: every entry is read, added, saved "
     "for unmerging and written. A LoRA's product has the size of the weight at every rank, and is cheapest for small "
-    "weights. These figures are older than the optional report, without which merging takes 16 to 50 % less time."
+    "weights."
 )
 INDICES = "Every element has an index, which is decoded and checked. A LoRA has no indices."
 
