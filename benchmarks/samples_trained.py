@@ -48,7 +48,7 @@ def figures(run: Run, output: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compute the runs, and write them when all are finished."""
+    """Compute the runs, and write those of the streams that are finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo_data", type=Path)
     parser.add_argument("study_data", type=Path)
@@ -60,9 +60,8 @@ def main() -> None:
         output = arguments.output / name
         for _ in run_stream(stream, output, resume=True):
             pass
-        if not all(run.is_finished(output) for run in runs_of(stream)):
-            return  # another process computes the others
-        results[name] = [figures(run, output) for run in runs_of(stream)]
+        if all(run.is_finished(output) for run in runs_of(stream)):  # or another process computes the others
+            results[name] = [figures(run, output) for run in runs_of(stream)]
     for name, rows in results.items():
         show(name, {label: _means([row for row in rows if row["label"] == label]) for label in ("auto", "all samples")})
     print("written to", write("samples_trained", results))
