@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,7 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any]) -> MergeReport:
     """
     deltas = [SparseDelta.read(source) for source in sources]
     layers = layers_to_change(model, deltas)
+    _warn_of_tied_weights(model, layers)
     replacements = [(_replaced_parameters(model, delta), delta.others) for delta in deltas]
     guard_four_bit_layers(model)  # the base must stay one that can be dequantized
     records = []
@@ -55,6 +57,20 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any]) -> MergeReport:
     report = MergeReport(records)
     logger.info("%s", report)
     return report
+
+
+def _warn_of_tied_weights(model: nn.Module, paths: Collection[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for sharing in owners.values():
+        if len(sharing) > 1 and (changed := [path for path in sharing if path in paths]):
+            others = ", ".join(path for path in sharing if path != changed[0])
+            warnings.warn(
+                f"{changed[0]} shares its weight with {others}. The merge changes both; an adapter that is not merged "
+                f"changes only {' and '.join(changed)}",
+                stacklevel=3,
+            )
 
 
 def require_finite(path: str, module: ModuleDelta) -> None:

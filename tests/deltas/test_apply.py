@@ -44,6 +44,17 @@ def test_an_embedding_saved_with_the_adapter_does_not_overwrite_the_merge(granul
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_merging_into_a_tied_weight_warns_that_both_layers_change(targets):
+    base = llama(tie_word_embeddings=True)
+    delta = SparseDelta.read(adapter("row", base=copy.deepcopy(base), target_modules=["q_proj", *targets]))
+    with pytest.warns(UserWarning, match="shares its weight with .* changes both") as warned:
+        apply_deltas(base, [delta])
+    message = str(next(w.message for w in warned if "shares its weight" in str(w.message)))
+    changed = message.partition("changes only ")[2]
+    assert sorted(path.rpartition(".")[2] for path in changed.split(" and ")) == sorted(targets)
+
+
 def test_apply_supports_every_layer_type(granularity, example, adapt):
     layer = example.layer()
     base = torch.nn.Sequential()
