@@ -55,7 +55,7 @@ COMMANDS = {
     "inspect OUT/trained --base model": ["OUT/trained is valid", "LoRA rank"],
     "overlap OUT/trained OUT/both --modules": ["Overlap of the supports"],
     "merge model -a OUT/trained -a OUT/both -o OUT/merged --ledger OUT/ledger": ["Saved to OUT/merged", "survived"],
-    "rollback OUT/ledger both --model OUT/merged -o OUT/without": ["Removed both exactly"],
+    "rollback OUT/ledger both --model OUT/merged -o OUT/without": ["Removed both"],
     "diff model OUT/without -o OUT/difference": (
         ["Saved to OUT/difference"],
         "fggm: warning: # entries cannot be reproduced exactly by a float# delta; the nearest value is stored\n",

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -372,15 +373,16 @@ def test_methods_and_rates_can_be_selected_and_the_report_covers_the_whole_folde
 
 
 def test_the_method_in_the_docs_runs(folder, tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "sequence.md").read_text()
-    (snippet,) = re.findall(r"```python\n(from dataclasses.*?)```", page, re.DOTALL)
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (snippet,) = re.findall(r"```python\n(from fggm_peft import METHODS.*?)```", page, re.DOTALL)
     try:
-        exec(compile(snippet, "sequence.md", "exec"), {"__name__": "docs"})
-        (result,) = run_stream(read_stream(settings(folder, methods=["head_only"])), tmp_path)
-        assert result["cost"]["parameters"] == text_model().lm_head.weight.numel()
+        exec(compile(snippet, "extending.md", "exec", dont_inherit=True), {"__name__": "docs", "dataclass": dataclass})
+        methods = [{"name": "embeddings", "head": True}]
+        (result,) = run_stream(read_stream(settings(folder, methods=methods)), tmp_path)
+        assert result["cost"]["parameters"] == 2 * text_model().lm_head.weight.numel()
         assert result["general"] != 0
     finally:
-        METHODS._entries.pop("head_only", None)
+        METHODS._entries.pop("embeddings", None)
 
 
 def test_a_full_disk_leaves_no_partial_state_and_the_run_can_resume(folder, tmp_path, monkeypatch):

@@ -29,8 +29,8 @@ class BudgetSettings:
     )
     threshold: Optional[Union[ThresholdPolicy, dict[str, Any]]] = setting(
         None,
-        "Threshold policy, instead of `density`: TopDensity, ScoreMass or ParameterBudget, "
-        "or the dict that its `to_dict` returns.",
+        "Threshold policy, instead of `density`: TopDensity, ScoreMass, MeanPlusStd or "
+        "ParameterBudget, or the dict that its `to_dict` returns.",
     )
     budget: Optional[Union[int, str]] = setting(
         None,
