@@ -53,7 +53,6 @@ class Granularity(ABC):
     unit_dim: ClassVar[int] = 0  # the dimension of the values that counts units
     weight_dim: ClassVar[int | None] = None  # units are slices of the weight along this dimension; None: they are not
     compresses_indices: ClassVar[bool] = False  # files contain encoded indices, see ``index_codec``
-    saves_factored: ClassVar[bool] = False  # saved scores are row sums and column sums, not one number per unit
     stores_partial_input: ClassVar[bool] = False  # see ``stored_input``
 
     @abstractmethod
@@ -289,7 +288,6 @@ class Columns(_Slices):
 class Elements(Granularity):
     """Single entries, as flat indices ``o * in + i``. Values are ``[k]``."""
 
-    saves_factored = True
     compresses_indices = True
 
     def units(self, shape):

@@ -246,7 +246,6 @@ def test_a_granularity_is_a_value_that_converts_to_json_and_back():
 def test_properties_tell_granularities_apart():
     kinds = Rows(), Columns(), Elements(), Tiles()
     assert [kind.is_slice for kind in kinds] == [True, True, False, False]
-    assert [kind.saves_factored for kind in kinds] == [False, False, True, False]
 
 
 def test_an_unknown_name_lists_the_known_names_and_suggests_the_closest():
