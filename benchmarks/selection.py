@@ -57,7 +57,7 @@ class TimedBatch:
 
 
 class Selection:
-    """Our pass over one batch: Fisher information, or gain under decay if there is an input covariance."""
+    """Scores of one batch by this library: Fisher information, or gain under decay with a ``covariance``."""
 
     def __init__(self, model: PreTrainedModel, batch: dict, covariance: InputCovariance | None = None, **config):
         self.data, statistic = TimedBatch(batch), "fisher_under_decay" if covariance else "fisher"

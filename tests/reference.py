@@ -200,6 +200,14 @@ def criterion_scores(name: str, granularity: str, q: dict[str, Tensor]) -> Tenso
     }[name]()
 
 
+def gain_under_decay(gradient: Tensor, covariance: Tensor, granularity: str) -> Tensor:
+    """What each row or column of one sample's gradient ``[o, i]`` gains under harm decay, ``[units]`` float64."""
+    metric = torch.linalg.inv(3.2 * torch.eye(gradient.shape[1]).double() + covariance)
+    if granularity == "column":
+        return (gradient @ metric).square().sum(0) / metric.diagonal()
+    return (gradient @ metric * gradient).sum(1)
+
+
 def above_mean(scores: list[list[float]], costs: list[int], k: float) -> list[list[int]]:
     """Units whose score per parameter exceeds mean + k * std over all units."""
     flat = torch.tensor([s / c for v, c in zip(scores, costs, strict=True) for s in v], dtype=torch.float64)

@@ -3,10 +3,11 @@
 
 def main() -> None:
     """Entry point of the console script."""
-    from ..training.base_model import disconnect
     from .app import run_program
 
     run_program()
+    from ..training.base_model import disconnect  # not to delay the help
+
     disconnect()
 
 

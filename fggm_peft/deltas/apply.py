@@ -20,6 +20,7 @@ from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from ..tuner.layer import FGGMLayer
 from ..tuner.merging.merge import MergeReport, ModuleMerge, add_to_dense_, record_of, total, unchanged
 from ..tuner.merging.sidecar import with_sidecar
+from .base_model import names_of_tensors
 from .delta import ModuleDelta, SparseDelta
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,8 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any]) -> MergeReport:
 
 
 def _warn_of_tied_weights(model: nn.Module, paths: Collection[str]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    for sharing in owners.values():
+    for names in names_of_tensors(model).values():
+        sharing = [name.rpartition(".")[0] for name in names]
         if len(sharing) > 1 and (changed := [path for path in sharing if path in paths]):
             others = ", ".join(path for path in sharing if path != changed[0])
             warnings.warn(

@@ -97,6 +97,17 @@ class Weights:
         return stored.detach().to("cpu")
 
 
+def names_of_tensors(model: nn.Module) -> dict[str, list[str]]:
+    """The parameters and persistent buffers of a model: first name -> all names of the tensor."""
+    buffers = dict(model.named_buffers())
+    names: dict[int, list[str]] = {}
+    tensors: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or name in buffers:
+            names.setdefault(id(tensor), []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
+
+
 def variants(names: Iterable[str], prefix: str = "") -> list[str]:
     """The names that a tensor of a model may have in a checkpoint: those of a base without a head omit ``prefix``."""
     return [variant for name in names for variant in (name, name.removeprefix(f"{prefix}.") if prefix else name)]

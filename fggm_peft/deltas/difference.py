@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..tuner.files.reading import adaptable_layer
 from ..tuner.files.tensors import BASE_PART, PREFIX
 from ..tuner.layer import FGGMLayer
 from ..tuner.parameters import stacked_layers
-from .base_model import Base, Weights, settings_of, skeleton, variants
+from .base_model import Base, Weights, names_of_tensors, settings_of, skeleton, variants
 from .delta import ModuleDelta, SparseDelta, new_delta
 
 CANDIDATES = (Rows(), Columns(), Elements())
@@ -67,7 +66,7 @@ class _Comparison:
         self.tuned_name = self.tuned.where if isinstance(tuned, nn.Module) else Path(str(tuned)).name
         self.prefix = getattr(self.model, "base_model_prefix", "")
         self.layers = _adaptable_layers(self.model)
-        self.parameters = _parameters(self.model)
+        self.parameters = names_of_tensors(self.model)
         self.names = {path: weight_name(path, layer) for path, layer in self.layers.items()}
         self.parts: dict[str, list[str]] = defaultdict(list)  # name of a tensor -> paths of the layers in it
         for path, name in self.names.items():
@@ -250,17 +249,6 @@ def weight_name(path: str, layer: FGGMLayer) -> str:
     if isinstance(base, nn.Module):
         return f"{path}.weight"
     return f"{path.rsplit('.', 1 if base.index is None else 2)[0]}.{base.name}"
-
-
-def _parameters(model: nn.Module) -> dict[str, list[str]]:
-    """The parameters and persistent buffers of a model: first name -> all names of the tensor."""
-    buffers = dict(model.named_buffers())
-    names: dict[int, list[str]] = {}
-    tensors: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() or name in buffers:
-            names.setdefault(id(tensor), []).append(name)
-    return {aliases[0]: aliases for aliases in names.values()}
 
 
 def _whole_modules(model: nn.Module, paths: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import adapted, logits, mixture, quantized, token_batches
 from peft import PeftModel
+from reference import gain_under_decay
 from torch import nn
 from trainers import assert_same_delta, make_trainer
 
@@ -74,13 +75,7 @@ def test_gain_under_decay_is_the_definition(name, granularity):
                 gradient = parameters[f"{path}.weight"] if f"{path}.weight" in parameters else parameters[stack]
                 gradient = gradient.grad if gradient.dim() == 2 else gradient.grad[int(expert)]
                 gradient = target.layer.matrix(gradient)
-                metric = torch.linalg.inv(
-                    3.2 * torch.eye(gradient.shape[1]).double() + own[path].to(torch.float64).dense()
-                )
-                if granularity == "column":
-                    score = (gradient @ metric).square().sum(0) / metric.diagonal()
-                else:
-                    score = (gradient @ metric * gradient).sum(1)
+                score = gain_under_decay(gradient, own[path].to(torch.float64).dense(), granularity)
                 scores[path] = scores.get(path, 0) + score
     for path, target in targets.items():
         best = scores[path].argsort(descending=True)[: len(target.indices)].sort().values

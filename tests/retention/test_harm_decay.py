@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import llama, quantized, token_batches
 from peft import LoraConfig, ShiraConfig, get_peft_model
+from reference import gain_under_decay
 from torch import nn
 
 from fggm_peft import (
@@ -409,13 +410,7 @@ def test_gain_under_decay_selects_what_the_definition_selects(granularity, scope
             logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0][real].sum().backward()
             for path in own.inputs:
                 gradient = base.get_submodule(path).weight.grad.double()
-                metric = torch.linalg.inv(
-                    3.2 * torch.eye(gradient.shape[1]).double() + own[path].to(torch.float64).dense()
-                )
-                if granularity == "column":
-                    score = (gradient @ metric).square().sum(0) / metric.diagonal()
-                else:
-                    score = (gradient @ metric * gradient).sum(1)
+                score = gain_under_decay(gradient, own[path].to(torch.float64).dense(), granularity)
                 reference[path] = reference.get(path, 0) + score
     chosen = {path: target.indices.tolist() for path, target in find_targets(model, "default").items()}
     if scope == "layer":
