@@ -18,6 +18,7 @@ from common import batches, clock, interleaved, llama, peak_mib, ratios, show, w
 from peers import LOOP, Scores, peers
 from peft import get_peft_model
 from suite.bases import sharing_weights
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fggm_peft import FGGMConfig, InputCovariance
@@ -38,6 +39,17 @@ def frozen_pass(model, batch) -> None:
         likelihood(model, batch).sum().backward()
     finally:
         handle.remove()
+
+
+def pass_with_weight_gradients(model, batch) -> None:
+    """Forward and backward with the gradients of all targeted weights, summed over samples."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
+    weights = [layer.weight.requires_grad_() for layer in layers]
+    try:
+        torch.autograd.grad(default_log_likelihood(model, None)(model, batch).sum(), weights)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 class TimedBatch:

@@ -31,15 +31,18 @@ from .methods import (
     ADAPTERS,
     CANNOT_UNMERGE,
     COLUMNS,
+    CONTIGUOUS,
     ELEMENTS,
     FGGM,
     FROZEN,
     METHODS,
+    WEIGHT_GRADIENTS,
     held_mib,
     methods_for,
     randomize_,
     spread,
     targeted_values,
+    targets,
     trainable,
 )
 from .timing import Table, add_ratios_, timed, working
@@ -125,7 +128,11 @@ def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
     """A Fisher pass of each kind over one batch, and other libraries for per-sample gradients."""
     model, batch = base_of(setting), batch_of(setting)
     ours = fisher.selections(model, batch)
-    calls = {FROZEN: functools.partial(fisher.frozen_pass, sharing_weights(model), batch), **ours}
+    calls = {
+        FROZEN: functools.partial(fisher.frozen_pass, sharing_weights(model), batch),
+        WEIGHT_GRADIENTS: functools.partial(fisher.pass_with_weight_gradients, sharing_weights(model), batch),
+        **ours,
+    }
     table = timed(dict(calls), FROZEN, seconds)
     if setting.peers:
         others = {name: functools.partial(run, batch) for name, run in peers(model).items()}
@@ -254,6 +261,32 @@ class Adapter:
         return size
 
 
+class ContiguousValues:
+    """What merging must do to a model's weights at least: as many values, in contiguous memory.
+
+    Args:
+        weights: the targeted weights.
+        density: values over entries of the weights.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], density: float):
+        self.parts = [weight.detach().flatten()[: round(density * weight.numel())].clone() for weight in weights]
+        self.values = [torch.zeros(part.shape) for part in self.parts]
+        self.originals: list[torch.Tensor] = []
+
+    def merge(self) -> None:
+        self.originals = [part.clone() for part in self.parts]
+        for part, values in zip(self.parts, self.values, strict=True):
+            part.copy_(part + values)
+
+    def merge_and_unmerge(self) -> None:
+        self.merge()
+        for part, original in zip(self.parts, self.originals, strict=True):
+            part.copy_(original)
+
+    switch = merge_and_unmerge
+
+
 OPERATIONS = ("save", "load", "merge", "merge_and_unmerge", "switch")
 
 
@@ -280,9 +313,12 @@ def adapter(setting: Setting, seconds: float) -> dict[str, Table]:
             return adapter
 
         adapters, failed = working(names, build)
+        limit = ContiguousValues([module.weight for module in targets(base).values()], setting.density)
         tables = {}
         for operation in OPERATIONS:
             calls = {name: getattr(each, operation) for name, each in adapters.items()}
+            if hasattr(limit, operation):
+                calls[CONTIGUOUS] = getattr(limit, operation)
             tables[operation.replace("_", " ")] = timed(calls, "LoRA", seconds / len(OPERATIONS)) | {"failed": failed}
         sizes = {
             name: {"values": each.values, "bytes": each.bytes(), "bytes_per_value": each.bytes() / each.values}

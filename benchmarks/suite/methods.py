@@ -107,6 +107,8 @@ def masked(base: nn.Module, values: int) -> nn.Module:
 
 
 FROZEN = "frozen"
+WEIGHT_GRADIENTS = "gradients of all weights"
+CONTIGUOUS = "contiguous values"
 ROWS, COLUMNS, ELEMENTS = "FGGM rows", "FGGM columns", "FGGM elements"
 FGGM = {ROWS: "row", COLUMNS: "column", ELEMENTS: "element"}
 

@@ -49,7 +49,10 @@ def missed_text(members: list[Verdict]) -> str:
             worst = max(missed, key=missed.__getitem__)
             where = f"missed in {len(missed)} of {len(verdict.ratios)} cases, at worst {missed[worst]:.2f}"
             place = worst.partition(": ")[2]
-            lines.append(f"- **{goal.what}**: {where}{f' ({place})' if place else ''}. {goal.reason}".rstrip())
+            text = f"- **{goal.what}**: {where}{f' ({place})' if place else ''}. {goal.reason}".rstrip()
+            if worst in verdict.bounds:
+                text += f" In this case, {goal.bound[0]} takes {verdict.bounds[worst]:.2f}."
+            lines.append(text)
     return "\n".join(lines) if lines else "None."
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .covariance import Covariance
 from .harm_decay import Decay, DiagonalDecay, SpectralDecay
+from .indexing import put_columns_, put_entries_, put_rows_, select_columns
 from .per_sample import PerSampleGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product, starts_of
@@ -201,12 +202,6 @@ class _Slices(Granularity):
     def reduce(self, matrix):
         return matrix.sum(1 - self.weight_dim)
 
-    def gather(self, weight, indices):
-        return weight.index_select(self.weight_dim, indices)
-
-    def put_(self, weight, indices, entries):
-        weight.index_copy_(self.weight_dim, indices.long(), entries)
-
 
 @GRANULARITIES.register("row")
 @dataclass(frozen=True)
@@ -218,6 +213,12 @@ class Rows(_Slices):
     def values_shape(self, shape, k):
         return (k, shape[1])
 
+    def gather(self, weight, indices):
+        return weight.index_select(0, indices)
+
+    def put_(self, weight, indices, entries):
+        put_rows_(weight, indices, entries)
+
     def element_indices(self, indices, shape):
         return (indices.long()[:, None] * shape[1] + torch.arange(shape[1], device=indices.device)).flatten()
 
@@ -225,13 +226,13 @@ class Rows(_Slices):
         scores.index_add_(0, half.to(scores.device), gradients.row_scores().to(scores.dtype))
 
     def value_gradient(self, stored, g, indices):
-        return gradient_product(g.index_select(1, indices).mT, stored)
+        return gradient_product(select_columns(g, indices).mT, stored)
 
     def add_product_(self, y, x, indices, values, scale=1.0):
         y.index_add_(1, indices, (x @ values.mT).to(y.dtype), alpha=scale)
 
     def add_input_gradient_(self, gx, g, indices, values, scale=1.0):
-        _add_matrix_product_(gx, g.index_select(1, indices), values, scale)
+        _add_matrix_product_(gx, select_columns(g, indices), values, scale)
 
     def decay(self, covariance, indices, shape):
         return SpectralDecay(covariance.spectrum())
@@ -255,6 +256,12 @@ class Columns(_Slices):
     def values_shape(self, shape, k):
         return (shape[0], k)
 
+    def gather(self, weight, indices):
+        return select_columns(weight, indices)
+
+    def put_(self, weight, indices, entries):
+        put_columns_(weight, indices, entries)
+
     def element_indices(self, indices, shape):
         return (torch.arange(shape[0], device=indices.device)[:, None] * shape[1] + indices.long()).flatten()
 
@@ -263,15 +270,15 @@ class Columns(_Slices):
 
     def stored_input(self, x, indices):
         # the query, key and value layers share one input, but each would store a part of its own
-        return x.index_select(1, indices) if 3 * indices.numel() <= x.shape[1] else x
+        return select_columns(x, indices) if 3 * indices.numel() <= x.shape[1] else x
 
     def value_gradient(self, stored, g, indices):
         if stored.shape[1] == indices.numel():
             return gradient_product(g.mT, stored)
-        return gradient_product(g.mT, stored.index_select(1, indices))
+        return gradient_product(g.mT, select_columns(stored, indices))
 
     def add_product_(self, y, x, indices, values, scale=1.0):
-        _add_matrix_product_(y, x.index_select(1, indices), values.mT, scale)
+        _add_matrix_product_(y, select_columns(x, indices), values.mT, scale)
 
     def decay(self, covariance, indices, shape):
         return SpectralDecay(covariance.spectrum(indices.long()))
@@ -315,7 +322,7 @@ class Elements(Granularity):
 
     def put_(self, weight, indices, entries):
         if weight.is_contiguous():
-            weight.view(-1).index_copy_(0, indices.long(), entries)
+            put_entries_(weight.view(-1), indices, entries)
         else:
             weight.index_put_((indices // weight.shape[1], indices % weight.shape[1]), entries)
 
