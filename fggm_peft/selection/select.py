@@ -19,7 +19,7 @@ from torch import nn
 from ..core.criteria import CRITERIA
 from ..core.errors import AlreadyTrainedError
 from ..tuner.config import FGGMConfig
-from ..tuner.files.input_covariance import retain, retained_by, set_covariance, task_of
+from ..tuner.files.input_covariance import InputCovariance, retain, retained_by, set_covariance, task_of
 from ..tuner.files.task_scores import TaskRecord, remember
 from ..tuner.hosts.sharding import require_resizable, without_wrappers
 from ..tuner.settings.selection import require_num_samples
@@ -47,6 +47,7 @@ def select_parameters(
     adapter_name: str | None = None,
     log_likelihood: LogLikelihood | None = None,
     reset: bool = False,
+    remember: bool = True,
     progress: bool = True,
 ) -> SelectionReport:
     """Select the weights that an FGGM adapter may change (FGGM, arXiv 2601.18261, section 3).
@@ -74,6 +75,8 @@ def select_parameters(
             its answer. By default the one that fits the model: a causal or sequence-to-sequence language model, a
             sequence or a token classifier.
         reset: select again although the adapter has trained values, which are lost.
+        remember: with "history" in the reference of harm decay, read now what later tasks should retain of this one.
+            False if ``remember_task`` is called after training, as the trainers do.
         progress: show a progress bar if standard error is a terminal.
 
     Returns:
@@ -102,7 +105,7 @@ def select_parameters(
             entries = reference_entries(reference, targets, task)
             retains = config.needs_covariance and "history" in entries
             if retains:
-                _require_data_to_retain(dataloader, criterion.needs_data)
+                _require_data_to_retain(dataloader, is_read_again=criterion.needs_data and remember)
             sources = find_sources(entries, targets, task)
         references = {"the number of references": sum(source.data is not None for source in sources)}
         task.processes.require_same("their setting", references, "Give every process a dataloader of each reference.")
@@ -112,8 +115,10 @@ def select_parameters(
                 widths = {path: target.shape[1] for path, target in targets.items()}
                 history = retained_by(unwrapped(model), config)
                 covariance = covariance_to_retain(model, entries, widths, history, progress)
-                if retains:
+                if retains and remember:
                     own = input_covariance(model, data, modules=targets, progress=progress)
+                elif retains:  # unknown until the task has been learned
+                    own = InputCovariance.zero(widths)
             task = replace(task, metrics=input_metrics(targets, covariance) if criterion.uses_covariance else {})
         measured = Measurement(task, targets, sources, num_samples)
         measured.run()
@@ -134,9 +139,9 @@ def remember_task(
 ) -> None:
     """Read what later tasks should retain of a task, on the model that has learned it.
 
-    With "history" in the reference, ``select_parameters`` reads it before training. A model that has learned the task
-    processes its prompts in other directions, and these are what later tasks must not change. Trainers call this at
-    the end of ``train()``; call it in a loop of your own, before the adapter is merged.
+    With "history" in the reference, ``select_parameters(remember=True)`` reads it before training. A model that has
+    learned the task processes its prompts in other directions, and these are what later tasks must not change.
+    Trainers call this at the end of ``train()``; call it in a loop of your own, before the adapter is merged.
 
     Args:
         model: with the trained adapter.

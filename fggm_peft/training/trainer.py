@@ -306,7 +306,8 @@ def _select(
     for name in unselected_adapters(model):
         _, config = active_adapter(model, name)
         references = with_texts(config.reference if reference is None else reference, tokenizer)
-        report = select_parameters(model, data, adapter_name=name, reference=references, **arguments)
+        # train() calls remember_task at its end
+        report = select_parameters(model, data, reference=references, adapter_name=name, remember=False, **arguments)
         logger.info("%s", report)
     return report
 

@@ -368,6 +368,14 @@ def test_a_learned_task_is_read_again_and_counts_once():
         remember_task(selected(), TASK, progress=False)
 
 
+def test_a_task_may_be_remembered_only_after_training():
+    model = adapted()
+    select_parameters(model, iter(TASK), reference=[REFERENCE, "history"], remember=False, progress=False)
+    assert not any(c.factor.numel() for c in retained_by(model.get_base_model()).covariances.values())
+    remember_task(model, TASK, progress=False)
+    assert retained_by(model.get_base_model()).positions == input_covariance(model, TASK, progress=False).positions
+
+
 def test_data_of_a_task_that_cannot_be_retained_is_an_error():
     with pytest.raises(ValueError, match="iterator"):
         select_parameters(adapted(), iter(TASK), reference=[REFERENCE, "history"], progress=False)
