@@ -18,6 +18,7 @@ from .core.errors import (
     ScoreFileError,
 )
 from .core.granularity import GRANULARITIES, Columns, Elements, Granularity, Rows
+from .core.heads import Heads
 from .core.registry import Registry
 from .core.statistics import STATISTICS, Statistic
 from .core.threshold import (
@@ -68,6 +69,7 @@ __all__ = [
     "FGGMTrainerMixin",
     "Granularity",
     "HarmDecay",
+    "Heads",
     "InputCovariance",
     "Ledger",
     "LossyMergeError",

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from typing import Optional
 
-from ..core.granularity import Granularity
+from ..core.granularity import UnitKind
 from .options import read_value
 from .output import ADAPTER_FILE, Result, add_output, facts_table, require_free
 
@@ -15,7 +15,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="Folder or Hub id of the base model.")
     parser.add_argument("tuned", metavar="TUNED", help="Folder or Hub id of the fine-tuned model.")
     text = "row, column or element, or JSON (default: the smallest in bytes)."
-    parser.add_argument("--granularity", type=partial(read_value, Optional[Granularity]), help=text)
+    parser.add_argument("--granularity", type=partial(read_value, Optional[UnitKind]), help=text)
     add_output(parser)
 
 

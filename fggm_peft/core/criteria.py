@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .granularity import Granularity, Shape
+from .granularity import Granularity, Shape, UnitKind
 from .harm_decay import InputMetric
 from .registry import Registry
 from .statistics import STATISTICS
@@ -77,7 +77,7 @@ class Criterion:
         if self.reference and not self.task:
             raise ValueError("a criterion that uses a reference must use the task's data too")
 
-    def supports(self, granularity: Granularity) -> bool:
+    def supports(self, granularity: UnitKind) -> bool:
         """Whether it can rank units of this granularity."""
         if self.uses_covariance and not granularity.is_slice:
             return False

@@ -43,16 +43,52 @@ def _add_matrix_product_(y: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
 
 
 @dataclass(frozen=True)
-class Granularity(ABC):
-    """One kind of unit, and the arithmetic of deltas that consist of such units.
+class UnitKind(ABC):
+    """What one unit of an adapter is: a part of one weight (``Granularity``), or of several weights (``Heads``).
 
-    Subclasses are frozen dataclasses; their fields are the arguments of the granularity. Only the abstract methods are
-    required. The other methods have slow, correct defaults, which treat the entries of the units as elements.
+    Subclasses are frozen dataclasses; their fields are the arguments of the granularity.
     """
 
     name: ClassVar[str]  # set by the registry
-    unit_dim: ClassVar[int] = 0  # the dimension of the values that counts units
     weight_dim: ClassVar[int | None] = None  # units are slices of the weight along this dimension; None: they are not
+
+    @abstractmethod
+    def of_weight(self, path: str, shape: Shape) -> Granularity:
+        """The parts of the units in the weight of one module; ``ValueError`` if it has none."""
+
+    def group_of(self, path: str) -> str:
+        """A name that modules share if they select the same units; by default each module selects its own."""
+        return path
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether a unit is a row or a column: ``k`` units are then a delta of rank ``k``."""
+        return self.weight_dim is not None
+
+    def to_dict(self) -> str | dict[str, Any]:
+        """The JSON form: the name, or a dict of the name and the arguments; ``granularity_from`` reads it."""
+        arguments = asdict(self)
+        return {"granularity": self.name, **arguments} if arguments else self.name
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items())
+        return f"{self.name}({arguments})" if arguments else self.name
+
+    @property
+    def plural(self) -> str:
+        """The units in messages, such as "rows" or "row_blocks(size=64)"."""
+        return str(self).replace(self.name, f"{self.name.removesuffix('s')}s", 1)
+
+
+@dataclass(frozen=True)
+class Granularity(UnitKind):
+    """One kind of unit of a weight, and the arithmetic of deltas that consist of such units.
+
+    Only the abstract methods are required. The other methods have slow, correct defaults, which treat the entries of
+    the units as elements.
+    """
+
+    unit_dim: ClassVar[int] = 0  # the dimension of the values that counts units
     compresses_indices: ClassVar[bool] = False  # files contain encoded indices, see ``index_codec``
     stores_partial_input: ClassVar[bool] = False  # see ``stored_input``
 
@@ -91,24 +127,8 @@ class Granularity(ABC):
         """``scores`` ``[units]`` with 0, so that no threshold selects them, for units that better ones exclude."""
         return scores
 
-    @property
-    def is_slice(self) -> bool:
-        """Whether a unit is a row or a column: ``k`` units are then a delta of rank ``k``."""
-        return self.weight_dim is not None
-
-    def to_dict(self) -> str | dict[str, Any]:
-        """The JSON form: the name, or a dict of the name and the arguments; ``granularity_from`` reads it."""
-        arguments = asdict(self)
-        return {"granularity": self.name, **arguments} if arguments else self.name
-
-    def __str__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in asdict(self).items())
-        return f"{self.name}({arguments})" if arguments else self.name
-
-    @property
-    def plural(self) -> str:
-        """The units in messages, such as "rows" or "row_blocks(size=64)"."""
-        return str(self).replace(self.name, f"{self.name.removesuffix('s')}s", 1)
+    def of_weight(self, path, shape):
+        return self
 
     def sorted_elements(self, indices: Tensor, shape: Shape) -> tuple[Tensor, Tensor | None]:
         """``element_indices``, sorted, and the permutation that sorted them; None if they were sorted already."""
@@ -180,12 +200,12 @@ class Granularity(ABC):
         self.put_(weight, indices, self.added(weight, indices, values, scale))
 
 
-GRANULARITIES: Registry[type[Granularity]] = Registry("granularity", named=True)
+GRANULARITIES: Registry[type[UnitKind]] = Registry("granularity", named=True)
 
 
-def granularity_from(value: str | Mapping[str, Any] | Granularity) -> Granularity:
-    """A granularity from its name, its dict (see ``Granularity.to_dict``) or itself; ``ValueError`` if unknown."""
-    return value if isinstance(value, Granularity) else GRANULARITIES.build(value, "granularity")
+def granularity_from(value: str | Mapping[str, Any] | UnitKind) -> UnitKind:
+    """A granularity from its name, its dict (see ``UnitKind.to_dict``) or itself; ``ValueError`` if unknown."""
+    return value if isinstance(value, UnitKind) else GRANULARITIES.build(value, "granularity")
 
 
 class _Slices(Granularity):

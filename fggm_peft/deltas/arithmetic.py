@@ -41,15 +41,18 @@ def compose(sources: Sequence[Any], weights: Sequence[float] | None = None) -> S
     for path in dict.fromkeys(path for delta in deltas for path in delta.modules):
         terms = [(d.modules[path], w) for d, w in zip(deltas, weights, strict=True) if path in d.modules]
         shape = terms[0][0].shape
-        total = combine([module for module, _ in terms], [weight for _, weight in terms], granularity, shape)
+        unit = granularity.of_weight(path, shape)
+        total = combine([module for module, _ in terms], [weight for _, weight in terms], unit, shape)
         indices = total.indices.to(index_dtype(shape[0] * shape[1]))
-        modules[path] = ModuleDelta(granularity, indices, total.values, shape=shape)
+        modules[path] = ModuleDelta(unit, indices, total.values, shape=shape)
     made_by = "compose: weights " + ", ".join(f"{weight:g}" for weight in weights)
     return new_delta(deltas[0].config, granularity, modules, made_by, others)
 
 
 def prune(source: Any, density: float, scope: str = "layer") -> SparseDelta:
     """The units of a delta that change the weights most: those with the largest mean square of their values.
+
+    Each weight has units of its own here, also if they are parts of attention heads.
 
     Args:
         source: what ``SparseDelta.read`` accepts.

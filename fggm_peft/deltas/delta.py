@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.fingerprint import WeightSketch
-from ..core.granularity import Granularity, Shape
+from ..core.granularity import Shape, UnitKind
 from ..core.weight_delta import WeightDelta
 from ..selection.select import active_adapter
 from ..tuner.config import FGGMConfig
@@ -97,7 +97,7 @@ class SparseDelta:
         return Path(folder)
 
     @property
-    def granularity(self) -> Granularity:
+    def granularity(self) -> UnitKind:
         return self.config.granularity
 
     @property
@@ -149,7 +149,7 @@ def from_file(config: FGGMConfig, file: Path) -> SparseDelta:
     """The delta in the files of an adapter; the arguments are the result of ``find_adapter``."""
     deltas, others = read_deltas(config, file)
     modules = {
-        path: ModuleDelta(config.granularity, delta["indices"], delta["values"], shape=shape)
+        path: ModuleDelta(config.granularity.of_weight(path, shape), delta["indices"], delta["values"], shape=shape)
         for path, (shape, delta) in deltas.items()
     }
     return SparseDelta(_for_inference(config), modules, others)
@@ -164,7 +164,7 @@ def _weighted_sum(deltas: list[SparseDelta], weights: list[float]) -> Any:
 
 def new_delta(
     like: FGGMConfig,
-    granularity: Granularity,
+    granularity: UnitKind,
     modules: Mapping[str, ModuleDelta],
     made_by: str,
     others: Mapping[str, Tensor] | None = None,

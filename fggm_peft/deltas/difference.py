@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.fingerprint import samples_per_weight, sketch_weight
-from ..core.granularity import Columns, Elements, Granularity, Rows, granularity_from, sum_rounded_once
+from ..core.granularity import Columns, Elements, Rows, UnitKind, granularity_from, sum_rounded_once
 from ..core.index_codec import index_dtype
 from ..selection.likelihood import task_type_of
 from ..tuner.config import FGGMConfig
@@ -36,7 +36,7 @@ _IRRELEVANT = {"name_or_path", "transformers_version", "dtype", "torch_dtype", "
 _IRRELEVANT |= {"attn_implementation", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
-def diff(base: Base, tuned: Base, granularity: str | Granularity | None = None) -> SparseDelta:
+def diff(base: Base, tuned: Base, granularity: str | UnitKind | None = None) -> SparseDelta:
     """The delta that must be added to ``base`` to get ``tuned``.
 
     If the values are added to the base in float32 and rounded once, as merging does, the result equals the tuned weight
@@ -80,7 +80,7 @@ class _Comparison:
         self.inexact = 0
         self.other_settings = _config_differences(self.model, tuned)
 
-    def delta(self, granularity: Granularity | None) -> SparseDelta:
+    def delta(self, granularity: UnitKind | None) -> SparseDelta:
         self._count()
         self._require_covered()
         whole = _whole_modules(self.model, self.others)
@@ -159,9 +159,10 @@ class _Comparison:
                         stacklevel=5,
                     )
 
-    def _changes(self, path: str, granularity: Granularity, samples: int) -> ModuleDelta:
+    def _changes(self, path: str, kind: UnitKind, samples: int) -> ModuleDelta:
         """The second pass: the changed units of one weight."""
         layer, shape = self.layers[path], self.layers[path].weight_shape
+        granularity = kind.of_weight(path, shape)
         if not granularity.supports(shape):
             raise ValueError(
                 f"granularity='{granularity}' does not fit {path}, whose weight has the shape {list(shape)}"

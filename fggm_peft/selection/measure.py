@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..core.criteria import CRITERIA, Criterion
 from ..core.statistics import STATISTICS
 from ..tuner.files.task_scores import StoredScores, stored_scores
 from ..tuner.settings.selection import score_bytes
-from ..tuner.support import Choice, choose_supports, criterion_scores
+from ..tuner.support import Choice, by_policy, choose_supports, criterion_scores, selected_together
 from ..tuner.target import Target, Targets
 from .data_pass import DataPass
 from .reference import Reference, Source, ones_of
@@ -133,7 +134,7 @@ class Measurement:
         Without ``totals``, the statistics of the task are the same everywhere.
         """
         reference = reference or self.reference
-        target, names, ranked = self.targets[path], self.criterion.reference, self._ranked_with(path)
+        target, names, ranked = self.targets[path], self.criterion.reference, self._ranked_with[path]
         return criterion_scores(
             target,
             self.config,
@@ -146,12 +147,11 @@ class Measurement:
             metric=self.task.metrics.get(path),
         )
 
-    def _ranked_with(self, path: str) -> tuple[str, ...]:
-        """The modules that are ranked together with this one."""
-        policy = self.config.policy(path)
-        if policy.scope == "layer":
-            return (path,)
-        return tuple(other for other in self.targets if self.config.policy(other) == policy)
+    @cached_property
+    def _ranked_with(self) -> dict[str, tuple[str, ...]]:
+        """Module path -> the modules that are ranked together with it."""
+        groups = [[*chain(*(part.targets for part in group))] for _, group in by_policy(self.targets, self.config)]
+        return {path: tuple(group) for group in groups for path in group}
 
     # Memory -------------------------------------------------------------------------------------
 
@@ -164,16 +164,16 @@ class Measurement:
         bound = score_bytes(score_memory)
         groups: list[Targets] = []
         used = bound + 1
-        for path, target in self.targets.items():
-            size = running_bytes(target, self.criterion, len(measured))
+        for name, part in selected_together(self.targets, self.config).items():
+            size = sum(running_bytes(target, self.criterion, len(measured)) for target in part.targets.values())
             if size > bound:
                 raise ValueError(
-                    f"score_memory={score_memory!r} is too small: the scores of {path} alone take {size} bytes"
+                    f"score_memory={score_memory!r} is too small: the scores of {name} alone take {size} bytes"
                 )
             if used + size > bound:
                 groups.append({})
                 used = 0
-            groups[-1][path] = target
+            groups[-1] |= part.targets
             used += size
         if len(groups) > 1:
             if any(self.config.policy(path).scope == "global" for path in self.targets):

@@ -7,6 +7,7 @@ loss. Regret asks what the difference costs, on samples that did not make the se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import Tensor
 
@@ -38,17 +39,19 @@ def split_half_scores(targets: Targets, config: FGGMConfig, scores: Callable[[st
 
         choices = choose_supports(targets, config, of_half)
         for policy, group in by_policy(targets, config):
-            others = [checked(scores(path, 1 - half)) for path in group]
-            selectable = [targets[path].granularity.selectable(s) for path, s in zip(group, others, strict=True)]
-            own, costs = [choices[path].indices for path in group], [target.unit_size for target in group.values()]
+            others = [checked(part.scores(partial(of_half, half=1 - half))) for part in group]
+            selectable = [part.selectable(other) for part, other in zip(group, others, strict=True)]
+            own = [choices[next(iter(part.targets))].indices for part in group]
+            costs = [part.unit_size for part in group]
             if policy.scope == "layer":
                 highest = [top_indices(other, len(indices)) for other, indices in zip(selectable, own, strict=True)]
             else:
                 size = sum(len(indices) * cost for indices, cost in zip(own, costs, strict=True))
                 highest = best_per_parameter(selectable, costs, size)
-            for path, other, indices, top in zip(group, others, own, highest, strict=True):
-                selected[path] += float(other[indices].double().sum())
-                best[path] += float(other[top].double().sum())
+            for part, other, indices, top in zip(group, others, own, highest, strict=True):
+                for path in part.targets:
+                    selected[path] += float(other[indices].double().sum())
+                    best[path] += float(other[top].double().sum())
     return {path: (selected[path], best[path]) for path in targets}
 
 

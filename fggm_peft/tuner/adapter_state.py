@@ -48,9 +48,10 @@ class AdapterState(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
 
-    def update_layer(self, adapter_name: str, config: FGGMConfig, inference_mode: bool = False) -> None:
+    def update_layer(
+        self, adapter_name: str, config: FGGMConfig, granularity: Granularity, inference_mode: bool = False
+    ) -> None:
         """Add an adapter with an empty support, which changes nothing and trains nothing."""
-        granularity = config.granularity
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         shape = granularity.values_shape(self.weight_shape, 0)
         values = torch.empty(shape, device=device, dtype=self.values_dtype(config))

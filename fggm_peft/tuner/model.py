@@ -15,11 +15,13 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import Tensor, nn
 
+from ..core.heads import Heads
 from .config import FGGMConfig
 from .files.base_check import fingerprint
 from .files.indices import SupportIndices, await_supports_
 from .files.loading import fit_layers_to_model_state, fit_layers_to_state_dict
 from .files.saving import encode_for_file_
+from .heads import with_number_of_heads
 from .hosts.bitsandbytes import guard_four_bit_layers
 from .hosts.offloading import require_offloading_in_place
 from .hosts.quantized_targets import expand_all_linear_
@@ -90,9 +92,12 @@ class FGGMModel(BaseTuner):
             setattr(parent, target_name, layer)
 
     def _add_to_layer(self, adapter_name: str, peft_config: FGGMConfig, current_key: str, layer: FGGMLayer) -> None:
-        if not peft_config.granularity.supports(layer.weight_shape):
+        if isinstance(peft_config.granularity, Heads):
+            peft_config.granularity = with_number_of_heads(peft_config.granularity, self.model, current_key)
+        granularity = peft_config.granularity.of_weight(plain_name(current_key), layer.weight_shape)
+        if not granularity.supports(layer.weight_shape):
             raise ValueError(
-                f"{current_key}: granularity='{peft_config.granularity}' does not support a weight of shape "
+                f"{current_key}: granularity='{granularity}' does not support a weight of shape "
                 f"{list(layer.weight_shape)}. Use another granularity, or leave the module out with `exclude_modules`."
             )
         if peft_config.needs_covariance and not layer.can_decay:
@@ -100,7 +105,7 @@ class FGGMModel(BaseTuner):
                 f"{current_key} is a {type(layer.get_base_layer()).__name__}, but harm decay supports only linear "
                 "layers, experts and routers. Leave the module out with `exclude_modules`, or set harm_decay=0."
             )
-        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        layer.update_layer(adapter_name, peft_config, granularity, inference_mode=peft_config.inference_mode)
 
     def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage):
         keys = []

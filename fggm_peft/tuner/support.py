@@ -32,6 +32,45 @@ class Choice:
     score_share: float = 0.0
 
 
+@dataclass(frozen=True)
+class Together:
+    """Targets that select the same units: one weight, or the projections of one attention if the units are heads."""
+
+    targets: Targets
+
+    @property
+    def units(self) -> int:
+        """Number of units to choose from."""
+        return self._first.units
+
+    @property
+    def most_units(self) -> int:
+        """The largest number of units that can be selected."""
+        return self._first.granularity.most_units(self._first.shape)
+
+    @property
+    def unit_size(self) -> int:
+        """Number of values that one unit trains, in all targets."""
+        return sum(target.unit_size for target in self.targets.values())
+
+    def scores(self, of: Callable[[str], Tensor]) -> Tensor:
+        """The scores of the units, ``[units]``: the sum over the targets; ``of`` returns those of one module.
+
+        Raises:
+            NonFiniteScoreError: a score is NaN, infinite or negative; names the module.
+        """
+        vectors = [_checked(path, of(path)) for path in self.targets]
+        return vectors[0] if len(vectors) == 1 else torch.stack([vector.cpu() for vector in vectors]).sum(0)
+
+    def selectable(self, scores: Tensor) -> Tensor:
+        """See ``Granularity.selectable``."""
+        return self._first.granularity.selectable(scores)
+
+    @property
+    def _first(self) -> Target:
+        return next(iter(self.targets.values()))
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The base model with its FGGM layers, without PEFT's and other wrappers."""
     model = without_wrappers(model)
@@ -62,13 +101,13 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
     """
     choices: dict[str, Choice] = {}
     for policy, group in by_policy(targets, config):
-        vectors = [_checked(path, scores(path)) for path in group]
-        selectable = [targets[path].granularity.selectable(vector) for path, vector in zip(group, vectors, strict=True)]
-        chosen = policy.choose(selectable, [target.unit_size for target in group.values()], config.max_units)
-        for path, vector, indices in zip(group, vectors, chosen, strict=True):
+        vectors = [part.scores(scores) for part in group]
+        selectable = [part.selectable(vector) for part, vector in zip(group, vectors, strict=True)]
+        chosen = policy.choose(selectable, [part.unit_size for part in group], config.max_units)
+        for part, vector, indices in zip(group, vectors, chosen, strict=True):
             total = float(vector.double().sum())
             share = float(vector[indices.to(vector.device)].double().sum()) / total if total else 0.0
-            choices[path] = Choice(indices, share)
+            choices |= dict.fromkeys(part.targets, Choice(indices, share))
     return {path: choices[path] for path in targets}
 
 
@@ -77,26 +116,42 @@ def forecast_supports(targets: Targets, config: FGGMConfig) -> Forecast:
     units: dict[str, int] = {}
     least = most = 0
     for policy, group in by_policy(targets, config):
-        counts, costs = zip(*((target.units, target.unit_size) for target in group.values()), strict=True)
-        forecast = policy.forecast(counts, costs, config.max_units)
-        limits = [target.granularity.most_units(target.shape) for target in group.values()]
+        costs = [part.unit_size for part in group]
+        forecast = policy.forecast([part.units for part in group], costs, config.max_units)
+        limits = [part.most_units for part in group]
         limit = sum(count * cost for count, cost in zip(limits, costs, strict=True))
         if forecast.least > limit:
             raise ValueError(
-                f"{next(iter(group))}: the threshold selects {forecast.least} values, but "
+                f"{next(iter(group[0].targets))}: the threshold selects {forecast.least} values, but "
                 f"granularity='{config.granularity}' allows {limit} at most"
             )
-        units.update(zip(group, map(min, forecast.units, limits), strict=True))
+        for part, count in zip(group, map(min, forecast.units, limits), strict=True):
+            units |= dict.fromkeys(part.targets, count)
         least, most = least + forecast.least, most + min(forecast.most, limit)
     return Forecast([units[path] for path in targets], least, most)
 
 
-def by_policy(targets: Targets, config: FGGMConfig) -> Iterable[tuple[ThresholdPolicy, Targets]]:
-    """Each policy with the targets that it chooses from together: all of them with global scope, otherwise one."""
-    groups: dict[tuple[ThresholdPolicy, str], Targets] = {}
+def selected_together(targets: Targets, config: FGGMConfig) -> dict[str, Together]:
+    """The targets by the name of what they belong to: their own path, or the attention if the units are heads."""
+    parts: dict[str, Targets] = {}
     for path, target in targets.items():
-        policy = config.policy(path)
-        groups.setdefault((policy, "" if policy.scope == "global" else path), {})[path] = target
+        parts.setdefault(config.granularity.group_of(path), {})[path] = target
+    return {name: Together(part) for name, part in parts.items()}
+
+
+def by_policy(targets: Targets, config: FGGMConfig) -> Iterable[tuple[ThresholdPolicy, list[Together]]]:
+    """Each policy with what it ranks together: everything with global scope, otherwise one vector of scores.
+
+    Raises:
+        ValueError: ``density_pattern`` gives targets that select the same units different densities.
+    """
+    groups: dict[tuple[ThresholdPolicy, str], list[Together]] = {}
+    for name, part in selected_together(targets, config).items():
+        policy, *others = {config.policy(path) for path in part.targets}
+        if others:
+            paths = ", ".join(part.targets)
+            raise ValueError(f"{paths} select the same units, but density_pattern gives them different densities")
+        groups.setdefault((policy, "" if policy.scope == "global" else name), []).append(part)
     return [(policy, group) for (policy, _), group in groups.items()]
 
 

@@ -42,7 +42,11 @@ def read_deltas(config: FGGMConfig, file: Path) -> tuple[dict[str, tuple[Shape, 
         if path not in sketches:
             raise AdapterFileError(f"{file}: base_fingerprint in {CONFIG_NAME} has no shape of {path}")
         shape = sketches[path].shape
-        deltas[path] = shape, checked_delta(tensors, config.granularity, shape, f"{file}: {path}{MARK}")
+        try:
+            granularity = config.granularity.of_weight(path, shape)
+        except ValueError as error:
+            raise AdapterFileError(f"{file}: {error}") from error
+        deltas[path] = shape, checked_delta(tensors, granularity, shape, f"{file}: {path}{MARK}")
     if config.support_sizes not in (None, {path: len(delta["indices"]) for path, (_, delta) in deltas.items()}):
         raise AdapterFileError(f"{file}: the numbers of units differ from support_sizes in {CONFIG_NAME}")
     return deltas, others

@@ -63,9 +63,11 @@ class TaskRecord:
         if stored is None:
             known = ", ".join(self.scores) or "nothing"
             raise ScoreFileError(f"the scores of an earlier task have no {statistic!r} of {module}, only {known}")
-        if len(stored) == 1 and self.granularity != granularity.to_dict():
-            kind = granularity_from(self.granularity).plural
-            raise ScoreFileError(f"the scores are of {kind}, not {granularity.plural}; only those of elements fit all")
+        kind = granularity_from(self.granularity)
+        if len(stored) == 1 and kind.of_weight(module, shape) != granularity:
+            raise ScoreFileError(
+                f"the scores are of {kind.plural}, not {granularity.plural}; only those of elements fit all"
+            )
         lengths = [len(part) for part in stored]
         expected = list(shape) if len(stored) == 2 else [len(ones(statistic, granularity, shape))]
         if lengths != expected:

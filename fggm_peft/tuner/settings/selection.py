@@ -11,7 +11,7 @@ from typing import Any, Literal, Optional, Union
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from ...core.criteria import CRITERIA
-from ...core.granularity import Granularity
+from ...core.granularity import UnitKind
 from .fields import is_integer, setting, written
 
 
@@ -19,12 +19,12 @@ from .fields import is_integer, setting, written
 class SelectionSettings:
     """Fields of ``FGGMConfig`` that say which units are selected by which criterion."""
 
-    granularity: Granularity = setting(
+    granularity: UnitKind = setting(
         "row",
         "Unit of the selection: 'row' (an output feature, as in the paper), 'column' (an input feature), 'element' (a "
         "single weight entry), or consecutive rows or columns: `RowBlocks(size=64)` ('row_block') and "
         "`ColumnBlocks(size=64)` ('column_block'). `NofM(n=2, m=4)` ('n_of_m'): elements, at most n of m "
-        "consecutive ones.",
+        "consecutive ones. 'heads': attention heads, the same in the query, key, value and output layers.",
     )
     criterion: str = setting(
         "fisher",

@@ -17,7 +17,7 @@ from peft.utils import merge_utils
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ...core.granularity import ELEMENTS, Granularity, Shape
+from ...core.granularity import ELEMENTS, Granularity, Shape, UnitKind
 from ...core.registry import require_one_of
 from ...core.weight_delta import WeightDelta, spread, union
 from ..config import FGGMConfig
@@ -67,7 +67,7 @@ class Combination:
             return COMBINATIONS[self.kind](list(tensors), factors, **options)
 
 
-def common_granularity(granularities: Sequence[Granularity]) -> Granularity:
+def common_granularity(granularities: Sequence[UnitKind]) -> UnitKind:
     """The granularity of all, or single elements if they differ."""
     return granularities[0] if len(set(granularities)) == 1 else ELEMENTS
 
