@@ -40,8 +40,8 @@ def split_half_scores(targets: Targets, config: FGGMConfig, scores: Callable[[st
         choices = choose_supports(targets, config, of_half)
         for policy, group in by_policy(targets, config):
             others = [checked(part.scores(partial(of_half, half=1 - half))) for part in group]
-            selectable = [part.selectable(other) for part, other in zip(group, others, strict=True)]
-            own = [choices[next(iter(part.targets))].indices for part in group]
+            selectable = [part.first.granularity.selectable(other) for part, other in zip(group, others, strict=True)]
+            own = [choices[part.first.path].indices for part in group]
             costs = [part.unit_size for part in group]
             if policy.scope == "layer":
                 highest = [top_indices(other, len(indices)) for other, indices in zip(selectable, own, strict=True)]

@@ -39,14 +39,9 @@ class Together:
     targets: Targets
 
     @property
-    def units(self) -> int:
-        """Number of units to choose from."""
-        return self._first.units
-
-    @property
-    def most_units(self) -> int:
-        """The largest number of units that can be selected."""
-        return self._first.granularity.most_units(self._first.shape)
+    def first(self) -> Target:
+        """One of the targets. All have the same number of units."""
+        return next(iter(self.targets.values()))
 
     @property
     def unit_size(self) -> int:
@@ -61,14 +56,6 @@ class Together:
         """
         vectors = [_checked(path, of(path)) for path in self.targets]
         return vectors[0] if len(vectors) == 1 else torch.stack([vector.cpu() for vector in vectors]).sum(0)
-
-    def selectable(self, scores: Tensor) -> Tensor:
-        """See ``Granularity.selectable``."""
-        return self._first.granularity.selectable(scores)
-
-    @property
-    def _first(self) -> Target:
-        return next(iter(self.targets.values()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -102,7 +89,7 @@ def choose_supports(targets: Targets, config: FGGMConfig, scores: Callable[[str]
     choices: dict[str, Choice] = {}
     for policy, group in by_policy(targets, config):
         vectors = [part.scores(scores) for part in group]
-        selectable = [part.selectable(vector) for part, vector in zip(group, vectors, strict=True)]
+        selectable = [part.first.granularity.selectable(vector) for part, vector in zip(group, vectors, strict=True)]
         chosen = policy.choose(selectable, [part.unit_size for part in group], config.max_units)
         for part, vector, indices in zip(group, vectors, chosen, strict=True):
             total = float(vector.double().sum())
@@ -117,12 +104,12 @@ def forecast_supports(targets: Targets, config: FGGMConfig) -> Forecast:
     least = most = 0
     for policy, group in by_policy(targets, config):
         costs = [part.unit_size for part in group]
-        forecast = policy.forecast([part.units for part in group], costs, config.max_units)
-        limits = [part.most_units for part in group]
+        forecast = policy.forecast([part.first.units for part in group], costs, config.max_units)
+        limits = [part.first.granularity.most_units(part.first.shape) for part in group]
         limit = sum(count * cost for count, cost in zip(limits, costs, strict=True))
         if forecast.least > limit:
             raise ValueError(
-                f"{next(iter(group[0].targets))}: the threshold selects {forecast.least} values, but "
+                f"{group[0].first.path}: the threshold selects {forecast.least} values, but "
                 f"granularity='{config.granularity}' allows {limit} at most"
             )
         for part, count in zip(group, map(min, forecast.units, limits), strict=True):

@@ -25,6 +25,7 @@ from fggm_peft import (
     ScoreMass,
     SparseDelta,
     TopDensity,
+    diff,
     estimate,
     export_lora,
     input_covariance,
@@ -111,8 +112,9 @@ def test_the_score_of_a_head_is_the_fisher_information_of_all_its_weights(kv_hea
 POLICIES = [
     policy
     for scope in ("layer", "global")
-    for policy in (TopDensity(0.4, scope=scope), ScoreMass(0.6, scope=scope), MeanPlusStd(0.2, scope=scope))
+    for policy in (TopDensity(0.4, scope=scope), ScoreMass(0.61, scope=scope), MeanPlusStd(0.217, scope=scope))
 ]
+"""No sum of integers is exactly at these bounds, where float32 ranks may round to either side."""
 MODELS: dict[int, tuple] = {}
 
 
@@ -240,7 +242,10 @@ def test_an_adapter_of_heads_trains_saves_loads_merges_and_exports(kv_heads, tmp
     total.save(tmp_path / "sum")
     again = PeftModel.from_pretrained(base(), tmp_path / "sum")
     assert torch.equal(logits(again, batches[0]), expected)
-    torch.testing.assert_close(logits(loaded.merge_and_unload(), batches[0]), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batches[0]), expected)
+    found = diff(base(), merged, Heads(kv_heads))
+    assert all(torch.equal(found.modules[path].indices, module.indices) for path, module in delta.modules.items())
     export_lora(tmp_path / "adapter", tmp_path / "lora", base=base())
     exported = PeftModel.from_pretrained(base(), tmp_path / "lora")
     torch.testing.assert_close(logits(exported, batches[0]), expected, rtol=1e-4, atol=1e-5)
