@@ -211,8 +211,8 @@ class FGGMModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Undo all merges: the base is what it was, bit for bit."""
         onload = self._onload()
-        for layer in reversed([m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]):
-            with onload(layer):  # in reverse, because tied layers have changed the same weight in turn
+        for layer in [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]:
+            with onload(layer):
                 layer.unmerge()
 
     def _merge_all(self, names: list[str] | None, safe_merge: bool, keep_originals: bool) -> None:
@@ -222,7 +222,9 @@ class FGGMModel(BaseTuner):
         tuner_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self._check_merge(tuner_layers, names, safe_merge)
         onload = self._onload()
-        for layer in tuner_layers:
+        # Tied layers, and layers around each other, change the same weight in turn. PEFT unmerges in the order of the
+        # model, so merging goes in reverse.
+        for layer in reversed(tuner_layers):
             with onload(layer):
                 if isinstance(layer, FGGMLayer):
                     layer.merge(safe_merge, names, keep_originals)

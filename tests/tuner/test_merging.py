@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from models import fggm_layers, llama, logits, token_batches, train
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from reference import TOLERANCE, relative_error
+from torch import nn
 
 from fggm_peft import FGGMConfig, MergeReport
 from fggm_peft.core.granularity import granularity_from
@@ -63,6 +64,28 @@ def test_unmerging_is_bit_exact_over_many_cycles_and_adapters(granularity, dtype
         assert not torch.equal(base_state(model)[next(iter(fggm_names(model)))], before[next(iter(fggm_names(model)))])
         model.unmerge_adapter()
     assert_same_state(base_state(model), before)
+
+
+def test_a_change_of_the_active_adapter_restores_tied_layers_and_layers_around_others(granularity):
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[1].weight = tied[0].weight
+    around = nn.Sequential(nn.Linear(8, 8))
+    inject_adapter_in_model(LoraConfig(target_modules=["0"]), around, "low_rank")
+    around[0].lora_A.low_rank.weight.data = torch.eye(8)
+    around[0].lora_B.low_rank.weight.data = torch.eye(8)
+    for base in (tied, around):
+        weight = base[0].weight
+        weight.data = torch.randint(8, (8, 8)).float()  # adding LoRA's delta of ones is exact
+        before = weight.detach().clone()
+        config = FGGMConfig(granularity=granularity, criterion="random", density=0.5, init_weights=False)
+        config.target_modules = r"\d"
+        model = get_peft_model(base, config)
+        model.merge_adapter()
+        assert not torch.equal(weight, before)
+        with pytest.warns(UserWarning, match="Unmerging the model first"):
+            model.set_adapter("default")
+        model.unmerge_adapter()  # LoRA's layer
+        assert torch.equal(weight, before)
 
 
 def fggm_names(model):
