@@ -45,6 +45,9 @@ class FGGMModel(BaseTuner):
     An adapter whose criterion needs data starts empty, and ``fggm_peft.select_parameters`` chooses its support. The
     support of other adapters is chosen here.
 
+    The methods that add one adapter are also called with a ``MixedModel`` as ``self`` (docs/upstream), so they use only
+    what ``BaseTuner`` has.
+
     Raises:
         TypeError: the type of a targeted module is not supported.
         ValueError: a targeted weight or the budget does not fit the config.
@@ -78,34 +81,23 @@ class FGGMModel(BaseTuner):
     ):
         if isinstance(target, FGGMParameter) or isinstance(parent, FGGMParameters):
             return  # PEFT found the name of a parameter that is adapted
+        is_mixed = not isinstance(self, FGGMModel)
+        if is_mixed and parameter_name is not None:
+            raise _not_mixable(current_key)
         layers = targeted_layers(self.model, target, current_key, parameter_name, **get_quantization_kwargs(self.model))
         for path, layer in layers.items():
+            if is_mixed and (isinstance(layer, FGGMParameter) or layer.quantization_backend is not None):
+                raise _not_mixable(path)
             if adapter_name in layer.fggm_values:
                 continue  # targeted as a module and as a parameter
             if not layer.fggm_values:
                 layer.set_adapter(self.active_adapters)
                 layer.train(target.training)
-            self._add_to_layer(adapter_name, peft_config, path, layer)
+            _add_to_layer(self.model, adapter_name, peft_config, path, layer)
         layer = layers.get(current_key, target)
         if layer is not target and not isinstance(layer, FGGMParameter):
             # PEFT's _replace_module would move the adapter to the meta device if the weight is offloaded
             setattr(parent, target_name, layer)
-
-    def _add_to_layer(self, adapter_name: str, peft_config: FGGMConfig, current_key: str, layer: FGGMLayer) -> None:
-        if isinstance(peft_config.granularity, Heads):
-            peft_config.granularity = with_number_of_heads(peft_config.granularity, self.model, current_key)
-        granularity = peft_config.granularity.of_weight(plain_name(current_key), layer.weight_shape)
-        if not granularity.supports(layer.weight_shape):
-            raise ValueError(
-                f"{current_key}: granularity='{granularity}' does not support a weight of shape "
-                f"{list(layer.weight_shape)}. Use another granularity, or leave the module out with `exclude_modules`."
-            )
-        if peft_config.needs_covariance and not layer.can_decay:
-            raise ValueError(
-                f"{current_key} is a {type(layer.get_base_layer()).__name__}, but harm decay supports only linear "
-                "layers, experts and routers. Leave the module out with `exclude_modules`, or set harm_decay=0."
-            )
-        layer.update_layer(adapter_name, peft_config, granularity, inference_mode=peft_config.inference_mode)
 
     def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage):
         keys = []
@@ -125,13 +117,13 @@ class FGGMModel(BaseTuner):
         if fit_layers_to_model_state not in [h.hook for h in model._load_state_dict_pre_hooks.values()]:
             model.register_load_state_dict_pre_hook(fit_layers_to_model_state)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            BaseTuner.inject_adapter(self, model, adapter_name, *args, **kwargs)
             config, targets = self.peft_config[adapter_name], find_targets(model, adapter_name)
             _warn_of_unused_patterns(config, targets)
             _warn_of_unknown_modules(config, model)
             resolve_budget_(config, targets)
             forecast_supports(targets, config)  # raises if the budget cannot be spent
-            self._choose_without_data(config, targets)
+            _choose_without_data(config, targets)
             await_supports_(config, targets)
             if not config.support_sizes:  # a new adapter; taken now, because the base may be sharded later
                 config.base_fingerprint = fingerprint({path: t.layer for path, t in targets.items()}) or None
@@ -139,17 +131,9 @@ class FGGMModel(BaseTuner):
             _remove_adapter(model, adapter_name)  # PEFT stops at the first unsupported module
             raise
 
-    def _choose_without_data(self, config: FGGMConfig, targets: Targets) -> None:
-        """Choose the support now if the criterion needs no data, and the config is not that of a saved adapter."""
-        on_meta = any(target.values.is_meta for target in targets.values())
-        if config.is_chosen_without_data and targets and not on_meta and not config.support_sizes:
-            config.selection = None
-            choices = choose_supports(targets, config, lambda path: criterion_scores(targets[path], config))
-            write_supports(targets, config, choices)
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Like PEFT's, but values keep the config's ``training_dtype``."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        BaseTuner._cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
         config = self.peft_config[adapter_name]
         if config.training_dtype is None and autocast_adapter_dtype:
             return
@@ -277,6 +261,42 @@ class FGGMModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fit_layers_to_state_dict(model, config, adapter_name, state_dict)
         return state_dict
+
+
+def _add_to_layer(
+    model: nn.Module, adapter_name: str, peft_config: FGGMConfig, current_key: str, layer: FGGMLayer
+) -> None:
+    if isinstance(peft_config.granularity, Heads):
+        peft_config.granularity = with_number_of_heads(peft_config.granularity, model, current_key)
+    granularity = peft_config.granularity.of_weight(plain_name(current_key), layer.weight_shape)
+    if not granularity.supports(layer.weight_shape):
+        raise ValueError(
+            f"{current_key}: granularity='{granularity}' does not support a weight of shape "
+            f"{list(layer.weight_shape)}. Use another granularity, or leave the module out with `exclude_modules`."
+        )
+    if peft_config.needs_covariance and not layer.can_decay:
+        raise ValueError(
+            f"{current_key} is a {type(layer.get_base_layer()).__name__}, but harm decay supports only linear "
+            "layers, experts and routers. Leave the module out with `exclude_modules`, or set harm_decay=0."
+        )
+    layer.update_layer(adapter_name, peft_config, granularity, inference_mode=peft_config.inference_mode)
+
+
+def _not_mixable(path: str) -> ValueError:
+    """The error for what a ``MixedModel``, which merges layer by layer, cannot merge."""
+    return ValueError(
+        f"{path}: a mixed model supports FGGM neither on parameters without a layer nor on quantized layers. Leave the "
+        "module out with `exclude_modules`, or use get_peft_model without mixed=True."
+    )
+
+
+def _choose_without_data(config: FGGMConfig, targets: Targets) -> None:
+    """Choose the support now if the criterion needs no data, and the config is not that of a saved adapter."""
+    on_meta = any(target.values.is_meta for target in targets.values())
+    if config.is_chosen_without_data and targets and not on_meta and not config.support_sizes:
+        config.selection = None
+        choices = choose_supports(targets, config, lambda path: criterion_scores(targets[path], config))
+        write_supports(targets, config, choices)
 
 
 def require_adapter_name(model: nn.Module, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
 from peft.utils import hotswap, register_peft_method
 
 NAME = "FGGM"
@@ -37,7 +38,9 @@ def register(config_class: type, model_class: type, swap: Callable[..., None]) -
     """Register ``FGGM`` with PEFT, unless PEFT has it already; ``swap`` replaces the part of hotswapping for LoRA."""
     if add_peft_type() in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
-    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)
+    # PEFT 0.21 has a fixed tuple, which no registration changes; docs/upstream proposes a view of what is registered
+    mixes = not isinstance(COMPATIBLE_TUNER_TYPES, tuple)
+    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class, is_mixed_compatible=mixes)
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["granularity", "bias"]
     theirs = hotswap.hotswap_adapter_from_state_dict
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftMixedModel
 from torch import Tensor, nn
 
 from ..core.criteria import CRITERIA, Quantities
@@ -63,7 +64,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     model = without_wrappers(model)
     while callable(get := getattr(model, "get_base_model", None)):
         model = without_wrappers(get())
-    return model
+    return model.base_model.model if isinstance(model, PeftMixedModel) else model
 
 
 def _generator(config: FGGMConfig, path: str) -> torch.Generator:

@@ -292,7 +292,7 @@ def test_the_stream_files_in_the_docs_are_valid(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 )
 def test_the_targets_of_local_links_exist(page):
     text = (ROOT / page).read_text()

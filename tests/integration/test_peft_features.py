@@ -295,12 +295,3 @@ def test_fggm_and_lora_deltas_on_one_layer_add_up_and_train_together(outer, gran
     model.eval()(**BATCHES[0]).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in layer.parameters() if p.requires_grad)
     assert weight.grad is None
-
-
-def test_pefts_mixed_model_rejects_fggm():
-    with pytest.raises(ValueError, match=r"'FGGM' is not compatible with the `PeftMixedModel`"):
-        get_peft_model(llama(), FGGMConfig(), mixed=True)
-    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(ValueError, match=r"'FGGM' is not compatible"):
-        model.add_adapter("task", FGGMConfig())
-    assert list(model.peft_config) == ["default"]
