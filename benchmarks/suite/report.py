@@ -104,7 +104,8 @@ def draw(results: Results, path: Path) -> None:
 
 def _brief(setting: dict[str, Any]) -> str:
     base = {"float32": "f32", "bfloat16": "bf16"}.get(setting["base"], setting["base"])
-    return f"{setting['parameters'] / 1e6:.0f}M {base} {100 * setting['density']:g}% {setting['length']}"
+    length = "" if setting["length"] == 128 else f" T{setting['length']}"
+    return f"{setting['parameters'] / 1e6:.0f}M {base} {100 * setting['density']:g}%{length}"
 
 
 def page_text(contents: dict[str, Any], chart: str) -> str:
@@ -118,7 +119,8 @@ def page_text(contents: dict[str, Any], chart: str) -> str:
             missed_text(members),
             "## All ratios",
             f"![Time and peak memory of a training step]({chart})",
-            f"Rows of the chart: parameters, base, density, tokens per sample. {machine_text(contents['machine'])}",
+            "Rows of the chart: parameters, base, density; 128 tokens per sample unless T says otherwise. "
+            + machine_text(contents["machine"]),
             measurement_tables(contents["results"]),
         ]
     )
