@@ -130,9 +130,10 @@ def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
     ours = fisher.selections(model, batch)
     calls = {
         FROZEN: functools.partial(fisher.frozen_pass, sharing_weights(model), batch),
-        WEIGHT_GRADIENTS: functools.partial(fisher.pass_with_weight_gradients, sharing_weights(model), batch),
         **ours,
     }
+    if setting.base in ("float32", "bfloat16"):
+        calls[WEIGHT_GRADIENTS] = functools.partial(fisher.pass_with_weight_gradients, sharing_weights(model), batch)
     table = timed(dict(calls), FROZEN, seconds)
     if setting.peers:
         others = {name: functools.partial(run, batch) for name, run in peers(model).items()}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tracing import is_recording
+
 
 def select_columns(matrix: Tensor, columns: Tensor) -> Tensor:
     """``matrix[:, columns]`` for ``matrix`` ``[n, i]`` and sorted ``columns`` ``[k]``."""
@@ -46,8 +48,8 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _has_wide_rows(x: Tensor) -> bool:
-    """Whether every row can be read as numbers of 16 bytes, for which compilers generate no code."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether every row can be read as numbers of 16 bytes, which programs of torch.compile and torch.jit cannot do."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_recording():
         return False
     steps = (x.shape[1], x.stride(0), x.storage_offset())
     return x.stride(1) == 1 and all(step * x.element_size() % 16 == 0 for step in steps)
