@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .covariance import Covariance
 from .harm_decay import Decay, DiagonalDecay, SpectralDecay
-from .indexing import put_columns_, put_entries_, put_rows_, select_columns
+from .indexing import put_, put_rows_, select_columns
 from .per_sample import PerSampleGradients
 from .registry import Registry
 from .sampled import add_sparse_product_, sampled_product, starts_of
@@ -51,6 +51,10 @@ class UnitKind(ABC):
 
     name: ClassVar[str]  # set by the registry
     weight_dim: ClassVar[int | None] = None  # units are slices of the weight along this dimension; None: they are not
+
+    def of_model(self, model: nn.Module, path: str) -> UnitKind:
+        """The units of a model, as the module at ``path`` shows them; by default they do not depend on the model."""
+        return self
 
     @abstractmethod
     def of_weight(self, path: str, shape: Shape) -> Granularity:
@@ -280,7 +284,7 @@ class Columns(_Slices):
         return select_columns(weight, indices)
 
     def put_(self, weight, indices, entries):
-        put_columns_(weight, indices, entries)
+        put_(weight, indices, entries)
 
     def element_indices(self, indices, shape):
         return (torch.arange(shape[0], device=indices.device)[:, None] * shape[1] + indices.long()).flatten()
@@ -342,7 +346,7 @@ class Elements(Granularity):
 
     def put_(self, weight, indices, entries):
         if weight.is_contiguous():
-            put_entries_(weight.view(-1), indices, entries)
+            put_(weight.view(-1), indices, entries)
         else:
             weight.index_put_((indices // weight.shape[1], indices % weight.shape[1]), entries)
 

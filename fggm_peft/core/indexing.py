@@ -14,7 +14,7 @@ from .tracing import is_recording
 
 def select_columns(matrix: Tensor, columns: Tensor) -> Tensor:
     """``matrix[:, columns]`` for ``matrix`` ``[n, i]`` and sorted ``columns`` ``[k]``."""
-    if matrix.device.type == "cpu" and matrix.element_size() < 4:
+    if matrix.device.type == "cpu" and matrix.element_size() == 2:
         return _bits(matrix).gather(1, columns.long().expand(len(matrix), -1)).view(matrix.dtype)
     return matrix.index_select(1, columns)
 
@@ -26,20 +26,12 @@ def put_rows_(matrix: Tensor, rows: Tensor, entries: Tensor) -> None:
     matrix.index_copy_(0, rows.long(), entries)
 
 
-def put_columns_(matrix: Tensor, columns: Tensor, entries: Tensor) -> None:
-    """``matrix[:, columns] = entries`` for ``matrix`` ``[o, i]`` and different ``columns`` ``[k]``."""
-    if matrix.device.type == "cpu":
-        _bits(matrix).scatter_(1, columns.long().expand(len(matrix), -1), _bits(entries))
+def put_(x: Tensor, indices: Tensor, entries: Tensor) -> None:
+    """``x[..., indices] = entries`` for different ``indices`` ``[k]``: columns of a matrix, or entries of a vector."""
+    if x.device.type == "cpu":
+        _bits(x).scatter_(-1, indices.long().expand(*x.shape[:-1], -1), _bits(entries))
     else:
-        matrix.index_copy_(1, columns.long(), entries)
-
-
-def put_entries_(flat: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """``flat[indices] = entries`` for ``flat`` ``[n]`` and different ``indices`` ``[k]``."""
-    if flat.device.type == "cpu":
-        _bits(flat).scatter_(0, indices.long(), _bits(entries))
-    else:
-        flat.index_copy_(0, indices.long(), entries)
+        x.index_copy_(-1, indices.long(), entries)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -15,13 +15,11 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import Tensor, nn
 
-from ..core.heads import Heads
 from .config import FGGMConfig
 from .files.base_check import fingerprint
 from .files.indices import SupportIndices, await_supports_
 from .files.loading import fit_layers_to_model_state, fit_layers_to_state_dict
 from .files.saving import encode_for_file_
-from .heads import with_number_of_heads
 from .hosts.bitsandbytes import guard_four_bit_layers
 from .hosts.offloading import require_offloading_in_place
 from .hosts.quantized_targets import expand_all_linear_
@@ -266,8 +264,7 @@ class FGGMModel(BaseTuner):
 def _add_to_layer(
     model: nn.Module, adapter_name: str, peft_config: FGGMConfig, current_key: str, layer: FGGMLayer
 ) -> None:
-    if isinstance(peft_config.granularity, Heads):
-        peft_config.granularity = with_number_of_heads(peft_config.granularity, model, current_key)
+    peft_config.granularity = peft_config.granularity.of_model(model, current_key)
     granularity = peft_config.granularity.of_weight(plain_name(current_key), layer.weight_shape)
     if not granularity.supports(layer.weight_shape):
         raise ValueError(

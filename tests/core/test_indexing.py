@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fggm_peft.core.indexing import put_columns_, put_entries_, put_rows_, select_columns
+from fggm_peft.core.indexing import put_, put_rows_, select_columns
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -45,7 +45,7 @@ def test_put_and_select_columns(data):
     entries = -torch.rand(len(columns), len(matrix)).to(matrix.dtype).T
     expected = matrix.clone()
     expected[:, columns.long()] = entries
-    put_columns_(matrix, columns, entries)
+    put_(matrix, columns, entries)
     torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
 
 
@@ -56,7 +56,7 @@ def test_put_entries(data):
     entries = -torch.rand(len(indices)).to(flat.dtype)
     expected = flat.clone()
     expected[indices.long()] = entries
-    put_entries_(flat, indices, entries)
+    put_(flat, indices, entries)
     torch.testing.assert_close(flat, expected, rtol=0, atol=0)
 
 
@@ -67,6 +67,6 @@ def test_every_bit_pattern_is_moved_unchanged(dtype, value):
     matrix, two = torch.zeros(4, 16, dtype=dtype), torch.tensor([1, 2])
     special = torch.full((4, 16), value, dtype=dtype)
     put_rows_(matrix, two, special[:2])
-    put_columns_(matrix, two, special[:, :2])
+    put_(matrix, two, special[:, :2])
     assert torch.equal(matrix[1:3].view(torch.uint8), special[:2].view(torch.uint8))
     assert torch.equal(select_columns(matrix, two).view(torch.uint8), special[:, :2].contiguous().view(torch.uint8))
