@@ -36,6 +36,10 @@ class Setting:
         feed_forward = 3 * width * (width * 8 // 3 // 64 * 64)
         return self.layers * (attention + feed_forward) + 2 * self.vocabulary * width
 
+    @property
+    def is_dense(self) -> bool:
+        return self.base in ("float32", "bfloat16")
+
     def text(self) -> str:
         """The setting as text, a key of the result file."""
         size = f"{self.parameters / 1e6:.0f} M (hidden {self.hidden} × {self.layers} layers)"

@@ -128,11 +128,8 @@ def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
     """A Fisher pass of each kind over one batch, and other libraries for per-sample gradients."""
     model, batch = base_of(setting), batch_of(setting)
     ours = fisher.selections(model, batch)
-    calls = {
-        FROZEN: functools.partial(fisher.frozen_pass, sharing_weights(model), batch),
-        **ours,
-    }
-    if setting.base in ("float32", "bfloat16"):
+    calls = {FROZEN: functools.partial(fisher.frozen_pass, sharing_weights(model), batch), **ours}
+    if setting.is_dense:
         calls[WEIGHT_GRADIENTS] = functools.partial(fisher.pass_with_weight_gradients, sharing_weights(model), batch)
     table = timed(dict(calls), FROZEN, seconds)
     if setting.peers:
@@ -272,7 +269,7 @@ class ContiguousValues:
 
     def __init__(self, weights: list[torch.Tensor], density: float):
         self.parts = [weight.detach().flatten()[: round(density * weight.numel())].clone() for weight in weights]
-        self.values = [torch.zeros(part.shape) for part in self.parts]
+        self.values = [torch.zeros(part.shape, device=part.device) for part in self.parts]
         self.originals: list[torch.Tensor] = []
 
     def merge(self) -> None:
