@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from command_line import PAIRS, fail, fggm, succeed
+from launching import TORCHRUN, output_of, start
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -529,12 +530,9 @@ def test_the_installed_program_runs_and_keeps_standard_output_for_the_result(fol
 def test_two_processes_select_like_one(folder, selected, tmp_path):
     script = "from fggm_peft.cli import main; main()"
     (tmp_path / "fggm.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [tmp_path / "fggm.py", "select", folder / "model", "--data", folder / "data"]
+    command = [*TORCHRUN, tmp_path / "fggm.py", "select", folder / "model", "--data", folder / "data"]
     command += ["--output", tmp_path / "out", "--density", "0.2", "--batch-size", "3", "--json"]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=offline())
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads(result.stdout)["samples"] == 32
+    assert json.loads(output_of(start(*command, stderr=subprocess.PIPE)))["samples"] == 32
     one, two = (load_file(path / "adapter_model.safetensors") for path in (selected, tmp_path / "out"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from launching import TORCHRUN, end, output_of, start
 from models import byte_tokenizer, text_model
 from safetensors.torch import load_file
 
@@ -38,14 +35,8 @@ def data(tmp_path) -> Path:
     return file
 
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 def run(script: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
+    return output_of(start(EXAMPLES / script, *arguments))
 
 
 @pytest.mark.parametrize("base", ["4-bit", "dense"])
@@ -70,45 +61,28 @@ def test_deltas_are_shared_exported_and_rolled_back(tmp_path):
 STEPS, SAVE_EVERY = 60, 10
 
 
-def long_run(launcher: list[str], *arguments: object, **options) -> subprocess.Popen:
-    script = [str(EXAMPLES / "long_run.py"), "--cpu", "--steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
-    command = [sys.executable, *launcher, *script, *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, start_new_session=True, **options)
-
-
-def finished(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
 @pytest.mark.parametrize(
     "launcher",
     [
         pytest.param([], id="one process"),
-        pytest.param(
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-            marks=pytest.mark.distributed,
-            id="two processes",
-        ),
+        pytest.param(TORCHRUN, marks=pytest.mark.distributed, id="two processes"),
     ],
 )
 def test_a_killed_run_resumes_bit_exactly(launcher, model_folder, data, tmp_path):
-    source = ["--model", model_folder, "--data", data]
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    script = [EXAMPLES / "long_run.py", "--cpu", "--steps", STEPS, "--save-every", SAVE_EVERY]
+    command = [*launcher, *script, "--model", model_folder, "--data", data, "--output"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert " steps, selected;" in finished(long_run(launcher, *source, "--output", whole, **piped))
+    assert " steps, selected;" in output_of(start(*command, whole))
 
     with (tmp_path / "log").open("w") as log:
-        process = long_run(launcher, *source, "--output", parts, stdout=log, stderr=log)
+        process = start(*command, parts, stdout=log)
         while not (parts / "checkpoints" / f"checkpoint-{2 * SAVE_EVERY}").exists():
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (parts / "adapter_config.json").exists()
+    end(process)
+    assert not (parts / "checkpoints" / f"checkpoint-{STEPS}").exists()
 
-    assert "resumed" in finished(long_run(launcher, *source, "--output", parts, "--resume", **piped))
+    assert "resumed" in output_of(start(*command, parts, "--resume"))
     states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (whole, parts)]
     losses = [[log["loss"] for log in state["log_history"] if "loss" in log] for state in states]
     assert len(losses[0]) == STEPS and losses[0] == losses[1]
@@ -122,9 +96,7 @@ def test_the_demo_runs_and_writes_its_report_and_deltas(model_folder, tmp_path):
     run("demo/prepare.py", tmp_path / "data", "--no-model")
     options = ["--data", tmp_path / "data", "--model", model_folder, "--output", tmp_path / "runs", "--processes", 2]
     options += re.search(r"--methods \S+", (EXAMPLES.parent / "Makefile").read_text())[0].split()
-    command = [sys.executable, "-c", "from fggm_peft.cli import main; main()", "sequence", "demo", *map(str, options)]
-    result = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    output_of(start("-c", "from fggm_peft.cli import main; main()", "sequence", "demo", *options), seconds=600)
     report = json.loads((tmp_path / "runs" / "report.json").read_text())
     assert [(run["label"], run["learning_rate"]) for run in report["runs"]] == [("retain", 1.6e-3), ("sft", 1e-4)]
     assert (tmp_path / "runs" / "report.md").exists()
