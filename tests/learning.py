@@ -37,7 +37,7 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 class Recorder:
-    """The batches of a training run."""
+    """The batches of a training run, as the collator made them."""
 
     def __init__(self, model: nn.Module):
         self.batches: list[dict[str, Tensor]] = []
@@ -45,4 +45,7 @@ class Recorder:
 
     def _record(self, model, args, kwargs):
         batch = {key: kwargs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
+        if "logits_to_keep" in kwargs:  # the labels are those of some positions
+            batch["labels"] = torch.full_like(batch["input_ids"], -100)
+            batch["labels"][:, kwargs["logits_to_keep"][:-1] + 1] = kwargs["labels"][:, 1:]
         self.batches += [batch] if model.training else []

@@ -32,7 +32,7 @@ MODULES = [
     "xml",
 ]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-GENERAL_SIZE, REFERENCE_SIZE = 32, 64  # paragraphs
+GENERAL_SIZE, REFERENCE_SIZE = 32, 32  # paragraphs
 SIDE_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 

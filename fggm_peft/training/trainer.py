@@ -30,6 +30,7 @@ from ..tuner.files.input_covariance import task_of
 from ..tuner.files.model_card import complete_card
 from ..tuner.files.saving import as_trained, keep_card
 from ..tuner.support import unwrapped
+from .answer_loss import AnswerLossMixin
 from .batches import selection_batch
 from .checkpoints import (
     last_complete_checkpoint,
@@ -209,8 +210,12 @@ class FGGMTrainerMixin(_Trainer):
         self.accelerator.wait_for_everyone()
 
 
-class FGGMTrainer(FGGMTrainerMixin, Trainer):
-    """transformers' ``Trainer`` with selection inside ``train()``."""
+class FGGMTrainer(AnswerLossMixin, FGGMTrainerMixin, Trainer):
+    """transformers' ``Trainer`` with selection inside ``train()``.
+
+    Without a loss function of your own, only the positions that predict labels get logits, which saves the time and the
+    memory of the prompts' logits (transformers' causal language models).
+    """
 
 
 class FGGMCallback(TrainerCallback):

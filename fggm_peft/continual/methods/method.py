@@ -18,6 +18,7 @@ from ...retention import HarmDecay
 from ...selection import input_covariance, linear_layers
 from ...selection.input_covariance import COVARIANCE_SAMPLES, input_widths
 from ...selection.reference import covariance_to_retain, is_text_file, own_text
+from ...training.answer_loss import AnswerLossMixin
 from ...training.texts import read_paragraphs, with_texts
 from ...tuner import InputCovariance
 from ...tuner.settings.fields import require_types
@@ -199,7 +200,7 @@ def make_method(name: str, /, **options: Any) -> Method:
         raise ValueError(f"the method {name!r}: {error}") from error
 
 
-class MethodTrainer(Trainer):
+class MethodTrainer(AnswerLossMixin, Trainer):
     """transformers' ``Trainer``, in which a method changes the gradients of each step, with the method's harm decay.
 
     It does not support DeepSpeed, which does not keep gradients on the parameters.
