@@ -1,0 +1,71 @@
+"""What the logits of prompts cost: a step with the logits of all tokens, and one with those of answers only.
+
+python benchmarks/answer_logits.py
+
+The model has the shape of SmolLM2-135M, with random weights; a batch has 8 prompts with answers of 16 tokens. Time is
+the step's (forward, backward, AdamW) over that of the step with all logits, and memory is the peak of forward and
+backward, without the model. Both steps have the same loss (tests/training/test_answer_loss.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from common import batches, interleaved, peak_mib, ratios, show, write
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fggm_peft import FGGMConfig, select_parameters
+from fggm_peft.selection.likelihood import IGNORED
+from fggm_peft.training.answer_loss import answers_only
+
+BATCH_SIZE, ANSWER, PROMPTS, ROUNDS = 8, 16, (48, 112, 240), 4
+VOCABULARY = 49152
+METHODS = {
+    "fggm": FGGMConfig(granularity="column", density=0.3, num_samples=8, task_type="CAUSAL_LM"),
+    "lora": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "full fine-tuning": None,
+}
+
+
+def adapted(config, batch) -> nn.Module:
+    torch.manual_seed(0)
+    shape = LlamaConfig(VOCABULARY, 576, 1536, 30, 9, 3, tie_word_embeddings=True, use_cache=False)
+    model = LlamaForCausalLM(shape)
+    if config is None:
+        return model.train()
+    model = get_peft_model(model, config)
+    if isinstance(config, FGGMConfig):
+        select_parameters(model, [batch], progress=False)
+    return model.train()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch) -> None:
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results = {}
+    for name, config in METHODS.items():
+        model = adapted(config, batches(1, BATCH_SIZE, 32, VOCABULARY)[0])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+        for prompt in PROMPTS:
+            (batch,) = batches(1, BATCH_SIZE, prompt + ANSWER, VOCABULARY)
+            batch["labels"][:, :prompt] = IGNORED
+            steps = {"all": partial(step, model, optimizer, batch)}
+            steps["answers"] = partial(step, model, optimizer, answers_only(model, batch))
+            rows = ratios(interleaved(steps, ROUNDS), "all")
+            for kind, call in steps.items():
+                rows[kind]["peak_mib"] = peak_mib(call)
+            results[f"{name}, prompts of {prompt}"] = rows
+            show(f"{name}, prompts of {prompt} tokens", rows)
+    write("answer_logits", results)
+
+
+if __name__ == "__main__":
+    main()
