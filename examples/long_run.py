@@ -13,6 +13,7 @@ scores are summed, so all processes train the same support.
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 
 from accelerate import PartialState
@@ -67,8 +68,10 @@ def main() -> None:
     if PartialState().is_main_process:
         resumed = "resumed" if trainer.selection_report is None else "selected"
         print(f"{trainer.state.global_step} steps, {resumed}; the adapter is in {arguments.output}")
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # if the trainer's DDP is freed after its process group, torch may hang
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
@@ -34,11 +35,14 @@ def this_process() -> PartialState:
 def disconnect() -> None:
     """Disconnect this process from the others, once all are done.
 
-    Without it, a thread of gloo may abort the process while the interpreter ends (pytorch/pytorch#179291).
+    Without it, a thread of gloo may abort the process while the interpreter ends (pytorch/pytorch#179291). DDP must be
+    freed before: it would free the last reference to the process group while it holds Python's lock, and wait for
+    threads of gloo that wait for the lock.
     """
     from accelerate import PartialState
 
     if PartialState._shared_state:  # else no process was connected
+        gc.collect()
         state = PartialState()
         state.wait_for_everyone()
         state.destroy_process_group()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, d
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import granularity_from
-from fggm_peft.training import FGGMCallback, FGGMTrainer
+from fggm_peft.training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
 
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
 
@@ -335,13 +335,19 @@ def test_the_text_generation_pipeline_accepts_an_adapted_model():
 # Trainers ---------------------------------------------------------------------------------------
 
 
-def test_the_callback_and_the_mixin_give_the_same_result(tmp_path, eager):
+class MixinTrainer(FGGMTrainerMixin, Trainer):
+    """The mixin in a trainer with transformers' loss."""
+
+
+def test_the_callback_and_the_mixin_give_the_same_result(tmp_path):
+    mixin = make_trainer(adapted(llama()), tmp_path, MixinTrainer)
+    mixin.train()
     callback = FGGMCallback()
     trainer = make_trainer(adapted(llama()), tmp_path, Trainer, callbacks=[callback])
     trainer.train()
-    assert callback.selection_report.samples == eager.selection_report.samples == 24
-    assert losses(trainer) == losses(eager)
-    assert_same_delta(trainer.model, eager.model)
+    assert callback.selection_report.samples == mixin.selection_report.samples == 24
+    assert losses(trainer) == losses(mixin)
+    assert_same_delta(trainer.model, mixin.model)
     logged = [entry for entry in trainer.state.log_history if "selection/samples" in entry]
     assert len(logged) == 1
 
