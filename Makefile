@@ -24,8 +24,7 @@ $(VENV)/dev: $(VENV)/created pyproject.toml constraints.txt
 demo: $(VENV)/demo  ## A real language model learns three tasks, one after another (about nine minutes on two cores).
 	@mkdir -p demo-output
 	$(BIN)/python examples/demo/prepare.py demo-output/data
-	@# without the setting, glibc returns memory to the system and gets it back, cleared, in every step
-	MALLOC_MMAP_THRESHOLD_=1073741824 $(BIN)/fggm sequence demo --data demo-output/data --model demo-output/data/model --output demo-output/runs --processes 2 --resume --methods sft,retain $(ARGS)
+	$(BIN)/fggm sequence demo --data demo-output/data --model demo-output/data/model --output demo-output/runs --processes 2 --resume --methods sft,retain $(ARGS)
 	@echo "The report is demo-output/runs/report.html; make clean begins anew."
 
 test: $(VENV)/dev  ## Everything but what is marked slow.

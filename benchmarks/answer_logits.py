@@ -21,8 +21,10 @@ from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.selection.likelihood import IGNORED
 from fggm_peft.training.answer_loss import answers_only
 
-BATCH_SIZE, ANSWER, PROMPTS, ROUNDS = 8, 16, (48, 112, 240), 4
+BATCH_SIZE, ANSWER, PROMPTS, ROUNDS = 8, 16, (48, 112), 3
 VOCABULARY = 49152
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 METHODS = {
     "fggm": FGGMConfig(granularity="column", density=0.3, num_samples=8, task_type="CAUSAL_LM"),
     "lora": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -32,8 +34,7 @@ METHODS = {
 
 def adapted(config, batch) -> nn.Module:
     torch.manual_seed(0)
-    shape = LlamaConfig(VOCABULARY, 576, 1536, 30, 9, 3, tie_word_embeddings=True, use_cache=False)
-    model = LlamaForCausalLM(shape)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, use_cache=False))
     if config is None:
         return model.train()
     model = get_peft_model(model, config)
