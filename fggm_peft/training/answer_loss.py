@@ -52,8 +52,14 @@ def answers_only(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_supported(model: nn.Module) -> bool:
-    """Whether a model's forward is that of transformers, and its inputs get no virtual tokens."""
+    """Whether a model computes transformers' shared loss of causal language models from its text alone."""
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
-        return False
-    forward = inspect.unwrap(unwrapped(model).forward)  # unsloth replaces it by one that ignores positions
-    return forward.__module__.startswith("transformers.models.") and takes_positions(model)
+        return False  # virtual tokens come before the text
+    base: Any = unwrapped(model)
+    forward = inspect.unwrap(base.forward)
+    return (
+        forward.__module__.startswith("transformers.models.")  # unsloth's ignores positions
+        and "loss_function" in forward.__code__.co_names  # Bart's decoder compares a position with its own label
+        and not base.config.sub_configs  # an image or a sound may come before the text
+        and takes_positions(model)
+    )

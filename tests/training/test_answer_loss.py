@@ -103,6 +103,20 @@ def test_models_that_would_misread_positions_get_the_batch_as_it_is(reason):
     assert answers_only(model, batch)["labels"] is batch["labels"]
 
 
+SMALL = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "n_layer": 1, "n_head": 4, "d_inner": 16}
+SMALL |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 16, "encoder_ffn_dim": 16}
+VISION = {
+    "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+}
+
+
+@pytest.mark.parametrize("family", ["bart", "xlnet", "git"])
+def test_models_with_a_loss_of_their_own_get_the_batch_as_it_is(family):
+    config = AutoConfig.for_model(family, **SIZES | SMALL | (VISION if family == "git" else {}))
+    model, batch = AutoModelForCausalLM.from_config(config), batch_of([[False, False, True], [False, False, True]])
+    assert answers_only(model, batch)["labels"] is batch["labels"]
+
+
 ROWS = [{"input_ids": [5, 6, 7, 8 + n], "labels": [IGNORED, IGNORED, IGNORED, 8 + n]} for n in range(8)]
 
 
