@@ -45,7 +45,6 @@ class Recorder:
 
     def _record(self, model, args, kwargs):
         batch = {key: kwargs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
-        if "logits_to_keep" in kwargs:  # the labels are those of some positions
-            batch["labels"] = torch.full_like(batch["input_ids"], -100)
-            batch["labels"][:, kwargs["logits_to_keep"][:-1] + 1] = kwargs["labels"][:, 1:]
+        prompt = batch["input_ids"].shape[1] - batch["labels"].shape[1]  # has no labels if logits_to_keep is set
+        batch["labels"] = nn.functional.pad(batch["labels"], (prompt, 0), value=-100)
         self.batches += [batch] if model.training else []

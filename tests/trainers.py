@@ -10,7 +10,11 @@ from models import VOCABULARY, fggm_layers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from fggm_peft.training import FGGMTrainer
+from fggm_peft.training import FGGMTrainer, FGGMTrainerMixin
+
+
+class MixinTrainer(FGGMTrainerMixin, Trainer):
+    """The mixin in a trainer with transformers' loss."""
 
 
 def examples(count: int = 24, length: int = 10, seed: int = 0) -> list[dict[str, list[int]]]:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"
 import study_tasks as made
 from tasks import Example, module, write_examples, write_tasks
 
-TRAIN_SIZE, TEST_SIZE, PARAGRAPHS = 640, 200, 32
+TRAIN_SIZE, TEST_SIZE, PARAGRAPHS, REFERENCE_SIZE = 640, 200, 32, 64
 INTENT_TASKS = ("intents-a", "intents-b", "intents-c")
 Make = Callable[[Random], Sequence[Example]]
 STREAMS: dict[str, dict[str, Make]] = {
@@ -81,7 +81,7 @@ def write_part(folder: Path, part: str, intent: Path | None = None) -> None:
     """Write the tasks of a stream, or ``other.txt``. The stream intents is skipped without its source."""
     if part == "code":
         tasks = {"module": module, "code": made.code, "numeric": made.numeric}
-        write_tasks(folder, TRAIN_SIZE, TEST_SIZE, tasks=tasks)
+        write_tasks(folder, TRAIN_SIZE, TEST_SIZE, reference_size=REFERENCE_SIZE, tasks=tasks)
     elif part == "other":
         text = Random("study-other").sample(made.novel_paragraphs(), PARAGRAPHS)
         (folder / "other.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")

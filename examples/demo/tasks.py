@@ -32,7 +32,7 @@ MODULES = [
     "xml",
 ]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-GENERAL_SIZE, REFERENCE_SIZE = 32, 32  # paragraphs
+PARAGRAPHS = 32  # of general.txt
 SIDE_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -53,6 +53,7 @@ def write_tasks(
     train_size: int = 480,
     test_size: int = 48,
     seed: int = 0,
+    reference_size: int = PARAGRAPHS,
     tasks: Mapping[str, Make] | None = None,
 ) -> None:
     """Write tasks, by default those of the demo, and the two texts to ``folder``; no example is in both splits.
@@ -62,10 +63,10 @@ def write_tasks(
     for position, (name, make) in enumerate((tasks or TASKS).items()):
         write_examples(folder / name, *make(train_size, test_size, random.Random(f"{seed}-{position}")))
     paragraphs = sorted(set(_prose_paragraphs()))
-    text = random.Random(f"{seed}-general").sample(paragraphs, min(GENERAL_SIZE, len(paragraphs)))
+    text = random.Random(f"{seed}-general").sample(paragraphs, min(PARAGRAPHS, len(paragraphs)))
     (folder / "general.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     rest = sorted(set(paragraphs) - set(text))
-    text = random.Random(f"{seed}-reference").sample(rest, min(REFERENCE_SIZE, len(rest)))
+    text = random.Random(f"{seed}-reference").sample(rest, min(reference_size, len(rest)))
     (folder / "reference.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 

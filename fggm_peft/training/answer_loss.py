@@ -9,8 +9,6 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..selection.likelihood import IGNORED, takes_positions
@@ -34,20 +32,18 @@ class AnswerLossMixin(_Trainer):
 
 
 def answers_only(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with ``logits_to_keep``, the ``k`` positions that predict answers, and their labels ``[b, k + 1]``.
+    """The batch with the labels from the first position on that predicts an answer, and as many ``logits_to_keep``.
 
-    The model's own loss compares the logits of a position with the labels of the next, so it does not use the first
-    column of labels nor the last of the logits. The batch of a model that would misread positions does not change.
+    The batch of a model that would misread them does not change.
     """
     batch = dict(batch)
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or batch.keys() & {"logits_to_keep", "shift_labels"} or not _is_supported(model):
         return batch
-    targets = labels[:, 1:]
-    positions = (targets != IGNORED).any(0).nonzero()[:, 0]
-    if 0 < len(positions) < targets.shape[1]:
-        batch["logits_to_keep"] = torch.cat([positions, positions[-1:]])
-        batch["labels"] = F.pad(targets[:, positions], (1, 0), value=IGNORED)
+    predicting = (labels[:, 1:] != IGNORED).any(0).nonzero()
+    if len(predicting) and (first := int(predicting[0])):
+        batch["labels"] = labels[:, first:]
+        batch["logits_to_keep"] = labels.shape[1] - first
     return batch
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def data(tmp_path) -> Path:
 
 
 def run(script: str, *arguments: object) -> str:
-    return output_of(start(EXAMPLES / script, *arguments))
+    return output_of(start(EXAMPLES / script, *arguments, stderr=subprocess.PIPE))
 
 
 @pytest.mark.parametrize("base", ["4-bit", "dense"])
@@ -80,6 +81,7 @@ def test_a_killed_run_resumes_bit_exactly(launcher, model_folder, data, tmp_path
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.002)
     end(process)
+    assert not (parts / "adapter_config.json").exists()
     assert not (parts / "checkpoints" / f"checkpoint-{STEPS}").exists()
 
     assert "resumed" in output_of(start(*command, parts, "--resume"))

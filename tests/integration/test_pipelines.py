@@ -17,13 +17,22 @@ from reference import KINDS
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from trainers import arguments, assert_same_delta, delta, evaluation_losses, examples, losses, make_trainer
+from trainers import (
+    MixinTrainer,
+    arguments,
+    assert_same_delta,
+    delta,
+    evaluation_losses,
+    examples,
+    losses,
+    make_trainer,
+)
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, default_data_collator, pipeline
 
 from fggm_peft import FGGMConfig, select_parameters
 from fggm_peft.core.criteria import CRITERIA
 from fggm_peft.core.granularity import granularity_from
-from fggm_peft.training import FGGMCallback, FGGMTrainer, FGGMTrainerMixin
+from fggm_peft.training import FGGMCallback, FGGMTrainer
 
 BATCHES = token_batches(sizes=(5, 4, 5), padding="right")
 
@@ -333,10 +342,6 @@ def test_the_text_generation_pipeline_accepts_an_adapted_model():
 
 
 # Trainers ---------------------------------------------------------------------------------------
-
-
-class MixinTrainer(FGGMTrainerMixin, Trainer):
-    """The mixin in a trainer with transformers' loss."""
 
 
 def test_the_callback_and_the_mixin_give_the_same_result(tmp_path):

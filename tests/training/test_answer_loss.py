@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import text_model
 from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from trainers import MixinTrainer, losses, make_trainer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from fggm_peft import FGGMConfig, FGGMTrainer, FGGMTrainerMixin
+from fggm_peft import FGGMConfig, FGGMTrainer
 from fggm_peft.selection.likelihood import IGNORED
 from fggm_peft.training.answer_loss import answers_only
 
@@ -120,24 +121,17 @@ def test_models_with_a_loss_of_their_own_get_the_batch_as_it_is(family):
 ROWS = [{"input_ids": [5, 6, 7, 8 + n], "labels": [IGNORED, IGNORED, IGNORED, 8 + n]} for n in range(8)]
 
 
-class AllLogits(FGGMTrainerMixin, Trainer):
-    """FGGMTrainer without its loss."""
-
-
 def test_the_trainer_learns_the_same_and_evaluates_all_logits(tmp_path):
-    losses, widths = {}, {}
-    for kind in (AllLogits, FGGMTrainer):
+    trained, widths = {}, {}
+    for kind in (MixinTrainer, FGGMTrainer):
         torch.manual_seed(0)
         model, widths[kind] = get_peft_model(text_model(), FGGMConfig(density=0.2, task_type="CAUSAL_LM")), []
-        arguments = TrainingArguments(
-            str(tmp_path), max_steps=6, logging_steps=1, learning_rate=0.01, per_device_train_batch_size=4, use_cpu=True
-        )
-        trainer = kind(model=model, args=arguments, train_dataset=ROWS)
+        trainer = make_trainer(model, tmp_path, kind, train_dataset=ROWS, max_steps=6, per_device_train_batch_size=4)
         trainer.train()
-        losses[kind] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        trained[kind] = losses(trainer)
         head = model.get_base_model().get_output_embeddings()
         head.register_forward_hook(lambda module, inputs, output, kind=kind: widths[kind].append(output.shape[1]))
         trainer.training_step(model, next(iter(trainer.get_train_dataloader())))
         trainer.predict(ROWS)
-    assert len(losses[AllLogits]) == 6 and losses[FGGMTrainer] == pytest.approx(losses[AllLogits], rel=1e-5)
-    assert widths == {AllLogits: [4, 4], FGGMTrainer: [2, 4]}
+    assert len(trained[MixinTrainer]) == 6 and trained[FGGMTrainer] == pytest.approx(trained[MixinTrainer], rel=1e-5)
+    assert widths == {MixinTrainer: [4, 4], FGGMTrainer: [2, 4]}
