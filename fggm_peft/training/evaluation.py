@@ -19,6 +19,8 @@ from ..selection.processes import Processes
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from .data import TokenizedExamples, padding_on_the_right
 
+SIMILAR = 0.75  # of the longest example of a batch: what a batch may contain
+
 
 @dataclass(frozen=True)
 class AnswerScores:
@@ -66,9 +68,8 @@ def score_answers(
     for indices in _batches(examples, batch_size, description, processes):
         batch = collate([examples[index] for index in indices]).to(next(model.parameters()).device)
         logits, targets = _answer_logits(model, batch)
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        right = (logits.argmax(-1) == targets) & (targets != IGNORED)
-        parts.append((float(losses.double().sum()), int(right.sum()), int((targets != IGNORED).sum())))
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        parts.append((float(losses.double().sum()), int((logits.argmax(-1) == targets).sum()), len(targets)))
     loss, correct, tokens = map(math.fsum, zip(*_of_all(processes, parts), strict=True))
     return AnswerScores(len(examples), int(tokens), loss / tokens, correct / tokens)
 
@@ -150,17 +151,22 @@ def _batches(
 
     With n processes each gets every n-th batch. The batches are the same for every n.
     """
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+    lengths = [len(examples[index]["input_ids"]) for index in range(len(examples))]
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batches and len(batches[-1]) < batch_size and lengths[index] >= SIMILAR * lengths[batches[-1][0]]:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
-    starts = range(rank * batch_size, len(order), size * batch_size)
-    for start in tqdm(starts, desc=description, unit="batch", disable=None, leave=False):
-        yield order[start : start + batch_size]
+    yield from tqdm(batches[rank::size], desc=description, unit="batch", disable=None, leave=False)
 
 
 def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits, float32 ``[b, t, vocabulary]``, and targets, int64 ``[b, t]``, where any row has a label."""
+    """Logits, float32 ``[n, vocabulary]``, and targets, int64 ``[n]``, of the ``n`` answer tokens of a batch."""
     targets = batch["labels"][:, 1:]
-    positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+    counted = targets != IGNORED
+    positions = counted.any(dim=0).nonzero().squeeze(1)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
@@ -168,7 +174,8 @@ def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
         logits = model(**inputs, logits_to_keep=positions).logits
     else:
         logits = model(**inputs).logits[:, positions]
-    return logits.float(), targets[:, positions]
+    counted = counted[:, positions]
+    return logits[counted].float(), targets[:, positions][counted]
 
 
 def _prompt_and_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:

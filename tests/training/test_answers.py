@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import succeed
 from models import byte_tokenizer, text_model
+from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from fggm_peft.training.data import Example, TokenizedExamples
@@ -37,6 +38,32 @@ def test_the_loss_does_not_depend_on_the_padding_side_and_the_batch_size(kind):
         tokenizer.padding_side = side
         found.append(score_answers(model, TokenizedExamples(EXAMPLES, tokenizer, 64), size).loss)
     assert found == pytest.approx([found[0]] * 3, abs=1e-6)
+
+
+def test_the_loss_over_a_large_vocabulary_is_exact():
+    """Sums of 50,000 terms in float32 had an error of 5e-5 nats."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50_000, n_embd=8, n_layer=1, n_head=1, n_positions=64))
+    model.lm_head.weight.data.mul_(60)
+    examples = TokenizedExamples(EXAMPLES, tokenizer, 64)
+    found = score_answers(model, examples).loss
+    model, losses = model.double(), []
+    for example in examples:
+        wide = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
+        losses.append(nn.functional.cross_entropy(wide, torch.tensor(example["labels"][1:]), reduction="none"))
+    counted = torch.cat(losses)
+    assert found == pytest.approx(counted[counted != 0].mean().item(), abs=1e-5)
+
+
+def test_batches_have_examples_of_similar_length():
+    """A short example is not padded to the length of a long one."""
+    model, tokenizer, shapes = absolute_model("GPT-2"), byte_tokenizer(), []
+    examples = TokenizedExamples([Example("a", "b" * length) for length in (40, 38, 30, 10, 9, 2)], tokenizer, 64)
+    model.register_forward_pre_hook(lambda m, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    score_answers(model, examples, 2)
+    lengths = sorted((len(examples[index]["input_ids"]) for index in range(6)), reverse=True)
+    assert shapes == [(2, lengths[0]), (1, lengths[2]), (2, lengths[3]), (1, lengths[5])]
 
 
 def test_commands_do_not_depend_on_the_padding_side(tmp_path):
