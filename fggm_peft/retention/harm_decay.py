@@ -7,13 +7,14 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.harm_decay import STRENGTH, Decay
 from ..selection.select import active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance, covariance_of
+from ..tuner.hosts.zero import without_optimizer_wrappers
 from .trained import shrink_, trained_parameters
 
 EVERY = 4
@@ -67,6 +68,7 @@ class HarmDecay:
         self._model: nn.Module | None = None
         self._optimizers: list[Optimizer] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._partitions: dict[int, Tensor] = {}  # what ZeRO steps instead of a parameter, by the parameter's id
         self._decays: dict[str, tuple[Any, Decay]] = {}  # with the support that it belongs to
 
     def attach(self, model: nn.Module, *optimizers: Optimizer) -> HarmDecay:
@@ -78,10 +80,10 @@ class HarmDecay:
         """
         self.remove()
         self._model = model
-        self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
-        for optimizer in self._optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(f"harm decay needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        for optimizer in optimizers:
+            inner, partitions = without_optimizer_wrappers(optimizer)
+            self._optimizers.append(inner)
+            self._partitions |= partitions
         trained = [self._trained_by(optimizer) for optimizer in self._optimizers]  # also records where weights start
         if not any(trained):
             self.remove()
@@ -99,7 +101,7 @@ class HarmDecay:
         for group in (group for optimizer in self._optimizers if self._handles for group in optimizer.param_groups):
             group.pop(_STEPS, None)
             group.pop(_PENDING, None)
-        self._handles, self._optimizers, self._decays, self._model = [], [], {}, None
+        self._handles, self._optimizers, self._partitions, self._decays, self._model = [], [], {}, {}, None
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -107,34 +109,40 @@ class HarmDecay:
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):  # a fused optimizer skips a step of a loss scaler itself
             return
-        for group in optimizer.param_groups:
+        groups = [group for group in optimizer.param_groups if group["params"]]  # ZeRO steps one after another
+        for group in groups:
             group[_PENDING] = group.get(_PENDING, 0.0) + float(group["lr"])
             group[_STEPS] = group.get(_STEPS, 0) + 1
-        due = [group for group in optimizer.param_groups if group[_STEPS] % self.every == 0]
+        due = [group for group in groups if group[_STEPS] % self.every == 0]
         trained = self._trained_by(optimizer) if due else {}
         for group in due:
             sigma, group[_PENDING] = self.strength * group[_PENDING], 0.0
-            for parameter in group["params"] if sigma else []:
-                if id(parameter) in trained:
-                    shrink_(parameter, trained[id(parameter)], sigma)
+            for tensor in group["params"] if sigma else []:
+                for parameter, decay in trained.get(id(tensor), []):
+                    shrink_(parameter, decay, sigma)
 
-    def _trained_by(self, optimizer: Optimizer) -> dict[int, Decay]:
-        """The decay of each parameter of the optimizer that has one.
+    def _trained_by(self, optimizer: Optimizer) -> dict[int, list[tuple[Tensor, Decay]]]:
+        """The parameters that decay, by the tensor that the optimizer steps.
 
         The model is searched each time, because an adapter may have been selected again, replaced or deleted.
         """
         assert self._model is not None
-        ours = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        decays = {}
+        stepped = [
+            *(tensor for group in optimizer.param_groups for tensor in group["params"]),
+            *self._partitions.values(),
+        ]
+        ours = set(map(id, stepped))  # ZeRO-3 empties the groups between its steps
+        decays: dict[int, list[tuple[Tensor, Decay]]] = {}
         for trained in trained_parameters(self._model, self.covariance, self.offload):
-            if id(trained.parameter) not in ours:
+            tensor = id(self._partitions.get(id(trained.parameter), trained.parameter))
+            if tensor not in ours:
                 continue
             name = f"{trained.path}/{trained.name}"
             support, decay = self._decays.get(name, (None, None))
             if decay is None or support is not trained.support:
                 decay = trained.decay(self.covariance[trained.path].to(trained.parameter.device))
                 self._decays[name] = trained.support, decay
-            decays[id(trained.parameter)] = decay
+            decays.setdefault(tensor, []).append((trained.parameter, decay))
         return decays
 
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.covariance import Covariance
 from ..core.harm_decay import Decay, DiagonalDecay, SpectralDecay
 from ..tuner.files.input_covariance import InputCovariance
+from ..tuner.hosts.zero import set_whole_values_, whole_values
 from ..tuner.layer import FGGMLayer
 from ..tuner.target import Target, outer_modules
 
@@ -110,7 +111,13 @@ class DecayToStart(Decay):
 
 
 def shrink_(parameter: Tensor, decay: Decay, sigma: float) -> None:
-    """Apply one step of harm decay to a parameter, or to the shard of it that this process has."""
+    """Apply one step of harm decay to a parameter, or to the shard of it that this process has.
+
+    Under ZeRO, all processes must call this, in the step of the optimizer.
+    """
+    if (whole := whole_values(parameter)) is not None:
+        set_whole_values_(parameter, decay.shrunk(whole, sigma))
+        return
     if isinstance(parameter, DTensor) and isinstance(decay, DiagonalDecay):
         decay = DiagonalDecay(distribute_tensor(decay.energy, parameter.device_mesh, parameter.placements).to_local())
     local = _local(parameter)

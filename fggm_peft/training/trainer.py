@@ -80,6 +80,8 @@ class FGGMTrainerMixin(_Trainer):
         if self.model_init is None:
             restore_float32_(self.model)
             copy_to_reference_(self.model)
+        if self.is_deepspeed_enabled:
+            self.add_callback(_AttachHarmDecay(self))
 
     def selection_batch(self, batch: Any) -> Mapping[str, Any]:
         """Convert a batch of the trainer to model inputs with ``labels``, one sample per row.
@@ -103,7 +105,8 @@ class FGGMTrainerMixin(_Trainer):
                 )
             self.log(log_entry(report))
         optimizer = super().create_optimizer(*args, **kwargs)
-        self.harm_decay = attach_harm_decay(self.model, optimizer)
+        if not self.is_deepspeed_enabled:  # its own optimizer does not exist yet
+            self.harm_decay = attach_harm_decay(self.model, optimizer)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -154,10 +157,11 @@ class FGGMTrainerMixin(_Trainer):
                 "FSDP's cpu_ram_efficient_loading loads the weights on one rank only, and accelerate cannot send the "
                 "adapter's indices (a buffer) to the others. Set it to False in fsdp_config."
             )
-        if self.is_deepspeed_enabled and any(config.harm_decay for _, config in active_adapters(self.model)):
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+        if stage not in (None, 2, 3) and any(config.harm_decay for _, config in active_adapters(self.model)):
             raise ValueError(
-                "harm_decay does not support DeepSpeed, whose optimizer steps flat partitions instead of the adapter's "
-                "values. Use FSDP (version 2) or DDP, or set harm_decay=0."
+                f"harm_decay does not support DeepSpeed's ZeRO stage {stage}, only stages 2 and 3. Set stage=2 in its "
+                "zero_optimization, or use DDP or FSDP (version 2)."
             )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -216,6 +220,16 @@ class FGGMTrainer(AnswerLossMixin, FGGMTrainerMixin, Trainer):
     Without a loss function of your own, only the positions that predict labels get logits, which saves the time and the
     memory of the prompts' logits (transformers' causal language models).
     """
+
+
+class _AttachHarmDecay(TrainerCallback):
+    """Attaches a trainer's harm decay to the optimizer that DeepSpeed has made."""
+
+    def __init__(self, trainer: FGGMTrainerMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.trainer.harm_decay = attach_harm_decay(model, optimizer)
 
 
 class FGGMCallback(TrainerCallback):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import adapted, llama
+from models import adapted, llama, token_batches
 from peft import PeftModel
 from torch import Tensor
 from transformers import TrainingArguments
@@ -45,6 +45,8 @@ def run(folder: str, stage: int | None, config: dict, resume: bool = False) -> b
     size = 4 if stage is None else 2
     settings = TrainingArguments(folder, use_cpu=True, disable_tqdm=True, per_device_train_batch_size=size, **arguments)
     trainer = FGGMTrainer(model=adapted(llama(), **config), args=settings, train_dataset=samples())
+    if config.get("harm_decay"):
+        trainer.selection_reference = [token_batches(seed=1), "history"]
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(folder + "/final")
     return trainer.selection_report is not None
@@ -54,7 +56,14 @@ def values(folder: Path) -> dict[str, Tensor]:
     return PeftModel.from_pretrained(llama(), folder / "final").state_dict()
 
 
-@pytest.mark.parametrize("config", [{}, {"threshold": TopDensity(0.02, scope="global")}], ids=["rows", "empty modules"])
+CONFIGS = {
+    "rows": {},
+    "empty modules": {"threshold": TopDensity(0.02, scope="global")},
+    "harm decay": {"granularity": "column", "density": 0.3, "harm_decay": 30.0},  # once, after four steps
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_selects_trains_saves_and_resumes_like_one_process(stage, config, processes, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import llama, token_batches
@@ -96,8 +98,10 @@ def test_continuing_without_statistics_is_an_error_before_training(tmp_path):
         make_trainer(loaded, tmp_path, FGGMTrainer).train()
 
 
-def test_deepspeed_is_an_error_before_training(tmp_path):
+def test_other_stages_of_deepspeed_are_an_error_before_training(tmp_path):
     rejected = trainer(tmp_path, "mixin")
     rejected.is_deepspeed_enabled = True
-    with pytest.raises(ValueError, match="harm_decay does not support DeepSpeed"):
+    plugin = SimpleNamespace(zero_stage=1)
+    rejected.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match="harm_decay does not support DeepSpeed's ZeRO stage 1"):
         rejected.create_optimizer()
