@@ -72,7 +72,7 @@ def test_zero_selects_trains_saves_and_resumes_like_one_process(stage, config, p
     assert processes(run, str(two), stage, config)[0]
     trained = values(two)
     for name, tensor in expected.items():
-        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=5e-5)
     shutil.rmtree(two / "checkpoint-4")
     assert not processes(run, str(two), stage, config, True)[0]
     resumed = values(two)

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ...core.index_codec import decode_indices
 from ..adapter_state import AdapterState
 from ..config import FGGMConfig
-from ..hosts.sharding import path_in_base, require_resizable, state_prefix
+from ..hosts.sharding import is_shard, path_in_base, require_resizable, state_prefix
 from ..target import Target, Targets, find_targets
 from .base_check import require_base
 from .indices import entry_within
@@ -76,7 +75,9 @@ def _take_decoded(state_dict: dict[str, Tensor], keys: Mapping[str, str], target
     names = {part: keys.get(f"{target.path}{MARK}{part}.{target.adapter_name}", "") for part in PARTS}
     delta = {part: state_dict[key] for part, key in names.items() if key}
     dim = target.granularity.unit_dim
-    if delta.keys() != set(PARTS) or isinstance(delta["values"], DTensor) or delta["values"].dim() <= dim:
+    if delta.keys() != set(PARTS) or is_shard(delta["values"]) or is_shard(target.values):
+        return {}  # the support was loaded before the model was sharded
+    if delta["values"].dim() <= dim:
         return {}
     try:
         indices = decode_indices(delta["indices"], delta["values"].shape[dim], target.units)
