@@ -82,7 +82,7 @@ def _causal(model, batch, labels):
     labels = labels[:, 1:]
     # the prompt has no loss, and the head is the widest layer of a small model
     positions = (labels != IGNORED).any(0).nonzero()[:, 0].cpu()
-    if not len(positions) or "logits_to_keep" in batch or not takes_positions(model):
+    if not len(positions) or "logits_to_keep" in batch or not (takes_positions(model) and has_plain_head(model)):
         return _token_sum(_logits(model, batch)[:, :-1], labels)
     logits = _logits(model, batch, logits_to_keep=positions)
     if logits.shape[1] > len(positions):  # unsloth's models ignore positions
@@ -91,10 +91,17 @@ def _causal(model, batch, labels):
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the model can compute the logits of only some positions, and its head is not adapted."""
+    """Whether the model can compute the logits of only some positions."""
     inner: Any = unwrapped(model)
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return False
+    # accelerate would move the positions to the first device, and the states that they index are on the last
+    return len(set(getattr(inner, "hf_device_map", {}).values()) - {"cpu", "disk"}) <= 1
+
+
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether the output head is not adapted."""
+    inner: Any = unwrapped(model)
     return not isinstance(inner.get_output_embeddings(), BaseTunerLayer)
 
 

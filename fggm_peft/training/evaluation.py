@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..selection.likelihood import IGNORED
+from ..selection.likelihood import IGNORED, takes_positions
 from ..selection.processes import Processes
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from .data import TokenizedExamples, padding_on_the_right
@@ -168,12 +167,11 @@ def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     counted = targets != IGNORED
     positions = counted.any(dim=0).nonzero().squeeze(1)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        # the logits of a long prompt would need more memory than the rest of the forward pass
-        logits = model(**inputs, logits_to_keep=positions).logits
-    else:
-        logits = model(**inputs).logits[:, positions]
+    # the logits of a long prompt would need more memory than the rest of the forward pass
+    keep = {"logits_to_keep": positions} if takes_positions(model) else {}
+    logits = model(**inputs, **keep).logits
+    if logits.shape[1] > len(positions):  # unsloth's models ignore positions
+        logits = logits[:, positions]
     counted = counted[:, positions]
     return logits[counted].float(), targets[:, positions][counted]
 

@@ -87,7 +87,9 @@ def test_a_batch_without_prompts_or_answers_does_not_change():
         assert answers_only(model, batch).keys() == batch.keys()
 
 
-@pytest.mark.parametrize("reason", ["virtual tokens", "forward of another library", "positions chosen by the caller"])
+@pytest.mark.parametrize(
+    "reason", ["virtual tokens", "forward of another library", "positions chosen by the caller", "several devices"]
+)
 def test_models_that_would_misread_positions_get_the_batch_as_it_is(reason):
     model, batch = model_of("llama"), batch_of([[False, False, True], [False, False, True]])
     assert "logits_to_keep" in answers_only(model, batch)
@@ -99,6 +101,8 @@ def test_models_that_would_misread_positions_get_the_batch_as_it_is(reason):
             raise AssertionError
 
         model.forward = forward
+    elif reason == "several devices":
+        model.hf_device_map = {"model": 0, "lm_head": 1}
     else:
         batch["logits_to_keep"] = 2
     assert answers_only(model, batch)["labels"] is batch["labels"]

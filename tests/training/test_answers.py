@@ -40,6 +40,13 @@ def test_the_loss_does_not_depend_on_the_padding_side_and_the_batch_size(kind):
     assert found == pytest.approx([found[0]] * 3, abs=1e-6)
 
 
+def test_models_that_ignore_positions_have_the_same_loss():
+    model, examples = text_model(), TokenizedExamples(EXAMPLES, byte_tokenizer(), 64)
+    expected, forward = score_answers(model, examples), type(model).forward
+    model.forward = lambda *args, logits_to_keep=0, **inputs: forward(model, *args, **inputs)
+    assert score_answers(model, examples) == expected
+
+
 def test_the_loss_over_a_large_vocabulary_is_exact():
     """Sums of 50,000 terms in float32 had an error of 5e-5 nats."""
     torch.manual_seed(0)
