@@ -3,8 +3,9 @@
 python benchmarks/answer_logits.py
 
 The model has the shape of SmolLM2-135M and random weights, in float32 and for one method also in bfloat16. A batch has
-8 prompts with answers of 16 tokens. Time is the step's (forward, backward, AdamW) over that of the step with all logits, and memory is the peak of forward and
-backward, without the model. Both steps have the same loss (tests/training/test_answer_loss.py).
+8 prompts with answers of 16 tokens. Time is the step's (forward, backward, AdamW) over that of the step with all
+logits, and memory is the peak of forward and backward, without the model. Both steps have the same loss
+(tests/training/test_answer_loss.py).
 """
 
 from __future__ import annotations
