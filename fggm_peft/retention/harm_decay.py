@@ -74,6 +74,8 @@ class HarmDecay:
     def attach(self, model: nn.Module, *optimizers: Optimizer) -> HarmDecay:
         """Decay after the steps of these optimizers of the model's parameters.
 
+        Accelerate or DeepSpeed may have wrapped them (ZeRO-2 and ZeRO-3; attach to the engine's optimizer).
+
         Raises:
             TypeError: an optimizer is not a ``torch.optim.Optimizer``.
             ValueError: the optimizers train nothing that can decay.

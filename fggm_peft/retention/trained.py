@@ -78,7 +78,8 @@ def _of_entries(features: Tensor, covariance: Covariance) -> Decay:
 
 
 def _of_weight(module: nn.Module, offload: bool, covariance: Covariance) -> Decay:
-    weight = _local(module.weight).detach()
+    whole = whole_values(module.weight)
+    weight = _local(module.weight).detach() if whole is None else whole
     start = weight.cpu() if offload and weight.device.type != "cpu" else weight.clone()
     return DecayToStart(_of_matrix(covariance), start, isinstance(module, Conv1D))
 

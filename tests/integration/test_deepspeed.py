@@ -18,9 +18,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainingArguments
 
-from fggm_peft import FGGMTrainer, TopDensity
+from fggm_peft import FGGMTrainer, HarmDecay, TopDensity, input_covariance
 
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -50,6 +50,42 @@ def run(folder: str, stage: int | None, config: dict, resume: bool = False) -> b
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(folder + "/final")
     return trainer.selection_report is not None
+
+
+def weight_after_full_fine_tuning(stage: int | None, strength: float) -> Tensor:
+    """A linear layer's weight, trained with DeepSpeed's engine in a loop of one's own; without it for ``None``."""
+    model, (batch, *_) = llama(), token_batches(seed=1)
+    decay = HarmDecay(input_covariance(model, [batch]), strength)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    if stage is None:
+        decay.attach(model, optimizer)
+        for _ in range(4):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach()
+    config = {
+        "train_micro_batch_size_per_gpu": len(batch["input_ids"]),
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    decay.attach(engine.module, engine.optimizer)
+    for _ in range(4):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    return deepspeed.utils.safe_get_full_fp32_param(weight)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_full_fine_tuning_decays_to_its_start(stage, processes):
+    expected, free = (weight_after_full_fine_tuning(None, strength) for strength in (100.0, 0.0))
+    assert (expected - free).abs().max() > 1e-2
+    for found in processes(weight_after_full_fine_tuning, stage, 100.0):  # both processes have the same batch
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
 def values(folder: Path) -> dict[str, Tensor]:
