@@ -129,11 +129,8 @@ class HarmDecay:
         The model is searched each time, because an adapter may have been selected again, replaced or deleted.
         """
         assert self._model is not None
-        stepped = [
-            *(tensor for group in optimizer.param_groups for tensor in group["params"]),
-            *self._partitions.values(),
-        ]
-        ours = set(map(id, stepped))  # ZeRO-3 empties the groups between its steps
+        ours = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        ours |= set(map(id, self._partitions.values()))  # ZeRO-3 empties the groups between its steps
         decays: dict[int, list[tuple[Tensor, Decay]]] = {}
         for trained in trained_parameters(self._model, self.covariance, self.offload):
             tensor = id(self._partitions.get(id(trained.parameter), trained.parameter))

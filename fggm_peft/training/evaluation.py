@@ -18,7 +18,7 @@ from ..selection.processes import Processes
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
 from .data import TokenizedExamples, padding_on_the_right
 
-SIMILAR = 0.75  # of the longest example of a batch: what a batch may contain
+SIMILAR = 0.75  # the smallest length in a batch, as a share of the largest
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,7 @@ def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     logits = model(**inputs, **keep).logits
     if logits.shape[1] > len(positions):  # unsloth's models ignore positions
         logits = logits[:, positions]
-    counted = counted[:, positions]
-    return logits[counted].float(), targets[:, positions][counted]
+    return logits[counted[:, positions]].float(), targets[counted]
 
 
 def _prompt_and_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:

@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+TORCH_OPTIMIZER = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
 def samples() -> list[dict[str, Tensor]]:
     ids = torch.randint(1, 50, (16, 8), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
@@ -32,12 +35,12 @@ def samples() -> list[dict[str, Tensor]]:
 
 def run(folder: str, stage: int | None, config: dict, resume: bool = False) -> bool:
     arguments = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "report_to": []}
+    arguments["adam_epsilon"] = 1e-6  # Adam divides a gradient of almost zero by its size, and so enlarges its rounding
     if stage is not None:
         arguments["ddp_backend"] = "gloo"
         arguments["deepspeed"] = {
             "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
+            **TORCH_OPTIMIZER,
             **dict.fromkeys(
                 ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
             ),
@@ -69,8 +72,7 @@ def weight_after_full_fine_tuning(stage: int | None, strength: float) -> Tensor:
         "train_micro_batch_size_per_gpu": len(batch["input_ids"]),
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        **TORCH_OPTIMIZER,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     decay.attach(engine.module, engine.optimizer)
@@ -85,7 +87,7 @@ def test_full_fine_tuning_decays_to_its_start(stage, processes):
     expected, free = (weight_after_full_fine_tuning(None, strength) for strength in (100.0, 0.0))
     assert (expected - free).abs().max() > 1e-2
     for found in processes(weight_after_full_fine_tuning, stage, 100.0):  # both processes have the same batch
-        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def values(folder: Path) -> dict[str, Tensor]:
@@ -108,7 +110,7 @@ def test_zero_selects_trains_saves_and_resumes_like_one_process(stage, config, p
     assert processes(run, str(two), stage, config)[0]
     trained = values(two)
     for name, tensor in expected.items():
-        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=5e-5)
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5)
     shutil.rmtree(two / "checkpoint-4")
     assert not processes(run, str(two), stage, config, True)[0]
     resumed = values(two)
