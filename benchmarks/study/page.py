@@ -230,9 +230,14 @@ def claim(streams: dict[str, list[Run]]) -> str:
     return (
         f"On {len(names)} streams of {tasks} (SmolLM2-135M, 80 steps per task, {len(pairs)} runs), "
         f'`preset="retain"` ended with a mean score of **{op[0]:.2f}** on all tasks, and full fine-tuning at its best '
-        f"learning rate with **{op[1]:.2f}**. The loss on general text changed by {general[0]:+.2f} and "
-        f"{general[1]:+.2f} nats ([docs/study.md](docs/study.md))."
+        f"learning rate with **{op[1]:.2f}**. The loss on general text changed by {nats(general[0])} and "
+        f"{nats(general[1])} nats ([docs/study.md](docs/study.md))."
     )
+
+
+def nats(change: float) -> str:
+    """A change of the loss with two decimals, without a negative zero."""
+    return f"{round(change, 2) + 0.0:+.2f}"
 
 
 def methods_table(streams: dict[str, list[Run]]) -> str:

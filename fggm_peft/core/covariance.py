@@ -37,9 +37,10 @@ class Spectrum:
 
     def apply(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``x @ function(C)`` for ``x`` ``[..., f]``, where the function is applied to the eigenvalues of ``C``."""
-        rest = function(self.energy.new_tensor(self.floor))
+        rest = float(function(torch.tensor(self.floor, dtype=torch.float64)))  # on the CPU: a GPU would be waited for
         difference = function(self.energy + self.floor) - rest
-        return x * rest + ((x @ self.vectors) * difference) @ self.vectors.mT
+        flat = x.flatten(0, -2)
+        return torch.addmm(flat, (flat @ self.vectors) * difference, self.vectors.mT, beta=rest).view(x.shape)
 
     def diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The diagonal of ``function(C)``, ``[f]``; positive for a positive function, also if one input dominates C."""

@@ -17,8 +17,8 @@ from ..tuner.files.input_covariance import InputCovariance, covariance_of
 from ..tuner.hosts.zero import without_optimizer_wrappers
 from .trained import shrink_, trained_parameters
 
-EVERY = 4
-"""Steps between two decays."""
+EVERY = 2
+"""Steps between two decays. Between them Adam moves the delta in the directions that are to be retained, too."""
 
 _STEPS, _PENDING = "harm_decay_steps", "harm_decay_pending"
 
