@@ -16,12 +16,11 @@ CHART_WIDTH = 9.5  # inches, for ten methods
 FIGURES = {
     "ratio_min": ("time", "{:.2f}"),
     "peak_mib_ratio": ("memory", "{:.2f}"),
-    "trainable": ("trainable", "{:,.0f}"),
     "share_of_base": ("share of the model", "{:.3f}"),
-    "over_bound": ("over bound", "{:.3f}"),
     "bytes_per_value_ratio": ("file", "{:.2f}"),
+    "over_bound": ("over bound", "{:.3f}"),
 }
-"""Figures that a table shows -> their name and format."""
+"""Figures that a cell shows -> their name and format."""
 
 
 def goals_table(members: list[Verdict]) -> str:
@@ -57,27 +56,27 @@ def missed_text(members: list[Verdict]) -> str:
 
 
 def measurement_tables(results: Results, figures: Mapping[str, tuple[str, str]] = FIGURES) -> str:
-    """One table for each measurement, with settings as rows and methods as columns."""
+    """One table for each measurement, with settings as rows and methods as columns. A cell has all figures."""
     parts = []
     for name in dict.fromkeys(key.partition(": ")[0] for key in results):
         tables = {key.partition(": ")[2]: t for key, t in results.items() if key.partition(": ")[0] == name}
         floor = next(iter(tables.values()))["floor"]
-        parts += [f"### {name.capitalize()}", "", f"Ratios over {floor}.", "", _table(tables, figures), ""]
+        shown = {f: figures[f] for f in figures if any(f in row for t in tables.values() for row in t["rows"].values())}
+        legend = " / ".join(title for title, _ in shown.values())
+        parts += [f"### {name.capitalize()}", "", f"{legend[0].upper()}{legend[1:]}, over {floor}.", ""]
+        parts += [_table(tables, shown), ""]
     return "\n".join(parts).rstrip()
 
 
 def _table(tables: dict[str, dict[str, Any]], figures: Mapping[str, tuple[str, str]]) -> str:
     methods = list(dict.fromkeys(method for table in tables.values() for method in table["rows"]))
     methods.sort(key=lambda method: list(METHODS).index(method) if method in METHODS else -1)
-    lines = [f"| | {' | '.join(['', *methods])} | noise |", f"|---|---|{'---:|' * (len(methods) + 1)}"]
+    lines = [f"| {' | '.join(['', *methods])} | noise |", f"|---|{'---:|' * (len(methods) + 1)}"]
     for setting, table in tables.items():
-        for figure, (title, form) in figures.items():
-            if not any(figure in row for row in table["rows"].values()):
-                continue
-            rows = [table["rows"].get(method, {}) for method in methods]
-            cells = [form.format(row[figure]) if figure in row else "" for row in rows]
-            noise = f"{table['noise']:.2f}" if figure == "ratio_min" else ""
-            lines.append(f"| {setting} | {title} | {' | '.join(cells)} | {noise} |")
+        rows = [table["rows"].get(method, {}) for method in methods]
+        cells = [" / ".join(form.format(row[f]) for f, (_, form) in figures.items() if f in row) for row in rows]
+        noise = f"{table['noise']:.2f}" if "ratio_min" in figures else ""
+        lines.append(f"| {' | '.join([setting, *cells])} | {noise} |")
     return "\n".join(lines)
 
 
