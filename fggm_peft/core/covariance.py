@@ -13,12 +13,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 RANK = 128
 """Default rank of a sketch. A width of at most twice the rank is stored exactly."""
+
+Function = Callable[[Any], Any]
+"""A function of eigenvalues, applied to a tensor of them and to a number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +39,17 @@ class Spectrum:
     energy: Tensor
     floor: float
 
-    def apply(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def apply(self, x: Tensor, function: Function) -> Tensor:
         """``x @ function(C)`` for ``x`` ``[..., f]``, where the function is applied to the eigenvalues of ``C``."""
-        rest = float(function(torch.tensor(self.floor, dtype=torch.float64)))  # on the CPU: a GPU would be waited for
+        rest = function(self.floor)
         difference = function(self.energy + self.floor) - rest
         flat = x.flatten(0, -2)
         return torch.addmm(flat, (flat @ self.vectors) * difference, self.vectors.mT, beta=rest).view(x.shape)
 
-    def diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def diagonal(self, function: Function) -> Tensor:
         """The diagonal of ``function(C)``, ``[f]``; positive for a positive function, also if one input dominates C."""
-        rest = function(self.energy.new_tensor(self.floor))
         squares = self.vectors.double().square()
-        outside = (1 - squares.sum(1)).clamp(min=0) * rest
+        outside = (1 - squares.sum(1)).clamp(min=0) * function(self.floor)
         return (squares @ function(self.energy.double() + self.floor) + outside).to(self.vectors.dtype)
 
 

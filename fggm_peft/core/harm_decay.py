@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ RIDGE = 3.2
 """``lambda`` of gain under decay, in the unit of the covariance."""
 
 
-def _inverse(energy: Tensor) -> Tensor:
+def _inverse(energy: Any) -> Any:
     return 1 / (RIDGE + energy)
 
 
@@ -89,7 +90,7 @@ class InputMetric:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Mapped inputs ``[..., i]``, float32."""
-        function = _inverse if self.of_columns else lambda energy: _inverse(energy).sqrt()
+        function = _inverse if self.of_columns else lambda energy: _inverse(energy) ** 0.5
         with torch.autocast(x.device.type, enabled=False):
             return self.spectrum.apply(x.float(), function)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,26 @@ from ..selection.select import active_adapters
 from ..tuner.config import FGGMConfig
 from ..tuner.files.input_covariance import InputCovariance, covariance_of
 from ..tuner.hosts.zero import without_optimizer_wrappers
-from .trained import shrink_, trained_parameters
+from .trained import Trained, shrink_, trained_parameters
 
 EVERY = 2
 """Steps between two decays. Between them Adam moves the delta in the directions that are to be retained, too."""
 
 _STEPS, _PENDING = "harm_decay_steps", "harm_decay_pending"
+
+
+class Plan(NamedTuple):
+    """What decays after the steps of one optimizer.
+
+    Args:
+        tensors: ids of all tensors that the optimizer steps.
+        trained: the parameters that decay.
+        decays: the same with their decays, by the id of the tensor that the optimizer steps.
+    """
+
+    tensors: set[int]
+    trained: list[Trained]
+    decays: dict[int, list[tuple[Tensor, Decay]]]
 
 
 class HarmDecay:
@@ -69,7 +83,9 @@ class HarmDecay:
         self._optimizers: list[Optimizer] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._partitions: dict[int, Tensor] = {}  # what ZeRO steps instead of a parameter, by the parameter's id
-        self._decays: dict[str, tuple[Any, Decay]] = {}  # with the support that it belongs to
+        self._decays: dict[str, tuple[Trained, Decay]] = {}  # by module path and adapter
+        self._plans: dict[Optimizer, Plan] = {}
+        self._selected_for: FGGMConfig | None = None  # its selection provides the covariance
 
     def attach(self, model: nn.Module, *optimizers: Optimizer) -> HarmDecay:
         """Decay after the steps of these optimizers of the model's parameters.
@@ -103,7 +119,8 @@ class HarmDecay:
         for group in (group for optimizer in self._optimizers if self._handles for group in optimizer.param_groups):
             group.pop(_STEPS, None)
             group.pop(_PENDING, None)
-        self._handles, self._optimizers, self._partitions, self._decays, self._model = [], [], {}, {}, None
+        self._handles, self._optimizers, self._model = [], [], None
+        self._partitions, self._decays, self._plans = {}, {}, {}
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -126,23 +143,34 @@ class HarmDecay:
     def _trained_by(self, optimizer: Optimizer) -> dict[int, list[tuple[Tensor, Decay]]]:
         """The parameters that decay, by the tensor that the optimizer steps.
 
-        The model is searched each time, because an adapter may have been selected again, replaced or deleted.
+        The model is searched only if the optimizer has other tensors than before, or an adapter was selected again or
+        deleted.
         """
-        assert self._model is not None
         ours = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         ours |= set(map(id, self._partitions.values()))  # ZeRO-3 empties the groups between its steps
-        decays: dict[int, list[tuple[Tensor, Decay]]] = {}
+        selected = covariance_of(self._selected_for)
+        if selected is not None and selected is not self.covariance:
+            self.covariance, self._decays, self._plans = selected, {}, {}
+        plan = self._plans.get(optimizer)
+        if plan is None or plan.tensors != ours or not all(trained.is_current() for trained in plan.trained):
+            plan = self._plans[optimizer] = self._plan(ours)
+        return plan.decays
+
+    def _plan(self, tensors: set[int]) -> Plan:
+        assert self._model is not None
+        plan = Plan(tensors, [], {})
         for trained in trained_parameters(self._model, self.covariance, self.offload):
             tensor = id(self._partitions.get(id(trained.parameter), trained.parameter))
-            if tensor not in ours:
+            if tensor not in tensors:
                 continue
             name = f"{trained.path}/{trained.name}"
-            support, decay = self._decays.get(name, (None, None))
-            if decay is None or support is not trained.support:
+            known, decay = self._decays.get(name, (None, None))
+            if decay is None or known is None or not known.is_current():
                 decay = trained.decay(self.covariance[trained.path].to(trained.parameter.device))
-                self._decays[name] = trained.support, decay
-            decays.setdefault(tensor, []).append((trained.parameter, decay))
-        return decays
+            self._decays[name] = trained, decay
+            plan.trained.append(trained)
+            plan.decays.setdefault(tensor, []).append((trained.parameter, decay))
+        return plan
 
 
 def attach_harm_decay(
@@ -178,7 +206,9 @@ def attach_harm_decay(
     for config in decaying[1:]:
         if covariance_of(config) is not covariance or config.harm_decay != decaying[0].harm_decay:
             raise ValueError("the active adapters differ in what they retain; train them one after the other")
-    return HarmDecay(covariance, decaying[0].harm_decay).attach(model, *optimizers)
+    decay = HarmDecay(covariance, decaying[0].harm_decay).attach(model, *optimizers)
+    decay._selected_for = decaying[0]
+    return decay
 
 
 def _warn_of_a_low_rate(configs: list[FGGMConfig], optimizers: tuple[Optimizer, ...]) -> None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.covariance import Covariance
 from ..core.harm_decay import Decay, DiagonalDecay, SpectralDecay
+from ..tuner.base_weight import version_of
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.zero import set_whole_values_, whole_values
 from ..tuner.layer import FGGMLayer
@@ -29,15 +30,15 @@ class Trained(NamedTuple):
         path: of the layer.
         name: of the parameter in the layer.
         parameter: the values.
-        support: what the values belong to; another object after another selection.
         decay: makes the decay from the covariance of the layer's inputs on the parameter's device.
+        is_current: whether the decay is still that of the parameter: an adapter may be selected again or deleted.
     """
 
     path: str
     name: str
     parameter: Any
-    support: Any
     decay: Callable[[Covariance], Decay]
+    is_current: Callable[[], bool]
 
 
 def trained_parameters(model: nn.Module, covariance: InputCovariance, offload: bool) -> Iterator[Trained]:
@@ -52,16 +53,31 @@ def trained_parameters(model: nn.Module, covariance: InputCovariance, offload: b
         if isinstance(module, FGGMLayer):
             for name in module.fggm_values:
                 target = Target(path, module, name)
-                yield Trained(path, name, target.values, target.indices, partial(_of_target, target))
+                yield Trained(path, name, target.values, partial(_of_target, target), _unchanged(target))
         elif isinstance(module, LoraLayer):
             for name, layer in module.lora_A.items():  # B A (I + sigma C)^-1: only A meets the inputs
-                yield Trained(path, name, layer.weight, None, _of_matrix)
+                yield Trained(path, name, layer.weight, _of_matrix, _always)
         elif isinstance(module, ShiraLayer):
             for name, weight in module.shira_weight.items():
-                indices = module.shira_indices[name]
-                yield Trained(path, name, weight, indices, partial(_of_entries, indices[1]))
+                yield Trained(path, name, weight, partial(_of_entries, module.shira_indices[name][1]), _always)
         elif isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad:
-            yield Trained(path, "weight", module.weight, None, partial(_of_weight, module, offload))
+            yield Trained(path, "weight", module.weight, partial(_of_weight, module, offload), _always)
+
+
+def _always() -> bool:
+    return True
+
+
+def _unchanged(target: Target) -> Callable[[], bool]:
+    """Whether a target still has its support. A selection of the same size writes into the same indices."""
+    values, indices, version = target.values, target.indices, version_of(target.indices)
+
+    def is_unchanged() -> bool:
+        if target.adapter_name not in target.layer.fggm_values or target.values is not values:
+            return False
+        return target.indices is indices and version_of(indices) == version
+
+    return is_unchanged
 
 
 def _of_target(target: Target, covariance: Covariance) -> Decay:

@@ -23,6 +23,11 @@ _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 _INPUT_QUANTIZATION = ("act_quant_kwargs", "activation_quantization")  # names in torchao's two families of tensors
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written into; tensors of inference mode do not know."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class BaseWeight(BaseTunerLayer):
     """The part of ``FGGMLayer`` that reads the base layer's weight, a matrix ``[o, i]`` throughout the library."""
 
@@ -79,7 +84,7 @@ class BaseWeight(BaseTunerLayer):
         for name, parameter in base._parameters.items():
             if parameter is not None and name != "bias":
                 memory = parameter.untyped_storage()._cdata if has_own_memory else 0
-                state += (id(parameter), 0 if parameter.is_inference() else parameter._version, memory)
+                state += (id(parameter), version_of(parameter), memory)
         return tuple(state)
 
     def get_base_weight(self) -> Tensor:

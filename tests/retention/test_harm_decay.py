@@ -16,6 +16,7 @@ from fggm_peft import (
     FGGMConfig,
     HarmDecay,
     InputCovariance,
+    ScoreMass,
     attach_harm_decay,
     input_covariance,
     remember_task,
@@ -264,17 +265,22 @@ def test_nothing_remains_on_the_optimizer():
     assert set(optimizer.param_groups[0]) == keys and not optimizer._optimizer_step_post_hooks
 
 
-def test_the_decay_follows_another_selection():
-    model = selected()
+@pytest.mark.parametrize("size", [{"density": 0.3}, {"density": None, "threshold": ScoreMass(0.5)}], ids=str)
+def test_the_decay_follows_another_selection_and_its_reference(size):
+    model = selected(**size)
     optimizer = optimizer_of(model)
-    decay = attach_harm_decay(model, optimizer)
+    attach_harm_decay(model, optimizer)
     train(model, optimizer, 4)
     select_parameters(model, REFERENCE, reference=[TASK], reset=True, progress=False)
-    train(model, optimizer_of(model), 0)
+    again = copy.deepcopy(model)
     optimizer.state.clear()
+    other = optimizer_of(again)
+    attach_harm_decay(again, other)
+    for group in optimizer.param_groups:
+        group.update(harm_decay_steps=0, harm_decay_pending=0.0)
     train(model, optimizer, 4)
-    target = next(iter(find_targets(model, "default").values()))
-    assert decay._decays[f"{target.path}/default"][0] is target.indices
+    train(again, other, 4)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(again), strict=True))
 
 
 def test_a_deleted_or_merged_adapter_no_longer_decays():
