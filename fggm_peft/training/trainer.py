@@ -55,9 +55,9 @@ class FGGMTrainerMixin(_Trainer):
     """Adds selection to a trainer: ``class MyTrainer(FGGMTrainerMixin, SFTTrainer)``.
 
     ``train()`` calls ``select_parameters`` before it creates the optimizer, with the trainer's data, collator and
-    precision, over all its processes, and applies the config's ``harm_decay``. An adapter that is already selected
-    (because it was loaded or is resumed) is not changed. All settings are on the ``FGGMConfig``; ``TrainingArguments``
-    needs no new field.
+    precision, over all its processes. An adapter that is already selected (because it was loaded or is resumed) is not
+    changed. It applies the config's ``harm_decay``, and warms up at least as long as its ``preset`` needs. All settings
+    are on the ``FGGMConfig``; ``TrainingArguments`` needs no new field.
 
     ``resume_from_checkpoint=True`` skips incomplete checkpoints. Checkpoints ignore ``delta_dtype``.
 
@@ -108,6 +108,13 @@ class FGGMTrainerMixin(_Trainer):
         if not self.is_deepspeed_enabled:  # its own optimizer does not exist yet
             self.harm_decay = attach_harm_decay(self.model, optimizer)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Like the trainer's, but warms up over at least the share of the steps that the preset needs."""
+        least = max((config.recommended_warmup for _, config in active_adapters(self.model)), default=0.0)
+        if self.args.get_warmup_steps(num_training_steps) < least * num_training_steps:
+            self.args.warmup_steps = least  # transformers reads a number below 1 as a share
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Like the trainer's; ``resume_from_checkpoint=True`` skips incomplete checkpoints."""
@@ -236,7 +243,7 @@ class FGGMCallback(TrainerCallback):
     """Selects at the start of training in a trainer whose class cannot be changed.
 
     Example: ``Trainer(..., callbacks=[FGGMCallback()])``. It supports one process: with several, the trainer wraps the
-    model before it runs callbacks.
+    model before it runs callbacks. It cannot set the warm-up of a preset, ``TrainingArguments(warmup_steps=0.3)``.
 
     Args:
         convert: converts a batch of the trainer to model inputs with ``labels``.

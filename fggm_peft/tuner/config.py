@@ -35,6 +35,8 @@ PRESETS = {
 """The settings of each preset. Arguments of the config override them."""
 LEARNING_RATES = {"retain": 1.6e-3}
 """The peak learning rate of Adam for each preset. A model that decays needs a higher rate than one that does not."""
+WARMUPS = {"retain": 0.3}
+"""The share of the steps in which the rate should rise: at a high rate, the first steps of Adam overshoot."""
 
 
 def _with_preset(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +100,8 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     preset: Optional[Literal["retain"]] = setting(
         None,
         "Recommended settings; arguments override them. 'retain' learns a task and keeps what the model knew: "
-        "granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=80.0. It needs a `reference`.",
+        "granularity='column', density=0.3, criterion='gain_under_decay', harm_decay=80.0. It needs a `reference`. "
+        "Trainers then warm up over at least 30 % of the steps.",
     )
     target_modules: Optional[Union[list[str], str]] = setting(
         None,
@@ -170,6 +173,11 @@ class FGGMConfig(FileSettings, BudgetSettings, SelectionSettings, PeftConfig):
     def recommended_learning_rate(self) -> float | None:
         """Peak learning rate of Adam for the preset; None without a preset."""
         return LEARNING_RATES.get(self.preset or "")
+
+    @property
+    def recommended_warmup(self) -> float:
+        """Smallest share of the steps for the warm-up with the preset; 0 without a preset."""
+        return WARMUPS.get(self.preset or "", 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Like PEFT's, but omits ``check_base``: the loader decides, and a stored value would override it."""

@@ -105,3 +105,16 @@ def test_other_stages_of_deepspeed_are_an_error_before_training(tmp_path):
     rejected.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     with pytest.raises(ValueError, match="harm_decay does not support DeepSpeed's ZeRO stage 1"):
         rejected.create_optimizer()
+
+
+@pytest.mark.parametrize(("given", "steps"), [(0, 3), (0.1, 3), (0.5, 5), (4, 4)])
+def test_the_preset_warms_up_over_at_least_30_percent_of_the_steps(tmp_path, given, steps):
+    made = make_trainer(model(preset="retain"), tmp_path, FGGMTrainer, warmup_steps=given, lr_scheduler_type="linear")
+    made.selection_reference = REFERENCE
+    made.create_optimizer_and_scheduler(10)
+    factor = made.lr_scheduler.lr_lambdas[0]
+    assert [factor(step) for step in range(steps + 1)] == [step / steps for step in range(steps)] + [1]
+    plain = make_trainer(model(), tmp_path, FGGMTrainer, warmup_steps=given, lr_scheduler_type="linear")
+    plain.selection_reference = REFERENCE
+    plain.create_optimizer_and_scheduler(10)
+    assert plain.args.warmup_steps == given
