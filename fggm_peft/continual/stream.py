@@ -31,7 +31,7 @@ class Training(Settings):
         gradient_accumulation: forward passes before one step.
         learning_rate: maximum of the schedule; a method with a preset has its own default.
         schedule: ``lr_scheduler_type`` of transformers; it restarts with each task.
-        warmup_ratio: share of a task's steps.
+        warmup_ratio: share of a task's steps; with ``preset="retain"`` at least 0.3.
         weight_decay, max_grad_norm: as in transformers.
         bf16: train and evaluate float32 weights in bfloat16 autocast, as in transformers; "auto" enables it if the
             device supports it in hardware.
