@@ -17,8 +17,8 @@ from ..tuner.files.input_covariance import InputCovariance, covariance_of
 from ..tuner.hosts.zero import without_optimizer_wrappers
 from .trained import Trained, shrink_, trained_parameters
 
-EVERY = 2
-"""Steps between two decays. Between them Adam moves the delta in the directions that are to be retained, too."""
+EVERY = 4
+"""Steps between two decays. With more decays the same strength is stronger; ``STRENGTH`` was measured with these."""
 
 _STEPS, _PENDING = "harm_decay_steps", "harm_decay_pending"
 
