@@ -113,6 +113,7 @@ class FGGMTrainerMixin(_Trainer):
         """Like the trainer's, but warms up over at least the share of the steps that the preset needs."""
         least = max((config.recommended_warmup for _, config in active_adapters(self.model)), default=0.0)
         if self.args.get_warmup_steps(num_training_steps) < least * num_training_steps:
+            logger.info("warming up over %g of the steps, as the preset needs", least)
             self.args.warmup_steps = least  # transformers reads a number below 1 as a share
         return super().create_scheduler(num_training_steps, *args, **kwargs)
 
