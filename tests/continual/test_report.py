@@ -18,7 +18,7 @@ from scipy import stats
 
 from fggm_peft import plots
 from fggm_peft.continual.measures import MEASURES, pareto_front
-from fggm_peft.continual.report import read_results, report_of, require_report_packages, write_report
+from fggm_peft.continual.report import contents, read_results, report_of, require_report_packages, write_report
 from fggm_peft.continual.report.figures import pictures_of
 from fggm_peft.continual.report.writing import page_of
 
@@ -445,3 +445,8 @@ def test_the_browser_check_detects_problems(tmp_path):
     found, messages = in_browser(page, 375, tmp_path)
     assert found["overflow"] > 0 and found["outside"] == 1 and found["smallest"] == 3
     assert "oh is not defined" in messages[0]
+
+
+@pytest.mark.parametrize(("value", "text"), [(-0.001, "+0.00"), (0.0, "+0.00"), (-0.006, "\u22120.01"), (1.2, "+1.20")])
+def test_a_change_that_rounds_to_zero_has_no_minus(value, text):
+    assert contents._signed(value) == text

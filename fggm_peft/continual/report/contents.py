@@ -118,7 +118,7 @@ def _headline(best: Sequence[Any], summary: Sequence[Any], differences: Sequence
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "\u2212")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\u2212")  # no negative zero
 
 
 def counted(counts: Sequence[int], word: str) -> str:
