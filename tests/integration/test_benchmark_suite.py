@@ -213,7 +213,7 @@ def test_results_and_chart_are_written_between_the_markers_of_the_page(tmp_path)
         write_page(contents, page)
     text = page.read_text()
     assert text.startswith("head\n") and text.endswith("\ntail\n") and "old" not in text and text.count(BEGIN) == 1
-    assert "| 1.20 |" in text and (tmp_path / "benchmarks.png").stat().st_size > 1000
+    assert "| 1.20 / 1.10 | 1.50 |" in text and (tmp_path / "benchmarks.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no mark"):
         page.write_text("nothing")
         write_page(contents, page)
