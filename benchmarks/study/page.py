@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from fggm_peft import plots
-from fggm_peft.continual.measures import summary_of
+from fggm_peft.continual.measures import signed, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retention"
@@ -230,14 +230,9 @@ def claim(streams: dict[str, list[Run]]) -> str:
     return (
         f"On {len(names)} streams of {tasks} (SmolLM2-135M, 80 steps per task, {len(pairs)} runs), "
         f'`preset="retain"` ended with a mean score of **{op[0]:.2f}** on all tasks, and full fine-tuning at its best '
-        f"learning rate with **{op[1]:.2f}**. The loss on general text changed by {nats(general[0])} and "
-        f"{nats(general[1])} nats ([docs/study.md](docs/study.md))."
+        f"learning rate with **{op[1]:.2f}**. The loss on general text changed by {signed(general[0])} and "
+        f"{signed(general[1])} nats ([docs/study.md](docs/study.md))."
     )
-
-
-def nats(change: float) -> str:
-    """A change of the loss with two decimals, without a negative zero."""
-    return f"{round(change, 2) + 0.0:+.2f}"
 
 
 def methods_table(streams: dict[str, list[Run]]) -> str:

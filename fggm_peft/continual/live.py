@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from .measures import signed
 from .runner import SECONDS
 
 if TYPE_CHECKING:
@@ -112,4 +113,4 @@ def _change(entries: Sequence[dict[str, Any]]) -> str:
     """The change of the loss on general text since the base model, in nats."""
     if len(entries) < 2 or entries[0].get("general_loss") is None:
         return ""
-    return f"{entries[-1]['general_loss'] - entries[0]['general_loss']:+.2f}"
+    return signed(entries[-1]["general_loss"] - entries[0]["general_loss"])

@@ -156,6 +156,11 @@ def summary_of(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": mean, "std": float(numbers.std(ddof=1)), "n": n, "interval": [mean - half, mean + half]}
 
 
+def signed(change: float) -> str:
+    """A change with its sign and two decimals; what rounds to zero is ``+0.00``."""
+    return f"{round(change, 2) + 0.0:+.2f}"
+
+
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Positions of the points ``(learned, cost)`` that no other point dominates, in the given order.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from ..measures import MEASURES, pareto_front, summary_of
+from ..measures import MEASURES, pareto_front, signed, summary_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -118,7 +118,7 @@ def _headline(best: Sequence[Any], summary: Sequence[Any], differences: Sequence
 
 
 def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\u2212")  # no negative zero
+    return signed(value).replace("-", "\u2212")
 
 
 def counted(counts: Sequence[int], word: str) -> str:
