@@ -69,6 +69,7 @@ def made_up_run(label, method, learns, forgets, harms, seed, order, rate, tasks)
         "learning_rate": rate,
         "seed": seed,
         "order": order,
+        "task_count": len(tasks),
         "tasks": list(tasks),
         "R": rows,
         "zero_shot": zero_shot,

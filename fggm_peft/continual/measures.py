@@ -156,9 +156,15 @@ def summary_of(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": mean, "std": float(numbers.std(ddof=1)), "n": n, "interval": [mean - half, mean + half]}
 
 
+def fixed(value: float, form: str = ".3f") -> str:
+    """A number as text with a minus sign (\u2212), but what rounds to zero has none."""
+    text = f"{value:{form}}"
+    return (text if float(text.replace(",", "")) else f"{0.0:{form}}").replace("-", "\u2212")
+
+
 def signed(change: float) -> str:
-    """A change with its sign and two decimals; what rounds to zero is ``+0.00``."""
-    return f"{round(change, 2) + 0.0:+.2f}"
+    """A change with its sign and two decimals."""
+    return fixed(change, "+.2f")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

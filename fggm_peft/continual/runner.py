@@ -118,12 +118,12 @@ class Runner:
         count = len(self.tasks) if number == len(lessons) - 1 else number + 2
         gate = self.stream.gate
         model, entry = self._train(model, method, number, name, tasks)
-        entry |= {**self._evaluate(model, count), "kl": self._kl(model, number + 1)}
+        entry |= self._measure(model, count, number + 1)
         violations = [] if gate is None else gate.violations(learned(entries), entry["scores"])
         if gate is not None and violations:
             if gate.action == "rollback":
                 method, model, _ = self._load_state()
-                entry |= {"parameters": 0, "bytes": 0, "digest": None, **self._evaluate(model, count)}
+                entry |= {"parameters": 0, "bytes": 0, "digest": None, **self._measure(model, count, number + 1)}
             action = {"stop": "stopped", "rollback": "rolled back"}[gate.action]
             entry["gate"] = [{"task": name, **violation, "action": action} for violation in violations]
         return method, model, entry
@@ -194,6 +194,9 @@ class Runner:
             disable_tqdm=True,
             use_cpu=this_process().device.type == "cpu",
         )
+
+    def _measure(self, model: nn.Module, count: int, learned: int) -> dict[str, Any]:
+        return {**self._evaluate(model, count), "kl": self._kl(model, learned)}
 
     def _evaluate(self, model: nn.Module, count: int) -> dict[str, Any]:
         """Scores on the first ``count`` tasks, and the losses on general text. Training is not affected.
@@ -281,6 +284,7 @@ class Runner:
             "seed": self.run.seed,
             "order": self.run.order.name,
             "tasks": tasks,
+            "task_count": len(self.tasks),
             "R": rows,
             "zero_shot": zero_shot,
             "general_losses": losses or None,

@@ -65,11 +65,13 @@ def test_a_rolled_back_task_leaves_model_and_method_bit_exact(method, folder, tm
         keep(self, model, method, ledger)
 
     monkeypatch.setattr(Runner, "_save_state", remembered)
+    monkeypatch.setattr(Runner, "_kl", lambda self, model, count: float(sum(p.abs().sum() for p in model.parameters())))
     (result,) = run_stream(gated(folder, "rollback", methods=[method]), tmp_path)
     assert states["plus"].keys() == states["minus"].keys()
     assert all(torch.equal(states["minus"][name], value) for name, value in states["plus"].items())
     assert [event["action"] for event in result["gate"]] == ["rolled back"] and len(result["R"]) == 2
     ledger = json.loads(next(tmp_path.rglob("tasks.json")).read_text())
+    assert ledger[2]["kl"] == ledger[1]["kl"]
     assert ledger[2]["parameters"] == ledger[2]["bytes"] == 0 and ledger[2]["training_seconds"] > 0
 
 

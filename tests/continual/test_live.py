@@ -52,7 +52,7 @@ def test_cells_have_the_score_after_learning_and_the_score_now(tmp_path):
     other.parent.mkdir(parents=True)
     other.write_text(json.dumps([base, entry("all", {"plus": 0.6, "minus": 0.7}, 2.0)]))
     text = text_of(shown)
-    assert all(cell in text for cell in ("0.75 → 0.25", "1.00", "-0.50", "0.60", "0.70", "+0.00", "0 tasks left"))
+    assert all(cell in text for cell in ("0.75 → 0.25", "1.00", "\u22120.50", "0.60", "0.70", "+0.00", "0 tasks left"))
 
 
 def test_rows_name_what_distinguishes_the_runs(tmp_path):

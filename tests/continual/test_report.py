@@ -17,8 +17,8 @@ from matplotlib.text import Text
 from scipy import stats
 
 from fggm_peft import plots
-from fggm_peft.continual.measures import MEASURES, pareto_front
-from fggm_peft.continual.report import contents, read_results, report_of, require_report_packages, write_report
+from fggm_peft.continual.measures import MEASURES, pareto_front, signed
+from fggm_peft.continual.report import read_results, report_of, require_report_packages, write_report
 from fggm_peft.continual.report.figures import pictures_of
 from fggm_peft.continual.report.writing import page_of
 
@@ -35,6 +35,7 @@ def run(label="a", rate=0.1, seed=0, order="given", op=0.5, **fields):
     defaults = {
         "method": label,
         "tasks": ["one", "two"],
+        "task_count": len(fields.get("tasks", ["one", "two"])),
         "R": [[op, None], [op, op]],
         "zero_shot": [0.1, 0.2],
         "op_mean": op,
@@ -139,7 +140,8 @@ def test_a_diverged_model_is_reported():
 
 
 def test_a_run_that_a_gate_stopped_has_costs_but_no_measures_over_fewer_tasks(tmp_path):
-    stopped = run("a", seed=1, op=0.99, tasks=["one"], R=[[0.99]], zero_shot=[0.1], bwt=None, **general(0.3))
+    few = {"tasks": ["one"], "task_count": 2, "R": [[0.99]], "zero_shot": [0.1], "bwt": None}
+    stopped = run("a", seed=1, op=0.99, **few, **general(0.3))
     runs = [run("a", seed=0), stopped, run("b", seed=0, op=0.4), run("b", seed=1, op=0.4)]
     report = report_of(runs)
     entry = report["summary"][0]
@@ -150,6 +152,8 @@ def test_a_run_that_a_gate_stopped_has_costs_but_no_measures_over_fewer_tasks(tm
     write_report(tmp_path, runs)
     write_report(tmp_path, [stopped, run("b")])  # no measure of a remains
     assert report_of([stopped, run("b")])["summary"][0]["op"] is None
+    alone = report_of([stopped])
+    assert alone["headline"].startswith("No run") and "stopped before all 2 tasks" in alone["warnings"][0]
 
 
 def test_costs_are_summarised_and_missing_ones_are_left_out():
@@ -449,4 +453,4 @@ def test_the_browser_check_detects_problems(tmp_path):
 
 @pytest.mark.parametrize(("value", "text"), [(-0.001, "+0.00"), (0.0, "+0.00"), (-0.006, "\u22120.01"), (1.2, "+1.20")])
 def test_a_change_that_rounds_to_zero_has_no_minus(value, text):
-    assert contents._signed(value) == text
+    assert signed(value) == text

@@ -76,7 +76,7 @@ def _frame(runs: Sequence[Run]) -> DataFrame:
 
 def task_count(runs: Sequence[Run]) -> int:
     """The number of tasks of a complete run."""
-    return max((len(run["tasks"]) for run in runs), default=0)
+    return max((run["task_count"] for run in runs), default=0)
 
 
 def _overview(runs: Sequence[Run]) -> str:
@@ -105,7 +105,7 @@ def _headline(best: Sequence[Any], summary: Sequence[Any], differences: Sequence
         return f"{text}."
     text += f", the highest, and {last['label']} has {last['op']['mean']:.2f}, the lowest."
     if first["general"] and last["general"]:
-        changes = [_signed(entry["general"]["mean"]) for entry in (first, last)]
+        changes = [signed(entry["general"]["mean"]) for entry in (first, last)]
         text += f" The loss on general text changed by {changes[0]} and {changes[1]} nats."
     pair = next(d for d in differences if {d["a"], d["b"]} == {first["label"], last["label"]})
     if (difference := pair["measures"]["op"]) is None:
@@ -114,11 +114,7 @@ def _headline(best: Sequence[Any], summary: Sequence[Any], differences: Sequence
         return f"{text} One pair of runs does not show whether this difference is due to chance."
     low, high = sorted(end if pair["a"] == first["label"] else -end for end in difference["interval"])
     clear = "is clear" if difference["is_clear"] else "is not clear"
-    return f"{text} The difference {clear} (95 % interval {_signed(low)} to {_signed(high)})."
-
-
-def _signed(value: float) -> str:
-    return signed(value).replace("-", "\u2212")
+    return f"{text} The difference {clear} (95 % interval {signed(low)} to {signed(high)})."
 
 
 def counted(counts: Sequence[int], word: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from ..measures import MEASURES
+from ..measures import MEASURES, fixed
 from .contents import INTERVALS, best_entries
 
 Report = Mapping[str, Any]
@@ -100,9 +100,8 @@ def _differences(report: Report) -> Table:
 def _difference(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
         return ""
-    ends = [f"{end:+.3f}" for end in difference["interval"] or []]
-    text = f"{difference['mean']:+.3f}" + (f" [{', '.join(ends)}]" if ends else "")
-    return text.replace("-", "\u2212") + ("*" if difference["is_clear"] else "")
+    mean, *ends = (fixed(value, "+.3f") for value in (difference["mean"], *(difference["interval"] or [])))
+    return mean + (f" [{', '.join(ends)}]" if ends else "") + ("*" if difference["is_clear"] else "")
 
 
 def _costs(report: Report) -> Table:
@@ -130,7 +129,7 @@ def shown(figure: Mapping[str, Any] | None, form: str = ".3f") -> str:
     if figure is None:
         return ""
     deviation = "" if figure["std"] is None else f" ± {figure['std']:{form}}"
-    return f"{figure['mean']:{form}}".replace("-", "\u2212") + deviation
+    return fixed(figure["mean"], form) + deviation
 
 
 def _mean(figure: Mapping[str, Any] | None, show: Callable[[int], str]) -> str:
