@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from .options import add_base, base_model
-from .output import Result, add_output, require_adapter, require_free, table
+from .output import Result, add_output, require_adapter, require_free, save_model, table
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -30,12 +30,11 @@ def run(args: Namespace) -> Result:
         require_adapter(adapter)
     require_free(args.output, args.overwrite)
     if args.ledger is not None:
-        require_free(args.ledger, overwrite=False)
+        require_free(args.ledger, overwrite=False, remedy="")
     from rich.console import Group
     from rich.text import Text
 
     from ..deltas import Ledger, apply_deltas
-    from ..training.base_model import BaseModelError
     from ..tuner.files.atomic import complete_folder, write_json
 
     base = base_model(args)
@@ -47,19 +46,17 @@ def run(args: Namespace) -> Result:
             "the base is quantized, and a merged checkpoint of it would lose part of the deltas. Load the base "
             "unquantized, or use merge_and_unload() with quantized_merge='requantize'"
         )
-    if args.ledger is None:
-        report = apply_deltas(model, args.adapter)
-    else:
-        ledger = Ledger(args.ledger)
-        for name, adapter in zip(_task_names(args.adapter), args.adapter, strict=True):
-            ledger.add(name, adapter)
-        report = ledger.apply(model)
-    with complete_folder(args.output) as folder:
-        model.save_pretrained(folder)
-        with suppress(BaseModelError):  # the base has no tokenizer
-            base.load_tokenizer(as_saved=True).save_pretrained(folder)
+    with complete_folder(args.output) as folder, ExitStack() as stack:
+        if args.ledger is None:
+            report = apply_deltas(model, args.adapter)
+        else:
+            ledger = Ledger(stack.enter_context(complete_folder(args.ledger)))
+            for name, adapter in zip(_task_names(args.adapter), args.adapter, strict=True):
+                ledger.add(name, adapter)
+            report = ledger.apply(model)
+        save_model(base, model, folder)
         write_json(folder / "merge_report.json", report.to_dict())
-    data = {"model": args.model, "adapters": args.adapter, "output": str(args.output), "ledger": args.ledger}
+    data = {"model": args.model, "adapters": args.adapter, "output": str(args.output)}
     headings = ("module", "norm of the delta", "survived", "outcome")
     rows = [(m.name, f"{m.delta_norm:.4g}", f"{m.survived:.2%}", m.outcome) for m in report.modules]
     note = Text(f"{report.survived:.2%} of the deltas is in the weights.")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from ..training.base_model import BaseModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -58,7 +61,7 @@ def add_output(parser: ArgumentParser, help: str = "Folder for the result.", req
     parser.add_argument("--overwrite", action="store_true", help="Replace the files in the output folder.")
 
 
-def require_free(folder: Path, overwrite: bool) -> None:
+def require_free(folder: Path, overwrite: bool, remedy: str = ", or pass --overwrite") -> None:
     """Raise unless ``folder`` can and may be written. Only the main process checks, since only it writes."""
     from ..tuner.files.atomic import TEMPORARY, require_writable
 
@@ -67,7 +70,16 @@ def require_free(folder: Path, overwrite: bool) -> None:
     require_writable(folder)
     is_free = not folder.is_dir() or all(path.name.startswith(TEMPORARY) for path in folder.iterdir())
     if not overwrite and not is_free:
-        raise FileExistsError(f"the output {folder} is not empty; name another folder, or pass --overwrite")
+        raise FileExistsError(f"the folder {folder} is not empty; name another one{remedy}")
+
+
+def save_model(base: BaseModel, model: Any, folder: Path) -> None:
+    """Save a whole model with the tokenizer of its base, if that has one."""
+    from ..training.base_model import BaseModelError
+
+    model.save_pretrained(folder)
+    with suppress(BaseModelError):
+        base.load_tokenizer(as_saved=True).save_pretrained(folder)
 
 
 def add_adapter(parser: ArgumentParser) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from contextlib import suppress
 from pathlib import Path
 
-from .output import Result, add_output, facts_table, require_free
+from .output import Result, add_output, facts_table, require_free, save_model
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -23,7 +22,7 @@ def run(args: Namespace) -> Result:
     tasks changed the same entries.
     """
     from ..deltas.ledger import FILE, Ledger
-    from ..training.base_model import BaseModel, BaseModelError
+    from ..training.base_model import BaseModel
     from ..tuner.files.atomic import complete_folder, require_writable
 
     if not (args.ledger / FILE).is_file():
@@ -40,9 +39,7 @@ def run(args: Namespace) -> Result:
         merged = base.load()
         ledger.rollback(args.task, merged, remove=False)
         with complete_folder(args.output) as folder:
-            merged.save_pretrained(folder)
-            with suppress(BaseModelError):  # it was merged without a tokenizer
-                base.load_tokenizer(as_saved=True).save_pretrained(folder)
+            save_model(base, merged, folder)
         ledger.remove(args.task)  # last, when the model without the task is saved
     output = None if args.output is None else str(args.output)
     data = {"ledger": str(args.ledger), "task": args.task, "output": output, "remaining": ledger.tasks}

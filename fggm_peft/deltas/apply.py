@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.ranking import all_finite
+from ..tuner.files.base_check import base_difference
 from ..tuner.files.reading import adapted_layers
 from ..tuner.files.tensors import BASE_PART, PREFIX, is_trained_whole
 from ..tuner.hosts.bitsandbytes import guard_four_bit_layers
@@ -31,6 +32,7 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any]) -> MergeReport:
 
     Each entry is added in float32 and rounded once for each delta, as in ``merge_adapter``. A quantized layer does not
     change; it gets the deltas as a sidecar (``quantized_merge="keep"``). Everything is checked before anything changes.
+    A warning says if the first delta was trained on other weights, which is intended if earlier deltas are left out.
 
     Args:
         model: the base, without adapters.
@@ -40,12 +42,13 @@ def apply_deltas(model: nn.Module, sources: Sequence[Any]) -> MergeReport:
         The outcome for each module.
 
     Raises:
-        ValueError: a delta was made for another base, or its values are not finite.
+        ValueError: a weight has another shape in a delta, or a value of a delta is not finite.
         TypeError: the model has adapters.
     """
     deltas = [SparseDelta.read(source) for source in sources]
     layers = layers_to_change(model, deltas)
     _warn_of_tied_weights(model, layers)
+    _warn_of_another_base(layers, deltas)
     replacements = [(_replaced_parameters(model, delta), delta.others) for delta in deltas]
     guard_four_bit_layers(model)  # the base must stay one that can be dequantized
     records = []
@@ -70,6 +73,15 @@ def _warn_of_tied_weights(model: nn.Module, paths: Collection[str]) -> None:
                 f"changes only {' and '.join(changed)}",
                 stacklevel=3,
             )
+
+
+def _warn_of_another_base(layers: Mapping[str, FGGMLayer], deltas: Sequence[SparseDelta]) -> None:
+    expected = deltas[0].config.base_fingerprint or {} if deltas else {}
+    if problem := base_difference(layers, expected):
+        warnings.warn(
+            f"the first delta was trained on another base, or on top of deltas that are not merged here: {problem}",
+            stacklevel=3,
+        )
 
 
 def require_finite(path: str, module: ModuleDelta) -> None:

@@ -135,7 +135,7 @@ class SparseDelta:
     __rmul__ = __mul__
 
     def require_same_base(self, other: SparseDelta) -> None:
-        """Raise ``ValueError`` if a weight has different shapes in the two deltas."""
+        """Raise ``ValueError`` if a weight has different shapes in the two deltas. Its values are not compared."""
         for path in self.modules.keys() & other.modules.keys():
             mine, theirs = self.modules[path].shape, other.modules[path].shape
             if mine != theirs:

@@ -18,6 +18,7 @@ from ..core.errors import AdapterFileError
 from ..tuner.files.atomic import digest_of_folder, file_name, write_json
 from ..tuner.files.hub import user_path
 from ..tuner.merging.merge import MergeReport
+from ..tuner.merging.sidecar import sidecar_deltas
 from .apply import apply_deltas, layers_to_change
 from .delta import SparseDelta
 from .originals import Originals, read_originals, remove_task_, write_originals
@@ -104,7 +105,8 @@ class Ledger:
         if not deltas:
             raise ValueError(f"there is no task in {self.folder} to apply")
         layers, file = layers_to_change(model, deltas), self.folder / ORIGINALS
-        if not all(saved.are_in(layers[path]) for path, saved in read_originals(file).items() if path in layers):
+        is_base = all(saved.are_in(layers[path]) for path, saved in read_originals(file).items() if path in layers)
+        if not is_base or any(sidecar_deltas(layer.get_base_layer()) for layer in layers.values()):
             raise ValueError(f"{file} belongs to another base: pass the base model itself, without merged deltas")
         originals = {
             path: Originals.of(layer, [delta.modules[path] for delta in deltas if path in delta.modules])

@@ -111,6 +111,13 @@ def test_a_quantized_base_is_not_merged(folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_merge_that_fails_leaves_no_ledger(folder, tmp_path):
+    adapters = ("-a", folder / "row", "-a", saved_adapter(tmp_path / "other", base=llama(hidden_size=32)))
+    output, ledger = tmp_path / "merged", tmp_path / "ledger"
+    assert "another base" in fail("merge", folder / "base", *adapters, "--output", output, "--ledger", ledger)
+    assert not output.exists() and not ledger.exists()
+
+
 def test_export(folder, tmp_path, granularity):
     found = succeed("export", folder / granularity, "--to", "lora", "--output", tmp_path / "lora")
     assert found["largest"] == succeed("inspect", folder / granularity)["lora_rank"]

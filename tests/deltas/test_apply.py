@@ -67,6 +67,16 @@ def test_apply_supports_every_layer_type(granularity, example, adapt):
     assert torch.allclose(base.layer.weight, before + change, atol=1e-6)
 
 
+def test_a_base_with_other_weights_is_a_warning(tmp_path, recwarn):
+    delta = saved_adapter(tmp_path / "delta", base=llama())
+    apply_deltas(llama(), [delta])
+    assert not any("another base" in str(warning.message) for warning in recwarn)
+    other = llama()
+    other.model.layers[0].mlp.down_proj.weight.data += 1
+    with pytest.warns(UserWarning, match="trained on another base.*layers.0.mlp.down_proj differs"):
+        apply_deltas(other, [delta])
+
+
 def test_an_incompatible_base_is_not_changed(tmp_path):
     folder = saved_adapter(tmp_path / "delta")
     with pytest.raises(ValueError, match="not an adaptable layer here"):

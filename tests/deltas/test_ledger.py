@@ -128,7 +128,10 @@ def test_a_quantized_base_stores_the_tasks_in_its_sidecar(kind, tmp_path):
     guard_four_bit_layers(untouched)  # bitsandbytes' CPU kernel does not support odd widths
     bare = logits(untouched, BATCH)
     ledger.apply(model)
-    assert not torch.equal(logits(model, BATCH), bare)
+    assert not torch.equal(merged := logits(model, BATCH), bare)
+    with pytest.raises(ValueError, match="belongs to another base"):
+        ledger.apply(model)
+    assert torch.equal(logits(model, BATCH), merged)
     expected = logits(without(ledger, "second", base), BATCH)
     ledger.rollback("second", model)
     assert torch.equal(logits(model, BATCH), expected)
