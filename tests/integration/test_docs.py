@@ -35,12 +35,13 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
     byte_tokenizer().save_pretrained(folder)
     text_model().save_pretrained(folder)
     samples = [{key: value[0] for key, value in batch.items()} for batch in token_batches(sizes=(1,)) * 40]
+    uneven = [{key: value[: 4 + n % 3].tolist() for key, value in row.items()} for n, row in enumerate(samples)]
     sums = [{"prompt": f"{n} plus one is", "completion": f" {n + 1}"} for n in range(40)]
     quick = {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True}
     names = {
         "base": text_model(),
         "dataloader": DataLoader(samples, batch_size=8),
-        "datasets": {"intents": samples, "slots": samples},
+        "datasets": {"intents": uneven, "slots": uneven},
         "prompts_and_completions": datasets.Dataset.from_list(sums),
         "sft_arguments": trl.SFTConfig(save_strategy="no", bf16=False, **quick),
     }
@@ -106,10 +107,11 @@ def test_the_snippets_on_retention_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "retention.md").read_text()
     Path("reference.txt").write_text("One paragraph.\n\nAnother paragraph.")
-    samples = [{key: value[0] for key, value in batch.items()} for batch in token_batches(sizes=(1,)) * 16]
+    rows = [{key: value[0].tolist() for key, value in batch.items()} for batch in token_batches(sizes=(1,)) * 16]
+    uneven = [{key: value[: 4 + n % 3] for key, value in row.items()} for n, row in enumerate(rows)]
     arguments = {"output_dir": "out", "max_steps": 5, "report_to": [], "use_cpu": True, "save_strategy": "no"}
     names = {
-        "dataset": samples,
+        "dataset": uneven,
         "tokenizer": byte_tokenizer(),
         "training_arguments": transformers.TrainingArguments(**arguments),
         "dataloader": token_batches(),
