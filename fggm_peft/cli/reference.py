@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .options import add_base, add_batch_size, base_model
+from .options import add_base, add_batch_size, base_model, positive
 from .output import Result, add_output, require_free
 
 
@@ -14,9 +14,9 @@ def add_options(parser: ArgumentParser) -> None:
     text = "File of text to retain (.txt); empty lines separate paragraphs. May be repeated."
     parser.add_argument("--text", type=Path, action="append", required=True, help=text)
     text = "Number of paragraphs of each file (default: %(default)s)."
-    parser.add_argument("--num-samples", type=int, default=64, help=text)
+    parser.add_argument("--num-samples", type=positive, default=64, help=text)
     text = "Rank of the statistics (default: %(default)s)."
-    parser.add_argument("--rank", type=int, default=128, help=text)
+    parser.add_argument("--rank", type=positive, default=128, help=text)
     add_batch_size(parser)
     add_output(parser, "Folder for fggm_retention.safetensors.")
 

@@ -52,11 +52,9 @@ def run(args: Namespace) -> Result | None:
     from ..training.texts import with_texts
     from ..tuner.files.input_covariance import covariance_of
 
-    loader = None
-    if CRITERIA[config.criterion].needs_data or config.needs_covariance:
-        if args.data is None:
-            args.error(f"--data: the criterion {config.criterion!r} needs data")
-        loader = _dataloader(args, config)
+    loader = None if args.data is None else _dataloader(args, config)
+    if loader is None and CRITERIA[config.criterion].needs_data:
+        args.error(f"--data: the criterion {config.criterion!r} needs data")
     tokenizer = base_model(args).load_tokenizer() if config.reference else None
     reference = with_texts(config.reference, tokenizer)
     model = shard_as_launched(get_peft_model(base_model(args).load(), config))

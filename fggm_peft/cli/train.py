@@ -93,8 +93,7 @@ def run(args: Namespace) -> Result | None:
     from ..training.data import padding_on_the_right
     from ..training.evaluation import score_answers
 
-    _require_adapter_without_selection(args)
-    config = selection_config(args)
+    config = selection_config(args) if args.adapter is None else _adapter_config(args)
     checkpoints = args.output / CHECKPOINTS
     require_free(args.output, args.overwrite or args.resume)
     if args.resume:
@@ -162,13 +161,21 @@ def training_arguments(args: Namespace, config: FGGMConfig) -> TrainingArguments
     return TrainingArguments(**{**DEFAULTS, **computed, **given})
 
 
-def _require_adapter_without_selection(args: Namespace) -> None:
-    if args.adapter is None:
-        return
+def _adapter_config(args: Namespace) -> FGGMConfig:
+    """The config of ``--adapter``, with the options that do not select."""
+    from ..tuner.files.reading import find_adapter
+
     require_adapter(args.adapter)
-    names = [option_name(name) for name in SELECTION.given(args) if name not in ("seed", "delta_dtype")]
+    given = SELECTION.given(args)
+    names = [option_name(name) for name in given if name not in ("seed", "delta_dtype")]
     if names or args.config is not None:
-        args.error(f"{', '.join(names) or '--config'}: not with --adapter, whose weights are selected")
+        args.error(
+            f"{', '.join(names) or '--config'} cannot be combined with --adapter: its weights are already selected"
+        )
+    config, _ = find_adapter(args.adapter)
+    for name, value in given.items():
+        setattr(config, name, value)
+    return config
 
 
 def _resumed_config(args: Namespace, given: FGGMConfig) -> FGGMConfig:
@@ -215,5 +222,5 @@ def _adapted(args: Namespace, config: FGGMConfig) -> Any:
     adapted = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
     if (Path(args.adapter) / COVARIANCE_FILE).exists():
         set_covariance(adapted.active_peft_config, load_input_covariance(args.adapter))
-    adapted.active_peft_config.delta_dtype = config.delta_dtype or adapted.active_peft_config.delta_dtype
+    adapted.active_peft_config.delta_dtype = config.delta_dtype
     return adapted

@@ -590,6 +590,14 @@ def test_the_preset_retains_a_text_or_saved_statistics(folder, tmp_path):
         tmp_path / "both",
         "--max-steps",
         4,
+        "--save-steps",
+        4,
+        "--logging-steps",
+        1,
+        "--lr-scheduler-type",
+        "constant_with_warmup",
     )
+    state = json.loads((tmp_path / "both" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert max(entry.get("learning_rate", 0) for entry in state["log_history"]) == 1.6e-3
     assert "harm_decay weighs the task against a reference" in fail(*base, "--output", tmp_path / "none", code=1)
     assert "is not empty" in fail("reference", folder / "model", "--text", text, "--output", tmp_path / "statistics")
