@@ -38,7 +38,7 @@ class Trained(NamedTuple):
     name: str
     parameter: Any
     decay: Callable[[Covariance], Decay]
-    is_current: Callable[[], bool]
+    is_current: Callable[[], bool] = lambda: True
 
 
 def trained_parameters(model: nn.Module, covariance: InputCovariance, offload: bool) -> Iterator[Trained]:
@@ -56,16 +56,12 @@ def trained_parameters(model: nn.Module, covariance: InputCovariance, offload: b
                 yield Trained(path, name, target.values, partial(_of_target, target), _unchanged(target))
         elif isinstance(module, LoraLayer):
             for name, layer in module.lora_A.items():  # B A (I + sigma C)^-1: only A meets the inputs
-                yield Trained(path, name, layer.weight, _of_matrix, _always)
+                yield Trained(path, name, layer.weight, _of_matrix)
         elif isinstance(module, ShiraLayer):
             for name, weight in module.shira_weight.items():
-                yield Trained(path, name, weight, partial(_of_entries, module.shira_indices[name][1]), _always)
+                yield Trained(path, name, weight, partial(_of_entries, module.shira_indices[name][1]))
         elif isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad:
-            yield Trained(path, "weight", module.weight, partial(_of_weight, module, offload), _always)
-
-
-def _always() -> bool:
-    return True
+            yield Trained(path, "weight", module.weight, partial(_of_weight, module, offload))
 
 
 def _unchanged(target: Target) -> Callable[[], bool]:

@@ -92,7 +92,8 @@ class DataPass:
                         has_answer |= self._add_batch(hooks, sums, log_likelihood, part, layout)
                 seen = round.end
                 if is_enough is not None and first_check <= seen != limit:
-                    first_check *= 2
+                    while first_check <= seen:
+                        first_check *= 2
                     if is_enough(sums.totals(processes, seen)):
                         break
             if sums.needs_backward and not any(processes.gather(has_answer)):

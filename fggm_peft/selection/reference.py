@@ -36,7 +36,7 @@ WRITTEN_TEXTS = 64  # for reference="self"
 WRITTEN_LENGTH = 128  # tokens of each text, at most
 
 ReferenceData = Any
-"""A dataloader, "self", "history", a file or folder of saved scores, or a list of these.
+"""A dataloader, "self", "history", an ``InputCovariance``, a file or folder of saved scores, or a list of these.
 
 Trainers, sequences and the command line have a tokenizer and accept files of general text (.txt) as well.
 """
@@ -153,11 +153,17 @@ def find_sources(entries: Sequence[Any], targets: Targets, task: DataPass) -> li
 
     Raises:
         ScoreFileError: saved scores do not fit.
+        ValueError: an ``InputCovariance``, which has no scores.
     """
     config, base = task.config, unwrapped(task.model)
     names, task_type = CRITERIA[config.criterion].reference, config.task_type or task_type_of(base)
     sources: list[Source] = []
     for entry in entries if names else ():
+        if isinstance(entry, InputCovariance):
+            raise ValueError(
+                f"criterion {config.criterion!r} needs scores of the reference, and an InputCovariance has none. Pass "
+                "data, or use criterion='gain_under_decay'"
+            )
         if not isinstance(entry, (str, Path)):
             prepare = _with_labels if task_type == TaskType.CAUSAL_LM else None
             log_likelihood = None if isinstance(entry, OwnText) else task.log_likelihood
@@ -184,20 +190,29 @@ def covariance_to_retain(
     """The sum of the input covariances of a reference; zero if the history is empty.
 
     Args:
-        entries: data, "history", or paths of saved statistics.
+        entries: data, "history", statistics, or paths of saved statistics.
         widths: module path -> number of input features.
         history: the statistics of earlier tasks, or None.
 
     Raises:
         ScoreFileError: saved statistics do not fit.
+        ValueError: the earlier tasks have other modules.
     """
+    if history is not None and "history" in entries and (other := sorted(history.inputs.keys() ^ widths.keys())):
+        raise ValueError(
+            f"the reference 'history' needs the same modules in all tasks, and {other[0]} is not adapted in "
+            f"{'this task' if other[0] in history else 'the earlier tasks'}. Use the same target_modules for all tasks"
+        )
     sources = []
     for entry in entries:
-        if not isinstance(entry, (str, Path)):
-            sources.append(input_covariance(model, entry, modules=widths, progress=progress))
-        elif (saved := history if entry == "history" else load_input_covariance(entry)) is not None:
-            saved.require_fits(widths)
-            sources.append(saved)
+        if isinstance(entry, str) and entry == "history":
+            entry = history
+        elif isinstance(entry, (str, Path)):
+            entry = load_input_covariance(entry)
+        elif not isinstance(entry, InputCovariance):
+            entry = input_covariance(model, entry, modules=widths, progress=progress)
+        if entry is not None:
+            sources.append(entry.of_modules(widths))
     if not sources:
         warnings.warn("the history is empty, so that harm decay has nothing to retain yet", stacklevel=4)
         return InputCovariance.zero(widths)

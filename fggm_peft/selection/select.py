@@ -69,7 +69,8 @@ def select_parameters(
         reference: what the model should keep, for a criterion that weighs the task against it: a dataloader of general
             text (batches without labels get their tokens as labels), "self" (text that the model writes itself),
             "history" (the tasks selected on this base model in this process), a file or folder with saved scores, or a
-            list of these, which are scaled and added. Each is read up to ``num_samples`` samples.
+            list of these, which are scaled and added. A criterion reads up to ``num_samples`` samples of each, harm
+            decay up to 64. For harm decay, an ``InputCovariance`` or its file, also on the Hub, can take their place.
         adapter_name: by default the active adapter.
         log_likelihood: a function of (model, batch) that returns the log-likelihood of each sample ``[b]``, summed over
             its answer. By default the one that fits the model: a causal or sequence-to-sequence language model, a
@@ -86,6 +87,7 @@ def select_parameters(
         AlreadyTrainedError: the adapter has trained values and ``reset`` is False.
         NonFiniteScoreError: a loss or a score is NaN or infinite.
         RuntimeError: another process failed, or has other versions, another config or another model.
+        FileNotFoundError: there are no saved scores with this name.
         ScoreFileError: saved scores are damaged or do not fit.
         ValueError: no FGGM adapter, a merged adapter, no data, no labels, no reference for a criterion that needs one,
             or another bad argument.

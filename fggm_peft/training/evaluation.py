@@ -178,5 +178,5 @@ def _answer_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 def _prompt_and_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     length = sum(label == IGNORED for label in row["labels"])
     if not length:
-        raise ValueError("generating needs prompts, but these examples are plain text; omit --generate")
+        raise ValueError("written answers need prompts, but these examples are plain text")
     return row["input_ids"][:length], row["input_ids"][length:]

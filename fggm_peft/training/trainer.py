@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from ..retention import HarmDecay, attach_harm_decay
 from ..selection import SelectionReport, remember_task, select_parameters
@@ -112,7 +115,14 @@ class FGGMTrainerMixin(_Trainer):
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Like the trainer's, but warms up over at least the share of the steps that the preset needs."""
         least = max((config.recommended_warmup for _, config in active_adapters(self.model)), default=0.0)
-        if self.args.get_warmup_steps(num_training_steps) < least * num_training_steps:
+        schedule = SchedulerType(self.args.lr_scheduler_type)
+        if least and not _warms_up(schedule):
+            warnings.warn(
+                f"lr_scheduler_type={schedule.value!r} has no warm-up, and the preset needs one over "
+                f"{least:.0%} of the steps; use 'linear', 'cosine' or 'constant_with_warmup'",
+                stacklevel=2,
+            )
+        elif self.args.get_warmup_steps(num_training_steps) < least * num_training_steps:
             logger.info("warming up over %g of the steps, as the preset needs", least)
             self.args.warmup_steps = least  # transformers reads a number below 1 as a share
         return super().create_scheduler(num_training_steps, *args, **kwargs)
@@ -244,7 +254,7 @@ class FGGMCallback(TrainerCallback):
     """Selects at the start of training in a trainer whose class cannot be changed.
 
     Example: ``Trainer(..., callbacks=[FGGMCallback()])``. It supports one process: with several, the trainer wraps the
-    model before it runs callbacks. It cannot set the warm-up of a preset, ``TrainingArguments(warmup_steps=0.3)``.
+    model before it runs callbacks. It cannot extend the warm-up: with a preset, pass ``warmup_steps=0.3``.
 
     Args:
         convert: converts a batch of the trainer to model inputs with ``labels``.
@@ -300,6 +310,12 @@ class FGGMCallback(TrainerCallback):
         with self._reading(args, train_dataloader) as data:
             self.selection_report = _select(model, data, self.reference, processing_class)
         state.log_history.append({**log_entry(self.selection_report), "step": state.global_step})
+
+
+def _warms_up(schedule: SchedulerType) -> bool:
+    """Whether a schedule of transformers has a warm-up."""
+    function = TYPE_TO_SCHEDULER_FUNCTION[schedule]
+    return "num_warmup_steps" in inspect.signature(function).parameters
 
 
 def _adapters_with_history(model: nn.Module) -> list[str]:

@@ -457,6 +457,12 @@ def test_fggm_resumed_within_a_task_keeps_its_scores(tmp_path):
     assert all(torch.equal(tensor, second[key].to(tensor.dtype)) for key, tensor in first.items())
 
 
+@pytest.mark.parametrize("name", ["fggm", "sft", "lora"])
+def test_a_missing_text_is_rejected_at_construction(name):
+    with pytest.raises((ValueError, OSError), match=r"missing\.txt"):
+        make_method(name, harm_decay=80.0, reference=["history", "missing.txt"])
+
+
 def test_a_criterion_without_its_reference_is_rejected_at_construction():
     with pytest.raises(ValueError, match="'gain_per_harm' weighs the task against a reference"):
         make_method("fggm", criterion="gain_per_harm")

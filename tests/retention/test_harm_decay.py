@@ -22,6 +22,7 @@ from fggm_peft import (
     remember_task,
     select_parameters,
 )
+from fggm_peft.core.errors import ScoreFileError
 from fggm_peft.tuner.files.input_covariance import covariance_of, retained_by
 from fggm_peft.tuner.target import find_targets
 
@@ -402,6 +403,25 @@ def test_a_saved_covariance_is_a_reference(tmp_path):
     models = [selected(reference=[source]) for source in (REFERENCE, str(tmp_path))]
     for a, b in zip(*(find_targets(model, "default").values() for model in models), strict=True):
         assert torch.equal(a.indices, b.indices)
+
+
+def test_statistics_of_more_modules_are_a_reference_and_not_of_fewer():
+    whole, few = covariance(), {"target_modules": ["q_proj", "down_proj"]}
+    model = llama()
+    for _ in range(3):
+        wrapped = selected(model, reference=[whole, "history"], **few)
+        own = covariance_of(wrapped.peft_config["default"])
+        assert sorted(own.inputs) == sorted(find_targets(wrapped, "default"))
+        model = wrapped.merge_and_unload()
+    part = whole.of_modules({path: own[path].width for path in own.inputs})
+    for path in own.inputs:
+        assert torch.equal(part[path].factor, whole[path].factor)
+    with pytest.raises(ValueError, match="the same target_modules for all tasks"):
+        selected(model, reference=[whole, "history"])
+    with pytest.raises(ScoreFileError, match="has no module"):
+        selected(reference=[part])
+    with pytest.raises(ValueError, match="InputCovariance has none"):
+        selected(reference=[whole], criterion="gain_per_harm")
 
 
 @pytest.mark.parametrize("granularity", ["row", "column"])

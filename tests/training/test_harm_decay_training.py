@@ -118,3 +118,11 @@ def test_the_preset_warms_up_over_at_least_30_percent_of_the_steps(tmp_path, giv
     plain.selection_reference = REFERENCE
     plain.create_optimizer_and_scheduler(10)
     assert plain.args.warmup_steps == given
+
+
+def test_a_schedule_without_warmup_is_a_warning_with_the_preset(tmp_path, recwarn):
+    for preset, count in ((None, 0), ("retain", 1)):
+        made = make_trainer(model(preset=preset), tmp_path, FGGMTrainer, lr_scheduler_type="constant")
+        made.selection_reference = REFERENCE
+        made.create_optimizer_and_scheduler(10)
+        assert sum("'constant' has no warm-up" in str(warning.message) for warning in recwarn) == count

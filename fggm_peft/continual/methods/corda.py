@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
@@ -59,7 +58,7 @@ class CorDA(PeftMethod):
 
     def trainer(self, **arguments):
         model = arguments["model"].to(arguments["args"].device)
-        config: Any = self.make_config()
+        config = self.make_config()
         if config.target_modules == "all-linear":  # which preprocess_corda does not know
             config.target_modules = list(linear_layers(model))
         with frozen_in_eval_mode(model):

@@ -12,7 +12,7 @@ from transformers import Trainer
 from ...training import FGGMTrainer
 from ...tuner import FGGMConfig, InputCovariance, require_reference
 from ...tuner.files import HISTORY, TaskRecord, history_of, retained_by, set_retained
-from .method import METHODS
+from .method import METHODS, RETAINED, require_texts
 from .peft_method import PeftMethod
 
 
@@ -36,21 +36,20 @@ class FGGM(PeftMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config: Any = self.make_config()
+        config = self.make_config()
         require_reference(config, config.reference)  # a stream cannot pass reference data later
+        require_texts(config.reference or [])
 
     def defaults(self):
         return {**super().defaults(), "seed": self.task_seed, "save_scores": True, "quantized_merge": "keep"}
 
     @property
     def recommended_learning_rate(self):
-        config: Any = self.make_config()
-        return config.recommended_learning_rate
+        return self.make_config().recommended_learning_rate
 
     @property
     def supports_quantized(self):
-        config: Any = self.make_config()
-        return self.first_task_masked and config.quantized_merge == "keep"
+        return self.first_task_masked and self.make_config().quantized_merge == "keep"
 
     @property
     def is_masked(self) -> bool:
@@ -71,11 +70,11 @@ class FGGM(PeftMethod):
     def restore_history_(self, model: nn.Module) -> None:
         """Set the records of earlier tasks on a base model, which a new process does not have."""
         setattr(model, HISTORY, [TaskRecord(**fields) for fields in self.memory.get("history", [])])
-        if (retained := self.memory.get("retained")) is not None:
+        if (retained := self.memory.get(RETAINED)) is not None:
             set_retained(model, InputCovariance.from_dict(retained))
 
     def keep_history(self, model: nn.Module) -> None:
         """Remember the records on a base model."""
         self.memory["history"] = [vars(record) for record in history_of(model)]
         if (retained := retained_by(model)) is not None:
-            self.memory["retained"] = retained.to_dict()
+            self.memory[RETAINED] = retained.to_dict()

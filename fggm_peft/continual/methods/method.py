@@ -71,8 +71,7 @@ class Method:
             raise ValueError("what should the model retain? Set reference to a text file (.txt), 'history', or both")
         if self.reference and not self.uses_reference:
             raise ValueError("reference is for harm_decay; set harm_decay too, or remove reference")
-        for file in filter(is_text_file, self.reference):
-            read_paragraphs(file)  # raises an error for a missing or empty file now, not after hours
+        require_texts(self.reference)
 
     @property
     def uses_reference(self) -> bool:
@@ -174,6 +173,12 @@ class Method:
 
 
 METHODS: Registry[type[Method]] = Registry("method", named=True)
+
+
+def require_texts(reference: Iterable[Any]) -> None:
+    """Raise an error for a missing or empty text now, not after hours."""
+    for file in filter(is_text_file, [reference] if isinstance(reference, str) else reference):
+        read_paragraphs(file)
 
 
 def make_method(name: str, /, **options: Any) -> Method:

@@ -46,7 +46,7 @@ class PeftMethod(Method):
         """Fields of the current task's config that ``config`` overrides."""
         return {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 
-    def make_config(self) -> PeftConfig:
+    def make_config(self) -> Any:
         """A new config for the current task's adapter; PEFT modifies it."""
         return self.config_class(**{**self.defaults(), **copy.deepcopy(self.config)})
 
@@ -54,7 +54,7 @@ class PeftMethod(Method):
         """The model with the current task's adapter, or with an adapter of this config."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.task_seed)
-            return get_peft_model(model, self.make_config() if config is None else config)  # type: ignore[arg-type]
+            return get_peft_model(model, self.make_config() if config is None else config)
 
     def begin_task(self, model, examples):
         return self.wrap(model)

@@ -67,20 +67,24 @@ class InputCovariance:
         return replace(self, covariances={k: (c * scale).to(torch.bfloat16) for k, c in self.covariances.items()})
 
     def __add__(self, other: InputCovariance) -> InputCovariance:
-        """The sum of two sources, truncated to the smaller rank; ``ScoreFileError`` if their modules differ."""
-        self.require_fits({path: other[path].width for path in self.inputs})
+        """The sum of two sources of the same modules, truncated to the smaller rank."""
         rank = min(self.rank, other.rank)
         total = {key: (covariance + other[key]).truncated(rank) for key, covariance in self.covariances.items()}
         return InputCovariance(total, self.inputs, rank, self.positions + other.positions)
 
-    def require_fits(self, widths: Mapping[str, int]) -> None:
-        """Raise ``ScoreFileError`` unless every module has a covariance of its width."""
+    def of_modules(self, widths: Mapping[str, int]) -> InputCovariance:
+        """The covariances of some modules only; ``ScoreFileError`` unless each has one of its width."""
+        first: dict[str, str] = {}  # key of an input -> the first of these modules that reads it
+        inputs: dict[str, str] = {}
         for path, width in widths.items():
             if self[path].width != width:
                 raise ScoreFileError(
                     f"the input covariance of {path} has {self[path].width} features, but its input has {width}. "
                     + _COMPUTE_AGAIN
                 )
+            inputs[path] = first.setdefault(self.inputs[path], path)
+        covariances = {path: self.covariances[key] for key, path in first.items()}
+        return replace(self, covariances=covariances, inputs=inputs)
 
     def to(self, *args, **kwargs) -> InputCovariance:
         """The covariances on a device or in a dtype, as ``Tensor.to``."""
