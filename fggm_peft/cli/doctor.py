@@ -27,7 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Result:
     """Show the versions and the device, and what is missing or will be slow.
 
-    Paste the output into a report of a fault.
+    Paste the output into a bug report.
     """
     from rich.console import Group
 

@@ -85,7 +85,7 @@ def run(args: Namespace) -> Result | None:
     """Train an adapter for MODEL on the task in DATA, and save it.
 
     Without --adapter, the weights are selected first, from the same data. Runs on several devices under accelerate
-    launch or torchrun. Every field of TrainingArguments is an option, also those not listed, e.g. --max-grad-norm 0.5.
+    launch or torchrun. Fields of TrainingArguments that are not listed are options, too, e.g. --max-grad-norm 0.5.
     """
     from ..deltas import save_adapter
     from ..retention import kl_divergence, predicted_drift

@@ -2,7 +2,7 @@
 
 The folder contains ``tasks.json`` (an entry for each finished task), ``state.pt`` (the model and the method between
 tasks), ``tasks/`` (each task's delta) and, at the end, ``run.json``. An interrupted task restarts, or continues from
-its newest checkpoint; both give the same bits as a run without interruption.
+its newest checkpoint; both give the same bits as a run without interruption (except ``sdft`` from a checkpoint).
 """
 
 from __future__ import annotations

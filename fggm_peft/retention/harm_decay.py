@@ -18,7 +18,7 @@ from ..tuner.hosts.zero import without_optimizer_wrappers
 from .trained import Trained, shrink_, trained_parameters
 
 EVERY = 4
-"""Steps between two decays. With more decays the same strength is stronger; ``STRENGTH`` was measured with these."""
+"""Steps between two decays. A shorter interval acts as a greater strength; ``STRENGTH`` was tuned for this one."""
 
 _STEPS, _PENDING = "harm_decay_steps", "harm_decay_pending"
 

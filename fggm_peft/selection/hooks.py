@@ -64,7 +64,7 @@ class LayerHooks:
         return None if finish is None else _Identity.apply(output, x, self._anchor, finish)
 
     def _record_weight(self, target: Target) -> Callable[[Tensor], None] | None:
-        """Record a call of a module that uses the weight, without inputs; returns what takes the weight's gradient."""
+        """Record a call of a module that uses the weight. Returns the function to call with the weight's gradient."""
         finish = None if self.recorder is None else self.recorder.record_forward(target, _NOTHING)
         return None if finish is None else partial(finish, _NOTHING)
 

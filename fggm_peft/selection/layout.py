@@ -104,7 +104,8 @@ class Layouts:
         layers: the layers by module path.
         run: runs the model on a batch; None if it must not run, so that only shapes are known.
         model: the base model.
-        one_by_one: always divide batches into samples; None: never, because a sample may depend on the others.
+        one_by_one: True: always divide batches into samples. False: only if a layer requires it. None: never, because
+            a sample may depend on the others.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class Measurement:
             checked[totals.samples] = measured(totals)
             return self._is_good("task", totals.samples, checked[totals.samples])
 
-        totals = self._pass(self.task, group, is_enough, "Fisher pass" + suffix)
+        totals = self._pass(self.task, group, is_enough, "Selection pass" + suffix)
         self.samples = totals.samples
         self.choices.update(choose_supports(group, self.config, partial(self._score, totals=totals)))
         if totals.has_halves:

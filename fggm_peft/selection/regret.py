@@ -58,9 +58,9 @@ def split_half_scores(targets: Targets, config: FGGMConfig, scores: Callable[[st
 def regret_of(pairs: Iterable[tuple[float, float]]) -> float | None:
     """The estimated regret of the selection from all samples, in [0, 1/4]; None if every score is 0.
 
-    ``1 - selected / best`` compares two halves. Half of it is the noise of the half that measures: it overestimates its
-    own best selection as much as the other one misses. The rest is the regret of a selection from one half. A regret is
-    quadratic in the noise of the scores, so a selection from twice as many samples has half of it.
+    ``1 - selected / best`` compares two halves. The half that measures overestimates its own best selection as much as
+    the other half misses, so half of the difference is the regret of a selection from one half. A regret is quadratic
+    in the noise of the scores, so a selection from twice as many samples has half of it.
     """
     selected, best = map(sum, zip(*pairs, strict=True))
     return max(0.0, 1 - selected / best) / 4 if best else None

@@ -60,7 +60,7 @@ class SelectionReport:
     """What ``select_parameters`` selected, from how much data, and how stable the selection is.
 
     Args:
-        granularity: "row", "column" or "element".
+        granularity: name of the granularity, with its arguments, such as "column" or "row_block(size=64)".
         criterion: name of the criterion.
         threshold: the policy as a dict.
         samples: samples used; 0 for a criterion that needs no data.

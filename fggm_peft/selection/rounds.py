@@ -30,8 +30,8 @@ class Round(NamedTuple):
     Args:
         number: of the batch, from 0.
         batch: the batch of this process; None if its data has ended before that of the others.
-        size: samples of the batch that count. 0 with a batch: each process holds a part of the model, and this one
-            takes part without adding anything.
+        size: samples of the batch that count. If it is 0 and there is a batch, the model is sharded: this process runs
+            the batch for the others and adds nothing.
         first: number of the batch's first sample.
         end: number of the round's last sample on any process, plus 1.
     """

@@ -35,10 +35,10 @@ class AnswerLossMixin(_Trainer):
 
 
 def answers_only(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with the labels from the first position on that predicts an answer, and these positions.
+    """The batch without the labels before the first position that predicts an answer, and with ``logits_to_keep``.
 
-    The batch of a model that would misread them does not change. A number instead of positions would give the model's
-    head a view, whose product in bfloat16 takes 25 times as long on a CPU.
+    If the model does not support this, the batch is returned unchanged. A number instead of positions would give the
+    model's head a view, whose product in bfloat16 takes 25 times as long on a CPU.
     """
     batch = dict(batch)
     labels = batch.get("labels")

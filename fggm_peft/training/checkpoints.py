@@ -83,7 +83,7 @@ def save_retention(model: nn.Module, covariance: InputCovariance, checkpoint: Pa
 
 
 def recall_selection_(model: nn.Module, checkpoint: Path) -> None:
-    """Add a checkpoint's record of its selection to the model's configs, which new code has created.
+    """Copy the selection recorded in a checkpoint into the configs of a newly created model.
 
     The selection also becomes part of the model's history, with its scores if they were saved.
     """

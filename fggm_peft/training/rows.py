@@ -124,7 +124,7 @@ def _csv_rows(file: IO[str], separator: str) -> Iterator[dict[str, str]]:
 
 
 def _json_rows(text: str) -> list[Any]:
-    """One list of rows, or rows after each other. Only JSON decides where a row ends: texts may contain U+2028."""
+    """The rows of a list, or of JSON Lines. The decoder finds the end of a row, because texts may contain U+2028."""
     rows: list[Any] = []
     decoder, position = json.JSONDecoder(), _SPACE.match(text).end()  # type: ignore[union-attr]
     while position < len(text):

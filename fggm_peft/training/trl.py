@@ -14,8 +14,8 @@ from ..tuner.target import find_targets
 def restore_float32_(model: Any) -> None:
     """Undo TRL's conversion of a quantized model's trainable parameters to bfloat16.
 
-    TRL does so because QLoRA does. A delta starts at zero and grows by small steps, and bfloat16 cannot add a step to a
-    value that is 256 to 512 steps long: only 39 to 50 % of 1000 equal steps have an effect. An adapter with
+    TRL does so because QLoRA does. A delta starts at zero and grows by small steps. In bfloat16, a step has no effect
+    on a value that is 256 to 512 times as large: of 1000 equal steps, 39 to 50 % have an effect. An adapter with
     ``training_dtype="bfloat16"`` is not changed.
     """
     for layer in model.modules():

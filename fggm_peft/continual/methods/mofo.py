@@ -59,7 +59,7 @@ class MoFO(Method):
 
 
 def largest(momentum: Tensor, fraction: float) -> Tensor:
-    """True for the top ``fraction`` of the entries in magnitude, at least one; ties count as one."""
+    """True for the top ``fraction`` of the entries in magnitude, at least one, and its ties."""
     magnitude = momentum.abs()
     count = max(1, int(fraction * magnitude.numel()))
     return magnitude >= magnitude.flatten().kthvalue(magnitude.numel() - count + 1).values

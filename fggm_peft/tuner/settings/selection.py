@@ -37,15 +37,16 @@ class SelectionSettings:
     harm_decay: float = setting(
         0.0,
         "Strength of harm decay; 0 disables it, 80 is recommended. The delta decays in the directions that the inputs "
-        "of the `reference` use, multiplied by the learning rate as in AdamW. A higher value forgets and learns less. "
+        "of the `reference` use. The strength is multiplied by the learning rate, like AdamW's weight decay. A higher "
+        "value forgets and learns less. "
         "Trainers apply it; a plain loop calls `attach_harm_decay`.",
     )
     reference: Optional[Union[list[str], str]] = setting(
         None,
         "What the model should keep, for `harm_decay` and criteria with a reference: 'self' (text that the model "
-        "writes itself), 'history' (the tasks selected on this model in this process), a file, folder or Hub id with "
-        "saved statistics, or a list of these. `select_parameters(reference=...)` also accepts a dataloader of general "
-        "text, and trainers accept the path of a text file (.txt).",
+        "writes itself), 'history' (the tasks selected on this model in this process), a file or folder with saved "
+        "statistics (for `harm_decay` also a Hub id), or a list of these. `select_parameters(reference=...)` also "
+        "accepts a dataloader of general text, and trainers accept the path of a text file (.txt).",
     )
     num_samples: Optional[Union[int, Literal["auto"]]] = setting(
         "auto",
