@@ -123,7 +123,8 @@ def _leading(vectors: Tensor, energy: Tensor, rank: int) -> Covariance:
     width = len(vectors)
     limit = _kept(width, rank)
     rest = float(energy[limit:].sum()) / (width - limit) if limit < width else 0.0
-    return Covariance(vectors[:, :limit] * (energy[:limit] - rest).clamp(min=0).sqrt(), rest)
+    factor = vectors[:, :limit] * (energy[:limit] - rest).clamp(min=0).sqrt()
+    return Covariance(factor.contiguous(), rest)  # as it is loaded from a file: sums round in the order of the memory
 
 
 class CovarianceSum:

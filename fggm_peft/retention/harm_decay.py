@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ EVERY = 4
 """Steps between two decays. A shorter interval acts as a greater strength; ``STRENGTH`` was tuned for this one."""
 
 _STEPS, _PENDING = "harm_decay_steps", "harm_decay_pending"
+
+
+_DECAYING: WeakSet[Optimizer] = WeakSet()
+"""The optimizers to which a ``HarmDecay`` is attached."""
 
 
 class Plan(NamedTuple):
@@ -74,9 +79,9 @@ class HarmDecay:
     def __init__(
         self, covariance: InputCovariance, strength: float = STRENGTH, every: int = EVERY, offload: bool = False
     ):
-        if not 0 <= strength < math.inf:
+        if not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
             raise ValueError(f"strength must be a number >= 0, got {strength!r}")
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer > 0, got {every!r}")
         self.covariance, self.strength, self.every, self.offload = covariance, strength, every, offload
         self._model: nn.Module | None = None
@@ -93,23 +98,33 @@ class HarmDecay:
         Accelerate or DeepSpeed may have wrapped them (ZeRO-2 and ZeRO-3; attach to the engine's optimizer).
 
         Raises:
+            ScoreFileError: the covariance has no module that an adapter changes, or has it with another width.
             TypeError: an optimizer is not a ``torch.optim.Optimizer``.
-            ValueError: the optimizers train nothing that can decay.
+            ValueError: the optimizers train nothing that can decay, or an adapter of a layer that is not linear; or
+                another ``HarmDecay`` is attached to one of them.
         """
         self.remove()
         self._model = model
         for optimizer in optimizers:
             inner, partitions = without_optimizer_wrappers(optimizer)
+            if inner in _DECAYING:
+                raise ValueError("the optimizer has harm decay already, which would act twice; call its remove() first")
             self._optimizers.append(inner)
             self._partitions |= partitions
-        trained = [self._trained_by(optimizer) for optimizer in self._optimizers]  # also records where weights start
-        if not any(trained):
+        try:
+            # also records where weights start
+            trained = [self._trained_by(optimizer) for optimizer in self._optimizers]
+            if not any(trained):
+                raise ValueError(
+                    "harm decay has nothing to decay: the optimizers train no adapter and no weight of a linear layer "
+                    "that the input covariance contains. Attach it after select_parameters, to the optimizer of this "
+                    "model"
+                )
+        except ValueError:
             self.remove()
-            raise ValueError(
-                "harm decay has nothing to decay: the optimizers train no adapter and no weight of a linear layer that "
-                "the input covariance contains. Attach it after select_parameters, to the optimizer of this model"
-            )
+            raise
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers]
+        _DECAYING.update(self._optimizers)
         return self
 
     def remove(self) -> None:
@@ -119,6 +134,7 @@ class HarmDecay:
         for group in (group for optimizer in self._optimizers if self._handles for group in optimizer.param_groups):
             group.pop(_STEPS, None)
             group.pop(_PENDING, None)
+        _DECAYING.difference_update(self._optimizers if self._handles else ())
         self._handles, self._optimizers, self._model = [], [], None
         self._partitions, self._decays, self._plans = {}, {}, {}
 
@@ -163,10 +179,13 @@ class HarmDecay:
             tensor = id(self._partitions.get(id(trained.parameter), trained.parameter))
             if tensor not in tensors:
                 continue
+            if trained.width is None:
+                raise ValueError(f"harm decay supports LoRA and SHiRA of linear layers only, not of {trained.path}")
+            covariance = self.covariance.of_modules({trained.path: trained.width})[trained.path]
             name = f"{trained.path}/{trained.name}"
             known, decay = self._decays.get(name, (None, None))
             if decay is None or known is None or not known.is_current():
-                decay = trained.decay(self.covariance[trained.path].to(trained.parameter.device))
+                decay = trained.decay(covariance.to(trained.parameter.device))
             self._decays[name] = trained, decay
             plan.trained.append(trained)
             plan.decays.setdefault(tensor, []).append((trained.parameter, decay))

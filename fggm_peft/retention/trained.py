@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.shira.layer import ShiraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.covariance import Covariance
 from ..core.harm_decay import Decay, DiagonalDecay, SpectralDecay
+from ..selection.input_covariance import input_width, is_linear
 from ..tuner.base_weight import version_of
 from ..tuner.files.input_covariance import InputCovariance
 from ..tuner.hosts.zero import set_whole_values_, whole_values
@@ -29,6 +30,7 @@ class Trained(NamedTuple):
     Args:
         path: of the layer.
         name: of the parameter in the layer.
+        width: number of the layer's input features; None if the layer is not linear.
         parameter: the values.
         decay: makes the decay from the covariance of the layer's inputs on the parameter's device.
         is_current: whether the decay is still that of the parameter: an adapter may be selected again or deleted.
@@ -36,32 +38,40 @@ class Trained(NamedTuple):
 
     path: str
     name: str
+    width: int | None
     parameter: Any
     decay: Callable[[Covariance], Decay]
     is_current: Callable[[], bool] = lambda: True
 
 
 def trained_parameters(model: nn.Module, covariance: InputCovariance, offload: bool) -> Iterator[Trained]:
-    """The trained parameters of all layers that the covariance contains, as the model is now.
+    """The trained parameters of all adapters, and of other layers that the covariance contains, as the model is now.
 
     Args:
         offload: keep the start of weights that train themselves on the CPU.
     """
     for path, module in outer_modules(model):
-        if path not in covariance:
-            continue
         if isinstance(module, FGGMLayer):
             for name in module.fggm_values:
                 target = Target(path, module, name)
-                yield Trained(path, name, target.values, partial(_of_target, target), _unchanged(target))
+                decay = partial(_of_target, target)
+                yield Trained(path, name, target.shape[1], target.values, decay, _unchanged(target))
         elif isinstance(module, LoraLayer):
             for name, layer in module.lora_A.items():  # B A (I + sigma C)^-1: only A meets the inputs
-                yield Trained(path, name, layer.weight, _of_matrix)
+                yield Trained(path, name, _width(module), layer.weight, _of_matrix)
+            for name, weight in module.lora_embedding_A.items():
+                yield Trained(path, name, None, weight, _of_matrix)
         elif isinstance(module, ShiraLayer):
             for name, weight in module.shira_weight.items():
-                yield Trained(path, name, weight, partial(_of_entries, module.shira_indices[name][1]))
-        elif isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad:
-            yield Trained(path, "weight", module.weight, partial(_of_weight, module, offload))
+                decay = partial(_of_entries, module.shira_indices[name][1])
+                yield Trained(path, name, _width(module), weight, decay)
+        elif path in covariance and isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad:
+            yield Trained(path, "weight", input_width(module), module.weight, partial(_of_weight, module, offload))
+
+
+def _width(adapter: nn.Module) -> int | None:
+    # PEFT's ParamWrapper adapts a parameter, such as the experts of a mixture
+    return input_width(adapter) if is_linear(adapter) and not isinstance(adapter, ParamWrapper) else None
 
 
 def _unchanged(target: Target) -> Callable[[], bool]:

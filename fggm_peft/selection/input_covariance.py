@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -84,7 +85,10 @@ def input_covariance(
                     assert part.batch is not None
                     call(_without_padding(part.batch) if one_by_one else part.batch)
                 hooks.open(None)
-    return hooks.result(processes).normalized()
+    result = hooks.result(processes).normalized()
+    if not result.positions:
+        warnings.warn("the data contain only padding, so there is nothing to retain", stacklevel=2)
+    return result
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -94,12 +98,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     get_head = getattr(unwrapped(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    return {path: m for path, m in outer_modules(model) if _is_linear(m) and head not in (m, _plain(m))}
+    return {path: m for path, m in outer_modules(model) if is_linear(m) and head not in (m, _plain(m))}
 
 
 def input_widths(model: nn.Module) -> dict[str, int]:
     """The number of input features of each of ``linear_layers``."""
-    return {path: _width(layer) for path, layer in linear_layers(model).items()}
+    return {path: input_width(layer) for path, layer in linear_layers(model).items()}
 
 
 def _named_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
@@ -109,7 +113,7 @@ def _named_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module
         layer = modules.get(path) or parameter_layer(modules, path)
         if layer is None:
             raise ValueError(f"the model has no module {path}")
-        if not _is_linear(layer):
+        if not is_linear(layer):
             raise ValueError(
                 f"module {path} is a {type(_plain(layer)).__name__}. Input covariances and harm decay support linear "
                 "layers, experts and adapted routers; leave the module out with exclude_modules, or set harm_decay=0"
@@ -144,11 +148,13 @@ def _plain(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer, adapted or not, is linear, an expert or a router."""
     return module.can_decay if isinstance(module, FGGMLayer) else isinstance(_plain(module), (nn.Linear, Conv1D))
 
 
-def _width(layer: nn.Module) -> int:
+def input_width(layer: nn.Module) -> int:
+    """The number of input features of a linear layer, adapted or not."""
     if isinstance(layer, FGGMLayer):
         return layer.weight_shape[1]
     plain: Any = _plain(layer)
@@ -226,7 +232,7 @@ class _InputHooks:
         return InputCovariance(covariances, self.inputs, self.rank, positions)
 
     def _covariance(self, key: str, processes: Processes, device: torch.device) -> tuple[Covariance, int]:
-        entry = self.sums.pop(key, None) or CovarianceSum(_width(self.layers[key]), self.rank, device)
+        entry = self.sums.pop(key, None) or CovarianceSum(input_width(self.layers[key]), self.rank, device)
         entry.product, entry.energy = processes.sum(entry.product), processes.sum(entry.energy)
         entry.positions = sum(processes.gather(entry.positions))
         if not torch.isfinite(entry.product).all():

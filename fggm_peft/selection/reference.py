@@ -9,7 +9,7 @@ it is.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,7 @@ def reference_entries(given: ReferenceData, targets: Targets, task: DataPass) ->
         targets: all targets of the adapter, whose delta does not count.
 
     Raises:
+        TypeError: an entry is none of these.
         ValueError: the config needs a reference and has none, or uses none and has one.
     """
     config = task.config
@@ -132,6 +133,11 @@ def reference_entries(given: ReferenceData, targets: Targets, task: DataPass) ->
     check_reference(config, entries)
     require_reference(config, entries)
     for number, entry in enumerate(entries):
+        if not isinstance(entry, (Iterable, Path, InputCovariance)):
+            raise TypeError(
+                "a reference is a dataloader, an InputCovariance, a path, 'self', 'history', or a list of these, not "
+                f"a {type(entry).__name__}"
+            )
         if is_text_file(entry):
             raise ValueError(
                 f"the reference {str(entry)!r} is a text, and select_parameters has no tokenizer for it. Pass "

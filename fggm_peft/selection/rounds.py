@@ -136,7 +136,9 @@ def _batch_size(batch: Any, number: int) -> int:
         raise ValueError(f"batch {number} is a {type(batch).__name__}; batches must be dicts as the model takes them")
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     if not tensors:
-        raise ValueError(f"batch {number} has no tensors")
+        raise ValueError(f"batch {number} has no tensors; pass a DataLoader, whose collator makes batches of rows")
+    if isinstance(ids := batch.get("input_ids"), Tensor) and ids.dim() == 1:
+        raise ValueError(f"batch {number} is a single row; pass a DataLoader, whose collator makes batches of rows")
     return len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else len(tensors[0])
 
 

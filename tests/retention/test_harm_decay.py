@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import llama, quantized, token_batches
+from models import llama, mixture, quantized, token_batches
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from reference import gain_under_decay
 from torch import nn
@@ -322,15 +322,82 @@ def test_a_rate_far_below_the_presets_is_named():
         attach_harm_decay(model, optimizer_of(model, lr=8e-4))
 
 
+KINDS = {
+    "fggm": selected,
+    "lora": lambda: get_peft_model(llama(), LoraConfig(target_modules="all-linear", r=4)),
+    "shira": lambda: get_peft_model(llama(), ShiraConfig(target_modules=["q_proj", "down_proj"], r=4)),
+    "all weights": lambda: llama(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hidden", [32, 128])
+def test_statistics_of_a_model_of_another_width_are_rejected(kind, hidden):
+    model, other = KINDS[kind](), covariance(llama(hidden_size=hidden, intermediate_size=2 * hidden))
+    with pytest.raises(ScoreFileError, match=f"has {hidden} features, but its input has 64"):
+        HarmDecay(other).attach(model, optimizer := optimizer_of(model))
+    HarmDecay(covariance()).attach(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", ["fggm", "lora", "shira"])
+def test_an_adapter_of_a_layer_without_statistics_is_an_error(kind):
+    model = KINDS[kind]()
+    few = input_covariance(llama(), REFERENCE, modules=["model.layers.0.self_attn.q_proj"], progress=False)
+    with pytest.raises(ScoreFileError, match=r"the input covariance has no module model\.layers"):
+        HarmDecay(few).attach(model, optimizer_of(model))
+
+
+def test_lora_of_parameters_or_embeddings_is_an_error():
+    for base, config in (
+        (mixture("Mixtral"), {"target_parameters": ["experts.down_proj"]}),
+        (llama(), {"target_modules": ["embed_tokens"]}),
+    ):
+        statistics = covariance(base)
+        model = get_peft_model(base, LoraConfig(r=4, **config))
+        with pytest.raises(ValueError, match="supports LoRA and SHiRA of linear layers only"):
+            HarmDecay(statistics).attach(model, optimizer_of(model))
+
+
+def test_a_second_harm_decay_on_an_optimizer_is_an_error():
+    model = selected()
+    optimizer = optimizer_of(model)
+    decay = attach_harm_decay(model, optimizer)
+    with pytest.raises(ValueError, match="has harm decay already"):
+        attach_harm_decay(model, optimizer)
+    decay.attach(model, optimizer).remove()
+    attach_harm_decay(model, optimizer)
+
+
+def test_an_adapter_that_is_selected_again_after_another_replaces_its_own_task():
+    base = llama()
+    model = adapted(base)
+    model.add_adapter("two", copy.deepcopy(model.peft_config["default"]))
+    tasks = {"default": TASK, "two": token_batches(seed=3)}
+    for name in ("default", "two", "default"):
+        model.set_adapter(name)
+        select_parameters(model, tasks[name], reference=[REFERENCE, "history"], reset=True, progress=False)
+    own = input_covariance(base, TASK, progress=False).positions
+    reference = input_covariance(base, REFERENCE, progress=False).positions
+    assert covariance_of(model.peft_config["default"]).positions == reference + own  # of the other task
+    assert retained_by(base).positions == 2 * own
+    model.set_adapter("two")
+    remember_task(model, tasks["two"], progress=False)
+    assert retained_by(base).positions == 2 * own
+
+
 def test_errors_before_any_work():
     with pytest.raises(ValueError, match="harm_decay must be a number >= 0"):
         FGGMConfig(harm_decay=-1)
     with pytest.raises(ValueError, match="harm_decay weighs the task against a reference"):
         select_parameters(adapted(), TASK, progress=False)
-    with pytest.raises(ValueError, match="strength"):
-        HarmDecay(covariance(), strength=float("nan"))
-    with pytest.raises(ValueError, match="every"):
-        HarmDecay(covariance(), every=0)
+    for strength in (float("nan"), float("inf"), -1, "80"):
+        with pytest.raises(ValueError, match="strength"):
+            HarmDecay(covariance(), strength=strength)
+    for every in (0, 1.5, float("inf"), "4"):
+        with pytest.raises(ValueError, match="every"):
+            HarmDecay(covariance(), every=every)
+    with pytest.raises(TypeError, match=r"a reference is a dataloader.*not a int"):
+        select_parameters(adapted(), TASK, reference=5, progress=False)
     with pytest.raises(ValueError, match="nothing to decay"):
         HarmDecay(covariance()).attach(llama(), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
     with pytest.raises(TypeError, match="Optimizer"):

@@ -105,7 +105,8 @@ def test_other_architectures(make):
 
 def test_only_padding_is_zero():
     entry = batch(padding=9)
-    result = input_covariance(llama(), [entry], progress=False)
+    with pytest.warns(UserWarning, match="only padding"):
+        result = input_covariance(llama(), [entry], progress=False)
     assert all(not covariance.factor.any() and covariance.floor == 0 for covariance in result.covariances.values())
 
 
@@ -154,6 +155,7 @@ def test_a_saved_file_is_the_same(tmp_path):
     loaded = load_input_covariance(result.save(tmp_path).parent)
     for path in result.inputs:
         assert torch.equal(result[path].factor, loaded[path].factor) and result[path].floor == loaded[path].floor
+        assert torch.equal(result[path].diagonal(), loaded[path].diagonal())  # sums depend on the memory layout
     assert (loaded.inputs, loaded.rank, loaded.positions) == (result.inputs, result.rank, result.positions)
 
 

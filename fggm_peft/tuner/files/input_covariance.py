@@ -67,7 +67,8 @@ class InputCovariance:
         return replace(self, covariances={k: (c * scale).to(torch.bfloat16) for k, c in self.covariances.items()})
 
     def __add__(self, other: InputCovariance) -> InputCovariance:
-        """The sum of two sources of the same modules, truncated to the smaller rank."""
+        """The sum of two sources, truncated to the smaller rank; ``ScoreFileError`` if their modules differ."""
+        other = other.of_modules({path: self[path].width for path in self.inputs})
         rank = min(self.rank, other.rank)
         total = {key: (covariance + other[key]).truncated(rank) for key, covariance in self.covariances.items()}
         return InputCovariance(total, self.inputs, rank, self.positions + other.positions)
@@ -161,27 +162,41 @@ def set_covariance(config: object, covariance: InputCovariance) -> None:
 # The tasks that a base model has learned -----------------------------------------------------------
 
 _TASKS = "fggm_retained"
+"""Name of a pair on the base model: the sum of the merged adapters' tasks, and ``(config, task)`` of the others."""
 
 
 def retained_by(model: nn.Module, besides: object = None) -> InputCovariance | None:
     """The sum over the tasks that were learned on a base model, except that of the adapter with a given config."""
-    earlier, last, owner = getattr(model, _TASKS, (None, None, None))
-    if last is None or (owner is besides and besides is not None):
-        return earlier
-    return last if earlier is None else earlier + last
+    earlier, own = _tasks_of(model)
+    for config, task in own:
+        if besides is None or config is not besides:
+            earlier = task if earlier is None else earlier + task
+    return earlier
 
 
 def task_of(model: nn.Module, config: object) -> InputCovariance | None:
     """What the adapter with this config has added to the tasks that a base model retains; None if nothing."""
-    _, last, owner = getattr(model, _TASKS, (None, None, None))
-    return last if owner is config else None
+    return next((task for owner, task in _tasks_of(model)[1] if owner is config), None)
 
 
 def retain(model: nn.Module, task: InputCovariance, config: object) -> None:
     """Add a task to those that the base model retains; it replaces an earlier one of the same adapter."""
-    setattr(model, _TASKS, (retained_by(model, besides=config), task, config))
+    earlier, own = _tasks_of(model)
+    adapters, kept = list(getattr(model, "peft_config", {}).values()), [(config, task)]
+    for owner, other in own:
+        if owner is config:
+            continue
+        if any(owner is adapter for adapter in adapters):
+            kept.insert(-1, (owner, other))
+        else:  # the adapter is merged; only the sum is kept, so that the size does not grow
+            earlier = other if earlier is None else earlier + other
+    setattr(model, _TASKS, (earlier, kept))
 
 
 def set_retained(model: nn.Module, tasks: InputCovariance | None) -> None:
     """Replace what the base model retains, for example when a run is resumed."""
-    setattr(model, _TASKS, (tasks, None, None))
+    setattr(model, _TASKS, (tasks, []))
+
+
+def _tasks_of(model: nn.Module) -> tuple[InputCovariance | None, list[tuple[object, InputCovariance]]]:
+    return getattr(model, _TASKS, (None, []))
