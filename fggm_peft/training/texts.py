@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def read_paragraphs(file: str | Path) -> list[Example]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
-    paragraphs = [Example("", paragraph.strip()) for paragraph in text.split("\n\n") if paragraph.strip()]
+    paragraphs = [Example("", paragraph.strip()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     if not paragraphs:
         raise DataError(f"{path} is empty")
     return paragraphs

@@ -25,7 +25,7 @@ CRITERION = {"criterion": "gain_per_harm", "granularity": "column", "density": 0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = write_stream(tmp_path_factory.mktemp("stream"))
-    (folder / "prose.txt").write_text("Of other things.\n\n\n  \n\nAnd of some more, at length.\n", encoding="utf-8")
+    (folder / "prose.txt").write_text("Of other things.\n \nAnd of some more, at length.\n\n\n  \n\n", encoding="utf-8")
     return folder
 
 
