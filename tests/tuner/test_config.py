@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import llama
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from reference import KINDS
 from torch import nn
@@ -28,6 +29,7 @@ from fggm_peft.core.threshold import POLICIES
 from fggm_peft.deltas import SparseDelta
 from fggm_peft.tuner.settings.fields import fits
 from fggm_peft.tuner.settings.selection import score_bytes
+from fggm_peft.tuner.target import find_targets
 
 unit_interval = r"in \(0, 1\]"
 BAD = [
@@ -343,3 +345,12 @@ def test_a_granularity_is_a_name_an_instance_or_a_dict(tmp_path):
     assert configs[0].granularity == configs[1].granularity == configs[2].granularity == Columns()
     assert_comes_back(configs[1], tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["granularity"] == "column"
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_layers_to_transform_also_restricts_all_linear_layers(layers):
+    """PEFT ignores it for the paths of modules, which "all-linear" stands for in a model with few of them."""
+    model = get_peft_model(llama(layers=layers), FGGMConfig(layers_to_transform=[0]))
+    assert {path.split(".")[2] for path in find_targets(model, "default")} == {"0"}
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[9\]"):
+        get_peft_model(llama(layers=layers), FGGMConfig(layers_to_transform=[9]))

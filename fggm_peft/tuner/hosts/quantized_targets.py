@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import resolve_quantization_backend
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
@@ -33,6 +33,11 @@ def expand_all_linear_(config: FGGMConfig, model: nn.Module) -> None:
     }
     _maybe_include_all_linear_layers(config, model)
     paths = {_owner(model, path) for path in map(plain_name, config.target_modules | missed)}
+    if config.layers_to_transform is not None:  # PEFT ignores it for paths
+        config.target_modules = {path.rpartition(".")[2] for path in paths}
+        paths = {path for path in paths if check_target_module_exists(config, path)}
+        if not paths:
+            raise ValueError(f"layers_to_transform={config.layers_to_transform} is no layer with a linear module")
     config.target_modules = paths
     if skipped := _skipped(model, config.target_parameters or (), paths):
         warnings.warn(
