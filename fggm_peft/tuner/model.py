@@ -30,7 +30,7 @@ from .parameters import FGGMParameter, FGGMParameters, matched_parameters, repla
 from .settings.budget import resolve_budget_
 from .several.mixed_batches import adapter_of_each_sample
 from .several.weighted import Combination, add_weighted_adapter
-from .support import choose_supports, criterion_scores, forecast_supports, write_supports
+from .support import choose_supports, criterion_scores, forecast_supports, unwrapped, write_supports
 from .target import Targets, find_targets
 
 _TRAINED_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
@@ -256,8 +256,15 @@ class FGGMModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: FGGMConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        fit_layers_to_state_dict(model, config, adapter_name, state_dict)
+        is_new = config.support_sizes is not None  # PEFT has added the adapter for this file
+        try:
+            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            fit_layers_to_state_dict(model, config, adapter_name, state_dict)
+        except Exception:
+            if is_new:
+                _remove_adapter(model, adapter_name)
+                _forget_adapter(model, adapter_name)
+            raise
         return state_dict
 
 
@@ -320,6 +327,18 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
         is_wrapper = isinstance(wrapper, (FGGMLayer, FGGMParameters)) and not isinstance(wrapper, FGGMParameter)
         if is_wrapper and not any(m.fggm_values for m in wrapper.modules() if isinstance(m, FGGMLayer)):
             replace_everywhere_(model, wrapper, wrapper.base_layer)
+
+
+def _forget_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove the modules that PEFT has added for an adapter besides its layers, and its config."""
+    for wrapper in [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]:
+        wrapper.delete_adapter(adapter_name, [name for name in wrapper.active_adapters if name != adapter_name])
+        if not wrapper._adapters:
+            replace_everywhere_(model, wrapper, wrapper.original_module)
+    base = unwrapped(model)
+    base.peft_config.pop(adapter_name, None)
+    if not base.peft_config:
+        del base.peft_config
 
 
 def _warn_of_unused_patterns(config: FGGMConfig, targets: Targets) -> None:

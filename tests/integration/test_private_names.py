@@ -41,7 +41,7 @@ PRIVATE = {
         "_get_embed_scale",
         "_move_adapter_to_device_of_base_layer",
     },
-    "peft.utils.other": {"_mixed_batch_forward"},
+    "peft.utils.other": {"_adapters", "_mixed_batch_forward"},
     "transformers.Trainer": {
         "_get_output_dir",
         "_get_train_sampler",

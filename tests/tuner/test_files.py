@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import struct
 from collections import OrderedDict
 
 import pytest
 import torch
-from models import adapted, fggm_layers, llama, token_batches, train
+from models import adapted, fggm_layers, llama, logits, token_batches, train
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -333,6 +334,31 @@ def test_non_finite_values_are_rejected(granularity, tmp_path):
     for load in (lambda: SparseDelta.read(tmp_path), lambda: PeftModel.from_pretrained(llama(), tmp_path)):
         with pytest.raises(AdapterFileError, match=r"fggm_values.*NaN"):
             load()
+
+
+@pytest.mark.parametrize("extra", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_a_damaged_file_leaves_no_adapter(extra, tmp_path):
+    trained(target_modules=["q_proj"], **extra).save_pretrained(tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / FILE)
+    del tensors[next(key for key in tensors if key.endswith("fggm_values"))]
+    save_file(tensors, tmp_path / "bad" / FILE)
+    base = llama()
+    modules = [name for name, _ in base.named_modules()]
+    with pytest.raises(AdapterFileError):
+        PeftModel.from_pretrained(base, tmp_path / "bad")
+    assert [name for name, _ in base.named_modules()] == modules and not hasattr(base, "peft_config")
+    model = PeftModel.from_pretrained(base, tmp_path / "good", "first")
+    before, names = logits(model, BATCHES[0]), set(model.state_dict())
+    with pytest.raises(AdapterFileError):
+        model.load_adapter(tmp_path / "bad", "second")
+    assert list(model.peft_config) == ["first"] == model.active_adapters and set(model.state_dict()) == names
+    assert torch.equal(logits(model, BATCHES[0]), before)
+    model.load_adapter(tmp_path / "good", "second")
+    with pytest.raises(AdapterFileError):  # an adapter that exists keeps its values
+        model.load_adapter(tmp_path / "bad", "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model, BATCHES[0]), before)
 
 
 def test_a_module_without_an_adapter_in_the_model_is_rejected(tmp_path):
