@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
-from transformers.trainer_utils import SchedulerType
 
 from ..training.base_model import BaseModel, computes_bfloat16
 from ..training.texts import read_paragraphs
@@ -19,6 +18,11 @@ from ..tuner.files import digest_of_folder, may_be_hub_id, user_path
 from .methods import Method, make_method
 from .settings import Count, DataPath, FolderName, Positive, Settings, StreamError, path_in_data, require_known
 from .task import Task
+
+# those of transformers that need no other arguments
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 
 
 class Training(Settings):
@@ -43,7 +47,7 @@ class Training(Settings):
     batch_size: Count = 8
     gradient_accumulation: Count = 1
     learning_rate: Positive = 2e-4
-    schedule: SchedulerType = SchedulerType.LINEAR
+    schedule: Schedule = "linear"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Positive = 1.0
@@ -187,7 +191,7 @@ class Stream(Settings):
     methods: tuple[MethodSettings, ...] = Field(min_length=1)
     training: Training = Training()
     learning_rates: tuple[Positive, ...] = ()
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0,), min_length=1)
     orders: tuple[str | tuple[str, ...], ...] = Field(("given",), min_length=1)
     general: General | None = None
     gate: Gate | None = None

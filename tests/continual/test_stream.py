@@ -226,6 +226,8 @@ WRONG = {
     "an infinite rate": ({"learning_rates": ["inf"]}, r"learning_rates\[0\]: must be a finite number, got 'inf'"),
     "a negative rate": ({"learning_rates": [-1e-4]}, r"learning_rates\[0\]: must be greater than 0, got -0.0001"),
     "no epochs": ({"training": {"epochs": 0}}, "training.epochs: must be greater than 0, got 0"),
+    "a large seed": ({"seeds": [2**32]}, r"seeds\[0\]: must be less than 4294967296"),
+    "a schedule that needs more arguments": ({"training": {"schedule": "greedy"}}, "schedule: must be 'linear', .*got"),
     "an unknown schedule": ({"training": {"schedule": "liner"}}, "training.schedule: must be 'linear', .*got 'liner'"),
     "an unknown dtype": (
         {"model": {"name": "x", "dtype": "float8"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -65,8 +66,8 @@ class Method:
     def __post_init__(self) -> None:
         self.reference = [self.reference] if isinstance(self.reference, str) else list(self.reference or [])
         require_types(self)
-        if not self.harm_decay >= 0:
-            raise ValueError(f"harm_decay must be >= 0, got {self.harm_decay!r}")
+        if not 0 <= self.harm_decay < math.inf:
+            raise ValueError(f"harm_decay must be a number >= 0, got {self.harm_decay!r}")
         if self.uses_reference and not self.reference:
             raise ValueError("what should the model retain? Set reference to a text file (.txt), 'history', or both")
         if self.reference and not self.uses_reference:

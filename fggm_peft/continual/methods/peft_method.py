@@ -17,7 +17,7 @@ from ...tuner import InputCovariance
 from ...tuner.target import outer_modules
 from .method import METHODS, Method
 
-WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
+WRITTEN_BY_PEFT = {field.name for field in fields(PeftConfig)}
 
 
 @dataclass
