@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from fggm_peft import plots
-from fggm_peft.continual.measures import signed, summary_of
+from fggm_peft.continual.measures import fixed, signed, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retention"
@@ -131,10 +131,15 @@ def stream_table(runs: Sequence[Run]) -> str:
     return table(headings, rows)
 
 
+def paired(runs: Iterable[Run], a: str, b: str) -> list[tuple[Run, Run]]:
+    """The runs of two methods on one stream with the same seed and order."""
+    first, second = ({(r["seed"], r["order"]): r for r in runs if r["label"] == label} for label in (a, b))
+    return [(first[key], second[key]) for key in first if key in second]
+
+
 def difference(runs: Sequence[Run], a: str, b: str) -> str:
     """The mean difference in OP over the runs with the same seed and order, with its 95 % interval."""
-    ops = {label: {(r["seed"], r["order"]): r["op"] for r in runs if r["label"] == label} for label in (a, b)}
-    summary = summary_of(ops[a][pair] - ops[b][pair] for pair in ops[a] if pair in ops[b]) if a != b else None
+    summary = summary_of(one["op"] - other["op"] for one, other in paired(runs, a, b)) if a != b else None
     if summary is None:
         return ""
     interval = "" if summary["interval"] is None else " [{:+.3f}, {:+.3f}]".format(*summary["interval"])
@@ -170,7 +175,7 @@ def targets(streams: dict[str, list[Run]]) -> str:
 
 
 def judged(value: float | None, is_met: Callable[[float], bool]) -> str:
-    return "" if value is None else f"{value:+.3f} {'✓' if is_met(value) else '✗'}"
+    return "" if value is None else f"{fixed(value, '+.3f')} {'✓' if is_met(value) else '✗'}"
 
 
 def average(runs: Sequence[Run], measure: str) -> float | None:
@@ -179,9 +184,9 @@ def average(runs: Sequence[Run], measure: str) -> float | None:
 
 
 def gap(runs: Sequence[Run], a: str, b: str, measure: str) -> float | None:
-    """The mean of ``a`` minus the mean of ``b``; None if one of them has no run."""
-    first, second = (average([run for run in runs if run["label"] == label], measure) for label in (a, b))
-    return None if first is None or second is None else first - second
+    """The mean of ``a`` minus the mean of ``b`` over the runs with the same seed and order; None without any."""
+    differences = [one[measure] - other[measure] for one, other in paired(runs, a, b)]
+    return sum(differences) / len(differences) if differences else None
 
 
 def lead(runs: Sequence[Run], label: str) -> float | None:
@@ -210,23 +215,14 @@ def tuning_table(runs: Sequence[Run]) -> str:
 # --- README --------------------------------------------------------------------------------------
 
 
-def paired(streams: dict[str, list[Run]], label: str) -> list[tuple[Run, Run]]:
-    """``retain`` and another method in the runs of the same stream, seed and order."""
-    pairs = []
-    for runs in streams.values():
-        by_label = [{(r["seed"], r["order"]): r for r in runs if r["label"] == one} for one in ("retain", label)]
-        pairs += [(own, by_label[1][key]) for key, own in by_label[0].items() if key in by_label[1]]
-    return pairs
-
-
 def claim(streams: dict[str, list[Run]]) -> str:
     """One sentence that compares ``retain`` with full fine-tuning."""
-    pairs = paired(streams, "sft")
+    pairs = [pair for runs in streams.values() for pair in paired(runs, "retain", "sft")]
     ours, theirs = zip(*pairs, strict=True)
     op, general = ([average(own, measure) or 0.0 for own in (ours, theirs)] for measure in ("op", "general"))
     sizes = sorted({len(run["tasks"]) for run in ours})
     tasks = f"{sizes[0]} tasks" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tasks"
-    names = [name for name, runs in streams.items() if paired({name: runs}, "sft")]
+    names = [name for name, runs in streams.items() if paired(runs, "retain", "sft")]
     return (
         f"On {len(names)} streams of {tasks} (SmolLM2-135M, 80 steps per task, {len(pairs)} runs), "
         f'`preset="retain"` ended with a mean score of **{op[0]:.2f}** on all tasks, and full fine-tuning at its best '
@@ -239,7 +235,7 @@ def methods_table(streams: dict[str, list[Run]]) -> str:
     """Each method beside ``retain``, in the runs that both have."""
     rows = []
     for label in dict.fromkeys(label for runs in streams.values() for label in labels_of(runs) if label != "retain"):
-        if pairs := paired(streams, label):
+        if pairs := [pair for runs in streams.values() for pair in paired(runs, "retain", label)]:
             both = list(zip(*pairs, strict=True))
             measures = [("op", ".3f"), ("diagonal", ".3f"), ("bwt", "+.3f"), ("general", "+.3f"), ("other", "+.3f")]
             cells = [" / ".join(mean(values(own, name), form) for own in both) for name, form in measures]
