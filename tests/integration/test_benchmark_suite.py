@@ -43,8 +43,8 @@ def table(floor: str, noise: float = 1.0, setting: cases.Setting = TINY, **rows:
 
 
 def merging(rows: float, elements: float) -> dict:
-    seconds = {"LoRA": 1.0, "FGGM rows": rows, "FGGM elements": elements}
-    figures = {name: {"seconds": value} for name, value in seconds.items()}
+    ratios = {"LoRA": 1.0, "FGGM rows": rows, "FGGM elements": elements}
+    figures = {name: {"ratio_min": value} for name, value in ratios.items()}
     return {"merge and unmerge: a setting": {**table("LoRA"), "rows": figures}}
 
 
@@ -197,7 +197,7 @@ def test_a_goal_without_measurements_is_neither_met_nor_missed():
 
 
 def test_a_goal_applies_only_to_its_settings():
-    rows = {"frozen": {"seconds": 1.0}, "rows, exact": {"seconds": 3.0}}
+    rows = {"frozen": {"ratio_min": 1.0}, "rows, exact": {"ratio_min": 3.0}}
     short, long = (cases.Setting(hidden=64, layers=1, length=length) for length in (16, 512))
     for setting, count in ((short, 1), (long, 0)):
         results = {"selection pass: x": {**table("frozen", setting=setting), "rows": rows}}
