@@ -55,7 +55,9 @@ class Verdict:
         return bool(self.ratios) and max(self.ratios.values()) <= self.goal.limit
 
 
-def over(method: str, peer: str, figure: str = "ratio_min", when: Callable[[dict], bool] = lambda setting: True) -> Find:
+def over(
+    method: str, peer: str, figure: str = "ratio_min", when: Callable[[dict], bool] = lambda setting: True
+) -> Find:
     """``figure`` of a method over that of a peer, if both were measured and the goal applies to the setting."""
 
     def find(table: dict[str, Any]) -> Iterator[float]:
