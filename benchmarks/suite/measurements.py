@@ -134,8 +134,7 @@ def selection_pass(setting: Setting, seconds: float) -> dict[str, Table]:
     table = timed(dict(calls), FROZEN, seconds)
     if setting.peers:
         others = {name: functools.partial(run, batch) for name, run in peers(model).items()}
-        # the frozen pass of the first timing stays, whose seconds the other rows are compared with
-        table["rows"] = timed({FROZEN: calls[FROZEN], **others}, FROZEN, seconds)["rows"] | table["rows"]
+        table["rows"] |= timed({FROZEN: calls[FROZEN], **others}, FROZEN, seconds)["rows"]
         calls |= others
     for name, call in calls.items():
         table["rows"][name]["peak_mib"] = peak_mib(call)
